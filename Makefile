@@ -1,0 +1,38 @@
+# `make demo` and `make test` are complete on a bare machine: Debian (as root, or with sudo) or
+# macOS with Python >= 3.11, a C++20 compiler and CMake. Everything lands in $(VENV).
+PYTHON ?= python3
+VENV ?= .venv
+PYTEST_ARGS ?=
+BENCH_ARGS ?=
+BIN := $(VENV)/bin
+RUN := PATH="$(abspath $(BIN)):$$PATH" scripts/with_openblas.sh
+
+.DEFAULT_GOAL := help
+.PHONY: help install native demo test lint format bench
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: ## virtual environment, native build, redis-server, OpenBLAS; quick when nothing changed
+	@PYTHON="$(PYTHON)" VENV="$(VENV)" scripts/bootstrap.sh
+
+native: ## build the native module again, with the compiler's output; fails where it does not build
+	@PYTHON="$(PYTHON)" VENV="$(VENV)" scripts/bootstrap.sh --native
+
+demo: install ## eight jobs side by side out of one batch, through a real Redis
+	@$(RUN) mlx-serving demo
+
+test: install ## the whole test suite
+	@$(RUN) python -m pytest $(PYTEST_ARGS)
+
+lint: install ## ruff, its formatter and mypy --strict
+	@$(RUN) ruff check .
+	@$(RUN) ruff format --check .
+	@$(RUN) mypy
+
+format: install ## let ruff rewrite what it can
+	@$(RUN) ruff check --fix .
+	@$(RUN) ruff format .
+
+bench: install ## every benchmark: a table and a JSON file
+	@$(RUN) python -m benchmarks $(BENCH_ARGS)
