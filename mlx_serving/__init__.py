@@ -1,0 +1,136 @@
+"""Durable text-generation jobs on Redis and RQ, run as one continuous batch on MLX.
+
+    from mlx_serving import Client
+
+    with Client() as client:
+        job = client.submit(model="tally", prompt="count from 3 to 12")
+        for text in job.text():
+            print(text, end="", flush=True)
+
+Names are imported when they are first used, so that a producer pays for nothing else.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from mlx_serving.common.errors import (
+        CorruptEvent,
+        CorruptJob,
+        EngineError,
+        FieldError,
+        ForeignFunction,
+        InvalidJob,
+        InvalidSettings,
+        JobCancelled,
+        JobDead,
+        JobExpired,
+        JobFailed,
+        JobNotFound,
+        JobTooLarge,
+        LeaseLost,
+        MissingDependency,
+        MlxServingError,
+        PayloadTooLarge,
+        QueueUnavailable,
+        ResultTimeout,
+        StreamConflict,
+        StreamGap,
+        UnknownModel,
+        UnsuccessfulJob,
+    )
+    from mlx_serving.common.events import ChoiceDelta, ErrorInfo, Event, Usage
+    from mlx_serving.common.jobs import GenerationJob
+    from mlx_serving.common.local_redis import LocalRedis
+    from mlx_serving.common.messages import Message, TextPart, Tool, ToolCall
+    from mlx_serving.common.results import ChoiceResult, GenerationResult, Timings
+    from mlx_serving.common.settings import Settings, load_settings
+    from mlx_serving.common.states import JobState
+    from mlx_serving.producer.async_client import AsyncClient
+    from mlx_serving.producer.client import Client
+
+__version__: Final = "0.1.0"
+
+__all__ = [
+    "AsyncClient",
+    "ChoiceDelta",
+    "ChoiceResult",
+    "Client",
+    "CorruptEvent",
+    "CorruptJob",
+    "EngineError",
+    "ErrorInfo",
+    "Event",
+    "FieldError",
+    "ForeignFunction",
+    "GenerationJob",
+    "GenerationResult",
+    "InvalidJob",
+    "InvalidSettings",
+    "JobCancelled",
+    "JobDead",
+    "JobExpired",
+    "JobFailed",
+    "JobNotFound",
+    "JobState",
+    "JobTooLarge",
+    "LeaseLost",
+    "LocalRedis",
+    "Message",
+    "MissingDependency",
+    "MlxServingError",
+    "PayloadTooLarge",
+    "QueueUnavailable",
+    "ResultTimeout",
+    "Settings",
+    "StreamConflict",
+    "StreamGap",
+    "TextPart",
+    "Timings",
+    "Tool",
+    "ToolCall",
+    "UnknownModel",
+    "UnsuccessfulJob",
+    "Usage",
+    "__version__",
+    "load_settings",
+]
+
+_ELSEWHERE: Final = {
+    "AsyncClient": "producer.async_client",
+    "Client": "producer.client",
+    "ChoiceDelta": "common.events",
+    "ErrorInfo": "common.events",
+    "Event": "common.events",
+    "Usage": "common.events",
+    "GenerationJob": "common.jobs",
+    "LocalRedis": "common.local_redis",
+    "Message": "common.messages",
+    "TextPart": "common.messages",
+    "Tool": "common.messages",
+    "ToolCall": "common.messages",
+    "ChoiceResult": "common.results",
+    "GenerationResult": "common.results",
+    "Timings": "common.results",
+    "Settings": "common.settings",
+    "load_settings": "common.settings",
+    "JobState": "common.states",
+}
+"""Where each name lives; a name that is not here is an error's."""
+
+
+def __getattr__(name: str) -> object:
+    """Import a public name on its first use (PEP 562)."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = import_module(f"{__name__}.{_ELSEWHERE.get(name, 'common.errors')}")
+    value: object = getattr(module, name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """List the public names."""
+    return __all__

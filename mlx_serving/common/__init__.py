@@ -1,0 +1,1 @@
+"""What producers and workers share: schemas, keys, protocol, connections, settings, errors."""

@@ -1,0 +1,193 @@
+"""Connections to Redis: which server serves a model or tenant, and how it is reached.
+
+redis-py sends a command again after a lost reply, ten times by default and writes too, which
+doubles what is not idempotent. Connections made here never do; `retry_idempotent` does, for
+callers that know that their call may run twice (all of our scripts).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final
+
+import redis
+from redis.backoff import NoBackoff
+from redis.connection import parse_url
+from redis.retry import Retry
+from redis.sentinel import Sentinel
+
+from mlx_serving.common.keys import Keys
+
+if TYPE_CHECKING:
+    from redis.asyncio import Redis as AsyncRedis
+
+    from mlx_serving.common.settings import Settings
+
+HEALTH_CHECK_SECONDS: Final = 30
+RESP_VERSION: Final = 2
+"""RQ and our scripts read RESP2's reply shapes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """One Redis (a URL, or a Sentinel service), its credentials, and our prefixes in it.
+
+    Times are seconds. Secrets stay out of its repr, and so out of logs.
+    """
+
+    url: str = field(default="redis://localhost:6379/0", repr=False)
+    username: str | None = None
+    password: str | None = field(default=None, repr=False)
+    tls: bool = False
+    tls_ca: str | None = None
+    tls_cert: str | None = None
+    tls_key: str | None = None
+    sentinels: tuple[tuple[str, int], ...] = ()
+    sentinel_service: str = "mymaster"
+    sentinel_username: str | None = None
+    sentinel_password: str | None = field(default=None, repr=False)
+    connect_timeout: float = 5.0
+    read_timeout: float = 5.0
+    key_prefix: str = "mlxs"
+    rq_prefix: str = "rq"
+
+    @property
+    def keys(self) -> Keys:
+        """Spelling of all keys on this server."""
+        return Keys(self.key_prefix, self.rq_prefix)
+
+
+def resolve(settings: Settings, model: str | None = None, tenant: str | None = None) -> Endpoint:
+    """Which Redis serves this model and tenant: the one place that decides it.
+
+    Today: the model's own URL (`redis_by_model`), else the one of all. `tenant` is taken now, so
+    that tenants can get servers of their own without a change in any caller.
+    """
+    del tenant
+    own = settings.redis_by_model.get(model) if model is not None else None
+    url = own or settings.redis_url
+    return Endpoint(
+        url=url.get_secret_value(),
+        username=settings.redis_username,
+        password=_secret(settings.redis_password),
+        tls=settings.redis_tls,
+        tls_ca=_path(settings.redis_tls_ca),
+        tls_cert=_path(settings.redis_tls_cert),
+        tls_key=_path(settings.redis_tls_key),
+        sentinels=() if own else tuple(map(_host_and_port, settings.sentinel_hosts)),
+        sentinel_service=settings.sentinel_service,
+        sentinel_username=settings.sentinel_username,
+        sentinel_password=_secret(settings.sentinel_password),
+        connect_timeout=settings.redis_connect_timeout_seconds,
+        read_timeout=settings.redis_read_timeout_seconds,
+        key_prefix=settings.key_prefix,
+        rq_prefix=settings.rq_prefix,
+    )
+
+
+def connect(endpoint: Endpoint, *, block_seconds: float = 0.0) -> redis.Redis:
+    """Open a pooled client; nothing is sent before its first command.
+
+    `block_seconds` is the longest that a blocking command or a subscriber on this client waits
+    for Redis on purpose; the read timeout starts after it.
+    """
+    options = _options(endpoint, block_seconds)
+    if not endpoint.sentinels:
+        return redis.Redis.from_url(_url(endpoint), retry=Retry(NoBackoff(), 0), **options)
+    sentinel = Sentinel(  # type: ignore[no-untyped-call]
+        list(endpoint.sentinels),
+        sentinel_kwargs=_sentinel_options(endpoint) | {"retry": Retry(NoBackoff(), 0)},
+    )
+    master: redis.Redis = sentinel.master_for(  # type: ignore[no-untyped-call]
+        endpoint.sentinel_service,
+        retry=Retry(NoBackoff(), 0),
+        **options,
+        **_database(endpoint),
+    )
+    return master
+
+
+def connect_async(endpoint: Endpoint, *, block_seconds: float = 0.0) -> AsyncRedis:
+    """Open the asyncio twin of `connect`."""
+    # Imported here: a synchronous caller should not pay for it.
+    from redis.asyncio import Redis as AsyncRedis
+    from redis.asyncio.retry import Retry as AsyncRetry
+    from redis.asyncio.sentinel import Sentinel as AsyncSentinel
+
+    options = _options(endpoint, block_seconds)
+    if not endpoint.sentinels:
+        return AsyncRedis.from_url(_url(endpoint), retry=AsyncRetry(NoBackoff(), 0), **options)
+    sentinel = AsyncSentinel(  # type: ignore[no-untyped-call]
+        list(endpoint.sentinels),
+        sentinel_kwargs=_sentinel_options(endpoint) | {"retry": AsyncRetry(NoBackoff(), 0)},
+    )
+    master: AsyncRedis = sentinel.master_for(
+        endpoint.sentinel_service,
+        retry=AsyncRetry(NoBackoff(), 0),
+        **options,
+        **_database(endpoint),
+    )
+    return master
+
+
+def _options(endpoint: Endpoint, block_seconds: float) -> dict[str, Any]:
+    """Keywords of both clients; absent ones are left out, because some transports refuse them."""
+    options: dict[str, Any] = {
+        "socket_connect_timeout": endpoint.connect_timeout,
+        "socket_timeout": endpoint.read_timeout + block_seconds,
+        "health_check_interval": HEALTH_CHECK_SECONDS,
+        "protocol": RESP_VERSION,
+    }
+    if endpoint.username is not None:
+        options["username"] = endpoint.username
+    if endpoint.password is not None:
+        options["password"] = endpoint.password
+    return options | _tls_options(endpoint)
+
+
+def _sentinel_options(endpoint: Endpoint) -> dict[str, Any]:
+    """Keywords for the Sentinels themselves, which have credentials of their own."""
+    options: dict[str, Any] = {
+        "socket_connect_timeout": endpoint.connect_timeout,
+        "socket_timeout": endpoint.read_timeout,
+        "protocol": RESP_VERSION,
+        "username": endpoint.sentinel_username,
+        "password": endpoint.sentinel_password,
+    }
+    return options | ({"ssl": True} if endpoint.tls else {}) | _tls_options(endpoint)
+
+
+def _tls_options(endpoint: Endpoint) -> dict[str, Any]:
+    files = {
+        "ssl_ca_certs": endpoint.tls_ca,
+        "ssl_certfile": endpoint.tls_cert,
+        "ssl_keyfile": endpoint.tls_key,
+    }
+    if not (endpoint.tls or endpoint.url.startswith("rediss://")):
+        return {}
+    return {name: path for name, path in files.items() if path is not None}
+
+
+def _database(endpoint: Endpoint) -> dict[str, Any]:
+    """What a Sentinel client takes from the URL: the database; and TLS, which has no scheme."""
+    parsed: dict[str, Any] = dict(parse_url(endpoint.url))  # type: ignore[no-untyped-call]
+    return {"db": parsed.get("db", 0)} | ({"ssl": True} if endpoint.tls else {})
+
+
+def _url(endpoint: Endpoint) -> str:
+    if endpoint.tls and endpoint.url.startswith("redis://"):
+        return "rediss://" + endpoint.url.removeprefix("redis://")
+    return endpoint.url
+
+
+def _host_and_port(text: str) -> tuple[str, int]:
+    host, _, port = text.rpartition(":")
+    return host, int(port)
+
+
+def _secret(value: Any) -> str | None:  # noqa: ANN401 -- SecretStr, whose import is pydantic's
+    return None if value is None else str(value.get_secret_value())
+
+
+def _path(value: object) -> str | None:
+    return None if value is None else str(value)

@@ -1,0 +1,237 @@
+"""Every error that mlx-serving raises on purpose.
+
+* MlxServingError
+  * InvalidJob            a field of a job is wrong; `.errors` names each one
+    * UnknownModel        no worker setting or alias names this model
+    * PayloadTooLarge     the job is larger than the limit on its bytes
+  * CorruptJob            what Redis holds is no job of ours
+    * ForeignFunction     it names a function, callback or webhook that is not ours
+  * CorruptEvent          what Redis holds is no event of ours
+  * JobNotFound           no such job, or its `result_ttl` is over
+  * UnsuccessfulJob       the job ended, and not in `finished`; `.result` keeps what was generated
+    * JobFailed
+      * JobDead           poison: it crashed the engine again while it ran alone
+    * JobCancelled
+    * JobExpired
+  * ResultTimeout         the caller waited as long as it asked to; the job goes on
+  * StreamGap             events that were promised are gone
+  * StreamConflict        the primary holds other events than those delivered (failover)
+  * QueueUnavailable      Redis can't be reached or can't answer now
+  * LeaseLost             another worker owns the job now
+  * JobTooLarge           the job can never fit this device's KV budget
+  * EngineError           the engine failed while it ran this job
+  * InvalidSettings       a setting is wrong; `.errors` names each one
+  * MissingDependency     a program or package that is not installed is needed
+
+Each class has a stable `code` (what travels in results and events) and says whether the
+same call may succeed later (`retryable`).
+"""
+
+from __future__ import annotations
+
+# ruff: noqa: N818 -- named as what happened, as in JobNotFound; the base ends in Error
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from mlx_serving.common.results import GenerationResult
+
+
+class FieldError(NamedTuple):
+    """One field that is wrong: its path (`messages[2].content`) and the reason."""
+
+    path: str
+    reason: str
+
+    def __str__(self) -> str:
+        """`path: reason`, or the reason alone where it concerns the whole object."""
+        return f"{self.path}: {self.reason}" if self.path else self.reason
+
+
+class MlxServingError(Exception):
+    """Something in mlx-serving went wrong."""
+
+    code: ClassVar[str] = "error"
+    retryable: ClassVar[bool] = False
+
+    def __init__(self, message: str | None = None) -> None:
+        """Take the class's docstring as the message where none is given."""
+        self.message = message or _summary(type(self))
+        super().__init__(self.message)
+
+
+class InvalidJob(MlxServingError):
+    """The job has fields that are wrong."""
+
+    code = "invalid_job"
+
+    def __init__(self, errors: Iterable[FieldError | tuple[str, str]] | str | None = None) -> None:
+        """Keep each wrong field in `.errors`; the message lists them as `path: reason`."""
+        self.errors = field_errors(errors)
+        super().__init__("; ".join(map(str, self.errors)))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle by the field errors, so that the copy has them too."""
+        return type(self), (self.errors,)
+
+
+class UnknownModel(InvalidJob):
+    """No worker serves this model: it is neither an alias nor a name in the settings."""
+
+    code = "unknown_model"
+
+
+class PayloadTooLarge(InvalidJob):
+    """The job holds more bytes than the queue accepts."""
+
+    code = "payload_too_large"
+
+
+class CorruptJob(MlxServingError):
+    """What Redis holds under this job's id is no job that this code can read."""
+
+    code = "corrupt_job"
+
+
+class ForeignFunction(CorruptJob):
+    """The job names a function, callback or webhook that is not on the allow-list."""
+
+    code = "foreign_function"
+
+
+class CorruptEvent(MlxServingError):
+    """What Redis holds in this job's stream is no event that this code can read."""
+
+    code = "corrupt_event"
+
+
+class JobNotFound(MlxServingError):
+    """There is no such job, or its result has expired."""
+
+    code = "job_not_found"
+
+
+class UnsuccessfulJob(MlxServingError):
+    """The job ended without finishing."""
+
+    code = "job_unsuccessful"
+
+    def __init__(
+        self, message: str | None = None, *, result: GenerationResult | None = None
+    ) -> None:
+        """Carry the result record, which keeps the text generated so far."""
+        self.result = result
+        super().__init__(message)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle with the result, which `Exception` would leave out."""
+        return _rebuild, (type(self), self.message, self.result)
+
+
+class JobFailed(UnsuccessfulJob):
+    """The job failed."""
+
+    code = "job_failed"
+
+
+class JobDead(JobFailed):
+    """The job was given up, because it crashes the engine or used up its attempts."""
+
+    code = "job_dead"
+
+
+class JobCancelled(UnsuccessfulJob):
+    """The job was cancelled."""
+
+    code = "job_cancelled"
+
+
+class JobExpired(UnsuccessfulJob):
+    """The job passed its deadline, its timeout, or the time that somebody listened."""
+
+    code = "job_expired"
+
+
+class ResultTimeout(MlxServingError):
+    """The job had not ended when the time to wait for it was over; it goes on."""
+
+    code = "result_timeout"
+    retryable = True
+
+
+class StreamGap(MlxServingError):
+    """Events of this job are missing: the stream was trimmed, expired or lost."""
+
+    code = "stream_gap"
+
+
+class StreamConflict(MlxServingError):
+    """The job's stream holds other events than those delivered: Redis lost acknowledged writes."""
+
+    code = "stream_conflict"
+
+
+class QueueUnavailable(MlxServingError):
+    """Redis can't be reached, or can't answer now."""
+
+    code = "queue_unavailable"
+    retryable = True
+
+
+class LeaseLost(MlxServingError):
+    """Another worker owns the job now, so nothing more may be written for it here."""
+
+    code = "lease_lost"
+
+
+class JobTooLarge(MlxServingError):
+    """The job's prompt and max_tokens can never fit this device's KV budget."""
+
+    code = "job_too_large"
+
+
+class EngineError(MlxServingError):
+    """The engine failed while it ran this job."""
+
+    code = "engine_error"
+    retryable = True
+
+
+class InvalidSettings(MlxServingError):
+    """A setting is wrong."""
+
+    code = "invalid_settings"
+
+    def __init__(self, errors: Iterable[FieldError | tuple[str, str]] | str | None = None) -> None:
+        """Keep each wrong setting in `.errors`; the message lists them as `name: reason`."""
+        self.errors = field_errors(errors)
+        super().__init__("; ".join(map(str, self.errors)))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle by the field errors, so that the copy has them too."""
+        return type(self), (self.errors,)
+
+
+class MissingDependency(MlxServingError):
+    """A program or package that this needs is not installed."""
+
+    code = "missing_dependency"
+
+
+def field_errors(errors: Iterable[FieldError | tuple[str, str]] | str | None) -> list[FieldError]:
+    """Field errors from pairs; a plain string concerns the whole object."""
+    if isinstance(errors, str):
+        return [FieldError("", errors)]
+    return [FieldError(*error) for error in errors or ()]
+
+
+def _summary(kind: type[MlxServingError]) -> str:
+    """First line of the class's docstring without its full stop; under `-OO`, the code."""
+    return (kind.__doc__ or kind.code).strip().splitlines()[0].rstrip(".")
+
+
+def _rebuild(
+    kind: type[UnsuccessfulJob], message: str, result: GenerationResult | None
+) -> UnsuccessfulJob:
+    return kind(message, result=result)

@@ -1,0 +1,183 @@
+"""The events of a job, as they travel in its stream and channel. Frozen from the first release.
+
+`seq` counts a job's events 1, 2, 3… over all choices and attempts. Types:
+
+* `attempt` opens each attempt: who runs it (`worker`, `model`, `model_revision`,
+  `tokenizer_hash`) and the seq it starts at (`start_seq`, its own).
+* `tokens` carries the newly decoded tokens of one or more choices.
+* `end` is the last event, exactly one a job: the terminal `state`, `usage`, `error`.
+* `reset` is reserved.
+
+Readers ignore fields and types that they don't know; writers omit what is absent.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import msgspec
+
+from mlx_serving.common.errors import CorruptEvent
+
+EVENT_VERSION: Final = 1
+ATTEMPT: Final = "attempt"
+TOKENS: Final = "tokens"
+END: Final = "end"
+RESET: Final = "reset"
+KNOWN_TYPES: Final = frozenset({ATTEMPT, TOKENS, END, RESET})
+
+
+def event_version() -> int:
+    """Version of the schema; a factory, because msgspec omits plain defaults when it encodes."""
+    return EVENT_VERSION
+
+
+class ChoiceDelta(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
+    """What one choice gained.
+
+    `token_ids` names every decoded token (the end-of-sequence token too); `text` is what the
+    detokenizer released of them, so either may be empty where the other is not.
+    """
+
+    index: int
+    text: str = ""
+    token_ids: list[int] = []
+    logprobs: Any = None
+    tool_calls: Any = None
+    reasoning: str | None = None
+    finish_reason: str | None = None
+
+
+class PromptTokensDetails(msgspec.Struct, frozen=True, gc=False):
+    """How many of the prompt's tokens came from the prefix cache."""
+
+    cached_tokens: int = 0
+
+
+class Usage(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
+    """Token counts of a job, over all its choices and attempts."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails | None = None
+
+    @classmethod
+    def of(cls, prompt_tokens: int, completion_tokens: int, cached_tokens: int = 0) -> Usage:
+        """Build with the total added up; the details only where the cache served some."""
+        details = PromptTokensDetails(cached_tokens) if cached_tokens else None
+        return cls(prompt_tokens, completion_tokens, prompt_tokens + completion_tokens, details)
+
+
+class ErrorInfo(msgspec.Struct, frozen=True, gc=False):
+    """Why a job did not finish: a stable code, a sentence, and whether another try may help."""
+
+    code: str
+    message: str
+    retryable: bool = False
+
+
+class Event(msgspec.Struct, frozen=True, omit_defaults=True, gc=False, kw_only=True):
+    """One event; which of the optional fields it has depends on `type`."""
+
+    v: int = msgspec.field(default_factory=event_version)
+    attempt: int
+    seq: int
+    type: str
+    choices: list[ChoiceDelta] = []
+    usage: Usage | None = None
+    # "attempt"
+    start_seq: int | None = None
+    worker: str | None = None
+    model: str | None = None
+    model_revision: str | None = None
+    tokenizer_hash: str | None = None
+    # "end"
+    state: str | None = None
+    error: ErrorInfo | None = None
+
+    @property
+    def text(self) -> str:
+        """Text that choice 0 gained by this event."""
+        return "".join(choice.text for choice in self.choices if choice.index == 0)
+
+
+class _Header(msgspec.Struct, frozen=True, gc=False):
+    """The part of an event that every version shares."""
+
+    v: int
+    attempt: int
+    seq: int
+    type: str
+
+
+_encoder = msgspec.json.Encoder()
+_decoder = msgspec.json.Decoder(Event)
+_header_decoder = msgspec.json.Decoder(_Header)
+
+
+def encode(event: Event) -> bytes:
+    """Compact JSON of an event, absent fields omitted."""
+    return _encoder.encode(event)
+
+
+def decode(data: bytes) -> Event:
+    """Parse an event; of a type that is not known, only the header has to be readable.
+
+    Raises CorruptEvent where it isn't.
+    """
+    try:
+        return _decoder.decode(data)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        return _decode_header(data, error)
+
+
+def _decode_header(data: bytes, cause: Exception) -> Event:
+    """Keep the seq of a future type whose fields have another shape than ours."""
+    try:
+        header = _header_decoder.decode(data)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise CorruptEvent(_reason(error)) from None
+    if header.type in KNOWN_TYPES:
+        raise CorruptEvent(_reason(cause)) from None
+    return Event(v=header.v, attempt=header.attempt, seq=header.seq, type=header.type)
+
+
+def _reason(error: Exception) -> str:
+    # UnicodeDecodeError's own text holds the bytes, which may be a prompt's.
+    if isinstance(error, UnicodeDecodeError):
+        return "event is not UTF-8"
+    return f"event can't be read: {error}"
+
+
+def attempt_event(
+    *, attempt: int, seq: int, worker: str, model: str, model_revision: str, tokenizer_hash: str
+) -> Event:
+    """Build the event that opens an attempt."""
+    return Event(
+        attempt=attempt,
+        seq=seq,
+        type=ATTEMPT,
+        start_seq=seq,
+        worker=worker,
+        model=model,
+        model_revision=model_revision,
+        tokenizer_hash=tokenizer_hash,
+    )
+
+
+def tokens_event(*, attempt: int, seq: int, choices: list[ChoiceDelta]) -> Event:
+    """Build the event of newly decoded tokens."""
+    return Event(attempt=attempt, seq=seq, type=TOKENS, choices=choices)
+
+
+def end_event(
+    *,
+    attempt: int,
+    seq: int,
+    state: str,
+    usage: Usage | None = None,
+    error: ErrorInfo | None = None,
+) -> Event:
+    """Build the terminal event."""
+    return Event(attempt=attempt, seq=seq, type=END, state=state, usage=usage, error=error)

@@ -1,0 +1,93 @@
+"""Checks of a job that single fields can't express, each naming the field's path."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from mlx_serving.common.errors import FieldError, InvalidJob, PayloadTooLarge
+from mlx_serving.common.messages import message_problem
+from mlx_serving.common.validation import TOO_LARGE, pydantic_errors, rules_error
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from pydantic import ValidationError
+
+    from mlx_serving.common.jobs import GenerationJob
+
+
+class Unsupported(NamedTuple):
+    """A field that the engine can't honour yet, the values that change nothing, and why."""
+
+    field: str
+    neutral: tuple[object, ...]
+    reason: str
+
+
+UNSUPPORTED: Final[tuple[Unsupported, ...]] = (
+    Unsupported("kind", ("generate",), "only 'generate' is supported yet"),
+    Unsupported("n", (1,), "more than one choice is not supported yet"),
+    Unsupported("logprobs", (False,), "log probabilities are not supported yet"),
+    Unsupported("top_logprobs", (None, 0), "log probabilities are not supported yet"),
+    Unsupported("repetition_penalty", (1.0,), "is not supported yet; only 1.0 (off) is"),
+    Unsupported("presence_penalty", (0.0,), "is not supported yet; only 0 (off) is"),
+    Unsupported("frequency_penalty", (0.0,), "is not supported yet; only 0 (off) is"),
+    Unsupported("logit_bias", (None, {}), "is not supported yet"),
+    Unsupported(
+        "response_format",
+        (None, {"type": "text"}),
+        "structured output is not supported yet; only {'type': 'text'} is",
+    ),
+    Unsupported("tool_choice", (None, "auto", "none"), "only 'auto' and 'none' are supported yet"),
+    Unsupported("adapter", (None,), "adapters are not supported yet"),
+)
+"""Refused by name, never ignored. Lift a line when the engine honours the field, and give the
+field its protocol number in `jobs.FEATURE_PROTOCOL`."""
+
+
+def check_job(job: GenerationJob) -> None:
+    """Refuse what the fields say together, and what the engine can't do."""
+    errors = [*_source(job), *_messages(job), *_chat_only(job), *_unsupported(job)]
+    if errors:
+        raise rules_error(errors)
+
+
+def _source(job: GenerationJob) -> Iterator[FieldError]:
+    if job.messages is None and job.prompt is None:
+        yield FieldError("messages", "give messages or a prompt")
+    elif job.messages is not None and job.prompt is not None:
+        yield FieldError("prompt", "give messages or a prompt, not both")
+
+
+def _messages(job: GenerationJob) -> Iterator[FieldError]:
+    for index, message in enumerate(job.messages or ()):
+        problem = message_problem(message)
+        if problem:
+            yield FieldError(f"messages[{index}].{problem[0]}", problem[1])
+
+
+def _chat_only(job: GenerationJob) -> Iterator[FieldError]:
+    """A prompt goes to the model as it is, so what the chat template would render is refused."""
+    if job.prompt is not None:
+        for field in ("tools", "tool_choice", "chat_template_kwargs"):
+            if getattr(job, field) is not None:
+                yield FieldError(field, "needs messages: a prompt passes no chat template")
+    for index, tool in enumerate(job.tools or ()):
+        if tool.function.strict:
+            reason = "structured tool calls are not supported yet"
+            yield FieldError(f"tools[{index}].function.strict", reason)
+
+
+def _unsupported(job: GenerationJob) -> Iterator[FieldError]:
+    for field, neutral, reason in UNSUPPORTED:
+        if getattr(job, field) not in neutral:
+            yield FieldError(field, reason)
+
+
+def invalid_job(error: ValidationError) -> InvalidJob:
+    """Our error from pydantic's: paths as `messages[2].content`, never the value itself."""
+    errors = pydantic_errors(error)
+    too_large = TOO_LARGE.partition("{")[0]
+    if any(reason.startswith(too_large) for _, reason in errors):
+        return PayloadTooLarge(errors)
+    return InvalidJob(errors)

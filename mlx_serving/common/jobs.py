@@ -1,0 +1,224 @@
+"""The job: one text generation, validated at submit, in the words of the OpenAI chat API.
+
+Every parameter is honoured or refused with its path and the reason. On the wire defaults are
+left out, so the defaults of released fields never change (golden fixtures hold them).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+import uuid
+from typing import Annotated, Any, Final, Literal, Self
+
+from pydantic import (
+    AliasChoices,
+    BaseModel,
+    Field,
+    JsonValue,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from mlx_serving.common import limits
+from mlx_serving.common.errors import CorruptJob, FieldError, InvalidJob
+from mlx_serving.common.job_checks import check_job, invalid_job
+from mlx_serving.common.messages import STRICT, Message, Tool
+from mlx_serving.common.validation import check_data, rules_error
+
+JOB_FUNCTION: Final = "mlx_serving.worker.task.generate"
+"""The one function that an RQ job of ours names; producers never import it."""
+
+PROTOCOL: Final = 1
+"""Newest protocol that this code speaks. A worker leaves jobs that need a newer one queued."""
+
+FEATURE_PROTOCOL: Final[dict[str, int]] = {}
+"""Fields that only workers of a later protocol honour, with that protocol; none so far."""
+
+Lane = Literal["interactive", "default", "bulk"]
+LANES: Final[tuple[Lane, ...]] = ("interactive", "default", "bulk")
+"""In order of priority."""
+
+# A model's name is a part of queue names and keys: no ':', no braces, no blanks.
+ModelName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,127}$")]
+Seconds = Annotated[float, Field(gt=0, le=limits.SECONDS)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+StopString = Annotated[str, Field(min_length=1, max_length=limits.STOP_CHARS)]
+Label = Annotated[str, Field(pattern=r"^[!-~]{1,128}$")]
+MetadataKey = Annotated[str, Field(min_length=1, max_length=limits.METADATA_KEY_CHARS)]
+MetadataValue = Annotated[str, Field(max_length=limits.METADATA_VALUE_CHARS)]
+
+
+class GenerationJob(BaseModel):
+    """One text generation. Fields that are None, absent or null take their stated default.
+
+    `build` and `parse` raise InvalidJob; the constructor itself raises pydantic's own error,
+    as any pydantic model does, so that it can be a web framework's request body.
+    """
+
+    model_config = STRICT
+
+    v: Literal[1] = 1
+    kind: str = "generate"
+
+    # What to generate from: one of the two
+    model: ModelName
+    messages: (
+        Annotated[
+            tuple[Message, ...],
+            Field(strict=False, min_length=1, max_length=limits.MESSAGES),
+        ]
+        | None
+    ) = Field(None, repr=False)  # a job that is printed shows nothing of what it says
+    prompt: Annotated[str, Field(min_length=1)] | None = Field(None, repr=False)
+    tools: Annotated[tuple[Tool, ...], Field(strict=False, max_length=limits.TOOLS)] | None = None
+    tool_choice: JsonValue = None
+    chat_template_kwargs: dict[str, JsonValue] | None = None
+    adapter: str | None = None
+
+    # How much
+    max_tokens: int = Field(
+        256,
+        ge=1,
+        le=limits.TOKENS,
+        validation_alias=AliasChoices("max_tokens", "max_completion_tokens"),
+    )
+    stop: Annotated[tuple[StopString, ...], Field(max_length=limits.STOP_STRINGS)] = Field(
+        (), strict=False
+    )
+    n: int = Field(1, ge=1, le=128)
+
+    # Sampling
+    temperature: float = Field(1.0, ge=0, le=2)
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0, le=2**31 - 1, description="0 is off")
+    min_p: float = Field(0.0, ge=0, le=1)
+    seed: int | None = Field(None, ge=0, lt=limits.SEED, description="drawn at submit when None")
+    repetition_penalty: float = Field(1.0, gt=0, le=10)
+    presence_penalty: Penalty = 0.0
+    frequency_penalty: Penalty = 0.0
+    logit_bias: dict[str, float] | None = None
+    logprobs: bool = False
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    response_format: dict[str, JsonValue] | None = None
+
+    # How the queue treats it; times in seconds
+    lane: Lane = "default"
+    stream: bool = True
+    deadline: Seconds | None = Field(None, description="from enqueue, by Redis TIME, to its end")
+    timeout: Seconds | None = Field(None, description="from the first claim to its end")
+    abandon_after: Seconds | None = Field(None, description="ends when nobody listened so long")
+    result_ttl: int = Field(3600, ge=1, le=limits.SECONDS)
+    max_attempts: int = Field(5, ge=1, le=limits.ATTEMPTS)
+    idempotency_key: Label | None = None
+    tenant: Label | None = None
+    metadata: Annotated[
+        dict[MetadataKey, MetadataValue], Field(max_length=limits.METADATA_ITEMS)
+    ] = {}
+    traceparent: (
+        Annotated[str, Field(pattern=r"^00-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}$")] | None
+    ) = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _before(cls, data: Any) -> Any:  # noqa: ANN401 -- anything may come in
+        check_data(data)
+        return _plain_fields(data) if isinstance(data, dict) else data
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _one_stop_string(cls, value: object) -> object:
+        return (value,) if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _after(self) -> Self:
+        check_job(self)
+        return self
+
+    @classmethod
+    def build(cls, **fields: Any) -> Self:
+        """Build from keywords. Raises InvalidJob with each wrong field's path."""
+        return cls.parse(fields)
+
+    @classmethod
+    def parse(cls, data: object) -> Self:
+        """Build from plain data, as JSON gives it. Raises InvalidJob with each wrong path."""
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            raise invalid_job(error) from None
+
+    @classmethod
+    def from_wire(cls, wire: object) -> Self:
+        """Read what a producer sent. Raises CorruptJob for no object, InvalidJob for a wrong one.
+
+        A worker checks it all again: who can write to Redis is not always our producer.
+        """
+        if not isinstance(wire, dict):
+            raise CorruptJob("the job's payload is not an object")
+        needed = wire.get("min_protocol", 1)
+        if type(needed) is not int or not 1 <= needed <= PROTOCOL:
+            reason = f"is not a protocol from 1 to {PROTOCOL}, which this worker speaks"
+            raise InvalidJob([FieldError("min_protocol", reason)])
+        return cls.parse({key: value for key, value in wire.items() if key != "min_protocol"})
+
+    def to_wire(self) -> dict[str, Any]:
+        """Plain JSON data without defaults: what the RQ job carries."""
+        fields = self.model_dump(mode="json", exclude_defaults=True)
+        return {"v": self.v, "min_protocol": self.min_protocol, **fields}
+
+    def resolved(self) -> Self:
+        """Itself with a seed: one is drawn here where none was given."""
+        if self.seed is not None:
+            return self
+        return self.model_copy(update={"seed": secrets.randbelow(limits.SEED)})
+
+    def job_id(self) -> str:
+        """32 hex digits: the same for the same tenant and idempotency key, else new each time."""
+        if self.idempotency_key is None:
+            return uuid.uuid4().hex
+        name = f"{self.tenant or ''}\0{self.idempotency_key}"
+        return hashlib.sha256(name.encode()).hexdigest()[:32]
+
+    @property
+    def min_protocol(self) -> int:
+        """Oldest protocol whose workers honour every field that this job sets."""
+        fields = type(self).model_fields
+        needs = (
+            protocol
+            for field, protocol in FEATURE_PROTOCOL.items()
+            if getattr(self, field) != fields[field].default
+        )
+        return max(needs, default=1)
+
+    @property
+    def queue(self) -> str:
+        """Name of its RQ queue."""
+        return queue_name(self.model, self.lane)
+
+    def template_messages(self) -> list[dict[str, Any]]:
+        """Messages as chat templates expect them; empty where the job has a prompt."""
+        return [message.for_template() for message in self.messages or ()]
+
+    def template_tools(self) -> list[dict[str, Any]] | None:
+        """Tools for the chat template; None without any, or where tool_choice is "none"."""
+        if not self.tools or self.tool_choice == "none":
+            return None
+        return [tool.model_dump(mode="json", exclude_none=True) for tool in self.tools]
+
+
+def queue_name(model: str, lane: Lane) -> str:
+    """RQ queue of a model's lane."""
+    return f"{model}:{lane}"
+
+
+def _plain_fields(data: dict[Any, Any]) -> dict[Any, Any]:
+    """Drop what is null, as in the OpenAI API; settle max_tokens against its alias."""
+    fields = {key: value for key, value in data.items() if value is not None}
+    if "max_tokens" in fields and "max_completion_tokens" in fields:
+        if fields["max_tokens"] != fields["max_completion_tokens"]:
+            reason = "is an alias of max_tokens, which has another value"
+            raise rules_error([FieldError("max_completion_tokens", reason)])
+        del fields["max_completion_tokens"]
+    return fields

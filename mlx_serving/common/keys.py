@@ -1,0 +1,127 @@
+"""The one place that spells Redis keys and channels, for Python and for the Lua scripts.
+
+Own keys live under ``prefix``; RQ's keys, which are a view of ours for RQ's own tools, under
+``rq_prefix``. The Lua scripts call functions generated from the same table
+(:meth:`Keys.lua_functions`), so a key is written down once.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+# name → (which prefix, parts); a part in angle brackets is the argument.
+_TEMPLATES: dict[str, tuple[str, str]] = {
+    # ours: the authority
+    "job": ("own", ":job:<>"),  # control hash of a job
+    "events": ("own", ":ev:<>"),  # stream of a job's events, entry id "<seq>-0"
+    "channel": ("own", ":ch:<>"),  # pub/sub: a job's events, live
+    "open": ("own", ":open:<>"),  # zset of a queue's jobs that are not terminal, by enqueue time
+    "leases": ("own", ":leases:<>"),  # zset of a queue's running jobs, by lease deadline
+    "deadlines": ("own", ":deadlines"),  # zset of open jobs that have a deadline
+    "wake": ("own", ":wake:<>"),  # pub/sub: something was enqueued
+    "control": ("own", ":ctl:<>"),  # pub/sub to one worker: "cancel <id>"
+    "worker": ("own", ":worker:<>"),  # hash: what a worker is and can hold; expires
+    # RQ's: the view
+    "rq_job": ("rq", ":job:<>"),
+    "rq_queue": ("rq", ":queue:<>"),
+    "rq_queues": ("rq", ":queues"),
+    "rq_started": ("rq", ":wip:<>"),
+    "rq_finished": ("rq", ":finished:<>"),
+    "rq_failed": ("rq", ":failed:<>"),
+    "rq_canceled": ("rq", ":canceled:<>"),
+    "rq_results": ("rq", ":results:<>"),
+    "rq_execution": ("rq", ":execution:<>"),  # argument: "<job>:<execution>"
+    "rq_executions": ("rq", ":executions:<>"),
+    "rq_worker": ("rq", ":worker:<>"),
+    "rq_worker_executions": ("rq", ":worker:<>:executions"),
+    "rq_suspended": ("rq", ":suspended"),
+    "rq_commands": ("rq", ":pubsub:<>"),
+}
+
+_PREFIX = re.compile(r"[A-Za-z0-9_.:{}-]{1,64}")
+
+
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """Names of every key and channel under a pair of prefixes.
+
+    Raises:
+        ValueError: a prefix is empty or holds a character that Redis tools or Lua would misread.
+    """
+
+    prefix: str = "mlxs"
+    rq_prefix: str = "rq"
+
+    def __post_init__(self) -> None:
+        """Refuse a prefix that can't be spelled safely."""
+        for name in ("prefix", "rq_prefix"):
+            if not _PREFIX.fullmatch(getattr(self, name)):
+                message = f"{name}: {getattr(self, name)!r}: 1 to 64 of A-Z a-z 0-9 _ . : - {{ }}"
+                raise ValueError(message)
+
+    def _spell(self, name: str, argument: str = "") -> str:
+        which, template = _TEMPLATES[name]
+        prefix = self.prefix if which == "own" else self.rq_prefix
+        return prefix + template.replace("<>", argument)
+
+    def job(self, job_id: str) -> str:
+        """Control hash: the authority on a job."""
+        return self._spell("job", job_id)
+
+    def events(self, job_id: str) -> str:
+        """Stream of the job's events; the truth that consumers replay."""
+        return self._spell("events", job_id)
+
+    def channel(self, job_id: str) -> str:
+        """Pub/sub channel of the job's events; the fast path."""
+        return self._spell("channel", job_id)
+
+    def open(self, queue: str) -> str:
+        """Index of the queue's jobs that are not terminal."""
+        return self._spell("open", queue)
+
+    def leases(self, queue: str) -> str:
+        """Lease deadlines (ms, Redis TIME) of the queue's running jobs."""
+        return self._spell("leases", queue)
+
+    def wake(self, queue: str) -> str:
+        """Channel that tells idle workers of a new job."""
+        return self._spell("wake", queue)
+
+    def control(self, worker: str) -> str:
+        """Channel of hints to one worker."""
+        return self._spell("control", worker)
+
+    def worker(self, worker: str) -> str:
+        """What a worker says of itself."""
+        return self._spell("worker", worker)
+
+    def rq_job(self, job_id: str) -> str:
+        """RQ's hash of the job: payload, and the view that RQ's tools read."""
+        return self._spell("rq_job", job_id)
+
+    def rq_queue(self, queue: str) -> str:
+        """RQ's list of queued ids."""
+        return self._spell("rq_queue", queue)
+
+    def rq_commands(self, worker: str) -> str:
+        """RQ's command channel of a worker."""
+        return self._spell("rq_commands", worker)
+
+    def lua_functions(self) -> str:
+        """Lua source that defines ``k_<name>(argument)`` for every key.
+
+        Scripts get the prefixes as ``ARGV[1]`` and ``ARGV[2]``, so one script text serves all.
+        """
+        lines = ["local P, R = ARGV[1], ARGV[2]"]
+        for name, (which, template) in _TEMPLATES.items():
+            prefix = "P" if which == "own" else "R"
+            head, marker, tail = template.partition("<>")
+            pieces = [prefix, f"'{head}'"]
+            if marker:
+                pieces.append("a")
+            if tail:
+                pieces.append(f"'{tail}'")
+            lines.append(f"local function k_{name}(a) return {' .. '.join(pieces)} end")
+        return "\n".join(lines) + "\n"

@@ -1,0 +1,59 @@
+-- EMIT and FINISH for all rows of a flush. Per row: the epoch matches and seq == committed + 1.
+-- ARGV: P R worker iso lease_ms, then 10 a row:
+--   id epoch seq publish(0|1) event final_state('' while running) result rq_result error_code message
+-- Returns per row {status, reason}; status: 'OK', 'DUP' (already written), 'FENCED', 'GAP', each with the
+-- job's cancel reason or ''; 'ERROR' with Redis's own error: that row was not written, the others were.
+local worker, iso, lease = ARGV[3], ARGV[4], tonumber(ARGV[5])
+local now = now_ms()
+local replies = {}
+
+local function wanted(c, epoch) return c[1] == 'running' and c[2] == epoch and c[3] == worker end
+
+-- Nobody has listened for abandon_after: the row should end.
+local function note_listeners(id, c, receivers)
+  local limit = tonumber(c[7]) or 0
+  if limit == 0 then return end
+  if receivers > 0 then redis.call('HSET', k_job(id), 'ls', int(now))
+  elseif now - (tonumber(c[8]) or tonumber(c[9]) or now) > limit then
+    redis.call('HSET', k_job(id), 'ca', 'abandoned')
+    c[5] = 'abandoned'
+  end
+end
+
+local function commit(id, epoch, seq, publish, payload, state, result, rq_result, code, message)
+  local c = redis.call('HMGET', k_job(id), 'st', 'ep', 'ow', 'seq', 'ca', 'q', 'ab', 'ls', 'sa', 'ft')
+  if not wanted(c, epoch) then
+    -- The reply to this very finish was lost: the first one stands.
+    if state ~= '' and c[1] == state and c[2] == epoch then return {'DUP', ''} end
+    return {'FENCED', ''}
+  end
+  local committed = tonumber(c[4])
+  if seq <= committed then return {'DUP', c[5] or ''} end
+  if seq ~= committed + 1 then return {'GAP', c[5] or ''} end
+  local receivers = append_event(id, seq, payload, publish == '1')
+  if not c[10] and string.find(payload, '"token_ids"', 1, true) then
+    redis.call('HSET', k_job(id), 'ft', int(now))
+  end
+  if state ~= '' then
+    local kind = state == 'finished' and {1, rq_result, ''} or {2, '', rq_result}
+    finalize(id, c[6], state, code, message, result, iso, now, worker, epoch, kind)
+    local counter = state == 'finished' and 'successful_job_count' or 'failed_job_count'
+    if redis.call('EXISTS', k_rq_worker(worker)) == 1 then redis.call('HINCRBY', k_rq_worker(worker), counter, 1) end
+    return {'OK', ''}
+  end
+  if publish == '1' then note_listeners(id, c, receivers) end
+  redis.call('ZADD', k_leases(c[6]), int(now + lease), id)
+  if c[5] == '' then
+    c[5] = stock_verdict(id)
+    if c[5] ~= '' then redis.call('HSET', k_job(id), 'ca', c[5]) end
+  end
+  return {'OK', c[5] or ''}
+end
+
+for i = 6, #ARGV, 10 do
+  local ok, reply = pcall(commit, ARGV[i], ARGV[i + 1], tonumber(ARGV[i + 2]), ARGV[i + 3], ARGV[i + 4], ARGV[i + 5],
+    ARGV[i + 6], ARGV[i + 7], ARGV[i + 8], ARGV[i + 9])
+  if not ok then reply = {'ERROR', type(reply) == 'table' and reply.err or tostring(reply)} end
+  replies[#replies + 1] = reply
+end
+return replies

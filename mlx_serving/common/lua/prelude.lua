@@ -1,0 +1,121 @@
+-- Shared by every script; follows the generated k_<name>() functions.
+-- The control hash is the authority and is written first; RQ's hash and registries are a view
+-- of it, written in the same script, so they can never disagree through a crash.
+
+local unpack = unpack or table.unpack
+
+local function now_ms()
+  local t = redis.call('TIME')
+  return t[1] * 1000 + math.floor(t[2] / 1000)
+end
+
+local function int(x) return string.format('%.0f', x) end
+
+-- A stock tool may have left anything under a key; one odd key must stop nobody.
+local function is_hash(key) return redis.call('TYPE', key).ok == 'hash' end
+
+local RQ_STATUS = {queued = 'queued', running = 'started', finished = 'finished', failed = 'failed',
+                   dead = 'failed', expired = 'failed', cancelled = 'canceled'}
+local TERMINAL = {finished = true, failed = true, dead = true, expired = true, cancelled = true}
+
+-- Which terminal state a cancel reason leads to.
+local function state_for(reason)
+  if reason == 'deadline_exceeded' or reason == 'timeout' or reason == 'abandoned' then return 'expired' end
+  return 'cancelled'
+end
+
+-- RQ's execution of one attempt is named by the job and its epoch.
+local function view_drop_execution(id, queue, epoch, owner)
+  local composite = id .. ':' .. epoch
+  redis.call('DEL', k_rq_execution(composite), k_rq_executions(id))
+  redis.call('ZREM', k_rq_started(queue), composite)
+  if owner and owner ~= '' then redis.call('SREM', k_rq_worker_executions(owner), composite) end
+end
+
+local function view_start(id, queue, epoch, worker, iso, now)
+  local composite = id .. ':' .. epoch
+  redis.call('HSET', k_rq_job(id), 'status', 'started', 'worker_name', worker,
+             'started_at', iso, 'last_heartbeat', iso)
+  redis.call('PERSIST', k_rq_job(id))
+  redis.call('HSET', k_rq_execution(composite), 'id', epoch, 'job_id', id,
+             'created_at', now / 1000, 'last_heartbeat', now / 1000, 'worker_name', worker)
+  -- Scored +inf: stock maintenance, by whatever wall clock, never ends a lease.
+  redis.call('ZADD', k_rq_executions(id), '+inf', epoch)
+  redis.call('ZADD', k_rq_started(queue), '+inf', composite)
+  redis.call('SADD', k_rq_worker_executions(worker), composite)
+end
+
+local REGISTRY = {finished = k_rq_finished, failed = k_rq_failed, canceled = k_rq_canceled}
+
+-- rq_result: nil, or {type, return_value (base64) or '', exc_string (base64 of zlib) or ''}
+local function view_end(id, queue, state, iso, ttl, now, worker, epoch, rq_result)
+  local key = k_rq_job(id)
+  if not is_hash(key) then return end
+  local status = RQ_STATUS[state]
+  redis.call('HSET', key, 'status', status, 'ended_at', iso)
+  redis.call('EXPIRE', key, ttl)
+  for name, registry in pairs(REGISTRY) do
+    if name == status then redis.call('ZADD', registry(queue), int(math.floor(now / 1000) + ttl), id)
+    else redis.call('ZREM', registry(queue), id) end
+  end
+  if rq_result then
+    local fields = {'type', rq_result[1], 'worker_name', worker, 'execution_id', epoch}
+    if rq_result[2] ~= '' then fields[#fields + 1] = 'return_value'; fields[#fields + 1] = rq_result[2] end
+    if rq_result[3] ~= '' then fields[#fields + 1] = 'exc_string'; fields[#fields + 1] = rq_result[3] end
+    redis.call('XADD', k_rq_results(id), 'MAXLEN', 10, '*', unpack(fields))
+    redis.call('EXPIRE', k_rq_results(id), ttl)
+  end
+end
+
+local function append_event(id, seq, payload, publish)
+  redis.call('XADD', k_events(id), int(seq) .. '-0', 'e', payload)
+  redis.call('HSET', k_job(id), 'seq', int(seq))
+  if publish then return redis.call('PUBLISH', k_channel(id), payload) end
+  return 0
+end
+
+-- Ends a job. The end event itself was appended by the caller.
+local function finalize(id, queue, state, code, message, result, iso, now, owner, epoch, rq_result)
+  local key = k_job(id)
+  local ttl = tonumber(redis.call('HGET', key, 'ttl') or '') or 3600
+  redis.call('HSET', key, 'st', state, 'fi', int(now), 'err', code, 'msg', message)
+  if result ~= '' then redis.call('HSET', key, 'res', result) end
+  redis.call('ZREM', k_leases(queue), id)
+  redis.call('ZREM', k_open(queue), id)
+  redis.call('ZREM', k_deadlines(), id)
+  redis.call('EXPIRE', key, ttl)
+  redis.call('EXPIRE', k_events(id), ttl)
+  view_drop_execution(id, queue, epoch, owner)
+  view_end(id, queue, state, iso, ttl, now, owner, epoch, rq_result)
+end
+
+-- Ends a job that no live worker holds: the script itself writes the end event.
+local function finalize_unowned(id, queue, state, code, message, iso, now)
+  local c = redis.call('HMGET', k_job(id), 'seq', 'ep', 'sm', 'ow')
+  local seq = (tonumber(c[1]) or 0) + 1
+  local payload = '{"v":1,"attempt":' .. int(tonumber(c[2]) or 0) .. ',"seq":' .. int(seq) ..
+    ',"type":"end","state":"' .. state .. '","error":{"code":"' .. code .. '","message":' ..
+    cjson.encode(message) .. ',"retryable":false}}'
+  append_event(id, seq, payload, c[3] ~= '0')
+  finalize(id, queue, state, code, message, '', iso, now, c[4] or '', c[2] or '0', nil)
+end
+
+-- running → queued, at the front: the job has waited its turn already.
+local function requeue(id, queue, owner, epoch)
+  redis.call('HSET', k_job(id), 'st', 'queued', 'ow', '')
+  redis.call('ZREM', k_leases(queue), id)
+  redis.call('LPUSH', k_rq_queue(queue), id)
+  view_drop_execution(id, queue, epoch, owner)
+  if is_hash(k_rq_job(id)) then
+    redis.call('HSET', k_rq_job(id), 'status', 'queued', 'worker_name', '')
+  end
+  redis.call('PUBLISH', k_wake(queue), id)
+end
+
+-- What a stock tool did to a job's RQ hash that ends the job: a cancel reason, or ''.
+local function stock_verdict(id)
+  local status = redis.pcall('HGET', k_rq_job(id), 'status')
+  if status == false or type(status) == 'table' then return 'deleted' end
+  if status == 'canceled' or status == 'stopped' then return 'cancelled' end
+  return ''
+end

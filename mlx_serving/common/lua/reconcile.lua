@@ -1,0 +1,34 @@
+-- Repairs open jobs that neither the list nor a lease holds. The caller found the candidates; each is checked again here.
+-- ARGV: P R iso queue lease_ms id …  Returns {{id, outcome} …}; outcome: 'requeued', 'cancelled', 'leased', 'closed'.
+local iso, queue, lease = ARGV[3], ARGV[4], tonumber(ARGV[5])
+local now = now_ms()
+local done = {}
+local list = k_rq_queue(queue)
+
+local function repair(id)
+  if not is_hash(k_job(id)) then redis.call('ZREM', k_open(queue), id) return 'closed' end
+  local c = redis.call('HMGET', k_job(id), 'st', 'q')
+  if TERMINAL[c[1]] then redis.call('ZREM', k_open(queue), id) return 'closed' end
+  if c[1] == 'running' then
+    if redis.call('ZSCORE', k_leases(queue), id) then return nil end
+    redis.call('ZADD', k_leases(queue), int(now + lease), id)
+    return 'leased'
+  end
+  local verdict = stock_verdict(id)
+  if verdict ~= '' then
+    redis.call('LREM', list, 0, id)
+    finalize_unowned(id, queue, 'cancelled', 'cancelled', 'the RQ job was ' .. verdict, iso, now)
+    return 'cancelled'
+  end
+  if redis.call('LPOS', list, id) then return nil end
+  redis.call('LPUSH', list, id)
+  redis.call('SADD', k_rq_queues(), list)
+  redis.call('PUBLISH', k_wake(queue), id)
+  return 'requeued'
+end
+
+for i = 6, #ARGV do
+  local outcome = repair(ARGV[i])
+  if outcome then done[#done + 1] = {ARGV[i], outcome} end
+end
+return done

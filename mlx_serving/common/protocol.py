@@ -1,0 +1,143 @@
+"""Runs the protocol's calls on a Redis connection, blocking or async."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from mlx_serving.common.scripts import NAMES, script_text
+from mlx_serving.common.states import JobState
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import redis
+    import redis.asyncio
+    from redis.commands.core import AsyncScript, Script
+
+    from mlx_serving.common.calls import Call
+    from mlx_serving.common.keys import Keys
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class JobRecord:
+    """The control hash, read. Times are ms of Redis TIME (0: not yet)."""
+
+    job_id: str
+    state: JobState
+    queue: str
+    epoch: int
+    owner: str
+    seq: int
+    attempts: int
+    stream: bool
+    cancel_reason: str
+    enqueued_ms: int
+    started_ms: int
+    first_token_ms: int
+    finished_ms: int
+    deadline_ms: int
+    error_code: str
+    message: str
+    result: bytes  # the result record, JSON; empty where the job ended without a worker
+
+
+def parse_record(job_id: str, raw: Any) -> JobRecord | None:  # noqa: ANN401 -- redis-py's union
+    """Read a control hash as HGETALL returns it; None where there is none."""
+    if not raw or b"st" not in raw:
+        return None
+
+    def text(field: bytes) -> str:
+        return str(raw.get(field, b""), "utf-8")
+
+    def number(field: bytes) -> int:
+        return int(float(raw.get(field) or 0))
+
+    return JobRecord(
+        job_id=job_id, state=JobState(text(b"st")), queue=text(b"q"), epoch=number(b"ep"),
+        owner=text(b"ow"), seq=number(b"seq"), attempts=number(b"at"), stream=number(b"sm") != 0,
+        cancel_reason=text(b"ca"), enqueued_ms=number(b"en"), started_ms=number(b"sa"),
+        first_token_ms=number(b"ft"), finished_ms=number(b"fi"), deadline_ms=number(b"dl"),
+        error_code=text(b"err"), message=text(b"msg"), result=raw.get(b"res", b""),
+    )  # fmt: skip
+
+
+class _Base:
+    def __init__(self, keys: Keys) -> None:
+        self.keys = keys
+        self._prefixes: list[Any] = [keys.prefix, keys.rq_prefix]
+
+    def _range_arguments(self, job_id: str, after_seq: int) -> tuple[str, str, str]:
+        return self.keys.events(job_id), f"({after_seq}-0", "+"
+
+
+def _payloads(entries: Any) -> list[bytes]:  # noqa: ANN401 -- redis-py's own union
+    return [fields[b"e"] for _, fields in entries]
+
+
+class Protocol(_Base):
+    """The protocol over a blocking connection (``decode_responses=False``).
+
+    Raises:
+        redis.RedisError: from every method, where Redis fails; each call may then be sent again.
+    """
+
+    def __init__(self, redis: redis.Redis, keys: Keys) -> None:
+        super().__init__(keys)
+        self.redis = redis
+        self._scripts: dict[str, Script] = {n: redis.register_script(script_text(n)) for n in NAMES}
+
+    def run(self, call: Call[T]) -> T:
+        """Run one call."""
+        return call.parse(self._scripts[call.script](args=self._prefixes + call.arguments))
+
+    def run_many(self, calls: Sequence[Call[T]]) -> list[T]:
+        """Run calls in one round trip, outside a transaction: each is atomic by itself."""
+        with self.redis.pipeline(transaction=False) as pipe:
+            for call in calls:
+                self._scripts[call.script](args=self._prefixes + call.arguments, client=pipe)
+            return [call.parse(r) for call, r in zip(calls, pipe.execute(), strict=True)]
+
+    def record(self, job_id: str) -> JobRecord | None:
+        """The control hash, or None for an unknown job."""
+        return parse_record(job_id, self.redis.hgetall(self.keys.job(job_id)))
+
+    def read_events(self, job_id: str, after_seq: int = 0, count: int | None = None) -> list[bytes]:
+        """Event payloads with seq > `after_seq`, in order."""
+        return _payloads(self.redis.xrange(*self._range_arguments(job_id, after_seq), count=count))
+
+
+class AsyncProtocol(_Base):
+    """The protocol over a ``redis.asyncio`` connection; see `Protocol`."""
+
+    def __init__(self, redis: redis.asyncio.Redis, keys: Keys) -> None:
+        super().__init__(keys)
+        self.redis = redis
+        self._scripts: dict[str, AsyncScript] = {
+            n: redis.register_script(script_text(n)) for n in NAMES
+        }
+
+    async def run(self, call: Call[T]) -> T:
+        """Run one call."""
+        return call.parse(await self._scripts[call.script](args=self._prefixes + call.arguments))
+
+    async def run_many(self, calls: Sequence[Call[T]]) -> list[T]:
+        """Run calls in one round trip, outside a transaction: each is atomic by itself."""
+        async with self.redis.pipeline(transaction=False) as pipe:
+            for call in calls:
+                await self._scripts[call.script](args=self._prefixes + call.arguments, client=pipe)
+            return [call.parse(r) for call, r in zip(calls, await pipe.execute(), strict=True)]
+
+    async def record(self, job_id: str) -> JobRecord | None:
+        """The control hash, or None for an unknown job."""
+        return parse_record(job_id, await self.redis.hgetall(self.keys.job(job_id)))
+
+    async def read_events(
+        self, job_id: str, after_seq: int = 0, count: int | None = None
+    ) -> list[bytes]:
+        """Event payloads with seq > `after_seq`, in order."""
+        return _payloads(
+            await self.redis.xrange(*self._range_arguments(job_id, after_seq), count=count)
+        )

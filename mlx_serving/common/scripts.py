@@ -1,0 +1,29 @@
+"""The protocol's Lua scripts, as texts ready to register.
+
+A script is the generated key functions, then ``prelude.lua``, then its own file; Redis caches it
+by hash, so the length costs nothing after the first call.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.resources import files
+
+from mlx_serving.common.keys import Keys
+
+NAMES = ("enqueue", "claim", "commit", "renew", "release", "cancel", "reap", "reconcile")
+
+
+@cache
+def script_text(name: str) -> str:
+    """Whole text of one script.
+
+    Raises:
+        KeyError: there is no script of that name.
+    """
+    if name not in NAMES:
+        raise KeyError(name)
+    folder = files("mlx_serving.common") / "lua"
+    prelude = (folder / "prelude.lua").read_text(encoding="utf-8")
+    body = (folder / f"{name}.lua").read_text(encoding="utf-8")
+    return Keys().lua_functions() + prelude + body

@@ -1,0 +1,167 @@
+"""Settings: the only reader of the environment.
+
+Each field is `MLX_SERVING_<NAME>` in the environment, or `<name>` in a TOML file:
+`MLX_SERVING_CONFIG`, else `mlx-serving.toml` in the working directory where there is one.
+Keywords win over the environment, the environment over the file.
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal, Self
+
+from pydantic import (
+    AliasChoices,
+    BeforeValidator,
+    Field,
+    FilePath,
+    SecretStr,
+    ValidationError,
+    model_validator,
+)
+from pydantic_settings import (
+    BaseSettings,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+    TomlConfigSettingsSource,
+)
+
+from mlx_serving.common import limits
+from mlx_serving.common.errors import InvalidSettings
+from mlx_serving.common.jobs import ModelName
+from mlx_serving.common.validation import pydantic_errors
+
+ENV_PREFIX: Final = "MLX_SERVING_"
+CONFIG_FILE: Final = "mlx-serving.toml"
+TALLY: Final = "tally"
+TALLY_PATH: Final = Path(__file__).parents[1] / "tally" / "model"
+"""The tiny model that ships with the package; spelled here so that nothing else is imported."""
+
+
+def _split(value: object) -> object:
+    """Let the environment give a list as `a,b`."""
+    return (
+        tuple(filter(None, map(str.strip, value.split(",")))) if isinstance(value, str) else value
+    )
+
+
+def _known_scheme(value: object) -> object:
+    if isinstance(value, str) and not value.startswith(("redis://", "rediss://", "unix://")):
+        raise ValueError("must start with redis://, rediss:// or unix://")
+    return value
+
+
+RedisUrl = Annotated[SecretStr, BeforeValidator(_known_scheme)]
+KeyPrefix = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:{}-]{1,64}$")]
+HostAndPort = Annotated[str, Field(pattern=r"^[^\s:]+:\d{1,5}$")]
+PositiveSeconds = Annotated[float, Field(gt=0, le=24 * 3600)]
+
+
+class Settings(BaseSettings):
+    """All settings, each with a working default; times in the unit of their name."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=ENV_PREFIX,
+        extra="forbid",
+        frozen=True,
+        allow_inf_nan=False,
+        hide_input_in_errors=True,
+        validate_default=False,
+        # `models` and `model_…` are ours to use.
+        protected_namespaces=(),
+    )
+
+    # Redis; the URL may hold user and password, which then win over the fields below
+    redis_url: RedisUrl = SecretStr("redis://localhost:6379/0")
+    redis_by_model: dict[ModelName, RedisUrl] = {}
+    redis_username: str | None = None
+    redis_password: SecretStr | None = None
+    redis_tls: bool = False
+    redis_tls_ca: FilePath | None = None
+    redis_tls_cert: FilePath | None = None
+    redis_tls_key: FilePath | None = None
+    redis_connect_timeout_seconds: PositiveSeconds = 5.0
+    redis_read_timeout_seconds: PositiveSeconds = 5.0
+    sentinel_hosts: Annotated[tuple[HostAndPort, ...], NoDecode, BeforeValidator(_split)] = ()
+    sentinel_service: str = "mymaster"
+    sentinel_username: str | None = None
+    sentinel_password: SecretStr | None = None
+    key_prefix: KeyPrefix = "mlxs"
+    # RQ reads this variable itself, when it is imported: the two must agree.
+    rq_prefix: KeyPrefix = Field("rq", validation_alias=AliasChoices("rq_prefix", "RQ_KEY_PREFIX"))
+
+    # Models: alias → local path, or "organisation/name@revision" of the hub
+    models: dict[ModelName, str] = {}
+
+    # Delivery
+    lease_seconds: PositiveSeconds = 10.0
+    reap_interval_seconds: PositiveSeconds = 2.0
+    engine_stall_seconds: PositiveSeconds = 10.0
+    drain_grace_seconds: float = Field(30.0, ge=0, le=24 * 3600)
+    flush_interval_ms: float = Field(20.0, ge=0, le=1000)
+    buffer_tokens: int = Field(65_536, ge=1, description="decoded but not yet in Redis")
+    max_payload_bytes: int = Field(limits.PAYLOAD_BYTES, ge=1024, le=limits.PAYLOAD_BYTES)
+
+    # Engine
+    max_batch_rows: int = Field(64, ge=1, le=1024)
+    kv_budget_bytes: int | None = Field(None, gt=0, description="None: decided from the device")
+    prefill_chunk_tokens: int = Field(512, ge=1, le=65_536)
+    native: bool = True
+
+    # Logs
+    log_format: Literal["json", "console"] = "console"
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Keywords, then the environment, then the TOML file."""
+        del dotenv_settings, file_secret_settings
+        file = TomlConfigSettingsSource(settings_cls, toml_file=_config_file())
+        return init_settings, env_settings, file
+
+    @model_validator(mode="after")
+    def _add_tally(self) -> Self:
+        self.models.setdefault(TALLY, str(TALLY_PATH))
+        return self
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
+        if self.lease_seconds <= self.reap_interval_seconds:
+            raise ValueError("lease_seconds must be longer than reap_interval_seconds")
+        if (self.redis_tls_cert is None) != (self.redis_tls_key is None):
+            raise ValueError("redis_tls_cert and redis_tls_key go together")
+        return self
+
+
+def load_settings(**overrides: Any) -> Settings:
+    """Read file, environment and keywords. Raises InvalidSettings with each wrong name."""
+    try:
+        return Settings(**overrides)
+    except ValidationError as error:
+        raise InvalidSettings(pydantic_errors(error)) from None
+    except tomllib.TOMLDecodeError as error:
+        raise InvalidSettings([(str(_config_file()), f"is not TOML: {error}")]) from None
+    except SettingsError as error:
+        # Its text names the field; the value, which may be a secret, is only in its cause.
+        raise InvalidSettings(str(error)) from None
+
+
+def _config_file() -> Path | None:
+    """TOML file to read; one that is named has to exist."""
+    named = os.environ.get(f"{ENV_PREFIX}CONFIG")
+    if named is None:
+        return Path(CONFIG_FILE) if Path(CONFIG_FILE).is_file() else None
+    if not Path(named).is_file():
+        raise InvalidSettings([(f"{ENV_PREFIX}CONFIG", f"there is no file {named!r}")])
+    return Path(named)

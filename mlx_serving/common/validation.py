@@ -1,0 +1,127 @@
+"""From data that may be anything to field errors: what holds for jobs and settings alike."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import isfinite
+from typing import TYPE_CHECKING, Any, Final
+
+from pydantic import BaseModel
+from pydantic_core import PydanticCustomError
+
+from mlx_serving.common import limits
+from mlx_serving.common.errors import FieldError
+from mlx_serving.common.messages import TAG_PARTS, TAG_TEXT
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from pydantic import ValidationError
+
+RULES: Final = "job_rules"
+"""Type of the pydantic error that carries our own list of field errors."""
+
+
+TOO_LARGE: Final = "makes the job larger than {limit} bytes"
+
+_NO_FIELDS: Final = frozenset({TAG_TEXT, TAG_PARTS, "[key]"})
+"""What pydantic puts into locations beside the names of fields."""
+
+_MOST_ERRORS: Final = 20
+_KEY_CHARS: Final = 64
+_PLAIN: Final = {
+    "extra_forbidden": "is no field here",
+    "missing": "is needed",
+}
+
+
+def check_data(data: object) -> None:
+    """Refuse nesting, size, numbers and text that no field may have, before any is read."""
+    errors = list(scan(data))
+    if errors:
+        raise rules_error(errors)
+
+
+def rules_error(errors: list[FieldError]) -> PydanticCustomError:
+    """Wrap field errors so that they pass through pydantic whole."""
+    context = {"problems": "; ".join(map(str, errors)), "errors": [list(e) for e in errors]}
+    return PydanticCustomError(RULES, "{problems}", context)
+
+
+def scan(data: object, *, max_bytes: int = limits.PAYLOAD_BYTES) -> Iterator[FieldError]:
+    """Walk plain data without recursion; stops at the first thing that is too deep or large."""
+    stack: list[tuple[str, object, int]] = [("", data, 1)]
+    size = 0
+    while stack:
+        path, value, depth = stack.pop()
+        size += 1
+        if isinstance(value, str):
+            size += (length := _utf8_length(value))
+            if length < 0:
+                yield FieldError(path, "holds a lone surrogate, which is not valid Unicode")
+        elif isinstance(value, float) and not isfinite(value):
+            yield FieldError(path, "must be a finite number")
+        elif isinstance(value, (Mapping, list, tuple, BaseModel)):
+            if depth > limits.JSON_DEPTH:
+                yield FieldError(path, f"is nested deeper than {limits.JSON_DEPTH}")
+                return
+            stack.extend((*item, depth + 1) for item in _items(path, value))
+        if size > max_bytes:
+            yield FieldError(path, TOO_LARGE.format(limit=max_bytes))
+            return
+
+
+def _items(path: str, value: object) -> Iterator[tuple[str, object]]:
+    """Children with their paths; a key is text too, found under the path of its object."""
+    if isinstance(value, BaseModel):
+        value = value.__dict__
+    if isinstance(value, Mapping):
+        for key, child in value.items():
+            yield path, key
+            yield _join(path, key), child
+    elif isinstance(value, (list, tuple)):
+        for index, child in enumerate(value):
+            yield f"{path}[{index}]", child
+
+
+def _join(path: str, key: object) -> str:
+    """Path of a key; a key may be anything's text, so a long one is cut."""
+    name = str(key)[:_KEY_CHARS]
+    return f"{path}.{name}" if path else name
+
+
+def _utf8_length(text: str) -> int:
+    """Bytes of a string, or -1 where it has no UTF-8 form."""
+    if text.isascii():
+        return len(text)
+    try:
+        return len(text.encode())
+    except UnicodeEncodeError:
+        return -1
+
+
+def pydantic_errors(error: ValidationError) -> list[FieldError]:
+    """Field errors from pydantic's, at most 20 of them."""
+    details = error.errors(include_url=False, include_input=False)
+    # A list is also "too short" where its items are wrong: that says nothing new.
+    wrong = {detail["loc"][:n] for detail in details for n in range(len(detail["loc"]))}
+    errors: list[FieldError] = []
+    for detail in details:
+        if detail["type"] == RULES:
+            errors += (FieldError(*pair) for pair in detail["ctx"]["errors"])
+        elif detail["type"] != "too_short" or detail["loc"] not in wrong:
+            reason = _PLAIN.get(detail["type"], detail["msg"].removeprefix("Value error, "))
+            errors.append(FieldError(field_path(detail["loc"]), reason))
+    more = len(errors) - _MOST_ERRORS
+    return errors if more <= 0 else [*errors[:_MOST_ERRORS], FieldError("", f"and {more} more")]
+
+
+def field_path(loc: Iterable[Any]) -> str:
+    """`("messages", 2, "content")` as `messages[2].content`."""
+    path = ""
+    for part in loc:
+        if isinstance(part, int):
+            path += f"[{part}]"
+        elif part not in _NO_FIELDS:
+            path = _join(path, part)
+    return path
