@@ -1,0 +1,1 @@
+"""The worker: claims jobs, holds one continuous batch on MLX, publishes tokens."""

@@ -1,0 +1,159 @@
+"""The engine child: builds the worker's parts, runs them, and never outlives a dead engine."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+import structlog
+
+from mlx_serving.common.connection import connect, resolve
+from mlx_serving.common.jobs import LANES, queue_name
+from mlx_serving.common.protocol import Protocol
+from mlx_serving.common.telemetry import configure_logging
+from mlx_serving.worker.dispatcher import Dispatcher, DispatcherOptions
+from mlx_serving.worker.fleet import Fleet
+from mlx_serving.worker.listener import Listener
+from mlx_serving.worker.loading import EngineSpec, load
+from mlx_serving.worker.publisher import Publisher, PublisherOptions
+from mlx_serving.worker.runner import Runner
+from mlx_serving.worker.sweeper import Sweeper
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from multiprocessing.connection import Connection
+
+    from mlx_serving.common.jobs import GenerationJob
+    from mlx_serving.common.settings import Settings
+    from mlx_serving.worker.engine.sequence import InferenceEngine, Output
+
+log = structlog.get_logger(__name__)
+
+EXIT_ENGINE: Final = 70  # sysexits' EX_SOFTWARE: the engine is dead or hangs
+WATCH_SECONDS: Final = 0.5
+READ_SECONDS: Final = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class ChildSpec:
+    """All that the child needs; it crosses the process boundary by pickle, from our own parent."""
+
+    settings: Settings
+    model: str
+    name: str
+    engine: EngineSpec
+
+
+class Child:
+    """One worker's parts, wired."""
+
+    def __init__(self, spec: ChildSpec) -> None:
+        settings = spec.settings
+        endpoint = resolve(settings, spec.model)
+        lease_ms = int(settings.lease_seconds * 1000)
+        queues = tuple(queue_name(spec.model, lane) for lane in LANES)
+        self.stall_seconds = settings.engine_stall_seconds
+        self.protocol = Protocol(connect(endpoint), endpoint.keys)
+        self._spec = spec
+        self._encode: Callable[[GenerationJob], tuple[int, ...]] | None = None
+        self.runner = Runner(
+            self._load,
+            on_outputs=self._push,
+            on_refused=self._refused,
+            on_room=lambda: self.dispatcher.post("room"),
+            paused=lambda: self.publisher.backlog >= settings.buffer_tokens,
+        )
+        self.publisher = Publisher(
+            Protocol(connect(endpoint), endpoint.keys),
+            spec.name,
+            PublisherOptions(lease_ms, settings.flush_interval_ms / 1000),
+            on_gone=self._gone,
+            fresh=lambda: self.runner.stalled_for < self.stall_seconds,
+        )
+        self.fleet = Fleet(self.protocol, queues, spec.name)
+        sweeper = Sweeper(
+            self.protocol, queues, lease_ms=lease_ms, reap_seconds=settings.reap_interval_seconds
+        )
+        options = DispatcherOptions(
+            spec.name, spec.model, queues, settings.max_batch_rows, lease_ms,
+            settings.drain_grace_seconds, settings.max_payload_bytes,
+        )  # fmt: skip
+        self.dispatcher = Dispatcher(
+            options, self.protocol, self.runner, self.publisher, sweeper, self.fleet,
+            self._encode_prompt,
+        )  # fmt: skip
+        self.listener = Listener(
+            connect(endpoint, block_seconds=READ_SECONDS), endpoint.keys, spec.name, queues,
+            self.dispatcher.post,
+        )  # fmt: skip
+
+    def _load(self) -> InferenceEngine:
+        engine, self._encode = load(self._spec.engine, self._spec.settings)
+        return engine
+
+    def _encode_prompt(self, job: GenerationJob) -> tuple[int, ...]:
+        assert self._encode is not None  # noqa: S101 -- the engine was ready before any claim
+        return self._encode(job)
+
+    def _push(self, outputs: Sequence[Output]) -> None:
+        self.publisher.push(outputs)
+
+    def _gone(self, job_id: str) -> None:
+        self.runner.abort(job_id)
+
+    def _refused(self, job_id: str, code: str, message: str) -> None:
+        job = next((j for j in self.publisher.held() if j.job_id == job_id), None)
+        if job is not None:
+            self.publisher.fail(job, code, message)
+
+    def run(self) -> int:
+        """Load the engine, then serve; returns the exit status."""
+        self.runner.start()
+        self.runner.ready.wait()
+        engine = self.runner.engine
+        if engine is None:
+            return EXIT_ENGINE
+        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+        self.fleet.facts = {
+            "model": self._spec.model, "revision": engine.model_info.revision,
+            "kv_tokens_capacity": str(engine.kv_tokens_capacity), "pid": str(os.getpid()),
+        }  # fmt: skip
+        self.publisher.start()
+        self.listener.start()
+        log.info("serving", worker=self._spec.name, model=self._spec.model)
+        status = self.dispatcher.run()
+        self.publisher.stop()
+        self.listener.stop()
+        return status
+
+    def _watch(self) -> None:
+        """End the process when the engine hangs: a hung one behind a live process helps nobody."""
+        while True:
+            time.sleep(WATCH_SECONDS)
+            if self.runner.stalled_for >= self.stall_seconds:
+                log.critical("engine_stalled", seconds=round(self.runner.stalled_for, 1))
+                os._exit(EXIT_ENGINE)
+
+
+def _follow_parent(lifeline: Connection, child: Child) -> None:
+    """Hand over when the parent is gone: nobody would restart or stop us."""
+    try:
+        lifeline.recv()
+    except (EOFError, OSError):
+        log.warning("parent_gone")
+        child.dispatcher.post("hand_over")
+
+
+def run_child(spec: ChildSpec, lifeline: Connection) -> None:
+    """Entry point of the spawned process; exits with the worker's status."""
+    configure_logging(log_format=spec.settings.log_format, level=spec.settings.log_level)
+    child = Child(spec)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C reaches the parent too
+    signal.signal(signal.SIGTERM, lambda *_: child.dispatcher.post("drain"))
+    threading.Thread(target=_follow_parent, args=(lifeline, child), daemon=True).start()
+    sys.exit(child.run())

@@ -1,0 +1,278 @@
+"""The worker's main loop: claims what the batch can hold, keeps the fleet tidy, drains.
+
+Three threads: this one (claims, sweeps, commands), the engine (`Runner`), and the `Publisher`.
+Messages to this one come through a queue: wake-ups and commands from pub/sub, signals, and
+"there is room" from the engine.
+"""
+
+from __future__ import annotations
+
+import queue
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+import redis
+import structlog
+
+from mlx_serving.common import calls
+from mlx_serving.common.jobs import PROTOCOL
+from mlx_serving.worker.held import Committed, HeldJob
+from mlx_serving.worker.intake import (
+    JobRefusedError,
+    build_request,
+    check_continues,
+    open_payload,
+    read_committed,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from mlx_serving.common.calls import ClaimedJob
+    from mlx_serving.common.jobs import GenerationJob
+    from mlx_serving.common.protocol import Protocol
+    from mlx_serving.worker.engine.sequence import InferenceEngine, Request
+    from mlx_serving.worker.fleet import Fleet
+    from mlx_serving.worker.publisher import Publisher
+    from mlx_serving.worker.runner import Runner
+    from mlx_serving.worker.sweeper import Sweeper
+
+log = structlog.get_logger(__name__)
+
+POLL_SECONDS: Final = 1.0  # pub/sub may lose a wake-up: look without one so often
+UNADMITTED_SECONDS: Final = 1.0  # how long a claimed job may wait for room before it goes back
+RELEASE_SECONDS: Final = 5.0  # how long a drain waits for Redis
+CLAIM_MOST: Final = 32
+
+
+@dataclass(frozen=True, slots=True)
+class DispatcherOptions:
+    """What the loop needs to know of the settings. `rows` is the batch's size."""
+
+    worker: str
+    model: str
+    queues: tuple[str, ...]
+    rows: int
+    lease_ms: int = 10_000
+    drain_grace_seconds: float = 30.0
+    max_payload_bytes: int = 4 * 1024 * 1024
+
+
+class Dispatcher:
+    """Runs until drained; `post` is safe from any thread and from signal handlers."""
+
+    def __init__(
+        self,
+        options: DispatcherOptions,
+        protocol: Protocol,
+        runner: Runner,
+        publisher: Publisher,
+        sweeper: Sweeper,
+        fleet: Fleet,
+        encode: Callable[[GenerationJob], tuple[int, ...]],
+    ) -> None:
+        self._options, self._protocol = options, protocol
+        self._runner, self._publisher, self._sweeper = runner, publisher, sweeper
+        self._fleet, self._encode = fleet, encode
+        self._messages: queue.SimpleQueue[tuple[str, str]] = queue.SimpleQueue()
+        self._claim_limit = CLAIM_MOST
+        self._unadmitted_since: float | None = None
+        self._drain_until: float | None = None
+        self._suspended = False
+        self._redis_down = False
+
+    def post(self, what: str, argument: str = "") -> None:
+        """Leave a message: 'wake', 'room', 'cancel' or 'stop_job' <id>, 'drain', 'hand_over'."""
+        self._messages.put((what, argument))
+
+    def run(self) -> int:
+        """Serve until drained or until the engine fails; returns the exit status."""
+        while not self._done():
+            try:
+                self._chores()
+                claimed = self._claim()
+                self._redis_down = False
+            except redis.RedisError as error:
+                self._note_redis(error)
+                claimed = False
+            if not claimed:
+                self._listen()
+        return self._finish()
+
+    # One turn
+
+    def _done(self) -> bool:
+        if self._runner.failure is not None:
+            return True
+        if self._drain_until is None:
+            return False
+        return time.monotonic() >= self._drain_until or not self._publisher.held()
+
+    def _note_redis(self, error: redis.RedisError) -> None:
+        if not self._redis_down:
+            log.warning("redis_unavailable", reason=type(error).__name__)
+        self._redis_down = True
+
+    def _chores(self) -> None:
+        self._fleet.beat(held=len(self._publisher.held()), suspended=self._suspended)
+        self._sweeper.sweep()
+        self._settle_unadmitted()
+
+    def _listen(self) -> None:
+        """Wait for a message, then take all that are there."""
+        wait = 0.05 if self._unadmitted_since is not None else POLL_SECONDS
+        if self._drain_until is not None:
+            wait = min(wait, max(0.0, self._drain_until - time.monotonic()), 0.05)
+        try:
+            self._handle(*self._messages.get(timeout=wait))
+            while True:
+                self._handle(*self._messages.get_nowait())
+        except queue.Empty:
+            return
+
+    def _handle(self, what: str, argument: str) -> None:
+        if what == "cancel":
+            self._publisher.cancel(argument, "cancelled")
+        elif what == "stop_job":
+            self._stop_job(argument)
+        elif what == "hand_over" or (what == "drain" and self._drain_until is not None):
+            self._drain_until = time.monotonic()
+        elif what == "drain":
+            grace = self._options.drain_grace_seconds
+            log.info("draining", held=len(self._publisher.held()), grace_seconds=grace)
+            self._drain_until = time.monotonic() + grace
+
+    def _stop_job(self, job_id: str) -> None:
+        """RQ's stop-job: through the control hash, so that it holds whoever runs the job."""
+        try:
+            self._protocol.run(calls.cancel(job_id, "stopped"))
+        except redis.RedisError as error:
+            self._note_redis(error)
+
+    # Claiming
+
+    @property
+    def _engine(self) -> InferenceEngine:
+        engine = self._runner.engine
+        assert engine is not None  # noqa: S101 -- run() starts after `ready`
+        return engine
+
+    def _room(self) -> int:
+        """How many jobs to claim now."""
+        waiting = self._runner.unadmitted()
+        if self._drain_until is not None or self._publisher.failing or waiting is None or waiting:
+            return 0
+        rows = self._options.rows - self._engine.running - self._engine.waiting
+        return min(rows, self._claim_limit)
+
+    def _claim(self) -> bool:
+        """Claim up to the room there is; True where there may be more."""
+        most = self._room()
+        if most < 1:
+            return False
+        options = self._options
+        reply = self._protocol.run(
+            calls.claim(
+                options.worker, options.queues, most=most, lease_ms=options.lease_ms,
+                protocol=PROTOCOL, capacity_tokens=self._engine.kv_tokens_capacity,
+                max_payload_bytes=options.max_payload_bytes,
+            )
+        )  # fmt: skip
+        self._suspended = reply.suspended
+        if reply.dropped:
+            log.info("claim_dropped", jobs=reply.dropped)
+        if not reply.jobs:
+            return False
+        self._take(reply.jobs)
+        return len(reply.jobs) == most
+
+    def _take(self, claims: Sequence[ClaimedJob]) -> None:
+        held = [HeldJob(claimed) for claimed in claims]
+        self._publisher.hold(held)
+        requests = []
+        for job in held:
+            try:
+                requests.append(self._prepare(job))
+            except JobRefusedError as error:
+                log.warning("job_refused", job=job.job_id, code=error.code)
+                self._publisher.fail(job, error.code, error.message)
+        self._place(requests)
+
+    def _prepare(self, held: HeldJob) -> Request:
+        """Read, resume and tokenize one claimed job."""
+        claimed = held.claimed
+        job = open_payload(claimed, self._options.max_payload_bytes)
+        committed = Committed()
+        if claimed.seq:
+            payloads = self._protocol.read_events(claimed.job_id)
+            committed = read_committed(payloads, claimed.seq)
+            check_continues(committed, self._engine.model_info)
+        request = build_request(claimed.job_id, job, committed, self._encode)
+        held.resume(committed)
+        held.prompt_tokens = len(request.prompt)
+        held.model, held.model_name = self._engine.model_info, job.model
+        return request
+
+    def _place(self, requests: Sequence[Request]) -> None:
+        """Hand what can ever fit to the engine; leave the rest for a bigger worker, or fail it."""
+        fitting = [r for r in requests if self._engine.fits(r)]
+        self._runner.submit(fitting)
+        held = {job.job_id: job for job in self._publisher.held()}
+        for request in requests:
+            job = held.get(request.id)
+            if request in fitting or job is None:
+                continue
+            needed = request.kv_tokens
+            if self._fleet.someone_holds(needed):
+                self._release([(job, needed)])
+            else:
+                message = f"max_tokens: the job needs {needed} KV tokens; no live worker has them"
+                self._publisher.fail(job, "job_too_large", message)
+
+    def _settle_unadmitted(self) -> None:
+        """At most one claimed job waits for room, and not for long; others go back at once."""
+        waiting = self._runner.unadmitted()
+        if waiting is None:
+            return
+        if not waiting:
+            self._unadmitted_since = None
+            self._claim_limit = min(CLAIM_MOST, self._claim_limit * 2)
+            return
+        self._claim_limit = 1
+        now = time.monotonic()
+        self._unadmitted_since = self._unadmitted_since or now
+        overdue = now - self._unadmitted_since >= UNADMITTED_SECONDS
+        back = waiting if overdue else waiting[1:]
+        caught = self._runner.withdraw({request.id for request in back})
+        held = {job.job_id: job for job in self._publisher.held()}
+        # Last first: each goes to the front of its queue, so their order stays.
+        self._release([(held[r.id], 0) for r in reversed(back) if r.id in caught and r.id in held])
+
+    def _release(self, jobs: Sequence[tuple[HeldJob, int]]) -> None:
+        if not jobs:
+            return
+        rows = [(job.job_id, job.claimed.epoch, needed) for job, needed in jobs]
+        self._protocol.run(calls.release(self._options.worker, rows))
+        self._publisher.let_go([job.job_id for job, _ in jobs])
+
+    # The end
+
+    def _finish(self) -> int:
+        """Hand over what is left: commit every decoded token, then release."""
+        if self._runner.failure is not None:
+            return 70  # leases run out, so that the crash is charged to whom it concerns
+        self._runner.halt()
+        self._runner.halted.wait(RELEASE_SECONDS)
+        written = self._publisher.drain(RELEASE_SECONDS)
+        left = self._publisher.held()
+        try:
+            rows = [(job.job_id, job.claimed.epoch, 0) for job in reversed(left)]
+            if rows and written:
+                self._protocol.run(calls.release(self._options.worker, rows))
+            self._publisher.let_go([job.job_id for job in left])
+            self._fleet.leave()
+        except redis.RedisError as error:
+            self._note_redis(error)
+        log.info("drained", handed_over=len(left), all_written=written)
+        return 0

@@ -1,0 +1,78 @@
+"""Which engine a worker runs, and how it comes up. Runs in the engine thread; imports MLX late."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import structlog
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from mlx_serving.common.jobs import GenerationJob
+    from mlx_serving.common.settings import Settings
+    from mlx_serving.worker.engine.sequence import InferenceEngine
+
+    Encode = Callable[[GenerationJob], tuple[int, ...]]
+
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSpec:
+    """`mlx` runs the model at `model_path`; `simulated` costs time but no compute.
+
+    `tokens_per_second` is a simulated row's rate; 0: a job takes one step and no time.
+    """
+
+    kind: Literal["mlx", "simulated"] = "mlx"
+    model_path: str = ""
+    tokens_per_second: float = 0.0
+
+
+def load(spec: EngineSpec, settings: Settings) -> tuple[InferenceEngine, Encode]:
+    """Bring the engine up, warm.
+
+    Raises:
+        MlxServingError: the model can't be loaded; the message says why.
+
+    """
+    if spec.kind == "simulated":
+        return _load_simulated(spec, settings)
+    return _load_mlx(spec, settings)
+
+
+def _load_mlx(spec: EngineSpec, settings: Settings) -> tuple[InferenceEngine, Encode]:
+    # Imported here: the parent and the simulated engine must not load MLX.
+    from mlx_serving.worker.engine.models import EngineOptions, load_engine
+    from mlx_serving.worker.engine.prompts import PromptEncoder
+
+    options = EngineOptions(
+        max_batch_rows=settings.max_batch_rows,
+        kv_budget_bytes=settings.kv_budget_bytes,
+        prefill_chunk_tokens=settings.prefill_chunk_tokens,
+        prefer_native=settings.native,
+    )
+    engine = load_engine(spec.model_path, options)
+    for report in engine.acceleration:
+        log.info("acceleration", piece=report.piece, implementation=report.implementation,
+                 reason=report.reason)  # fmt: skip
+    return engine, PromptEncoder(engine.tokenizer).encode
+
+
+def _load_simulated(spec: EngineSpec, settings: Settings) -> tuple[InferenceEngine, Encode]:
+    from mlx_serving.worker.engine.simulated import (
+        SimulatedEngine,
+        SimulatedOptions,
+        SimulatedPromptEncoder,
+    )
+
+    rows = settings.max_batch_rows
+    options = (
+        SimulatedOptions(tokens_per_second=spec.tokens_per_second, max_rows=rows)
+        if spec.tokens_per_second
+        else SimulatedOptions.zero_cost(rows)
+    )
+    return SimulatedEngine(options), SimulatedPromptEncoder().encode

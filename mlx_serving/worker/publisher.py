@@ -1,0 +1,285 @@
+"""Writes what the engine decodes to Redis, beside the engine thread, and keeps the leases.
+
+The engine thread hands outputs over and goes on (`push` never waits for Redis). One flush is
+under way at a time: all rows in one script call, sent again unchanged until Redis answers.
+What piles up meanwhile goes into the next flush as one event a job; `backlog` tells the runner
+when to pause.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+import redis
+import structlog
+
+from mlx_serving.common import calls
+from mlx_serving.common.events import ErrorInfo
+from mlx_serving.common.states import JobState
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    from mlx_serving.common.calls import CommitRow, RowReply
+    from mlx_serving.common.protocol import Protocol
+    from mlx_serving.worker.engine.sequence import Output
+    from mlx_serving.worker.held import HeldJob
+
+log = structlog.get_logger(__name__)
+
+ROWS_A_CALL: Final = 128  # a longer script would hold up Redis's other clients
+BULK_TOKENS: Final = 16  # a job without `stream` commits every so many tokens …
+BULK_SECONDS: Final = 0.5  # … or so often
+TRANSIENT: Final = ("OOM", "MISCONF", "READONLY", "NOREPLICAS", "LOADING", "MASTERDOWN", "BUSY")
+BACK_OFF_SECONDS: Final = (0.05, 0.1, 0.2, 0.5, 1.0)
+
+
+@dataclass(frozen=True, slots=True)
+class PublisherOptions:
+    """Times in seconds; `lease_ms` in milliseconds of Redis TIME."""
+
+    lease_ms: int = 10_000
+    flush_seconds: float = 0.01
+    idle_seconds: float = 0.1
+
+
+class Publisher(threading.Thread):
+    """Owner of the held jobs. Thread-safe.
+
+    `on_gone` is called, outside the lock, for every job that is not to be decoded any further:
+    it ended, was cancelled, or was taken over. `fresh` says whether the engine makes progress;
+    leases are renewed only while it does.
+    """
+
+    def __init__(
+        self,
+        protocol: Protocol,
+        worker: str,
+        options: PublisherOptions,
+        *,
+        on_gone: Callable[[str], None],
+        fresh: Callable[[], bool],
+    ) -> None:
+        super().__init__(name="publisher", daemon=True)
+        self._protocol, self._worker, self._options = protocol, worker, options
+        self._on_gone, self._fresh = on_gone, fresh
+        self._changed = threading.Condition()
+        self._held: dict[str, HeldJob] = {}
+        self._dirty: dict[str, HeldJob] = {}
+        self._urgent = self._draining = False
+        self._idle = threading.Event()
+        self._stopping = threading.Event()
+        self._flushed_at = self._renewed_at = 0.0
+        self.backlog = 0  # tokens that no flush has taken yet
+        self.fenced = 0  # jobs lost to another worker
+        self.failing = False  # whether the last write failed
+
+    # What the main thread calls
+
+    def hold(self, jobs: Iterable[HeldJob]) -> None:
+        """Keep the jobs' leases from now on."""
+        with self._changed:
+            self._held.update((job.job_id, job) for job in jobs)
+
+    def fail(self, job: HeldJob, code: str, message: str) -> None:
+        """End a job with an error of its own."""
+        with self._changed:
+            job.end(JobState.FAILED, ErrorInfo(code, message))
+            self._mark(job, urgent=True)
+
+    def cancel(self, job_id: str, reason: str) -> None:
+        """End a held job; unknown ids are ignored."""
+        with self._changed:
+            job = self._held.get(job_id)
+            if job is None or job.ending is not None:
+                return
+            self._cancel(job, reason)
+        self._on_gone(job_id)
+
+    def held(self) -> list[HeldJob]:
+        """Jobs that are held now."""
+        with self._changed:
+            return list(self._held.values())
+
+    def let_go(self, job_ids: Iterable[str]) -> None:
+        """Forget jobs that were released: their leases are not renewed any more."""
+        with self._changed:
+            for job_id in job_ids:
+                self._forget(job_id)
+
+    def drain(self, timeout: float) -> bool:
+        """Write all that is pending, bulk rows too; False where that took too long."""
+        with self._changed:
+            self._draining = True
+            for job in self._held.values():
+                if job.pending:
+                    self._mark(job, urgent=True)
+            self._idle.clear()
+            self._changed.notify()
+        return self._idle.wait(timeout)
+
+    def stop(self) -> None:
+        """End the thread; what is pending then stays unwritten."""
+        self._stopping.set()
+        with self._changed:
+            self._changed.notify()
+
+    # What the engine thread calls
+
+    def push(self, outputs: Sequence[Output]) -> None:
+        """Take a step's outputs. Rows of jobs that are gone are dropped."""
+        with self._changed:
+            for output in outputs:
+                job = self._held.get(output.request_id)
+                if job is None or job.ending is not None:
+                    continue
+                self.backlog += len(output.token_ids)
+                self._mark(job, urgent=job.add(output))
+            self._changed.notify()
+
+    # The thread
+
+    def run(self) -> None:
+        """Flush, renew and expire until stopped."""
+        while not self._stopping.is_set():
+            rows = self._collect()
+            for start in range(0, len(rows), ROWS_A_CALL):
+                self._commit(rows[start : start + ROWS_A_CALL])
+            self._renew()
+            self._expire()
+            with self._changed:
+                if not self._dirty:
+                    self._idle.set()
+
+    def _mark(self, job: HeldJob, *, urgent: bool) -> None:
+        self._idle.clear()
+        self._dirty[job.job_id] = job
+        if urgent and not self._urgent:
+            self._urgent = True
+            self._changed.notify()
+
+    def _due(self, job: HeldJob, now: float) -> bool:
+        if job.claimed.stream or job.ending or job.model or self._draining:
+            return True
+        waited = now - job.committed_at
+        return len(job.pending_tokens) >= BULK_TOKENS or waited >= BULK_SECONDS
+
+    def _collect(self) -> list[CommitRow]:
+        """Wait until a flush is due; take its rows."""
+        options = self._options
+        with self._changed:
+            if not self._dirty:
+                self._changed.wait(options.idle_seconds)
+            if not self._urgent:
+                rest = self._flushed_at + options.flush_seconds - time.monotonic()
+                if rest > 0:
+                    self._changed.wait(rest)
+            self._urgent = False
+            now = self._flushed_at = time.monotonic()
+            rows: list[CommitRow] = []
+            for job in [j for j in self._dirty.values() if self._due(j, now)]:
+                del self._dirty[job.job_id]
+                job.committed_at = now
+                self.backlog -= len(job.pending_tokens)
+                rows += job.rows(self._worker)
+            return rows
+
+    def _commit(self, rows: list[CommitRow]) -> None:
+        """Send rows until each is settled: the same rows, so that a lost reply does no harm."""
+        attempt = 0
+        while rows and not self._stopping.is_set():
+            try:
+                replies = self._protocol.run(
+                    calls.commit(self._worker, rows, lease_ms=self._options.lease_ms)
+                )
+            except redis.RedisError as error:
+                self._note_failure(type(error).__name__)
+            else:
+                rows = self._settle(rows, replies)
+                if not rows:
+                    break
+            self._stopping.wait(BACK_OFF_SECONDS[min(attempt, len(BACK_OFF_SECONDS) - 1)])
+            attempt += 1
+        self.failing = False
+
+    def _note_failure(self, reason: str) -> None:
+        if not self.failing:
+            log.warning("redis_write_failed", reason=reason, backlog_tokens=self.backlog)
+        self.failing = True
+
+    def _settle(self, rows: list[CommitRow], replies: list[RowReply]) -> list[CommitRow]:
+        """Apply the replies; return the rows to send again."""
+        again: dict[str, None] = {}
+        gone: list[str] = []
+        with self._changed:
+            for row, reply in zip(rows, replies, strict=True):
+                job = self._held.get(row.job_id)
+                if job is None or row.job_id in again:
+                    continue
+                if reply.status == "ERROR" and reply.reason.lstrip("-").startswith(TRANSIENT):
+                    self._note_failure(reply.reason.split(" ", 1)[0])
+                    again[row.job_id] = None
+                elif reply.status not in {"OK", "DUP"}:
+                    self._lose(job, reply)
+                    gone.append(row.job_id)
+                elif row.state is not None:
+                    self._forget(row.job_id)
+                    gone.append(row.job_id)
+                elif reply.reason and job.ending is None:
+                    self._cancel(job, reply.reason)
+                    gone.append(row.job_id)
+        for job_id in gone:
+            self._on_gone(job_id)
+        return [row for row in rows if row.job_id in again]
+
+    def _lose(self, job: HeldJob, reply: RowReply) -> None:
+        self.fenced += 1
+        log.warning("job_lost", job=job.job_id, epoch=job.claimed.epoch, status=reply.status,
+                    reason=reply.reason)  # fmt: skip
+        self._forget(job.job_id)
+
+    def _forget(self, job_id: str) -> None:
+        job = self._held.pop(job_id, None)
+        self._dirty.pop(job_id, None)
+        if job is not None:
+            self.backlog -= len(job.pending_tokens)
+
+    def _cancel(self, job: HeldJob, reason: str) -> None:
+        job.cancel(reason)
+        self._mark(job, urgent=True)
+
+    def _renew(self) -> None:
+        """Renew all leases four times a lease, if the engine is alive."""
+        now = time.monotonic()
+        if now - self._renewed_at < self._options.lease_ms / 4000 or not self._fresh():
+            return
+        jobs = [job for job in self.held() if job.ending is None]
+        self._renewed_at = now
+        if not jobs:
+            return
+        held = [(job.job_id, job.claimed.epoch) for job in jobs]
+        try:
+            replies = self._protocol.run(
+                calls.renew(self._worker, held, lease_ms=self._options.lease_ms)
+            )
+        except redis.RedisError as error:
+            self._note_failure(type(error).__name__)
+            self._renewed_at = 0.0
+            return
+        for job, reply in zip(jobs, replies, strict=True):
+            if reply.status == "FENCED":
+                with self._changed:
+                    if job.job_id in self._held:
+                        self._lose(job, reply)
+                self._on_gone(job.job_id)
+            elif reply.reason:
+                self.cancel(job.job_id, reply.reason)
+
+    def _expire(self) -> None:
+        now = time.monotonic()
+        for job in self.held():
+            if now >= job.expires_at:
+                self.cancel(job.job_id, job.expiry_reason)

@@ -1,0 +1,95 @@
+"""The one place that touches RQ's internals: how this worker looks to RQ's own tools.
+
+RQ's job hashes, registries and executions are written by the protocol's scripts, together with
+the authority; here are the worker's registration, its heartbeat, its commands, and the form
+in which RQ keeps results.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import zlib
+from typing import TYPE_CHECKING, Any
+
+import structlog
+from rq import worker_registration
+from rq.serializers import JSONSerializer
+from rq.worker.base import BaseWorker, WorkerStatus
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import redis
+
+log = structlog.get_logger(__name__)
+
+WORKER_TTL_SECONDS = 60
+
+
+def rq_success(result: bytes) -> bytes:
+    """A return value, JSON, as ``rq.results.Result`` stores it."""
+    return base64.b64encode(result)
+
+
+def rq_failure(message: str) -> bytes:
+    """An exception text as ``rq.results.Result`` stores it."""
+    return base64.b64encode(zlib.compress(message.encode()))
+
+
+class BatchWorker(BaseWorker):
+    """An RQ worker that holds many jobs at once in one process and never forks.
+
+    The stock loop, its dequeueing, heartbeats a job and `_finalize_*` are not used: none of
+    them knows an epoch. The dispatcher owns the loop; this is what `rq info`, `Worker.all()` and
+    RQ's commands see of it.
+    """
+
+    def __init__(self, queues: Sequence[str], name: str, connection: redis.Redis) -> None:
+        super().__init__(
+            list(queues),
+            name=name,
+            connection=connection,
+            serializer=JSONSerializer,
+            worker_ttl=WORKER_TTL_SECONDS,
+        )
+
+    def _set_connection(self, connection: redis.Redis) -> redis.Redis:
+        """Leave our timeouts alone: stock raises the read timeout to minutes."""
+        return connection
+
+    def enter(self) -> None:
+        """Register as a living worker."""
+        self.register_birth()  # type: ignore[no-untyped-call]
+        self.set_state(WorkerStatus.STARTED)
+
+    def beat(self, *, held: int, suspended: bool) -> None:
+        """Show that the worker lives and what it does; register again if Redis forgot it."""
+        if not self.connection.exists(self.key):
+            self.enter()
+        busy = WorkerStatus.BUSY if held else WorkerStatus.IDLE
+        self.heartbeat(WORKER_TTL_SECONDS)
+        self.set_state(WorkerStatus.SUSPENDED if suspended and not held else busy)
+
+    def peer_names(self) -> set[str]:
+        """Names of the other workers registered on our queues, alive or not yet cleaned up."""
+        keys = {key for q in self.queues for key in worker_registration.get_keys(queue=q)}
+        return {key.removeprefix(self.redis_worker_namespace_prefix) for key in keys} - {self.name}
+
+    def leave(self) -> None:
+        """Deregister."""
+        self.register_death()  # type: ignore[no-untyped-call]
+
+
+def read_command(data: bytes) -> tuple[str, str]:
+    """An RQ command as (what, job id): 'cancel' for stop-job and stop-execution; 'shutdown'; ''."""
+    try:
+        payload: Any = json.loads(data)
+    except ValueError:
+        return "", ""
+    if not isinstance(payload, dict):
+        return "", ""
+    command, job_id = payload.get("command"), payload.get("job_id")
+    if command in {"stop-job", "stop-execution"} and isinstance(job_id, str):
+        return "cancel", job_id
+    return ("shutdown", "") if command == "shutdown" else ("", "")

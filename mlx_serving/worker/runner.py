@@ -1,0 +1,152 @@
+"""The engine thread: the only one that touches the engine and MLX."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from typing import TYPE_CHECKING
+
+import structlog
+
+from mlx_serving.worker.engine.sequence import RequestRefusedError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from mlx_serving.worker.engine.sequence import InferenceEngine, Output, Request
+
+log = structlog.get_logger(__name__)
+
+IDLE_SECONDS = 0.5
+
+
+class Runner(threading.Thread):
+    """Loads the engine, then steps it while there is work.
+
+    `on_outputs` gets each step's outputs; `on_refused(job_id, code, message)` a request that the
+    engine would not take; `on_room` is called when rows left the batch or requests entered it.
+    `paused` is asked before each step: a deliberate pause is progress, a step that does not come
+    back is not (`stalled_for`).
+    """
+
+    def __init__(
+        self,
+        load: Callable[[], InferenceEngine],
+        *,
+        on_outputs: Callable[[Sequence[Output]], None],
+        on_refused: Callable[[str, str, str], None],
+        on_room: Callable[[], None],
+        paused: Callable[[], bool],
+    ) -> None:
+        super().__init__(name="engine", daemon=True)
+        self._load, self._on_outputs, self._on_refused = load, on_outputs, on_refused
+        self._paused, self._on_room = paused, on_room
+        self._changed = threading.Condition()
+        self._requests: deque[Request] = deque()
+        self._aborts: deque[str] = deque()
+        self._halting = False
+        self._turns = self._submitted_at_turn = 0
+        self._progress_at = time.monotonic()
+        self.engine: InferenceEngine | None = None
+        self.ready = threading.Event()
+        self.halted = threading.Event()
+        self.failure: BaseException | None = None
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        """Queue requests; the engine admits them in order, as it has room."""
+        with self._changed:
+            self._requests.extend(requests)
+            self._submitted_at_turn = self._turns
+            self._changed.notify()
+
+    def unadmitted(self) -> list[Request] | None:
+        """Requests that the engine has no room for; None while it has not looked yet."""
+        with self._changed:
+            if self._requests and self._turns < self._submitted_at_turn + 2:
+                return None
+            return list(self._requests)
+
+    def withdraw(self, job_ids: set[str]) -> set[str]:
+        """Take requests back that were not admitted; returns those that it caught in time."""
+        with self._changed:
+            caught = {r.id for r in self._requests if r.id in job_ids}
+            self._requests = deque(r for r in self._requests if r.id not in caught)
+            return caught
+
+    def abort(self, job_id: str) -> None:
+        """Queue an abort; unknown ids are ignored."""
+        with self._changed:
+            self._aborts.append(job_id)
+            self._changed.notify()
+
+    def halt(self) -> None:
+        """Stop stepping for good; `halted` is set once the last outputs were handed over."""
+        with self._changed:
+            self._halting = True
+            self._changed.notify()
+
+    @property
+    def stalled_for(self) -> float:
+        """Seconds since the loop last came round; 0 before the engine is loaded."""
+        if not self.ready.is_set() or self.halted.is_set():
+            return 0.0
+        return time.monotonic() - self._progress_at
+
+    def run(self) -> None:
+        """Load, then loop; a failure of the engine itself is kept and ends the thread."""
+        try:
+            self.engine = self._load()
+            self._progress_at = time.monotonic()
+            self.ready.set()
+            while self._turn(self.engine):
+                self._progress_at = time.monotonic()
+        except BaseException as error:  # whatever it is, the process must end
+            self.failure = error
+            log.exception("engine_failed")
+        finally:
+            self.halted.set()
+            self.ready.set()
+
+    def _turn(self, engine: InferenceEngine) -> bool:
+        with self._changed:
+            paused = self._paused()
+            self._turns += 1
+            busy = self._aborts or self._admissible(engine) or (engine.has_work and not paused)
+            if not busy and not self._halting:
+                self._changed.wait(0.01 if paused else IDLE_SECONDS)
+            aborts, self._aborts = self._aborts, deque()
+            if self._halting:
+                return False
+        for job_id in aborts:
+            engine.abort(job_id)
+        self.withdraw(set(aborts))
+        admitted = self._admit(engine)
+        ended = bool(aborts)
+        if engine.has_work and not paused:
+            outputs = engine.step()
+            if outputs:
+                self._on_outputs(outputs)
+                ended = ended or any(o.finish_reason for o in outputs)
+        if ended or admitted:
+            self._on_room()
+        return True
+
+    def _admissible(self, engine: InferenceEngine) -> bool:
+        return bool(self._requests) and engine.can_add(self._requests[0])
+
+    def _admit(self, engine: InferenceEngine) -> int:
+        """Hand requests over in order, as far as there is room; returns how many."""
+        admitted = 0
+        while True:
+            with self._changed:
+                if not self._admissible(engine):
+                    return admitted
+                request = self._requests.popleft()
+            admitted += 1
+            try:
+                engine.add(request)
+            except RequestRefusedError as error:
+                self._on_refused(request.id, error.code, str(error))
+            except Exception as error:  # noqa: BLE001 -- a failing row fails alone
+                self._on_refused(request.id, "engine_error", type(error).__name__)

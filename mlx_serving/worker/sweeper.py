@@ -1,0 +1,94 @@
+"""Reaper and reconciler: what dead workers held comes back, what fell between comes back too.
+
+Any worker may sweep; the scripts check everything again, so several at once do no harm.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Final
+
+import structlog
+
+from mlx_serving.common import calls
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from mlx_serving.common.protocol import Protocol
+
+log = structlog.get_logger(__name__)
+
+RECONCILE_SECONDS: Final = 5.0
+PAGE: Final = 1000
+
+
+class Sweeper:
+    """Runs both at their intervals; called from the worker's main loop.
+
+    Raises:
+        redis.RedisError: from `sweep`; nothing is lost by trying again later.
+
+    """
+
+    def __init__(
+        self, protocol: Protocol, queues: Sequence[str], *, lease_ms: int, reap_seconds: float
+    ) -> None:
+        self._protocol, self._queues, self._lease_ms = protocol, queues, lease_ms
+        self._reap_seconds = reap_seconds
+        self._reaped_at = self._reconciled_at = 0.0
+        self._suspicious: set[str] = set()  # queues whose counts did not add up last time
+
+    def sweep(self) -> None:
+        """Do what is due."""
+        now = time.monotonic()
+        if now - self._reaped_at >= self._reap_seconds:
+            self._reaped_at = now
+            self.reap()
+        if now - self._reconciled_at >= RECONCILE_SECONDS:
+            self._reconciled_at = now
+            for queue in self._queues:
+                self.reconcile(queue)
+
+    def reap(self) -> list[tuple[str, str]]:
+        """Take over expired leases, expire queued jobs past their deadline."""
+        swept = self._protocol.run(calls.reap(lease_ms=self._lease_ms))
+        for job_id, outcome in swept.outcomes:
+            log.warning("job_reaped", job=job_id, outcome=outcome)
+        return swept.outcomes
+
+    def reconcile(self, queue: str) -> list[tuple[str, str]]:
+        """Compare a queue's index with its list and leases; repair what is in neither.
+
+        Counting is cheap and nearly always enough. Only a count that is off twice running
+        (once may be a job on its way) makes it read the ids.
+        """
+        keys, redis = self._protocol.keys, self._protocol.redis
+        with redis.pipeline(transaction=True) as pipe:
+            pipe.zcard(keys.open(queue))
+            pipe.llen(keys.rq_queue(queue))
+            pipe.zcard(keys.leases(queue))
+            indexed, listed, leased = pipe.execute()
+        if indexed == listed + leased:
+            self._suspicious.discard(queue)
+            return []
+        if queue not in self._suspicious:
+            self._suspicious.add(queue)
+            return []
+        return self._repair(queue)
+
+    def _repair(self, queue: str) -> list[tuple[str, str]]:
+        keys, redis = self._protocol.keys, self._protocol.redis
+        with redis.pipeline(transaction=True) as pipe:
+            pipe.zrange(keys.open(queue), 0, -1)
+            pipe.lrange(keys.rq_queue(queue), 0, -1)
+            pipe.zrange(keys.leases(queue), 0, -1)
+            indexed, listed, leased = pipe.execute()
+        lost = [i.decode() for i in sorted(set(indexed) - set(listed) - set(leased))]
+        outcomes: list[tuple[str, str]] = []
+        for start in range(0, len(lost), PAGE):
+            call = calls.reconcile(queue, lost[start : start + PAGE], lease_ms=self._lease_ms)
+            outcomes += self._protocol.run(call).outcomes
+        for job_id, outcome in outcomes:
+            log.warning("job_reconciled", job=job_id, outcome=outcome)
+        return outcomes
