@@ -17,7 +17,7 @@ have() { command -v "$1" >/dev/null 2>&1; }
 fingerprint() {
     {
         cat pyproject.toml constraints.txt CMakeLists.txt scripts/bootstrap.sh
-        find native -type f -name '*.[ch]pp' -exec cat {} + | LC_ALL=C sort
+        find native -type f | LC_ALL=C sort | xargs cat
         printf '%s|%s|%s|%s' "$PWD" "$PYTHON" "${CXX:-}" "${MLX_SERVING_NO_NATIVE_BUILD:-}"
     } | cksum
 }
@@ -59,10 +59,7 @@ need_redis() {
         have brew || die "no redis-server and no Homebrew; see https://brew.sh, then: brew install redis"
         brew install --quiet redis >&2
     else
-        # A package's own service is not wanted: the demo and the tests start private servers.
-        as_root sh -c 'test -e /usr/sbin/policy-rc.d || { printf "#!/bin/sh\nexit 101\n" >/usr/sbin/policy-rc.d; chmod +x /usr/sbin/policy-rc.d; touch /tmp/.mlx-serving-policy; }' || true
         apt_install redis-server || die "no redis-server; install it (Debian: apt-get install redis-server)"
-        as_root sh -c 'test ! -e /tmp/.mlx-serving-policy || rm -f /usr/sbin/policy-rc.d /tmp/.mlx-serving-policy' || true
     fi
 }
 

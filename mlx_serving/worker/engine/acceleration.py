@@ -1,0 +1,148 @@
+"""Native or twin: which implementation of each accelerated piece is in use, and why.
+
+A native piece proves itself: on start it runs beside its twin on this machine, and where the two
+differ the twin is used. Every choice is a report that the log, `mlx-serving doctor` and the demo
+show. Whether native pieces are wanted at all is a setting, handed in as `prefer_native`.
+"""
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from types import ModuleType
+from typing import Any, Final, Literal
+
+from mlx_serving.worker.engine import detokenizer as twin
+from mlx_serving.worker.engine.detokenizer import DetokenizerProtocol
+from mlx_serving.worker.engine.vocabulary import Vocabulary, VocabularyTable, read_vocabulary
+
+DETOKENIZER: Final = "detokenizer"
+
+Make = Callable[[VocabularyTable], DetokenizerProtocol]
+
+
+@dataclass(frozen=True, slots=True)
+class AccelerationReport:
+    """One piece's choice. `reason` is a clause that can stand after a colon."""
+
+    piece: str
+    implementation: Literal["native", "twin"]
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.piece}: {self.implementation} ({self.reason})"
+
+
+def load_native() -> tuple[ModuleType | None, str]:
+    """The native module, or None and why it can't be had."""
+    try:
+        return import_module("mlx_serving._native"), "built"
+    except ModuleNotFoundError:
+        return None, "this install was built without the native module"
+    except ImportError as error:  # another Python's or another machine's build
+        return None, f"the native module does not load: {error}"
+
+
+def make_detokenizer(
+    tokenizer: Any,  # noqa: ANN401 - mlx-lm's wrapper forwards by getattr
+    *,
+    prefer_native: bool,
+) -> tuple[DetokenizerProtocol, AccelerationReport]:
+    """A detokenizer for a model, one per engine: its table is shared by all of its slots.
+
+    Args:
+        tokenizer: as `read_vocabulary` takes it.
+        prefer_native: False asks for the twin.
+
+    Raises:
+        UnsupportedVocabularyError: see `read_vocabulary`.
+    """
+    make, report = choose_detokenizer(prefer_native=prefer_native)
+    return make(read_vocabulary(tokenizer)), report
+
+
+def reports(*, prefer_native: bool) -> list[AccelerationReport]:
+    """What an engine started now would use, piece by piece."""
+    return [choose_detokenizer(prefer_native=prefer_native)[1]]
+
+
+def choose_detokenizer(*, prefer_native: bool) -> tuple[Make, AccelerationReport]:
+    """The implementation to use; some 10 ms, most of it the self-check."""
+    make, reason = _try_native(prefer_native=prefer_native)
+    if make is None:
+        return _make_twin, AccelerationReport(DETOKENIZER, "twin", reason)
+    return make, AccelerationReport(DETOKENIZER, "native", reason)
+
+
+def _try_native(*, prefer_native: bool) -> tuple[Make | None, str]:
+    if not prefer_native:
+        return None, "switched off by the settings"
+    native, reason = load_native()
+    if native is None:
+        return None, reason
+    difference = _self_check(_maker(native))
+    if difference is not None:
+        return None, f"the native piece failed its self-check: {difference}"
+    return _maker(native), "self-check passed"
+
+
+def _maker(native: ModuleType) -> Make:
+    def make(table: VocabularyTable) -> DetokenizerProtocol:
+        vocabulary = native.Vocabulary(
+            table.tokens, table.kind, table.special_ids, table.strip_leading_space
+        )
+        made: DetokenizerProtocol = native.Detokenizer(vocabulary)
+        return made
+
+    return make
+
+
+def _make_twin(table: VocabularyTable) -> DetokenizerProtocol:
+    vocabulary = Vocabulary(table.tokens, table.kind, table.special_ids, table.strip_leading_space)
+    return twin.Detokenizer(vocabulary)
+
+
+# What both kinds of table know: words, halves of characters, spaces, a special token.
+_CHECK_TABLES: Final = (
+    VocabularyTable(
+        [piece.encode() for piece in ("a", "b", "Ġ", "ð", "Ł", "Ļ", "Ĥ", "Ġab", "<t x>", "<s>")],
+        "byte_level",
+        {9},
+        strip_leading_space=False,
+    ),
+    VocabularyTable(
+        [piece.encode() for piece in ("a", "b", "▁", "<0xF0>", "<0x9F>", "<0x99>", "<0x82>", "▁ab",
+                                      "é", "<s>")],
+        "byte_fallback",
+        {9},
+        strip_leading_space=True,
+    ),
+)  # fmt: skip
+_CHECK_STOPS: Final = ((), ("ab",), ("bb a", "🙂"), ("aba", " a"))
+_CHECK_STEPS: Final = 96
+_CHECK_EMOJI: Final = {0: 3, 1: 4, 2: 5, 3: 6}  # step -> id: a whole character, byte by byte
+_CHECK_EMOJI_EVERY: Final = 12  # steps; in between, any ids
+
+
+def _self_check(make: Make) -> str | None:
+    """Runs the same random streams through a piece and its twin; the first difference, or None."""
+    for table in _CHECK_TABLES:
+        expected = _check_run(_make_twin(table))
+        try:
+            got = _check_run(make(table))
+        except Exception as error:  # noqa: BLE001 - whatever a broken module does, the twin is used
+            return f"{table.kind}: {type(error).__name__}: {error}"
+        if got != expected:
+            return f"{table.kind}: its text differs from the twin's"
+    return None
+
+
+def _check_run(detokenizer: DetokenizerProtocol) -> list[Any]:
+    chance = random.Random(0)  # noqa: S311 - test data
+    slots = [detokenizer.open(stops) for stops in _CHECK_STOPS]
+    seen: list[Any] = []
+    for step in range(_CHECK_STEPS):
+        emoji = _CHECK_EMOJI.get(step % _CHECK_EMOJI_EVERY)
+        tokens = [chance.randrange(11) if emoji is None else emoji for _ in slots]
+        seen.append(detokenizer.push(slots, tokens))
+    return [*seen, [detokenizer.finish(slot) for slot in slots]]

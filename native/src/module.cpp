@@ -1,0 +1,104 @@
+// Bindings only: Python objects in, Python objects out. The GIL is released around the work.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <memory>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "mlx_serving/detokenizer.hpp"
+#include "mlx_serving/vocabulary.hpp"
+
+namespace py = pybind11;
+using mlx_serving::Detokenizer;
+using mlx_serving::Release;
+using mlx_serving::Vocabulary;
+using mlx_serving::VocabularyKind;
+
+namespace {
+
+VocabularyKind parse_kind(const std::string& kind) {
+  if (kind == "byte_level") return VocabularyKind::kByteLevel;
+  if (kind == "byte_fallback") return VocabularyKind::kByteFallback;
+  throw py::value_error("kind: must be byte_level or byte_fallback, not '" + kind + "'");
+}
+
+std::shared_ptr<Vocabulary> make_vocabulary(const py::sequence& tokens, const std::string& kind,
+                                            const py::set& special_ids, bool strip_leading_space) {
+  const auto parsed = parse_kind(kind);
+  std::vector<py::bytes> owners;  // keeps the bytes alive while the views are read
+  std::vector<std::string_view> spellings;
+  owners.reserve(tokens.size());
+  spellings.reserve(tokens.size());
+  for (const auto token : tokens) {
+    owners.push_back(token.cast<py::bytes>());
+    spellings.emplace_back(owners.back());
+  }
+  std::vector<std::int64_t> ids;
+  for (const auto id : special_ids) ids.push_back(id.cast<std::int64_t>());
+  return std::make_shared<Vocabulary>(spellings, parsed, ids, strip_leading_space);
+}
+
+// A surrogate in a stop string fails here, by name, rather than inside a type caster.
+std::vector<std::string> to_utf8(const py::sequence& stops) {
+  std::vector<std::string> texts;
+  for (std::size_t at = 0; at < stops.size(); ++at) {
+    const py::str stop = stops[at];
+    Py_ssize_t size = 0;
+    const char* data = PyUnicode_AsUTF8AndSize(stop.ptr(), &size);
+    if (data == nullptr) {
+      PyErr_Clear();
+      throw py::value_error("stops[" + std::to_string(at) + "]: has a lone surrogate");
+    }
+    texts.emplace_back(data, static_cast<std::size_t>(size));
+  }
+  return texts;
+}
+
+py::tuple to_python(const Release& release) {
+  return py::make_tuple(py::str(release.text), py::bool_(release.stopped));
+}
+
+py::list push(Detokenizer& self, const std::vector<std::int64_t>& slots,
+              const std::vector<std::int64_t>& tokens) {
+  std::vector<Release> released;
+  {
+    const py::gil_scoped_release no_gil;
+    released = self.push(slots, tokens);
+  }
+  py::list out(released.size());
+  for (std::size_t at = 0; at < released.size(); ++at) out[at] = to_python(released[at]);
+  return out;
+}
+
+py::tuple replay(Detokenizer& self, std::int64_t slot, const std::vector<std::int64_t>& tokens) {
+  Release released;
+  {
+    const py::gil_scoped_release no_gil;
+    released = self.replay(slot, tokens);
+  }
+  return to_python(released);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, module) {
+  module.doc() = "Native pieces of mlx-serving; each has a Python twin.";
+
+  py::class_<Vocabulary, std::shared_ptr<Vocabulary>>(module, "Vocabulary")
+      .def(py::init(&make_vocabulary), py::arg("tokens"), py::arg("kind"), py::arg("special_ids"),
+           py::arg("strip_leading_space") = false)
+      .def("__len__", &Vocabulary::size);
+
+  py::class_<Detokenizer>(module, "Detokenizer")
+      .def(py::init<std::shared_ptr<const Vocabulary>>(), py::arg("vocabulary").none(false))
+      .def("open", [](Detokenizer& self, const py::sequence& stops) {
+             return self.open(to_utf8(stops));
+           }, py::arg("stops") = py::tuple())
+      .def("push", &push, py::arg("slots"), py::arg("tokens"))
+      .def("replay", &replay, py::arg("slot"), py::arg("tokens"))
+      .def("finish", &Detokenizer::finish, py::arg("slot"))
+      .def("close", &Detokenizer::close, py::arg("slot"));
+}

@@ -1,0 +1,276 @@
+"""The rules of the house, held by reading the source."""
+
+import ast
+import re
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "mlx_serving"
+
+MAX_FILE_LINES = 400
+MEDIAN_FILE_LINES = 150
+MAX_FUNCTION_LINES = 50
+MEDIAN_FUNCTION_LINES = 10
+MAX_IMPORT_COST = 1.2  # times redis + rq + pydantic + structlog
+
+
+@dataclass(frozen=True)
+class Module:
+    """A source file, parsed once."""
+
+    name: str
+    path: Path
+    tree: ast.Module
+
+    @property
+    def is_package(self) -> bool:
+        return self.path.name == "__init__.py"
+
+    def imports(self, *, at_import: bool = False) -> set[str]:
+        """Dotted names imported: all of them, or only what runs when the module is imported."""
+        nodes = _nodes_run_at_import(self.tree) if at_import else ast.walk(self.tree)
+        return {name for node in nodes for name in self._names(node)}
+
+    def _names(self, node: ast.AST) -> Iterator[str]:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parts = self.name.split(".")
+                kept = parts[: len(parts) - node.level + self.is_package]
+                base = ".".join([*kept, base] if base else kept)
+            yield base
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+
+
+def _nodes_run_at_import(tree: ast.AST) -> Iterator[ast.AST]:
+    """Not the bodies of functions, nor of `if TYPE_CHECKING`."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            continue
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            yield from (inner for part in node.orelse for inner in ast.walk(part))
+            continue
+        yield node
+        yield from _nodes_run_at_import(node)
+
+
+def _module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+@cache
+def modules() -> dict[str, Module]:
+    found = sorted(PACKAGE.rglob("*.py"))
+    return {
+        name: Module(name, path, ast.parse(path.read_text(), str(path)))
+        for path in found
+        for name in [_module_name(path)]
+    }
+
+
+def under(*packages: str) -> list[Module]:
+    prefixes = [f"mlx_serving.{package}" for package in packages]
+    return [module for module in modules().values() if _within(module.name, prefixes)]
+
+
+def _within(name: str, prefixes: list[str]) -> bool:
+    return any(name == prefix or name.startswith(f"{prefix}.") for prefix in prefixes)
+
+
+def breaches(of: list[Module], forbidden: list[str], *, allowed: tuple[str, ...] = ()) -> list[str]:
+    return [
+        f"{module.name} imports {name}"
+        for module in of
+        if not _within(module.name, [f"mlx_serving.{room}" for room in allowed])
+        for name in sorted(module.imports())
+        if _within(name, forbidden)
+    ]
+
+
+# -- who may import whom ----------------------------------------------------------------
+
+
+def test_common_imports_neither_producer_nor_worker() -> None:
+    others = ["producer", "worker", "cli", "tally"]
+    assert breaches(under("common"), [f"mlx_serving.{name}" for name in others]) == []
+
+
+def test_producer_never_imports_worker() -> None:
+    assert breaches(under("producer"), ["mlx_serving.worker", "mlx_serving.cli"]) == []
+
+
+def test_worker_never_imports_producer() -> None:
+    assert breaches(under("worker"), ["mlx_serving.producer", "mlx_serving.cli"]) == []
+
+
+def test_engine_imports_neither_redis_nor_rq() -> None:
+    assert breaches(under("worker.engine"), ["redis", "rq", "mlx_serving.common.connection"]) == []
+
+
+def test_mlx_stays_with_the_engine_and_the_training() -> None:
+    rooms = ("worker", "tally.train", "tally.training", "tally.evaluate")
+    libraries = ["mlx", "mlx_lm", "transformers"]
+    assert breaches(list(modules().values()), libraries, allowed=rooms) == []
+
+
+def test_one_module_of_the_worker_touches_rq() -> None:
+    found = {breach.split()[0] for breach in breaches(under("worker"), ["rq"])}
+    assert found <= {"mlx_serving.worker.rq_worker"}
+
+
+def test_modules_import_in_no_cycle() -> None:
+    known = modules()
+    graph = {
+        module.name: {
+            name
+            for name in module.imports(at_import=True)
+            if name in known and name != module.name and not module.name.startswith(f"{name}.")
+        }
+        for module in known.values()
+    }
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as cycle:
+        pytest.fail(" -> ".join(cycle.args[1]))
+
+
+# -- who may spell and read what --------------------------------------------------------
+
+
+def _string_constants(module: Module) -> Iterator[str]:
+    docstrings = {
+        id(node.body[0].value)
+        for node in ast.walk(module.tree)
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+        and node.body
+        and isinstance(node.body[0], ast.Expr)
+    }
+    yield from (
+        node.value
+        for node in ast.walk(module.tree)
+        if isinstance(node, ast.Constant)
+        and isinstance(node.value, str)
+        and id(node) not in docstrings
+    )
+
+
+def test_only_keys_spells_keys_and_channels() -> None:
+    ours = r"(^|:)(job|ev|ch|open|wake|ctl|worker|leases|deadlines):"
+    rqs = r"^(rq|mlxs):"
+    keyish = re.compile(rf"{ours}|{rqs}")
+    found = [
+        f"{module.name}: {text!r}"
+        for module in modules().values()
+        if module.name not in {"mlx_serving.common.keys", "mlx_serving.common.settings"}
+        for text in _string_constants(module)
+        if keyish.search(text) and " " not in text
+    ]
+    assert found == []
+
+
+def _reads_environment(module: Module) -> bool:
+    attributes = {"environ", "getenv", "environb"}
+    return any(
+        (isinstance(node, ast.Attribute) and node.attr in attributes)
+        or (isinstance(node, ast.ImportFrom) and {a.name for a in node.names} & attributes)
+        for node in ast.walk(module.tree)
+    )
+
+
+def test_only_settings_read_the_environment() -> None:
+    readers = {module.name for module in modules().values() if _reads_environment(module)}
+    assert readers <= {"mlx_serving.common.settings"}
+
+
+def test_nothing_forks() -> None:
+    forks = re.compile(r"\bos\.(fork|forkpty)\b|start_method\(\s*[\"']fork|context\(\s*[\"']fork")
+    found = [module.name for module in modules().values() if forks.search(module.path.read_text())]
+    assert found == []
+
+
+def test_processes_are_spawned_by_name() -> None:
+    """`multiprocessing.Process` takes the platform's start method, which forks on Linux."""
+    bare = re.compile(r"\b(multiprocessing|mp)\.(Process|Pool|Queue|Manager)\(")
+    found = [module.name for module in modules().values() if bare.search(module.path.read_text())]
+    assert found == []
+
+
+# -- sizes ------------------------------------------------------------------------------
+
+
+def _function_lines() -> Iterator[tuple[str, int]]:
+    for module in modules().values():
+        for node in ast.walk(module.tree):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                lines = (node.end_lineno or node.lineno) - node.lineno + 1
+                yield f"{module.name}.{node.name}", lines
+
+
+def test_files_are_short() -> None:
+    sources = [*PACKAGE.rglob("*.py"), *PACKAGE.rglob("*.lua"), *(ROOT / "native").rglob("*.?pp")]
+    sources += [path for part in ("tests", "benchmarks") for path in (ROOT / part).rglob("*.py")]
+    lines = {str(path): len(path.read_text().splitlines()) for path in sources}
+    assert {path: count for path, count in lines.items() if count > MAX_FILE_LINES} == {}
+    assert statistics.median(lines.values()) <= MEDIAN_FILE_LINES
+
+
+def test_functions_are_short() -> None:
+    lines = list(_function_lines())
+    assert [(name, count) for name, count in lines if count > MAX_FUNCTION_LINES] == []
+    assert statistics.median(count for _, count in lines) <= MEDIAN_FUNCTION_LINES
+
+
+# -- what an import costs ---------------------------------------------------------------
+
+
+def _run(code: str) -> str:
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def _import_seconds(statement: str) -> float:
+    """Process CPU time, which a busy machine disturbs least."""
+    clock = "time.process_time()"
+    return float(_run(f"import time; t = {clock}; {statement}; print({clock} - t)"))
+
+
+def test_client_import_is_light() -> None:
+    ours, base = "from mlx_serving import Client", "import redis, rq, pydantic, structlog"
+    _import_seconds(ours)  # fills the bytecode cache
+    # In turn, so that a busy moment hits both; the best of each, because noise only adds.
+    pairs = [(_import_seconds(ours), _import_seconds(base)) for _ in range(7)]
+    best_ours, best_base = (min(column) for column in zip(*pairs, strict=True))
+    assert best_ours / best_base <= MAX_IMPORT_COST
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "from mlx_serving import Client, AsyncClient, GenerationJob",
+        "import mlx_serving.cli.main",
+        "import mlx_serving.tally.tasks",
+    ],
+)
+def test_a_base_install_needs_no_engine(statement: str) -> None:
+    heavy = "{'mlx', 'mlx_lm', 'transformers', 'numpy', 'mlx_serving.worker'}"
+    assert _run(f"import sys; {statement}; print(sorted({heavy} & set(sys.modules)))") == "[]"
+
+
+def test_version_is_said_once() -> None:
+    pyproject = (ROOT / "pyproject.toml").read_text()
+    version = re.search(r'^version = "(.+)"$', pyproject, re.MULTILINE)
+    assert version is not None
+    assert _run("import mlx_serving; print(mlx_serving.__version__)") == version[1]
