@@ -206,9 +206,14 @@ def cancel(job_id: str, reason: str) -> Call[JobState | None]:
     return Call("cancel", [job_id, iso_now(), reason], lambda r: JobState(_text(r)) if r else None)
 
 
-def reap(*, lease_ms: int, most: int = 256) -> Call[Swept]:
-    """Take over what a dead worker held, expire what waited past its deadline."""
-    return Call("reap", [iso_now(), lease_ms, most], lambda r: Swept(bool(r[0]), _pairs(r[1])))
+def reap(*, lease_ms: int, most: int = 256, queues: Sequence[str] = ()) -> Call[Swept]:
+    """Take over what a dead worker held, expire what waited past its deadline.
+
+    `queues`, the caller's own, are looked at whether or not RQ's set of queues still names them,
+    and RQ's registries of their ended jobs are trimmed.
+    """
+    arguments: list[Argument] = [iso_now(), lease_ms, most, *queues]
+    return Call("reap", arguments, lambda r: Swept(bool(r[0]), _pairs(r[1])))
 
 
 def reconcile(queue: str, candidates: Sequence[str], *, lease_ms: int) -> Call[Swept]:

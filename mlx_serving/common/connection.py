@@ -114,6 +114,8 @@ def connect_async(endpoint: Endpoint, *, block_seconds: float = 0.0) -> AsyncRed
     from redis.asyncio.retry import Retry as AsyncRetry
     from redis.asyncio.sentinel import Sentinel as AsyncSentinel
 
+    from mlx_serving.common.sentinel import SentinelRedis
+
     options = _options(endpoint, block_seconds)
     if not endpoint.sentinels:
         return AsyncRedis.from_url(_url(endpoint), retry=AsyncRetry(NoBackoff(), 0), **options)
@@ -123,6 +125,7 @@ def connect_async(endpoint: Endpoint, *, block_seconds: float = 0.0) -> AsyncRed
     )
     master: AsyncRedis = sentinel.master_for(
         endpoint.sentinel_service,
+        redis_class=SentinelRedis,
         retry=AsyncRetry(NoBackoff(), 0),
         **options,
         **_database(endpoint),

@@ -70,8 +70,8 @@ class GenerationJob(BaseModel):
             Field(strict=False, min_length=1, max_length=limits.MESSAGES),
         ]
         | None
-    ) = Field(None, repr=False)  # a job that is printed shows nothing of what it says
-    prompt: Annotated[str, Field(min_length=1)] | None = Field(None, repr=False)
+    ) = Field(default=None, repr=False)  # a job that is printed shows nothing of what it says
+    prompt: Annotated[str, Field(min_length=1)] | None = Field(default=None, repr=False)
     tools: Annotated[tuple[Tool, ...], Field(strict=False, max_length=limits.TOOLS)] | None = None
     tool_choice: JsonValue = None
     chat_template_kwargs: dict[str, JsonValue] | None = None
@@ -79,23 +79,25 @@ class GenerationJob(BaseModel):
 
     # How much
     max_tokens: int = Field(
-        256,
+        default=256,
         ge=1,
         le=limits.TOKENS,
         validation_alias=AliasChoices("max_tokens", "max_completion_tokens"),
     )
     stop: Annotated[tuple[StopString, ...], Field(max_length=limits.STOP_STRINGS)] = Field(
-        (), strict=False
+        default=(), strict=False
     )
-    n: int = Field(1, ge=1, le=128)
+    n: int = Field(default=1, ge=1, le=128)
 
     # Sampling
-    temperature: float = Field(1.0, ge=0, le=2)
-    top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=0, le=2**31 - 1, description="0 is off")
-    min_p: float = Field(0.0, ge=0, le=1)
-    seed: int | None = Field(None, ge=0, lt=limits.SEED, description="drawn at submit when None")
-    repetition_penalty: float = Field(1.0, gt=0, le=10)
+    temperature: float = Field(default=1.0, ge=0, le=2)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    top_k: int = Field(default=0, ge=0, le=2**31 - 1, description="0 is off")
+    min_p: float = Field(default=0.0, ge=0, le=1)
+    seed: int | None = Field(
+        default=None, ge=0, lt=limits.SEED, description="drawn at submit when None"
+    )
+    repetition_penalty: float = Field(default=1.0, gt=0, le=10)
     presence_penalty: Penalty = 0.0
     frequency_penalty: Penalty = 0.0
     logit_bias: dict[str, float] | None = None
@@ -106,11 +108,15 @@ class GenerationJob(BaseModel):
     # How the queue treats it; times in seconds
     lane: Lane = "default"
     stream: bool = True
-    deadline: Seconds | None = Field(None, description="from enqueue, by Redis TIME, to its end")
-    timeout: Seconds | None = Field(None, description="from the first claim to its end")
-    abandon_after: Seconds | None = Field(None, description="ends when nobody listened so long")
-    result_ttl: int = Field(3600, ge=1, le=limits.SECONDS)
-    max_attempts: int = Field(5, ge=1, le=limits.ATTEMPTS)
+    deadline: Seconds | None = Field(
+        default=None, description="from enqueue, by Redis TIME, to its end"
+    )
+    timeout: Seconds | None = Field(default=None, description="from the first claim to its end")
+    abandon_after: Seconds | None = Field(
+        default=None, description="ends when nobody listened so long"
+    )
+    result_ttl: int = Field(default=3600, ge=1, le=limits.SECONDS)
+    max_attempts: int = Field(default=5, ge=1, le=limits.ATTEMPTS)
     idempotency_key: Label | None = None
     tenant: Label | None = None
     metadata: Annotated[

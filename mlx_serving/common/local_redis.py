@@ -94,13 +94,20 @@ class LocalRedis:
     def start(self) -> Self:
         """Start it, and wait until it answers (with its AOF loaded)."""
         if self.pid is None:
-            self._process = subprocess.Popen(  # noqa: S603 -- our own arguments
-                self._command(),
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                process_group=0,  # a Ctrl-C at the terminal is for us, and Redis ends last
-            )
-            self._wait_until_ready(self._process)
+            command = self._command()
+            with (self.folder / "startup.log").open("wb") as output:
+                self._process = subprocess.Popen(  # noqa: S603 -- our own arguments
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=output,
+                    process_group=0,  # a Ctrl-C at the terminal is for us, and Redis ends last
+                )
+            try:
+                self._wait_until_ready(self._process)
+            except BaseException:
+                self.stop()
+                raise
         return self
 
     def kill(self) -> None:
@@ -155,14 +162,13 @@ class LocalRedis:
                 except (redis.ConnectionError, redis.TimeoutError):
                     # Not listening yet, or still loading its AOF (BusyLoadingError).
                     time.sleep(_POLL_SECONDS)
-        log = self.log()
-        self._end(signal.SIGKILL)
-        raise QueueUnavailable(f"redis-server did not come up: {log}")
+        raise QueueUnavailable(f"redis-server did not come up: {self.log()}")
 
     def log(self, lines: int = 5) -> str:
-        """Last lines of its log."""
-        path = self.folder / "redis.log"
-        return "\n".join(path.read_text().splitlines()[-lines:]) if path.exists() else "no log"
+        """Last lines of its log, after what it said of its configuration."""
+        logs = (self.folder / "startup.log", self.folder / "redis.log")
+        text = "".join(log.read_text() for log in logs if log.exists())
+        return "\n".join(text.splitlines()[-lines:])
 
     def _end(self, number: signal.Signals) -> None:
         process, self._process = self._process, None

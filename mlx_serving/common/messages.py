@@ -14,6 +14,8 @@ STRICT: Final = ConfigDict(
     allow_inf_nan=False,
     hide_input_in_errors=True,
     protected_namespaces=(),
+    # Validators are compiled at the first job: most of what our own imports would cost.
+    defer_build=True,
 )
 """For every part of a job: nothing is converted, ignored or changed later.
 

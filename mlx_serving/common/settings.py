@@ -92,7 +92,9 @@ class Settings(BaseSettings):
     sentinel_password: SecretStr | None = None
     key_prefix: KeyPrefix = "mlxs"
     # RQ reads this variable itself, when it is imported: the two must agree.
-    rq_prefix: KeyPrefix = Field("rq", validation_alias=AliasChoices("rq_prefix", "RQ_KEY_PREFIX"))
+    rq_prefix: KeyPrefix = Field(
+        default="rq", validation_alias=AliasChoices("rq_prefix", "RQ_KEY_PREFIX")
+    )
 
     # Models: alias → local path, or "organisation/name@revision" of the hub
     models: dict[ModelName, str] = {}
@@ -101,15 +103,17 @@ class Settings(BaseSettings):
     lease_seconds: PositiveSeconds = 10.0
     reap_interval_seconds: PositiveSeconds = 2.0
     engine_stall_seconds: PositiveSeconds = 10.0
-    drain_grace_seconds: float = Field(30.0, ge=0, le=24 * 3600)
-    flush_interval_ms: float = Field(20.0, ge=0, le=1000)
-    buffer_tokens: int = Field(65_536, ge=1, description="decoded but not yet in Redis")
-    max_payload_bytes: int = Field(limits.PAYLOAD_BYTES, ge=1024, le=limits.PAYLOAD_BYTES)
+    drain_grace_seconds: float = Field(default=30.0, ge=0, le=24 * 3600)
+    flush_interval_ms: float = Field(default=20.0, ge=0, le=1000)
+    buffer_tokens: int = Field(default=65_536, ge=1, description="decoded but not yet in Redis")
+    max_payload_bytes: int = Field(default=limits.PAYLOAD_BYTES, ge=1024, le=limits.PAYLOAD_BYTES)
 
     # Engine
-    max_batch_rows: int = Field(64, ge=1, le=1024)
-    kv_budget_bytes: int | None = Field(None, gt=0, description="None: decided from the device")
-    prefill_chunk_tokens: int = Field(512, ge=1, le=65_536)
+    max_batch_rows: int = Field(default=64, ge=1, le=1024)
+    kv_budget_bytes: int | None = Field(
+        default=None, gt=0, description="None: decided from the device"
+    )
+    prefill_chunk_tokens: int = Field(default=512, ge=1, le=65_536)
     native: bool = True
 
     # Logs

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal, TextIO
 
 import msgspec
 import structlog
@@ -37,9 +37,12 @@ _MAX_DEPTH: Final = 4
 
 
 def configure_logging(
-    *, log_format: Literal["json", "console"] = "console", level: str = "info"
+    *,
+    log_format: Literal["json", "console"] = "console",
+    level: str = "info",
+    stream: TextIO | None = None,
 ) -> None:
-    """Send structlog's and the standard library's records to stderr in one form.
+    """Send structlog's and the standard library's records to `stream` (stderr) in one form.
 
     Call it once a process, from its entry point; importing mlx-serving configures nothing.
     """
@@ -62,7 +65,7 @@ def configure_logging(
         logger_factory=structlog.stdlib.LoggerFactory(),
         cache_logger_on_first_use=False,
     )
-    handler = logging.StreamHandler()
+    handler = logging.StreamHandler(stream)
     handler.addFilter(GuardArguments())
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(

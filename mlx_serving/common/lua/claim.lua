@@ -8,18 +8,17 @@ if redis.call('EXISTS', k_rq_suspended()) == 1 then return {1, {}, {}} end
 
 local PAGE, PAGES = 64, 16  -- how far past jobs that are not for this worker it looks
 local FORBIDDEN = {'success_callback_name', 'failure_callback_name', 'stopped_callback_name', 'webhooks',
-                   'dependency_ids', 'repeats_left', 'rate_limit_key'}
+                   'dependency_ids', 'dependency_id', 'repeats_left', 'rate_limit_key'}
 local now = now_ms()
 local jobs, dropped = {}, {}
 
 -- Jobs put on the list by RQ's own Queue.enqueue have no control hash yet.
 local function adopt(id, queue)
+  redis.call('DEL', k_events(id))  -- of an earlier life: nobody knows what it belongs to
   redis.call('HSET', k_job(id), 'st', 'queued', 'q', queue, 'ep', 0, 'ow', '', 'seq', 0, 'at', 0, 'ma', 5,
     'mp', 1, 'dl', 0, 'to', 0, 'ab', 0, 'ttl', 3600, 'sm', 1, 'ca', '', 'en', int(now), 'nd', 0)
   redis.call('ZADD', k_open(queue), int(now), id)
 end
-
-local function number(text, default) return int(tonumber(text or '') or default) end
 
 local function problem_of(id)
   local key = k_rq_job(id)
@@ -39,20 +38,10 @@ local function take(id, queue)
   redis.call('HSETNX', key, 'sa', int(now))
   redis.call('ZADD', k_leases(queue), int(now + lease), id)
   local problem = problem_of(id)
-  view_start(id, queue, epoch, worker, iso, now)
+  show(view_start, id, queue, epoch, worker, iso, now)
   local data = problem == '' and redis.call('HGET', k_rq_job(id), 'data') or ''
   local c = redis.call('HMGET', key, 'seq', 'dl', 'to', 'sm', 'ttl', 'en', 'sa', 'ft')
-  local job = {id, queue, epoch, number(c[1], 0), data, problem}
-  for i, default in ipairs({0, 0, 1, 3600, 0, 0, 0}) do job[#job + 1] = number(c[i + 1], default) end
-  job[#job + 1] = int(now)
-  jobs[#jobs + 1] = job
-end
-
--- What can't even be read is nobody's job: one mangled hash must not stop every worker.
-local function forget(id, queue)
-  redis.call('ZREM', k_open(queue), id)
-  redis.call('ZREM', k_leases(queue), id)
-  redis.call('ZREM', k_deadlines(), id)
+  jobs[#jobs + 1] = {id, queue, epoch, c[1], data, problem, c[2], c[3], c[4], c[5], c[6], c[7], c[8] or '0', int(now)}
 end
 
 -- 'take', 'skip' (leave it for a worker that can), or 'drop' (it has no business on the list)
@@ -61,15 +50,15 @@ local function decide(id, queue)
   if kind == 'none' then
     if not is_hash(k_rq_job(id)) then return 'drop' end
     adopt(id, queue)
-  elseif kind ~= 'hash' then
-    forget(id, queue)
+  elseif not is_sound(id) then
+    bury(id, queue, iso, now)
     return 'drop'
   end
   local c = redis.call('HMGET', k_job(id), 'st', 'mp', 'nd', 'dl', 'ep')
   if TERMINAL[c[1]] then
     -- A stock requeue of a job that ended: refused, and the view says again what is true.
     local ttl = math.max(redis.call('TTL', k_job(id)), 1)
-    view_end(id, queue, c[1], iso, ttl, now, '', c[5] or '0', nil)
+    show(view_end, id, queue, c[1], iso, ttl, now, '', c[5], nil)
     return 'drop'
   end
   if c[1] ~= 'queued' then return 'drop' end
@@ -78,12 +67,12 @@ local function decide(id, queue)
     finalize_unowned(id, queue, 'cancelled', 'cancelled', 'the RQ job was ' .. verdict, iso, now)
     return 'drop'
   end
-  local deadline = tonumber(c[4]) or 0
+  local deadline = tonumber(c[4])
   if deadline > 0 and deadline <= now then
     finalize_unowned(id, queue, 'expired', 'deadline_exceeded', 'the deadline passed while the job was queued', iso, now)
     return 'drop'
   end
-  if (tonumber(c[2]) or 1) > protocol or (tonumber(c[3]) or 0) > capacity then return 'skip' end
+  if tonumber(c[2]) > protocol or tonumber(c[3]) > capacity then return 'skip' end
   return 'take'
 end
 
@@ -92,17 +81,15 @@ for i = 10, #ARGV do
   local list = k_rq_queue(queue)
   for _ = 1, PAGES do
     if #jobs >= most then break end
-    local ids = redis.call('LRANGE', list, offset, offset + math.min(PAGE, most - #jobs + 8) - 1)
+    local ids = redis.call('LRANGE', list, offset, offset + PAGE - 1)
     if #ids == 0 then break end
     for _, id in ipairs(ids) do
       if #jobs >= most then break end
-      local readable, verdict = pcall(decide, id, queue)
+      local verdict = decide(id, queue)
       if verdict == 'skip' then offset = offset + 1
       else
         redis.call('LREM', list, 1, id)
-        if verdict == 'take' then readable, verdict = pcall(take, id, queue) end
-        if not readable then forget(id, queue) end
-        if verdict then dropped[#dropped + 1] = id end
+        if verdict == 'take' then take(id, queue) else dropped[#dropped + 1] = id end
       end
     end
   end

@@ -6,6 +6,14 @@
 local worker, iso, lease = ARGV[3], ARGV[4], tonumber(ARGV[5])
 local now = now_ms()
 local replies = {}
+local known = {}  -- control fields of jobs, as the rows so far left them: a flush often holds several rows of a job
+
+-- A resend is told from a zombie's row by the event itself: the script that ended a job that its
+-- worker had lost wrote another one at that seq.
+local function is_written(id, seq, payload)
+  local entry = redis.call('XRANGE', k_events(id), int(seq) .. '-0', int(seq) .. '-0')[1]
+  return entry ~= nil and entry[2][2] == payload
+end
 
 local function wanted(c, epoch) return c[1] == 'running' and c[2] == epoch and c[3] == worker end
 
@@ -14,17 +22,29 @@ local function note_listeners(id, c, receivers)
   local limit = tonumber(c[7]) or 0
   if limit == 0 then return end
   if receivers > 0 then redis.call('HSET', k_job(id), 'ls', int(now))
-  elseif now - (tonumber(c[8]) or tonumber(c[9]) or now) > limit then
+  elseif c[5] == '' and now - (tonumber(c[8]) or tonumber(c[9]) or now) > limit then
     redis.call('HSET', k_job(id), 'ca', 'abandoned')
     c[5] = 'abandoned'
   end
 end
 
+-- Once a flush: keep the lease, and see what stock tools did to the job.
+local function renew(id, c)
+  if c.renewed then return end
+  c.renewed = true
+  redis.call('ZADD', k_leases(c[6]), int(now + lease), id)
+  if c[5] == '' then
+    c[5] = stock_verdict(id)
+    if c[5] ~= '' then redis.call('HSET', k_job(id), 'ca', c[5]) end
+  end
+end
+
 local function commit(id, epoch, seq, publish, payload, state, result, rq_result, code, message)
-  local c = redis.call('HMGET', k_job(id), 'st', 'ep', 'ow', 'seq', 'ca', 'q', 'ab', 'ls', 'sa', 'ft')
+  local c = known[id] or redis.call('HMGET', k_job(id), 'st', 'ep', 'ow', 'seq', 'ca', 'q', 'ab', 'ls', 'sa', 'ft')
+  known[id] = nil  -- until this row is through
   if not wanted(c, epoch) then
-    -- The reply to this very finish was lost: the first one stands.
-    if state ~= '' and c[1] == state and c[2] == epoch then return {'DUP', ''} end
+    -- The reply to the flush that ended the job was lost.
+    if TERMINAL[c[1]] and c[2] == epoch and c[3] == worker and is_written(id, seq, payload) then return {'DUP', ''} end
     return {'FENCED', ''}
   end
   local committed = tonumber(c[4])
@@ -33,6 +53,7 @@ local function commit(id, epoch, seq, publish, payload, state, result, rq_result
   local receivers = append_event(id, seq, payload, publish == '1')
   if not c[10] and string.find(payload, '"token_ids"', 1, true) then
     redis.call('HSET', k_job(id), 'ft', int(now))
+    c[10] = now
   end
   if state ~= '' then
     local kind = state == 'finished' and {1, rq_result, ''} or {2, '', rq_result}
@@ -42,11 +63,8 @@ local function commit(id, epoch, seq, publish, payload, state, result, rq_result
     return {'OK', ''}
   end
   if publish == '1' then note_listeners(id, c, receivers) end
-  redis.call('ZADD', k_leases(c[6]), int(now + lease), id)
-  if c[5] == '' then
-    c[5] = stock_verdict(id)
-    if c[5] ~= '' then redis.call('HSET', k_job(id), 'ca', c[5]) end
-  end
+  renew(id, c)
+  c[4], known[id] = seq, c
   return {'OK', c[5] or ''}
 end
 

@@ -4,6 +4,11 @@
 local id, queue, iso = ARGV[3], ARGV[4], ARGV[5]
 local state = redis.call('HGET', k_job(id), 'st')
 if state then return {0, state} end
+-- What an earlier life of this id, or a hand, left behind. Only where there is any: a write that
+-- frees memory would let the rest of the script pass a full Redis.
+if redis.call('EXISTS', k_rq_job(id), k_events(id), k_rq_results(id)) > 0 then
+  redis.call('DEL', k_rq_job(id), k_events(id), k_rq_results(id))
+end
 local now = now_ms()
 local relative = tonumber(ARGV[8])
 local deadline = relative > 0 and now + relative or 0

@@ -1,5 +1,6 @@
 -- Takes over jobs whose lease ran out, and expires queued jobs past their deadline. Any worker may run it.
--- ARGV: P R iso lease_ms most. Returns {waited 0|1, {{id, outcome} …}};
+-- ARGV: P R iso lease_ms most queue … (the caller's own, whether or not RQ's set of queues still names them).
+-- Returns {waited 0|1, {{id, outcome} …}};
 -- outcome: 'requeued', 'dead', 'cancelled', 'expired'.
 local iso, lease, most = ARGV[3], tonumber(ARGV[4]), tonumber(ARGV[5])
 -- After a restart live workers need one lease to renew; until then an old deadline proves nothing.
@@ -9,9 +10,14 @@ if uptime * 1000 < lease + 2000 then return {1, {}} end
 local now = now_ms()
 local done = {}
 local head = string.len(k_rq_queue('')) + 1
+local queues = {}
+for i = 6, #ARGV do queues[ARGV[i]] = true end
+if redis.call('TYPE', k_rq_queues()).ok == 'set' then
+  for _, name in ipairs(redis.call('SMEMBERS', k_rq_queues())) do queues[string.sub(name, head)] = true end
+end
 
 local function take_over(id, queue)
-  if not is_hash(k_job(id)) then redis.call('ZREM', k_leases(queue), id) return end
+  if not is_sound(id) then bury(id, queue, iso, now) return end
   local c = redis.call('HMGET', k_job(id), 'st', 'ep', 'ow', 'ca', 'at', 'ma')
   if c[1] ~= 'running' then redis.call('ZREM', k_leases(queue), id) return end
   local charged = redis.call('HINCRBY', k_job(id), 'at', 1)
@@ -19,7 +25,7 @@ local function take_over(id, queue)
   if c[4] ~= '' then
     outcome = state_for(c[4])
     finalize_unowned(id, queue, outcome, outcome == 'expired' and c[4] or 'cancelled', c[4], iso, now)
-  elseif charged >= (tonumber(c[6]) or 5) then
+  elseif charged >= tonumber(c[6]) then
     outcome = 'dead'
     finalize_unowned(id, queue, 'dead', 'max_attempts_exceeded', 'the job lost its worker ' .. int(charged) .. ' times', iso, now)
   else
@@ -29,13 +35,12 @@ local function take_over(id, queue)
   done[#done + 1] = {id, outcome}
 end
 
-for _, name in ipairs(redis.call('SMEMBERS', k_rq_queues())) do
-  local queue = string.sub(name, head)
+for queue in pairs(queues) do
   for _, id in ipairs(redis.call('ZRANGEBYSCORE', k_leases(queue), '-inf', now, 'LIMIT', 0, most)) do take_over(id, queue) end
 end
 
 for _, id in ipairs(redis.call('ZRANGEBYSCORE', k_deadlines(), '-inf', now, 'LIMIT', 0, most)) do
-  local c = is_hash(k_job(id)) and redis.call('HMGET', k_job(id), 'st', 'q', 'ow') or {}
+  local c = is_sound(id) and redis.call('HMGET', k_job(id), 'st', 'q', 'ow', 'ca') or {}
   if c[1] == 'queued' then
     redis.call('LREM', k_rq_queue(c[2]), 1, id)
     finalize_unowned(id, c[2], 'expired', 'deadline_exceeded', 'the deadline passed while the job was queued', iso, now)
@@ -43,9 +48,15 @@ for _, id in ipairs(redis.call('ZRANGEBYSCORE', k_deadlines(), '-inf', now, 'LIM
   else
     redis.call('ZREM', k_deadlines(), id)
     if c[1] == 'running' then
-      redis.call('HSET', k_job(id), 'ca', 'deadline_exceeded')
+      if c[4] == '' then redis.call('HSET', k_job(id), 'ca', 'deadline_exceeded') end
       redis.call('PUBLISH', k_control(c[3]), 'cancel ' .. id)
     end
+  end
+end
+-- RQ's own workers trim these; a fleet of ours alone has nobody else to.
+for i = 6, #ARGV do
+  for _, registry in ipairs({k_rq_finished, k_rq_failed, k_rq_canceled}) do
+    show(redis.call, 'ZREMRANGEBYSCORE', registry(ARGV[i]), '-inf', '(' .. int(math.floor(now / 1000)))
   end
 end
 return {0, done}

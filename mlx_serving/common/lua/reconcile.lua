@@ -6,7 +6,11 @@ local done = {}
 local list = k_rq_queue(queue)
 
 local function repair(id)
-  if not is_hash(k_job(id)) then redis.call('ZREM', k_open(queue), id) return 'closed' end
+  if not is_sound(id) then
+    redis.call('LREM', list, 0, id)
+    bury(id, queue, iso, now)
+    return 'closed'
+  end
   local c = redis.call('HMGET', k_job(id), 'st', 'q')
   if TERMINAL[c[1]] then redis.call('ZREM', k_open(queue), id) return 'closed' end
   if c[1] == 'running' then

@@ -1,0 +1,92 @@
+"""Fixtures of all test folders: a private real Redis, and a check that no key leaks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from mlx_serving.common.connection import Endpoint, connect_async
+from mlx_serving.common.local_redis import LocalRedis
+from mlx_serving.common.settings import Settings, load_settings
+from tests.helpers import leaked_keys, wait_until
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator
+
+    import redis
+    from redis.asyncio import Redis as AsyncRedis
+
+TESTS = Path(__file__).parent
+REAPABLE_SECONDS = 5  # leases of tests are at most 2 s; see reap.lua
+FOLDER_MARKS = {
+    "unit": "unit",
+    "native": "unit",
+    "integration": "integration",
+    "acceptance": "acceptance",
+}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "may_leak(reason): leaves keys without a TTL in Redis")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark every test by its folder."""
+    for item in items:
+        if item.path.is_relative_to(TESTS):
+            folder = item.path.relative_to(TESTS).parts[0]
+            if folder in FOLDER_MARKS:
+                item.add_marker(FOLDER_MARKS[folder])
+
+
+@pytest.fixture(scope="session")
+def local_redis() -> Iterator[LocalRedis]:
+    """One real redis-server for the whole run."""
+    with LocalRedis() as server:
+        yield server
+
+
+@pytest.fixture
+def redis_client(local_redis: LocalRedis) -> Iterator[redis.Redis]:
+    """Client of an empty Redis."""
+    with local_redis.client() as client:
+        client.flushall()
+        yield client
+
+
+@pytest.fixture
+def settled_redis(local_redis: LocalRedis, redis_client: redis.Redis) -> LocalRedis:
+    """The same Redis once it has run so long that the reaper no longer waits after a restart."""
+    wait_until(lambda: redis_client.info("server")["uptime_in_seconds"] >= REAPABLE_SECONDS)
+    return local_redis
+
+
+@pytest.fixture
+async def async_redis(
+    local_redis: LocalRedis, redis_client: redis.Redis
+) -> AsyncIterator[AsyncRedis]:
+    """Asyncio client of the same, emptied Redis."""
+    del redis_client
+    async with connect_async(Endpoint(url=local_redis.url)) as client:
+        yield client
+
+
+@pytest.fixture
+def settings(local_redis: LocalRedis) -> Settings:
+    """Settings that point at the private Redis."""
+    return load_settings(redis_url=local_redis.url)
+
+
+@pytest.fixture(autouse=True)
+def _no_leaked_keys(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fail an integration test that leaves keys which no TTL will ever remove."""
+    marked = request.node.get_closest_marker("integration")
+    if marked is None or "redis_client" not in request.fixturenames:
+        yield
+        return
+    client: redis.Redis = request.getfixturevalue("redis_client")
+    yield
+    if request.node.get_closest_marker("may_leak") is None:
+        assert leaked_keys(client) == []

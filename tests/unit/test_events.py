@@ -1,0 +1,119 @@
+"""Events: compact, and read by whoever is older or newer."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mlx_serving.common.errors import CorruptEvent
+from mlx_serving.common.events import (
+    ChoiceDelta,
+    ErrorInfo,
+    Event,
+    Usage,
+    attempt_event,
+    decode,
+    encode,
+    end_event,
+    tokens_event,
+)
+
+PLAIN = tokens_event(attempt=1, seq=2, choices=[ChoiceDelta(0, "3", [9])])
+
+
+def test_absent_fields_are_omitted_and_the_version_is_not() -> None:
+    assert encode(PLAIN) == (
+        b'{"v":1,"attempt":1,"seq":2,"type":"tokens",'
+        b'"choices":[{"index":0,"text":"3","token_ids":[9]}]}'
+    )
+
+
+def test_an_ordinary_event_costs_at_most_100_bytes_and_its_text() -> None:
+    event = tokens_event(attempt=1, seq=999, choices=[ChoiceDelta(0, "abc", [15_100])])
+    assert len(encode(event)) <= 100 + len("abc")
+
+
+def test_the_attempt_event_names_its_start() -> None:
+    event = attempt_event(
+        attempt=2, seq=7, worker="w", model="m", model_revision="r", tokenizer_hash="h"
+    )
+    assert (event.type, event.start_seq, event.seq) == ("attempt", 7, 7)
+
+
+def test_usage_adds_up_and_shows_the_cache_only_when_it_served() -> None:
+    assert msgspec.to_builtins(Usage.of(3, 4)) == {
+        "prompt_tokens": 3,
+        "completion_tokens": 4,
+        "total_tokens": 7,
+    }
+    details = Usage.of(3, 4, cached_tokens=2).prompt_tokens_details
+    assert details is not None
+    assert details.cached_tokens == 2
+
+
+def test_unknown_fields_are_ignored() -> None:
+    data = b'{"v":1,"attempt":1,"seq":2,"type":"tokens","choices":[{"index":0,"new":1}],"x":{}}'
+    assert decode(data) == tokens_event(attempt=1, seq=2, choices=[ChoiceDelta(0)])
+
+
+def test_an_unknown_type_keeps_its_seq_whatever_its_fields_hold() -> None:
+    data = b'{"v":2,"attempt":3,"seq":4,"type":"audio","choices":"AAAA"}'
+    assert decode(data) == Event(v=2, attempt=3, seq=4, type="audio")
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"\xff",
+        b'{"v":1}',
+        b'{"v":1,"attempt":1,"seq":"2","type":"tokens"}',
+        b'{"v":1,"attempt":1,"seq":2,"type":"tokens","choices":"AAAA"}',
+        b'{"v":1,"attempt":1,"seq":2,"type":"tokens","choices":[{"index":0,"text":"\xff"}]}',
+        b'{"v":1,"attempt":1,"seq":2,"type":"x","y":' + b"[" * 100_000,
+    ],
+)
+def test_what_is_no_event_is_corrupt(data: bytes) -> None:
+    with pytest.raises(CorruptEvent):
+        decode(data)
+
+
+texts = st.text(st.characters(exclude_categories=["Cs"]))
+deltas = st.builds(
+    ChoiceDelta,
+    index=st.integers(0, 127),
+    text=texts,
+    token_ids=st.lists(st.integers(0, 2**20)),
+    finish_reason=st.none() | st.sampled_from(["stop", "length", "error"]),
+)
+events = st.builds(
+    Event,
+    attempt=st.integers(1, 100),
+    seq=st.integers(1, 2**53),
+    type=texts,
+    choices=st.lists(deltas, max_size=3),
+    usage=st.none() | st.builds(Usage.of, st.integers(0, 99), st.integers(0, 99)),
+    error=st.none() | st.builds(ErrorInfo, texts, texts, st.booleans()),
+)
+
+
+@given(events)
+def test_what_is_encoded_is_decoded_equal(event: Event) -> None:
+    assert decode(encode(event)) == event
+
+
+def test_the_end_event_has_state_usage_and_error() -> None:
+    event = end_event(attempt=1, seq=5, state="failed", error=ErrorInfo("engine_error", "oops"))
+    assert encode(event) == (
+        b'{"v":1,"attempt":1,"seq":5,"type":"end","state":"failed",'
+        b'"error":{"code":"engine_error","message":"oops","retryable":false}}'
+    )
+
+
+def test_text_is_the_first_choices() -> None:
+    event = tokens_event(attempt=1, seq=1, choices=[ChoiceDelta(1, "b"), ChoiceDelta(0, "a")])
+    assert event.text == "a"
