@@ -46,8 +46,10 @@ _ENDS: Final = frozenset(
 )
 
 TRANSITIONS: Final[dict[JobState, frozenset[JobState]]] = {
-    # A queued job that can't be read or served is claimed first, then failed by its owner.
-    JobState.QUEUED: frozenset({JobState.RUNNING, JobState.CANCELLED, JobState.EXPIRED}),
+    # Failed from the queue: a control hash so mangled that nobody could claim the job.
+    JobState.QUEUED: frozenset(
+        {JobState.RUNNING, JobState.CANCELLED, JobState.EXPIRED, JobState.FAILED}
+    ),
     # Back to queued: hand-off (drain, no room) or recovery after a crash.
     JobState.RUNNING: frozenset({JobState.QUEUED}) | _ENDS,
     **dict.fromkeys(_ENDS, frozenset[JobState]()),

@@ -19,7 +19,7 @@ from mlx_serving.common.telemetry import configure_logging
 from mlx_serving.worker.dispatcher import Dispatcher, DispatcherOptions
 from mlx_serving.worker.fleet import Fleet
 from mlx_serving.worker.listener import Listener
-from mlx_serving.worker.loading import EngineSpec, load
+from mlx_serving.worker.loading import EngineSpec, describe, load
 from mlx_serving.worker.publisher import Publisher, PublisherOptions
 from mlx_serving.worker.runner import Runner
 from mlx_serving.worker.sweeper import Sweeper
@@ -61,6 +61,7 @@ class Child:
         self.protocol = Protocol(connect(endpoint), endpoint.keys)
         self._spec = spec
         self._encode: Callable[[GenerationJob], tuple[int, ...]] | None = None
+        self._description: dict[str, str] = {}
         self.runner = Runner(
             self._load,
             on_outputs=self._push,
@@ -94,6 +95,7 @@ class Child:
 
     def _load(self) -> InferenceEngine:
         engine, self._encode = load(self._spec.engine, self._spec.settings)
+        self._description = describe(self._spec.engine, engine)
         return engine
 
     def _encode_prompt(self, job: GenerationJob) -> tuple[int, ...]:
@@ -122,10 +124,14 @@ class Child:
         self.fleet.facts = {
             "model": self._spec.model, "revision": engine.model_info.revision,
             "kv_tokens_capacity": str(engine.kv_tokens_capacity), "pid": str(os.getpid()),
+            **self._description,
         }  # fmt: skip
         self.publisher.start()
         self.listener.start()
-        log.info("serving", worker=self._spec.name, model=self._spec.model)
+        log.info(
+            "serving", worker=self._spec.name, model=self._spec.model,
+            queues=[queue_name(self._spec.model, lane) for lane in LANES], **self._description,
+        )  # fmt: skip
         status = self.dispatcher.run()
         self.publisher.stop()
         self.listener.stop()

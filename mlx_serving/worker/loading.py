@@ -44,6 +44,19 @@ def load(spec: EngineSpec, settings: Settings) -> tuple[InferenceEngine, Encode]
     return _load_mlx(spec, settings)
 
 
+def describe(spec: EngineSpec, engine: InferenceEngine) -> dict[str, str]:
+    """Say what the engine runs on: its device, and native or twin for each accelerated piece.
+
+    Workers publish it with their presence; call it on the engine's thread.
+    """
+    if spec.kind == "simulated":
+        return {"device": "simulated", "acceleration": "none"}
+    from mlx_serving.worker.engine.device import device_name  # imports MLX
+
+    reports = getattr(engine, "acceleration", ())
+    return {"device": device_name(), "acceleration": "; ".join(map(str, reports))}
+
+
 def _load_mlx(spec: EngineSpec, settings: Settings) -> tuple[InferenceEngine, Encode]:
     # Imported here: the parent and the simulated engine must not load MLX.
     from mlx_serving.worker.engine.models import EngineOptions, load_engine

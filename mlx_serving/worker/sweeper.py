@@ -52,7 +52,8 @@ class Sweeper:
 
     def reap(self) -> list[tuple[str, str]]:
         """Take over expired leases, expire queued jobs past their deadline."""
-        swept = self._protocol.run(calls.reap(lease_ms=self._lease_ms))
+        call = calls.reap(lease_ms=self._lease_ms, queues=self._queues)
+        swept = self._protocol.run(call)
         for job_id, outcome in swept.outcomes:
             log.warning("job_reaped", job=job_id, outcome=outcome)
         return swept.outcomes
