@@ -1,0 +1,237 @@
+"""The engine: admits requests, steps the batch, turns tokens into text, says why a row ended."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from mlx_serving.worker.engine.acceleration import AccelerationReport
+from mlx_serving.worker.engine.detokenizer import DetokenizerProtocol
+from mlx_serving.worker.engine.scheduler import PrefillChunk, Scheduler
+from mlx_serving.worker.engine.sequence import (
+    FINISH_ERROR,
+    FINISH_LENGTH,
+    FINISH_STOP,
+    INVALID_TOKEN,
+    ModelInfo,
+    Output,
+    Phase,
+    Request,
+    RequestRefusedError,
+    RowError,
+    Sequence,
+)
+from mlx_serving.worker.engine.validation import check_request
+
+NAN_LOGITS = RowError("nan_logits", "the model's logits for this row were not finite")
+
+
+@dataclass(frozen=True, slots=True)
+class Attachments:
+    """What an engine carries for its owner and doesn't use itself.
+
+    `tokenizer` is mlx-lm's wrapper (for `prompts.PromptEncoder`), None without a model;
+    `acceleration` says for each accelerated piece whether it is native or the twin.
+    """
+
+    tokenizer: Any = None
+    acceleration: tuple[AccelerationReport, ...] = ()
+
+
+class Runner(Protocol):
+    """What computes: `model_runner.ModelRunner`, or `simulated.SimulatedRunner` without a model."""
+
+    def prefill(self, chunk: PrefillChunk) -> None:
+        """Compute one chunk of prompts."""
+
+    def drop_prefill(self) -> None:
+        """Forget the prompt being prefilled."""
+
+    def join(self, rows: Iterable[Sequence]) -> None:
+        """Move the rows whose prefill is complete into the decode batch."""
+
+    def remove(self, rows: Iterable[Sequence]) -> None:
+        """Take rows out of the decode batch; rows that are not in it are ignored."""
+
+    def decode(self) -> list[tuple[Sequence, int]]:
+        """Return one new token a row, or `INVALID_TOKEN`; rows without news are left out."""
+
+
+class Engine:
+    """One continuous batch on one device; answers to `sequence.InferenceEngine`.
+
+    Only one thread may call it. A step is: at most one prefill chunk, then one decode step
+    launched and the tokens of the step before it read.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        scheduler: Scheduler,
+        detokenizer: DetokenizerProtocol,
+        model_info: ModelInfo,
+        attachments: Attachments = Attachments(),
+    ) -> None:
+        """Put the parts together; `models.load_engine` does it for a model on disk."""
+        self.model_info = model_info
+        self.tokenizer = attachments.tokenizer
+        self.acceleration = attachments.acceleration
+        self._runner = runner
+        self._scheduler = scheduler
+        self._detokenizer = detokenizer
+        self._finished_early: list[Output] = []
+
+    def fits(self, request: Request) -> bool:
+        """Say whether this device's KV budget could ever hold the request."""
+        return self._scheduler.fits(request)
+
+    def can_add(self, request: Request) -> bool:
+        """Say whether there is room for the request now."""
+        return self._scheduler.can_add(request)
+
+    def add(self, request: Request) -> None:
+        """Admit the request; see `InferenceEngine.add` for what it raises."""
+        check_request(request, self.model_info.vocab_size)
+        sequence = self._scheduler.add(request)
+        try:
+            sequence.slot = self._detokenizer.open(request.stop)
+        except ValueError as error:
+            self._scheduler.remove(sequence)
+            raise RequestRefusedError("invalid_parameter", f"stop: {error}") from None
+        if request.committed:
+            self._replay(sequence)
+
+    def _replay(self, sequence: Sequence) -> None:
+        """Bring a resumed row to where its last attempt stood; its text is out already."""
+        committed = sequence.request.committed
+        live = [token for token in committed if token not in self.model_info.eos_token_ids]
+        _, stopped = self._detokenizer.replay(sequence.slot, live)
+        sequence.decoded = len(committed)
+        reason = self._finish_reason(sequence, committed[-1], stopped=stopped)
+        if reason is not None:
+            self._finished_early.append(self._output(sequence, reason))
+            self._forget(sequence)
+
+    def abort(self, request_id: str) -> None:
+        """Forget every choice of the request; no Output follows. Unknown ids are ignored."""
+        self._finished_early = [o for o in self._finished_early if o.request_id != request_id]
+        rows = self._scheduler.find(request_id)
+        if any(row.phase is Phase.PREFILLING for row in rows):
+            self._runner.drop_prefill()
+        self._runner.remove(rows)
+        for row in rows:
+            self._forget(row)
+
+    def step(self) -> list[Output]:
+        """Do one prefill chunk and one decode step; return the rows that progressed."""
+        outputs, self._finished_early = self._finished_early, []
+        self._prefill(outputs)
+        self._collect(self._runner.decode(), outputs)
+        return outputs
+
+    def _prefill(self, outputs: list[Output]) -> None:
+        chunk = self._scheduler.schedule_prefill()
+        if chunk is None:
+            return
+        error = self._try_prefill(chunk)
+        if error is None:
+            if self._scheduler.finish_prefill(chunk):
+                self._runner.join(chunk.rows)
+            return
+        # One of several rows may be to blame for all: each is tried alone.
+        alone = chunk.rows if len(chunk.rows) > 1 else ()
+        failed = [row for row in chunk.rows if not (alone and self._prefill_alone(row))]
+        for row in failed:
+            outputs.append(self._output(row, FINISH_ERROR, error=error))
+            self._forget(row)
+
+    def _try_prefill(self, chunk: PrefillChunk) -> RowError | None:
+        try:
+            self._runner.prefill(chunk)
+        except Exception as error:  # noqa: BLE001 - whatever a row's prefill raises ends that row
+            self._runner.drop_prefill()
+            # The exception's own text may hold addresses or parts of the prompt.
+            return RowError("prefill_failed", f"prefill raised {type(error).__name__}")
+        return None
+
+    def _prefill_alone(self, row: Sequence) -> bool:
+        chunk = PrefillChunk((row,), 0, row.context_length)
+        if self._try_prefill(chunk) is not None:
+            return False
+        self._scheduler.finish_prefill(chunk)
+        self._runner.join([row])
+        return True
+
+    def _collect(self, sampled: list[tuple[Sequence, int]], outputs: list[Output]) -> None:
+        """Turn one step's tokens into outputs and take the rows that ended out of the batch."""
+        eos = self.model_info.eos_token_ids
+        with_text = [
+            (row, token) for row, token in sampled if token != INVALID_TOKEN and token not in eos
+        ]
+        pieces = iter(
+            self._detokenizer.push(
+                [row.slot for row, _ in with_text], [token for _, token in with_text]
+            )
+        )
+        ended = []
+        for row, token in sampled:
+            if token == INVALID_TOKEN:
+                output = self._output(row, FINISH_ERROR, error=NAN_LOGITS)
+            else:
+                row.decoded += 1
+                text, stopped = ("", False) if token in eos else next(pieces)
+                reason = self._finish_reason(row, token, stopped=stopped)
+                output = self._output(row, reason, text, [token])
+            outputs.append(output)
+            if output.finish_reason is not None:
+                output.text += self._detokenizer.finish(row.slot)
+                ended.append(row)
+        if ended:
+            self._runner.remove(ended)
+            for row in ended:
+                self._forget(row)
+
+    def _finish_reason(self, row: Sequence, token: int, *, stopped: bool) -> str | None:
+        if stopped or token in self.model_info.eos_token_ids:
+            return FINISH_STOP
+        return FINISH_LENGTH if row.decoded >= row.request.max_tokens else None
+
+    def _output(
+        self,
+        row: Sequence,
+        reason: str | None,
+        text: str = "",
+        token_ids: Iterable[int] = (),
+        error: RowError | None = None,
+    ) -> Output:
+        request = row.request
+        tokens = list(token_ids)
+        return Output(request.id, request.choice, tokens, text, reason, error, len(request.prompt))
+
+    def _forget(self, row: Sequence) -> None:
+        self._scheduler.remove(row)
+        self._detokenizer.close(row.slot)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `step` would do anything."""
+        return self._scheduler.has_work or bool(self._finished_early)
+
+    @property
+    def running(self) -> int:
+        """Rows in the decode batch."""
+        return self._scheduler.running
+
+    @property
+    def waiting(self) -> int:
+        """Admitted rows that are not in the decode batch yet."""
+        return self._scheduler.waiting
+
+    @property
+    def kv_tokens_used(self) -> int:
+        """KV tokens reserved by admitted rows."""
+        return self._scheduler.kv_tokens_used
+
+    @property
+    def kv_tokens_capacity(self) -> int:
+        """KV tokens that all rows together may reserve."""
+        return self._scheduler.limits.kv_capacity_tokens

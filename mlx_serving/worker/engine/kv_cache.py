@@ -1,0 +1,122 @@
+"""The KV caches of mlx-lm, made, joined and measured for a batch whose members come and go.
+
+Rows of a batch cache are right-justified: shorter rows are padded on the left to the longest.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Final, Protocol, cast
+
+import mlx.core as mx
+from mlx_lm.models.cache import BatchKVCache, make_prompt_cache
+
+GROWTH_TOKENS: Final[int] = BatchKVCache.step  # caches grow by blocks of this many tokens
+
+
+class LanguageModel(Protocol):
+    """An mlx-lm model: tokens [B, T] and a cache a layer to logits [B, T, V]."""
+
+    def __call__(self, inputs: mx.array, cache: list[Any]) -> mx.array:
+        """Run the forward pass; updates the caches in place."""
+
+
+class UnsupportedModelError(ValueError):
+    """This model can't be served in a continuous batch."""
+
+
+@dataclass(frozen=True, slots=True)
+class CacheCost:
+    """What a row costs: bytes for each token, and a fixed part (recurrent states)."""
+
+    bytes_per_token: int
+    fixed_bytes: int
+    vocab_size: int
+
+    @property
+    def overhead_tokens(self) -> int:
+        """KV tokens that a row may hold beyond its own: one growth block and the fixed part."""
+        return GROWTH_TOKENS + -(-self.fixed_bytes // self.bytes_per_token)
+
+
+def new_cache(model: LanguageModel, rows: int) -> list[Any]:
+    """Return an empty cache: mlx-lm's plain one for one row, a batch cache for several."""
+    if rows == 1:
+        return _plain_cache(model)
+    return _merge([_plain_cache(model) for _ in range(rows)])
+
+
+def as_batch(cache: list[Any]) -> list[Any]:
+    """Turn one row's plain cache into a batch cache of one row."""
+    return _merge([cache])
+
+
+def extend(cache: list[Any], other: list[Any]) -> None:
+    """Append the rows of `other` to `cache`, in place."""
+    for layer, joining in zip(cache, other, strict=True):
+        layer.extend(joining)
+
+
+def keep_rows(cache: list[Any], rows: list[int], longest: int) -> None:
+    """Keep only `rows` of the batch, in place; `longest` is the longest kept row, in tokens.
+
+    mlx-lm's own `filter` reads each layer's padding back from the device, which waits for the
+    step in flight once a layer. The host knows the lengths, so plain KV layers skip that.
+    """
+    indices = mx.array(rows, dtype=mx.int32)
+    for layer in cache:
+        if type(layer) is BatchKVCache:
+            _keep_kv_rows(layer, indices, layer.size() - longest)
+        else:
+            layer.filter(indices)
+
+
+def _keep_kv_rows(layer: Any, indices: mx.array, unused: int) -> None:  # noqa: ANN401 - untyped
+    """Do what `BatchKVCache.filter` does, with the common left padding given by the caller."""
+    layer.offset = layer.offset[indices]
+    layer.left_padding = layer.left_padding[indices] - unused
+    if layer.keys is None:
+        return
+    layer.keys = layer.keys[indices][..., unused:, :]
+    layer.values = layer.values[indices][..., unused:, :]
+    layer._idx -= unused  # noqa: SLF001 - the cache offers no setter
+
+
+def states(cache: list[Any]) -> list[Any]:
+    """Return the arrays to evaluate after a forward pass."""
+    return [layer.state for layer in cache]
+
+
+def measure(model: LanguageModel) -> CacheCost:
+    """Measure what a row costs from the shapes of two prefills that are never computed.
+
+    Raises:
+        UnsupportedModelError: a layer's cache can't join a batch.
+    """
+    sizes = []
+    vocab_size = 0
+    for tokens in (GROWTH_TOKENS, 2 * GROWTH_TOKENS):
+        cache = _plain_cache(model)
+        logits = model(mx.zeros((1, tokens), dtype=mx.int32), cache=cache)
+        vocab_size = logits.shape[-1]
+        sizes.append(sum(layer.nbytes for layer in cache))
+    _require_batching(_plain_cache(model))
+    per_token = max(1, (sizes[1] - sizes[0]) // GROWTH_TOKENS)
+    return CacheCost(per_token, max(0, sizes[0] - per_token * GROWTH_TOKENS), vocab_size)
+
+
+def _plain_cache(model: LanguageModel) -> list[Any]:
+    return list(make_prompt_cache(cast("Any", model)))
+
+
+def _merge(caches: list[list[Any]]) -> list[Any]:
+    return [layers[0].merge(list(layers)) for layers in zip(*caches, strict=True)]
+
+
+def _require_batching(cache: list[Any]) -> None:
+    for index, layer in enumerate(cache):
+        parts = getattr(layer, "caches", (layer,))
+        missing = [type(part).__name__ for part in parts if not hasattr(part, "merge")]
+        if missing:
+            message = (
+                f"model: layer {index} keeps a {missing[0]}, which mlx-lm can't batch with history"
+            )
+            raise UnsupportedModelError(message)

@@ -1,0 +1,128 @@
+"""What may be loaded from a model folder, and what identifies it. Needs no mlx.
+
+Only safetensors weights and mlx-lm's own architectures: nothing in the folder is ever imported
+or unpickled (mlx-lm CVE-2026-5843: remote code named by a config). Nothing is downloaded.
+"""
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any, BinaryIO, Final
+
+_REVISION_DIGITS: Final = 16
+_HEADER_BYTES_MAX: Final = 100_000_000  # as in the safetensors library
+_SAMPLED_BLOCKS: Final = 64
+_SAMPLED_BLOCK_BYTES: Final = 1 << 16
+_PICKLES: Final = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.npy", "*.npz")
+_CODE_KEYS: Final = ("auto_map", "model_file", "custom_pipelines")
+# These name modules of mlx-lm that it imports; a dot would reach others.
+_MODULE_KEYS: Final = ("model_type", "chat_template_type", "tool_parser_type")
+_MODULE_NAME: Final = re.compile(r"[A-Za-z0-9_-]+")
+
+
+class ModelFilesError(ValueError):
+    """The model folder is incomplete, or holds something that is never loaded."""
+
+
+def check_model_files(path: Path) -> None:
+    """Refuse a folder that can't be loaded safely.
+
+    Raises:
+        ModelFilesError: a part is missing, weights are not safetensors, or a config names code.
+    """
+    if not path.is_dir():
+        message = f"model path: {path} is not a folder on this machine (nothing is downloaded)"
+        raise ModelFilesError(message)
+    for name in ("config.json", "tokenizer.json"):
+        if not (path / name).is_file():
+            message = f"{name}: missing in {path}"
+            raise ModelFilesError(message)
+    for name in ("config.json", "tokenizer_config.json"):
+        if (path / name).is_file():
+            _refuse_code(name, read_json(path / name))
+    _require_safetensors(path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        ModelFilesError: the file holds anything else.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        data = None
+    if not isinstance(data, dict):
+        message = f"{path.name}: is not a JSON object"
+        raise ModelFilesError(message)
+    return data
+
+
+def model_revision(path: Path) -> str:
+    """Identify config and weights: 16 hex digits.
+
+    Reads each weight file's header and blocks spread evenly over it, never the whole of a large
+    file: fine-tunes of one model differ everywhere, and a start must not read 100 GB twice.
+    """
+    digest = hashlib.sha256((path / "config.json").read_bytes())
+    for file in weight_files(path):
+        digest.update(f"{file.name}\0{file.stat().st_size}\0".encode())
+        with file.open("rb") as stream:
+            digest.update(_header(stream, file))
+            _sample(stream, file.stat().st_size, digest.update)
+    return digest.hexdigest()[:_REVISION_DIGITS]
+
+
+def tokenizer_hash(path: Path) -> str:
+    """Identify the tokenizer: 16 hex digits of tokenizer.json's SHA-256."""
+    return hashlib.sha256((path / "tokenizer.json").read_bytes()).hexdigest()[:_REVISION_DIGITS]
+
+
+def weight_files(path: Path) -> list[Path]:
+    """Return the files that mlx-lm loads, by name."""
+    return sorted(path.glob("model*.safetensors"))
+
+
+def _require_safetensors(path: Path) -> None:
+    files = weight_files(path)
+    if not files:
+        pickles = sorted(file.name for pattern in _PICKLES for file in path.glob(pattern))
+        found = f"; {pickles[0]} is not loaded, it could run code" if pickles else ""
+        message = f"weights: no model*.safetensors in {path}{found}"
+        raise ModelFilesError(message)
+    for file in files:
+        with file.open("rb") as stream:
+            _header(stream, file)
+
+
+def _header(stream: BinaryIO, file: Path) -> bytes:
+    """Read the JSON header: 8 bytes of length, little endian, then the JSON."""
+    length = int.from_bytes(stream.read(8), "little")
+    if length > min(_HEADER_BYTES_MAX, file.stat().st_size - 8):
+        message = f"weights: {file.name} is not a safetensors file"
+        raise ModelFilesError(message)
+    return stream.read(length)
+
+
+def _sample(stream: BinaryIO, size: int, update: Any) -> None:  # noqa: ANN401 - hashlib's own type
+    stride = max(size // _SAMPLED_BLOCKS, _SAMPLED_BLOCK_BYTES)
+    for offset in range(0, size, stride):
+        stream.seek(offset)
+        update(stream.read(_SAMPLED_BLOCK_BYTES))
+
+
+def _refuse_code(name: str, config: dict[str, Any]) -> None:
+    for part in (config, config.get("text_config")):
+        if not isinstance(part, dict):
+            continue
+        for key in _CODE_KEYS:
+            if part.get(key):
+                message = f"{name}: {key} names code to run, which is never loaded"
+                raise ModelFilesError(message)
+        for key in _MODULE_KEYS:
+            value = part.get(key)
+            if value is not None and not _MODULE_NAME.fullmatch(str(value)):
+                message = f"{name}: {key} is not a plain name"
+                raise ModelFilesError(message)

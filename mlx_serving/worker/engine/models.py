@@ -1,0 +1,113 @@
+"""From a model folder to a warm engine."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import mlx.core as mx
+from mlx_lm.utils import load_model, load_tokenizer, maybe_set_recommended_wired_limit
+
+from mlx_serving.worker.engine.acceleration import make_detokenizer
+from mlx_serving.worker.engine.engine import Attachments, Engine
+from mlx_serving.worker.engine.model_files import check_model_files, model_revision, tokenizer_hash
+from mlx_serving.worker.engine.model_runner import ModelRunner
+from mlx_serving.worker.engine.scheduler import Scheduler, SchedulerLimits
+from mlx_serving.worker.engine.sequence import ModelInfo, Request, SamplingParams
+
+CPU_KV_BUDGET_BYTES: Final = 1 << 30
+# Of the memory that the weights leave. The rest is for activations, logits, the copy of one
+# layer's cache while rows join or leave, and the system.
+KV_MEMORY_FRACTION: Final = 0.75
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """How much of the device an engine takes. `kv_budget_bytes` None: derived from the device."""
+
+    max_batch_rows: int = 64
+    kv_budget_bytes: int | None = None
+    prefill_chunk_tokens: int = 512
+    prefer_native: bool = True
+    warm_up: bool = True
+
+
+def load_engine(
+    model_path: str | Path,
+    options: EngineOptions = EngineOptions(),
+    *,
+    name: str | None = None,
+) -> Engine:
+    """Load a model folder, check it, and compute once, so that no request pays for it.
+
+    `name` is the alias that jobs know the model by; the folder's name without it. The engine may
+    be used by another thread than the one that loaded it, but by one only.
+
+    Raises:
+        ModelFilesError: the folder is incomplete or holds something that is never loaded.
+        UnsupportedModelError: the model's caches can't be batched.
+        UnsupportedVocabularyError: the tokenizer's text can't be streamed exactly.
+        ValueError: mlx-lm doesn't know the architecture, or an option is out of range.
+    """
+    path = Path(model_path)
+    check_model_files(path)
+    maybe_set_recommended_wired_limit()
+    model, config = load_model(path, trust_remote_code=False)
+    tokenizer = load_tokenizer(
+        path, {"trust_remote_code": False}, eos_token_ids=config.get("eos_token_id")
+    )
+    runner = ModelRunner(model)
+    info = ModelInfo(
+        name or path.resolve().name,
+        model_revision(path),
+        tokenizer_hash(path),
+        runner.cost.vocab_size,
+        frozenset(tokenizer.eos_token_ids),
+    )
+    engine = build_engine(runner, tokenizer, info, options)
+    if options.warm_up:
+        warm_up(engine)
+    return engine
+
+
+def build_engine(
+    runner: ModelRunner,
+    tokenizer: Any,  # noqa: ANN401 - mlx-lm's wrapper forwards by getattr
+    info: ModelInfo,
+    options: EngineOptions = EngineOptions(),
+) -> Engine:
+    """Put an engine together from a model in memory."""
+    cost = runner.cost
+    budget = default_kv_budget() if options.kv_budget_bytes is None else options.kv_budget_bytes
+    limits = SchedulerLimits(
+        max_rows=options.max_batch_rows,
+        kv_capacity_tokens=budget // cost.bytes_per_token,
+        prefill_chunk_tokens=options.prefill_chunk_tokens,
+        kv_row_overhead_tokens=cost.overhead_tokens,
+    )
+    detokenizer, report = make_detokenizer(tokenizer, prefer_native=options.prefer_native)
+    return Engine(runner, Scheduler(limits), detokenizer, info, Attachments(tokenizer, (report,)))
+
+
+def default_kv_budget() -> int:
+    """Bytes for KV caches on this device; call it when the weights are loaded."""
+    if mx.default_device() == mx.cpu:
+        return CPU_KV_BUDGET_BYTES
+    device = mx.device_info()
+    memory = device.get("max_recommended_working_set_size") or device.get("total_memory")
+    if memory is None:
+        memory = device["memory_size"]
+    return max(0, int((int(memory) - mx.get_active_memory()) * KV_MEMORY_FRACTION))
+
+
+def warm_up(engine: Engine) -> None:
+    """Run each path of a step once (kernels load or compile on first use): greedy, then mixed."""
+    token = min(1, engine.model_info.vocab_size - 1)
+    mixed = SamplingParams(temperature=0.8, top_p=0.9, top_k=8, min_p=0.05, seed=1)
+    plain = SamplingParams(temperature=0.8, seed=1)
+    for group in ((SamplingParams(),) * 2, (SamplingParams(), mixed, plain)):
+        for index, sampling in enumerate(group):
+            request = Request(f"warm-up-{index}", (token,) * (4 + index), sampling, max_tokens=3)
+            if engine.can_add(request):
+                engine.add(request)
+        while engine.has_work:
+            engine.step()

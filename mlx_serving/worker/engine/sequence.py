@@ -1,0 +1,180 @@
+"""What goes into an engine and what comes out of it. Imports neither mlx nor redis."""
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Final, Protocol
+
+FINISH_STOP: Final = "stop"
+FINISH_LENGTH: Final = "length"
+FINISH_ERROR: Final = "error"
+
+INVALID_TOKEN: Final = -1  # sampled from logits with NaN or +inf, or with nothing but -inf
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How one row's tokens are chosen; every field is data in an array on the device.
+
+    `temperature` 0 is greedy (the other filters then change nothing). `top_p` in (0, 1], 1 is
+    off. `top_k` 0 is off. `min_p` in [0, 1], 0 is off. `seed` in [0, 2**64).
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One row to decode: `choice` of a job, prompt and sampling already resolved.
+
+    `committed` are tokens that earlier attempts decoded (resume): they are prefilled after the
+    prompt, are not emitted again, and count towards `max_tokens`.
+    """
+
+    id: str
+    prompt: tuple[int, ...]
+    sampling: SamplingParams
+    max_tokens: int
+    stop: tuple[str, ...] = ()
+    committed: tuple[int, ...] = ()
+    choice: int = 0
+
+    @property
+    def kv_tokens(self) -> int:
+        """The most KV-cache tokens this row can ever hold: prompt + max_tokens."""
+        return len(self.prompt) + max(self.max_tokens, len(self.committed))
+
+
+@dataclass(frozen=True, slots=True)
+class RowError:
+    """Why one row failed; `code` is stable, `message` is for people."""
+
+    code: str
+    message: str
+
+
+@dataclass(slots=True)
+class Output:
+    """One row's progress in one step; the last one of a row carries `finish_reason`.
+
+    `token_ids` name every token decoded since the row's last Output, the end-of-sequence token
+    included; `text` is what the detokenizer released and may lag behind them.
+    """
+
+    request_id: str
+    choice: int
+    token_ids: list[int] = field(default_factory=list)
+    text: str = ""
+    finish_reason: str | None = None
+    error: RowError | None = None
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """The model an engine runs, as an attempt event names it."""
+
+    name: str
+    revision: str
+    tokenizer_hash: str
+    vocab_size: int
+    eos_token_ids: frozenset[int]
+
+
+class Phase(Enum):
+    """Where an admitted row stands; it only moves down this list."""
+
+    WAITING = "waiting"  # admitted, no prompt token computed
+    PREFILLING = "prefilling"
+    DECODING = "decoding"
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One admitted row inside an engine: what the scheduler and the decode batch keep of it.
+
+    `context` is what is prefilled: prompt + committed without the last token. That one token
+    (`last_token`) enters the decode batch, where its logits give the row's first new token.
+    """
+
+    request: Request
+    slot: int = -1  # of the detokenizer
+    phase: Phase = Phase.WAITING
+    prefilled: int = 0  # tokens of `context` in the KV cache
+    decoded: int = 0  # tokens of the completion known to the host, committed ones included
+
+    @property
+    def context_length(self) -> int:
+        """Tokens to prefill."""
+        return len(self.request.prompt) + len(self.request.committed) - 1
+
+    @property
+    def last_token(self) -> int:
+        """The token that the row brings into the decode batch."""
+        return (self.request.committed or self.request.prompt)[-1]
+
+    def context(self, start: int, stop: int) -> list[int]:
+        """Return the tokens to prefill at [start, stop), never beyond `context_length`."""
+        tokens = self.request.prompt + self.request.committed
+        return list(tokens[start : min(stop, self.context_length)])
+
+
+class RequestRefusedError(ValueError):
+    """The engine does not take this request; `code` says why."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class InferenceEngine(Protocol):
+    """One continuous batch. Only the engine thread calls it."""
+
+    def fits(self, request: Request) -> bool:
+        """Say whether this device's KV budget could ever hold the request."""
+
+    def can_add(self, request: Request) -> bool:
+        """Say whether there is room for the request now."""
+
+    def add(self, request: Request) -> None:
+        """Admit the request and reserve its KV tokens.
+
+        Raises:
+            RequestRefusedError: with `code` "no_room" where `can_add` is false, "too_large"
+                where `fits` is false, "token_out_of_vocabulary", "duplicate_request" or
+                "invalid_parameter".
+        """
+
+    def abort(self, request_id: str) -> None:
+        """Forget every choice of the request; no Output follows. Unknown ids are ignored."""
+
+    def step(self) -> list[Output]:
+        """Do one bounded piece of work and return the rows that progressed."""
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `step` would do anything."""
+
+    @property
+    def running(self) -> int:
+        """Rows in the decode batch."""
+
+    @property
+    def waiting(self) -> int:
+        """Admitted rows that are not in the decode batch yet (queued or prefilling)."""
+
+    @property
+    def kv_tokens_used(self) -> int:
+        """KV tokens reserved by admitted rows."""
+
+    @property
+    def kv_tokens_capacity(self) -> int:
+        """KV tokens that all rows together may reserve."""
+
+    @property
+    def model_info(self) -> ModelInfo:
+        """The model this engine runs."""

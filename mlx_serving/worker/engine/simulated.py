@@ -1,0 +1,123 @@
+"""An engine without a model: tokens at a set rate, text that counts up. Needs no mlx.
+
+It is the real engine (admission, prefill chunks, stop strings, resume, abort) over a runner that
+sleeps instead of computing. Token n of a completion reads " n", so any output can be checked:
+``1 2 3 4``.
+"""
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Final
+
+from mlx_serving.common.jobs import GenerationJob
+from mlx_serving.worker.engine.detokenizer import Detokenizer
+from mlx_serving.worker.engine.engine import Engine
+from mlx_serving.worker.engine.scheduler import PrefillChunk, Scheduler, SchedulerLimits
+from mlx_serving.worker.engine.sequence import ModelInfo, Sequence
+from mlx_serving.worker.engine.vocabulary import WORD_BOUNDARY, Vocabulary
+
+VOCAB_SIZE: Final = 10_000
+EOS_TOKEN: Final = 0
+_UNBOUNDED: Final = 1 << 40
+
+
+@dataclass(frozen=True, slots=True)
+class SimulatedOptions:
+    """How fast and how large the simulated device is.
+
+    `tokens_per_second` is one row's decode rate, whatever the batch; `prefill_tokens_per_second`
+    the whole device's; 0 costs no time. `answer_tokens`: a row ends by itself after so many
+    tokens, None lets it run to max_tokens.
+    """
+
+    tokens_per_second: float = 100.0
+    prefill_tokens_per_second: float = 10_000.0
+    answer_tokens: int | None = None
+    max_rows: int = 64
+    kv_capacity_tokens: int = 1_000_000
+    prefill_chunk_tokens: int = 512
+    name: str = "simulated"
+
+    @classmethod
+    def zero_cost(cls, max_rows: int = 1024) -> "SimulatedOptions":
+        """For dispatch benchmarks: any number of jobs ends in the one step after they came."""
+        return cls(
+            tokens_per_second=0.0,
+            prefill_tokens_per_second=0.0,
+            answer_tokens=0,
+            max_rows=max_rows,
+            kv_capacity_tokens=_UNBOUNDED,
+            prefill_chunk_tokens=_UNBOUNDED,
+        )
+
+
+class SimulatedRunner:
+    """Counts up, one number a token."""
+
+    def __init__(
+        self, options: SimulatedOptions, sleep: Callable[[float], None] = time.sleep
+    ) -> None:
+        """Take the rates, and a `sleep` in seconds that tests replace."""
+        self._options = options
+        self._sleep = sleep
+        self._rows: dict[Sequence, None] = {}
+
+    def prefill(self, chunk: PrefillChunk) -> None:
+        """Sleep as long as the chunk's tokens, padding included, take."""
+        if self._options.prefill_tokens_per_second:
+            tokens = chunk.length * len(chunk.rows)
+            self._sleep(tokens / self._options.prefill_tokens_per_second)
+
+    def drop_prefill(self) -> None:
+        """Nothing is kept of a prompt."""
+
+    def join(self, rows: Iterable[Sequence]) -> None:
+        """Start to decode these rows."""
+        self._rows |= dict.fromkeys(rows)
+
+    def remove(self, rows: Iterable[Sequence]) -> None:
+        """Stop to decode these rows."""
+        for row in rows:
+            self._rows.pop(row, None)
+
+    def decode(self) -> list[tuple[Sequence, int]]:
+        """Sleep for one token's time and return every row's next one."""
+        if self._rows and self._options.tokens_per_second:
+            self._sleep(1.0 / self._options.tokens_per_second)
+        return [(row, self._next_token(row)) for row in self._rows]
+
+    def _next_token(self, row: Sequence) -> int:
+        end = self._options.answer_tokens
+        if end is not None and row.decoded >= end:
+            return EOS_TOKEN
+        return row.decoded % (VOCAB_SIZE - 1) + 1
+
+
+class SimulatedPromptEncoder:
+    """Stands in for `prompts.PromptEncoder`: one token a word."""
+
+    def encode(self, job: GenerationJob) -> tuple[int, ...]:
+        """Return as many tokens as the job's prompt or messages have words, at least one."""
+        texts = [str(message.get("content") or "") for message in job.template_messages()]
+        words = sum(len(text.split()) for text in [job.prompt or "", *texts])
+        return tuple(index % VOCAB_SIZE for index in range(1, max(words, 1) + 1))
+
+
+class SimulatedEngine(Engine):
+    """The engine's interface over `SimulatedRunner`."""
+
+    def __init__(
+        self,
+        options: SimulatedOptions = SimulatedOptions(),
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        """Build the engine; `sleep` in seconds is for tests."""
+        limits = SchedulerLimits(
+            options.max_rows, options.kv_capacity_tokens, options.prefill_chunk_tokens
+        )
+        info = ModelInfo(options.name, "simulated", "simulated", VOCAB_SIZE, frozenset({EOS_TOKEN}))
+        spelled = [f"{WORD_BOUNDARY}{number}".encode() for number in range(VOCAB_SIZE)]
+        vocabulary = Vocabulary(spelled, "byte_fallback", {EOS_TOKEN}, strip_leading_space=True)
+        runner = SimulatedRunner(options, sleep)
+        super().__init__(runner, Scheduler(limits), Detokenizer(vocabulary), info)

@@ -1,0 +1,44 @@
+"""What an engine checks of a request before it admits it. Pure."""
+
+import math
+
+from mlx_serving.worker.engine.sequence import Request, RequestRefusedError, SamplingParams
+
+_SEED_LIMIT = 2**64
+
+
+def check_request(request: Request, vocab_size: int) -> None:
+    """Refuse a request that can't run, naming the field.
+
+    Raises:
+        RequestRefusedError: with `code` "invalid_parameter" or "token_out_of_vocabulary".
+    """
+    if not request.prompt:
+        _refuse("prompt: holds no token")
+    if request.max_tokens < 1:
+        _refuse(f"max_tokens: must be at least 1, got {request.max_tokens}")
+    if any(not stop for stop in request.stop):
+        _refuse("stop: a stop string is empty")
+    _check_sampling(request.sampling)
+    for name, tokens in (("prompt", request.prompt), ("committed", request.committed)):
+        # An id outside the vocabulary would read memory that is not the embedding's.
+        if tokens and not (min(tokens) >= 0 and max(tokens) < vocab_size):
+            message = f"{name}: holds a token outside the vocabulary of {vocab_size}"
+            raise RequestRefusedError("token_out_of_vocabulary", message)
+
+
+def _check_sampling(sampling: SamplingParams) -> None:
+    if not (math.isfinite(sampling.temperature) and sampling.temperature >= 0.0):
+        _refuse(f"temperature: must be finite and at least 0, got {sampling.temperature}")
+    if not 0.0 < sampling.top_p <= 1.0:
+        _refuse(f"top_p: must be in (0, 1], got {sampling.top_p}")
+    if sampling.top_k < 0:
+        _refuse(f"top_k: must be at least 0, got {sampling.top_k}")
+    if not 0.0 <= sampling.min_p <= 1.0:
+        _refuse(f"min_p: must be in [0, 1], got {sampling.min_p}")
+    if not 0 <= sampling.seed < _SEED_LIMIT:
+        _refuse(f"seed: must be in [0, 2**64), got {sampling.seed}")
+
+
+def _refuse(message: str) -> None:
+    raise RequestRefusedError("invalid_parameter", message)

@@ -1,0 +1,93 @@
+"""Builds tiny engines, drives them, and decodes by mlx-lm itself for comparison."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import mlx.core as mx
+from mlx_lm.generate import generate_step
+
+from benchmarks.synthetic import TINY, build_model, build_tokenizer
+from mlx_serving.worker.engine.engine import Engine
+from mlx_serving.worker.engine.kv_cache import LanguageModel
+from mlx_serving.worker.engine.model_runner import ModelRunner
+from mlx_serving.worker.engine.models import EngineOptions, build_engine
+from mlx_serving.worker.engine.sequence import ModelInfo, Output, Request, SamplingParams
+
+EOS = 256
+GREEDY = SamplingParams()
+
+
+@dataclass
+class Collected:
+    """All outputs of one row, joined."""
+
+    token_ids: list[int] = field(default_factory=list)
+    text: str = ""
+    finish_reason: str | None = None
+    error_code: str | None = None
+    outputs: int = 0
+
+    def add(self, output: Output) -> None:
+        assert self.finish_reason is None, "nothing follows the last output"
+        self.token_ids += output.token_ids
+        self.text += output.text
+        self.finish_reason = output.finish_reason
+        self.error_code = output.error.code if output.error else None
+        self.outputs += 1
+
+
+def tiny_engine(
+    model: LanguageModel | None = None,
+    *,
+    eos: Iterable[int] = (EOS,),
+    rows: int = 40,
+    chunk: int = 64,
+    kv_budget_bytes: int = 1 << 28,
+) -> Engine:
+    """An engine over a tiny random model in memory."""
+    info = ModelInfo("tiny", "revision", "hash", TINY["vocab_size"], frozenset(eos))
+    options = EngineOptions(
+        max_batch_rows=rows, kv_budget_bytes=kv_budget_bytes, prefill_chunk_tokens=chunk
+    )
+    runner = ModelRunner(model if model is not None else build_model())
+    return build_engine(runner, build_tokenizer(), info, options)
+
+
+def drive(
+    engine: Engine,
+    requests: Iterable[Request],
+    *,
+    every: int = 0,
+    on_step: Callable[[int], None] = lambda _: None,
+) -> dict[str, Collected]:
+    """Run requests to their end: all added at once, or one every `every` steps."""
+    pending = list(requests)
+    collected = {request.id: Collected() for request in pending}
+    step = 0
+    while pending or engine.has_work:
+        count = len(pending) if not every else int(step % every == 0)
+        while pending and count and engine.can_add(pending[0]):
+            engine.add(pending.pop(0))
+            count -= 1
+        on_step(step)
+        for output in engine.step():
+            collected[output.request_id].add(output)
+        step += 1
+        assert step < 10_000, "the engine makes no progress"
+    assert (engine.running, engine.waiting, engine.kv_tokens_used) == (0, 0, 0)
+    return collected
+
+
+def greedy_by_mlx_lm(
+    model: LanguageModel, prompt: Iterable[int], max_tokens: int, eos: Iterable[int] = (EOS,)
+) -> list[int]:
+    """mlx-lm's own greedy decoding of one prompt, the end-of-sequence token included."""
+    tokens: list[int] = []
+    stops = set(eos)
+    steps = generate_step(mx.array(list(prompt)), cast("Any", model), max_tokens=max_tokens)
+    for token, _ in steps:
+        tokens.append(int(token))
+        if token in stops:
+            break
+    return tokens

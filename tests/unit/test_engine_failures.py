@@ -1,0 +1,158 @@
+"""A failing row fails alone; an aborted one leaves no trace."""
+
+from typing import Any
+
+import mlx.core as mx
+import pytest
+
+from benchmarks.synthetic import TINY, build_model
+from mlx_serving.worker.engine.sequence import Phase, Request, RequestRefusedError, SamplingParams
+from tests.engine_support import GREEDY, drive, greedy_by_mlx_lm, tiny_engine
+
+POISON = 299  # a token id that only poisoned prompts hold
+
+
+class PoisonedModel:
+    """NaN logits for rows whose input token is POISON; or an exception in their prefill."""
+
+    def __init__(self, *, raises: bool = False, value: float = float("nan")) -> None:
+        self.model = build_model()
+        self.layers = self.model.layers  # type: ignore[attr-defined]
+        self.raises = raises
+        self.value = value
+
+    def __call__(self, inputs: mx.array, cache: list[Any]) -> mx.array:
+        poisoned = (inputs == POISON).any(axis=1)
+        if self.raises and poisoned.any().item():
+            message = "a prompt like 'top secret' can't be computed"
+            raise RuntimeError(message)
+        logits = self.model(inputs, cache=cache)
+        return mx.where(poisoned[:, None, None], self.value, logits)
+
+
+GOOD = [Request(f"good{n}", (n + 1, 5, 9), GREEDY, 12) for n in range(4)]
+
+
+def assert_good_rows_are_right(collected: dict[str, Any], model: Any) -> None:
+    for request in GOOD:
+        expected = greedy_by_mlx_lm(model, request.prompt, request.max_tokens)
+        assert collected[request.id].token_ids == expected
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("sampling", [GREEDY, SamplingParams(1.0, top_p=0.9, seed=1)], ids=str)
+def test_logits_that_are_not_finite_end_their_row_alone(
+    value: float, sampling: SamplingParams
+) -> None:
+    model = PoisonedModel(value=value)
+    poisoned = Request("bad", (3, 4, POISON), sampling, 12)
+    collected = drive(tiny_engine(model), [*GOOD[:2], poisoned, *GOOD[2:]])
+    assert collected["bad"].finish_reason == "error"
+    assert collected["bad"].error_code == "nan_logits"
+    assert collected["bad"].token_ids == []
+    assert_good_rows_are_right(collected, model.model)
+
+
+def test_an_exception_in_one_prompt_of_a_shared_prefill_ends_that_row_alone() -> None:
+    model = PoisonedModel(raises=True)
+    poisoned = Request("bad", (3, POISON, 4), GREEDY, 12)
+    engine = tiny_engine(model)
+    collected = drive(engine, [*GOOD[:2], poisoned, *GOOD[2:]])
+    assert collected["bad"].error_code == "prefill_failed"
+    assert_good_rows_are_right(collected, model.model)
+
+
+def test_an_exception_in_a_long_prompt_ends_that_row_alone() -> None:
+    model = PoisonedModel(raises=True)
+    poisoned = Request("bad", (3,) * 150 + (POISON, 4), GREEDY, 12)
+    engine = tiny_engine(model)
+    collected = drive(engine, [*GOOD[:2], poisoned, *GOOD[2:]])
+    assert collected["bad"].error_code == "prefill_failed"
+    assert_good_rows_are_right(collected, model.model)
+
+
+def test_an_error_does_not_repeat_the_exceptions_words() -> None:
+    engine = tiny_engine(PoisonedModel(raises=True))
+    engine.add(Request("bad", (POISON, 4), GREEDY, 12))
+    (output,) = engine.step()
+    assert output.error is not None
+    assert output.error.message == "prefill raised RuntimeError"
+
+
+@pytest.mark.parametrize("long", [False, True])
+@pytest.mark.parametrize("steps", [0, 1, 2, 3, 6])
+def test_abort_in_every_phase_leaves_the_others_untouched(steps: int, *, long: bool) -> None:
+    model = build_model()
+    engine = tiny_engine(model)
+    victim = Request("victim", (7,) * (190 if long else 3), GREEDY, 40)
+
+    def abort(step: int) -> None:
+        if step == steps:
+            engine.abort("victim")
+            engine.abort("victim")
+
+    collected = drive(engine, [GOOD[0], victim, *GOOD[1:]], on_step=abort)
+    assert collected["victim"].finish_reason is None
+    assert_good_rows_are_right(collected, model)
+
+
+def test_abort_while_a_long_prompt_is_prefilled_starts_the_next_one_cleanly() -> None:
+    model = build_model()
+    engine = tiny_engine(model)
+    engine.add(Request("victim", (7,) * 190, GREEDY, 40))
+    engine.add(GOOD[0])
+    engine.step()
+    assert [row.phase for row in engine._scheduler.find("victim")] == [Phase.PREFILLING]
+    engine.abort("victim")
+    tokens: list[int] = []
+    while engine.has_work:
+        for output in engine.step():
+            tokens += output.token_ids
+    assert tokens == greedy_by_mlx_lm(model, GOOD[0].prompt, GOOD[0].max_tokens)
+
+
+def test_abort_takes_every_choice() -> None:
+    engine = tiny_engine()
+    for choice in range(3):
+        engine.add(Request("n", (1, 2), GREEDY, 9, choice=choice))
+    engine.step()
+    engine.abort("n")
+    assert not engine.has_work
+    assert engine.step() == []
+
+
+VOCAB = TINY["vocab_size"]
+
+
+@pytest.mark.parametrize(
+    ("request_", "code", "field"),
+    [
+        (Request("a", (), GREEDY, 4), "invalid_parameter", "prompt"),
+        (Request("a", (1, VOCAB), GREEDY, 4), "token_out_of_vocabulary", "prompt"),
+        (Request("a", (-1, 2), GREEDY, 4), "token_out_of_vocabulary", "prompt"),
+        (
+            Request("a", (1,), GREEDY, 4, committed=(VOCAB,)),
+            "token_out_of_vocabulary",
+            "committed",
+        ),
+        (Request("a", (1,), GREEDY, 0), "invalid_parameter", "max_tokens"),
+        (Request("a", (1,), GREEDY, 4, stop=("",)), "invalid_parameter", "stop"),
+        (Request("a", (1,), GREEDY, 4, stop=("\ud800",)), "invalid_parameter", "stop"),
+        (Request("a", (1,), SamplingParams(-1.0), 4), "invalid_parameter", "temperature"),
+        (Request("a", (1,), SamplingParams(float("nan")), 4), "invalid_parameter", "temperature"),
+        (Request("a", (1,), SamplingParams(1.0, top_p=0.0), 4), "invalid_parameter", "top_p"),
+        (Request("a", (1,), SamplingParams(1.0, top_k=-1), 4), "invalid_parameter", "top_k"),
+        (Request("a", (1,), SamplingParams(1.0, min_p=1.5), 4), "invalid_parameter", "min_p"),
+        (Request("a", (1,), SamplingParams(1.0, seed=2**64), 4), "invalid_parameter", "seed"),
+        (Request("a", (1,) * 10_000_000, GREEDY, 4), "too_large", "max_tokens"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_request_that_can_not_run_is_refused_by_name(
+    request_: Request, code: str, field: str
+) -> None:
+    engine = tiny_engine()
+    with pytest.raises(RequestRefusedError, match=f"^{field}: ") as refusal:
+        engine.add(request_)
+    assert refusal.value.code == code
+    assert not engine.has_work

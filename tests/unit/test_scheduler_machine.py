@@ -1,0 +1,99 @@
+"""The scheduler under any order of adds, chunks and removals."""
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from mlx_serving.worker.engine.scheduler import Scheduler, SchedulerLimits
+from mlx_serving.worker.engine.sequence import Phase, Request, SamplingParams, Sequence
+
+ROWS, CAPACITY, CHUNK, OVERHEAD = 6, 400, 16, 3
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    """Compares with a plain list of rows in order of arrival."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scheduler = Scheduler(SchedulerLimits(ROWS, CAPACITY, CHUNK, OVERHEAD))
+        self.rows: list[Sequence] = []
+        self.computed: dict[Sequence, int] = {}
+        self.started: list[Sequence] = []
+        self.count = 0
+
+    @rule(
+        prompt=st.integers(1, 60),
+        max_tokens=st.integers(1, 60),
+        committed=st.integers(0, 30),
+        choice=st.integers(0, 1),
+    )
+    def add(self, prompt: int, max_tokens: int, committed: int, choice: int) -> None:
+        self.count += 1
+        request = Request(
+            f"r{self.count}",
+            (1,) * prompt,
+            SamplingParams(),
+            max_tokens,
+            committed=(2,) * min(committed, max_tokens - 1),
+            choice=choice,
+        )
+        if self.scheduler.can_add(request):
+            assert self.scheduler.fits(request)
+            self.rows.append(self.scheduler.add(request))
+            self.computed[self.rows[-1]] = 0
+
+    @rule()
+    def prefill(self) -> None:
+        chunk = self.scheduler.schedule_prefill()
+        pending = [row for row in self.rows if row.phase is not Phase.DECODING]
+        if chunk is None:
+            assert not pending
+            return
+        assert chunk.rows[0] is pending[0], "first in, first out"
+        assert list(chunk.rows) == pending[: len(chunk.rows)]
+        assert len(chunk.rows) * chunk.length <= CHUNK, "decoding rows wait for one chunk at most"
+        for row in chunk.rows:
+            assert chunk.start == self.computed[row], "nothing is skipped or computed twice"
+            tokens = row.context(chunk.start, chunk.start + chunk.length)
+            self.computed[row] += len(tokens)
+            if row not in self.started:
+                self.started.append(row)
+        done = self.scheduler.finish_prefill(chunk)
+        for row in chunk.rows:
+            assert done == (row.phase is Phase.DECODING)
+            assert row.prefilled == self.computed[row]
+            if done:
+                assert self.computed[row] == row.context_length
+        assert done or len(chunk.rows) == 1, "only a prompt on its own takes several chunks"
+
+    @precondition(lambda self: bool(self.rows))
+    @rule(data=st.data())
+    def remove(self, data: st.DataObject) -> None:
+        row = data.draw(st.sampled_from(self.rows))
+        self.rows.remove(row)
+        self.scheduler.remove(row)
+        self.scheduler.remove(row)  # idempotent
+
+    @invariant()
+    def counts_agree(self) -> None:
+        decoding = sum(row.phase is Phase.DECODING for row in self.rows)
+        widest = max((row.request.kv_tokens + OVERHEAD for row in self.rows), default=0)
+        assert self.scheduler.running == decoding
+        assert self.scheduler.waiting == len(self.rows) - decoding
+        assert self.scheduler.has_work == bool(self.rows)
+        assert self.scheduler.kv_tokens_used == len(self.rows) * widest
+        assert self.scheduler.kv_tokens_used <= CAPACITY
+        assert len(self.rows) <= ROWS
+
+    def teardown(self) -> None:
+        """Nothing starves: as many chunks as there are tokens bring every row to decoding."""
+        for _ in range(sum(row.context_length for row in self.rows) + len(self.rows)):
+            chunk = self.scheduler.schedule_prefill()
+            if chunk is None:
+                break
+            self.scheduler.finish_prefill(chunk)
+        assert all(row.phase is Phase.DECODING for row in self.rows)
+
+
+TestScheduler = SchedulerMachine.TestCase
+TestScheduler.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)

@@ -1,0 +1,54 @@
+"""Which tokens a prefill chunk takes."""
+
+from mlx_serving.worker.engine.scheduler import PrefillChunk, Scheduler, SchedulerLimits
+from mlx_serving.worker.engine.sequence import Phase, Request, SamplingParams
+
+
+def chunks_of(contexts: list[int], chunk_tokens: int = 16) -> list[tuple[int, int, int]]:
+    """(rows, start, length) of every chunk that prompts with these contexts take."""
+    scheduler = Scheduler(SchedulerLimits(64, 100_000, chunk_tokens))
+    for index, context in enumerate(contexts):
+        scheduler.add(Request(str(index), (1,) * (context + 1), SamplingParams(), 4))
+    chunks: list[PrefillChunk] = []
+    while (chunk := scheduler.schedule_prefill()) is not None:
+        chunks.append(chunk)
+        scheduler.finish_prefill(chunk)
+    return [(len(chunk.rows), chunk.start, chunk.length) for chunk in chunks]
+
+
+def test_a_long_prompt_goes_alone_chunk_by_chunk() -> None:
+    assert chunks_of([40]) == [(1, 0, 16), (1, 16, 16), (1, 32, 8)]
+
+
+def test_short_prompts_share_a_chunk_that_their_padding_fits() -> None:
+    assert chunks_of([4, 3, 4, 4]) == [(4, 0, 4)]
+    assert chunks_of([4, 8, 4, 4]) == [(2, 0, 8), (2, 0, 4)]
+
+
+def test_order_is_kept_even_where_another_order_would_pack_better() -> None:
+    assert chunks_of([2, 40, 2]) == [(1, 0, 2), (1, 0, 16), (1, 16, 16), (1, 32, 8), (1, 0, 2)]
+
+
+def test_one_token_prompts_need_no_forward_pass() -> None:
+    assert chunks_of([0, 0, 0]) == [(3, 0, 0)]
+
+
+def test_committed_tokens_are_prefilled_after_the_prompt() -> None:
+    scheduler = Scheduler(SchedulerLimits(4, 1000, 16))
+    row = scheduler.add(Request("a", (1, 2, 3), SamplingParams(), 8, committed=(7, 8)))
+    assert row.context(0, 16) == [1, 2, 3, 7]
+    assert row.last_token == 8
+
+
+def test_removing_the_prompt_in_flight_lets_the_next_one_start_afresh() -> None:
+    scheduler = Scheduler(SchedulerLimits(4, 1000, 16))
+    first = scheduler.add(Request("a", (1,) * 40, SamplingParams(), 4))
+    second = scheduler.add(Request("b", (1,) * 40, SamplingParams(), 4))
+    chunk = scheduler.schedule_prefill()
+    assert chunk is not None
+    scheduler.finish_prefill(chunk)
+    assert (first.phase, second.phase) == (Phase.PREFILLING, Phase.WAITING)
+    scheduler.remove(first)
+    following = scheduler.schedule_prefill()
+    assert following is not None
+    assert (following.rows, following.start) == ((second,), 0)
