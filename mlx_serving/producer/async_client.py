@@ -1,0 +1,209 @@
+"""The asyncio client: the same calls as `Client`, its streams on one shared connection.
+
+Belongs to the event loop it is first used in.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypeVar, overload
+
+from mlx_serving.common import calls
+from mlx_serving.common.connection import connect_async
+from mlx_serving.common.protocol import AsyncProtocol
+from mlx_serving.common.retrying import retry_idempotent_async, unavailable
+from mlx_serving.common.states import TERMINAL
+from mlx_serving.producer.base import (
+    CANCELLED_BY_CLIENT,
+    BaseClient,
+    JobLike,
+    batches,
+    not_found,
+    text_of,
+    wait_s,
+)
+from mlx_serving.producer.handles import AsyncJobHandle
+from mlx_serving.producer.hub import Mailbox, StreamHub
+from mlx_serving.producer.outage import FAULTS, Outage
+from mlx_serving.producer.stream import StreamAssembler
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
+    from types import TracebackType
+
+    from mlx_serving.common.events import Event
+    from mlx_serving.common.protocol import JobRecord
+    from mlx_serving.common.results import GenerationResult
+    from mlx_serving.common.settings import Settings
+    from mlx_serving.common.states import JobState
+
+T = TypeVar("T")
+
+CONCURRENT_CALLS: Final = 16
+"""Commands on their way at once: a hundred streams that replay share these connections."""
+
+
+class AsyncClient(BaseClient):
+    """An asyncio producer; see :class:`Client` for what its calls mean and raise."""
+
+    def __init__(
+        self,
+        url: str | None = None,
+        *,
+        settings: Settings | None = None,
+        model: str | None = None,
+        tenant: str | None = None,
+    ) -> None:
+        super().__init__(url, settings=settings, model=model, tenant=tenant)
+        self._redis = connect_async(self.endpoint)
+        self._protocol = AsyncProtocol(self._redis, self.keys)
+        self._hub = StreamHub(self._redis)
+        self._calls = asyncio.Semaphore(CONCURRENT_CALLS)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """Close all connections; idempotent. Jobs go on."""
+        await self._hub.aclose()
+        await self._redis.aclose()
+
+    async def submit(self, job: JobLike | None = None, /, **fields: Any) -> AsyncJobHandle:
+        """Enqueue one job; see :meth:`Client.submit`."""
+        entry = self._seal(job, fields)
+        reply = await self._answered(lambda: self._protocol.run(calls.enqueue(entry)))
+        return AsyncJobHandle(entry.job_id, reply.created, reply.state, self)
+
+    async def submit_many(self, jobs: Iterable[JobLike]) -> list[AsyncJobHandle]:
+        """Enqueue jobs in few round trips; see :meth:`Client.submit_many`."""
+        entries = self._seal_all(jobs)
+        replies = [
+            reply
+            for batch in batches(entries)
+            for reply in await self._answered(partial(self._protocol.run_many, batch))
+        ]
+        return [
+            AsyncJobHandle(entry.job_id, reply.created, reply.state, self)
+            for entry, reply in zip(entries, replies, strict=True)
+        ]
+
+    @overload
+    def stream(self, job_id: str, after_seq: int = 0) -> AsyncGenerator[Event, None]: ...
+    @overload
+    def stream(
+        self, job_id: str, after_seq: int = 0, *, text: Literal[False]
+    ) -> AsyncGenerator[Event, None]: ...
+    @overload
+    def stream(
+        self, job_id: str, after_seq: int = 0, *, text: Literal[True]
+    ) -> AsyncGenerator[str, None]: ...
+    def stream(
+        self, job_id: str, after_seq: int = 0, *, text: bool = False
+    ) -> AsyncGenerator[Event, None] | AsyncGenerator[str, None]:
+        """Follow a job from the event after ``after_seq`` to its end; see :meth:`Client.stream`.
+
+        Close the iterator where it is left early (`contextlib.aclosing`): its
+        subscription ends then, not whenever it is collected.
+        """
+        events = self._follow(job_id, StreamAssembler(after_seq))
+        return self._texts(job_id, events) if text else events
+
+    async def result(self, job_id: str, timeout: float | None = None) -> GenerationResult:  # noqa: ASYNC109 -- as the sync twin
+        """Wait for the job's end; return its result record. See :meth:`Client.result`."""
+        loop = asyncio.get_running_loop()
+        deadline_s = None if timeout is None else loop.time() + timeout
+        record = await self.status(job_id)
+        if record.state not in TERMINAL:
+            async for _ in self._follow(job_id, StreamAssembler(record.seq), deadline_s):
+                pass
+            record = await self.status(job_id)
+        if record.result:
+            return self._result(record, [])
+        payloads = await self._answered(lambda: self._protocol.read_events(job_id))
+        return self._result(record, payloads)
+
+    async def status(self, job_id: str) -> JobRecord:
+        """Read the job's control hash. Raises JobNotFound."""
+        record = await self._answered(lambda: self._protocol.record(job_id))
+        if record is None:
+            raise not_found(job_id)
+        return record
+
+    async def cancel(self, job_id: str) -> JobState:
+        """Cancel a job; see :meth:`Client.cancel`. Raises JobNotFound."""
+        call = calls.cancel(job_id, CANCELLED_BY_CLIENT)
+        state = await self._answered(lambda: self._protocol.run(call))
+        if state is None:
+            raise not_found(job_id)
+        return state
+
+    async def _follow(
+        self, job_id: str, assembler: StreamAssembler, deadline_s: float | None = None
+    ) -> AsyncGenerator[Event, None]:
+        loop = asyncio.get_running_loop()
+        outage = Outage()
+        mailbox: Mailbox | None = None
+        try:
+            while not assembler.ended:
+                timeout_s = wait_s(assembler, deadline_s, loop.time())
+                if assembler.needs_replay:
+                    ready = await self._replay(job_id, assembler, outage)
+                elif mailbox is None and assembler.wants_live:
+                    mailbox = self._hub.open(self.keys.channel(job_id))
+                    continue
+                else:
+                    ready = await _news(mailbox, assembler, timeout_s)
+                for event in ready:
+                    yield event
+        finally:
+            if mailbox is not None:
+                self._hub.close(mailbox)
+
+    async def _replay(self, job_id: str, assembler: StreamAssembler, outage: Outage) -> list[Event]:
+        try:
+            async with self._calls, self._redis.pipeline(transaction=False) as pipe:
+                self._queue_snapshot(pipe, job_id, assembler.replay_from)
+                replies = await pipe.execute()
+        except FAULTS as error:
+            assembler.distrust()
+            await asyncio.sleep(outage.failed(error, asyncio.get_running_loop().time()))
+            return []
+        outage.over()
+        return self._feed(assembler, job_id, replies)
+
+    async def _texts(
+        self, job_id: str, events: AsyncGenerator[Event, None]
+    ) -> AsyncGenerator[str, None]:
+        async for event in events:
+            if piece := text_of(event):
+                yield piece
+        (await self.result(job_id)).raise_for_state()
+
+    async def _answered(self, call: Callable[[], Awaitable[T]]) -> T:
+        """Run a call that may run twice; whatever Redis fails with is QueueUnavailable."""
+        try:
+            async with self._calls:
+                return await retry_idempotent_async(call)
+        except FAULTS as error:
+            raise unavailable(error) from error
+
+
+async def _news(
+    mailbox: Mailbox | None, assembler: StreamAssembler, timeout_s: float
+) -> list[Event]:
+    """Wait for the mailbox, or without one for the time to read the stream again."""
+    if mailbox is None:
+        await asyncio.sleep(timeout_s)
+    elif await mailbox.wait(timeout_s):
+        return mailbox.empty_into(assembler)
+    assembler.silent()
+    return []

@@ -1,0 +1,179 @@
+"""What `Client` and `AsyncClient` share: all of it but the I/O."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Final
+
+from pydantic import SecretStr
+
+from mlx_serving.common import calls, results
+from mlx_serving.common.connection import resolve
+from mlx_serving.common.errors import (
+    FieldError,
+    InvalidJob,
+    JobNotFound,
+    ResultTimeout,
+    StreamConflict,
+)
+from mlx_serving.common.events import RESET, decode
+from mlx_serving.common.jobs import GenerationJob
+from mlx_serving.common.results import GenerationResult, Timings
+from mlx_serving.common.states import TERMINAL, JobState
+from mlx_serving.producer.envelope import seal
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from mlx_serving.common.calls import Call, EnqueueEntry, EnqueueReply
+    from mlx_serving.common.events import Event
+    from mlx_serving.common.protocol import JobRecord
+    from mlx_serving.common.settings import Settings
+    from mlx_serving.producer.stream import StreamAssembler
+
+JobLike = GenerationJob | Mapping[str, Any]
+CANCELLED_BY_CLIENT: Final = "cancelled_by_client"
+SUBMIT_BATCH: Final = 256  # jobs a round trip of submit_many
+PAGE_EVENTS: Final = 1000  # events a read of a job's stream
+
+
+class BaseClient:
+    """Builds what is sent and reads what comes back.
+
+    A client speaks to one Redis: that of ``model`` and ``tenant`` where the settings
+    name one for them, else the one of all.
+
+    Args:
+        url: Redis URL, in place of the settings' one.
+        settings: defaults to file and environment.
+        model: whose Redis to use, for deployments with several.
+        tenant: likewise.
+
+    Raises:
+        InvalidSettings: a setting or the URL is wrong.
+
+    """
+
+    def __init__(
+        self,
+        url: str | None = None,
+        *,
+        settings: Settings | None = None,
+        model: str | None = None,
+        tenant: str | None = None,
+    ) -> None:
+        self.settings = _settings(url, settings)
+        self.endpoint = resolve(self.settings, model, tenant)
+        self.keys = self.endpoint.keys
+
+    def _seal(self, job: JobLike | None, fields: Mapping[str, Any]) -> EnqueueEntry:
+        """Validate a job given as an object, a mapping or keywords, and seal it."""
+        if job is not None and fields:
+            raise TypeError("give a job or its fields as keywords, not both")
+        if not isinstance(job, GenerationJob):
+            job = GenerationJob.parse(dict(fields if job is None else job))
+        if resolve(self.settings, job.model, job.tenant) != self.endpoint:
+            reason = "is served by another Redis than this client's: open a Client(model=…)"
+            raise InvalidJob([FieldError("model", reason)])
+        return seal(job, max_payload_bytes=self.settings.max_payload_bytes)
+
+    def _seal_all(self, jobs: Iterable[JobLike]) -> list[EnqueueEntry]:
+        """Seal every job, or raise the errors of all that are wrong, each under ``jobs[i].``."""
+        entries: list[EnqueueEntry] = []
+        errors: list[FieldError] = []
+        for index, job in enumerate(jobs):
+            try:
+                entries.append(self._seal(job, {}))
+            except InvalidJob as error:
+                errors += [_under(f"jobs[{index}]", wrong) for wrong in error.errors]
+        if errors:
+            raise InvalidJob(errors)
+        return entries
+
+    def _queue_snapshot(self, pipe: Any, job_id: str, after_seq: int) -> None:  # noqa: ANN401 -- a sync or async pipeline
+        """Queue one read of a job: its control hash first, so that the stream holds no less."""
+        pipe.hmget(self.keys.job(job_id), "st", "seq", "sm")
+        pipe.xrange(self.keys.events(job_id), f"({after_seq}-0", "+", count=PAGE_EVENTS)
+
+    @staticmethod
+    def _feed(assembler: StreamAssembler, job_id: str, replies: Sequence[Any]) -> list[Event]:
+        """Give the assembler what `_queue_snapshot` read; return what is ready.
+
+        Raises:
+            JobNotFound: there is no such job, or no more.
+
+        """
+        (state, seq, publishes), entries = replies
+        if state is None:
+            raise not_found(job_id)
+        return assembler.replay(
+            [fields[b"e"] for _, fields in entries],
+            committed=int(seq or 0),
+            over=JobState(state.decode()) in TERMINAL,
+            publishes=publishes != b"0",
+            more=len(entries) == PAGE_EVENTS,
+        )
+
+    @staticmethod
+    def _result(record: JobRecord, payloads: Sequence[bytes]) -> GenerationResult:
+        """Read a result record; one that no worker wrote is put together from the events."""
+        if record.result:
+            return results.decode_result(record.result)
+        timings = Timings(
+            enqueued_ms=record.enqueued_ms or None,
+            started_ms=record.started_ms or None,
+            first_token_ms=record.first_token_ms or None,
+            finished_ms=record.finished_ms or None,
+        )
+        events = map(decode, payloads)
+        return results.assemble(record.job_id, events, state=record.state, timings=timings)
+
+
+def batches(entries: Sequence[EnqueueEntry]) -> Iterable[list[Call[EnqueueReply]]]:
+    """Split jobs into the calls of one round trip each."""
+    for start in range(0, len(entries), SUBMIT_BATCH):
+        yield [calls.enqueue(entry) for entry in entries[start : start + SUBMIT_BATCH]]
+
+
+def text_of(event: Event) -> str:
+    """Text that choice 0 gained; text that was handed out can't be taken back.
+
+    Raises:
+        StreamConflict: the event says that earlier ones no longer hold.
+
+    """
+    if event.type == RESET:
+        raise StreamConflict("the job was reset: text that was delivered no longer holds")
+    return event.text
+
+
+def wait_s(assembler: StreamAssembler, deadline_s: float | None, now_s: float) -> float:
+    """How long to wait for news, at most until the deadline.
+
+    Raises:
+        ResultTimeout: the deadline has passed.
+
+    """
+    if deadline_s is None:
+        return assembler.patience_s
+    if now_s >= deadline_s:
+        raise ResultTimeout
+    return min(assembler.patience_s, deadline_s - now_s)
+
+
+def not_found(job_id: str) -> JobNotFound:
+    """Name the job that there isn't."""
+    return JobNotFound(f"there is no job {job_id!r}, or its result has expired")
+
+
+def _settings(url: str | None, settings: Settings | None) -> Settings:
+    # pydantic-settings is a twentieth of the import's time: only who reads settings pays it.
+    from mlx_serving.common.settings import load_settings
+
+    if settings is None:
+        return load_settings() if url is None else load_settings(redis_url=url)
+    return settings if url is None else settings.model_copy(update={"redis_url": SecretStr(url)})
+
+
+def _under(parent: str, error: FieldError) -> FieldError:
+    return FieldError(f"{parent}.{error.path}" if error.path else parent, error.reason)

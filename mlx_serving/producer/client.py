@@ -1,0 +1,221 @@
+"""The blocking client: submit jobs, stream their events, fetch results, cancel.
+
+Safe to share among threads. Each stream reads on its caller's thread.
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import closing
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, overload
+
+from mlx_serving.common import calls
+from mlx_serving.common.connection import connect
+from mlx_serving.common.protocol import Protocol
+from mlx_serving.common.retrying import retry_idempotent, unavailable
+from mlx_serving.common.states import TERMINAL
+from mlx_serving.producer.base import (
+    CANCELLED_BY_CLIENT,
+    BaseClient,
+    JobLike,
+    batches,
+    not_found,
+    text_of,
+    wait_s,
+)
+from mlx_serving.producer.handles import JobHandle
+from mlx_serving.producer.live import LiveFeed
+from mlx_serving.producer.outage import FAULTS, Outage
+from mlx_serving.producer.stream import StreamAssembler
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator, Iterable
+    from types import TracebackType
+
+    from mlx_serving.common.events import Event
+    from mlx_serving.common.protocol import JobRecord
+    from mlx_serving.common.results import GenerationResult
+    from mlx_serving.common.settings import Settings
+    from mlx_serving.common.states import JobState
+
+T = TypeVar("T")
+
+
+class Client(BaseClient):
+    """A blocking producer.
+
+    Every call may raise QueueUnavailable (``retryable``) where Redis is away, and may
+    then be made again: what it sends has the same effect once or twice.
+    """
+
+    def __init__(
+        self,
+        url: str | None = None,
+        *,
+        settings: Settings | None = None,
+        model: str | None = None,
+        tenant: str | None = None,
+    ) -> None:
+        super().__init__(url, settings=settings, model=model, tenant=tenant)
+        self._redis = connect(self.endpoint)
+        # Streams hold their connection; commands must not wait for one of theirs.
+        self._live = connect(self.endpoint)
+        self._protocol = Protocol(self._redis, self.keys)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close all connections; idempotent. Jobs go on."""
+        self._live.close()
+        self._redis.close()
+
+    def submit(self, job: JobLike | None = None, /, **fields: Any) -> JobHandle:
+        """Enqueue one job, given as a `GenerationJob`, a mapping, or keywords.
+
+        Raises:
+            InvalidJob: a field is wrong; the message names each one.
+            QueueUnavailable: Redis is away. Whether the job was enqueued is not known:
+                give an ``idempotency_key`` to submit it again without a second one.
+
+        """
+        entry = self._seal(job, fields)
+        reply = _answered(lambda: self._protocol.run(calls.enqueue(entry)))
+        return JobHandle(entry.job_id, reply.created, reply.state, self)
+
+    def submit_many(self, jobs: Iterable[JobLike]) -> list[JobHandle]:
+        """Enqueue jobs in few round trips, all or (where one is wrong) none of them.
+
+        Raises:
+            InvalidJob: fields are wrong; paths begin with ``jobs[i].``; nothing is written.
+            QueueUnavailable: Redis is away; the first ones may have been enqueued.
+
+        """
+        entries = self._seal_all(jobs)
+        replies = [
+            reply
+            for batch in batches(entries)
+            for reply in _answered(partial(self._protocol.run_many, batch))
+        ]
+        return [
+            JobHandle(entry.job_id, reply.created, reply.state, self)
+            for entry, reply in zip(entries, replies, strict=True)
+        ]
+
+    @overload
+    def stream(self, job_id: str, after_seq: int = 0) -> Generator[Event, None, None]: ...
+    @overload
+    def stream(
+        self, job_id: str, after_seq: int = 0, *, text: Literal[False]
+    ) -> Generator[Event, None, None]: ...
+    @overload
+    def stream(
+        self, job_id: str, after_seq: int = 0, *, text: Literal[True]
+    ) -> Generator[str, None, None]: ...
+    def stream(
+        self, job_id: str, after_seq: int = 0, *, text: bool = False
+    ) -> Generator[Event, None, None] | Generator[str, None, None]:
+        """Follow a job from the event after ``after_seq`` to its end.
+
+        Each event comes once, in order, over reconnects and changes of worker. With
+        ``text``, the text of choice 0 as it grows; a job that did not finish raises
+        what `GenerationResult.raise_for_state` does, after its last text.
+
+        Raises:
+            JobNotFound: there is no such job, or its ``result_ttl`` is over.
+            StreamConflict, StreamGap: Redis lost events that it had acknowledged.
+            QueueUnavailable: Redis has been away for a minute (2 s before the first event).
+            ValueError: ``after_seq`` is negative.
+
+        """
+        events = self._follow(job_id, StreamAssembler(after_seq))
+        return self._texts(job_id, events) if text else events
+
+    def result(self, job_id: str, timeout: float | None = None) -> GenerationResult:
+        """Wait for the job's end, at most ``timeout`` seconds; return its result record.
+
+        Whatever the job ended with: call `raise_for_state` on it to insist on success.
+
+        Raises:
+            JobNotFound: there is no such job, or its ``result_ttl`` is over.
+            ResultTimeout: it has not ended in time; it goes on.
+
+        """
+        deadline_s = None if timeout is None else time.monotonic() + timeout
+        record = self.status(job_id)
+        if record.state not in TERMINAL:
+            for _ in self._follow(job_id, StreamAssembler(record.seq), deadline_s):
+                pass
+            record = self.status(job_id)
+        payloads = [] if record.result else _answered(lambda: self._protocol.read_events(job_id))
+        return self._result(record, payloads)
+
+    def status(self, job_id: str) -> JobRecord:
+        """Read the job's control hash. Raises JobNotFound."""
+        record = _answered(lambda: self._protocol.record(job_id))
+        if record is None:
+            raise not_found(job_id)
+        return record
+
+    def cancel(self, job_id: str) -> JobState:
+        """Cancel: a queued job at once, a running one within two steps; idempotent.
+
+        Returns the state after the call: ``running`` until its worker has ended it, and
+        the state that it ended with where it had ended before. Raises JobNotFound.
+        """
+        state = _answered(lambda: self._protocol.run(calls.cancel(job_id, CANCELLED_BY_CLIENT)))
+        if state is None:
+            raise not_found(job_id)
+        return state
+
+    def _follow(
+        self, job_id: str, assembler: StreamAssembler, deadline_s: float | None = None
+    ) -> Generator[Event, None, None]:
+        outage = Outage()
+        with closing(LiveFeed(self._live, self.keys.channel(job_id))) as feed:
+            while not assembler.ended:
+                timeout_s = wait_s(assembler, deadline_s, time.monotonic())
+                if assembler.needs_replay:
+                    yield from self._replay(job_id, assembler, outage)
+                elif assembler.wants_live:
+                    yield from feed.wait(assembler, timeout_s)
+                else:
+                    time.sleep(timeout_s)
+                    assembler.silent()
+
+    def _replay(self, job_id: str, assembler: StreamAssembler, outage: Outage) -> list[Event]:
+        try:
+            with self._redis.pipeline(transaction=False) as pipe:
+                self._queue_snapshot(pipe, job_id, assembler.replay_from)
+                replies = pipe.execute()
+        except FAULTS as error:
+            assembler.distrust()
+            time.sleep(outage.failed(error, time.monotonic()))
+            return []
+        outage.over()
+        return self._feed(assembler, job_id, replies)
+
+    def _texts(
+        self, job_id: str, events: Generator[Event, None, None]
+    ) -> Generator[str, None, None]:
+        for event in events:
+            if piece := text_of(event):
+                yield piece
+        self.result(job_id).raise_for_state()
+
+
+def _answered(call: Callable[[], T]) -> T:
+    """Run a call that may run twice; whatever Redis fails with is QueueUnavailable."""
+    try:
+        return retry_idempotent(call)
+    except FAULTS as error:
+        raise unavailable(error) from error

@@ -1,0 +1,84 @@
+"""What `submit` returns: a job's id, with the client's calls on it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Generator
+
+    from mlx_serving.common.events import Event
+    from mlx_serving.common.protocol import JobRecord
+    from mlx_serving.common.results import GenerationResult
+    from mlx_serving.common.states import JobState
+    from mlx_serving.producer.async_client import AsyncClient
+    from mlx_serving.producer.client import Client
+
+
+@dataclass(frozen=True, slots=True)
+class JobHandle:
+    """A submitted job.
+
+    Attributes:
+        id: 32 hex digits.
+        created: False where the job was there already, by its idempotency key or
+            because the reply to the enqueue was lost and it was sent again.
+        state: the state it had when it was submitted.
+
+    """
+
+    id: str
+    created: bool
+    state: JobState
+    _client: Client = field(repr=False, compare=False)
+
+    def stream(self, after_seq: int = 0) -> Generator[Event, None, None]:
+        """See :meth:`Client.stream`."""
+        return self._client.stream(self.id, after_seq)
+
+    def text(self) -> Generator[str, None, None]:
+        """See :meth:`Client.stream` with ``text=True``."""
+        return self._client.stream(self.id, text=True)
+
+    def result(self, timeout: float | None = None) -> GenerationResult:
+        """See :meth:`Client.result`."""
+        return self._client.result(self.id, timeout)
+
+    def status(self) -> JobRecord:
+        """See :meth:`Client.status`."""
+        return self._client.status(self.id)
+
+    def cancel(self) -> JobState:
+        """See :meth:`Client.cancel`."""
+        return self._client.cancel(self.id)
+
+
+@dataclass(frozen=True, slots=True)
+class AsyncJobHandle:
+    """A submitted job, for asyncio; see :class:`JobHandle`."""
+
+    id: str
+    created: bool
+    state: JobState
+    _client: AsyncClient = field(repr=False, compare=False)
+
+    def stream(self, after_seq: int = 0) -> AsyncGenerator[Event, None]:
+        """See :meth:`AsyncClient.stream`."""
+        return self._client.stream(self.id, after_seq)
+
+    def text(self) -> AsyncGenerator[str, None]:
+        """See :meth:`AsyncClient.stream` with ``text=True``."""
+        return self._client.stream(self.id, text=True)
+
+    async def result(self, timeout: float | None = None) -> GenerationResult:  # noqa: ASYNC109 -- the sync twin's word
+        """See :meth:`AsyncClient.result`."""
+        return await self._client.result(self.id, timeout)
+
+    async def status(self) -> JobRecord:
+        """See :meth:`AsyncClient.status`."""
+        return await self._client.status(self.id)
+
+    async def cancel(self) -> JobState:
+        """See :meth:`AsyncClient.cancel`."""
+        return await self._client.cancel(self.id)

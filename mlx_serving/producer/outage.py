@@ -1,0 +1,53 @@
+"""How long a reader puts up with a Redis that doesn't answer. No I/O, no clock of its own."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from redis.backoff import EqualJitterBackoff
+from redis.exceptions import RedisError
+
+from mlx_serving.common.retrying import AWAY, REFUSED, unavailable
+
+FAULTS: Final = (RedisError, OSError)
+FIRST_S: Final = 2.0  # for a first answer: the caller can come back
+LATER_S: Final = 60.0  # a stream that has begun outlives a Redis restart or a failover
+
+_BACKOFF: Final = EqualJitterBackoff(cap=1.0, base=0.05)
+
+
+class Outage:
+    """Counts the failures in a row, and since when.
+
+    Args:
+        first_s: how long to try for a first answer.
+        later_s: how long to try for each later one.
+
+    """
+
+    def __init__(self, first_s: float = FIRST_S, later_s: float = LATER_S) -> None:
+        self._limit_s = first_s
+        self._later_s = later_s
+        self._failures = 0
+        self._since_s = 0.0
+
+    def over(self) -> None:
+        """Note that Redis answered."""
+        self._failures = 0
+        self._limit_s = self._later_s
+
+    def failed(self, error: Exception, now_s: float) -> float:
+        """Note a failure; return how many seconds to wait before the next try.
+
+        Raises:
+            QueueUnavailable: it has lasted longer than the limit, or no wait will mend it.
+
+        """
+        if isinstance(error, REFUSED) or not isinstance(error, AWAY):
+            raise unavailable(error) from error
+        if not self._failures:
+            self._since_s = now_s
+        elif now_s - self._since_s >= self._limit_s:
+            raise unavailable(error) from error
+        self._failures += 1
+        return float(_BACKOFF.compute(self._failures))

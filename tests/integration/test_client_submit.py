@@ -1,0 +1,159 @@
+"""Submitting: what is enqueued, once, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from typing import TYPE_CHECKING
+
+import pytest
+from pydantic import SecretStr
+from rq import Queue
+from rq.serializers import JSONSerializer
+
+from mlx_serving import (
+    Client,
+    GenerationJob,
+    InvalidJob,
+    InvalidSettings,
+    JobState,
+    PayloadTooLarge,
+    QueueUnavailable,
+)
+from tests.scripted_worker import Row, ScriptedWorker, queued
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import redis
+
+    from mlx_serving.common.settings import Settings
+
+PROMPT = "count from 3 to 12, said the customer"
+
+
+@pytest.fixture
+def client(redis_client: redis.Redis, settings: Settings) -> Iterator[Client]:
+    del redis_client
+    with Client(settings=settings) as client:
+        yield client
+
+
+@pytest.fixture
+def worker(redis_client: redis.Redis, client: Client) -> ScriptedWorker:
+    return ScriptedWorker(redis_client, client.keys)
+
+
+def submit(client: Client, **fields: object) -> str:
+    return client.submit(**{"model": "tally", "prompt": PROMPT, "result_ttl": 60} | fields).id
+
+
+class TestSubmit:
+    def test_a_job_is_queued_where_rq_sees_it(
+        self, client: Client, redis_client: redis.Redis, worker: ScriptedWorker
+    ) -> None:
+        handle = client.submit(model="tally", prompt=PROMPT, seed=7, result_ttl=60)
+        assert (handle.created, handle.state) == (True, JobState.QUEUED)
+        queue = Queue("tally:default", connection=redis_client, serializer=JSONSerializer)
+        (job,) = queue.jobs
+        assert job.id == handle.id
+        assert job.func_name == "mlx_serving.worker.task.generate"
+        assert job.args[0]["prompt"] == PROMPT
+        assert job.args[0]["seed"] == 7
+        assert job.description == "generate tally:default"
+        assert job.get_status() == "queued"
+        worker.serve(["a"])
+
+    def test_the_seed_is_drawn_at_submit(self, client: Client, worker: ScriptedWorker) -> None:
+        submit(client)
+        row = worker.claim_one()
+        assert isinstance(json.loads(zlib.decompress(row.job.data))[2][0]["seed"], int)
+        row.end()
+
+    def test_a_job_object_and_a_mapping_are_taken_too(
+        self, client: Client, worker: ScriptedWorker
+    ) -> None:
+        fields = {"model": "tally", "prompt": PROMPT, "result_ttl": 60}
+        ids = [client.submit(GenerationJob.build(**fields)).id, client.submit(fields).id]
+        assert [row.job.job_id for row in self.end_all(worker)] == ids
+
+    def test_a_job_and_keywords_together_are_refused(self, client: Client) -> None:
+        with pytest.raises(TypeError, match="not both"):
+            client.submit({"model": "tally"}, prompt=PROMPT)
+
+    def test_an_idempotency_key_enqueues_once(
+        self, client: Client, redis_client: redis.Redis, worker: ScriptedWorker
+    ) -> None:
+        first = client.submit(model="tally", prompt=PROMPT, idempotency_key="order-1")
+        again = client.submit(model="tally", prompt=PROMPT, idempotency_key="order-1")
+        other = client.submit(
+            model="tally", prompt=PROMPT, idempotency_key="order-1", tenant="acme"
+        )
+        assert (first.id == again.id, first.created, again.created) == (True, True, False)
+        assert (other.id == first.id, other.created) == (False, True)
+        assert redis_client.llen("rq:queue:tally:default") == 2
+        self.end_all(worker)
+        last = client.submit(model="tally", prompt=PROMPT, idempotency_key="order-1")
+        assert (last.created, last.state) == (False, JobState.FINISHED)
+
+    def test_many_jobs_keep_their_order(self, client: Client, redis_client: redis.Redis) -> None:
+        jobs = [{"model": "tally", "prompt": f"{i}", "result_ttl": 60} for i in range(600)]
+        ids = [handle.id for handle in client.submit_many(jobs)]
+        assert queued(redis_client) == ids
+        redis_client.flushall()
+
+    def test_one_wrong_job_refuses_the_whole_call(
+        self, client: Client, redis_client: redis.Redis
+    ) -> None:
+        good = {"model": "tally", "prompt": "x"}
+        bad = {"model": "tally", "messages": [{"role": "user", "content": "a"}], "top_p": 7}
+        with pytest.raises(InvalidJob) as caught:
+            client.submit_many([good, good, good, bad, good, {"prompt": "x"}])
+        assert [e.path for e in caught.value.errors] == ["jobs[3].top_p", "jobs[5].model"]
+        assert redis_client.dbsize() == 0
+
+    def test_a_payload_over_the_limit_is_refused(
+        self, settings: Settings, redis_client: redis.Redis
+    ) -> None:
+        small = settings.model_copy(update={"max_payload_bytes": 1024})
+        with Client(settings=small) as client, pytest.raises(PayloadTooLarge, match="1024"):
+            client.submit(model="tally", prompt="x" * 2000)
+        assert redis_client.dbsize() == 0
+
+    def test_a_redis_that_is_away_is_a_retryable_error(self) -> None:
+        with Client("unix:///nonexistent/redis.sock") as client:
+            with pytest.raises(QueueUnavailable) as caught:
+                client.submit(model="tally", prompt=PROMPT)
+            with pytest.raises(QueueUnavailable):
+                next(client.stream("0" * 32))
+        assert (caught.value.code, caught.value.retryable) == ("queue_unavailable", True)
+        assert PROMPT not in str(caught.value)
+
+    def test_a_refusal_of_redis_is_the_same_error(
+        self, client: Client, redis_client: redis.Redis
+    ) -> None:
+        redis_client.config_set("maxmemory", "1")
+        try:
+            with pytest.raises(QueueUnavailable):
+                client.submit(model="tally", prompt=PROMPT)
+        finally:
+            redis_client.config_set("maxmemory", "0")
+
+    def test_a_job_of_a_model_on_another_redis_is_refused(self, settings: Settings) -> None:
+        other = SecretStr("redis://other:6379")
+        split = settings.model_copy(update={"redis_by_model": {"large": other}})
+        with Client(settings=split) as client, pytest.raises(InvalidJob, match="another Redis"):
+            client.submit(model="large", prompt=PROMPT)
+        with Client(settings=split, model="large") as client:
+            assert client.endpoint.url == other.get_secret_value()
+
+    def test_a_wrong_url_is_refused_by_name(self) -> None:
+        with pytest.raises(InvalidSettings, match="redis_url"):
+            Client("http://localhost")
+
+    @staticmethod
+    def end_all(worker: ScriptedWorker) -> list[Row]:
+        rows = worker.claim(100)
+        for row in rows:
+            row.end()
+        return rows
