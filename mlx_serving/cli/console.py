@@ -1,0 +1,59 @@
+"""What all commands print alike: errors in a line, JSON, tables, text that a model wrote."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Final
+
+import typer
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from mlx_serving.common.errors import MlxServingError
+
+EXIT_ERROR: Final = 1
+EXIT_INTERRUPTED: Final = 130  # 128 + SIGINT, as shells have it
+WIDE_COLUMNS: Final = 200  # of a table that goes to a file or a pipe
+
+# C0 without tab and newline, DEL, and C1: what could drive a terminal.
+_CONTROLS: Final = dict.fromkeys(
+    [*(n for n in range(32) if chr(n) not in "\t\n"), *range(127, 160)], "\ufffd"
+)
+
+
+def note(text: str) -> None:
+    """Print a line for people on stderr; stdout is for what the command is asked for."""
+    typer.echo(text, err=True)
+
+
+def fail(error: MlxServingError) -> None:
+    """Print an error as one line with its code."""
+    note(f"error: {error.code}: {' '.join(str(error).split())}")
+
+
+def harmless(text: str) -> str:
+    """Text that a model wrote, without the control characters that would drive a terminal."""
+    return text.translate(_CONTROLS)
+
+
+def print_json(value: object) -> None:
+    """Print a value as JSON, indented."""
+    import msgspec
+
+    typer.echo(msgspec.json.format(msgspec.json.encode(value), indent=2).decode())
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Print a plain table; cells are text, never markup."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*(cell if isinstance(cell, Text) else Text(str(cell)) for cell in row))
+    width = None if sys.stdout.isatty() else WIDE_COLUMNS
+    Console(width=width).print(table)

@@ -1,0 +1,129 @@
+"""The demo's worker: a process of its own, which is gone when the demo is."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Final, NoReturn
+
+import redis
+
+from mlx_serving.cli.overview import WorkerView, read_worker
+from mlx_serving.common.connection import connect, resolve
+from mlx_serving.common.errors import EngineError
+from mlx_serving.worker.supervisor import run_worker
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+    from types import FrameType
+
+    from mlx_serving.common.settings import Settings
+    from mlx_serving.worker.loading import EngineSpec
+
+POLL_SECONDS: Final = 0.05
+STOP_SECONDS: Final = 15.0
+LOG_LINES: Final = 12
+ENDING_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+@contextmanager
+def orderly_signals() -> Iterator[None]:
+    """Let the first ending signal unwind the stack, and no later one disturb the clean-up."""
+
+    def unwind(number: int, _frame: FrameType | None) -> NoReturn:
+        for each in ENDING_SIGNALS:
+            signal.signal(each, signal.SIG_IGN)
+        sys.exit(128 + number)
+
+    before = {each: signal.signal(each, unwind) for each in ENDING_SIGNALS}
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+
+def _serve(settings: Settings, model: str, spec: EngineSpec, name: str, log: Path) -> NoReturn:
+    """Run a worker whose output, and its child's, goes to a file."""
+    with log.open("ab", buffering=0) as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    sys.exit(run_worker(settings, model, spec, name))
+
+
+class DemoWorker:
+    """One worker in a spawned process.
+
+    `stop` may be called at any time, before and during `start` too: a signal can unwind the
+    stack anywhere.
+    """
+
+    def __init__(self, settings: Settings, model: str, spec: EngineSpec, log: Path) -> None:
+        self.name = f"demo-{os.getpid()}"
+        self._endpoint = resolve(settings, model)
+        self._log = log
+        self._child_pid: int | None = None
+        self._process = multiprocessing.get_context("spawn").Process(
+            target=_serve, args=(settings, model, spec, self.name, log), name="mlx-serving-worker"
+        )
+
+    def start(self) -> None:
+        """Spawn it."""
+        # A Ctrl-C goes to every process of the terminal: the worker inherits it blocked, and
+        # ends when we say so.
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            self._process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
+    def stop(self) -> None:
+        """Drain it, or kill it where that takes too long; idempotent."""
+        if self._process.pid is None:
+            return
+        self._process.terminate()
+        self._process.join(STOP_SECONDS)
+        if self._process.is_alive():  # hung: no hand-over is worth waiting for
+            self._process.kill()
+            self._process.join()
+            if self._child_pid is not None:
+                with suppress(ProcessLookupError):
+                    os.kill(self._child_pid, signal.SIGKILL)
+
+    def wait_until_ready(self, seconds: float) -> WorkerView:
+        """Wait until the engine is loaded and the worker has registered.
+
+        Raises:
+            EngineError: it ended, or it is not up in time; `log` says more.
+
+        """
+        deadline = time.monotonic() + seconds
+        with connect(self._endpoint) as client:
+            while time.monotonic() < deadline:
+                view = self._look(client)
+                if view is not None:
+                    self._child_pid = view.pid
+                    return view
+                if not self._process.is_alive():
+                    status = self._process.exitcode
+                    raise EngineError(f"the worker ended with status {status}")
+                time.sleep(POLL_SECONDS)
+        raise EngineError(f"the worker did not come up within {seconds:.0f} s")
+
+    def log(self) -> str:
+        """Last lines of its log."""
+        if not self._log.exists():
+            return ""
+        lines = self._log.read_text(encoding="utf-8", errors="replace").splitlines()
+        return "\n".join(lines[-LOG_LINES:])
+
+    def _look(self, client: redis.Redis) -> WorkerView | None:
+        try:
+            return read_worker(client, self._endpoint.keys, self.name)
+        except redis.RedisError as error:
+            raise EngineError(f"the demo's Redis does not answer: {error}") from None

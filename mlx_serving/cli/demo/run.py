@@ -1,0 +1,139 @@
+"""Runs the demo: private Redis, one worker, eight streams, their check and their figures."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
+
+import typer
+
+from mlx_serving.cli.console import EXIT_ERROR, note
+from mlx_serving.cli.demo.jobs import DEMO_JOBS, MODEL
+from mlx_serving.cli.demo.measure import Track, figures, percentile
+from mlx_serving.cli.demo.process import DemoWorker, orderly_signals
+from mlx_serving.cli.demo.view import make_view
+from mlx_serving.cli.worker import engine_spec
+from mlx_serving.common.errors import EngineError
+from mlx_serving.common.local_redis import LocalRedis
+from mlx_serving.common.settings import load_settings
+from mlx_serving.common.states import JobState
+from mlx_serving.producer.async_client import AsyncClient
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from mlx_serving.cli.demo.jobs import DemoJob
+    from mlx_serving.cli.demo.view import LineView, TableView
+    from mlx_serving.cli.overview import WorkerView
+    from mlx_serving.common.settings import Settings
+    from mlx_serving.producer.handles import AsyncJobHandle
+
+
+def run_demo(timeout_s: float, jobs: Sequence[DemoJob] = DEMO_JOBS) -> int:
+    """Run it all; returns 0 where every answer is right, else 1.
+
+    Raises:
+        MissingDependency: no redis-server, or no engine.
+        EngineError: the worker does not come up, or the jobs do not end in time.
+
+    """
+    server = LocalRedis()
+    with orderly_signals(), ExitStack() as ending:
+        ending.callback(server.stop)  # before the start: a signal may come in its middle
+        server.start()
+        settings = private_settings(server)
+        spec = engine_spec(settings, MODEL)
+        typer.echo(f"redis-server {_version(server)} on {server.socket}; loading the model ...")
+        worker = DemoWorker(settings, MODEL, spec, server.folder / "worker.log")
+        ending.callback(worker.stop)
+        worker.start()
+        tracks, right = _watch(worker, settings, jobs, timeout_s)
+    for line in summary(tracks, right):
+        typer.echo(line)
+    return 0 if all(right) else EXIT_ERROR
+
+
+def _watch(
+    worker: DemoWorker, settings: Settings, jobs: Sequence[DemoJob], timeout_s: float
+) -> tuple[list[Track], list[bool]]:
+    """Stream all jobs; where that fails, show what the worker logged."""
+    try:
+        typer.echo(describe(worker.wait_until_ready(timeout_s)))
+        return asyncio.run(_stream_all(settings, jobs, timeout_s))
+    except TimeoutError:
+        note(worker.log())
+        raise EngineError(f"the jobs did not end within {timeout_s:.0f} s") from None
+    except EngineError:
+        note(worker.log())
+        raise
+
+
+def private_settings(server: LocalRedis) -> Settings:
+    """The user's settings, but for Redis: whatever they say of theirs, the demo uses its own."""
+    return load_settings(
+        redis_url=server.url, redis_by_model={}, redis_username=None, redis_password=None,
+        redis_tls=False, redis_tls_ca=None, redis_tls_cert=None, redis_tls_key=None,
+        sentinel_hosts=(), models={}, drain_grace_seconds=1.0,
+    )  # fmt: skip
+
+
+def describe(worker: WorkerView) -> str:
+    """Say what computes: device, native or twin, and from which queues it takes jobs."""
+    return (
+        f"worker {worker.name}: model {worker.model} (revision {worker.revision}) on MLX device "
+        f"{worker.device}; {worker.acceleration or 'nothing accelerated'}; "
+        f"room for {worker.kv_tokens_capacity} KV tokens"
+    )
+
+
+async def _stream_all(
+    settings: Settings, jobs: Sequence[DemoJob], timeout_s: float
+) -> tuple[list[Track], list[bool]]:
+    """Submit all jobs at once, and follow each to its end."""
+    async with asyncio.timeout(timeout_s), AsyncClient(settings=settings, model=MODEL) as client:
+        began_s = time.perf_counter()
+        handles = await client.submit_many([job.fields() for job in jobs])
+        tracks = [Track(began_s) for _ in jobs]
+        with make_view(jobs, tracks) as view:
+            streams = [
+                _follow(handle, view, index, job, tracks[index])
+                for index, (handle, job) in enumerate(zip(handles, jobs, strict=True))
+            ]
+            return tracks, list(await asyncio.gather(*streams))
+
+
+async def _follow(
+    handle: AsyncJobHandle, view: TableView | LineView, index: int, job: DemoJob, track: Track
+) -> bool:
+    """Consume one stream; True where it ended with a right answer."""
+    async for event in handle.stream():
+        track.add(event, time.perf_counter())
+        view.delivered(index, event.text)
+    right = track.state == JobState.FINISHED and job.is_right(track.text)
+    view.ended(index, right=right)
+    return right
+
+
+def summary(tracks: Sequence[Track], right: Sequence[bool]) -> list[str]:
+    """The figures, in lines."""
+    total = figures(tracks)
+
+    def ms(samples: list[float]) -> str:
+        p50, p99 = (percentile(samples, share) * 1000 for share in (0.5, 0.99))
+        return f"p50 {p50:.1f} ms, p99 {p99:.1f} ms"
+
+    return [
+        f"{sum(right)} of {len(right)} answers right",
+        f"{total.tokens} tokens in {total.seconds:.2f} s, {total.tokens_per_second:.0f} tokens/s",
+        "measured at the consumer:",
+        f"  time to first token    {ms(total.ttft_s)}",
+        f"  inter-token latency    {ms(total.itl_s)}  (a delivery's gap over its tokens)",
+        f"  between deliveries     {ms(total.gaps_s)}",
+    ]
+
+
+def _version(server: LocalRedis) -> str:
+    with server.client() as client:
+        return str(client.info("server")["redis_version"])

@@ -1,0 +1,56 @@
+"""The `doctor` command: runs all checks, prints a table."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Final
+
+import typer
+
+from mlx_serving.cli.console import EXIT_ERROR, print_json, print_table
+from mlx_serving.cli.options import AsJson, RedisUrl, read_settings
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from mlx_serving.cli.doctor.report import Check
+    from mlx_serving.common.settings import Settings
+
+STYLES: Final = {"ok": "green", "warn": "yellow", "fail": "bold red"}
+
+
+def doctor(
+    model: Annotated[
+        str, typer.Option("--model", "-m", help="The model whose Redis and files to check.")
+    ] = "tally",
+    as_json: AsJson = False,
+    redis_url: RedisUrl = None,
+) -> None:
+    """Check Redis, the engine and this machine. Exit status 1 where a check fails."""
+    from mlx_serving.cli.doctor.report import failed
+
+    checks = list(run_checks(read_settings(redis_url), model))
+    if as_json:
+        print_json(checks)
+    else:
+        _print(checks)
+    if failed(checks):
+        raise typer.Exit(EXIT_ERROR)
+
+
+def run_checks(settings: Settings, model: str) -> Iterator[Check]:
+    """Run every check, each group whatever became of the others."""
+    from mlx_serving.cli.doctor.engine import engine_checks
+    from mlx_serving.cli.doctor.mac import mac_checks
+    from mlx_serving.cli.doctor.redis_server import redis_checks
+    from mlx_serving.common.connection import resolve
+
+    yield from redis_checks(resolve(settings, model))
+    yield from engine_checks(settings, model)
+    yield from mac_checks()
+
+
+def _print(checks: list[Check]) -> None:
+    from rich.text import Text
+
+    rows = [(Text(c.level.value, STYLES[c.level.value]), c.name, c.detail) for c in checks]
+    print_table(("", "check", "what was found"), rows)

@@ -1,0 +1,121 @@
+"""The engine: installed, on which device, native or twin, and does the model answer right."""
+
+from __future__ import annotations
+
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from mlx_serving.cli.doctor.report import Check, Level
+from mlx_serving.cli.extras import INSTALL, missing_engine
+from mlx_serving.cli.worker import model_path
+from mlx_serving.common.errors import MlxServingError
+from mlx_serving.common.jobs import GenerationJob
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from mlx_serving.common.settings import Settings
+    from mlx_serving.worker.engine.engine import Engine
+
+PACKAGES: Final = ("mlx-serving", "mlx", "mlx-lm", "rq", "redis", "hiredis")
+PROBE: Final = ("count from 3 to 12", "3 4 5 6 7 8 9 10 11 12")
+PROBE_TOKENS: Final = 64
+MAPS: Final = Path("/proc/self/maps")
+
+
+def engine_checks(settings: Settings, model: str) -> Iterator[Check]:
+    """Check versions, device, acceleration and one model."""
+    yield check_versions()
+    missing = missing_engine()
+    if missing:
+        detail = (
+            f"{' and '.join(missing)} not installed: this machine can submit, not serve; {INSTALL}"
+        )
+        yield Check("engine", Level.WARN, detail)
+        return
+    yield check_device()
+    yield from check_acceleration(settings)
+    yield check_model(settings, model)
+
+
+def check_versions() -> Check:
+    """List the versions that a bug report needs."""
+    found = [f"python {sys.version.split()[0]}"]
+    for package in PACKAGES:
+        try:
+            found.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            continue
+    return Check("versions", Level.OK, ", ".join(found))
+
+
+def check_device() -> Check:
+    """Name MLX's device; on a CPU say whether a fast BLAS is loaded."""
+    from mlx_serving.worker.engine.device import device_name
+
+    device = device_name()
+    if sys.platform == "linux" and device.startswith("cpu") and not openblas_loaded():
+        detail = (
+            f"{device}; MLX's own BLAS is some ten times slower than OpenBLAS: "
+            "set LD_PRELOAD=libopenblas.so.0"
+        )
+        return Check("mlx device", Level.WARN, detail)
+    return Check("mlx device", Level.OK, device)
+
+
+def openblas_loaded() -> bool:
+    """Whether OpenBLAS is mapped into this process."""
+    return MAPS.exists() and "libopenblas" in MAPS.read_text(encoding="utf-8", errors="replace")
+
+
+def check_acceleration(settings: Settings) -> Iterator[Check]:
+    """Say native or twin for each piece, and why."""
+    from mlx_serving.worker.engine.acceleration import reports
+
+    for report in reports(prefer_native=settings.native):
+        wanted = report.implementation == "native" or not settings.native
+        detail = f"{report.implementation}: {report.reason}"
+        yield Check(f"native {report.piece}", Level.OK if wanted else Level.WARN, detail)
+
+
+def check_model(settings: Settings, model: str) -> Check:
+    """Load the model and let it answer; only Tally's answer is known."""
+    from mlx_serving.worker.engine.models import EngineOptions, load_engine
+
+    name = f"model {model}"
+    try:
+        path = model_path(settings, model)
+        began = time.perf_counter()
+        options = EngineOptions(max_batch_rows=1, prefer_native=settings.native)
+        engine = load_engine(path, options, name=model)
+        loaded = time.perf_counter()
+        text, tokens = _answer(engine, model)
+        done = time.perf_counter()
+    except MlxServingError as error:
+        return Check(name, Level.FAIL, str(error))
+    except Exception as error:  # noqa: BLE001 -- whatever a model fails with is the finding
+        return Check(name, Level.FAIL, f"does not load or run: {type(error).__name__}: {error}")
+    speed = f"loaded in {loaded - began:.1f} s, {tokens / (done - loaded):.0f} tokens/s alone"
+    if model == "tally" and text.strip() != PROBE[1]:
+        return Check(name, Level.FAIL, f"{PROBE[0]!r} was answered {text!r}; {speed}")
+    if not tokens:
+        return Check(name, Level.FAIL, "decoded nothing")
+    verdict = "answers right" if model == "tally" else "answers"
+    return Check(name, Level.OK, f"{verdict}; {speed}; revision {engine.model_info.revision}")
+
+
+def _answer(engine: Engine, model: str) -> tuple[str, int]:
+    """Decode the probe's answer, greedy; returns its text and its count of tokens."""
+    from mlx_serving.worker.engine.prompts import PromptEncoder
+    from mlx_serving.worker.engine.sequence import Request, SamplingParams
+
+    job = GenerationJob.build(model=model, messages=[{"role": "user", "content": PROBE[0]}])
+    prompt = PromptEncoder(engine.tokenizer).encode(job)
+    engine.add(Request("doctor", prompt, SamplingParams(), PROBE_TOKENS))
+    outputs = []
+    while engine.has_work:
+        outputs += engine.step()
+    return "".join(o.text for o in outputs), sum(len(o.token_ids) for o in outputs)

@@ -1,0 +1,68 @@
+"""`mlx-serving status` and `mlx-serving cancel`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from mlx_serving.cli.console import print_json, print_table
+from mlx_serving.cli.options import AsJson, ForModel, RedisUrl, read_settings
+
+
+def status(
+    job_id: Annotated[str | None, typer.Argument(help="A job; without it, everything.")] = None,
+    as_json: AsJson = False,
+    model: ForModel = None,
+    redis_url: RedisUrl = None,
+) -> None:
+    """Show a job, or without an id the queues and the workers."""
+    from mlx_serving.cli.overview import job_view, read_overview
+    from mlx_serving.producer.client import Client
+
+    with Client(settings=read_settings(redis_url), model=model) as client:
+        if job_id is not None:
+            view = job_view(client.status(job_id))
+            if as_json:
+                print_json(view)
+            else:
+                print_table(("field", "value"), [(k, v) for k, v in view.items() if v is not None])
+            return
+        overview = read_overview(client.endpoint)
+    if as_json:
+        print_json(overview)
+        return
+    print_table(
+        ("queue", "queued", "running", "open"),
+        [(q.name, q.queued, q.running, q.open) for q in overview.queues],
+    )
+    typer.echo()
+    print_table(
+        ("worker", "model", "held", "KV tokens", "device", "acceleration"),
+        [
+            (w.name, w.model, w.held, w.kv_tokens_capacity, w.device, w.acceleration)
+            for w in overview.workers
+        ],
+    )
+    if overview.suspended:
+        typer.echo("\nRQ is suspended: no worker takes a job until `rq resume`")
+
+
+def cancel(
+    job_id: Annotated[str, typer.Argument(help="The job to cancel.")],
+    as_json: AsJson = False,
+    model: ForModel = None,
+    redis_url: RedisUrl = None,
+) -> None:
+    """Cancel a job: a queued one at once, a running one within two steps.
+
+    Prints its state after the call; `running` means that its worker has been told.
+    """
+    from mlx_serving.producer.client import Client
+
+    with Client(settings=read_settings(redis_url), model=model) as client:
+        state = client.cancel(job_id)
+    if as_json:
+        print_json({"id": job_id, "state": state.value})
+    else:
+        typer.echo(state.value)

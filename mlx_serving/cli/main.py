@@ -1,0 +1,60 @@
+"""The `mlx-serving` command: its groups, and how their errors end the process."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from mlx_serving import __version__
+from mlx_serving.cli.console import EXIT_ERROR, EXIT_INTERRUPTED, fail
+from mlx_serving.cli.demo.command import demo
+from mlx_serving.cli.doctor.command import doctor
+from mlx_serving.cli.generate import generate
+from mlx_serving.cli.jobs import cancel, status
+from mlx_serving.cli.models import models
+from mlx_serving.cli.worker import worker
+from mlx_serving.common.errors import MlxServingError
+
+
+class Commands(TyperGroup):
+    """Turns our errors into one line and exit status 1, and Ctrl-C into 130."""
+
+    def invoke(self, ctx: Any) -> Any:  # noqa: ANN401 -- the base class's own types are private
+        """Run a command."""
+        try:
+            return super().invoke(ctx)
+        except MlxServingError as error:
+            fail(error)
+            raise typer.Exit(EXIT_ERROR) from None
+        except KeyboardInterrupt:
+            raise typer.Exit(EXIT_INTERRUPTED) from None
+
+
+app = typer.Typer(
+    cls=Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,  # its tracebacks show local variables, which hold prompts
+    help="Durable text generation on Macs: jobs through Redis and RQ, one batch on MLX.",
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"mlx-serving {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: bool = typer.Option(
+        False, "--version", help="Print the version.", callback=_print_version, is_eager=True
+    ),
+) -> None:
+    del version
+
+
+for command in (demo, worker, generate, status, cancel, doctor, models):
+    app.command()(command)

@@ -1,0 +1,65 @@
+"""`mlx-serving models`: which aliases there are, and which this machine can load."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Final
+
+import typer
+
+from mlx_serving.cli.console import print_json, print_table
+from mlx_serving.cli.options import AsJson, read_settings
+
+BYTES_A_MB: Final = 1_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class ModelView:
+    """One alias; `problem` says why it can't be loaded here, `size_bytes` counts its files."""
+
+    alias: str
+    path: str
+    revision: str | None = None
+    size_bytes: int | None = None
+    problem: str | None = None
+
+
+def models(
+    as_json: AsJson = False,
+    alias: Annotated[str | None, typer.Argument(help="Only this alias.")] = None,
+) -> None:
+    """List the models of the settings. Reads their files, loads nothing."""
+    known = read_settings().models
+    views = [model_view(n, p) for n, p in sorted(known.items()) if alias in (None, n)]
+    if as_json:
+        print_json(views)
+    else:
+        print_table(
+            ("alias", "state", "revision", "size", "path"),
+            [(v.alias, v.problem or "ready", v.revision or "", _size(v), v.path) for v in views],
+        )
+    if alias is not None and not views:
+        raise typer.Exit(1)
+
+
+def model_view(alias: str, path: str) -> ModelView:
+    """Look at one alias's files."""
+    from mlx_serving.worker.engine.model_files import (
+        ModelFilesError,
+        check_model_files,
+        model_revision,
+    )
+
+    folder = Path(path)
+    try:
+        check_model_files(folder)
+        revision = model_revision(folder)
+    except (ModelFilesError, OSError) as error:
+        return ModelView(alias, path, problem=str(error))
+    size = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
+    return ModelView(alias, path, revision, size)
+
+
+def _size(view: ModelView) -> str:
+    return "" if view.size_bytes is None else f"{view.size_bytes / BYTES_A_MB:.1f} MB"

@@ -1,0 +1,40 @@
+"""Options that several commands share, and the settings that they lead to."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from mlx_serving.common.settings import Settings
+
+RedisUrl = Annotated[
+    str | None,
+    typer.Option(
+        "--redis-url",
+        help="Redis to use; without it MLX_SERVING_REDIS_URL, the settings file, or localhost. "
+        "Give a password by the environment: a command line is no secret.",
+        show_default=False,
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Model = Annotated[str, typer.Option("--model", "-m", help="Alias of the model.")]
+ForModel = Annotated[
+    str | None,
+    typer.Option("--model", "-m", help="Look at this model's Redis, where it has its own."),
+]
+
+
+def read_settings(redis_url: str | None = None) -> Settings:
+    """Read the settings; a URL from the command line is for every model.
+
+    Raises:
+        InvalidSettings: names each wrong setting.
+
+    """
+    from mlx_serving.common.settings import load_settings
+
+    if redis_url is None:
+        return load_settings()
+    return load_settings(redis_url=redis_url, redis_by_model={})

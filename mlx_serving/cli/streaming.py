@@ -1,0 +1,141 @@
+"""Follows one job to its end; Ctrl-C cancels it."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+import time
+from typing import TYPE_CHECKING, Self
+
+from mlx_serving.cli.console import EXIT_INTERRUPTED, harmless, note
+from mlx_serving.common.errors import MlxServingError
+from mlx_serving.common.events import encode
+from mlx_serving.producer.client import Client
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import FrameType, TracebackType
+
+    from mlx_serving.common.events import Event
+    from mlx_serving.common.jobs import GenerationJob
+    from mlx_serving.common.results import GenerationResult
+    from mlx_serving.common.settings import Settings
+
+
+class Canceller:
+    """Makes the first Ctrl-C cancel the job, from another thread; the stream goes on to its end.
+
+    So nothing is torn: no half-read reply, no text printed twice. A second Ctrl-C leaves at
+    once, whatever becomes of the job.
+    """
+
+    def __init__(self, cancel: Callable[[str], object]) -> None:
+        self.interrupted = False
+        self._cancel = cancel
+        self._job_id: str | None = None
+
+    def __enter__(self) -> Self:
+        self._before = signal.signal(signal.SIGINT, self._on_interrupt)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        signal.signal(signal.SIGINT, self._before)
+
+    def watch(self, job_id: str) -> None:
+        """Name the job, once it is enqueued; a Ctrl-C that came before cancels it now."""
+        self._job_id = job_id
+        if self.interrupted:
+            self._start()
+
+    def _on_interrupt(self, _number: int, _frame: FrameType | None) -> None:
+        if self.interrupted:
+            raise KeyboardInterrupt
+        self.interrupted = True
+        if self._job_id is not None:
+            self._start()
+
+    def _start(self) -> None:
+        threading.Thread(target=self._run, name="cancel", daemon=True).start()
+
+    def _run(self) -> None:
+        note(f"\ncancelling {self._job_id} (Ctrl-C again leaves without waiting)")
+        try:
+            self._cancel(str(self._job_id))
+        except MlxServingError as error:
+            note(f"not cancelled: {error.code}: {error}")
+
+
+class Printer:
+    """Writes events to stdout as they come, and remembers when they came."""
+
+    def __init__(self, *, as_json: bool) -> None:
+        self._as_json = as_json
+        self._harmless = sys.stdout.isatty()
+        self.first_token_s: float | None = None  # perf_counter
+        self.last_token_s: float | None = None
+
+    def show(self, event: Event) -> None:
+        """Print one event."""
+        if any(choice.token_ids for choice in event.choices):
+            self.last_token_s = time.perf_counter()
+            self.first_token_s = self.first_token_s or self.last_token_s
+        if self._as_json:
+            sys.stdout.write(encode(event).decode() + "\n")
+        else:
+            sys.stdout.write(harmless(event.text) if self._harmless else event.text)
+        sys.stdout.flush()
+
+    def end(self) -> None:
+        """End the last line."""
+        if not self._as_json:
+            sys.stdout.write("\n")
+            sys.stdout.flush()
+
+
+def stream_job(job: GenerationJob, settings: Settings, *, as_json: bool, verbose: bool) -> int:
+    """Submit a job and print it until its end; returns the exit status.
+
+    Raises:
+        MlxServingError: it could not be submitted or followed, or did not finish.
+
+    """
+    printer = Printer(as_json=as_json)
+    with Client(settings=settings, model=job.model) as client, Canceller(client.cancel) as ctrl_c:
+        began_s = time.perf_counter()
+        handle = client.submit(job)
+        ctrl_c.watch(handle.id)
+        try:
+            for event in handle.stream():
+                printer.show(event)
+            printer.end()
+        except BrokenPipeError:  # nobody reads what we print: the work is for nothing
+            handle.cancel()
+            raise
+        result = handle.result()
+    if verbose:
+        note(_summary(result, printer, began_s))
+    if ctrl_c.interrupted:
+        note(f"job {handle.id} is {result.state.value}")
+        return EXIT_INTERRUPTED
+    result.raise_for_state()
+    return 0
+
+
+def _summary(result: GenerationResult, printer: Printer, began_s: float) -> str:
+    parts = [f"job {result.id}", f"{result.state.value} ({result.finish_reason or 'cut short'})"]
+    if result.usage:
+        parts.append(f"{result.usage.prompt_tokens} + {result.usage.completion_tokens} tokens")
+    if printer.first_token_s and printer.last_token_s and result.usage:
+        parts.append(f"TTFT {(printer.first_token_s - began_s) * 1000:.0f} ms")
+        parts.append(
+            f"{result.usage.completion_tokens / (printer.last_token_s - began_s):.0f} tok/s"
+        )
+    if result.worker:
+        parts.append(f"worker {result.worker}")
+    return " · ".join(parts)

@@ -1,0 +1,177 @@
+"""The command line without a Redis: help, wrong input, what it imports, what it prints."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from mlx_serving import __version__
+from mlx_serving.cli import extras
+from mlx_serving.cli.console import harmless
+from mlx_serving.cli.generate import build_job
+from mlx_serving.cli.main import app
+from mlx_serving.cli.worker import engine_spec, model_path
+from mlx_serving.common.errors import InvalidJob, MissingDependency, UnknownModel
+from mlx_serving.common.settings import TALLY_PATH, load_settings
+
+COMMANDS = ("demo", "worker", "generate", "status", "cancel", "doctor", "models")
+HEAVY = {"mlx", "mlx_lm", "numpy", "transformers", "mlx_serving.worker", "redis", "rq", "pydantic"}
+
+runner = CliRunner()
+
+
+def test_help_names_every_command() -> None:
+    result = runner.invoke(app, ["--help"])
+    assert result.exit_code == 0
+    for command in COMMANDS:
+        assert command in result.stdout
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command: str) -> None:
+    result = runner.invoke(app, [command, "--help"])
+    assert result.exit_code == 0
+    assert "Usage" in result.stdout
+
+
+def test_version_is_the_packages() -> None:
+    assert runner.invoke(app, ["--version"]).stdout.strip() == f"mlx-serving {__version__}"
+
+
+def _loaded_after(code: str) -> set[str]:
+    script = f"import sys\n{code}\nprint(' '.join(sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    return set(done.stdout.split())
+
+
+def test_help_imports_neither_engine_nor_redis() -> None:
+    assert _loaded_after("import mlx_serving.cli.main") & HEAVY == set()
+
+
+def test_following_a_job_imports_no_engine() -> None:
+    loaded = _loaded_after(
+        "import mlx_serving.cli.main, mlx_serving.cli.streaming, mlx_serving.cli.overview"
+    )
+    assert loaded & {"mlx", "mlx_lm", "numpy", "transformers"} == set()
+
+
+# -- generate ---------------------------------------------------------------------------
+
+
+def test_a_prompt_is_a_chat_message() -> None:
+    job = build_job("hello", raw=False, system="be brief", model="tally", top_p=None, stop=[])
+    assert job.template_messages() == [
+        {"role": "system", "content": "be brief"},
+        {"role": "user", "content": "hello"},
+    ]
+    assert (job.prompt, job.top_p, job.stop) == (None, 1.0, ())
+
+
+def test_raw_continues_the_text_itself() -> None:
+    job = build_job("once upon", raw=True, system=None, model="tally", temperature=0.0)
+    assert (job.prompt, job.messages, job.temperature) == ("once upon", None, 0.0)
+
+
+def test_a_wrong_parameter_is_refused_by_name() -> None:
+    with pytest.raises(InvalidJob, match="top_p"):
+        build_job("x", raw=False, system=None, model="tally", top_p=2.0)
+
+
+def test_an_error_is_one_line_with_its_code() -> None:
+    result = runner.invoke(app, ["generate", "x", "--min-p", "3"])
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: invalid_job: min_p: ")
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert not result.stdout
+
+
+def test_a_system_message_with_raw_is_a_usage_error() -> None:
+    result = runner.invoke(app, ["generate", "x", "--raw", "--system", "y"])
+    assert result.exit_code == 2
+    assert "--system" in result.stderr
+
+
+def test_redis_that_is_away_is_one_line() -> None:
+    result = runner.invoke(app, ["status", "--redis-url", "unix:///nowhere/redis.sock"])
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: queue_unavailable: ")
+
+
+def test_a_wrong_url_names_the_setting() -> None:
+    result = runner.invoke(app, ["status", "--redis-url", "http://example.com"])
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: invalid_settings: redis_url: ")
+
+
+@pytest.mark.parametrize("control", ["\x1b", "\x07", "\r", "\x00", "\x7f", "\x9b"])
+def test_a_model_can_not_drive_the_terminal(control: str) -> None:
+    assert harmless(f"a{control}[2Jb") == "a\ufffd[2Jb"
+
+
+def test_lines_and_words_stay_as_they_are() -> None:
+    assert harmless("a\tb\nGrüße 東京 🎲") == "a\tb\nGrüße 東京 🎲"
+
+
+# -- worker and models ------------------------------------------------------------------
+
+
+def test_a_worker_of_an_unknown_model_names_the_known_ones() -> None:
+    result = runner.invoke(app, ["worker", "--model", "no-such"])
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: unknown_model: model: 'no-such'")
+    assert "tally" in result.stderr
+
+
+def test_a_worker_without_redis_is_one_line() -> None:
+    options = ["--engine", "simulated", "--redis-url", "unix:///nowhere/redis.sock"]
+    result = runner.invoke(app, ["worker", *options])
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: queue_unavailable: ")
+
+
+def test_a_worker_without_the_engine_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(extras, "ENGINE", ("no_such_engine",))
+    with pytest.raises(MissingDependency, match=r'pip install "mlx-serving\[worker\]"'):
+        engine_spec(load_settings(), "tally")
+
+
+def test_the_simulated_engine_needs_no_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(extras, "ENGINE", ("no_such_engine",))
+    spec = engine_spec(load_settings(), "tally", "simulated", 50.0)
+    assert (spec.kind, spec.tokens_per_second) == ("simulated", 50.0)
+
+
+def test_model_path_is_the_settings_folder() -> None:
+    assert model_path(load_settings(), "tally") == str(TALLY_PATH)
+
+
+def test_a_model_whose_folder_is_gone_is_refused(tmp_path: Path) -> None:
+    settings = load_settings(models={"big": str(tmp_path / "gone")})
+    with pytest.raises(UnknownModel, match=r"models\.big: .*gone is not a folder"):
+        model_path(settings, "big")
+
+
+def test_models_lists_what_loads_and_what_does_not(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    config = tmp_path / "mlx-serving.toml"
+    config.write_text(f'[models]\nbroken = "{tmp_path}"\n')
+    monkeypatch.setenv("MLX_SERVING_CONFIG", str(config))
+    result = runner.invoke(app, ["models", "--json"])
+    assert result.exit_code == 0
+    broken, tally = json.loads(result.stdout)
+    assert (broken["alias"], broken["problem"].split(":")[0]) == ("broken", "config.json")
+    assert (tally["alias"], tally["problem"]) == ("tally", None)
+    assert tally["size_bytes"] > 1_000_000
+    assert len(tally["revision"]) == 16
+
+
+def test_models_of_an_unknown_alias_fails() -> None:
+    assert runner.invoke(app, ["models", "no-such"]).exit_code == 1
