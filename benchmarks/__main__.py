@@ -1,0 +1,152 @@
+"""Every benchmark: one table and one JSON file under benchmarks/results/.
+
+python -m benchmarks                    # all, P1-P3 on a tiny shape where MLX has no GPU
+python -m benchmarks --quick            # all, small: does it run, not what does it say
+python -m benchmarks --only p6,p7
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final
+
+from benchmarks import dispatch, latency, streaming
+from benchmarks.harness import Figure, Goal, machine, table
+
+ROOT: Final = Path(__file__).parents[1]
+RESULTS: Final = Path(__file__).parent / "results"
+ENGINE_GOALS: Final = {
+    "P1_greedy_over_bare": Goal("≤", 1.05),
+    "P2_mixed_over_bare": Goal("≤", 1.15),
+    "P3_first_over_steady": Goal("≤", 1.5),
+}
+HAS_GPU: Final = (
+    "import mlx.core as mx, sys; sys.exit(mx.default_device().type != mx.DeviceType.gpu)"
+)
+
+
+def run_module(name: str, *arguments: str) -> str:
+    """Standard output of a benchmark in a process of its own: MLX stays out of this one."""
+    command = [sys.executable, "-m", f"benchmarks.{name}", *arguments]
+    return subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
+
+
+def has_gpu() -> bool:
+    """Whether MLX computes on a GPU here."""
+    return not subprocess.run([sys.executable, "-c", HAS_GPU], check=False).returncode
+
+
+def engine(*, quick: bool) -> list[Figure]:
+    """P1, P2, P3: the 0.6B shape on a GPU, a tiny one on a CPU."""
+    shape = "0.6b" if has_gpu() and not quick else "tiny"
+    size = ["--batch", "8", "--steps", "10"] if quick else ["--batch", "64", "--steps", "100"]
+    dtype = "bfloat16" if shape == "0.6b" else "float32"
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "engine.json"
+        run_module("engine", "--shape", shape, "--dtype", dtype, *size, "--output", str(output))
+        report: dict[str, Any] = json.loads(output.read_text())
+    return [
+        Figure(f"{name} [{shape}]", value, _unit(name), ENGINE_GOALS.get(name))
+        for name, value in report.items()
+        if isinstance(value, float)
+    ]
+
+
+def _unit(name: str) -> str:
+    return "ms" if name.endswith("_ms") else "×"
+
+
+def stream(*, quick: bool) -> list[Figure]:
+    """P4: on the model that gates where there is a GPU, else simulated."""
+    if quick:
+        return streaming.measure(streaming.Load(streams=8, tokens=30), rounds=1)
+    model = "0.6b" if has_gpu() else "simulated"
+    return streaming.measure(streaming.Load(model))
+
+
+def dispatch_no_ops(*, quick: bool) -> list[Figure]:
+    """P6."""
+    return dispatch.measure(500, 60, 1) if quick else dispatch.measure()
+
+
+def wake_up(*, quick: bool) -> list[Figure]:
+    """P7."""
+    return latency.measure(20, 1) if quick else latency.measure()
+
+
+def detokenizer(*, quick: bool) -> list[Figure]:
+    """Native and twin."""
+    del quick
+    report = json.loads(run_module("detokenizer"))
+    return [Figure(n, v, "µs/step") for n, v in report.items() if isinstance(v, float)]
+
+
+BENCHMARKS: Final[dict[str, tuple[str, Callable[..., list[Figure]]]]] = {
+    "engine": ("P1 P2 P3 decode step of 64 rows over a bare loop", engine),
+    "p4": ("P4 64 live streams through Redis over the in-process engine", stream),
+    "p6": ("P6 dispatch of no-op jobs", dispatch_no_ops),
+    "p7": ("P7 idle enqueue → started", wake_up),
+    "detokenizer": ("Detokenizer, 64 rows", detokenizer),
+}
+ALIASES: Final = {"p1": "engine", "p2": "engine", "p3": "engine"}
+
+
+def chosen(only: str) -> list[str]:
+    """Names of the benchmarks to run. Raises ValueError for one that there isn't."""
+    if not only:
+        return list(BENCHMARKS)
+    names = dict.fromkeys(ALIASES.get(n.strip().lower(), n.strip().lower())
+                          for n in only.split(","))  # fmt: skip
+    if unknown := names.keys() - BENCHMARKS.keys():
+        known = ", ".join([*ALIASES, *BENCHMARKS])
+        raise ValueError(f"no benchmark {', '.join(sorted(unknown))}; there are {known}")
+    return list(names)
+
+
+def run(names: Sequence[str], *, quick: bool) -> dict[str, list[Figure]]:
+    """Figures by title; each benchmark says when it starts."""
+    reports = {}
+    for name in names:
+        title, measure = BENCHMARKS[name]
+        print(f"{name} …", file=sys.stderr, flush=True)
+        started = time.perf_counter()
+        reports[title] = measure(quick=quick)
+        print(f"{name}: {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
+    return reports
+
+
+def save(path: Path, reports: dict[str, list[Figure]], facts: dict[str, Any]) -> None:
+    """Write the JSON file."""
+    data = facts | {"benchmarks": {t: [f.as_json() for f in fs] for t, fs in reports.items()}}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+
+
+def main() -> None:
+    """Run, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, prog="python -m benchmarks")
+    parser.add_argument("--quick", action="store_true", help="small runs; their figures say little")
+    parser.add_argument("--only", default="", help=f"of {', '.join([*ALIASES, *BENCHMARKS])}")
+    parser.add_argument("--output", type=Path, help="JSON file; default: benchmarks/results/<time>")
+    options = parser.parse_args()
+    try:
+        names = chosen(options.only)
+    except ValueError as error:
+        parser.error(str(error))
+    now = datetime.now(UTC)
+    facts = {"at": now.isoformat(timespec="seconds"), "quick": options.quick, "machine": machine()}
+    reports = run(names, quick=options.quick)
+    print(table(reports))
+    path = options.output or RESULTS / f"{now:%Y%m%dT%H%M%SZ}.json"
+    save(path, reports, facts)
+    print(f"\n{path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""The benchmarks run and say something plausible; what they say is not judged here."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.__main__ import BENCHMARKS, chosen
+from benchmarks.dispatch import figures as dispatch_figures
+from benchmarks.harness import Figure, Goal
+from benchmarks.latency import Samples
+from benchmarks.latency import figures as latency_figures
+from benchmarks.streaming import Run
+from benchmarks.streaming import figures as streaming_figures
+
+ROOT = Path(__file__).parents[2]
+
+
+def by_name(figures: list[Figure]) -> dict[str, Figure]:
+    return {figure.name: figure for figure in figures}
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What a quick run of the queue's benchmarks writes."""
+    path = tmp_path_factory.mktemp("benchmarks") / "report.json"
+    command = [sys.executable, "-m", "benchmarks", "--quick", "--only", "p4,p6,p7"]
+    done = subprocess.run(
+        [*command, "--output", str(path)], cwd=ROOT, check=True, capture_output=True, text=True,
+        timeout=110,
+    )  # fmt: skip
+    written: dict[str, Any] = json.loads(path.read_text())
+    for figures in written["benchmarks"].values():
+        assert all(figure["name"] in done.stdout for figure in figures)
+    return written
+
+
+def test_a_quick_run_writes_every_figure(report: dict[str, Any]) -> None:
+    assert report["quick"] is True
+    assert set(report["benchmarks"]) == {BENCHMARKS[name][0] for name in ("p4", "p6", "p7")}
+    for figures in report["benchmarks"].values():
+        assert all(figure["value"] > 0 and figure["rounds"] for figure in figures)
+
+
+def test_goals_are_judged(report: dict[str, Any]) -> None:
+    gated = [f for figures in report["benchmarks"].values() for f in figures if f["goal"]]
+    assert [f["name"][:2] for f in gated] == ["P4", "P4", "P6", "P6", "P7"]
+    assert all(isinstance(f["met"], bool) for f in gated)
+
+
+def test_every_stream_arrives_whole(report: dict[str, Any]) -> None:
+    figures = {f["name"]: f["value"] for f in report["benchmarks"][BENCHMARKS["p4"][0]]}
+    assert figures["streams equal to in-process, token by token"] == 8
+
+
+def test_a_job_is_started_before_its_first_event(report: dict[str, Any]) -> None:
+    figures = {f["name"]: f["value"] for f in report["benchmarks"][BENCHMARKS["p7"][0]]}
+    assert figures["enqueue → started, p50"] < figures["enqueue → first event, p50"]
+
+
+def test_dispatch_ratios_are_taken_within_a_round() -> None:
+    speeds = {"ours": [10.0, 40.0, 30.0], "simple": [1.0, 2.0, 3.0], "bare": [20.0, 80.0, 100.0]}
+    figures = by_name(dispatch_figures(speeds))
+    assert figures["P6 worker over SimpleWorker"].rounds == (10.0, 20.0, 10.0)
+    assert figures["P6 worker over SimpleWorker"].value == 10.0
+    assert figures["P6 worker over bare BLMPOP"].value == 0.5
+
+
+def test_latency_compares_medians_of_a_round() -> None:
+    rounds = [Samples([10.0, 20.0, 900.0], [40.0, 60.0, 80.0], [100.0, 100.0, 100.0])]
+    figures = by_name(latency_figures(rounds))
+    assert figures["P7 started over bare, p50"].value == 3.0
+    assert figures["first event over bare, p50"].value == 5.0
+
+
+def test_streaming_counts_tokens_between_the_first_and_the_last_arrival() -> None:
+    bare = Run(arrivals=[[0.0, 1.0, 2.0], [0.0, 1.0, 2.0]], tokens=[[1, 2, 3], [4, 5, 6]])
+    streams = Run(arrivals=[[10.0, 14.0], [10.0, 11.0, 12.0]], tokens=[[1, 2, 3], [4, 5, 7]])
+    figures = by_name(streaming_figures([(bare, streams)]))
+    assert figures["in-process engine"].value == 3.0
+    assert figures["P4 through Redis over in-process"].value == 0.5
+    assert figures["streams equal to in-process, token by token"].value == 1
+    assert figures["P4 inter-token gap, p99 in steps"].value == pytest.approx(3.94)
+
+
+def test_a_goal_is_met_at_its_bound() -> None:
+    assert Goal("≥", 8).met_by(8.0)
+    assert not Goal("≥", 8).met_by(7.99)
+    assert Goal("≤", 4).met_by(4.0)
+    assert not Goal("≤", 4).met_by(4.01)
+
+
+def test_benchmarks_are_chosen_by_name_or_number() -> None:
+    assert chosen("") == list(BENCHMARKS)
+    assert chosen("P6, p1,p2") == ["p6", "engine"]
+    with pytest.raises(ValueError, match="no benchmark p9"):
+        chosen("p6,p9")
