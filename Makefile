@@ -4,11 +4,12 @@ PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+CHAOS_ARGS ?=
 BIN := $(VENV)/bin
 RUN := PATH="$(abspath $(BIN)):$$PATH" scripts/with_openblas.sh
 
 .DEFAULT_GOAL := help
-.PHONY: help install native demo test lint format bench
+.PHONY: help install native demo test chaos lint format bench
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -24,6 +25,10 @@ demo: install ## eight jobs side by side out of one batch, through a real Redis
 
 test: install ## the whole test suite
 	@$(RUN) python -m pytest $(PYTEST_ARGS)
+
+chaos: install ## kills, stops, Redis restarts, lost replies: nothing lost, nothing twice
+	@$(RUN) python -m tests.chaos $(CHAOS_ARGS)
+	@$(RUN) python -m pytest -m chaos -s $(PYTEST_ARGS)
 
 lint: install ## ruff, its formatter and mypy --strict
 	@$(RUN) ruff check .

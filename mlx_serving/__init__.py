@@ -38,6 +38,7 @@ if TYPE_CHECKING:
         ResultTimeout,
         StreamConflict,
         StreamGap,
+        StreamReset,
         UnknownModel,
         UnsuccessfulJob,
     )
@@ -87,6 +88,7 @@ __all__ = [
     "Settings",
     "StreamConflict",
     "StreamGap",
+    "StreamReset",
     "TextPart",
     "Timings",
     "Tool",

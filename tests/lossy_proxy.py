@@ -1,22 +1,33 @@
-"""A proxy before Redis that executes a request and loses its reply, as a network does."""
+"""A proxy before Redis that runs a request and loses its reply, or goes silent, as networks do."""
 
 from __future__ import annotations
 
+import hashlib
 import socket
 import tempfile
 import threading
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
+
+from mlx_serving.common.scripts import script_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from types import TracebackType
 
 
+def calls_of(script: str) -> bytes:
+    """What every call of one of the protocol's scripts holds."""
+    return hashlib.sha1(script_text(script).encode()).hexdigest().encode()  # noqa: S324 -- Redis's own
+
+
 class LossyProxy:
-    """Forwards a unix socket; after `lose_reply_to(needle)`, the next request that holds
-    these bytes reaches Redis, its reply is dropped and the connection closed.
+    """Forwards a unix socket.
+
+    After `lose_reply_to(needle)`, the next requests that hold these bytes reach Redis, their
+    replies are dropped and the connections closed. Within `blackhole()` nothing is forwarded and
+    nothing closed; what was sent meanwhile arrives late, also from who has given up since.
     """
 
     def __init__(self, upstream: Path) -> None:
@@ -25,7 +36,10 @@ class LossyProxy:
         self.socket = Path(self._folder.name) / "proxy.sock"
         self.url = f"unix://{self.socket}"
         self.lost = 0
-        self._needle: bytes | None = None
+        self._needle = b""
+        self._to_lose = 0
+        self._open = threading.Event()
+        self._open.set()
         self._listener = socket.socket(socket.AF_UNIX)
         self._sockets: list[socket.socket] = [self._listener]
         self._threads: list[threading.Thread] = []
@@ -42,14 +56,28 @@ class LossyProxy:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        self._open.set()
         for each in list(self._sockets):
             _close(each)
         for thread in self._threads:
             thread.join(5)
         self._folder.cleanup()
 
-    def lose_reply_to(self, needle: bytes) -> None:
-        self._needle = needle
+    def lose_reply_to(self, needle: bytes, times: int = 1) -> None:
+        self._needle, self._to_lose = needle, times
+
+    @property
+    def losing(self) -> int:
+        """How many replies are still to be lost."""
+        return self._to_lose
+
+    @contextmanager
+    def blackhole(self) -> Iterator[None]:
+        self._open.clear()
+        try:
+            yield
+        finally:
+            self._open.set()
 
     def _start(self, target: Callable[..., None], *args: object) -> None:
         thread = threading.Thread(target=target, args=args, daemon=True)
@@ -63,7 +91,11 @@ class LossyProxy:
             except OSError:
                 return
             server = socket.socket(socket.AF_UNIX)
-            server.connect(str(self._upstream))
+            try:
+                server.connect(str(self._upstream))
+            except OSError:  # Redis is away
+                _close(client)
+                continue
             self._sockets += [client, server]
             lossy = threading.Event()
             self._start(self._requests, client, server, lossy)
@@ -73,20 +105,24 @@ class LossyProxy:
         self, client: socket.socket, server: socket.socket, lossy: threading.Event
     ) -> None:
         for data in _received(client):
-            if self._needle is not None and self._needle in data:
-                self._needle = None
+            self._open.wait()
+            if self._to_lose and self._needle in data:
+                self._to_lose -= 1
                 lossy.set()
-            server.sendall(data)
+            with suppress(OSError):
+                server.sendall(data)
         _close(server)
 
     def _replies(
         self, client: socket.socket, server: socket.socket, lossy: threading.Event
     ) -> None:
         for data in _received(server):
+            self._open.wait()
             if lossy.is_set():
                 self.lost += 1
                 break
-            client.sendall(data)
+            with suppress(OSError):
+                client.sendall(data)
         _close(client)
         _close(server)
 

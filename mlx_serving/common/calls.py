@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
+from mlx_serving.common.errors import CorruptJob
 from mlx_serving.common.states import JobState
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ class EnqueueEntry:
     job_id: str
     queue: str
     rq_fields: Mapping[str, str | bytes | int]  # RQ's own job hash, from ``rq.job.Job.to_dict``
-    max_attempts: int = 5
+    max_attempts: int = 2
     min_protocol: int = 1
     deadline_ms: int = 0  # relative; Redis TIME fixes it at enqueue
     timeout_ms: int = 0
@@ -71,6 +72,36 @@ class ClaimedJob:
     started_ms: int
     first_token_ms: int
     now_ms: int
+    signature: str = ""  # see `signing`; empty where there is none
+    company: int = 0  # the most rows that may run unproven beside this one, itself included; 0: any
+
+    @property
+    def request_id(self) -> str:
+        """Name of this attempt: a worker that slept may claim what it still decodes."""
+        return f"{self.job_id}:{self.epoch}"
+
+
+@dataclass(frozen=True, slots=True)
+class HeldRows:
+    """What a worker's batch holds when it claims, as the rule on suspects needs it.
+
+    `unproven` of the `rows` have not run long enough to show that the engine survives them;
+    `company` is the least that these allow beside them, themselves included (0: any).
+    """
+
+    rows: int = 0
+    unproven: int = 0
+    company: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Blame:
+    """What a crash says of one job. `company` as in `ClaimedJob`; 0: it is not charged."""
+
+    job_id: str
+    epoch: int
+    company: int = 0
+    alone: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +111,7 @@ class ClaimReply:
     suspended: bool
     jobs: list[ClaimedJob]
     dropped: list[str]
+    reserved: str = ""  # queue to look into first: a suspect of it waits for this worker
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,16 +152,25 @@ def iso_now() -> str:
 
 
 def _text(value: str | bytes) -> str:
-    return value.decode() if isinstance(value, bytes) else value
+    # A foreign hand may have written anything; one odd reply must not stop the whole batch.
+    return value.decode(errors="replace") if isinstance(value, bytes) else value
+
+
+def _state(value: str | bytes) -> JobState:
+    try:
+        return JobState(_text(value))
+    except ValueError:
+        raise CorruptJob("the job's control hash names no state") from None
 
 
 def _claimed(row: Sequence[Any]) -> ClaimedJob:
-    job_id, queue, epoch, seq, data, problem, *numbers = row
-    deadline, timeout, stream, ttl, enqueued, started, first, now = map(int, numbers)
+    job_id, queue, epoch, seq, data, problem, signature, *numbers = row
+    deadline, timeout, stream, ttl, enqueued, started, first, now, company = map(int, numbers)
     raw = data.encode() if isinstance(data, str) else data
     return ClaimedJob(
         _text(job_id), _text(queue), int(epoch), int(seq), raw, _text(problem),
-        deadline, timeout, bool(stream), ttl, enqueued, started, first, now,
+        deadline, timeout, bool(stream), ttl, enqueued, started, first, now, _text(signature),
+        company,
     )  # fmt: skip
 
 
@@ -141,18 +182,50 @@ def _row_replies(rows: Sequence[Sequence[Any]]) -> list[RowReply]:
     return [RowReply(status, reason) for status, reason in _pairs(rows)]  # type: ignore[arg-type]
 
 
+def payloads(entries: Any) -> list[bytes]:  # noqa: ANN401 -- redis-py's own union
+    """Event payloads of a job's stream, as they were published.
+
+    An entry leaves out how every event begins (`append_event` in the Lua prelude); one that is
+    no event of ours reads as a corrupt one.
+    """
+    return [_payload(entry_id, fields) for entry_id, fields in entries]
+
+
+def _payload(entry_id: bytes, fields: dict[bytes, bytes]) -> bytes:
+    attempt = fields.get(b"a")
+    if attempt is None:
+        return fields.get(b"e", b"")
+    head = b'{"v":1,"attempt":%b,"seq":%b,' % (attempt, entry_id.partition(b"-")[0])
+    tokens = fields.get(b"t")
+    if tokens is None:
+        return head + fields.get(b"e", b"")
+    return head + b'"type":"tokens","choices":[{"index":0,' + tokens
+
+
 def enqueue(entry: EnqueueEntry) -> Call[EnqueueReply]:
     """Enqueue once; a second call with the same id changes nothing and says so."""
-    arguments: list[Argument] = [
-        entry.job_id, entry.queue, iso_now(), entry.max_attempts, entry.min_protocol,
-        entry.deadline_ms, entry.timeout_ms, entry.abandon_ms, entry.result_ttl, int(entry.stream),
-    ]  # fmt: skip
-    for name, value in entry.rq_fields.items():
-        arguments += [name, value]
-    return Call("enqueue", arguments, lambda r: EnqueueReply(bool(r[0]), JobState(_text(r[1]))))
+    many = enqueue_many([entry])
+    return Call(many.script, many.arguments, lambda replies: many.parse(replies)[0])
 
 
-def claim(
+def enqueue_many(entries: Sequence[EnqueueEntry]) -> Call[list[EnqueueReply]]:
+    """Enqueue each once, in order, in one script; see `enqueue`."""
+    arguments: list[Argument] = [iso_now()]
+    for e in entries:
+        arguments += (
+            e.job_id, e.queue, e.max_attempts, e.min_protocol, e.deadline_ms, e.timeout_ms,
+            e.abandon_ms, e.result_ttl, int(e.stream), 2 * len(e.rq_fields),
+        )  # fmt: skip
+        for pair in e.rq_fields.items():
+            arguments += pair
+
+    def parse(replies: Sequence[Any]) -> list[EnqueueReply]:
+        return [EnqueueReply(bool(created), _state(state)) for created, state in replies]
+
+    return Call("enqueue", arguments, parse)
+
+
+def claim(  # noqa: PLR0913 -- each is a number that the script needs
     worker: str,
     queues: Sequence[str],
     *,
@@ -161,15 +234,18 @@ def claim(
     protocol: int,
     capacity_tokens: int,
     max_payload_bytes: int,
+    held: HeldRows = HeldRows(),
 ) -> Call[ClaimReply]:
     """Take up to `most` jobs that speak `protocol` or older and fit `capacity_tokens`."""
     arguments: list[Argument] = [
-        worker, iso_now(), lease_ms, protocol, capacity_tokens, most, max_payload_bytes, *queues,
+        worker, iso_now(), lease_ms, protocol, capacity_tokens, most, max_payload_bytes,
+        held.rows, held.unproven, held.company, *queues,
     ]  # fmt: skip
 
     def parse(reply: Sequence[Any]) -> ClaimReply:
-        suspended, jobs, dropped = reply
-        return ClaimReply(bool(suspended), [_claimed(j) for j in jobs], [_text(i) for i in dropped])
+        suspended, jobs, dropped, reserved = reply
+        claimed = [_claimed(j) for j in jobs]
+        return ClaimReply(bool(suspended), claimed, [_text(i) for i in dropped], _text(reserved))
 
     return Call("claim", arguments, parse)
 
@@ -203,7 +279,19 @@ def release(worker: str, held: Sequence[tuple[str, int, int]]) -> Call[list[Row]
 
 def cancel(job_id: str, reason: str) -> Call[JobState | None]:
     """Cancel; the reply is the state after the call, None for an unknown job."""
-    return Call("cancel", [job_id, iso_now(), reason], lambda r: JobState(_text(r)) if r else None)
+    return Call("cancel", [job_id, iso_now(), reason], lambda r: _state(r) if r else None)
+
+
+def crash(worker: str, blamed: Sequence[Blame]) -> Call[list[tuple[str, str]]]:
+    """Hand back what a worker's dead child held; the first of `blamed` is to run first.
+
+    The reply names each job's outcome: 'requeued', 'charged', 'dead' (poison), 'cancelled',
+    'expired', or 'gone' where the job is no longer this worker's.
+    """
+    arguments: list[Argument] = [worker, iso_now()]
+    for b in blamed:
+        arguments += [b.job_id, b.epoch, b.company, int(b.alone)]
+    return Call("crash", arguments, _pairs)
 
 
 def reap(*, lease_ms: int, most: int = 256, queues: Sequence[str] = ()) -> Call[Swept]:
@@ -216,7 +304,7 @@ def reap(*, lease_ms: int, most: int = 256, queues: Sequence[str] = ()) -> Call[
     return Call("reap", arguments, lambda r: Swept(bool(r[0]), _pairs(r[1])))
 
 
-def reconcile(queue: str, candidates: Sequence[str], *, lease_ms: int) -> Call[Swept]:
+def reconcile(queue: str, candidates: Sequence[str | bytes], *, lease_ms: int) -> Call[Swept]:
     """Repair open jobs that seem to be on no list and under no lease."""
     return Call(
         "reconcile", [iso_now(), queue, lease_ms, *candidates], lambda r: Swept(outcomes=_pairs(r))

@@ -6,6 +6,7 @@
     * PayloadTooLarge     the job is larger than the limit on its bytes
   * CorruptJob            what Redis holds is no job of ours
     * ForeignFunction     it names a function, callback or webhook that is not ours
+    * BadSignature        it is not signed by a key that this worker knows
   * CorruptEvent          what Redis holds is no event of ours
   * JobNotFound           no such job, or its `result_ttl` is over
   * UnsuccessfulJob       the job ended, and not in `finished`; `.result` keeps what was generated
@@ -16,6 +17,7 @@
   * ResultTimeout         the caller waited as long as it asked to; the job goes on
   * StreamGap             events that were promised are gone
   * StreamConflict        the primary holds other events than those delivered (failover)
+    * StreamReset         the job began anew; `.seq` is where its text starts over
   * QueueUnavailable      Redis can't be reached or can't answer now
   * LeaseLost             another worker owns the job now
   * JobTooLarge           the job can never fit this device's KV budget
@@ -100,6 +102,12 @@ class ForeignFunction(CorruptJob):
     code = "foreign_function"
 
 
+class BadSignature(CorruptJob):
+    """The job is not signed by a key that this worker knows."""
+
+    code = "bad_signature"
+
+
 class CorruptEvent(MlxServingError):
     """What Redis holds in this job's stream is no event that this code can read."""
 
@@ -172,6 +180,21 @@ class StreamConflict(MlxServingError):
     code = "stream_conflict"
 
 
+class StreamReset(StreamConflict):
+    """The job began anew with another revision of its model: its text so far no longer holds."""
+
+    code = "stream_reset"
+
+    def __init__(self, message: str | None = None, *, seq: int = 0) -> None:
+        """Carry the reset's seq: what is streamed after it is the whole new text."""
+        self.seq = seq
+        super().__init__(message)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle with the seq, which `Exception` would leave out."""
+        return _rebuild_reset, (self.message, self.seq)
+
+
 class QueueUnavailable(MlxServingError):
     """Redis can't be reached, or can't answer now."""
 
@@ -235,3 +258,7 @@ def _rebuild(
     kind: type[UnsuccessfulJob], message: str, result: GenerationResult | None
 ) -> UnsuccessfulJob:
     return kind(message, result=result)
+
+
+def _rebuild_reset(message: str, seq: int) -> StreamReset:
+    return StreamReset(message, seq=seq)

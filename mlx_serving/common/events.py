@@ -6,7 +6,8 @@
   `tokenizer_hash`) and the seq it starts at (`start_seq`, its own).
 * `tokens` carries the newly decoded tokens of one or more choices.
 * `end` is the last event, exactly one a job: the terminal `state`, `usage`, `error`.
-* `reset` is reserved.
+* `reset` takes back all that came before it: the tokens of every choice are void, and decoding
+  begins anew. Only jobs with `on_model_change: "reset"` ever get one.
 
 Readers ignore fields and types that they don't know; writers omit what is absent.
 """
@@ -169,6 +170,11 @@ def attempt_event(
 def tokens_event(*, attempt: int, seq: int, choices: list[ChoiceDelta]) -> Event:
     """Build the event of newly decoded tokens."""
     return Event(attempt=attempt, seq=seq, type=TOKENS, choices=choices)
+
+
+def reset_event(*, attempt: int, seq: int) -> Event:
+    """Build the event that takes back all tokens before it."""
+    return Event(attempt=attempt, seq=seq, type=RESET)
 
 
 def end_event(

@@ -47,7 +47,8 @@ field its protocol number in `jobs.FEATURE_PROTOCOL`."""
 
 def check_job(job: GenerationJob) -> None:
     """Refuse what the fields say together, and what the engine can't do."""
-    errors = [*_source(job), *_messages(job), *_chat_only(job), *_unsupported(job)]
+    rules = (_source, _messages, _chat_only, _listeners, _unsupported)
+    errors = [error for rule in rules for error in rule(job)]
     if errors:
         raise rules_error(errors)
 
@@ -76,6 +77,11 @@ def _chat_only(job: GenerationJob) -> Iterator[FieldError]:
         if tool.function.strict:
             reason = "structured tool calls are not supported yet"
             yield FieldError(f"tools[{index}].function.strict", reason)
+
+
+def _listeners(job: GenerationJob) -> Iterator[FieldError]:
+    if job.abandon_after is not None and not job.stream:
+        yield FieldError("abandon_after", "needs stream: true, whose listeners it counts")
 
 
 def _unsupported(job: GenerationJob) -> Iterator[FieldError]:

@@ -30,11 +30,11 @@ from mlx_serving.common.validation import check_data, rules_error
 JOB_FUNCTION: Final = "mlx_serving.worker.task.generate"
 """The one function that an RQ job of ours names; producers never import it."""
 
-PROTOCOL: Final = 1
+PROTOCOL: Final = 2
 """Newest protocol that this code speaks. A worker leaves jobs that need a newer one queued."""
 
-FEATURE_PROTOCOL: Final[dict[str, int]] = {}
-"""Fields that only workers of a later protocol honour, with that protocol; none so far."""
+FEATURE_PROTOCOL: Final[dict[str, int]] = {"on_model_change": 2}
+"""Fields that only workers of a later protocol honour, with that protocol."""
 
 Lane = Literal["interactive", "default", "bulk"]
 LANES: Final[tuple[Lane, ...]] = ("interactive", "default", "bulk")
@@ -53,8 +53,8 @@ MetadataValue = Annotated[str, Field(max_length=limits.METADATA_VALUE_CHARS)]
 class GenerationJob(BaseModel):
     """One text generation. Fields that are None, absent or null take their stated default.
 
-    `build` and `parse` raise InvalidJob; the constructor itself raises pydantic's own error,
-    as any pydantic model does, so that it can be a web framework's request body.
+    `build` and `parse` raise InvalidJob; the constructor itself raises pydantic's own error, as
+    any pydantic model does.
     """
 
     model_config = STRICT
@@ -116,7 +116,12 @@ class GenerationJob(BaseModel):
         default=None, description="ends when nobody listened so long"
     )
     result_ttl: int = Field(default=3600, ge=1, le=limits.SECONDS)
-    max_attempts: int = Field(default=5, ge=1, le=limits.ATTEMPTS)
+    max_attempts: int = Field(default=2, ge=1, le=limits.ATTEMPTS)
+    on_model_change: Literal["fail", "reset"] = Field(
+        default="fail",
+        description="what becomes of a job that has tokens of another revision of the model: it "
+        "fails (`model_changed`), or begins anew after a `reset` event",
+    )
     idempotency_key: Label | None = None
     tenant: Label | None = None
     metadata: Annotated[

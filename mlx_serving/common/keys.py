@@ -21,6 +21,7 @@ _TEMPLATES: dict[str, tuple[str, str]] = {
     "deadlines": ("own", ":deadlines"),  # zset of open jobs that have a deadline
     "wake": ("own", ":wake:<>"),  # pub/sub: something was enqueued
     "control": ("own", ":ctl:<>"),  # pub/sub to one worker: "cancel <id>"
+    "reserved": ("own", ":reserved:<>"),  # worker that makes room for a queue's suspects
     "worker": ("own", ":worker:<>"),  # hash: what a worker is and can hold; expires
     # RQ's: the view
     "rq_job": ("rq", ":job:<>"),
@@ -108,6 +109,10 @@ class Keys:
     def rq_commands(self, worker: str) -> str:
         """RQ's command channel of a worker."""
         return self._spell("rq_commands", worker)
+
+    def rq_worker_executions(self, worker: str) -> str:
+        """RQ's set of the attempts (``<job>:<epoch>``) that a worker runs."""
+        return self._spell("rq_worker_executions", worker)
 
     def lua_functions(self) -> str:
         """Lua source that defines ``k_<name>(argument)`` for every key.

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from mlx_serving.common import calls
+from mlx_serving.common.errors import CorruptJob
 from mlx_serving.common.scripts import NAMES, script_text
 from mlx_serving.common.states import JobState
 
@@ -45,12 +47,23 @@ class JobRecord:
 
 
 def parse_record(job_id: str, raw: Any) -> JobRecord | None:  # noqa: ANN401 -- redis-py's union
-    """Read a control hash as HGETALL returns it; None where there is none."""
+    """Read a control hash as HGETALL returns it; None where there is none.
+
+    Raises:
+        CorruptJob: it does not read as one of ours.
+
+    """
     if not raw or b"st" not in raw:
         return None
+    try:
+        return _parse_record(job_id, raw)
+    except (ValueError, OverflowError):
+        raise CorruptJob(f"the control hash of job {job_id!r} can't be read") from None
 
+
+def _parse_record(job_id: str, raw: dict[bytes, bytes]) -> JobRecord:
     def text(field: bytes) -> str:
-        return str(raw.get(field, b""), "utf-8")
+        return raw.get(field, b"").decode(errors="replace")
 
     def number(field: bytes) -> int:
         return int(float(raw.get(field) or 0))
@@ -71,10 +84,6 @@ class _Base:
 
     def _range_arguments(self, job_id: str, after_seq: int) -> tuple[str, str, str]:
         return self.keys.events(job_id), f"({after_seq}-0", "+"
-
-
-def _payloads(entries: Any) -> list[bytes]:  # noqa: ANN401 -- redis-py's own union
-    return [fields[b"e"] for _, fields in entries]
 
 
 class Protocol(_Base):
@@ -106,7 +115,8 @@ class Protocol(_Base):
 
     def read_events(self, job_id: str, after_seq: int = 0, count: int | None = None) -> list[bytes]:
         """Event payloads with seq > `after_seq`, in order."""
-        return _payloads(self.redis.xrange(*self._range_arguments(job_id, after_seq), count=count))
+        span = self._range_arguments(job_id, after_seq)
+        return calls.payloads(self.redis.xrange(*span, count=count))
 
 
 class AsyncProtocol(_Base):
@@ -138,6 +148,6 @@ class AsyncProtocol(_Base):
         self, job_id: str, after_seq: int = 0, count: int | None = None
     ) -> list[bytes]:
         """Event payloads with seq > `after_seq`, in order."""
-        return _payloads(
+        return calls.payloads(
             await self.redis.xrange(*self._range_arguments(job_id, after_seq), count=count)
         )

@@ -17,6 +17,7 @@ from mlx_serving.common.errors import (
 )
 from mlx_serving.common.events import (
     END,
+    RESET,
     ChoiceDelta,
     ErrorInfo,
     Event,
@@ -121,7 +122,7 @@ def assemble(
     error: ErrorInfo | None = None,
     timings: Timings | None = None,
 ) -> GenerationResult:
-    """Put a job's events, in order of seq, together to its result.
+    """Put a job's events, in order of seq, together to its result; a reset drops what was before.
 
     The `end` event gives state, usage and error; the arguments stand in where there is none
     (cancelled while queued, or the worker builds the record that the end event goes with).
@@ -130,6 +131,8 @@ def assemble(
     attempts, worker = 0, None
     for event in events:
         attempts, worker = max(attempts, event.attempt), event.worker or worker
+        if event.type == RESET:
+            deltas.clear()
         for delta in event.choices:
             deltas.setdefault(delta.index, []).append(delta)
         if event.type == END:

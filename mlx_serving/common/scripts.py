@@ -11,7 +11,7 @@ from importlib.resources import files
 
 from mlx_serving.common.keys import Keys
 
-NAMES = ("enqueue", "claim", "commit", "renew", "release", "cancel", "reap", "reconcile")
+NAMES = ("enqueue", "claim", "commit", "renew", "release", "cancel", "reap", "reconcile", "crash")
 
 
 @cache

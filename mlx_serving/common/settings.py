@@ -58,6 +58,8 @@ def _known_scheme(value: object) -> object:
 RedisUrl = Annotated[SecretStr, BeforeValidator(_known_scheme)]
 KeyPrefix = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:{}-]{1,64}$")]
 HostAndPort = Annotated[str, Field(pattern=r"^[^\s:]+:\d{1,5}$")]
+SigningSecret = Annotated[SecretStr, Field(min_length=32, max_length=1024)]
+"""At least 32 characters: `openssl rand -hex 32` gives 64."""
 PositiveSeconds = Annotated[float, Field(gt=0, le=24 * 3600)]
 
 
@@ -96,6 +98,9 @@ class Settings(BaseSettings):
         default="rq", validation_alias=AliasChoices("rq_prefix", "RQ_KEY_PREFIX")
     )
 
+    # Signed jobs: the first key signs, all of them verify; with keys, workers run signed jobs only
+    signing_keys: Annotated[tuple[SigningSecret, ...], NoDecode, BeforeValidator(_split)] = ()
+
     # Models: alias → local path, or "organisation/name@revision" of the hub
     models: dict[ModelName, str] = {}
 
@@ -115,6 +120,12 @@ class Settings(BaseSettings):
     )
     prefill_chunk_tokens: int = Field(default=512, ge=1, le=65_536)
     native: bool = True
+
+    # Health and metrics, by HTTP from the worker's parent: nobody is asked who he is
+    metrics_port: int | None = Field(
+        default=None, ge=0, le=65_535, description="None: off; 0: any free port, see the log"
+    )
+    metrics_host: str = Field(default="127.0.0.1", min_length=1, max_length=255)
 
     # Logs
     log_format: Literal["json", "console"] = "console"

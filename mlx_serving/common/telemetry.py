@@ -1,14 +1,17 @@
 """Logs: structlog over the standard library's logging, as JSON lines or for a console.
 
-Prompts and outputs never reach a log. Three guards see to it: keys that name them are redacted
-at any depth, values that hold jobs, events or results are replaced by their type's name, and
-tracebacks are plain, without local variables.
+Prompts and outputs never reach a log. Guards see to it: keys that name them are redacted at any
+depth, values that hold jobs, events or results are replaced by their type's name, and tracebacks
+hold neither local variables nor the words of foreign exceptions. What others wrote (ids, names)
+can neither begin a line of its own nor speak to a terminal.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import sys
+import traceback
 from typing import TYPE_CHECKING, Any, Final, Literal, TextIO
 
 import msgspec
@@ -34,6 +37,7 @@ PRIVATE_KEYS: Final = frozenset(
 
 _CONTAINERS: Final = (dict, list, tuple, set, frozenset)
 _MAX_DEPTH: Final = 4
+_MAX_CHARS: Final = 2000
 
 
 def configure_logging(
@@ -51,7 +55,7 @@ def configure_logging(
         structlog.stdlib.add_logger_name,
         structlog.stdlib.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
-        structlog.processors.format_exc_info,
+        format_error,
         redact,
         structlog.stdlib.PositionalArgumentsFormatter(),
     ]
@@ -118,16 +122,61 @@ def trace_id(traceparent: str) -> str:
     return traceparent.split("-")[1]
 
 
+def format_error(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
+    """Structlog processor: `exc_info` as a traceback.
+
+    Of an exception that is not ours only the type is shown: its words may be a prompt's. A caller
+    that knows better (a model that does not load has seen none) says `show_words=True`.
+    """
+    show_words = bool(event.pop("show_words", False))
+    error = _exception(event.pop("exc_info", None))
+    if error is not None:
+        lines = traceback.format_exception(error if show_words else _wordless(error))
+        event["exception"] = "".join(lines).rstrip()
+    return event
+
+
+def _exception(exc_info: object) -> BaseException | None:
+    if isinstance(exc_info, BaseException):
+        return exc_info
+    found = exc_info[1] if isinstance(exc_info, tuple) else sys.exc_info()[1] if exc_info else None
+    return found if isinstance(found, BaseException) else None
+
+
+def _wordless(error: BaseException) -> BaseException:
+    """Stand in for an exception and its causes: the same types and frames, only our own words."""
+    kind = type(error)
+    ours = kind.__module__.partition(".")[0] == __name__.partition(".")[0]
+    names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
+    stand_in: type[BaseException] = type(kind.__name__, (Exception,), names)
+    shown = stand_in(str(error)) if ours else stand_in()
+    cause = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    shown.__cause__ = None if cause is None else _wordless(cause)
+    return shown.with_traceback(error.__traceback__)
+
+
 def redact(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
     """Structlog processor: blank out what may hold a prompt, an output or a secret."""
-    internal = {key: value for key, value in event.items() if key.startswith("_")}
+    internal = {k: v for k, v in event.items() if k.startswith("_") or k == "exception"}
     shown = {key: value for key, value in event.items() if key not in internal}
     return {**_redacted_items(shown, 0), **internal}
 
 
+def on_one_line(text: str) -> str:
+    r"""Text that a log can hold: no line break, no terminal control (as `\x1b`), not too long."""
+    text = text if len(text) <= _MAX_CHARS else f"{text[:_MAX_CHARS]}…"
+    return text if text.isprintable() else "".join(map(_printable, text))
+
+
+def _printable(character: str) -> str:
+    if character.isprintable():
+        return character
+    return character.encode("unicode_escape", "backslashreplace").decode()
+
+
 def _redacted_items(items: dict[Any, Any], depth: int) -> dict[Any, Any]:
     return {
-        key: _redacted(value, depth) if _is_public(key, value) else REDACTED
+        _redacted(key, depth): _redacted(value, depth) if _is_public(key, value) else REDACTED
         for key, value in items.items()
     }
 
@@ -142,6 +191,8 @@ def _redacted(value: object, depth: int) -> object:
         return f"<{type(value).__name__}>"
     if isinstance(value, _CONTAINERS) and depth >= _MAX_DEPTH:
         return REDACTED
+    if isinstance(value, str):
+        return on_one_line(value)
     if isinstance(value, dict):
         return _redacted_items(value, depth + 1)
     if isinstance(value, _CONTAINERS):
@@ -164,5 +215,9 @@ class GuardArguments(logging.Filter):
 
 
 def _scalar(value: object) -> object:
-    keep = value is None or isinstance(value, (str, int, float, BaseException, type))
+    if isinstance(value, BaseException):
+        return type(value).__name__
+    if isinstance(value, str):
+        return on_one_line(value)
+    keep = value is None or isinstance(value, (int, float, type))
     return value if keep else f"<{type(value).__name__}>"

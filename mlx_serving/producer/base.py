@@ -2,38 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, Final
-
-from pydantic import SecretStr
 
 from mlx_serving.common import calls, results
 from mlx_serving.common.connection import resolve
 from mlx_serving.common.errors import (
+    CorruptJob,
     FieldError,
     InvalidJob,
     JobNotFound,
     ResultTimeout,
-    StreamConflict,
+    StreamReset,
 )
 from mlx_serving.common.events import RESET, decode
-from mlx_serving.common.jobs import GenerationJob
 from mlx_serving.common.results import GenerationResult, Timings
+from mlx_serving.common.signing import Signer
 from mlx_serving.common.states import TERMINAL, JobState
 from mlx_serving.producer.envelope import seal
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from mlx_serving.common.calls import Call, EnqueueEntry, EnqueueReply
+    from mlx_serving.common.connection import Endpoint
     from mlx_serving.common.events import Event
+    from mlx_serving.common.jobs import GenerationJob
     from mlx_serving.common.protocol import JobRecord
     from mlx_serving.common.settings import Settings
     from mlx_serving.producer.stream import StreamAssembler
 
-JobLike = GenerationJob | Mapping[str, Any]
+    JobLike = GenerationJob | Mapping[str, Any]
+
 CANCELLED_BY_CLIENT: Final = "cancelled_by_client"
 SUBMIT_BATCH: Final = 256  # jobs a round trip of submit_many
+SCRIPT_BATCH: Final = 32  # of these in one script: a longer one would hold up other clients
 PAGE_EVENTS: Final = 1000  # events a read of a job's stream
 
 
@@ -65,17 +68,24 @@ class BaseClient:
         self.settings = _settings(url, settings)
         self.endpoint = resolve(self.settings, model, tenant)
         self.keys = self.endpoint.keys
+        # Remembered: a batch asks it for each job.
+        self._serves = lru_cache(maxsize=256)(partial(_is_at, self.endpoint, self.settings))
+        self._signer = Signer(key.get_secret_value() for key in self.settings.signing_keys)
 
     def _seal(self, job: JobLike | None, fields: Mapping[str, Any]) -> EnqueueEntry:
         """Validate a job given as an object, a mapping or keywords, and seal it."""
         if job is not None and fields:
             raise TypeError("give a job or its fields as keywords, not both")
+        # pydantic's models are a fifth of the import's time: the first job pays it.
+        from mlx_serving.common.jobs import GenerationJob
+
         if not isinstance(job, GenerationJob):
             job = GenerationJob.parse(dict(fields if job is None else job))
-        if resolve(self.settings, job.model, job.tenant) != self.endpoint:
+        if not self._serves(job.model, job.tenant):
             reason = "is served by another Redis than this client's: open a Client(model=…)"
             raise InvalidJob([FieldError("model", reason)])
-        return seal(job, max_payload_bytes=self.settings.max_payload_bytes)
+        limit = self.settings.max_payload_bytes
+        return seal(job, max_payload_bytes=limit, signer=self._signer)
 
     def _seal_all(self, jobs: Iterable[JobLike]) -> list[EnqueueEntry]:
         """Seal every job, or raise the errors of all that are wrong, each under ``jobs[i].``."""
@@ -101,15 +111,20 @@ class BaseClient:
 
         Raises:
             JobNotFound: there is no such job, or no more.
+            CorruptJob: its control hash does not read as one of ours.
 
         """
         (state, seq, publishes), entries = replies
         if state is None:
             raise not_found(job_id)
+        try:
+            committed, over = int(seq or 0), JobState(state.decode()) in TERMINAL
+        except ValueError:
+            raise CorruptJob(f"the control hash of job {job_id!r} can't be read") from None
         return assembler.replay(
-            [fields[b"e"] for _, fields in entries],
-            committed=int(seq or 0),
-            over=JobState(state.decode()) in TERMINAL,
+            calls.payloads(entries),
+            committed=committed,
+            over=over,
             publishes=publishes != b"0",
             more=len(entries) == PAGE_EVENTS,
         )
@@ -129,21 +144,29 @@ class BaseClient:
         return results.assemble(record.job_id, events, state=record.state, timings=timings)
 
 
-def batches(entries: Sequence[EnqueueEntry]) -> Iterable[list[Call[EnqueueReply]]]:
+def _is_at(endpoint: Endpoint, settings: Settings, model: str, tenant: str | None) -> bool:
+    return resolve(settings, model, tenant) == endpoint
+
+
+def batches(entries: Sequence[EnqueueEntry]) -> Iterable[list[Call[list[EnqueueReply]]]]:
     """Split jobs into the calls of one round trip each."""
     for start in range(0, len(entries), SUBMIT_BATCH):
-        yield [calls.enqueue(entry) for entry in entries[start : start + SUBMIT_BATCH]]
+        batch = entries[start : start + SUBMIT_BATCH]
+        yield [
+            calls.enqueue_many(batch[first : first + SCRIPT_BATCH])
+            for first in range(0, len(batch), SCRIPT_BATCH)
+        ]
 
 
 def text_of(event: Event) -> str:
     """Text that choice 0 gained; text that was handed out can't be taken back.
 
     Raises:
-        StreamConflict: the event says that earlier ones no longer hold.
+        StreamReset: the event says that earlier ones no longer hold.
 
     """
     if event.type == RESET:
-        raise StreamConflict("the job was reset: text that was delivered no longer holds")
+        raise StreamReset(seq=event.seq)
     return event.text
 
 
@@ -168,6 +191,8 @@ def not_found(job_id: str) -> JobNotFound:
 
 def _settings(url: str | None, settings: Settings | None) -> Settings:
     # pydantic-settings is a twentieth of the import's time: only who reads settings pays it.
+    from pydantic import SecretStr
+
     from mlx_serving.common.settings import load_settings
 
     if settings is None:

@@ -18,7 +18,6 @@ from mlx_serving.common.states import TERMINAL
 from mlx_serving.producer.base import (
     CANCELLED_BY_CLIENT,
     BaseClient,
-    JobLike,
     batches,
     not_found,
     text_of,
@@ -38,6 +37,7 @@ if TYPE_CHECKING:
     from mlx_serving.common.results import GenerationResult
     from mlx_serving.common.settings import Settings
     from mlx_serving.common.states import JobState
+    from mlx_serving.producer.base import JobLike
 
 T = TypeVar("T")
 
@@ -104,7 +104,8 @@ class Client(BaseClient):
         replies = [
             reply
             for batch in batches(entries)
-            for reply in _answered(partial(self._protocol.run_many, batch))
+            for some in _answered(partial(self._protocol.run_many, batch))
+            for reply in some
         ]
         return [
             JobHandle(entry.job_id, reply.created, reply.state, self)

@@ -13,16 +13,22 @@ from typing import TYPE_CHECKING, Final
 import structlog
 
 from mlx_serving.common.connection import connect, resolve
+from mlx_serving.common.errors import MlxServingError
 from mlx_serving.common.jobs import LANES, queue_name
-from mlx_serving.common.protocol import Protocol
+from mlx_serving.common.signing import Signer
 from mlx_serving.common.telemetry import configure_logging
+from mlx_serving.worker.crash import EXIT_CONFIGURATION, EXIT_ENGINE
 from mlx_serving.worker.dispatcher import Dispatcher, DispatcherOptions
 from mlx_serving.worker.fleet import Fleet
 from mlx_serving.worker.listener import Listener
 from mlx_serving.worker.loading import EngineSpec, describe, load
+from mlx_serving.worker.manifest import Manifest
+from mlx_serving.worker.measured_protocol import MeasuredProtocol, QueueWatch
+from mlx_serving.worker.measures import Measures
 from mlx_serving.worker.publisher import Publisher, PublisherOptions
 from mlx_serving.worker.runner import Runner
 from mlx_serving.worker.sweeper import Sweeper
+from mlx_serving.worker.vitals import Reporter, Vitals
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -34,8 +40,8 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger(__name__)
 
-EXIT_ENGINE: Final = 70  # sysexits' EX_SOFTWARE: the engine is dead or hangs
 WATCH_SECONDS: Final = 0.5
+HUNG: Final = 0.9  # of the stall time, within which a hung engine's process is to be gone
 READ_SECONDS: Final = 1.0
 
 
@@ -47,6 +53,8 @@ class ChildSpec:
     model: str
     name: str
     engine: EngineSpec
+    manifest: str = ""  # file that shows the parent what the child held; '': nobody looks
+    reports: Connection | None = None  # pipe to the parent: how the child is; None: nobody asks
 
 
 class Child:
@@ -58,8 +66,10 @@ class Child:
         lease_ms = int(settings.lease_seconds * 1000)
         queues = tuple(queue_name(spec.model, lane) for lane in LANES)
         self.stall_seconds = settings.engine_stall_seconds
-        self.protocol = Protocol(connect(endpoint), endpoint.keys)
+        self.measures = Measures()
+        self.protocol = MeasuredProtocol(connect(endpoint), endpoint.keys, self.measures)
         self._spec = spec
+        self._manifest = Manifest.open(spec.manifest) if spec.manifest else Manifest()
         self._encode: Callable[[GenerationJob], tuple[int, ...]] | None = None
         self._description: dict[str, str] = {}
         self.runner = Runner(
@@ -70,19 +80,24 @@ class Child:
             paused=lambda: self.publisher.backlog >= settings.buffer_tokens,
         )
         self.publisher = Publisher(
-            Protocol(connect(endpoint), endpoint.keys),
+            MeasuredProtocol(connect(endpoint), endpoint.keys, self.measures),
             spec.name,
             PublisherOptions(lease_ms, settings.flush_interval_ms / 1000),
             on_gone=self._gone,
             fresh=lambda: self.runner.stalled_for < self.stall_seconds,
+            manifest=self._manifest,
+            measures=self.measures,
         )
         self.fleet = Fleet(self.protocol, queues, spec.name)
+        watch = QueueWatch(self.protocol, queues, self.measures)
+        reap_seconds = settings.reap_interval_seconds
         sweeper = Sweeper(
-            self.protocol, queues, lease_ms=lease_ms, reap_seconds=settings.reap_interval_seconds
+            self.protocol, queues, lease_ms=lease_ms, reap_seconds=reap_seconds, watch=watch
         )
         options = DispatcherOptions(
             spec.name, spec.model, queues, settings.max_batch_rows, lease_ms,
             settings.drain_grace_seconds, settings.max_payload_bytes,
+            Signer(key.get_secret_value() for key in settings.signing_keys),
         )  # fmt: skip
         self.dispatcher = Dispatcher(
             options, self.protocol, self.runner, self.publisher, sweeper, self.fleet,
@@ -92,10 +107,20 @@ class Child:
             connect(endpoint, block_seconds=READ_SECONDS), endpoint.keys, spec.name, queues,
             self.dispatcher.post,
         )  # fmt: skip
+        self.vitals = Vitals(
+            self.measures, self.runner, self.publisher,
+            draining=lambda: self.dispatcher.draining, info=lambda: self._description,
+        )  # fmt: skip
 
     def _load(self) -> InferenceEngine:
         engine, self._encode = load(self._spec.engine, self._spec.settings)
         self._description = describe(self._spec.engine, engine)
+        pieces = {report.implementation for report in getattr(engine, "acceleration", ())}
+        self.vitals.facts = {
+            "revision": engine.model_info.revision,
+            "implementation": ("twin" if "twin" in pieces else "native") if pieces else "none",
+        }
+        engine.on_prefill = self._manifest.prefill
         return engine
 
     def _encode_prompt(self, job: GenerationJob) -> tuple[int, ...]:
@@ -105,21 +130,23 @@ class Child:
     def _push(self, outputs: Sequence[Output]) -> None:
         self.publisher.push(outputs)
 
-    def _gone(self, job_id: str) -> None:
-        self.runner.abort(job_id)
+    def _gone(self, request_id: str) -> None:
+        self.runner.abort(request_id)
 
-    def _refused(self, job_id: str, code: str, message: str) -> None:
-        job = next((j for j in self.publisher.held() if j.job_id == job_id), None)
+    def _refused(self, request_id: str, code: str, message: str) -> None:
+        job = next((j for j in self.publisher.held() if j.request_id == request_id), None)
         if job is not None:
             self.publisher.fail(job, code, message)
 
     def run(self) -> int:
         """Load the engine, then serve; returns the exit status."""
+        reporter = Reporter(self.vitals, self._spec.reports)
+        reporter.start()
         self.runner.start()
         self.runner.ready.wait()
         engine = self.runner.engine
         if engine is None:
-            return EXIT_ENGINE
+            return load_failed(self.runner.failure)
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
         self.fleet.facts = {
             "model": self._spec.model, "revision": engine.model_info.revision,
@@ -133,23 +160,42 @@ class Child:
             queues=[queue_name(self._spec.model, lane) for lane in LANES], **self._description,
         )  # fmt: skip
         status = self.dispatcher.run()
+        self.vitals.stop()
         self.publisher.stop()
         self.listener.stop()
+        reporter.stop()
         return status
 
     def _watch(self) -> None:
-        """End the process when the engine hangs: a hung one behind a live process helps nobody."""
+        """End the process when the engine hangs: a hung one behind a live process helps nobody.
+
+        It is gone within the stall time, so this looks often and acts a little before.
+        """
         while True:
-            time.sleep(WATCH_SECONDS)
-            if self.runner.stalled_for >= self.stall_seconds:
+            before = time.monotonic()
+            time.sleep(min(WATCH_SECONDS, 0.05 * self.stall_seconds))
+            if time.monotonic() - before > 2 * WATCH_SECONDS:
+                continue  # the whole process slept: the engine gets its chance to come round
+            dead = self.publisher.ident is not None and not self.publisher.is_alive()
+            if dead and not self.runner.halted.is_set():
+                log.critical("publisher_dead")
+                os._exit(EXIT_ENGINE)
+            if self.runner.stalled_for >= HUNG * self.stall_seconds:
                 log.critical("engine_stalled", seconds=round(self.runner.stalled_for, 1))
                 os._exit(EXIT_ENGINE)
 
 
+def load_failed(error: BaseException | None) -> int:
+    """Say in one line why nothing was loaded; the status says whether to try again is of use."""
+    log.critical("load_failed", error=type(error).__name__, reason=str(error))
+    return EXIT_ENGINE if isinstance(error, MemoryError) else EXIT_CONFIGURATION
+
+
 def _follow_parent(lifeline: Connection, child: Child) -> None:
-    """Hand over when the parent is gone: nobody would restart or stop us."""
+    """Do as the parent says; hand over when it is gone: nobody would restart or stop us."""
     try:
-        lifeline.recv()
+        while True:
+            child.dispatcher.post(lifeline.recv())
     except (EOFError, OSError):
         log.warning("parent_gone")
         child.dispatcher.post("hand_over")
@@ -158,7 +204,10 @@ def _follow_parent(lifeline: Connection, child: Child) -> None:
 def run_child(spec: ChildSpec, lifeline: Connection) -> None:
     """Entry point of the spawned process; exits with the worker's status."""
     configure_logging(log_format=spec.settings.log_format, level=spec.settings.log_level)
-    child = Child(spec)
+    try:
+        child = Child(spec)
+    except MlxServingError as error:
+        sys.exit(load_failed(error))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C reaches the parent too
     signal.signal(signal.SIGTERM, lambda *_: child.dispatcher.post("drain"))
     threading.Thread(target=_follow_parent, args=(lifeline, child), daemon=True).start()

@@ -16,15 +16,21 @@ import redis
 import structlog
 
 from mlx_serving.common import calls
+from mlx_serving.common.errors import CorruptEvent, MlxServingError
 from mlx_serving.common.jobs import PROTOCOL
+from mlx_serving.common.telemetry import trace_id
+from mlx_serving.worker.crash import EXIT_ENGINE
 from mlx_serving.worker.held import Committed, HeldJob
 from mlx_serving.worker.intake import (
+    UNSIGNED,
     JobRefusedError,
     build_request,
-    check_continues,
+    can_continue,
+    ending_of,
     open_payload,
     read_committed,
 )
+from mlx_serving.worker.strays import Strays
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -32,6 +38,7 @@ if TYPE_CHECKING:
     from mlx_serving.common.calls import ClaimedJob
     from mlx_serving.common.jobs import GenerationJob
     from mlx_serving.common.protocol import Protocol
+    from mlx_serving.common.signing import Signer
     from mlx_serving.worker.engine.sequence import InferenceEngine, Request
     from mlx_serving.worker.fleet import Fleet
     from mlx_serving.worker.publisher import Publisher
@@ -43,7 +50,9 @@ log = structlog.get_logger(__name__)
 POLL_SECONDS: Final = 1.0  # pub/sub may lose a wake-up: look without one so often
 UNADMITTED_SECONDS: Final = 1.0  # how long a claimed job may wait for room before it goes back
 RELEASE_SECONDS: Final = 5.0  # how long a drain waits for Redis
+CRASH_SECONDS: Final = 1.0  # the same of a worker whose engine failed
 CLAIM_MOST: Final = 32
+QUIET_SECONDS: Final = 10.0  # without a failure of Redis: the outage is over
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +66,7 @@ class DispatcherOptions:
     lease_ms: int = 10_000
     drain_grace_seconds: float = 30.0
     max_payload_bytes: int = 4 * 1024 * 1024
+    signer: Signer = UNSIGNED
 
 
 class Dispatcher:
@@ -75,16 +85,29 @@ class Dispatcher:
         self._options, self._protocol = options, protocol
         self._runner, self._publisher, self._sweeper = runner, publisher, sweeper
         self._fleet, self._encode = fleet, encode
+        self._measures = publisher.measures
         self._messages: queue.SimpleQueue[tuple[str, str]] = queue.SimpleQueue()
         self._claim_limit = CLAIM_MOST
         self._unadmitted_since: float | None = None
+        self._returning: list[tuple[HeldJob, int]] = []  # to release, with the KV tokens needed
         self._drain_until: float | None = None
         self._suspended = False
+        self._reserved = ""  # queue of a suspect that this worker makes room for
         self._redis_down = False
+        self._failed_at = 0.0  # monotonic seconds of Redis's last failure
+        self._strays = Strays(
+            protocol, options.worker, lambda: [job.request_id for job in publisher.held()],
+            seconds=options.lease_ms / 1000,
+        )  # fmt: skip
 
     def post(self, what: str, argument: str = "") -> None:
         """Leave a message: 'wake', 'room', 'cancel' or 'stop_job' <id>, 'drain', 'hand_over'."""
         self._messages.put((what, argument))
+
+    @property
+    def draining(self) -> bool:
+        """Whether it takes no more jobs."""
+        return self._drain_until is not None
 
     def run(self) -> int:
         """Serve until drained or until the engine fails; returns the exit status."""
@@ -92,7 +115,7 @@ class Dispatcher:
             try:
                 self._chores()
                 claimed = self._claim()
-                self._redis_down = False
+                self._note_quiet()
             except redis.RedisError as error:
                 self._note_redis(error)
                 claimed = False
@@ -112,11 +135,22 @@ class Dispatcher:
     def _note_redis(self, error: redis.RedisError) -> None:
         if not self._redis_down:
             log.warning("redis_unavailable", reason=type(error).__name__)
-        self._redis_down = True
+        self._redis_down, self._failed_at = True, time.monotonic()
+        if isinstance(error, redis.ReadOnlyError):
+            # Connect anew: the name may lead to another primary by now.
+            self._protocol.redis.connection_pool.disconnect()
+
+    def _note_quiet(self) -> None:
+        # Not every turn asks something of Redis, so one that goes well proves little.
+        if self._redis_down and time.monotonic() - self._failed_at >= QUIET_SECONDS:
+            log.info("redis_available")
+            self._redis_down = False
 
     def _chores(self) -> None:
         self._fleet.beat(held=len(self._publisher.held()), suspended=self._suspended)
         self._sweeper.sweep()
+        self._release([])
+        self._strays.give_back()
         self._settle_unadmitted()
 
     def _listen(self) -> None:
@@ -133,12 +167,12 @@ class Dispatcher:
 
     def _handle(self, what: str, argument: str) -> None:
         if what == "cancel":
-            self._publisher.cancel(argument, "cancelled")
+            self._publisher.look()  # a hint: the control hash says whether, and why
         elif what == "stop_job":
             self._stop_job(argument)
-        elif what == "hand_over" or (what == "drain" and self._drain_until is not None):
+        elif what == "hand_over":
             self._drain_until = time.monotonic()
-        elif what == "drain":
+        elif what == "drain" and self._drain_until is None:
             grace = self._options.drain_grace_seconds
             log.info("draining", held=len(self._publisher.held()), grace_seconds=grace)
             self._drain_until = time.monotonic() + grace
@@ -172,14 +206,17 @@ class Dispatcher:
         if most < 1:
             return False
         options = self._options
-        reply = self._protocol.run(
-            calls.claim(
-                options.worker, options.queues, most=most, lease_ms=options.lease_ms,
-                protocol=PROTOCOL, capacity_tokens=self._engine.kv_tokens_capacity,
-                max_payload_bytes=options.max_payload_bytes,
-            )
+        call = calls.claim(
+            options.worker, self._queues(), most=most, lease_ms=options.lease_ms,
+            protocol=PROTOCOL, capacity_tokens=self._engine.kv_tokens_capacity,
+            max_payload_bytes=options.max_payload_bytes, held=self._publisher.held_rows(),
         )  # fmt: skip
-        self._suspended = reply.suspended
+        try:
+            reply = self._protocol.run(call)
+        except redis.RedisError:
+            self._strays.expect()
+            raise
+        self._suspended, self._reserved = reply.suspended, reply.reserved
         if reply.dropped:
             log.info("claim_dropped", jobs=reply.dropped)
         if not reply.jobs:
@@ -187,48 +224,85 @@ class Dispatcher:
         self._take(reply.jobs)
         return len(reply.jobs) == most
 
+    def _queues(self) -> list[str]:
+        """Our queues by priority, but first the one whose suspect waits for us to have room."""
+        return sorted(self._options.queues, key=lambda queue: queue != self._reserved)
+
     def _take(self, claims: Sequence[ClaimedJob]) -> None:
         held = [HeldJob(claimed) for claimed in claims]
         self._publisher.hold(held)
         requests = []
         for job in held:
             try:
-                requests.append(self._prepare(job))
-            except JobRefusedError as error:
-                log.warning("job_refused", job=job.job_id, code=error.code)
+                with self._publisher.manifest.entering(job.request_id):
+                    request = self._prepare(job)
+            except (JobRefusedError, MlxServingError) as error:
+                log.warning("job_refused", **job.names(), code=error.code)
                 self._publisher.fail(job, error.code, error.message)
+            except redis.RedisError as error:
+                if str(error).startswith("WRONGTYPE"):
+                    self._publisher.fail(job, CorruptEvent.code, "the job's stream is no stream")
+                    continue
+                self._note_redis(error)
+                self._returning.append((job, 0))
+            else:
+                self._note_start(job)
+                if job.finish_committed:
+                    self._publisher.push([ending_of(job)])
+                else:
+                    requests.append(request)
         self._place(requests)
+
+    def _note_start(self, job: HeldJob) -> None:
+        resumed = 0 if job.reset else job.resumed_at
+        if resumed:
+            self._measures.resumed(resumed)
+        log.info("job_started", **job.names(), queue=job.claimed.queue, age_ms=job.age_ms,
+                 prompt_tokens=job.prompt_tokens, resumed_tokens=resumed)  # fmt: skip
 
     def _prepare(self, held: HeldJob) -> Request:
         """Read, resume and tokenize one claimed job."""
         claimed = held.claimed
-        job = open_payload(claimed, self._options.max_payload_bytes)
         committed = Committed()
         if claimed.seq:
-            payloads = self._protocol.read_events(claimed.job_id)
+            payloads = self._protocol.read_events(claimed.job_id, count=claimed.seq + 1)
             committed = read_committed(payloads, claimed.seq)
-            check_continues(committed, self._engine.model_info)
-        request = build_request(claimed.job_id, job, committed, self._encode)
-        held.resume(committed)
+        held.resume(committed)  # first: also a job that is refused keeps what it has
+        job = open_payload(claimed, self._options.max_payload_bytes, self._options.signer)
+        held.trace_id = trace_id(job.traceparent) if job.traceparent else ""
+        if not can_continue(committed, self._engine.model_info, job):
+            committed = Committed()
+            held.restart()
+        request = build_request(claimed, job, committed, self._encode)
         held.prompt_tokens = len(request.prompt)
         held.model, held.model_name = self._engine.model_info, job.model
         return request
 
     def _place(self, requests: Sequence[Request]) -> None:
         """Hand what can ever fit to the engine; leave the rest for a bigger worker, or fail it."""
-        fitting = [r for r in requests if self._engine.fits(r)]
-        self._runner.submit(fitting)
-        held = {job.job_id: job for job in self._publisher.held()}
-        for request in requests:
+        too_big = [request for request in requests if not self._engine.fits(request)]
+        if not too_big:
+            self._runner.submit(requests)
+            return
+        self._runner.submit([request for request in requests if request not in too_big])
+        held = {job.request_id: job for job in self._publisher.held()}
+        for request in too_big:
             job = held.get(request.id)
-            if request in fitting or job is None:
+            if job is None:
                 continue
             needed = request.kv_tokens
-            if self._fleet.someone_holds(needed):
+            if self._someone_holds(needed):
                 self._release([(job, needed)])
             else:
                 message = f"max_tokens: the job needs {needed} KV tokens; no live worker has them"
                 self._publisher.fail(job, "job_too_large", message)
+
+    def _someone_holds(self, kv_tokens: int) -> bool:
+        try:
+            return self._fleet.someone_holds(kv_tokens)
+        except redis.RedisError as error:
+            self._note_redis(error)
+            return True  # not known: whoever claims the job next looks again
 
     def _settle_unadmitted(self) -> None:
         """At most one claimed job waits for room, and not for long; others go back at once."""
@@ -245,23 +319,31 @@ class Dispatcher:
         overdue = now - self._unadmitted_since >= UNADMITTED_SECONDS
         back = waiting if overdue else waiting[1:]
         caught = self._runner.withdraw({request.id for request in back})
-        held = {job.job_id: job for job in self._publisher.held()}
+        held = {job.request_id: job for job in self._publisher.held()}
         # Last first: each goes to the front of its queue, so their order stays.
         self._release([(held[r.id], 0) for r in reversed(back) if r.id in caught and r.id in held])
 
     def _release(self, jobs: Sequence[tuple[HeldJob, int]]) -> None:
-        if not jobs:
+        """Give claimed jobs back, and those for which Redis did not answer the last time."""
+        self._returning += jobs
+        if not self._returning:
             return
-        rows = [(job.job_id, job.claimed.epoch, needed) for job, needed in jobs]
-        self._protocol.run(calls.release(self._options.worker, rows))
-        self._publisher.let_go([job.job_id for job, _ in jobs])
+        rows = [(job.job_id, job.claimed.epoch, needed) for job, needed in self._returning]
+        try:
+            self._protocol.run(calls.release(self._options.worker, rows))
+        except redis.RedisError as error:
+            self._note_redis(error)
+            return
+        self._publisher.let_go([job for job, _ in self._returning])
+        self._returning = []
 
     # The end
 
     def _finish(self) -> int:
         """Hand over what is left: commit every decoded token, then release."""
         if self._runner.failure is not None:
-            return 70  # leases run out, so that the crash is charged to whom it concerns
+            self._publisher.drain(CRASH_SECONDS)  # what was decoded need not be again
+            return EXIT_ENGINE
         self._runner.halt()
         self._runner.halted.wait(RELEASE_SECONDS)
         written = self._publisher.drain(RELEASE_SECONDS)
@@ -270,7 +352,7 @@ class Dispatcher:
             rows = [(job.job_id, job.claimed.epoch, 0) for job in reversed(left)]
             if rows and written:
                 self._protocol.run(calls.release(self._options.worker, rows))
-            self._publisher.let_go([job.job_id for job in left])
+            self._publisher.let_go(left)
             self._fleet.leave()
         except redis.RedisError as error:
             self._note_redis(error)

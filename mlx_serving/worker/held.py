@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 from math import inf
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from mlx_serving.common import events
 from mlx_serving.common.calls import CommitRow
@@ -17,6 +17,11 @@ from mlx_serving.worker.rq_worker import rq_failure, rq_success
 if TYPE_CHECKING:
     from mlx_serving.common.calls import ClaimedJob
     from mlx_serving.worker.engine.sequence import ModelInfo, Output
+
+PROVEN_SECONDS: Final = 2.0
+PROVEN_TOKENS: Final = 32
+"""A row that decoded so long and so much in this attempt is past where an earlier one crashed:
+what that one had not committed was less."""
 
 CANCEL_STATES = {
     "deadline_exceeded": JobState.EXPIRED,
@@ -36,12 +41,13 @@ class Ending:
 
 @dataclass(frozen=True, slots=True)
 class Committed:
-    """What earlier attempts committed of choice 0."""
+    """What earlier attempts committed of choice 0, since the last reset."""
 
     token_ids: tuple[int, ...] = ()
     text: str = ""
     model_revision: str | None = None
     tokenizer_hash: str | None = None
+    finish_reason: str | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -59,12 +65,19 @@ class HeldJob:
     token_ids: list[int] = field(default_factory=list)  # every one decoded, all attempts
     text: list[str] = field(default_factory=list)
     finish_reason: str | None = None
+    finish_committed: bool = False  # an earlier attempt wrote the finish reason, but no end
+    reset: bool = False  # the attempt event is followed by one that takes earlier tokens back
     ending: Ending | None = None
     pending_tokens: list[int] = field(default_factory=list)
     pending_text: list[str] = field(default_factory=list)
     seq: int = 0  # last one handed to Redis, committed or in flight
     first_token_ms: int = 0
     committed_at: float = 0.0  # monotonic seconds of the last commit
+    proven: bool = False  # the engine has survived this attempt for a while
+    resumed_at: int = 0  # how many tokens earlier attempts decoded
+    running_since: float = 0.0  # monotonic seconds of this attempt's first token
+    token_at: float = 0.0  # monotonic seconds of its last one so far
+    trace_id: str = ""  # of the job's traceparent, once that is read
 
     def __post_init__(self) -> None:
         """Start at what is committed, and fix when the job's time is over."""
@@ -87,9 +100,36 @@ class HeldJob:
         return self.claimed.job_id
 
     @property
+    def request_id(self) -> str:
+        """Its row in the engine."""
+        return self.claimed.request_id
+
+    @property
     def pending(self) -> bool:
         """Whether there is anything that Redis has not been sent."""
         return bool(self.pending_tokens or self.pending_text or self.ending)
+
+    @property
+    def age_ms(self) -> int:
+        """Time since the enqueue."""
+        return max(0, self.now_ms() - self.claimed.enqueued_ms)
+
+    def names(self) -> dict[str, object]:
+        """What every log record on this attempt carries."""
+        trace = {"trace_id": self.trace_id} if self.trace_id else {}
+        return {"job_id": self.job_id, "attempt": self.claimed.epoch, **trace}
+
+    def report(self) -> dict[str, object]:
+        """Counts and times for the log: no text. The times are since the enqueue, in ms."""
+        claimed = self.claimed
+        first = self.first_token_ms - claimed.enqueued_ms if self.first_token_ms else None
+        return {
+            "queue": claimed.queue, "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": len(self.token_ids), "resumed_tokens": self.resumed_at,
+            "started_after_ms": claimed.started_ms - claimed.enqueued_ms,
+            "first_token_after_ms": first, "ended_after_ms": self.age_ms,
+            "attempt_ms": int((time.monotonic() - self.claimed_at) * 1000),
+        }  # fmt: skip
 
     def now_ms(self) -> int:
         """Redis TIME as far as this process knows it."""
@@ -98,8 +138,17 @@ class HeldJob:
     def resume(self, committed: Committed) -> None:
         """Take over what earlier attempts committed."""
         self.token_ids.extend(committed.token_ids)
+        self.resumed_at = len(self.token_ids)
         if committed.text:
             self.text.append(committed.text)
+        self.finish_reason = committed.finish_reason
+        self.finish_committed = committed.finish_reason is not None
+
+    def restart(self) -> None:
+        """Take back what earlier attempts committed: decoding begins anew."""
+        self.token_ids.clear()
+        self.text.clear()
+        self.reset = True
 
     def add(self, output: Output) -> bool:
         """Take a step's output; True where a consumer should not wait for it."""
@@ -119,6 +168,14 @@ class HeldJob:
             self.end(JobState.FAILED if error else JobState.FINISHED, error)
         return first or bool(output.finish_reason)
 
+    def proves(self, now: float) -> bool:
+        """Say, once, that this attempt has run long enough to be above suspicion."""
+        if self.proven or len(self.token_ids) - self.resumed_at < PROVEN_TOKENS:
+            self.running_since = self.running_since or now
+            return False
+        self.proven = now - self.running_since >= PROVEN_SECONDS
+        return self.proven
+
     def end(self, state: JobState, error: ErrorInfo | None = None) -> None:
         """Decide how the job ends; the first decision stands."""
         if self.ending is None:
@@ -136,7 +193,12 @@ class HeldJob:
         if self.model is not None:
             rows.append(self._row(self._attempt_event(worker, self.model)))
             self.model = None
-        if self.pending_tokens or self.pending_text or (self.finish_reason and self.ending):
+        if self.reset:
+            event = events.reset_event(attempt=self.claimed.epoch, seq=self._next_seq())
+            rows.append(self._row(event))
+            self.reset = False
+        finishes = self.finish_reason and self.ending and not self.finish_committed
+        if self.pending_tokens or self.pending_text or finishes:
             rows.append(self._row(self._tokens_event()))
         if self.ending is not None:
             rows.append(self._end_row(self.ending, worker))

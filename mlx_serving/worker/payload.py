@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import zlib
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
 
 from mlx_serving.common.errors import CorruptJob, ForeignFunction, PayloadTooLarge
 from mlx_serving.common.jobs import JOB_FUNCTION, GenerationJob
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 _PARTS: Final = 4  # RQ's form: [function, instance, arguments, keyword arguments]
 
@@ -32,15 +36,21 @@ def inflate(data: bytes, limit: int) -> bytes:
     return raw
 
 
-def read_job(data: bytes, *, limit: int) -> GenerationJob:
-    """Decompress, parse and validate the payload of an RQ job.
+def read_job(
+    data: bytes, *, limit: int, check: Callable[[bytes], None] = lambda _: None
+) -> GenerationJob:
+    """Decompress, check, parse and validate the payload of an RQ job.
+
+    `check` sees the payload before it is parsed, and raises where it is not to be.
 
     Raises:
         PayloadTooLarge, CorruptJob, ForeignFunction, InvalidJob: as their names say.
 
     """
+    payload = inflate(data, limit)
+    check(payload)
     try:
-        call: Any = json.loads(inflate(data, limit))
+        call: Any = msgspec.json.decode(payload)
     except (ValueError, RecursionError):
         message = "data: the job's payload is not JSON"
         raise CorruptJob(message) from None

@@ -17,8 +17,11 @@ import redis
 import structlog
 
 from mlx_serving.common import calls
+from mlx_serving.common.calls import HeldRows
 from mlx_serving.common.events import ErrorInfo
 from mlx_serving.common.states import JobState
+from mlx_serving.worker.manifest import Manifest, RowState
+from mlx_serving.worker.measures import Measures
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -33,7 +36,11 @@ log = structlog.get_logger(__name__)
 ROWS_A_CALL: Final = 128  # a longer script would hold up Redis's other clients
 BULK_TOKENS: Final = 16  # a job without `stream` commits every so many tokens …
 BULK_SECONDS: Final = 0.5  # … or so often
-TRANSIENT: Final = ("OOM", "MISCONF", "READONLY", "NOREPLICAS", "LOADING", "MASTERDOWN", "BUSY")
+TRANSIENT: Final = (
+    "OOM", "MISCONF", "READONLY", "NOREPLICAS", "LOADING", "MASTERDOWN", "BUSY", "NOPERM",
+    "ERR The user executing the script", "The user executing the script",  # Redis 7.0's NOPERM
+)  # fmt: skip
+DEMOTED: Final = ("READONLY", "ReadOnlyError")
 BACK_OFF_SECONDS: Final = (0.05, 0.1, 0.2, 0.5, 1.0)
 
 
@@ -49,9 +56,9 @@ class PublisherOptions:
 class Publisher(threading.Thread):
     """Owner of the held jobs. Thread-safe.
 
-    `on_gone` is called, outside the lock, for every job that is not to be decoded any further:
-    it ended, was cancelled, or was taken over. `fresh` says whether the engine makes progress;
-    leases are renewed only while it does.
+    `on_gone(request_id)` is called, outside the lock, for every attempt that is not to be decoded
+    any further: it ended, was cancelled, or was taken over. `fresh` says whether the engine makes
+    progress; leases are renewed only while it does.
     """
 
     def __init__(
@@ -62,10 +69,14 @@ class Publisher(threading.Thread):
         *,
         on_gone: Callable[[str], None],
         fresh: Callable[[], bool],
+        manifest: Manifest | None = None,
+        measures: Measures | None = None,
     ) -> None:
         super().__init__(name="publisher", daemon=True)
         self._protocol, self._worker, self._options = protocol, worker, options
         self._on_gone, self._fresh = on_gone, fresh
+        self.manifest = manifest or Manifest()
+        self.measures = measures or Measures()
         self._changed = threading.Condition()
         self._held: dict[str, HeldJob] = {}
         self._dirty: dict[str, HeldJob] = {}
@@ -80,9 +91,17 @@ class Publisher(threading.Thread):
     # What the main thread calls
 
     def hold(self, jobs: Iterable[HeldJob]) -> None:
-        """Keep the jobs' leases from now on."""
+        """Keep the jobs' leases from now on; an older attempt of one is lost by this."""
+        replaced = []
         with self._changed:
-            self._held.update((job.job_id, job) for job in jobs)
+            for job in jobs:
+                if job.job_id in self._held:
+                    replaced.append(self._held[job.job_id].request_id)
+                    self._forget(job.job_id)
+                self._held[job.job_id] = job
+                self.manifest.hold(job.request_id)
+        for request_id in replaced:
+            self._on_gone(request_id)
 
     def fail(self, job: HeldJob, code: str, message: str) -> None:
         """End a job with an error of its own."""
@@ -97,18 +116,34 @@ class Publisher(threading.Thread):
             if job is None or job.ending is not None:
                 return
             self._cancel(job, reason)
-        self._on_gone(job_id)
+        self._on_gone(job.request_id)
+
+    def look(self) -> None:
+        """Ask Redis now, not at the next renewal, whether a held job should stop."""
+        with self._changed:
+            self._renewed_at = 0.0
+            self._changed.notify()
 
     def held(self) -> list[HeldJob]:
         """Jobs that are held now."""
         with self._changed:
             return list(self._held.values())
 
-    def let_go(self, job_ids: Iterable[str]) -> None:
+    def held_rows(self) -> HeldRows:
+        """What the batch holds, for the claim's rule on suspects."""
+        with self._changed:
+            rows = [job for job in self._held.values() if job.ending is None]
+            unproven = [job.claimed.company for job in rows if not job.proven]
+        return HeldRows(len(rows), len(unproven), min(filter(None, unproven), default=0))
+
+    def let_go(self, jobs: Iterable[HeldJob]) -> None:
         """Forget jobs that were released: their leases are not renewed any more."""
         with self._changed:
-            for job_id in job_ids:
-                self._forget(job_id)
+            gone = [job for job in jobs if self._held.get(job.job_id) is job]
+            for job in gone:
+                self._forget(job.job_id)
+        for job in gone:
+            log.info("job_handed_over", **job.names(), **job.report())
 
     def drain(self, timeout: float) -> bool:
         """Write all that is pending, bulk rows too; False where that took too long."""
@@ -131,14 +166,22 @@ class Publisher(threading.Thread):
 
     def push(self, outputs: Sequence[Output]) -> None:
         """Take a step's outputs. Rows of jobs that are gone are dropped."""
+        now = time.monotonic()
+        progress = []
         with self._changed:
             for output in outputs:
-                job = self._held.get(output.request_id)
-                if job is None or job.ending is not None:
+                job = self._held.get(output.request_id.partition(":")[0])
+                if job is None or job.request_id != output.request_id or job.ending is not None:
                     continue
                 self.backlog += len(output.token_ids)
                 self._mark(job, urgent=job.add(output))
+                progress.append((job, output))
+                if output.finish_reason:
+                    self.manifest.mark(job.request_id, RowState.HELD)
+                elif job.proves(now):
+                    self.manifest.mark(job.request_id, RowState.PROVEN)
             self._changed.notify()
+        self.measures.stepped(progress)
 
     # The thread
 
@@ -209,42 +252,58 @@ class Publisher(threading.Thread):
         if not self.failing:
             log.warning("redis_write_failed", reason=reason, backlog_tokens=self.backlog)
         self.failing = True
+        if reason in DEMOTED:  # connect anew: the name may lead to another primary by now
+            self._protocol.redis.connection_pool.disconnect()
 
     def _settle(self, rows: list[CommitRow], replies: list[RowReply]) -> list[CommitRow]:
         """Apply the replies; return the rows to send again."""
         again: dict[str, None] = {}
         gone: list[str] = []
+        ended: list[tuple[HeldJob, JobState]] = []
+        lost: list[tuple[HeldJob, RowReply]] = []
         with self._changed:
             for row, reply in zip(rows, replies, strict=True):
                 job = self._held.get(row.job_id)
-                if job is None or row.job_id in again:
+                if job is None or job.claimed.epoch != row.epoch or row.job_id in again:
                     continue
                 if reply.status == "ERROR" and reply.reason.lstrip("-").startswith(TRANSIENT):
                     self._note_failure(reply.reason.split(" ", 1)[0])
                     again[row.job_id] = None
                 elif reply.status not in {"OK", "DUP"}:
-                    self._lose(job, reply)
-                    gone.append(row.job_id)
+                    self._forget(row.job_id)
+                    lost.append((job, reply))
+                    gone.append(job.request_id)
                 elif row.state is not None:
                     self._forget(row.job_id)
-                    gone.append(row.job_id)
+                    ended.append((job, row.state))
+                    gone.append(job.request_id)
                 elif reply.reason and job.ending is None:
                     self._cancel(job, reply.reason)
-                    gone.append(row.job_id)
-        for job_id in gone:
-            self._on_gone(job_id)
+                    gone.append(job.request_id)
+        for request_id in gone:
+            self._on_gone(request_id)
+        # Outside the lock, which the engine thread needs: a log may be slow.
+        for job, reply in lost:
+            self._note_lost(job, reply)
+        for job, state in ended:
+            self._note_end(job, state)
         return [row for row in rows if row.job_id in again]
 
-    def _lose(self, job: HeldJob, reply: RowReply) -> None:
+    def _note_lost(self, job: HeldJob, reply: RowReply) -> None:
         self.fenced += 1
-        log.warning("job_lost", job=job.job_id, epoch=job.claimed.epoch, status=reply.status,
-                    reason=reply.reason)  # fmt: skip
-        self._forget(job.job_id)
+        log.warning("job_lost", **job.names(), status=reply.status, reason=reply.reason)
+
+    def _note_end(self, job: HeldJob, state: JobState) -> None:
+        self.measures.ended(job, state)
+        error = job.ending.error if job.ending else None
+        log.info("job_ended", **job.names(), state=state.value, finish_reason=job.finish_reason,
+                 code=error.code if error else None, **job.report())  # fmt: skip
 
     def _forget(self, job_id: str) -> None:
         job = self._held.pop(job_id, None)
         self._dirty.pop(job_id, None)
         if job is not None:
+            self.manifest.drop(job.request_id)
             self.backlog -= len(job.pending_tokens)
 
     def _cancel(self, job: HeldJob, reason: str) -> None:
@@ -259,6 +318,7 @@ class Publisher(threading.Thread):
         jobs = [job for job in self.held() if job.ending is None]
         self._renewed_at = now
         if not jobs:
+            self.failing = False  # nothing waits for Redis, so that a claim may find out
             return
         held = [(job.job_id, job.claimed.epoch) for job in jobs]
         try:
@@ -269,12 +329,16 @@ class Publisher(threading.Thread):
             self._note_failure(type(error).__name__)
             self._renewed_at = 0.0
             return
+        self.failing = False
         for job, reply in zip(jobs, replies, strict=True):
             if reply.status == "FENCED":
                 with self._changed:
-                    if job.job_id in self._held:
-                        self._lose(job, reply)
-                self._on_gone(job.job_id)
+                    mine = self._held.get(job.job_id) is job
+                    if mine:
+                        self._forget(job.job_id)
+                if mine:
+                    self._note_lost(job, reply)
+                self._on_gone(job.request_id)
             elif reply.reason:
                 self.cancel(job.job_id, reply.reason)
 

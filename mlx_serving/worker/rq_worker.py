@@ -58,8 +58,16 @@ class BatchWorker(BaseWorker):
         """Leave our timeouts alone: stock raises the read timeout to minutes."""
         return connection
 
+    def _set_ip_address(self, connection: redis.Redis) -> None:
+        """Leave it to `enter`: a worker may start while Redis is away."""
+        del connection
+        self.ip_address = "unknown"
+
     def enter(self) -> None:
-        """Register as a living worker."""
+        """Register as a living worker, and strike off the names of those that were killed."""
+        super()._set_ip_address(self.connection)
+        for queue in self.queues:
+            worker_registration.clean_worker_registry(queue)
         self.register_birth()  # type: ignore[no-untyped-call]
         self.set_state(WorkerStatus.STARTED)
 
@@ -85,7 +93,7 @@ def read_command(data: bytes) -> tuple[str, str]:
     """An RQ command as (what, job id): 'cancel' for stop-job and stop-execution; 'shutdown'; ''."""
     try:
         payload: Any = json.loads(data)
-    except ValueError:
+    except (ValueError, RecursionError):
         return "", ""
     if not isinstance(payload, dict):
         return "", ""

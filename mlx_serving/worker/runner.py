@@ -24,8 +24,8 @@ IDLE_SECONDS = 0.5
 class Runner(threading.Thread):
     """Loads the engine, then steps it while there is work.
 
-    `on_outputs` gets each step's outputs; `on_refused(job_id, code, message)` a request that the
-    engine would not take; `on_room` is called when rows left the batch or requests entered it.
+    `on_outputs` gets each step's outputs; `on_refused(request_id, code, message)` a request that
+    the engine would not take; `on_room` is called when rows left the batch or requests entered it.
     `paused` is asked before each step: a deliberate pause is progress, a step that does not come
     back is not (`stalled_for`).
     """
@@ -67,17 +67,17 @@ class Runner(threading.Thread):
                 return None
             return list(self._requests)
 
-    def withdraw(self, job_ids: set[str]) -> set[str]:
+    def withdraw(self, request_ids: set[str]) -> set[str]:
         """Take requests back that were not admitted; returns those that it caught in time."""
         with self._changed:
-            caught = {r.id for r in self._requests if r.id in job_ids}
+            caught = {r.id for r in self._requests if r.id in request_ids}
             self._requests = deque(r for r in self._requests if r.id not in caught)
             return caught
 
-    def abort(self, job_id: str) -> None:
+    def abort(self, request_id: str) -> None:
         """Queue an abort; unknown ids are ignored."""
         with self._changed:
-            self._aborts.append(job_id)
+            self._aborts.append(request_id)
             self._changed.notify()
 
     def halt(self) -> None:
@@ -97,9 +97,18 @@ class Runner(threading.Thread):
         """Load, then loop; a failure of the engine itself is kept and ends the thread."""
         try:
             self.engine = self._load()
+        except BaseException as error:  # noqa: BLE001 -- the main thread says it
+            self.failure = error
+            self.halted.set()
+            self.ready.set()
+            return
+        self._serve(self.engine)
+
+    def _serve(self, engine: InferenceEngine) -> None:
+        try:
             self._progress_at = time.monotonic()
             self.ready.set()
-            while self._turn(self.engine):
+            while self._turn(engine):
                 self._progress_at = time.monotonic()
         except BaseException as error:  # whatever it is, the process must end
             self.failure = error
@@ -118,8 +127,8 @@ class Runner(threading.Thread):
             aborts, self._aborts = self._aborts, deque()
             if self._halting:
                 return False
-        for job_id in aborts:
-            engine.abort(job_id)
+        for request_id in aborts:
+            engine.abort(request_id)
         self.withdraw(set(aborts))
         admitted = self._admit(engine)
         ended = bool(aborts)

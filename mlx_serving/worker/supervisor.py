@@ -1,4 +1,4 @@
-"""The parent: spawns the engine child, passes signals on, ends with its status.
+"""The parent: spawns the engine child, sees how it dies, judges, restarts it, passes signals on.
 
 It never imports MLX, so that a crash there can't reach it, and never forks: Metal is not
 fork-safe.
@@ -11,19 +11,34 @@ import os
 import secrets
 import signal
 import socket
-from typing import TYPE_CHECKING
+import threading
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
 
 import structlog
 
 from mlx_serving.worker.child import ChildSpec, run_child
+from mlx_serving.worker.crash import EXIT_CONFIGURATION, Cause, classify, judge
+from mlx_serving.worker.manifest import ManifestFile
+from mlx_serving.worker.memory_pressure import default_probe
+from mlx_serving.worker.monitor import Monitor
+from mlx_serving.worker.verdicts import VerdictWriter
 
 if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
+    from multiprocessing.context import SpawnProcess
     from types import FrameType
 
     from mlx_serving.common.settings import Settings
     from mlx_serving.worker.loading import EngineSpec
+    from mlx_serving.worker.memory_pressure import MemoryProbe
 
 log = structlog.get_logger(__name__)
+
+VERDICT_SECONDS: Final = 2.0  # how long a parent that ends waits for Redis to take a verdict
+SLOTS_A_ROW: Final = 4  # of the manifest: rows, and jobs that ended but are not settled
 
 
 def default_name() -> str:
@@ -31,23 +46,153 @@ def default_name() -> str:
     return f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(2)}"
 
 
+@dataclass(slots=True)
+class BackOff:
+    """Seconds until the next start: doubled from death to death, until a child lived `healthy`.
+
+    A death with jobs in hand doesn't count: where it charged them, the next batch is smaller or a
+    job is dead, so that such deaths come to an end by themselves; a kill from outside may come any
+    time. What counts are deaths while loading or idle, which a restart may well repeat.
+    """
+
+    first: float = 0.5
+    most: float = 30.0
+    healthy: float = 60.0
+    deaths: int = 0
+
+    def after(self, lived: float, *, held_jobs: bool) -> float:
+        """Return the pause after a child that lived so many seconds."""
+        self.deaths = 1 if held_jobs or lived >= self.healthy else self.deaths + 1
+        return float(min(self.most, self.first * 2 ** min(self.deaths - 1, 16)))
+
+
+@dataclass(slots=True)
+class EngineChild:
+    """One run of the engine child."""
+
+    process: SpawnProcess
+    lifeline: Connection  # it ends with us
+    manifest: ManifestFile
+    started_at: float
+
+    def close(self) -> None:
+        """Give back what the dead child's run took."""
+        self.lifeline.close()
+        self.manifest.close()
+        self.process.close()
+
+
+class Supervisor:
+    """One worker's parent. `run` belongs to the main thread."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        model: str,
+        engine: EngineSpec,
+        name: str,
+        *,
+        probe: MemoryProbe | None = None,
+        back_off: BackOff | None = None,
+    ) -> None:
+        """Start nothing yet."""
+        self._spec = ChildSpec(settings, model, name, engine)
+        self._monitor = Monitor(settings, model, name)
+        self._verdicts = VerdictWriter(settings, model, name, self._monitor.board.judged)
+        self._probe = probe or default_probe()
+        self._back_off = back_off or BackOff()
+        self._context = multiprocessing.get_context("spawn")
+        self._child: EngineChild | None = None
+        self._signals = 0
+        self._telling = threading.Lock()
+        self._stopped = threading.Event()
+        self._woken, self._wake = os.pipe()
+        self.restarts = 0
+
+    def run(self) -> int:
+        """Keep a child running until it drained; returns the exit status (128 + n for signal n)."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_signal)
+        threading.Thread(target=self._pass_on, name="signals", daemon=True).start()
+        try:
+            return self._run()
+        finally:
+            self._verdicts.finish(VERDICT_SECONDS)
+            self._monitor.stop()
+
+    def _run(self) -> int:
+        while not self._signals:
+            child = self._start()
+            self._monitor.watch(child.process)
+            code, lived = child.process.exitcode or 0, time.monotonic() - child.started_at
+            cause = classify(code, memory_pressure=self._probe.pressed())
+            held_jobs = self._judge(child, cause)
+            self._child = None
+            child.close()
+            over = cause in {Cause.DRAINED, Cause.CONFIGURATION} or self._signals > 0
+            self._monitor.child_ended(cause.value, restarts=not over)
+            if cause is Cause.DRAINED or self._signals:
+                return code if code >= 0 else 128 - code
+            if cause is Cause.CONFIGURATION:
+                return EXIT_CONFIGURATION
+            pause = self._back_off.after(lived, held_jobs=held_jobs)
+            self.restarts += 1
+            log.error(
+                "child_died", cause=cause.value, exit_code=code, lived_seconds=round(lived, 1),
+                restarts=self.restarts, pause_seconds=pause,
+            )  # fmt: skip
+            self._stopped.wait(pause)
+        return 0
+
+    def _start(self) -> EngineChild:
+        manifest = ManifestFile(SLOTS_A_ROW * self._spec.settings.max_batch_rows)
+        theirs, ours = self._context.Pipe(duplex=False)
+        spec = ChildSpec(
+            self._spec.settings, self._spec.model, self._spec.name, self._spec.engine,
+            manifest.path, self._monitor.pipe(self._context),
+        )  # fmt: skip
+        process = self._context.Process(
+            target=run_child, args=(spec, theirs), name="mlx-serving-engine"
+        )
+        self._probe.start()
+        self._child = EngineChild(process, ours, manifest, time.monotonic())
+        if self._signals:  # one came while there was no child to tell
+            self._tell()
+        process.start()
+        theirs.close()
+        self._monitor.child_started()
+        return self._child
+
+    def _judge(self, child: EngineChild, cause: Cause) -> bool:
+        """Have the jobs handed back that it held; True where there are any."""
+        blamed = judge(child.manifest.read(), cause)
+        self._verdicts.write(blamed)
+        return bool(blamed)
+
+    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+        """Leave it to a thread: a handler may have interrupted a line of the log, or any lock."""
+        os.write(self._wake, bytes([number]))
+
+    def _pass_on(self) -> None:
+        while True:
+            for number in os.read(self._woken, 16):
+                log.info("signal", name=signal.Signals(number).name)
+                self._signals += 1
+                self._stopped.set()
+                self._tell()
+
+    def _tell(self) -> None:
+        """Say it by the pipe.
+
+        A signal sent to the whole process group must not count twice, and the child may not have
+        its handlers yet.
+        """
+        with self._telling:
+            if self._child is not None:
+                with suppress(OSError):  # the child has just ended
+                    self._child.lifeline.send("drain" if self._signals == 1 else "hand_over")
+
+
 def run_worker(settings: Settings, model: str, engine: EngineSpec, name: str | None = None) -> int:
     """Run one worker until it is drained; returns the exit status (128 + n for signal n)."""
-    context = multiprocessing.get_context("spawn")
-    theirs, ours = context.Pipe(duplex=False)
-    spec = ChildSpec(settings, model, name or default_name(), engine)
-    process = context.Process(target=run_child, args=(spec, theirs), name="mlx-serving-engine")
-
-    def forward(number: int, _frame: FrameType | None) -> None:
-        log.info("signal", name=signal.Signals(number).name)
-        if process.pid is not None and process.is_alive():
-            os.kill(process.pid, signal.SIGTERM)
-
-    process.start()
-    theirs.close()
-    signal.signal(signal.SIGTERM, forward)
-    signal.signal(signal.SIGINT, forward)
-    process.join()
-    ours.close()
-    code = process.exitcode or 0
-    return code if code >= 0 else 128 - code
+    return Supervisor(settings, model, engine, name or default_name()).run()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Final
 
+import redis
 import structlog
 
 from mlx_serving.common import calls
@@ -16,10 +17,12 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from mlx_serving.common.protocol import Protocol
+    from mlx_serving.worker.measured_protocol import QueueWatch
 
 log = structlog.get_logger(__name__)
 
 RECONCILE_SECONDS: Final = 5.0
+LONG_SECONDS: Final = 2.0  # a main loop that was only busy comes round within it
 PAGE: Final = 1000
 
 
@@ -32,30 +35,63 @@ class Sweeper:
     """
 
     def __init__(
-        self, protocol: Protocol, queues: Sequence[str], *, lease_ms: int, reap_seconds: float
+        self,
+        protocol: Protocol,
+        queues: Sequence[str],
+        *,
+        lease_ms: int,
+        reap_seconds: float,
+        watch: QueueWatch | None = None,
     ) -> None:
         self._protocol, self._queues, self._lease_ms = protocol, queues, lease_ms
-        self._reap_seconds = reap_seconds
-        self._reaped_at = self._reconciled_at = 0.0
+        self._reap_seconds, self._watch = reap_seconds, watch
+        self._reaped_at = self._reconciled_at = self._hold_until = 0.0
+        self._answered_at: float | None = None  # when Redis last answered a sweep
         self._suspicious: set[str] = set()  # queues whose counts did not add up last time
 
     def sweep(self) -> None:
         """Do what is due."""
+        if self._watch is not None:
+            self._watch.look()
         now = time.monotonic()
         if now - self._reaped_at >= self._reap_seconds:
             self._reaped_at = now
-            self.reap()
+            self._reap_or_wait(now)
+            self._answered_at = time.monotonic()
         if now - self._reconciled_at >= RECONCILE_SECONDS:
             self._reconciled_at = now
             for queue in self._queues:
                 self.reconcile(queue)
+
+    def _reap_or_wait(self, now: float) -> None:
+        """Wait where an old lease proves nothing, because nobody may have been able to renew it.
+
+        That is so for one lease after we were cut off from Redis, or slept, or were refused
+        writes: others may have been, with us. The script itself waits after a restart of Redis,
+        and can't see a network, a failover or a full memory.
+        """
+        silent = now - (self._answered_at or now)
+        if silent > max(self._lease_ms / 2000, LONG_SECONDS) + self._reap_seconds:
+            self._hold(f"no answer for {silent:.1f} s")
+        if now < self._hold_until:
+            self._protocol.redis.ping()
+            return
+        try:
+            self.reap()
+        except redis.ResponseError as error:
+            self._hold(type(error).__name__)
+            raise
+
+    def _hold(self, reason: str) -> None:
+        log.info("reaping_waits", reason=reason)
+        self._hold_until = time.monotonic() + self._lease_ms / 1000
 
     def reap(self) -> list[tuple[str, str]]:
         """Take over expired leases, expire queued jobs past their deadline."""
         call = calls.reap(lease_ms=self._lease_ms, queues=self._queues)
         swept = self._protocol.run(call)
         for job_id, outcome in swept.outcomes:
-            log.warning("job_reaped", job=job_id, outcome=outcome)
+            log.warning("job_reaped", job_id=job_id, outcome=outcome)
         return swept.outcomes
 
     def reconcile(self, queue: str) -> list[tuple[str, str]]:
@@ -64,8 +100,8 @@ class Sweeper:
         Counting is cheap and nearly always enough. Only a count that is off twice running
         (once may be a job on its way) makes it read the ids.
         """
-        keys, redis = self._protocol.keys, self._protocol.redis
-        with redis.pipeline(transaction=True) as pipe:
+        keys = self._protocol.keys
+        with self._protocol.redis.pipeline(transaction=True) as pipe:
             pipe.zcard(keys.open(queue))
             pipe.llen(keys.rq_queue(queue))
             pipe.zcard(keys.leases(queue))
@@ -79,17 +115,17 @@ class Sweeper:
         return self._repair(queue)
 
     def _repair(self, queue: str) -> list[tuple[str, str]]:
-        keys, redis = self._protocol.keys, self._protocol.redis
-        with redis.pipeline(transaction=True) as pipe:
+        keys = self._protocol.keys
+        with self._protocol.redis.pipeline(transaction=True) as pipe:
             pipe.zrange(keys.open(queue), 0, -1)
             pipe.lrange(keys.rq_queue(queue), 0, -1)
             pipe.zrange(keys.leases(queue), 0, -1)
             indexed, listed, leased = pipe.execute()
-        lost = [i.decode() for i in sorted(set(indexed) - set(listed) - set(leased))]
+        lost = sorted(set(indexed) - set(listed) - set(leased))  # bytes: not every id is text
         outcomes: list[tuple[str, str]] = []
         for start in range(0, len(lost), PAGE):
             call = calls.reconcile(queue, lost[start : start + PAGE], lease_ms=self._lease_ms)
             outcomes += self._protocol.run(call).outcomes
         for job_id, outcome in outcomes:
-            log.warning("job_reconciled", job=job_id, outcome=outcome)
+            log.warning("job_reconciled", job_id=job_id, outcome=outcome)
         return outcomes

@@ -3,14 +3,29 @@
 import configparser
 import plistlib
 import shlex
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
+import pytest
 from typer.testing import CliRunner
 
 from mlx_serving.cli.main import app
+from mlx_serving.common.connection import resolve
 from mlx_serving.common.settings import load_settings
+from mlx_serving.worker.crash import EXIT_CONFIGURATION
+from mlx_serving.worker.dispatcher import RELEASE_SECONDS
+from mlx_serving.worker.supervisor import VERDICT_SECONDS
 
 OPS = Path(__file__).parents[2] / "ops"
+UNIT = "mlx-serving-worker@.service"
+# The grace time; the engine's last step and the last flush; the release, the name's deletion and
+# the parent's verdict, each as long as a Redis that hangs makes them wait.
+REDIS_SECONDS = resolve(load_settings()).read_timeout
+LONGEST_DRAIN_SECONDS = (
+    load_settings().drain_grace_seconds + 2 * RELEASE_SECONDS + 4 * REDIS_SECONDS + VERDICT_SECONDS
+)
 
 
 def _is_a_command(words: list[str]) -> bool:
@@ -21,7 +36,7 @@ def _is_a_command(words: list[str]) -> bool:
 def _unit() -> configparser.SectionProxy:
     """The service's section; configparser reads names in lower case."""
     parser = configparser.RawConfigParser(strict=False)
-    parser.read(OPS / "systemd" / "mlx-serving-worker@.service")
+    parser.read(OPS / "systemd" / UNIT)
     return parser["Service"]
 
 
@@ -33,7 +48,11 @@ def test_launchd_starts_a_worker_and_lets_it_drain() -> None:
     assert program.endswith("/mlx-serving")
     assert _is_a_command(words)
     assert plist["Label"] == path.stem
-    assert plist["ExitTimeOut"] > load_settings().drain_grace_seconds
+    assert plist["ExitTimeOut"] > LONGEST_DRAIN_SECONDS
+    assert plist["KeepAlive"] == {"SuccessfulExit": False}  # a drained worker stays away
+    assert plist["ThrottleInterval"] >= 10
+    assert plist["SoftResourceLimits"]["NumberOfFiles"] >= 4096
+    assert plist["HardResourceLimits"]["Core"] == 0
     assert "UNVERIFIED" in text
 
 
@@ -42,8 +61,31 @@ def test_systemd_starts_a_worker_and_lets_it_drain() -> None:
     program, *words = shlex.split(unit["ExecStart"].replace("%i", "tally"))
     assert program.endswith("/mlx-serving")
     assert _is_a_command(words)
-    assert int(unit["TimeoutStopSec"]) > load_settings().drain_grace_seconds
+    assert int(unit["TimeoutStopSec"]) > LONGEST_DRAIN_SECONDS
     assert unit["KillMode"] == "mixed"
+    assert unit["Restart"] == "on-failure"  # a drained worker stays away
+    assert unit["RestartPreventExitStatus"] == str(EXIT_CONFIGURATION)
+    assert unit["OOMPolicy"] == "continue"
+    assert unit["LimitCORE"] == "0"
+    assert int(unit["LimitNOFILE"]) >= 4096
+
+
+@pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="no systemd-analyze here")
+def test_systemd_finds_nothing_wrong_with_the_unit(tmp_path: Path) -> None:
+    text = (OPS / "systemd" / UNIT).read_text()
+    assert _verified(tmp_path, text) == []
+    assert _verified(tmp_path, text.replace("TimeoutStopSec", "TimeoutStopSecs")) != []
+
+
+def _verified(folder: Path, text: str) -> list[str]:
+    """What systemd-analyze says of the unit, its program put where there is one."""
+    path = folder / UNIT
+    path.write_text(text.replace("/opt/mlx-serving/bin/mlx-serving", sys.executable))
+    run = subprocess.run(
+        ["systemd-analyze", "verify", "--man=no", path],  # noqa: S607 -- wherever it is installed
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    return [line for line in (run.stdout + run.stderr).splitlines() if "mlx-serving" in line]
 
 
 def test_redis_conf_is_what_the_doctor_asks_for() -> None:

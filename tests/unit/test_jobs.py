@@ -43,7 +43,7 @@ def test_defaults_are_the_stated_ones() -> None:
     assert (made.lane, made.stream, made.max_attempts, made.result_ttl) == (
         "default",
         True,
-        5,
+        2,
         3600,
     )
 

@@ -45,6 +45,7 @@ EXPORTED = [
     "Settings",
     "StreamConflict",
     "StreamGap",
+    "StreamReset",
     "TextPart",
     "Timings",
     "Tool",

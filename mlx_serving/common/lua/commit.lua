@@ -7,12 +7,13 @@ local worker, iso, lease = ARGV[3], ARGV[4], tonumber(ARGV[5])
 local now = now_ms()
 local replies = {}
 local known = {}  -- control fields of jobs, as the rows so far left them: a flush often holds several rows of a job
+local ended = {}  -- RQ's counter of its worker → jobs of this flush
 
 -- A resend is told from a zombie's row by the event itself: the script that ended a job that its
 -- worker had lost wrote another one at that seq.
 local function is_written(id, seq, payload)
   local entry = redis.call('XRANGE', k_events(id), int(seq) .. '-0', int(seq) .. '-0')[1]
-  return entry ~= nil and entry[2][2] == payload
+  return entry ~= nil and table.concat(entry[2], '\0') == table.concat(entry_fields(payload), '\0')
 end
 
 local function wanted(c, epoch) return c[1] == 'running' and c[2] == epoch and c[3] == worker end
@@ -59,7 +60,7 @@ local function commit(id, epoch, seq, publish, payload, state, result, rq_result
     local kind = state == 'finished' and {1, rq_result, ''} or {2, '', rq_result}
     finalize(id, c[6], state, code, message, result, iso, now, worker, epoch, kind)
     local counter = state == 'finished' and 'successful_job_count' or 'failed_job_count'
-    if redis.call('EXISTS', k_rq_worker(worker)) == 1 then redis.call('HINCRBY', k_rq_worker(worker), counter, 1) end
+    ended[counter] = (ended[counter] or 0) + 1
     return {'OK', ''}
   end
   if publish == '1' then note_listeners(id, c, receivers) end
@@ -68,10 +69,25 @@ local function commit(id, epoch, seq, publish, payload, state, result, rq_result
   return {'OK', c[5] or ''}
 end
 
+-- What a job's own keys refuse now (a foreign stream under its id), they refuse every attempt: it ends here.
+local function condemn(id, message)
+  if not (string.find(message, 'WRONGTYPE', 1, true) or string.find(message, 'equal or smaller', 1, true)) then return end
+  bury(id, redis.call('HGET', k_job(id), 'q') or '', iso, now)
+end
+
 for i = 6, #ARGV, 10 do
   local ok, reply = pcall(commit, ARGV[i], ARGV[i + 1], tonumber(ARGV[i + 2]), ARGV[i + 3], ARGV[i + 4], ARGV[i + 5],
     ARGV[i + 6], ARGV[i + 7], ARGV[i + 8], ARGV[i + 9])
-  if not ok then reply = {'ERROR', type(reply) == 'table' and reply.err or tostring(reply)} end
+  if not ok then
+    reply = {'ERROR', type(reply) == 'table' and reply.err or tostring(reply)}
+    pcall(condemn, ARGV[i], reply[2])
+  end
   replies[#replies + 1] = reply
 end
+
+local function view_count()
+  if not next(ended) or redis.call('EXISTS', k_rq_worker(worker)) == 0 then return end
+  for counter, jobs in pairs(ended) do redis.call('HINCRBY', k_rq_worker(worker), counter, jobs) end
+end
+show(view_count)
 return replies

@@ -19,17 +19,30 @@ local RQ_STATUS = {queued = 'queued', running = 'started', finished = 'finished'
 local TERMINAL = {finished = true, failed = true, dead = true, expired = true, cancelled = true}
 local OPEN = {queued = true, running = true}
 
--- Whether a control hash reads as one of ours; the scripts do arithmetic with these fields.
-local function is_sound(id)
-  if not is_hash(k_job(id)) then return false end
-  local c = redis.call('HMGET', k_job(id), 'st', 'q', 'ep', 'seq', 'at', 'ma', 'mp', 'dl', 'to', 'ab', 'ttl', 'sm', 'en', 'nd',
-    'sa', 'ft')  -- the last two come later
-  if not (OPEN[c[1]] or TERMINAL[c[1]]) or not c[2] then return false end
-  for i = 3, #c do
-    if not string.find(c[i] or (i > #c - 2 and '0') or '', '^%d+$') then return false end
+local NUMBERS = {'ep', 'seq', 'at', 'ma', 'mp', 'dl', 'to', 'ab', 'ttl', 'sm', 'en', 'nd', 'sa', 'ft', 'co', 'su'}
+local LATER = {sa = true, ft = true, co = true, su = true}  -- not there from the start
+
+-- RQ's own rule for ids. Anybody may have pushed anything: bytes that are no text, a ':' (which
+-- would read as another attempt's name), a line break for a log.
+local function is_job_id(id) return #id > 0 and #id <= 256 and not string.find(id, '[^%w_-]') end
+
+-- A control hash by its fields' names, or nil where it does not read as one of ours: the scripts do arithmetic with it.
+local function sound_fields(id)
+  if not is_job_id(id) then return nil end
+  local raw = redis.pcall('HMGET', k_job(id), 'st', 'q', unpack(NUMBERS))
+  if raw.err then return nil end
+  local c = {st = raw[1], q = raw[2]}
+  if not (OPEN[c.st] or TERMINAL[c.st]) or not c.q then return nil end
+  for i, name in ipairs(NUMBERS) do
+    local value = raw[i + 2]
+    -- up to 15 digits are exact as a Lua number
+    if value and #value <= 15 and string.find(value, '^%d+$') then c[name] = value
+    elseif value or not LATER[name] then return nil end
   end
-  return true
+  return c
 end
+
+local function is_sound(id) return sound_fields(id) ~= nil end
 
 -- RQ's view decides nothing, so an odd key of it stops nothing.
 local function show(view, ...) pcall(view, ...) end
@@ -83,8 +96,21 @@ local function view_end(id, queue, state, iso, ttl, now, worker, epoch, rq_resul
   end
 end
 
+-- What every event begins with is not stored with each: the entry's id is the seq. Readers put it
+-- back (`calls.payloads`), so that a replay is byte for byte what was published.
+local HEADER = '^{"v":1,"attempt":(%d+),"seq":%d+,'
+local TOKENS_HEADER = HEADER .. '"type":"tokens","choices":%[{"index":0,(.*)$'
+
+local function entry_fields(payload)
+  local attempt, tokens = string.match(payload, TOKENS_HEADER)
+  if attempt then return {'a', attempt, 't', tokens} end
+  local _, last, other = string.find(payload, HEADER)
+  if last then return {'a', other, 'e', string.sub(payload, last + 1)} end
+  return {'e', payload}
+end
+
 local function append_event(id, seq, payload, publish)
-  redis.call('XADD', k_events(id), int(seq) .. '-0', 'e', payload)
+  redis.call('XADD', k_events(id), int(seq) .. '-0', unpack(entry_fields(payload)))
   redis.call('HSET', k_job(id), 'seq', int(seq))
   if publish then return redis.call('PUBLISH', k_channel(id), payload) end
   return 0
@@ -122,6 +148,8 @@ end
 local function bury(id, queue, iso, now)
   local key = k_job(id)
   if is_hash(key) then
+    local c = redis.call('HMGET', key, 'ep', 'ow')
+    show(view_drop_execution, id, queue, c[1] or '0', c[2])
     redis.call('HSET', key, 'q', queue, 'ep', 0, 'seq', 0, 'at', 0, 'ma', 1, 'mp', 1, 'dl', 0, 'to', 0, 'ab', 0,
       'ttl', 3600, 'sm', 1, 'en', 0, 'nd', 0, 'sa', 0, 'ft', 0)
     finalize_unowned(id, queue, 'failed', 'corrupt_job', 'the job\'s control hash can\'t be read', iso, now)

@@ -1,7 +1,7 @@
--- Takes over jobs whose lease ran out, and expires queued jobs past their deadline. Any worker may run it.
+-- Takes over jobs whose lease ran out, uncharged (a lost lease says nothing of the job: see crash.lua), and expires queued jobs past their deadline. Any worker may run it.
 -- ARGV: P R iso lease_ms most queue … (the caller's own, whether or not RQ's set of queues still names them).
 -- Returns {waited 0|1, {{id, outcome} …}};
--- outcome: 'requeued', 'dead', 'cancelled', 'expired'.
+-- outcome: 'requeued', 'cancelled', 'expired'.
 local iso, lease, most = ARGV[3], tonumber(ARGV[4]), tonumber(ARGV[5])
 -- After a restart live workers need one lease to renew; until then an old deadline proves nothing.
 local uptime = tonumber(string.match(redis.call('INFO', 'server'), 'uptime_in_seconds:(%d+)'))
@@ -18,16 +18,12 @@ end
 
 local function take_over(id, queue)
   if not is_sound(id) then bury(id, queue, iso, now) return end
-  local c = redis.call('HMGET', k_job(id), 'st', 'ep', 'ow', 'ca', 'at', 'ma')
+  local c = redis.call('HMGET', k_job(id), 'st', 'ep', 'ow', 'ca')
   if c[1] ~= 'running' then redis.call('ZREM', k_leases(queue), id) return end
-  local charged = redis.call('HINCRBY', k_job(id), 'at', 1)
   local outcome
   if c[4] ~= '' then
     outcome = state_for(c[4])
     finalize_unowned(id, queue, outcome, outcome == 'expired' and c[4] or 'cancelled', c[4], iso, now)
-  elseif charged >= tonumber(c[6]) then
-    outcome = 'dead'
-    finalize_unowned(id, queue, 'dead', 'max_attempts_exceeded', 'the job lost its worker ' .. int(charged) .. ' times', iso, now)
   else
     outcome = 'requeued'
     requeue(id, queue, c[3], c[2])
@@ -36,10 +32,10 @@ local function take_over(id, queue)
 end
 
 for queue in pairs(queues) do
-  for _, id in ipairs(redis.call('ZRANGEBYSCORE', k_leases(queue), '-inf', now, 'LIMIT', 0, most)) do take_over(id, queue) end
+  for _, id in ipairs(redis.pcall('ZRANGEBYSCORE', k_leases(queue), '-inf', now, 'LIMIT', 0, most)) do take_over(id, queue) end
 end
 
-for _, id in ipairs(redis.call('ZRANGEBYSCORE', k_deadlines(), '-inf', now, 'LIMIT', 0, most)) do
+for _, id in ipairs(redis.pcall('ZRANGEBYSCORE', k_deadlines(), '-inf', now, 'LIMIT', 0, most)) do
   local c = is_sound(id) and redis.call('HMGET', k_job(id), 'st', 'q', 'ow', 'ca') or {}
   if c[1] == 'queued' then
     redis.call('LREM', k_rq_queue(c[2]), 1, id)

@@ -8,6 +8,8 @@ local function renew(id, epoch)
   if not is_hash(k_job(id)) then return {'FENCED', ''} end
   local c = redis.call('HMGET', k_job(id), 'st', 'ep', 'ow', 'q', 'ca')
   if c[1] == 'running' and c[2] == epoch and c[3] == worker then
+    -- It removes nothing: a full Redis lets a script go on that has begun to write, and a renewal takes no memory.
+    redis.call('ZREM', k_leases(c[4]), '')
     redis.call('ZADD', k_leases(c[4]), int(now + lease), id)
     if c[5] == '' then
       c[5] = stock_verdict(id)

@@ -1,6 +1,6 @@
 """The engine: admits requests, steps the batch, turns tokens into text, says why a row ended."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -75,6 +75,7 @@ class Engine:
         self.model_info = model_info
         self.tokenizer = attachments.tokenizer
         self.acceleration = attachments.acceleration
+        self.on_prefill: Callable[[Iterable[str]], None] = _ignore
         self._runner = runner
         self._scheduler = scheduler
         self._detokenizer = detokenizer
@@ -108,7 +109,9 @@ class Engine:
         sequence.decoded = len(committed)
         reason = self._finish_reason(sequence, committed[-1], stopped=stopped)
         if reason is not None:
-            self._finished_early.append(self._output(sequence, reason))
+            # Text is released with the finish reason, which no earlier attempt has written.
+            held = self._detokenizer.finish(sequence.slot)
+            self._finished_early.append(self._output(sequence, reason, held))
             self._forget(sequence)
 
     def abort(self, request_id: str) -> None:
@@ -124,14 +127,16 @@ class Engine:
     def step(self) -> list[Output]:
         """Do one prefill chunk and one decode step; return the rows that progressed."""
         outputs, self._finished_early = self._finished_early, []
-        self._prefill(outputs)
+        chunk = self._scheduler.schedule_prefill()
+        if chunk is not None:
+            self._prefill(chunk, outputs)
+        # What the device still computes of the chunk is waited for in here.
         self._collect(self._runner.decode(), outputs)
+        if chunk is not None:
+            self.on_prefill(())
         return outputs
 
-    def _prefill(self, outputs: list[Output]) -> None:
-        chunk = self._scheduler.schedule_prefill()
-        if chunk is None:
-            return
+    def _prefill(self, chunk: PrefillChunk, outputs: list[Output]) -> None:
         error = self._try_prefill(chunk)
         if error is None:
             if self._scheduler.finish_prefill(chunk):
@@ -145,6 +150,7 @@ class Engine:
             self._forget(row)
 
     def _try_prefill(self, chunk: PrefillChunk) -> RowError | None:
+        self.on_prefill([row.request.id for row in chunk.rows])
         try:
             self._runner.prefill(chunk)
         except Exception as error:  # noqa: BLE001 - whatever a row's prefill raises ends that row
@@ -235,3 +241,7 @@ class Engine:
     def kv_tokens_capacity(self) -> int:
         """KV tokens that all rows together may reserve."""
         return self._scheduler.limits.kv_capacity_tokens
+
+
+def _ignore(_request_ids: Iterable[str]) -> None:
+    """Nobody asked to be told."""

@@ -13,6 +13,10 @@ from typing import Any, BinaryIO, Final
 _REVISION_DIGITS: Final = 16
 _HEADER_BYTES_MAX: Final = 100_000_000  # as in the safetensors library
 _SAMPLED_BLOCKS: Final = 64
+_TOKENIZER_FILES: Final = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
+    "chat_template.json", "generation_config.json",
+)  # fmt: skip
 _SAMPLED_BLOCK_BYTES: Final = 1 << 16
 _PICKLES: Final = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.npy", "*.npz")
 _CODE_KEYS: Final = ("auto_map", "model_file", "custom_pipelines")
@@ -38,6 +42,7 @@ def check_model_files(path: Path) -> None:
         if not (path / name).is_file():
             message = f"{name}: missing in {path}"
             raise ModelFilesError(message)
+    _refuse_escapes(path)
     for name in ("config.json", "tokenizer_config.json"):
         if (path / name).is_file():
             _refuse_code(name, read_json(path / name))
@@ -76,13 +81,35 @@ def model_revision(path: Path) -> str:
 
 
 def tokenizer_hash(path: Path) -> str:
-    """Identify the tokenizer: 16 hex digits of tokenizer.json's SHA-256."""
-    return hashlib.sha256((path / "tokenizer.json").read_bytes()).hexdigest()[:_REVISION_DIGITS]
+    """Identify all that turns a job into tokens and says which of them end it: 16 hex digits.
+
+    Another chat template gives another prompt, whose completion nothing else may continue.
+    """
+    digest = hashlib.sha256()
+    for name in _TOKENIZER_FILES:
+        if (path / name).is_file():
+            content = (path / name).read_bytes()
+            digest.update(f"{name}\0{len(content)}\0".encode() + content)
+    return digest.hexdigest()[:_REVISION_DIGITS]
 
 
 def weight_files(path: Path) -> list[Path]:
     """Return the files that mlx-lm loads, by name."""
     return sorted(path.glob("model*.safetensors"))
+
+
+def _refuse_escapes(path: Path) -> None:
+    """Refuse links out of the folder: a model that was unpacked here could name any file.
+
+    In the hub's cache, files are links into the same model's `blobs`, beside its `snapshots`.
+    """
+    root = path.resolve()
+    if root.parent.name == "snapshots":
+        root = root.parent.parent
+    for file in sorted(path.iterdir()):
+        if not file.resolve().is_relative_to(root):
+            message = f"{file.name}: links to a file outside of {root}"
+            raise ModelFilesError(message)
 
 
 def _require_safetensors(path: Path) -> None:

@@ -1,5 +1,6 @@
 """What goes into an engine and what comes out of it. Imports neither mlx nor redis."""
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Final, Protocol
@@ -133,6 +134,10 @@ class RequestRefusedError(ValueError):
 
 class InferenceEngine(Protocol):
     """One continuous batch. Only the engine thread calls it."""
+
+    on_prefill: Callable[[Iterable[str]], None]
+    """Told the ids of the requests whose prompts are computed from now on, then, when the step is
+    over, none: what it was told last is what a crash interrupted."""
 
     def fits(self, request: Request) -> bool:
         """Say whether this device's KV budget could ever hold the request."""

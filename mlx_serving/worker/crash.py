@@ -1,0 +1,86 @@
+"""How a child died, and which of its jobs that speaks against. Pure, but for writing it down."""
+
+from __future__ import annotations
+
+import signal
+from enum import Enum
+from typing import TYPE_CHECKING, Final
+
+from mlx_serving.common.calls import Blame
+from mlx_serving.worker.manifest import RowState
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from mlx_serving.worker.manifest import ManifestRow
+
+EXIT_ENGINE: Final = 70  # sysexits' EX_SOFTWARE: the engine is dead or hangs
+EXIT_CONFIGURATION: Final = 78  # sysexits' EX_CONFIG: the engine can't come up, ever
+
+CRASH_SIGNALS: Final = frozenset(
+    {
+        signal.SIGABRT, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE,
+        signal.SIGTRAP, signal.SIGSYS,
+    }
+)  # fmt: skip
+
+
+class Cause(Enum):
+    """Why the child is gone."""
+
+    DRAINED = "drained"
+    """It ended as it was asked to."""
+
+    CONFIGURATION = "configuration"
+    """The engine could not be loaded, and would not be the next time."""
+
+    CRASHED = "crashed"
+    """It ended itself: a fault, an abort, an engine that failed or hung. What ran is suspect."""
+
+    OUT_OF_MEMORY = "out of memory"
+    """SIGKILL, and the system was short of memory. What ran is suspect."""
+
+    KILLED = "killed"
+    """A signal from outside, which says nothing about any job."""
+
+    @property
+    def charges(self) -> bool:
+        """Whether the jobs that ran are suspects."""
+        return self in {Cause.CRASHED, Cause.OUT_OF_MEMORY}
+
+
+def classify(exit_code: int, *, memory_pressure: bool) -> Cause:
+    """Read an exit code as `multiprocessing` gives it: -n for signal n."""
+    if exit_code == 0:
+        return Cause.DRAINED
+    if exit_code == EXIT_CONFIGURATION:
+        return Cause.CONFIGURATION
+    if exit_code > 0 or -exit_code in CRASH_SIGNALS:
+        return Cause.CRASHED
+    if -exit_code == signal.SIGKILL and memory_pressure:
+        return Cause.OUT_OF_MEMORY
+    return Cause.KILLED
+
+
+def judge(rows: Sequence[ManifestRow], cause: Cause) -> list[Blame]:
+    """Say for every held job what the death means for it; those to run first come first.
+
+    Suspects are those whose prompt was in the works, else those that had not run for long, else
+    all that ran. Each may run next beside half as many unproven rows as were suspect with it, so
+    that the next crash tells more; a row that was being prefilled by itself runs alone.
+    """
+    entering = [row for row in rows if row.state is RowState.ENTERING]
+    fresh = entering + [row for row in rows if row.state is RowState.RUNNING]
+    ran = fresh + [row for row in rows if row.state is RowState.PROVEN]
+    if not cause.charges:
+        return [Blame(row.job_id, row.epoch) for row in rows]
+    company = dict.fromkeys(fresh or ran, _half(fresh or ran))
+    company |= dict.fromkeys(entering, _half(entering))
+    blamed = [
+        Blame(row.job_id, row.epoch, company.get(row, 0), alone=len(ran) == 1) for row in rows
+    ]
+    return sorted(blamed, key=lambda b: b.company or len(rows) + 1)
+
+
+def _half(rows: Sequence[ManifestRow]) -> int:
+    return (len(rows) + 1) // 2

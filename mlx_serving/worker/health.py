@@ -1,0 +1,91 @@
+"""From what the parent knows of its child to a verdict. Pure.
+
+Red means: this worker does no work, and nobody but a person or its supervisor can change that.
+Redis being away is not that. Decode goes on into a buffer, and ten workers would turn red for
+one cause; the worker is `degraded` until the buffer is full and the engine has to pause.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, Literal
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from mlx_serving.worker.status_board import View
+
+Status = Literal["ok", "starting", "draining", "degraded", "red"]
+STATUSES: Final[tuple[Status, ...]] = ("ok", "starting", "draining", "degraded", "red")
+
+EARLY: Final = 0.8  # of the stall time: red shows before the watchdog ends the child
+LEAST_SECONDS: Final = 1.5  # an idle engine comes round, and is reported, twice a second
+REDIS_SECONDS: Final = 5.0  # the reaper alone asks Redis every 2 s
+WRITES_SECONDS: Final = 2.0
+MAIN_LOOP_SECONDS: Final = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """The settings that a verdict goes by: seconds, and decoded tokens not yet in Redis."""
+
+    stall_seconds: float = 10.0
+    buffer_tokens: int = 65_536
+
+    @property
+    def red_seconds(self) -> float:
+        """How long an engine may be silent before it counts as hung."""
+        return max(LEAST_SECONDS, EARLY * self.stall_seconds)
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """A status, and why it is not `ok`."""
+
+    status: Status
+    reasons: tuple[str, ...] = ()
+
+    @property
+    def http_status(self) -> int:
+        """200 while the worker does, or is allowed not to do, its work; 503 else."""
+        return 503 if self.status in {"red", "starting"} else 200
+
+
+def judge(view: View, limits: Limits) -> Verdict:
+    """The worst that holds decides; all that is wrong is named."""
+    if view.child == "restarting":
+        return Verdict("red", ("child_restarting",))
+    if view.child == "gone":
+        return Verdict("red", ("child_gone",))
+    if view.child == "starting":
+        return Verdict("starting", ("loading",))
+    red, degraded = tuple(_red(view, limits)), tuple(_degraded(view))
+    if red:
+        return Verdict("red", red + degraded)
+    if view.snapshot.phase == "draining":
+        return Verdict("draining", degraded)
+    return Verdict("degraded" if degraded else "ok", degraded)
+
+
+def _red(view: View, limits: Limits) -> Iterator[str]:
+    now = view.snapshot
+    if now.engine_dead:
+        yield "engine_dead"
+    if now.publisher_dead:
+        yield "publisher_dead"
+    if view.silent_for >= limits.red_seconds:
+        yield "child_silent"  # no word of its engine either
+    elif now.engine_age + view.silent_for >= limits.red_seconds:
+        yield "engine_stalled"
+    if now.backlog >= limits.buffer_tokens:
+        yield "buffer_full"
+
+
+def _degraded(view: View) -> Iterator[str]:
+    now = view.snapshot
+    if now.redis_age >= REDIS_SECONDS:
+        yield "redis_unreachable"
+    elif now.redis_failing >= WRITES_SECONDS:
+        yield "redis_failing"
+    if now.main_age >= MAIN_LOOP_SECONDS:
+        yield "main_loop_late"

@@ -1,0 +1,90 @@
+"""The delivery protocol with a look at its calls: latency, outcomes, whether Redis answers."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+import redis
+
+from mlx_serving.common.protocol import Protocol
+from mlx_serving.worker.measures import COMMIT
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from mlx_serving.common.calls import Call
+    from mlx_serving.common.keys import Keys
+    from mlx_serving.worker.measures import Measures
+
+T = TypeVar("T")
+
+LOOK_SECONDS: Final = 5.0
+
+
+class MeasuredProtocol(Protocol):
+    """`Protocol`, for one worker's figures."""
+
+    def __init__(self, connection: redis.Redis, keys: Keys, measures: Measures) -> None:
+        super().__init__(connection, keys)
+        self._measures = measures
+
+    def run(self, call: Call[T]) -> T:
+        """Run one call, and count what came of it."""
+        started = time.monotonic()
+        try:
+            reply = super().run(call)
+        except redis.RedisError:
+            self._measures.redis_failed = True
+            self._measures.count("redis_errors")
+            raise
+        if call.script == "commit":
+            self._measures.observe(COMMIT, time.monotonic() - started)
+        self._measures.answered()
+        self._note(call.script, reply)
+        return reply
+
+    def _note(self, script: str, reply: Any) -> None:  # noqa: ANN401 -- each script has its own
+        measures = self._measures
+        if script in {"commit", "renew"}:
+            measures.refused(reply)
+        elif script == "claim":
+            measures.claimed(reply.jobs)
+        elif script == "release":
+            measures.count("hand_offs", by=reply.count("OK"))
+        elif script == "reap":
+            for _, outcome in reply.outcomes:
+                measures.count("takeovers", outcome)
+
+
+class QueueWatch:
+    """Reads every few seconds how much waits in this worker's queues; for the main loop."""
+
+    def __init__(self, protocol: Protocol, queues: Sequence[str], measures: Measures) -> None:
+        self._protocol, self._queues, self._measures = protocol, queues, measures
+        self._looked_at = float("-inf")
+
+    def look(self) -> None:
+        """Note that the main loop came round; read depths and ages where that is due.
+
+        Raises:
+            redis.RedisError: Redis does not answer.
+
+        """
+        now = self._measures.turned_at = time.monotonic()
+        if now - self._looked_at < LOOK_SECONDS:
+            return
+        self._looked_at = now
+        keys, depths = self._protocol.keys, {}
+        with self._protocol.redis.pipeline(transaction=False) as pipe:
+            pipe.time()
+            for queue in self._queues:
+                pipe.llen(keys.rq_queue(queue))
+                pipe.zrange(keys.open(queue), 0, 0, withscores=True)
+            # A key of another type says nothing of the others.
+            (seconds, micros), *replies = pipe.execute(raise_on_error=False)
+        for queue, depth, oldest in zip(self._queues, replies[::2], replies[1::2], strict=True):
+            if isinstance(depth, int) and isinstance(oldest, list):
+                since = oldest[0][1] / 1000 if oldest else seconds + micros / 1e6
+                depths[queue] = (depth, max(0.0, seconds + micros / 1e6 - since))
+        self._measures.queues = depths

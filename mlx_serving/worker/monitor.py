@@ -1,0 +1,236 @@
+"""`/healthz` and `/metrics`, served by the parent: it outlives an engine that hangs or dies.
+
+Each child reports through a pipe, which a thread here reads. The HTTP server and its threads are
+there only where `metrics_port` is set.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from socket import AF_INET, AF_INET6
+from socketserver import TCPServer
+from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
+import structlog
+
+from mlx_serving.common.errors import InvalidSettings, MissingDependency
+from mlx_serving.worker.health import Limits, judge
+from mlx_serving.worker.status_board import Board, decode
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from multiprocessing.connection import Connection
+    from multiprocessing.context import SpawnContext
+    from multiprocessing.process import BaseProcess
+
+    from mlx_serving.common.settings import Settings
+
+log = structlog.get_logger(__name__)
+
+JOIN_SECONDS: Final = 1.0
+WATCH_SECONDS: Final = 0.5
+SLEPT_SECONDS: Final = 1.0
+ABORT_SECONDS: Final = 2.0
+Answer = tuple[int, str, bytes]
+"""HTTP status, content type, body."""
+
+
+class Monitor:
+    """What the supervisor calls.
+
+    Raises:
+        InvalidSettings: `metrics_host` and `metrics_port` can't be listened on.
+        MissingDependency: prometheus-client is not installed.
+
+    """
+
+    def __init__(self, settings: Settings, model: str, worker: str) -> None:
+        self.board = Board()
+        self._limits = Limits(settings.engine_stall_seconds, settings.buffer_tokens)
+        self._stall_seconds = settings.engine_stall_seconds
+        self._model, self._worker = model, worker
+        self._ends: tuple[Connection, Connection] | None = None
+        self._reader: threading.Thread | None = None
+        self._began = time.monotonic()
+        self._server: _Server | None = None
+        if settings.metrics_port is not None:
+            self._server = self._serve(settings.metrics_host, settings.metrics_port)
+
+    @property
+    def port(self) -> int | None:
+        """Port that the server listens on."""
+        return self._server.server_port if self._server else None
+
+    def _serve(self, host: str, port: int) -> _Server:
+        routes = {"/healthz": self.healthz, "/metrics": self._exposition()}
+        try:
+            server = _Server(host, port, routes)
+        except OSError as error:
+            raise InvalidSettings(
+                [("metrics_port", f"can't listen on {host}, port {port}: {error.strerror}")]
+            ) from None
+        thread = threading.Thread(target=server.serve_forever, name="monitor", daemon=True)
+        thread.start()
+        log.info("monitor_listens", host=host, port=server.server_port, paths=list(routes))
+        return server
+
+    # What the supervisor tells
+
+    def pipe(self, context: SpawnContext) -> Connection:
+        """Open the pipe for the next child; returns the child's end, to be handed to it."""
+        self._ends = context.Pipe(duplex=False)
+        return self._ends[1]
+
+    def child_started(self) -> None:
+        """Read what the child says; call it after the process has started."""
+        self.board.begin()
+        if self._ends is None:
+            return
+        ours, theirs = self._ends
+        theirs.close()
+        self._reader = threading.Thread(
+            target=self._read, args=(ours,), name="child reports", daemon=True
+        )
+        self._reader.start()
+
+    def watch(self, process: BaseProcess) -> None:
+        """Wait for the child's end; end one that says nothing for the stall time.
+
+        Its own watchdog does that, unless native code that hangs holds the interpreter's lock.
+        """
+        while process.is_alive():
+            before = time.monotonic()
+            process.join(WATCH_SECONDS)
+            if time.monotonic() - before > WATCH_SECONDS + SLEPT_SECONDS:
+                self.board.excuse()
+                continue
+            view = self.board.view()
+            if view.child == "up" and view.silent_for >= self._stall_seconds:
+                log.critical("child_silent", seconds=round(view.silent_for, 1))
+                _abort(process)
+
+    def child_ended(self, verdict: str, *, restarts: bool) -> None:
+        """Say how the child ended, and whether another one will start."""
+        if self._reader is not None:
+            self._reader.join(JOIN_SECONDS)  # it ends with the pipe, which died with the child
+        self.board.end(verdict, restarts=restarts)
+        self._ends = self._reader = None
+
+    def stop(self) -> None:
+        """Stop to listen."""
+        if self._server is not None:
+            self._server.shutdown()
+            self._server.server_close()
+
+    def _read(self, connection: Connection) -> None:
+        with connection, suppress(EOFError, OSError):
+            while True:
+                snapshot = decode(connection.recv_bytes())
+                if threading.current_thread() is self._reader:
+                    self.board.post(snapshot)
+
+    # What is asked
+
+    def healthz(self, _accept: str = "") -> Answer:
+        """JSON: the verdict, and what it goes by."""
+        view = self.board.view()
+        now, verdict = view.snapshot, judge(view, self._limits)
+        up = view.child == "up"
+        body = {
+            "status": verdict.status,
+            "reasons": verdict.reasons,
+            "worker": self._worker,
+            "model": self._model,
+            "engine_progress_age_seconds": _rounded(now.engine_age + view.silent_for, up=up),
+            "redis_answer_age_seconds": _rounded(now.redis_age + view.silent_for, up=up),
+            "redis_failing_seconds": round(now.redis_failing, 3),
+            "held_jobs": now.held,
+            "backlog_tokens": now.backlog,
+            "backlog_bound_tokens": self._limits.buffer_tokens,
+            "report_age_seconds": _rounded(view.silent_for, up=up),
+            "child_pid": now.pid or None,
+            "restarts": view.restarts,
+            "uptime_seconds": round(time.monotonic() - self._began, 3),
+        }
+        return verdict.http_status, "application/json", msgspec.json.encode(body)
+
+    def _exposition(self) -> Callable[[str], Answer]:
+        try:
+            from prometheus_client import CollectorRegistry
+            from prometheus_client.exposition import choose_encoder
+
+            from mlx_serving.worker.metrics import WorkerCollector
+        except ModuleNotFoundError as error:
+            raise MissingDependency(
+                f'{error.name}, for metrics_port: pip install "mlx-serving[worker]"'
+            ) from None
+        registry = CollectorRegistry(auto_describe=False)
+        registry.register(WorkerCollector(self.board, self._limits, self._model, self._worker))
+
+        def expose(accept: str) -> Answer:
+            encoder, content_type = choose_encoder(accept)
+            return 200, content_type, encoder(registry)
+
+        return expose
+
+
+def _abort(process: BaseProcess) -> None:
+    """As a crash, which it is; a process that is stopped dies only by the second signal."""
+    if process.pid is not None:
+        os.kill(process.pid, signal.SIGABRT)
+    process.join(ABORT_SECONDS)
+    process.kill()
+    process.join()
+
+
+def _rounded(seconds: float, *, up: bool) -> float | None:
+    """An age, where there is a child to have one."""
+    return round(seconds, 3) if up else None
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def __init__(self, host: str, port: int, routes: dict[str, Callable[[str], Answer]]) -> None:
+        self.address_family = AF_INET6 if ":" in host else AF_INET
+        self.routes = routes
+        super().__init__((host, port), _Handler)
+
+    def server_bind(self) -> None:
+        """Bind without the stock look-up of the host's name, which may ask a DNS for seconds."""
+        TCPServer.server_bind(self)
+        self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
+
+    def handle_error(self, *_: Any) -> None:
+        """Say nothing: a client that went away is no event."""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: _Server
+    timeout = 5  # seconds for a client to say what it wants
+    server_version, sys_version = "mlx-serving", ""
+
+    def do_GET(self) -> None:
+        """Answer a GET."""
+        route = self.server.routes.get(self.path.partition("?")[0])
+        if route is None:
+            self._send(404, "text/plain", b"/healthz or /metrics\n")
+            return
+        self._send(*route(self.headers.get("Accept", "")))
+
+    def _send(self, status: int, content_type: str, body: bytes) -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", content_type)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Cache-Control", "no-store")
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        """Log nothing: a scrape is no event."""

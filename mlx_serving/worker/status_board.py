@@ -1,0 +1,149 @@
+"""Numbers on their way from the engine child to its parent, and what the parent makes of them.
+
+The child sends one small message about twice a second through a pipe of its own. The parent keeps
+the last one; what it counts survives the child: the next child begins at zero, the sums do not.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import msgspec
+
+from mlx_serving.worker.measures import BUCKETS, Counts, Histograms
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+ChildState = Literal["starting", "up", "restarting", "gone"]
+
+
+class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
+    """One message: a child's state now, and its counts since it began. Ages in seconds."""
+
+    phase: Literal["loading", "serving", "draining"] = "loading"
+    pid: int = 0
+    engine_age: float = 0.0  # since the engine loop came round
+    engine_dead: bool = False
+    publisher_dead: bool = False
+    main_age: float = 0.0  # since the main loop came round
+    redis_age: float = 0.0  # since Redis answered
+    redis_failing: float = 0.0  # how long calls have failed; 0: the last one did not
+    held: int = 0
+    running: int = 0
+    waiting: int = 0
+    kv_used: int = 0
+    kv_capacity: int = 0
+    backlog: int = 0
+    info: dict[str, str] = msgspec.field(default_factory=dict)
+    queues: dict[str, tuple[int, float]] = msgspec.field(default_factory=dict)
+    counts: Counts = msgspec.field(default_factory=dict)
+    histograms: Histograms = msgspec.field(default_factory=dict)
+
+
+encode = msgspec.msgpack.Encoder().encode
+decode = msgspec.msgpack.Decoder(Snapshot).decode
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """All that the parent knows, at one moment. `silent_for`: seconds since the child's word."""
+
+    child: ChildState
+    snapshot: Snapshot
+    silent_for: float
+    restarts: int
+    exits: dict[str, int]  # how children ended → how often
+    verdicts: dict[str, int]  # what crashes meant for jobs → how often
+    counts: Counts
+    histograms: Histograms
+
+
+class Totals:
+    """Counts of all children up to now."""
+
+    def __init__(self) -> None:
+        self._counts: defaultdict[str, Counter[str]] = defaultdict(Counter)
+        self._histograms: dict[str, tuple[list[int], float]] = {
+            name: ([0] * (len(bounds) + 1), 0.0) for name, bounds in BUCKETS.items()
+        }
+
+    def add(self, counts: Counts, histograms: Histograms) -> None:
+        """Add what one child counted in its life."""
+        for name, by_label in counts.items():
+            for label, count in by_label.items():
+                self._counts[name][label] += count  # type: ignore[assignment]
+        for name, (buckets, total) in histograms.items():
+            mine, sum_of_mine = self._histograms[name]
+            self._histograms[name] = (
+                [a + b for a, b in zip(mine, buckets, strict=True)],
+                sum_of_mine + total,
+            )
+
+    def read(self) -> tuple[Counts, Histograms]:
+        """Copy of the sums."""
+        return {name: dict(c) for name, c in self._counts.items()}, dict(self._histograms)
+
+
+class Board:
+    """The parent's side. Thread-safe."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock, self._lock = clock, threading.Lock()
+        self._ended = Totals()
+        self._child: ChildState = "starting"
+        self._snapshot = Snapshot()
+        self._heard_at = clock()
+        self._exits: Counter[str] = Counter()
+        self._verdicts: Counter[str] = Counter()
+        self._started = 0
+
+    def begin(self) -> None:
+        """Begin a new child's life."""
+        with self._lock:
+            self._started += 1
+            self._child = "starting" if self._started == 1 else "restarting"
+            self._snapshot = Snapshot()
+            self._heard_at = self._clock()
+
+    def post(self, snapshot: Snapshot) -> None:
+        """Take a child's message."""
+        with self._lock:
+            self._snapshot, self._heard_at = snapshot, self._clock()
+            if snapshot.phase != "loading":
+                self._child = "up"
+
+    def end(self, verdict: str, *, restarts: bool) -> None:
+        """Say that the child is gone, how it ended, and whether there will be another."""
+        with self._lock:
+            self._ended.add(self._snapshot.counts, self._snapshot.histograms)
+            # What it held and how it was is over; its queues and what it ran on are still true.
+            self._snapshot = Snapshot(info=self._snapshot.info, queues=self._snapshot.queues)
+            self._exits[verdict] += 1
+            self._child = "restarting" if restarts else "gone"
+
+    def judged(self, outcomes: dict[str, int]) -> None:
+        """Count what a child's crash meant for its jobs."""
+        with self._lock:
+            self._verdicts.update(outcomes)
+
+    def excuse(self) -> None:
+        """Forget how long the child was silent: this process slept too."""
+        with self._lock:
+            self._heard_at = self._clock()
+
+    def view(self) -> View:
+        """Copy of all there is."""
+        with self._lock:
+            totals = Totals()
+            totals.add(*self._ended.read())
+            totals.add(self._snapshot.counts, self._snapshot.histograms)
+            return View(
+                self._child, self._snapshot, self._clock() - self._heard_at,
+                max(0, self._started - 1), dict(self._exits), dict(self._verdicts),
+                *totals.read(),
+            )  # fmt: skip

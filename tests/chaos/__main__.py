@@ -1,0 +1,65 @@
+"""`python -m tests.chaos`: the delivery contract under kills, stops, restarts and lost replies."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import fields, replace
+from pathlib import Path
+
+from tests.chaos.mutants import MUTANTS
+from tests.chaos.plan import FULL, QUICK, SHORT
+from tests.chaos.run import Report, chaos
+
+NUMBERS = (
+    "jobs", "kills", "redis_kills", "lost_replies", "stops", "workers", "rows", "producers",
+    "in_flight", "seed",
+)  # fmt: skip
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__)
+    forms = parser.add_mutually_exclusive_group()
+    forms.add_argument("--short", action="store_true", help="the form that `make test` runs")
+    forms.add_argument("--quick", action="store_true", help="the simulated engine, few faults")
+    parser.add_argument("--engine", choices=("tally", "simulated"))
+    parser.add_argument("--mutant", choices=MUTANTS, help="take one protection out")
+    for name in NUMBERS:
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int)
+    for name in ("lease", "reap", "limit", "drain"):
+        parser.add_argument(f"--{name}", type=float, help="seconds")
+    parser.add_argument("--output", type=Path, help="JSON file for the figures")
+    parser.add_argument("--keep", default="", help="new folder for logs and traces")
+    return parser.parse_args()
+
+
+def show(report: Report) -> None:
+    for title, table in (("faults", report.faults), ("figures", report.figures)):
+        say(f"\n{title}")
+        for name, value in sorted(table.items()) if title == "faults" else table.items():
+            say(f"  {name:<32} {value}")
+    say(f"\n{len(report.violations)} violations")
+    for kind, job_id, what in report.violations[:40]:
+        say(f"  {kind}: {job_id} {what}")
+    if report.missed:
+        say(f"not enough happened: {report.missed} short")
+
+
+def main() -> int:
+    given = arguments()
+    plan = SHORT if given.short else QUICK if given.quick else FULL
+    changes = {f.name: getattr(given, f.name) for f in fields(plan) if getattr(given, f.name, None)}
+    report = chaos(replace(plan, **changes), say, given.keep)
+    show(report)
+    if given.output:
+        given.output.write_text(json.dumps(report.as_json(), indent=1) + "\n")
+    return bool(report.violations or report.missed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,161 @@
+"""What must hold at the end of a run. Every line of `Audit.violations` is a broken contract."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from mlx_serving.common import calls, events, results
+from mlx_serving.common.keys import Keys
+from tests.chaos.producer import digest, seen
+from tests.chaos.work import Work, is_right
+from tests.helpers import leaked_keys
+
+if TYPE_CHECKING:
+    import redis
+
+    from mlx_serving.common.events import Event
+    from tests.chaos.trace import Trace
+
+KEYS = Keys()
+
+
+@dataclass
+class Job:
+    """What Redis holds of a job."""
+
+    job_id: str
+    work: Work
+    control: dict[bytes, bytes]
+    events: list[Event]
+    consumers: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def token_ids(self) -> list[int]:
+        return [t for e in self.events for c in e.choices for t in c.token_ids]
+
+    def committed(self, attempt: int) -> int:
+        """Tokens that this attempt wrote."""
+        deltas = (c for e in self.events if e.attempt == attempt for c in e.choices)
+        return sum(len(c.token_ids) for c in deltas)
+
+
+def read_job(client: redis.Redis, job_id: str, work: Work) -> Job:
+    with client.pipeline(transaction=True) as pipe:
+        pipe.hgetall(KEYS.job(job_id))
+        pipe.xrange(KEYS.events(job_id))
+        control, entries = pipe.execute()
+    return Job(job_id, work, control, [events.decode(p) for p in calls.payloads(entries)])
+
+
+class Audit:
+    """Collects violations, each under its kind."""
+
+    def __init__(self) -> None:
+        self.violations: list[tuple[str, str, str]] = []  # kind, job id or '', what
+
+    def find(self, wrong: object, kind: str, job_id: str, what: str) -> None:
+        if wrong:
+            self.add(kind, job_id, what)
+
+    def add(self, kind: str, job_id: str, what: str) -> None:
+        self.violations.append((kind, job_id, what))
+
+    def job(self, job: Job) -> None:
+        """One job's control hash, stream, result and consumers."""
+        state = job.control.get(b"st", b"").decode()
+        if state in {"", "queued", "running"}:
+            self.add("lost", job.job_id, f"state {state!r} at the end")
+            return
+        why = job.control.get(b"msg", b"").decode()
+        self.find(state != "finished", "wrong end", job.job_id, f"{state}: {why}")
+        self._sequence(job)
+        self._attempts(job)
+        if state == "finished":
+            self._answer(job)
+        for consumer in job.consumers:
+            self._consumer(job, consumer)
+
+    def _sequence(self, job: Job) -> None:
+        seqs = [event.seq for event in job.events]
+        self.find(seqs != list(range(1, len(seqs) + 1)), "gap or order", job.job_id, f"{seqs}")
+        committed = int(job.control.get(b"seq", 0))
+        self.find(len(seqs) != committed, "gap or order", job.job_id,
+                  f"{len(seqs)} events, control hash says {committed}")  # fmt: skip
+        ends = [event.seq for event in job.events if event.type == "end"]
+        self.find(ends != seqs[-1:], "gap or order", job.job_id, f"end events at {ends}")
+
+    def _attempts(self, job: Job) -> None:
+        """Each attempt opens with its event, under a higher number; no older one writes after."""
+        current, owner = 0, ""
+        for event in job.events:
+            if event.type == "attempt":
+                self.find(event.attempt <= current, "zombie", job.job_id,
+                          f"attempt {event.attempt} opened after {current}")  # fmt: skip
+                self.find(event.start_seq != event.seq, "gap or order", job.job_id,
+                          f"attempt opens at {event.start_seq}, is {event.seq}")  # fmt: skip
+                current, owner = event.attempt, event.worker or ""
+            elif event.attempt != current:
+                what = f"seq {event.seq} of attempt {event.attempt} during {current}"
+                self.add("zombie", job.job_id, what)
+        ended_by = (job.control.get(b"ep", b"").decode(), job.control.get(b"ow", b"").decode())
+        self.find(ended_by != (str(current), owner), "zombie", job.job_id,
+                  f"ended by {ended_by}, last attempt is {current} of {owner}")  # fmt: skip
+
+    def _answer(self, job: Job) -> None:
+        result = results.decode_result(job.control[b"res"])
+        self.find(job.token_ids != job.work.token_ids, "wrong tokens", job.job_id,
+                  f"{job.work.kind}: {_difference(job.token_ids, job.work.token_ids)}")  # fmt: skip
+        text = "".join(event.text for event in job.events)
+        self.find(not is_right(job.work, text), "wrong answer", job.job_id, f"stream: {text!r}")
+        same = (result.text, result.token_ids) == (text, job.token_ids)
+        self.find(not same, "wrong answer", job.job_id, "the result is not the stream's")
+        usage = result.usage
+        self.find(usage is None or usage.completion_tokens != len(job.token_ids), "wrong answer",
+                  job.job_id, f"usage {usage}")  # fmt: skip
+
+    def _consumer(self, job: Job, consumer: dict[str, Any]) -> None:
+        for problem in consumer["problems"]:
+            self.add("consumer", job.job_id, problem)
+        if not consumer["problems"]:
+            self.find(consumer["digest"] != digest([seen(e) for e in job.events]), "consumer",
+                      job.job_id, "it saw other events than the stream holds")  # fmt: skip
+
+    def view(self, client: redis.Redis, jobs: list[Job]) -> None:
+        """RQ's hashes and registries say what the control hashes say; nothing is left over."""
+        for job in jobs:
+            queue = job.control.get(b"q", b"").decode()
+            status = client.hget(KEYS.rq_job(job.job_id), "status")
+            self.find(status != b"finished", "view", job.job_id, f"RQ's status {status!r}")
+            score = client.zscore(f"rq:finished:{queue}", job.job_id)
+            self.find(score is None, "view", job.job_id, "not in RQ's finished registry")
+            kept = client.xlen(f"rq:results:{job.job_id}")
+            self.find(kept != 1, "view", job.job_id, f"{kept} RQ results")
+        for pattern in ("rq:wip:*", "rq:execution*", "rq:worker:*:executions", "rq:queue:*",
+                        "mlxs:open:*", "mlxs:leases:*", "mlxs:deadlines"):  # fmt: skip
+            for key in client.scan_iter(pattern, count=1000):
+                self.add("left over", "", key.decode())
+        # Names of killed workers go when another one registers after their hash has expired.
+        leaks = [key for key in leaked_keys(client) if not key.startswith("rq:workers")]
+        self.find(leaks, "left over", "", f"keys without a TTL: {leaks[:5]}")
+
+    def fences(self, traces: list[Trace]) -> None:
+        """No worker's row was accepted that it sent after another had been given the job."""
+        taken: defaultdict[str, list[tuple[int, int]]] = defaultdict(list)
+        for trace in traces:
+            for (job_id, epoch), at in trace.claims.items():
+                taken[job_id].append((epoch, at))
+        for trace in traces:
+            for c in trace.commits:
+                if c.status == "OK" and any(
+                    e > c.epoch and at < c.sent for e, at in taken[c.job_id]
+                ):
+                    what = f"seq {c.seq} of {trace.worker}'s attempt {c.epoch} accepted"
+                    self.add("zombie", c.job_id, what)
+
+
+def _difference(got: list[int], wanted: list[int]) -> str:
+    same = next((i for i, (a, b) in enumerate(zip(got, wanted, strict=False)) if a != b), None)
+    at = same if same is not None else min(len(got), len(wanted))
+    return f"{len(got)} tokens for {len(wanted)}, they part at {at}"

@@ -1,0 +1,198 @@
+"""The workers of a run: always so many, whatever is done to them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from tests.chaos.trace import now
+from tests.chaos.worker import Traps
+
+if TYPE_CHECKING:
+    import random
+
+    from tests.chaos.plan import Plan
+
+ROOT = Path(__file__).parents[2]
+CHILD_SECONDS = 15.0  # a parent without a child that serves for so long is replaced
+START_SECONDS = 60.0
+
+
+class Incarnation:
+    """One parent and the children that it starts."""
+
+    def __init__(self, plan: Plan, url: str, folder: Path) -> None:
+        folder.mkdir()
+        self.folder, self.name = folder, folder.name
+        self.started = self.served_at = time.monotonic()
+        self.traps = Traps(folder / "trap")
+        given = {
+            "url": url, "name": self.name, "folder": str(folder), "engine": plan.engine,
+            "mutant": plan.mutant, "settings": settings_of(plan),
+        }  # fmt: skip
+        with (folder / "log").open("wb") as log:
+            self.parent = subprocess.Popen(
+                [sys.executable, "-m", "tests.chaos.worker", json.dumps(given)],
+                cwd=ROOT, stdout=log, stderr=log, start_new_session=True,
+                env=os.environ | {"OPENBLAS_NUM_THREADS": "1"},
+            )  # fmt: skip
+
+    @property
+    def child(self) -> int:
+        """The newest child's process id, 0 before there is one."""
+        pids = sorted(self.folder.glob("pid.*"), key=lambda path: path.stat().st_mtime_ns)
+        return int(pids[-1].suffix[1:]) if pids else 0
+
+    @property
+    def serving(self) -> bool:
+        child = self.child
+        return (self.folder / f"ready.{child}").exists() and lives(child) and self.runs
+
+    @property
+    def runs(self) -> bool:
+        return self.parent.poll() is None
+
+    def signal(self, number: int, *, parent: bool = True) -> None:
+        pids = [self.parent.pid] if parent and self.runs else []
+        child = self.child
+        for pid in [*pids, *([child] if lives(child) else [])]:
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+    def log(self) -> str:
+        return (self.folder / "log").read_text(errors="replace")[-3000:]
+
+
+def settings_of(plan: Plan) -> dict[str, Any]:
+    return {
+        "lease_seconds": plan.lease,
+        "reap_interval_seconds": plan.reap,
+        "max_batch_rows": plan.rows,
+    }
+
+
+def lives(pid: int) -> bool:
+    """Whether this process runs; a killed one that nobody has waited for does not."""
+    if not pid:
+        return False
+    try:
+        os.kill(pid, 0)
+        stat = Path(f"/proc/{pid}/stat")
+        return not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] != "Z"
+    except (ProcessLookupError, FileNotFoundError):
+        return False
+
+
+class Slot:
+    """One place of the fleet; `lock` keeps two tormentors off the same worker."""
+
+    def __init__(self, fleet: Fleet, index: int) -> None:
+        self.fleet, self.index = fleet, index
+        self.lock = threading.Lock()
+        self.generation = 0
+        self.worker = self._start()
+
+    def _start(self) -> Incarnation:
+        self.generation += 1
+        folder = self.fleet.folder / f"w{self.index}-{self.generation}"
+        return Incarnation(self.fleet.plan, self.fleet.url, folder)
+
+    def tend(self) -> None:
+        """Replace a parent that ended, or whose child does not come back."""
+        worker = self.worker
+        if worker.serving:
+            worker.served_at = time.monotonic()
+        elif not worker.runs:
+            self.worker = self._start()
+        elif time.monotonic() - worker.served_at > CHILD_SECONDS + self.fleet.patience:
+            worker.signal(signal.SIGCONT)
+            self.fleet.kill(worker, "stuck")
+
+
+class Fleet:
+    """Use as a context: at its end every process that it started is gone."""
+
+    def __init__(self, plan: Plan, url: str, folder: Path) -> None:
+        self.plan, self.url, self.folder = plan, url, folder
+        self.deaths: dict[int, tuple[int, str]] = {}  # child's pid → ns of its end, why
+        self.patience = START_SECONDS
+        self.slots = [Slot(self, index) for index in range(plan.workers)]
+        self._closing = threading.Event()
+        self._tender = threading.Thread(target=self._tend, name="fleet")
+
+    def __enter__(self) -> Self:
+        try:
+            for slot in self.slots:
+                self._wait_for(slot)
+        except BaseException:
+            self._end()
+            raise
+        self.patience = 0.0
+        self._tender.start()
+        return self
+
+    def _wait_for(self, slot: Slot) -> None:
+        until = time.monotonic() + START_SECONDS
+        while not slot.worker.serving:
+            assert slot.worker.runs, slot.worker.log()
+            assert time.monotonic() < until, f"no worker in {START_SECONDS} s: {slot.worker.log()}"
+            time.sleep(0.05)
+
+    def __exit__(self, *_: object) -> None:
+        self._closing.set()
+        self._tender.join()
+        self._end()
+
+    def kill(self, worker: Incarnation, why: str, *, parent: bool = True) -> None:
+        """SIGKILL; the parent first, so that it does not start another child."""
+        self.deaths[worker.child] = (now(), why)
+        worker.signal(signal.SIGKILL, parent=parent)
+        if parent:
+            worker.parent.wait()
+
+    def drain(self, timeout: float) -> list[str]:
+        """SIGTERM all; returns what was wrong with the way that they ended."""
+        self._closing.set()
+        self._tender.join()
+        wrong = []
+        for slot in self.slots:
+            slot.worker.parent.terminate()
+        for slot in self.slots:
+            try:
+                status = slot.worker.parent.wait(timeout)
+            except subprocess.TimeoutExpired:
+                status = -1
+            if status:
+                wrong.append(f"{slot.worker.name} ended with {status}: {slot.worker.log()}")
+        return wrong
+
+    def pick(self, rng: random.Random) -> Slot | None:
+        """A slot whose worker serves and that nobody else torments; its lock is held."""
+        for slot in rng.sample(self.slots, len(self.slots)):
+            if slot.lock.acquire(blocking=False):
+                if slot.worker.serving:
+                    return slot
+                slot.lock.release()
+        return None
+
+    def _tend(self) -> None:
+        while not self._closing.wait(0.05):
+            for slot in self.slots:
+                if slot.lock.acquire(blocking=False):
+                    with suppress(OSError):
+                        slot.tend()
+                    slot.lock.release()
+
+    def _end(self) -> None:
+        for slot in self.slots:
+            slot.worker.signal(signal.SIGKILL)
+            slot.worker.parent.wait()
+            slot.worker.signal(signal.SIGKILL, parent=False)

@@ -1,0 +1,61 @@
+"""How much is done to a run, and how long it may take."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+Engine = Literal["tally", "simulated"]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Quotas of a run: jobs are submitted until all faults have happened and `jobs` have ended.
+
+    `jobs` counts those of at least `long_tokens` tokens. Times in seconds; `limit` bounds the
+    whole run, `drain` the part of it after the last fault.
+    """
+
+    engine: Engine = "tally"
+    jobs: int = 500
+    kills: int = 100
+    redis_kills: int = 20
+    lost_replies: int = 50
+    stops: int = 50
+    workers: int = 3
+    rows: int = 16
+    producers: int = 2
+    in_flight: int = 40  # jobs a producer process has open
+    answers: int = 60  # different prompts
+    lease: float = 2.0
+    reap: float = 0.3
+    limit: float = 840.0
+    drain: float = 120.0
+    seed: int = 1
+    mutant: str = ""
+    long_tokens: int = 50
+    patience: float = 6.0  # the longest pause between two kills, or two stops
+    redis_pause: tuple[float, float] = (5.0, 13.0)  # between two Redis kills
+
+    @property
+    def faults(self) -> dict[str, int]:
+        """What has to happen, how often."""
+        return {
+            "kills": self.kills,
+            "redis_kills": self.redis_kills,
+            "lost_replies": self.lost_replies,
+            "stops": self.stops,
+        }
+
+
+FULL = Plan()
+SHORT = Plan(
+    jobs=50, kills=6, redis_kills=2, lost_replies=8, stops=4, workers=2, producers=1,
+    in_flight=32, answers=20, lease=1.5, limit=150.0, drain=60.0, patience=4.0,
+    redis_pause=(3.0, 5.0),
+)  # fmt: skip
+QUICK = replace(
+    SHORT, engine="simulated", jobs=40, kills=6, redis_kills=0, lost_replies=16, stops=10,
+    lease=1.0, limit=60.0, drain=30.0, patience=0.5,
+)  # fmt: skip
+"""For the mutants: what each removes is found by these faults or not at all."""

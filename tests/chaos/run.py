@@ -1,0 +1,264 @@
+"""One run: an undisturbed measurement, the faults, the audit, the figures."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlx_serving.common.local_redis import LocalRedis
+from mlx_serving.producer.client import Client
+from tests.chaos import audit, figures, trace, work
+from tests.chaos.faults import Tormentors
+from tests.chaos.fleet import ROOT, Fleet
+from tests.lossy_proxy import LossyProxy
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from tests.chaos.plan import Plan
+    from tests.chaos.work import Work
+
+
+@dataclass(frozen=True)
+class Report:
+    """What became of a run. `violations`: kind, job id or '', what."""
+
+    plan: Plan
+    violations: list[tuple[str, str, str]]
+    faults: dict[str, int]
+    figures: dict[str, Any]
+
+    @property
+    def missed(self) -> dict[str, int]:
+        """Faults that did not happen often enough, by how many are missing."""
+        quotas = self.plan.faults | {"long jobs": self.plan.jobs}
+        done = self.faults | {"long jobs": self.figures["long jobs"]}
+        return {name: n - done.get(name, 0) for name, n in quotas.items() if done.get(name, 0) < n}
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self) | {"missed": self.missed}
+
+
+class Run:
+    """The parts of one run; see `chaos`."""
+
+    def __init__(self, plan: Plan, folder: Path, say: Callable[[str], None]) -> None:
+        self.plan, self.folder, self.say = plan, folder, say
+        self.until = time.monotonic() + plan.limit
+        self.server = LocalRedis(appendonly="always")
+        self.producers: list[subprocess.Popen[bytes]] = []
+        self.seconds = 0.0
+
+    def go(self) -> Report:
+        with ExitStack() as stack:
+            stack.enter_context(self.server)
+            works = self._measured(work.make(self.plan.engine, self.plan.answers, self.plan.seed))
+            client = stack.enter_context(self.server.client())
+            client.flushall()
+            to_workers = stack.enter_context(LossyProxy(self.server.socket))
+            to_producers = stack.enter_context(LossyProxy(self.server.socket))
+            folder = self.folder / "workers"
+            folder.mkdir()
+            fleet = stack.enter_context(Fleet(self.plan, to_workers.url, folder))
+            tormentors = Tormentors(self.plan, fleet, self.server, to_workers, to_producers)
+            stack.callback(self._end_producers)
+            self._start_producers(works, to_producers.url)
+            self._torment(tormentors)
+            over = audit.Audit()
+            for error in tormentors.errors:
+                over.add("the run itself", "", repr(error))
+            if not self._broken():
+                for wrong in fleet.drain(30):
+                    over.add("drain", "", wrong)
+            return self._report(over, client, fleet, tormentors, works)
+
+    def _measured(self, works: list[Work]) -> list[Work]:
+        """Run each job once with nothing in its way: its tokens are what chaos must not change."""
+        if self.plan.engine == "simulated":
+            return works
+        calm = replace(self.plan, workers=1, rows=8, mutant="", lease=10.0)
+        folder = self.folder / "calm"
+        folder.mkdir()
+        with Fleet(calm, self.server.url, folder), Client(self.server.url) as client:
+            handles = client.submit_many([each.job for each in works])
+            answers = [handle.result(timeout=120) for handle in handles]
+        for answer in answers:
+            answer.raise_for_state()
+        known = [
+            replace(each, token_ids=answer.token_ids)
+            for each, answer in zip(works, answers, strict=True)
+            if work.is_right(each, answer.text)
+        ]
+        # Tally is a model: it may get a long echo wrong by itself. Such a prompt is left out.
+        assert len(known) > 0.8 * len(works), f"{len(known)} of {len(works)} right undisturbed"
+        self.say(f"undisturbed: {len(known)} of {len(works)} prompts answered right")
+        return known
+
+    def _start_producers(self, works: list[Work], proxy_url: str) -> None:
+        for index in range(self.plan.producers):
+            given = {
+                "url": self.server.url, "proxy_url": proxy_url, "folder": str(self.folder),
+                "index": index, "seed": self.plan.seed, "in_flight": self.plan.in_flight,
+                "work": [asdict(each) for each in works],
+            }  # fmt: skip
+            path = self.folder / f"producer-{index}.json"
+            path.write_text(json.dumps(given))
+            with (self.folder / f"producer-{index}.log").open("wb") as log:
+                self.producers.append(
+                    subprocess.Popen(
+                        [sys.executable, "-m", "tests.chaos.producer", str(path)],
+                        cwd=ROOT, stdout=log, stderr=log,
+                    )
+                )  # fmt: skip
+
+    def _torment(self, tormentors: Tormentors) -> None:
+        """Until all has happened that should; then until every job has ended."""
+        started = said = time.monotonic()
+        tormentors.start()
+        enough = False
+        while time.monotonic() < self.until - self.plan.drain and not self._broken():
+            time.sleep(0.25)
+            tormentors.done = self._done()
+            enough = enough or tormentors.done >= self._wanted()
+            if enough and tormentors.over:
+                break
+            if time.monotonic() - said > 10:
+                said = time.monotonic()
+                self.say(f"{said - started:4.0f} s  {self._done()} jobs  {_quotas(tormentors)}")
+        tormentors.stop()
+        (self.folder / "stop").touch()
+        self.say(f"{time.monotonic() - started:4.0f} s  {self._done()} jobs  the faults are over")
+        until = time.monotonic() + self.plan.drain
+        while time.monotonic() < until and any(p.poll() is None for p in self.producers):
+            if self._broken():
+                break
+            time.sleep(0.05)
+        self.seconds = time.monotonic() - started
+
+    def _wanted(self) -> float:
+        """Jobs to end: a few more than asked for, because echoes are short."""
+        return self.plan.jobs * (1.3 if self.plan.engine == "tally" else 1.0)
+
+    def _facts(self) -> list[dict[str, Any]]:
+        lines = [
+            line
+            for path in sorted(self.folder.glob("producer-*.jsonl"))
+            for line in path.read_text().splitlines()
+        ]
+        facts = []
+        for line in lines:
+            with suppress(ValueError):  # the last line of one that was just killed
+                facts.append(json.loads(line))
+        return facts
+
+    def _done(self) -> int:
+        return sum(fact["what"] == "done" for fact in self._facts())
+
+    def _broken(self) -> bool:
+        """Whether a mutant has shown itself to a consumer: enough, then."""
+        if not self.plan.mutant:
+            return False
+        return any(fact.get("problems") for fact in self._facts())
+
+    def _end_producers(self) -> None:
+        for process in self.producers:
+            process.kill()
+            process.wait()
+
+    def _report(
+        self, over: audit.Audit, client: Any, fleet: Fleet, tormentors: Tormentors,
+        works: list[Work],
+    ) -> Report:  # fmt: skip
+        facts = self._facts()
+        for index, process in enumerate(self.producers):
+            log = (self.folder / f"producer-{index}.log").read_text()[-3000:]
+            lost = process.poll() is None or process.returncode != 0
+            over.find(lost and not self._broken(), "lost", "", f"producer {index}: {log}")
+        jobs = self._read_jobs(client, facts, works)
+        traces = trace.read_all(self.folder / "workers")
+        if self._broken():
+            for job in jobs.values():
+                for consumer in job.consumers:
+                    over._consumer(job, consumer)
+        else:
+            for job in jobs.values():
+                over.job(job)
+            over.view(client, list(jobs.values()))
+        over.fences(traces)
+        return Report(
+            self.plan, over.violations, dict(tormentors.counts),
+            self._figures(jobs, traces, fleet, tormentors, facts),
+        )  # fmt: skip
+
+    def _read_jobs(
+        self, client: Any, facts: list[dict[str, Any]], works: list[Work]
+    ) -> dict[str, audit.Job]:
+        jobs = {
+            fact["job"]: audit.read_job(client, fact["job"], works[fact["work"]])
+            for fact in facts
+            if fact["what"] == "job"
+        }
+        for fact in facts:
+            if fact["what"] == "consumer":
+                jobs[fact["job"]].consumers.append(fact)
+        return jobs
+
+    def _figures(
+        self, jobs: dict[str, audit.Job], traces: list[trace.Trace], fleet: Fleet,
+        tormentors: Tormentors, facts: list[dict[str, Any]],
+    ) -> dict[str, Any]:  # fmt: skip
+        consumers = [fact for fact in facts if fact["what"] == "consumer"]
+        outages = tormentors.outages
+        every, plain = figures.takeovers(traces, fleet.deaths, outages, self.plan.lease)
+        attempts = Counter(sum(e.type == "attempt" for e in job.events) for job in jobs.values())
+        return {
+            "seconds": round(self.seconds, 1),
+            "jobs": len(jobs),
+            "long jobs": sum(len(j.token_ids) >= self.plan.long_tokens for j in jobs.values()),
+            "kinds": dict(Counter(job.work.kind for job in jobs.values())),
+            "events": sum(len(job.events) for job in jobs.values()),
+            "tokens": sum(len(job.token_ids) for job in jobs.values()),
+            "jobs/s": round(len(jobs) / max(self.seconds, 0.001), 1),
+            "attempts a job": dict(sorted(attempts.items())),
+            "rows killed in": figures.phases(traces, fleet.deaths),
+            "commits fenced": sum(c.status == "FENCED" for t in traces for c in t.commits),
+            "commits resent": sum(c.status == "DUP" for t in traces for c in t.commits),
+            "takeover s": figures.spread(every),
+            "takeover s, Redis up": figures.spread(plain),
+            "re-decoded tokens a takeover": figures.spread(
+                figures.redecoded(traces, fleet.deaths, outages, jobs)
+            ),
+            "resume ms": figures.resumes(consumers, outages),
+            "their event loop late by ms": figures.spread(
+                (ms for fact in facts if fact["what"] == "lag" for ms in fact["ms"]), 1
+            ),
+            "consumers": len(consumers),
+            "connections of consumers": sum(c["connections"] for c in consumers),
+            "consumers told to come back": sum(c["unavailable"] for c in consumers),
+            "redis outage ms": figures.spread(((up - k) / 1e6 for k, up in outages), 0),
+        }
+
+
+def chaos(plan: Plan, say: Callable[[str], None] = lambda _: None, keep: str = "") -> Report:
+    """Run a plan. Raises AssertionError where the run itself could not be made.
+
+    `keep`: an empty or new folder that keeps logs and traces.
+    """
+    if keep:
+        Path(keep).mkdir(parents=True, exist_ok=True)
+        return Run(plan, Path(keep), say).go()
+    with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
+        return Run(plan, Path(folder), say).go()
+
+
+def _quotas(tormentors: Tormentors) -> str:
+    counts = tormentors.counts
+    return "  ".join(f"{name} {counts[name]}/{n}" for name, n in tormentors._plan.faults.items())

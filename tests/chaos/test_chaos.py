@@ -1,0 +1,40 @@
+"""The short form of `make chaos`, and the mutants that show what it would see."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+
+from tests.chaos.mutants import MUTANTS
+from tests.chaos.plan import QUICK, SHORT
+from tests.chaos.run import Report, chaos
+from tests.figures import show
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
+
+def summary(report: Report) -> str:
+    takeover = report.figures["takeover s, Redis up"]
+    return (
+        f"chaos: {report.figures['jobs']} jobs, {report.figures['tokens']} tokens, "
+        f"{report.faults}, takeover {takeover}, {len(report.violations)} violations"
+    )
+
+
+def test_nothing_is_lost_and_nothing_comes_twice() -> None:
+    report = chaos(SHORT)
+    show(summary(report))
+    assert report.violations == []
+    assert report.missed == {}
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_the_auditor_sees_a_missing_protection(mutant: str) -> None:
+    report = chaos(replace(QUICK, mutant=mutant))
+    kinds = Counter(kind for kind, _, _ in report.violations)
+    show(f"{mutant}: {dict(kinds)}")
+    # What the run itself got wrong would prove nothing.
+    assert kinds.keys() & {"zombie", "consumer", "wrong tokens", "gap or order"}, report.missed

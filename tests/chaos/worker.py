@@ -1,0 +1,188 @@
+"""A worker's parent for the chaos run, and what its child does besides serving.
+
+The child writes a trace, and has places where it kills itself, alone or with its parent, when
+the run arms one: no signal from outside could hit them.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import signal
+import sys
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from mlx_serving.worker.child import ChildSpec, run_child
+from mlx_serving.worker.loading import EngineSpec
+from tests.chaos import mutants
+from tests.chaos.trace import TraceWriter, now
+from tests.worker_process import quick_settings
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from mlx_serving.common.calls import Call
+
+TRAPS: Final = ("claim", "prefill", "attempt", "decode", "before_finish", "after_finish")
+WITH_PARENT: Final = 0x80
+COMMIT_ROW: Final = 10  # arguments a row of a commit, after three of the call
+
+
+class Traps:
+    """One mapped byte: 0, or the trap that is armed, plus `WITH_PARENT`."""
+
+    def __init__(self, path: Path) -> None:
+        if not path.exists():
+            path.write_bytes(b"\0")
+        with path.open("r+b") as file:
+            self._byte = mmap.mmap(file.fileno(), 1)
+
+    def arm(self, trap: str, *, with_parent: bool) -> None:
+        self._byte[0] = TRAPS.index(trap) + 1 + (WITH_PARENT if with_parent else 0)
+
+    def disarm(self) -> None:
+        self._byte[0] = 0
+
+    def armed(self, trap: str) -> bool:
+        return self._byte[0] & ~WITH_PARENT == TRAPS.index(trap) + 1
+
+    def spring(self, trap: str, trace: TraceWriter) -> None:
+        if not self.armed(trap):
+            return
+        with_parent = bool(self._byte[0] & WITH_PARENT)
+        self.disarm()
+        trace.write(("X", now(), trap))
+        if with_parent:
+            os.kill(os.getppid(), signal.SIGKILL)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Observer:
+    """Wraps what the child calls."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._trace = TraceWriter(folder)
+        self._traps = Traps(folder / "trap")
+
+    def install(self) -> None:
+        from mlx_serving.common.protocol import Protocol
+        from mlx_serving.worker.dispatcher import Dispatcher
+        from mlx_serving.worker.engine.engine import Engine
+        from mlx_serving.worker.publisher import Publisher
+
+        _wrap(Protocol, "run", self._around_call)
+        _wrap(Publisher, "push", self._around_push)
+        _wrap(Engine, "add", self._around_add)
+        _wrap(Engine, "_try_prefill", self._around_prefill)
+        _wrap(Dispatcher, "run", self._around_serving)
+
+    def _around_serving(self, run: Callable[[Any], int], dispatcher: Any) -> int:
+        (self._folder / f"ready.{os.getpid()}").touch()
+        return run(dispatcher)
+
+    def _around_call(self, run: Callable[..., Any], protocol: Any, call: Call[Any]) -> Any:
+        arguments = [str(a) for a in call.arguments if not isinstance(a, bytes)]
+        if call.script == "commit":
+            return self._commit(run, protocol, call)
+        reply = run(protocol, call)
+        if call.script == "claim" and reply.jobs:
+            self._trace.write(*(("C", now(), j.job_id, j.epoch) for j in reply.jobs))
+            self._traps.spring("claim", self._trace)
+        elif call.script == "release":
+            rows = zip(arguments[2::3], arguments[3::3], reply, strict=True)
+            self._trace.write(*(("R", now(), *row) for row in rows))
+        return reply
+
+    def _commit(self, run: Callable[..., Any], protocol: Any, call: Call[Any]) -> Any:
+        rows = [
+            call.arguments[i : i + COMMIT_ROW] for i in range(3, len(call.arguments), COMMIT_ROW)
+        ]
+        kinds = [_kind(row) for row in rows]
+        if "end" in kinds:
+            self._traps.spring("before_finish", self._trace)
+        sent = now()
+        reply = run(protocol, call)
+        replied = now()
+        self._trace.write(
+            *(
+                ("K", sent, replied, *row[:3], kind, r.status)
+                for row, kind, r in zip(rows, kinds, reply, strict=True)
+            )
+        )
+        if "end" in kinds:
+            self._traps.spring("after_finish", self._trace)
+        if "attempt" in kinds:
+            self._traps.spring("attempt", self._trace)
+        return reply
+
+    def _around_push(self, push: Callable[..., None], publisher: Any, outputs: Any) -> None:
+        at = now()
+        self._trace.write(
+            *(("T", at, *_attempt(o.request_id), len(o.token_ids)) for o in outputs if o.token_ids)
+        )
+        push(publisher, outputs)
+        self._traps.spring("decode", self._trace)
+
+    def _around_add(self, add: Callable[..., None], engine: Any, request: Any) -> None:
+        self._trace.write(("P", now(), *_attempt(request.id)))
+        add(engine, request)
+
+    def _around_prefill(self, prefill: Callable[..., Any], engine: Any, chunk: Any) -> Any:
+        result = prefill(engine, chunk)
+        self._traps.spring("prefill", self._trace)  # computed, and not yet in the batch
+        return result
+
+
+def _attempt(request_id: str) -> list[str]:
+    return request_id.rsplit(":", 1)
+
+
+def _kind(row: list[Any]) -> str:
+    if row[5]:
+        return "end"
+    return "attempt" if b'"type":"attempt"' in row[4] else "tokens"
+
+
+def _wrap(owner: type, name: str, around: Callable[..., Any]) -> None:
+    original = getattr(owner, name)
+
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return around(partial(_call, original), self, *args, **kwargs)
+
+    setattr(owner, name, wrapper)
+
+
+def _call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return function(*args, **kwargs)
+
+
+def chaos_child(given: dict[str, Any], spec: ChildSpec, *args: Any) -> None:
+    folder = Path(given["folder"])
+    (folder / f"pid.{os.getpid()}").touch()
+    if given["mutant"]:
+        mutants.apply(given["mutant"])
+    Observer(folder).install()
+    run_child(spec, *args)
+
+
+def main(text: str) -> int:
+    given = json.loads(text)
+    from mlx_serving.worker import supervisor
+
+    assert "run_child" in vars(supervisor)
+    vars(supervisor)["run_child"] = partial(chaos_child, given)
+    settings = quick_settings(given["url"], **given["settings"])
+    engine = (
+        EngineSpec("mlx", settings.models["tally"])
+        if given["engine"] == "tally"
+        else EngineSpec("simulated", "", 150.0)
+    )
+    return supervisor.run_worker(settings, "tally", engine, given["name"])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

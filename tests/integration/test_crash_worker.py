@@ -1,0 +1,210 @@
+"""Deaths of real engine children (D6, D7): who is charged, and what the parent does."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import time
+from functools import partial
+from typing import TYPE_CHECKING
+
+import pytest
+
+from mlx_serving import Client
+from mlx_serving.common.errors import UnsuccessfulJob
+from mlx_serving.common.local_redis import LocalRedis
+from tests.figures import show
+from tests.helpers import wait_until
+from tests.poison import POISON, Poison
+from tests.worker_process import (
+    Hacks,
+    WorkerProcess,
+    check_answers,
+    decoded,
+    quick_settings,
+    submit,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from mlx_serving.producer.handles import JobHandle
+
+pytestmark = pytest.mark.chaos
+
+
+@pytest.fixture
+def server() -> Iterator[LocalRedis]:
+    with LocalRedis() as server:
+        yield server
+
+
+@pytest.fixture
+def client(server: LocalRedis) -> Iterator[Client]:
+    with Client(settings=quick_settings(server.url)) as client:
+        yield client
+
+
+def under_way(client: Client, handles: list[JobHandle], tokens: int = 5) -> bool:
+    return all(count >= tokens for count in decoded(client, handles))
+
+
+def crashes(client: Client, handles: list[JobHandle]) -> list[int]:
+    return [client.status(handle.id).attempts for handle in handles]
+
+
+def code(client: Client, handle: JobHandle) -> str:
+    result = client.result(handle.id, timeout=60)
+    assert result.state.value == "dead"
+    assert result.error is not None
+    return result.error.code
+
+
+@pytest.mark.parametrize(
+    ("how", "after_tokens"),
+    [
+        ("abort", None),
+        ("segfault", 6),
+        ("hang", 6),
+        ("memory", 6),
+        ("exception", 6),
+    ],
+)
+def test_the_poison_dies_and_its_mates_live(
+    server: LocalRedis, client: Client, how: str, after_tokens: int | None
+) -> None:
+    hacks = Hacks(poison=Poison(how, after_tokens))
+    with WorkerProcess(server.url, "w", 200, hacks, engine_stall_seconds=1.0) as worker:
+        good = submit(client, 3, 25)
+        (bad,) = submit(client, 1, 25, prompt=POISON)
+        assert code(client, bad) == "poison"
+        check_answers(client, good, 25)
+        worker.terminate()
+        assert worker.exit_status() == 0
+
+
+def test_an_exception_in_a_prefill_is_the_rows_own_and_kills_nothing(
+    server: LocalRedis, client: Client
+) -> None:
+    with WorkerProcess(server.url, "w", 200, Hacks(poison=Poison("memory"))) as worker:
+        good = submit(client, 3, 25)
+        (bad,) = submit(client, 1, 25, prompt=POISON)
+        check_answers(client, good, 25)
+        assert client.result(bad.id, timeout=20).state.value == "failed"
+        assert "child_died" not in worker.whole_log()
+
+
+def test_a_dead_job_raises_what_it_is(server: LocalRedis, client: Client) -> None:
+    with WorkerProcess(server.url, "w", 200, Hacks(poison=Poison("abort"))):
+        (bad,) = submit(client, 1, 25, prompt=POISON, max_attempts=1)
+        with pytest.raises(UnsuccessfulJob, match="crashed the engine while it ran alone"):
+            client.result(bad.id, timeout=20).raise_for_state()
+
+
+def test_kill_9_ten_times_charges_nobody_and_jobs_wait_for_no_lease(
+    server: LocalRedis, client: Client
+) -> None:
+    tokens, lease = 400, 30.0
+    with WorkerProcess(server.url, "w", 100, lease_seconds=lease) as worker:
+        worker.serving()
+        handles = submit(client, 8, tokens, max_attempts=1)
+        started = time.monotonic()
+        for kill in range(10):
+            wait_until(partial(under_way, client, handles, 5 * (kill + 1)), timeout=40)
+            os.kill(worker.child_pid, signal.SIGKILL)
+            worker.next_child()
+        check_answers(client, handles, tokens)
+        show(f"10 x kill -9: {time.monotonic() - started:.1f} s, lease {lease:.0f} s")
+        assert crashes(client, handles) == [0] * 8
+
+
+def test_a_hang_ends_in_exit_70_and_is_judged(server: LocalRedis, client: Client) -> None:
+    hacks = Hacks(poison=Poison("hang", 3))
+    with WorkerProcess(server.url, "w", 200, hacks, engine_stall_seconds=1.0) as worker:
+        worker.serving()
+        (bad,) = submit(client, 1, 25, prompt=POISON)
+        assert code(client, bad) == "poison"
+        assert worker.whole_log().count("exit_code=70") == 2
+
+
+def test_a_crash_that_no_job_is_to_blame_for_kills_no_job(
+    server: LocalRedis, client: Client
+) -> None:
+    with WorkerProcess(server.url, "w", 100) as worker:
+        worker.serving()
+        handles = submit(client, 16, 100)
+        wait_until(lambda: under_way(client, handles), timeout=20)
+        os.kill(worker.child_pid, signal.SIGSEGV)
+        worker.next_child()
+        check_answers(client, handles, 100)
+        assert crashes(client, handles) == [1] * 16
+
+
+def test_a_job_that_has_the_system_kill_the_engine_for_memory_dies(
+    server: LocalRedis, client: Client
+) -> None:
+    hacks = Hacks(poison=Poison("kill"), memory_pressure=True)
+    with WorkerProcess(server.url, "w", 200, hacks) as worker:
+        good = submit(client, 3, 25)
+        (bad,) = submit(client, 1, 25, prompt=POISON)
+        assert code(client, bad) == "poison"
+        check_answers(client, good, 25)
+        assert "out of memory" in worker.whole_log()
+
+
+def test_sigkill_without_a_sign_of_it_charges_no_one(server: LocalRedis, client: Client) -> None:
+    with WorkerProcess(server.url, "w", 200, Hacks(poison=Poison("kill"))) as worker:
+        (bad,) = submit(client, 1, 25, prompt=POISON)
+        wait_until(lambda: worker.whole_log().count("cause=killed") >= 4, timeout=30)
+        assert client.status(bad.id).attempts == 0
+        assert client.cancel(bad.id)
+        worker.terminate()
+
+
+def test_a_model_that_cannot_be_loaded_ends_the_parent_with_one_clear_error(
+    server: LocalRedis,
+) -> None:
+    with WorkerProcess(server.url, "w", hacks=Hacks(load="missing")) as worker:
+        assert worker.exit_status() == 78
+        assert worker.whole_log().count("no such model") == 1
+        assert "Traceback" not in worker.whole_log()
+
+
+def test_a_crash_while_loading_is_tried_again_ever_more_slowly(server: LocalRedis) -> None:
+    with WorkerProcess(server.url, "w", hacks=Hacks(load="abort")) as worker:
+        wait_until(lambda: worker.whole_log().count("child_died") >= 3, timeout=30)
+        assert re.findall(r"pause_seconds=(\S+)", worker.whole_log())[:3] == ["0.5", "1.0", "2.0"]
+        before = time.monotonic()
+        worker.terminate()
+        assert worker.exit_status(timeout=5) == 0
+        show(f"SIGTERM during back-off: {time.monotonic() - before:.2f} s to exit 0")
+        assert time.monotonic() - before < 1.5
+
+
+def test_the_verdict_waits_for_redis(server: LocalRedis, client: Client) -> None:
+    """The jobs are its own again as soon as Redis is back, whatever is left of their leases."""
+    with WorkerProcess(server.url, "w", 100, lease_seconds=60.0) as worker:
+        worker.serving()
+        handles = submit(client, 8, 60)
+        wait_until(lambda: under_way(client, handles), timeout=20)
+        pid = server.pid
+        assert pid is not None
+        os.kill(pid, signal.SIGSTOP)
+        os.kill(worker.child_pid, signal.SIGSEGV)
+        wait_until(lambda: "child_died" in worker.whole_log(), timeout=10)
+        time.sleep(1.5)
+        os.kill(pid, signal.SIGCONT)
+        check_answers(client, handles, 60)
+        assert crashes(client, handles) == [1] * 8
+
+
+def test_no_child_outlives_its_parent_during_a_restart(server: LocalRedis) -> None:
+    with WorkerProcess(server.url, "w") as worker:
+        old = worker.child_pid
+        os.kill(old, signal.SIGKILL)
+        new = worker.next_child()
+        assert new != old
+        os.kill(worker.process.pid, signal.SIGKILL)
+        worker.process.wait()
+        wait_until(lambda: not worker.child_lives(), timeout=10)

@@ -1,0 +1,134 @@
+"""What a job costs in Redis, and that nothing stays (D11). `pytest -s` shows the figures."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, cast
+
+import pytest
+
+from mlx_serving.common import calls
+from mlx_serving.common.jobs import GenerationJob
+from mlx_serving.common.states import JobState
+from mlx_serving.producer.envelope import seal
+from mlx_serving.worker.sweeper import Sweeper
+from tests.helpers import wait_until
+from tests.protocol_driver import LANES, QUEUE, Driver
+
+if TYPE_CHECKING:
+    import redis
+
+    from mlx_serving.common.local_redis import LocalRedis
+
+JOBS = 2_000
+EVENTS = 2_000
+QUEUED_BYTES = 2.5 * 1024
+EVENT_BYTES = 100
+
+
+@pytest.fixture
+def driver(redis_client: redis.Redis) -> Driver:
+    return Driver(redis_client)
+
+
+def used(client: redis.Redis) -> int:
+    client.memory_purge()
+    return int(client.info("memory")["used_memory_dataset"])
+
+
+def memory(client: redis.Redis, *names: str) -> int:
+    return sum(int(client.memory_usage(name, samples=0) or 0) for name in names)
+
+
+@pytest.mark.may_leak(reason="jobs stay queued")
+def test_a_queued_job_costs_at_most_2_5_kib_and_its_payload(driver: Driver) -> None:
+    prompt = "count from 3 to 12, " * 10
+    entries = [
+        seal(
+            GenerationJob.build(model="tally", prompt=prompt, deadline=60),
+            max_payload_bytes=1 << 20,
+        )
+        for _ in range(JOBS)
+    ]
+    payload = sum(len(cast("bytes", e.rq_fields["data"])) for e in entries) / JOBS
+    before = used(driver.redis)
+    driver.protocol.run_many([calls.enqueue(e) for e in entries])
+    by_dataset = (used(driver.redis) - before) / JOBS
+    one = entries[0].job_id
+    own = memory(driver.redis, f"mlxs:job:{one}", f"rq:job:{one}")
+    shared = memory(
+        driver.redis, driver.keys.open(QUEUE), "rq:queue:tally:default", "mlxs:deadlines"
+    )
+    by_keys = own + shared / JOBS
+    assert by_keys - payload <= QUEUED_BYTES
+    assert by_dataset - payload <= QUEUED_BYTES
+
+
+@pytest.mark.may_leak(reason="the job stays running")
+def test_an_event_costs_at_most_100_bytes_and_its_text(driver: Driver) -> None:
+    attempt = driver.start("a")
+    driver.commit(attempt, attempt.row())
+    before = memory(driver.redis, "mlxs:ev:a")
+    text = " word"
+    rows = [attempt.row(text=text) for _ in range(EVENTS)]
+    for start in range(0, EVENTS, 100):
+        driver.commit(attempt, *rows[start : start + 100])
+    each = (memory(driver.redis, "mlxs:ev:a") - before) / EVENTS
+    assert each - len(text) <= EVENT_BYTES
+
+
+def finish(driver: Driver, state: JobState) -> None:
+    attempt = driver.start("a", result_ttl=1)
+    driver.commit(attempt, attempt.row(), attempt.end(state))
+
+
+def cancel_queued(driver: Driver) -> None:
+    driver.enqueue("a", result_ttl=1, deadline_ms=60_000)
+    driver.cancel("a")
+
+
+def cancel_after_hand_over(driver: Driver) -> None:
+    attempt = driver.start("a", result_ttl=1)
+    driver.commit(attempt, attempt.row())
+    driver.release(attempt)
+    driver.cancel("a")
+
+
+def die(driver: Driver) -> None:
+    attempt = driver.start("a", result_ttl=1, max_attempts=1)
+    driver.commit(attempt, attempt.row())
+    blame = calls.Blame("a", attempt.job.epoch, company=1, alone=True)
+    assert driver.protocol.run(calls.crash("w1", [blame])) == [("a", "dead")]
+
+
+def stock_delete(driver: Driver) -> None:
+    attempt = driver.start("a", result_ttl=1)
+    driver.redis.delete("rq:job:a")
+    driver.commit(attempt, attempt.row(), attempt.end(JobState.CANCELLED))
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        lambda driver: finish(driver, JobState.FINISHED),
+        lambda driver: finish(driver, JobState.FAILED),
+        cancel_queued,
+        cancel_after_hand_over,
+        die,
+        stock_delete,
+    ],
+    ids=["finished", "failed", "cancelled queued", "cancelled handed over", "dead", "deleted"],
+)
+def test_nothing_is_left_after_result_ttl(
+    driver: Driver, settled_redis: LocalRedis, end: object
+) -> None:
+    del settled_redis
+    assert callable(end)
+    end(driver)
+    sweeper = Sweeper(driver.protocol, LANES, lease_ms=1_000, reap_seconds=1)
+
+    def left() -> set[bytes]:
+        sweeper.reap()
+        return set(driver.redis.scan_iter(count=1000))
+
+    # RQ's set of its queues is the one key that stays, one for all jobs.
+    wait_until(lambda: left() == {b"rq:queues"}, timeout=5, what="keys stayed")

@@ -1,0 +1,203 @@
+"""Odd keys under a job's id, as a hand or a stock tool may leave them: nobody else is stopped."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+import redis
+
+from mlx_serving.common import calls
+from mlx_serving.common.states import JobState
+from tests.protocol_driver import LANES, QUEUE, Driver
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from mlx_serving.common.local_redis import LocalRedis
+
+pytestmark = pytest.mark.may_leak(reason="odd keys have no TTL")
+
+
+@pytest.fixture
+def driver(redis_client: redis.Redis, settled_redis: LocalRedis) -> Driver:
+    del settled_redis
+    return Driver(redis_client)
+
+
+def wrong_type(key: str) -> Callable[[Driver], None]:
+    def mangle(driver: Driver) -> None:
+        driver.redis.delete(key)
+        driver.redis.set(key, "of another type")
+
+    return mangle
+
+
+def field(name: str, value: str | None) -> Callable[[Driver], None]:
+    def mangle(driver: Driver) -> None:
+        if value is None:
+            driver.redis.hdel("mlxs:job:odd", name)
+        else:
+            driver.redis.hset("mlxs:job:odd", name, value)
+
+    return mangle
+
+
+def ahead(driver: Driver) -> None:
+    driver.redis.xadd("mlxs:ev:odd", {"e": "x"}, id="1000000-0")
+
+
+def gone(driver: Driver) -> None:
+    driver.redis.delete("mlxs:job:odd", "rq:job:odd")
+
+
+ODDITIES = {
+    "control hash of wrong type": wrong_type("mlxs:job:odd"),
+    "control hash without state": field("st", None),
+    "control hash with an unknown state": field("st", "sleeping"),
+    "control hash without queue": field("q", None),
+    "epoch is no number": field("ep", "x"),
+    "seq is no number": field("seq", "1.5"),
+    "seq is missing": field("seq", None),
+    "attempts is no number": field("at", "many"),
+    "deadline is no number": field("dl", "soon"),
+    "ttl is negative": field("ttl", "-3"),
+    "start time is no number": field("sa", "then"),
+    "RQ hash of wrong type": wrong_type("rq:job:odd"),
+    "events of wrong type": wrong_type("mlxs:ev:odd"),
+    "events ahead of the hash": ahead,
+    "results of wrong type": wrong_type("rq:results:odd"),
+    "executions of wrong type": wrong_type("rq:executions:odd"),
+    "everything gone": gone,
+}
+
+
+@pytest.fixture(params=ODDITIES)
+def mangle(request: pytest.FixtureRequest) -> Callable[[Driver], None]:
+    return ODDITIES[request.param]
+
+
+def open_places(driver: Driver) -> list[str]:
+    return [*driver.listed(), *driver.leased(), *driver.indexed()]
+
+
+def end_what_is_left(driver: Driver) -> None:
+    """Run the jobs, where they still can, until they are dead at the latest."""
+    for _ in range(8):
+        for job in driver.claim("w9").jobs:
+            blame = calls.Blame(job.job_id, job.epoch, company=1, alone=True)
+            driver.protocol.run(calls.crash("w9", [blame]))
+        driver.reap()
+        candidates = driver.indexed()
+        driver.protocol.run(calls.reconcile(QUEUE, candidates, lease_ms=1))
+
+
+def test_a_queued_one_neither_stops_a_claim_nor_stays(
+    driver: Driver, mangle: Callable[[Driver], None]
+) -> None:
+    driver.enqueue("odd", max_attempts=2)
+    driver.enqueue("good")
+    mangle(driver)
+    assert "good" in driver.claimed_ids()
+    driver.cancel("good")
+    driver.lapse("good", "odd")
+    driver.reap()
+    end_what_is_left(driver)
+    assert open_places(driver) == []
+
+
+def test_a_running_one_stops_neither_commit_renew_nor_release_of_others(
+    driver: Driver, mangle: Callable[[Driver], None]
+) -> None:
+    odd, good = driver.start("odd", max_attempts=1), driver.start("good")
+    mangle(driver)
+    statuses = driver.commit(good, odd.row(), good.row(), odd.end(), good.row())
+    assert (statuses[1], statuses[3]) == ("OK", "OK")
+    held = [("odd", odd.job.epoch), ("good", good.job.epoch)]
+    renewed = driver.protocol.run(calls.renew("w1", held, lease_ms=60_000))
+    assert renewed[1].status == "OK"
+    assert driver.release(odd, good)[1] == "OK"
+    assert "good" in driver.listed()
+
+
+def test_a_running_one_does_not_stop_the_reaper(
+    driver: Driver, mangle: Callable[[Driver], None]
+) -> None:
+    for job_id in ("odd", "good"):
+        driver.start(job_id, max_attempts=2)
+    mangle(driver)
+    driver.lapse("odd", "good")
+    assert ("good", "requeued") in driver.reap().outcomes
+    end_what_is_left(driver)
+    assert open_places(driver) == []
+
+
+def test_a_deadline_of_one_does_not_stop_the_reaper(
+    driver: Driver, mangle: Callable[[Driver], None]
+) -> None:
+    driver.enqueue("odd")
+    driver.enqueue("good", deadline_ms=1)
+    driver.redis.zadd("mlxs:deadlines", {"odd": 1})
+    mangle(driver)
+    while driver.state("good") != "expired":
+        driver.reap()
+    assert not driver.redis.exists("mlxs:deadlines")
+
+
+def test_cancelling_one_answers(driver: Driver, mangle: Callable[[Driver], None]) -> None:
+    driver.enqueue("odd")
+    mangle(driver)
+    assert driver.cancel("odd") in {None, JobState.CANCELLED, JobState.FAILED}
+
+
+@pytest.mark.parametrize("key", ["rq:finished", "rq:failed", "rq:canceled", "rq:wip"])
+def test_a_registry_of_wrong_type_decides_nothing(driver: Driver, key: str) -> None:
+    """RQ's registries are a view."""
+    driver.redis.set(f"{key}:tally:default", "of another type")
+    attempt = driver.start("a")
+    assert driver.commit(attempt, attempt.row(), attempt.end()) == ["OK", "OK"]
+    assert driver.state("a") == "finished"
+    other = driver.start("b")
+    driver.release(other)
+    driver.take()
+    driver.lapse("b")
+    assert driver.reap().outcomes == [("b", "requeued")]
+
+
+def test_a_wrong_type_of_rqs_set_of_queues_does_not_stop_the_reaper(driver: Driver) -> None:
+    driver.start("a")
+    driver.redis.set("rq:queues", "of another type")
+    driver.lapse("a")
+    assert driver.reap(queues=LANES).outcomes == [("a", "requeued")]
+
+
+def test_one_that_can_be_read_ends_as_failed_with_an_end_event(driver: Driver) -> None:
+    driver.enqueue("odd")
+    field("ep", "x")(driver)
+    assert driver.claim().dropped == ["odd"]
+    record = driver.record("odd")
+    assert (record.state.value, record.error_code) == ("failed", "corrupt_job")
+    (end,) = driver.events("odd")
+    assert (end.type, end.state) == ("end", "failed")
+    assert driver.rq_status("odd") == "failed"
+    assert driver.redis.ttl("mlxs:job:odd") > 0
+
+
+def test_a_full_redis_loses_no_job(driver: Driver) -> None:
+    """Writes are refused: a script must not take a good job off its list for that."""
+    driver.enqueue("late", deadline_ms=1)
+    driver.enqueue("a")
+    driver.redis.config_set("maxmemory", driver.redis.info("memory")["used_memory"] // 2)
+    try:
+        for call in (driver.claim, driver.reap, lambda: driver.enqueue("b")):
+            try:
+                call()
+            except redis.RedisError as error:
+                assert "OOM" in str(error) or "memory" in str(error)  # noqa: PT017
+    finally:
+        driver.redis.config_set("maxmemory", 0)
+    driver.lapse("a")
+    driver.reap()
+    driver.claim()
+    assert driver.state("late") == "expired"
+    assert driver.state("a") == "running"

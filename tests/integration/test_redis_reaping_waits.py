@@ -1,0 +1,120 @@
+"""A reaper that was cut off from Redis, or refused, gives the others one lease to renew (D5)."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+import pytest
+import redis
+
+from mlx_serving.common import calls
+from mlx_serving.worker.strays import Strays
+from mlx_serving.worker.sweeper import Sweeper
+from tests.helpers import wait_until
+from tests.protocol_driver import LANES, Driver
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from mlx_serving.common.local_redis import LocalRedis
+
+pytestmark = pytest.mark.may_leak(reason="jobs stay queued or running at the end of a test")
+
+LEASE_SECONDS = 1.0
+
+
+@pytest.fixture
+def driver(redis_client: redis.Redis, settled_redis: LocalRedis) -> Iterator[Driver]:
+    del settled_redis
+    yield Driver(redis_client)
+    redis_client.config_set("maxmemory", "0")
+
+
+@pytest.fixture
+def sweeper(driver: Driver) -> Sweeper:
+    return Sweeper(driver.protocol, LANES, lease_ms=int(LEASE_SECONDS * 1000), reap_seconds=0.05)
+
+
+def test_without_an_outage_it_reaps_at_once(driver: Driver, sweeper: Sweeper) -> None:
+    driver.start("a")
+    sweeper.sweep()
+    driver.lapse("a")
+    time.sleep(0.06)
+    sweeper.sweep()
+    assert driver.listed() == ["a"]
+
+
+def waits_one_lease(driver: Driver, sweeper: Sweeper) -> None:
+    began = time.monotonic()
+    sweeper.sweep()
+    assert driver.listed() == []
+    time.sleep(0.1)
+    sweeper.sweep()
+    assert driver.listed() == []
+
+    def came_back() -> bool:
+        sweeper.sweep()
+        return driver.listed() == ["a"]
+
+    wait_until(came_back, timeout=2)
+    assert time.monotonic() - began >= LEASE_SECONDS - 0.1
+
+
+def test_after_an_outage_it_waits(driver: Driver, sweeper: Sweeper) -> None:
+    driver.start("a")
+    sweeper.sweep()
+    driver.lapse("a")
+    assert sweeper._answered_at is not None
+    sweeper._answered_at -= 10
+    sweeper._reaped_at = 0.0
+    waits_one_lease(driver, sweeper)
+
+
+def test_after_a_full_memory_it_waits(driver: Driver, sweeper: Sweeper) -> None:
+    driver.start("a")
+    driver.lapse("a")
+    driver.redis.config_set("maxmemory", "1")
+    with pytest.raises(redis.OutOfMemoryError):
+        sweeper.sweep()
+    driver.redis.config_set("maxmemory", "0")
+    time.sleep(0.06)
+    waits_one_lease(driver, sweeper)
+
+
+def test_a_full_memory_lets_leases_be_renewed(driver: Driver) -> None:
+    attempt = driver.start("a")
+    driver.lapse("a")
+    driver.redis.config_set("maxmemory", "1")
+    driver.renew(attempt)
+    assert driver.reap().outcomes == []
+
+
+def test_strays_go_back_in_their_order_and_what_is_held_stays(driver: Driver) -> None:
+    for job_id in ("c", "a", "b", "d"):
+        driver.enqueue(job_id)
+        time.sleep(0.002)
+    claim = calls.claim(
+        "w", LANES, most=4, lease_ms=1000, protocol=1, capacity_tokens=10_000,
+        max_payload_bytes=1 << 20,
+    )  # fmt: skip
+    jobs = driver.protocol.run(claim).jobs
+    strays = Strays(driver.protocol, "w", lambda: [jobs[1].request_id], seconds=5)
+    strays.give_back()
+    assert driver.listed() == []  # no claim failed
+    strays.expect()
+    strays.give_back()
+    assert driver.listed() == ["c", "b", "d"]
+
+
+@pytest.mark.parametrize("odd", ["list", "members"])
+def test_an_odd_set_of_executions_stops_nobody(driver: Driver, odd: str) -> None:
+    key = driver.protocol.keys.rq_worker_executions("w")
+    if odd == "list":
+        driver.redis.rpush(key, "x")
+    else:
+        driver.redis.sadd(key, b"\xff", "x", ":", "a:b", "unknown:1")
+    strays = Strays(driver.protocol, "w", list, seconds=5)
+    strays.expect()
+    strays.give_back()
+    assert driver.listed() == []

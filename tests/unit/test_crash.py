@@ -1,0 +1,102 @@
+"""How a death is read, and whom it speaks against."""
+
+from __future__ import annotations
+
+import signal
+
+import pytest
+
+from mlx_serving.common.calls import Blame
+from mlx_serving.worker.crash import Cause, classify, judge
+from mlx_serving.worker.manifest import ManifestRow, RowState
+
+
+@pytest.mark.parametrize(
+    ("exit_code", "memory_pressure", "cause"),
+    [
+        (0, False, Cause.DRAINED),
+        (0, True, Cause.DRAINED),
+        (78, False, Cause.CONFIGURATION),
+        (70, False, Cause.CRASHED),
+        (1, False, Cause.CRASHED),
+        (255, False, Cause.CRASHED),
+        (-signal.SIGABRT, False, Cause.CRASHED),
+        (-signal.SIGSEGV, False, Cause.CRASHED),
+        (-signal.SIGBUS, False, Cause.CRASHED),
+        (-signal.SIGILL, False, Cause.CRASHED),
+        (-signal.SIGFPE, False, Cause.CRASHED),
+        (-signal.SIGTRAP, True, Cause.CRASHED),
+        (-signal.SIGKILL, False, Cause.KILLED),
+        (-signal.SIGKILL, True, Cause.OUT_OF_MEMORY),
+        (-signal.SIGTERM, True, Cause.KILLED),
+        (-signal.SIGHUP, False, Cause.KILLED),
+        (-signal.SIGINT, False, Cause.KILLED),
+    ],
+)
+def test_what_an_exit_code_says(exit_code: int, memory_pressure: bool, cause: Cause) -> None:  # noqa: FBT001
+    assert classify(exit_code, memory_pressure=memory_pressure) is cause
+
+
+def test_only_deaths_of_the_engines_own_doing_charge() -> None:
+    charging = {cause for cause in Cause if cause.charges}
+    assert charging == {Cause.CRASHED, Cause.OUT_OF_MEMORY}
+
+
+def rows(states: str) -> list[ManifestRow]:
+    """One row a letter: Held, Entering, Running, Proven; the ids are their places."""
+    letters = {state.name[0]: state for state in RowState}
+    return [ManifestRow(f"{n}:1", letters[letter], n) for n, letter in enumerate(states)]
+
+
+def companies(states: str) -> list[int]:
+    blamed = {row.job_id: row.company for row in judge(rows(states), Cause.CRASHED)}
+    return [blamed[str(n)] for n in range(len(states))]
+
+
+@pytest.mark.parametrize(
+    ("states", "expected"),
+    [
+        ("", []),
+        ("HH", [0, 0]),
+        ("R", [1]),
+        ("P", [1]),
+        ("RR", [1, 1]),
+        ("RRR", [2, 2, 2]),
+        ("PPPP", [2, 2, 2, 2]),
+        ("PPR", [0, 0, 1]),
+        ("ERRR", [1, 2, 2, 2]),
+        ("EEEERR", [2, 2, 2, 2, 3, 3]),
+        ("HEPP", [0, 1, 0, 0]),
+        ("R" * 64, [32] * 64),
+    ],
+)
+def test_company_shrinks_to_half_of_the_suspects(states: str, expected: list[int]) -> None:
+    assert companies(states) == expected
+
+
+@pytest.mark.parametrize("cause", [c for c in Cause if not c.charges])
+def test_a_death_from_outside_charges_nobody(cause: Cause) -> None:
+    assert judge(rows("HERP"), cause) == [Blame(str(n), 1) for n in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("states", "alone"),
+    [("R", True), ("E", True), ("HRH", True), ("P", True), ("RP", False), ("ER", False)],
+)
+def test_alone_is_who_was_the_only_one_in_the_engine(states: str, alone: bool) -> None:  # noqa: FBT001
+    assert any(row.alone and row.company for row in judge(rows(states), Cause.CRASHED)) is alone
+
+
+def test_the_closest_suspects_run_first_the_untouched_last() -> None:
+    order = [row.job_id for row in judge(rows("HRRERRP"), Cause.CRASHED)]
+    assert order == ["3", "1", "2", "4", "5", "0", "6"]
+
+
+@pytest.mark.parametrize("size", range(1, 65))
+def test_any_batch_comes_down_to_one_row_in_seven_crashes(size: int) -> None:
+    crashes = 0
+    while size > 1:
+        size = companies("R" * size)[0]
+        crashes += 1
+    assert crashes <= 6
+    assert companies("R") == [1]

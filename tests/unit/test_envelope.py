@@ -1,0 +1,60 @@
+"""What a submit writes of a job for RQ is what RQ itself would write."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from typing import Any, cast
+
+import pytest
+from rq.job import Job, JobStatus
+from rq.serializers import JSONSerializer
+
+from mlx_serving.common.errors import PayloadTooLarge
+from mlx_serving.common.jobs import GenerationJob
+from mlx_serving.producer.envelope import JOB_FUNCTION, seal
+from mlx_serving.worker.payload import read_job
+
+MOMENT = ("created_at", "enqueued_at")
+
+
+def job(**fields: Any) -> GenerationJob:
+    given = {"model": "tally", "prompt": "echo 你好 👋", "seed": 7}
+    return GenerationJob.build(**(given | fields))
+
+
+@pytest.mark.parametrize("fields", [{}, {"lane": "bulk", "result_ttl": 60}, {"max_attempts": 5}])
+def test_the_hash_is_rq_s_own(fields: dict[str, Any]) -> None:
+    made = job(**fields)
+    entry = seal(made, max_payload_bytes=1 << 20)
+    rq_job = Job.create(
+        JOB_FUNCTION, args=(made.to_wire(),), id=entry.job_id, origin=made.queue,
+        description=f"generate {made.queue}", result_ttl=made.result_ttl,
+        failure_ttl=made.result_ttl, status=JobStatus.QUEUED, serializer=JSONSerializer,
+        connection=cast("Any", object()),
+    )  # fmt: skip
+    rq_job.enqueued_at = rq_job.created_at
+    written = {k: v for k, v in rq_job.to_dict(include_meta=False).items() if v != ""}
+    own = dict(entry.rq_fields)
+    data, theirs = own.pop("data"), written.pop("data")
+    assert json.loads(zlib.decompress(cast("bytes", data))) == json.loads(zlib.decompress(theirs))
+    for name in MOMENT:
+        assert len(str(own.pop(name))) == len(written.pop(name))
+    assert own == written | {"status": "queued"}
+
+
+def test_what_one_submit_changes_another_does_not_see() -> None:
+    first = seal(job(), max_payload_bytes=1 << 20)
+    cast("dict[str, Any]", first.rq_fields)["status"] = "spoilt"
+    assert seal(job(), max_payload_bytes=1 << 20).rq_fields["status"] == "queued"
+
+
+def test_what_a_producer_lets_pass_a_worker_with_the_same_limit_reads() -> None:
+    largest = 1 << 12
+    while True:
+        try:
+            entry = seal(job(prompt="x" * largest), max_payload_bytes=1 << 12)
+            break
+        except PayloadTooLarge:
+            largest -= 1
+    assert read_job(cast("bytes", entry.rq_fields["data"]), limit=1 << 12).prompt == "x" * largest

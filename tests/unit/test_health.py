@@ -1,0 +1,136 @@
+"""The verdict table: what makes a worker red, degraded, or neither."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from mlx_serving.worker.health import Limits, judge
+from mlx_serving.worker.status_board import Board, ChildState, Snapshot, View
+
+LIMITS = Limits(stall_seconds=10.0, buffer_tokens=100)
+
+
+def view(child: ChildState = "up", silent_for: float = 0.1, **fields: Any) -> View:
+    snapshot = Snapshot(**({"phase": "serving"} | fields))
+    return View(child, snapshot, silent_for, 0, {}, {}, {}, {})
+
+
+HEALTHY: list[dict[str, Any]] = [
+    {},
+    {"engine_age": 7.8},
+    {"backlog": 99},
+    {"redis_age": 4.8, "redis_failing": 1.9},
+    {"main_age": 29.8},
+]
+RED: list[tuple[dict[str, Any], tuple[str, ...]]] = [
+    ({"child": "gone"}, ("child_gone",)),
+    ({"child": "restarting"}, ("child_restarting",)),
+    ({"engine_dead": True}, ("engine_dead",)),
+    ({"publisher_dead": True}, ("publisher_dead",)),
+    ({"engine_age": 8.0}, ("engine_stalled",)),
+    ({"engine_age": 4.1, "silent_for": 4.0}, ("engine_stalled",)),
+    ({"silent_for": 8.0}, ("child_silent",)),
+    ({"backlog": 100}, ("buffer_full",)),
+    (
+        {"backlog": 100, "redis_age": 60.0, "redis_failing": 60.0},
+        ("buffer_full", "redis_unreachable"),
+    ),
+    ({"phase": "draining", "engine_dead": True}, ("engine_dead",)),
+]
+DEGRADED: list[tuple[dict[str, Any], tuple[str, ...]]] = [
+    ({"redis_age": 5.0}, ("redis_unreachable",)),
+    ({"redis_age": 3600.0, "backlog": 99}, ("redis_unreachable",)),
+    ({"redis_failing": 2.0}, ("redis_failing",)),
+    ({"main_age": 30.0}, ("main_loop_late",)),
+]
+
+
+@pytest.mark.parametrize("fields", HEALTHY)
+def test_ok(fields: dict[str, Any]) -> None:
+    verdict = judge(view(**fields), LIMITS)
+    assert (verdict.status, verdict.reasons, verdict.http_status) == ("ok", (), 200)
+
+
+@pytest.mark.parametrize(("fields", "reasons"), RED)
+def test_red(fields: dict[str, Any], reasons: tuple[str, ...]) -> None:
+    verdict = judge(view(**fields), LIMITS)
+    assert (verdict.status, verdict.reasons, verdict.http_status) == ("red", reasons, 503)
+
+
+@pytest.mark.parametrize(("fields", "reasons"), DEGRADED)
+def test_redis_away_is_not_red(fields: dict[str, Any], reasons: tuple[str, ...]) -> None:
+    verdict = judge(view(**fields), LIMITS)
+    assert (verdict.status, verdict.reasons, verdict.http_status) == ("degraded", reasons, 200)
+
+
+def test_starting_is_not_ready() -> None:
+    verdict = judge(view("starting", silent_for=100.0, phase="loading"), LIMITS)
+    assert (verdict.status, verdict.reasons, verdict.http_status) == ("starting", ("loading",), 503)
+
+
+def test_a_drain_is_no_fault() -> None:
+    assert judge(view(phase="draining"), LIMITS).status == "draining"
+    away = judge(view(phase="draining", redis_age=9.0), LIMITS)
+    assert (away.status, away.reasons, away.http_status) == (
+        "draining",
+        ("redis_unreachable",),
+        200,
+    )
+
+
+def test_red_comes_before_the_watchdog_and_not_from_idling() -> None:
+    assert Limits(stall_seconds=10.0).red_seconds == 8.0
+    assert Limits(stall_seconds=2.0).red_seconds == 1.6
+    # An idle loop comes round every 0.5 s and is reported every 0.5 s.
+    assert Limits(stall_seconds=0.5).red_seconds == 1.5
+
+
+class Clock:
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_the_life_of_children() -> None:
+    clock = Clock()
+    board = Board(clock)
+
+    def status() -> str:
+        return judge(board.view(), LIMITS).status
+
+    board.begin()
+    assert status() == "starting"
+    board.post(Snapshot(phase="loading"))
+    assert status() == "starting"
+    board.post(Snapshot(phase="serving"))
+    assert status() == "ok"
+    clock.now += 8.0
+    assert status() == "red"  # nobody has said that the engine lives
+    board.post(Snapshot(phase="serving"))
+    assert status() == "ok"
+    board.end("crashed", restarts=True)
+    assert status() == "red"
+    board.begin()
+    assert status() == "red"  # not `starting`: it was up, and is not
+    board.post(Snapshot(phase="loading"))
+    assert status() == "red"
+    board.post(Snapshot(phase="serving"))
+    assert status() == "ok"
+    board.end("drained", restarts=False)
+    assert judge(board.view(), LIMITS).reasons == ("child_gone",)
+    assert board.view().restarts == 1
+    assert board.view().exits == {"crashed": 1, "drained": 1}
+
+
+def test_a_parent_that_slept_too_blames_nobody() -> None:
+    clock = Clock()
+    board = Board(clock)
+    board.begin()
+    board.post(Snapshot(phase="serving"))
+    clock.now += 3600.0
+    assert judge(board.view(), LIMITS).reasons == ("child_silent",)
+    board.excuse()
+    assert judge(board.view(), LIMITS).status == "ok"

@@ -1,0 +1,140 @@
+"""The child's list of what it holds, as its parent reads it after any death."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from mlx_serving.worker.manifest import SLOT_BYTES, Manifest, ManifestFile, RowState
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+ID = "0123456789abcdef0123456789abcdef"
+
+
+@pytest.fixture
+def file() -> Iterator[ManifestFile]:
+    file = ManifestFile(slots=8)
+    yield file
+    file.close()
+
+
+def states(file: ManifestFile) -> dict[str, str]:
+    return {row.request_id: row.state.name for row in file.read()}
+
+
+def test_a_new_file_holds_nothing(file: ManifestFile) -> None:
+    assert file.read() == []
+
+
+def test_the_parent_reads_what_the_child_wrote_and_where_it_stood(file: ManifestFile) -> None:
+    child = Manifest.open(file.path)
+    for job in ("a:1", "b:12", f"{ID}:3", "d:1"):
+        child.hold(job)
+    child.prefill(["b:12", f"{ID}:3"])
+    child.mark("d:1", RowState.PROVEN)
+    assert states(file) == {
+        "a:1": "HELD", "b:12": "ENTERING", f"{ID}:3": "ENTERING", "d:1": "PROVEN",
+    }  # fmt: skip
+    assert [(row.job_id, row.epoch) for row in file.read()] == [
+        ("a", 1), ("b", 12), (ID, 3), ("d", 1),
+    ]  # fmt: skip
+
+
+def test_the_files_name_is_gone_once_the_child_has_it(file: ManifestFile) -> None:
+    child = Manifest.open(file.path)
+    assert not Path(file.path).exists()
+    child.hold("a:1")
+    assert states(file) == {"a:1": "HELD"}
+
+
+def test_a_file_that_no_child_opened_is_removed() -> None:
+    file = ManifestFile(slots=1)
+    assert Path(file.path).exists()
+    file.close()
+    assert not Path(file.path).exists()
+
+
+def test_a_prefill_ends_when_the_next_begins_or_the_step_is_over(file: ManifestFile) -> None:
+    child = Manifest.open(file.path)
+    child.hold("a:1")
+    child.hold("b:1")
+    child.prefill(["a:1"])
+    child.prefill(["b:1"])
+    assert states(file) == {"a:1": "RUNNING", "b:1": "ENTERING"}
+    child.prefill(())
+    assert states(file) == {"a:1": "RUNNING", "b:1": "RUNNING"}
+
+
+def test_rendering_a_prompt_counts_as_entering_only_meanwhile(file: ManifestFile) -> None:
+    child = Manifest.open(file.path)
+    child.hold("a:1")
+    with child.entering("a:1"):
+        assert states(file) == {"a:1": "ENTERING"}
+    assert states(file) == {"a:1": "HELD"}
+
+
+def test_slots_are_used_again_and_the_order_of_claims_is_kept(file: ManifestFile) -> None:
+    child = Manifest.open(file.path)
+    names = [f"job{n}:1" for n in range(100)]
+    for name in names:
+        child.hold(name)
+        child.hold(name)
+        if name != "job95:1":
+            child.drop(name)
+    child.hold("late:1")
+    child.drop("unknown:1")
+    child.mark("unknown:1", RowState.RUNNING)
+    assert [row.request_id for row in file.read()] == ["job95:1", "late:1"]
+
+
+def test_what_finds_no_slot_is_left_to_its_lease(file: ManifestFile) -> None:
+    child = Manifest.open(file.path)
+    for n in range(20):
+        child.hold(f"{n}:1")
+    child.hold("x" * 300 + ":1")
+    assert len(file.read()) == 8
+
+
+def test_an_older_attempt_of_the_same_job_is_another_row(file: ManifestFile) -> None:
+    child = Manifest.open(file.path)
+    child.hold("a:1")
+    child.hold("a:2")
+    child.drop("a:1")
+    assert states(file) == {"a:2": "HELD"}
+
+
+def test_a_torn_record_is_not_read(file: ManifestFile) -> None:
+    """Whatever part of `hold` was written: the state byte comes last."""
+    whole = bytearray(SLOT_BYTES * 8)
+    Manifest(whole).hold("abcdef:1")
+    (at,) = [at for at in range(0, len(whole), SLOT_BYTES) if whole[at]]
+    with Path(file.path).open("r+b") as raw:
+        for length in range(1, SLOT_BYTES):
+            raw.seek(at + 1)
+            raw.write(whole[at + 1 : at + length])
+            raw.flush()
+            assert file.read() == []
+
+
+def test_garbage_does_no_harm(file: ManifestFile) -> None:
+    noise = random.Random(1)
+    with Path(file.path).open("r+b") as raw:
+        for _ in range(200):
+            raw.seek(0)
+            raw.write(noise.randbytes(SLOT_BYTES * 8))
+            raw.flush()
+            for row in file.read():
+                assert row.job_id
+                assert row.epoch >= 0
+
+
+def test_without_a_file_it_is_only_kept() -> None:
+    manifest = Manifest()
+    manifest.hold("a:1")
+    manifest.prefill(["a:1"])
+    manifest.drop("a:1")

@@ -1,0 +1,283 @@
+"""The publisher with a protocol without Redis: what is sent when, and what an answer leads to."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+import pytest
+import redis
+
+from mlx_serving.common.calls import RowReply
+from mlx_serving.worker.publisher import BULK_SECONDS, Publisher, PublisherOptions
+from tests.helpers import wait_until
+from tests.worker_fakes import FakeProtocol, held, output
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from mlx_serving.worker.held import HeldJob
+
+FLUSH = 0.1
+
+
+class Bench:
+    def __init__(self) -> None:
+        self.protocol = FakeProtocol()
+        self.gone: list[str] = []
+        self.alive = True
+        self.publisher = Publisher(
+            self.protocol,  # type: ignore[arg-type]
+            "w1",
+            PublisherOptions(lease_ms=400, flush_seconds=FLUSH, idle_seconds=0.02),
+            on_gone=self.gone.append,
+            fresh=lambda: self.alive,
+        )
+
+    def hold(self, *jobs: HeldJob) -> None:
+        self.publisher.hold(jobs)
+
+    def types(self) -> list[str]:
+        return [event.type for event in self.protocol.events]
+
+    def idle(self) -> None:
+        wait_until(lambda: not self.publisher._dirty and self.protocol.gate.is_set())
+
+    def wait_for(self, *types: str) -> None:
+        wait_until(lambda: self.types() == list(types), timeout=3, what=str(types))
+
+
+@pytest.fixture
+def bench() -> Iterator[Bench]:
+    bench = Bench()
+    bench.publisher.start()
+    yield bench
+    bench.protocol.gate.set()
+    bench.publisher.stop()
+    bench.publisher.join(5)
+    assert not bench.publisher.is_alive()
+
+
+def test_the_first_token_goes_at_once_and_the_next_ones_together(bench: Bench) -> None:
+    job = held()
+    bench.hold(job)
+    started = time.monotonic()
+    bench.publisher.push([output(job, [1], "1")])
+    bench.wait_for("attempt", "tokens")
+    assert time.monotonic() - started < FLUSH
+    for token in range(2, 8):
+        bench.publisher.push([output(job, [token], f" {token}")])
+    bench.wait_for("attempt", "tokens", "tokens")
+    last = bench.protocol.events[-1].choices[0]
+    assert (last.token_ids, last.text) == ([2, 3, 4, 5, 6, 7], " 2 3 4 5 6 7")
+    assert [event.seq for event in bench.protocol.events] == [1, 2, 3]
+
+
+def test_all_rows_of_a_step_are_one_call(bench: Bench) -> None:
+    jobs = [held(f"j{n}") for n in range(64)]
+    bench.hold(*jobs)
+    bench.publisher.push([output(job, [1], "1") for job in jobs])
+    wait_until(lambda: len(bench.protocol.events) == 128)
+    assert len(bench.protocol.sent) == 1
+
+
+def test_an_end_goes_at_once_after_its_last_tokens(bench: Bench) -> None:
+    job = held()
+    bench.hold(job)
+    bench.publisher.push([output(job, [1, 2], "1 2", "stop")])
+    bench.wait_for("attempt", "tokens", "end")
+    tokens, end = bench.protocol.events[1:]
+    assert tokens.choices[0].finish_reason == "stop"
+    assert end.usage is not None
+    assert (end.state, end.usage.completion_tokens) == ("finished", 2)
+    wait_until(lambda: bench.gone == [job.request_id])
+    assert (bench.publisher.held(), bench.publisher.backlog) == ([], 0)
+
+
+def test_a_job_without_stream_waits_for_16_tokens_and_publishes_nothing(bench: Bench) -> None:
+    job = held(stream=False)
+    bench.hold(job)
+    bench.publisher.push([output(job, [0])])
+    bench.wait_for("attempt", "tokens")
+    for token in range(1, 16):
+        bench.publisher.push([output(job, [token])])
+    time.sleep(2 * FLUSH)  # nothing may happen: it has 15 tokens
+    assert len(bench.protocol.commits) == 1
+    bench.publisher.push([output(job, [16])])
+    bench.wait_for("attempt", "tokens", "tokens")
+    assert len(bench.protocol.events[-1].choices[0].token_ids) == 16
+    assert not any(publish for commit in bench.protocol.commits for *_, publish in commit)
+
+
+def test_a_job_without_stream_waits_no_longer_than_half_a_second(bench: Bench) -> None:
+    job = held(stream=False)
+    bench.hold(job)
+    bench.publisher.push([output(job, [0])])
+    bench.wait_for("attempt", "tokens")
+    first = time.monotonic()
+    bench.publisher.push([output(job, [1])])
+    bench.wait_for("attempt", "tokens", "tokens")
+    assert BULK_SECONDS - 0.05 <= time.monotonic() - first < BULK_SECONDS + 0.3
+
+
+def test_a_fault_sends_the_very_same_rows_again(bench: Bench) -> None:
+    job = held()
+    bench.hold(job)
+    bench.protocol.faults = [redis.ConnectionError("lost"), redis.TimeoutError("lost")]
+    bench.publisher.push([output(job, [1], "1")])
+    wait_until(lambda: bench.publisher.failing)
+    bench.publisher.push([output(job, [2], " 2")])
+    bench.wait_for("attempt", "tokens", "tokens")
+    assert bench.protocol.sent[0] == bench.protocol.sent[1] == bench.protocol.sent[2]
+    assert [e.choices[0].token_ids for e in bench.protocol.events[1:]] == [[1], [2]]
+    assert not bench.publisher.failing
+
+
+def test_a_resend_that_is_answered_dup_goes_on(bench: Bench) -> None:
+    job = held()
+    bench.hold(job)
+    bench.protocol.answers["a"] = RowReply("DUP")
+    bench.publisher.push([output(job, [1], "1", "stop")])
+    wait_until(lambda: bench.gone == [job.request_id])
+    assert bench.publisher.fenced == 0
+
+
+def test_a_full_redis_is_waited_for(bench: Bench) -> None:
+    job, other = held(), held("b")
+    bench.hold(job, other)
+    bench.protocol.answers["a"] = RowReply("ERROR", "OOM command not allowed")
+    bench.publisher.push([output(job, [1], "1"), output(other, [1], "1")])
+    wait_until(lambda: len(bench.protocol.sent) >= 3)
+    assert {row[0] for row in bench.protocol.sent[-1]} == {"a"}
+    bench.protocol.answers.clear()
+    wait_until(lambda: not bench.publisher.failing)
+    assert (bench.gone, bench.publisher.fenced) == ([], 0)
+
+
+@pytest.mark.parametrize("status", ["FENCED", "GAP", "ERROR"])
+def test_a_lost_job_is_dropped_and_aborted_and_its_batch_mate_goes_on(
+    bench: Bench, status: str
+) -> None:
+    job, mate = held(), held("b")
+    bench.hold(job, mate)
+    bench.protocol.answers["a"] = RowReply(status, "WRONGTYPE")  # type: ignore[arg-type]
+    bench.publisher.push([output(job, [1], "1"), output(mate, [1], "1")])
+    wait_until(lambda: bench.gone == [job.request_id])
+    before = len(bench.protocol.sent)
+    bench.publisher.push([output(job, [2], "2"), output(mate, [2], "2", "stop")])
+    wait_until(lambda: mate.request_id in bench.gone)
+    assert {row[0] for sent in bench.protocol.sent[before:] for row in sent} == {"b"}
+    assert (bench.publisher.fenced, bench.publisher.backlog) == (1, 0)
+
+
+def test_the_answer_to_an_old_attempt_does_not_touch_the_new_one(bench: Bench) -> None:
+    old, new = held(), held(epoch=2)
+    bench.hold(old)
+    bench.protocol.gate.clear()
+    bench.protocol.answers["a"] = RowReply("FENCED")
+    bench.publisher.push([output(old, [1], "1")])
+    wait_until(lambda: not bench.publisher._dirty)
+    bench.hold(new)
+    bench.protocol.gate.set()
+    wait_until(lambda: len(bench.protocol.sent) >= 1 and bench.gone)
+    bench.protocol.answers.clear()
+    bench.publisher.push([output(old, [2], "2"), output(new, [1], "1", "stop")])
+    wait_until(lambda: new.request_id in bench.gone)
+    assert bench.gone == [old.request_id, new.request_id]
+    tokens = [e for e in bench.protocol.events if e.type == "tokens" and e.attempt == 2]
+    assert [e.choices[0].token_ids for e in tokens] == [[1]]
+
+
+@pytest.mark.parametrize(
+    ("reason", "state"),
+    [("because", "cancelled"), ("timeout", "expired"), ("abandoned", "expired")],
+)
+def test_a_reason_in_an_answer_ends_the_job(bench: Bench, reason: str, state: str) -> None:
+    job = held()
+    bench.hold(job)
+    bench.protocol.answers["a"] = RowReply("OK", reason)
+    bench.publisher.push([output(job, [1], "1")])
+    bench.wait_for("attempt", "tokens", "end")
+    end = bench.protocol.events[-1]
+    assert end.error is not None
+    assert (end.state, end.error.message) == (state, reason)
+    assert bench.gone[0] == job.request_id
+
+
+@pytest.mark.parametrize("status", ["OK", "FENCED"])
+def test_a_failed_renewal_is_over_with_the_next_one(bench: Bench, status: str) -> None:
+    """Also where nothing is held any more: a worker that calls itself failing claims no jobs."""
+    bench.protocol.renew_faults = [redis.ConnectionError("lost")] * 3
+    bench.protocol.renew_answers["a"] = RowReply(status)  # type: ignore[arg-type]
+    bench.hold(held())
+    wait_until(lambda: bench.publisher.failing)
+    wait_until(lambda: not bench.publisher.failing)
+    assert bench.protocol.renew_faults == []
+
+
+def test_leases_are_renewed_while_the_engine_makes_progress(bench: Bench) -> None:
+    bench.hold(held(), held("b"))
+    wait_until(lambda: len(bench.protocol.renewals) >= 3)
+    assert bench.protocol.renewals[0] == ["a", "b"]
+    bench.alive = False
+    seen = len(bench.protocol.renewals)
+    time.sleep(0.3)  # three renewals' time
+    assert len(bench.protocol.renewals) <= seen + 1
+
+
+def test_a_renewal_brings_the_reason_to_a_job_that_emits_nothing(bench: Bench) -> None:
+    job = held()
+    bench.hold(job)
+    bench.protocol.renew_answers["a"] = RowReply("OK", "because")
+    wait_until(lambda: bench.types()[-1:] == ["end"])
+
+
+def test_a_renewal_that_is_fenced_drops_the_job(bench: Bench) -> None:
+    job = held()
+    bench.hold(job)
+    bench.protocol.renew_answers["a"] = RowReply("FENCED")
+    wait_until(lambda: bench.gone == [job.request_id])
+    assert bench.publisher.held() == []
+
+
+def test_a_job_over_its_time_ends_by_this_process_clock(bench: Bench) -> None:
+    bench.hold(held(timeout_ms=30))
+    wait_until(lambda: bench.types()[-1:] == ["end"])
+    assert bench.protocol.events[-1].state == "expired"
+
+
+def test_the_backlog_counts_what_no_flush_took(bench: Bench) -> None:
+    job = held()
+    bench.hold(job)
+    bench.protocol.gate.clear()
+    bench.publisher.push([output(job, [1], "1")])
+    wait_until(lambda: bench.publisher.backlog == 0)
+    for token in range(2, 12):
+        bench.publisher.push([output(job, [token], "x")])
+    assert bench.publisher.backlog == 10
+    bench.protocol.gate.set()
+    wait_until(lambda: bench.publisher.backlog == 0)
+
+
+def test_push_never_waits_for_redis(bench: Bench) -> None:
+    job = held()
+    bench.hold(job)
+    bench.protocol.gate.clear()
+    bench.publisher.push([output(job, [1], "1")])
+    wait_until(lambda: bench.publisher.backlog == 0)
+    started = time.monotonic()
+    for token in range(1000):
+        bench.publisher.push([output(job, [token], "x")])
+    assert time.monotonic() - started < 0.5
+
+
+def test_a_drain_writes_what_waits(bench: Bench) -> None:
+    job = held(stream=False)
+    bench.hold(job)
+    bench.publisher.push([output(job, [0])])
+    bench.wait_for("attempt", "tokens")
+    bench.publisher.push([output(job, [1])])
+    assert bench.publisher.drain(2)
+    assert bench.protocol.events[-1].choices[0].token_ids == [1]
+    bench.publisher.let_go([job])
+    assert bench.publisher.held() == []

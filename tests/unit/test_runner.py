@@ -1,0 +1,186 @@
+"""The engine thread with an engine of strings: order, room, aborts, pauses, failures."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING
+
+import pytest
+
+from mlx_serving.worker.engine.sequence import Output, Request, RequestRefusedError, SamplingParams
+from mlx_serving.worker.runner import Runner
+from tests.helpers import wait_until
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+
+def request(name: str) -> Request:
+    return Request(name, (1,), SamplingParams(), 4)
+
+
+class FakeEngine:
+    """Holds `room` rows; each step gives each row a token. Errors are scripted by name."""
+
+    def __init__(self, room: int = 2) -> None:
+        self.room = room
+        self.rows: list[str] = []
+        self.added: list[str] = []
+        self.aborted: list[str] = []
+        self.steps = 0
+        self.error: BaseException | None = None
+        self.gate = threading.Event()
+        self.gate.set()
+
+    def can_add(self, _: Request) -> bool:
+        return len(self.rows) < self.room
+
+    def add(self, request: Request) -> None:
+        if request.id == "refused":
+            raise RequestRefusedError("too_large", "too large")
+        if request.id == "broken":
+            raise ZeroDivisionError
+        self.rows.append(request.id)
+        self.added.append(request.id)
+
+    def abort(self, request_id: str) -> None:
+        self.aborted.append(request_id)
+        if request_id in self.rows:
+            self.rows.remove(request_id)
+
+    def step(self) -> list[Output]:
+        self.gate.wait(10)
+        if self.error:
+            raise self.error
+        self.steps += 1
+        return [Output(row, 0, [self.steps]) for row in self.rows]
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.rows)
+
+
+class Bench:
+    def __init__(self) -> None:
+        self.engine = FakeEngine()
+        self.outputs: list[Output] = []
+        self.refused: list[tuple[str, str, str]] = []
+        self.rooms = 0
+        self.paused = False
+        self.runner = Runner(
+            lambda: self.engine,  # type: ignore[arg-type, return-value]
+            on_outputs=self._take,
+            on_refused=lambda *what: self.refused.append(what),
+            on_room=self._room,
+            paused=lambda: self.paused,
+        )
+
+    def _take(self, outputs: Sequence[Output]) -> None:
+        self.outputs += outputs
+
+    def _room(self) -> None:
+        self.rooms += 1
+
+
+@pytest.fixture
+def bench() -> Iterator[Bench]:
+    bench = Bench()
+    bench.runner.start()
+    assert bench.runner.ready.wait(5)
+    yield bench
+    bench.engine.gate.set()
+    bench.runner.halt()
+    assert bench.runner.halted.wait(5)
+    bench.runner.join(5)
+
+
+def test_requests_enter_in_order_as_there_is_room(bench: Bench) -> None:
+    bench.runner.submit([request(name) for name in "abc"])
+    wait_until(lambda: bench.engine.added == ["a", "b"])
+    wait_until(lambda: [r.id for r in bench.runner.unadmitted() or ()] == ["c"])
+    bench.runner.abort("a")
+    wait_until(lambda: bench.engine.added == ["a", "b", "c"])
+    assert bench.runner.unadmitted() == []
+    assert bench.rooms >= 2
+
+
+def test_what_waits_can_be_taken_back_once(bench: Bench) -> None:
+    bench.runner.submit([request(name) for name in "abcd"])
+    wait_until(lambda: len(bench.runner.unadmitted() or ()) == 2)
+    assert bench.runner.withdraw({"a", "c"}) == {"c"}
+    assert bench.runner.withdraw({"c"}) == set()
+    assert [r.id for r in bench.runner.unadmitted() or ()] == ["d"]
+
+
+def test_an_abort_reaches_what_waits(bench: Bench) -> None:
+    bench.runner.submit([request(name) for name in "abc"])
+    wait_until(lambda: len(bench.runner.unadmitted() or ()) == 1)
+    bench.runner.abort("c")
+    wait_until(lambda: bench.runner.unadmitted() == [])
+    bench.runner.abort("a")
+    wait_until(lambda: bench.engine.rows == ["b"])
+    assert "c" not in bench.engine.added
+
+
+@pytest.mark.parametrize(("name", "code"), [("refused", "too_large"), ("broken", "engine_error")])
+def test_a_request_that_cannot_enter_fails_alone(bench: Bench, name: str, code: str) -> None:
+    bench.runner.submit([request(name), request("a")])
+    wait_until(lambda: bench.engine.added == ["a"])
+    assert [(who, what) for who, what, _ in bench.refused] == [(name, code)]
+    assert bench.runner.failure is None
+
+
+def test_a_pause_stops_steps_but_is_progress(bench: Bench) -> None:
+    bench.paused = True
+    bench.runner.submit([request("a")])
+    wait_until(lambda: bench.engine.added == ["a"])
+    steps = bench.engine.steps
+    wait_until(lambda: bench.runner._turns > 20)
+    assert bench.engine.steps == steps
+    assert bench.runner.stalled_for < 1
+    bench.paused = False
+    wait_until(lambda: bench.engine.steps > steps)
+
+
+def test_a_step_that_does_not_come_back_is_a_stall(bench: Bench) -> None:
+    bench.engine.gate.clear()
+    bench.runner.submit([request("a")])
+    wait_until(lambda: bench.runner.stalled_for > 0.6)
+    bench.engine.gate.set()
+    wait_until(lambda: bench.runner.stalled_for < 0.1)
+
+
+def test_an_idle_engine_is_not_stalled(bench: Bench) -> None:
+    turns = bench.runner._turns
+    wait_until(lambda: bench.runner._turns > turns + 1)
+    assert bench.runner.stalled_for < 0.7
+
+
+def test_a_failing_step_is_kept_and_ends_the_thread(bench: Bench) -> None:
+    bench.engine.error = MemoryError("out of memory")
+    bench.runner.submit([request("a")])
+    assert bench.runner.halted.wait(5)
+    assert isinstance(bench.runner.failure, MemoryError)
+
+
+def test_a_halt_hands_the_last_outputs_over(bench: Bench) -> None:
+    bench.runner.submit([request("a")])
+    wait_until(lambda: bench.engine.steps > 2)
+    bench.runner.halt()
+    assert bench.runner.halted.wait(5)
+    assert [o.token_ids for o in bench.outputs] == [[n] for n in range(1, bench.engine.steps + 1)]
+
+
+def test_a_load_that_fails_is_ready_with_the_failure() -> None:
+    def load() -> FakeEngine:
+        raise FileNotFoundError
+
+    runner = Runner(
+        load,  # type: ignore[arg-type]
+        on_outputs=lambda _: None, on_refused=lambda *_: None, on_room=lambda: None,
+        paused=lambda: False,
+    )  # fmt: skip
+    runner.start()
+    assert runner.ready.wait(5)
+    assert isinstance(runner.failure, FileNotFoundError)
+    assert runner.engine is None

@@ -1,0 +1,82 @@
+"""A protocol and claims without Redis, for unit tests of the worker's threads."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, Any
+
+import redis
+
+from mlx_serving.common import events
+from mlx_serving.common.calls import Call, ClaimedJob, RowReply
+from mlx_serving.worker.engine.sequence import ModelInfo, Output
+from mlx_serving.worker.held import HeldJob
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+MODEL = ModelInfo("m", "r1", "h1", 100, frozenset({0}))
+
+
+def claim_of(job_id: str = "a", **fields: Any) -> ClaimedJob:
+    given: dict[str, Any] = {
+        "job_id": job_id, "queue": "tally:default", "epoch": 1, "seq": 0, "data": b"",
+        "problem": "", "deadline_ms": 0, "timeout_ms": 0, "stream": True, "result_ttl": 60,
+        "enqueued_ms": 1, "started_ms": 2, "first_token_ms": 0, "now_ms": 2,
+    }  # fmt: skip
+    return ClaimedJob(**(given | fields))
+
+
+def held(job_id: str = "a", **fields: Any) -> HeldJob:
+    """Return a job that is prepared: its attempt event goes with the first output."""
+    job = HeldJob(claim_of(job_id, **fields))
+    job.model, job.model_name = MODEL, "tally"
+    return job
+
+
+def output(
+    job: HeldJob, tokens: Sequence[int], text: str = "", reason: str | None = None
+) -> Output:
+    return Output(job.request_id, 0, list(tokens), text, reason, prompt_tokens=3)
+
+
+class FakeProtocol:
+    """Answers each commit by `answer`, OK where there is none; remembers the rows as events."""
+
+    def __init__(self) -> None:
+        self.commits: list[list[tuple[str, events.Event, bool]]] = []
+        self.sent: list[tuple[Any, ...]] = []
+        self.renewals: list[list[str]] = []
+        self.faults: list[Exception] = []
+        self.answers: dict[str, RowReply] = {}
+        self.renew_answers: dict[str, RowReply] = {}
+        self.renew_faults: list[redis.RedisError] = []
+        self.gate = threading.Event()
+        self.gate.set()
+
+    def run(self, call: Call[Any]) -> Any:
+        self.gate.wait(10)
+        if call.script == "renew":
+            return self._renew(call.arguments[2:])
+        assert call.script == "commit"
+        rows = [call.arguments[i : i + 10] for i in range(3, len(call.arguments), 10)]
+        self.sent.append(tuple(map(tuple, rows)))
+        if self.faults:
+            raise self.faults.pop(0)
+        decoded = [(str(r[0]), events.decode(bytes(r[4])), bool(r[3])) for r in rows]  # type: ignore[arg-type]
+        self.commits.append(decoded)
+        return [self.answers.get(job_id, RowReply("OK")) for job_id, _, _ in decoded]
+
+    def _renew(self, held: list[Any]) -> list[RowReply]:
+        ids = [str(job_id) for job_id in held[::2]]
+        if self.renew_faults:
+            raise self.renew_faults.pop(0)
+        self.renewals.append(ids)
+        return [self.renew_answers.get(job_id, RowReply("OK")) for job_id in ids]
+
+    @property
+    def events(self) -> list[events.Event]:
+        return [event for commit in self.commits for _, event, _ in commit]
+
+
+LOST = redis.ConnectionError("reply lost")
