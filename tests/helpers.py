@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from mlx_serving.common.keys import Keys
 from mlx_serving.common.states import TERMINAL
@@ -20,7 +20,9 @@ POLL_SECONDS = 0.01
 ENDED = {state.value.encode() for state in TERMINAL}
 
 
-def wait_until(condition: Callable[[], T], *, timeout: float = 10.0, what: str = "") -> T:
+def wait_until(
+    condition: Callable[[], T | Literal[False]], *, timeout: float = 10.0, what: str = ""
+) -> T:
     """Poll until the condition is truthy and return its value; fail after `timeout` seconds."""
     deadline = time.monotonic() + timeout
     while not (value := condition()):

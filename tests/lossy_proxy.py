@@ -95,6 +95,7 @@ class LossyProxy:
                 server.connect(str(self._upstream))
             except OSError:  # Redis is away
                 _close(client)
+                _close(server)
                 continue
             self._sockets += [client, server]
             lossy = threading.Event()

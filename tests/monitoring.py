@@ -21,11 +21,12 @@ class Probe:
 
     def __init__(self, worker: WorkerProcess) -> None:
         self._worker = worker
-        text = wait_until(self._listens, timeout=30, what="listens")
-        self.port = int(text[1])
+        self.port = wait_until(self._listening_port, timeout=30, what="listens")
 
-    def _listens(self) -> re.Match[str] | None:
-        return re.search(r"monitor_listens.*port=(\d+)", self._worker.whole_log())
+    def _listening_port(self) -> int:
+        """0 while it does not listen."""
+        said = re.search(r"monitor_listens.*port=(\d+)", self._worker.whole_log())
+        return int(said[1]) if said else 0
 
     def get(self, path: str) -> tuple[int, str]:
         url = f"http://127.0.0.1:{self.port}{path}"

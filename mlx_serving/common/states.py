@@ -32,7 +32,7 @@ class JobState(StrEnum):
     """Ended by its `deadline`, its `timeout`, or because nobody listened (`abandon_after`)."""
 
     DEAD = "dead"
-    """Given up: it crashed the engine again while alone, or used up its `max_attempts`."""
+    """Given up: it crashed the engine while alone, after `max_attempts` crashes in all."""
 
 
 _ENDS: Final = frozenset(

@@ -89,11 +89,10 @@ class Child:
             measures=self.measures,
         )
         self.fleet = Fleet(self.protocol, queues, spec.name)
-        watch = QueueWatch(self.protocol, queues, self.measures)
-        reap_seconds = settings.reap_interval_seconds
         sweeper = Sweeper(
-            self.protocol, queues, lease_ms=lease_ms, reap_seconds=reap_seconds, watch=watch
-        )
+            self.protocol, queues, lease_ms=lease_ms, reap_seconds=settings.reap_interval_seconds,
+            watch=QueueWatch(self.protocol, queues, self.measures),
+        )  # fmt: skip
         options = DispatcherOptions(
             spec.name, spec.model, queues, settings.max_batch_rows, lease_ms,
             settings.drain_grace_seconds, settings.max_payload_bytes,

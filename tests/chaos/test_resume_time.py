@@ -28,7 +28,8 @@ TOKENS = 600
 
 async def resume_times(client: AsyncClient, job_id: str, rng: random.Random) -> list[float]:
     """Seconds from each reconnect to the first event that the consumer lacked."""
-    after, times = 0, []
+    after = 0
+    times: list[float] = []
     while len(times) < RESUMES:
         lacks = (await client.status(job_id)).seq > after
         started = time.monotonic()

@@ -1,0 +1,66 @@
+"""The page on operations and the alert rules name metrics, reasons and alerts that there are."""
+
+import re
+from inspect import getsource
+from pathlib import Path
+
+import pytest
+
+from mlx_serving.common.settings import Settings
+from mlx_serving.worker import health
+from mlx_serving.worker.metrics import WorkerCollector
+from mlx_serving.worker.status_board import Board
+
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "operations.md").read_text()
+RULES = (ROOT / "ops" / "prometheus" / "mlx-serving.rules.yml").read_text()
+
+
+def metrics() -> set[str]:
+    suffix = {"counter": "_total", "info": "_info"}
+    collector = WorkerCollector(Board(), health.Limits(), "tally", "w")
+    return {family.name + suffix.get(family.type, "") for family in collector.collect()}
+
+
+def test_every_metric_is_in_the_table_and_no_other() -> None:
+    assert set(re.findall(r"^\| `(mlx_serving_\w+)`", PAGE, re.MULTILINE)) == metrics()
+    named = set(re.findall(r"mlx_serving_[a-z]\w*", PAGE))
+    assert named - metrics() <= {"mlx_serving_x"}
+
+
+def test_rules_ask_for_metrics_that_there_are() -> None:
+    asked = {name.removesuffix("_bucket") for name in re.findall(r"mlx_serving_\w+", RULES)}
+    assert asked
+    assert asked <= metrics()
+
+
+def test_every_alert_has_its_line_in_the_runbook() -> None:
+    alerts = re.findall(r"alert: (\w+)", RULES)
+    assert len(alerts) == len(set(alerts)) >= 10
+    assert set(alerts) == set(re.findall(r"^\| (MlxServing\w+) \|", PAGE, re.MULTILINE))
+
+
+def test_every_reason_is_explained() -> None:
+    reasons = set(re.findall(r'"([a-z]+_[a-z]+)"', getsource(health.judge)))
+    reasons |= set(re.findall(r'yield "(\w+)"', getsource(health)))
+    explained = re.findall(r"^\| ((?:`\w+`(?:, )?)+) \| (?:red|degraded) \|", PAGE, re.MULTILINE)
+    assert reasons == {name for cell in explained for name in re.findall(r"\w+", cell)}
+    assert all(f"| `{status}` | " in PAGE for status in health.STATUSES)
+
+
+def test_settings_and_their_defaults_are_as_written() -> None:
+    settings = Settings()
+    assert (settings.metrics_port, settings.metrics_host) == (None, "127.0.0.1")
+    assert f"({settings.buffer_tokens:,})" in PAGE
+    assert settings.engine_stall_seconds == 10.0
+
+
+def test_the_rules_are_rules() -> None:
+    yaml = pytest.importorskip("yaml")
+    (group,) = yaml.safe_load(RULES)["groups"]
+    for rule in group["rules"]:
+        assert set(rule) <= {"alert", "expr", "for", "labels", "annotations"}
+        assert rule["expr"].strip()
+        assert rule["labels"]["severity"] in {"page", "ticket"}
+        assert rule["annotations"]["summary"]
+        assert rule["expr"].count("(") == rule["expr"].count(")")
