@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -72,7 +73,19 @@ def _load_mlx(spec: EngineSpec, settings: Settings) -> tuple[InferenceEngine, En
     for report in engine.acceleration:
         log.info("acceleration", piece=report.piece, implementation=report.implementation,
                  reason=report.reason)  # fmt: skip
-    return engine, PromptEncoder(engine.tokenizer).encode
+    encode = PromptEncoder(engine.tokenizer).encode
+    _warm_up(encode)
+    return engine, encode
+
+
+def _warm_up(encode: Encode) -> None:
+    """Compile the chat template and the job's validators now, so that no job waits for it."""
+    # Imported here: pydantic's models are for the child, not for whoever names an engine.
+    from mlx_serving.common.jobs import GenerationJob
+
+    job = GenerationJob.parse({"model": "warm-up", "messages": [{"role": "user", "content": "x"}]})
+    with suppress(Exception):  # a template may refuse so short a conversation
+        encode(GenerationJob.from_wire(job.to_wire()))
 
 
 def _load_simulated(spec: EngineSpec, settings: Settings) -> tuple[InferenceEngine, Encode]:
