@@ -20,7 +20,7 @@ import msgspec
 import structlog
 
 from mlx_serving.common.errors import InvalidSettings, MissingDependency
-from mlx_serving.worker.health import Limits, judge
+from mlx_serving.worker.health import LEAST_SECONDS, Limits, judge
 from mlx_serving.worker.status_board import Board, decode
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 log = structlog.get_logger(__name__)
 
 JOIN_SECONDS: Final = 1.0
+HUNG: Final = 0.9  # of the stall time, within which a hung child is to be gone
 WATCH_SECONDS: Final = 0.5
 SLEPT_SECONDS: Final = 1.0
 ABORT_SECONDS: Final = 2.0
@@ -53,7 +54,7 @@ class Monitor:
     def __init__(self, settings: Settings, model: str, worker: str) -> None:
         self.board = Board()
         self._limits = Limits(settings.engine_stall_seconds, settings.buffer_tokens)
-        self._stall_seconds = settings.engine_stall_seconds
+        self._hung_seconds = max(LEAST_SECONDS, HUNG * settings.engine_stall_seconds)
         self._model, self._worker = model, worker
         self._ends: tuple[Connection, Connection] | None = None
         self._reader: threading.Thread | None = None
@@ -111,7 +112,7 @@ class Monitor:
                 self.board.excuse()
                 continue
             view = self.board.view()
-            if view.child == "up" and view.silent_for >= self._stall_seconds:
+            if view.child == "up" and view.silent_for >= self._hung_seconds:
                 log.critical("child_silent", seconds=round(view.silent_for, 1))
                 _abort(process)
 

@@ -32,6 +32,10 @@ class Job:
     consumers: list[dict[str, Any]] = field(default_factory=list)
 
     @property
+    def lane(self) -> str:
+        return self.control.get(b"q", b"").decode().rpartition(":")[2]
+
+    @property
     def token_ids(self) -> list[int]:
         return [t for e in self.events for c in e.choices for t in c.token_ids]
 

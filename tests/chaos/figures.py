@@ -50,30 +50,51 @@ def deaths_of(traces: list[Trace], killed: Deaths) -> list[tuple[Trace, int, str
 
 
 def takeovers(
-    traces: list[Trace], killed: Deaths, outages: Outages, lease: float
-) -> tuple[list[float], list[float]]:
-    """Seconds from a worker's death to the next attempt event of each job that it held.
+    traces: list[Trace], killed: Deaths, outages: Outages, jobs: dict[str, Job], lease: float
+) -> dict[str, dict[str, float]]:
+    """Seconds from a worker's death on, for each job that it held.
 
-    All of them; and those where the very next attempt came so far, with Redis up throughout and
-    no restart so shortly before that reapers still waited (a lease and 2 s).
+    Until the next attempt event; and where Redis was up throughout, and had not restarted so
+    shortly before that reapers waited still (a lease and 2 s): until the job was on its list
+    again, and until the very next attempt's event, by lane.
     """
     settled = int((lease + 3) * 1e9)
+    opened, queued = _openings(traces), _requeues(traces)
+    groups: defaultdict[str, list[float]] = defaultdict(list)
+    for trace, died, _ in deaths_of(traces, killed):
+        for job_id, epoch in trace.held_at_death():
+            later = [o for o in opened[job_id] if o[1] > epoch]
+            if not later or later[0][0] <= died:
+                continue  # ended by its last commit, or taken over before
+            at, next_epoch = later[0]
+            groups["to the next attempt"].append((at - died) / 1e9)
+            if next_epoch != epoch + 1 or away(outages, died, at, settled):
+                continue
+            lane = jobs[job_id].lane if job_id in jobs else ""
+            groups[f"to the next attempt, Redis up, {lane}"].append((at - died) / 1e9)
+            back = next((t for t in queued[job_id] if died < t < at), None)
+            if back is not None:
+                groups["to its queue, Redis up"].append((back - died) / 1e9)
+    return {name: spread(values) for name, values in sorted(groups.items())}
+
+
+def _openings(traces: list[Trace]) -> defaultdict[str, list[tuple[int, int]]]:
+    """When each job's attempts were opened, in order: ns and epoch."""
     opened: defaultdict[str, list[tuple[int, int]]] = defaultdict(list)
     for trace in traces:
         for c in trace.commits:
             if c.kind == "attempt" and c.status in {"OK", "DUP"}:
                 opened[c.job_id].append((c.replied, c.epoch))
-    every, plain = [], []
-    for trace, died, _ in deaths_of(traces, killed):
-        for job_id, epoch in trace.held_at_death():
-            later = [o for o in sorted(opened[job_id]) if o[1] > epoch]
-            if not later or later[0][0] <= died:
-                continue  # ended by its last commit, or taken over before
-            seconds = (later[0][0] - died) / 1e9
-            every.append(seconds)
-            if later[0][1] == epoch + 1 and not away(outages, died, later[0][0], settled):
-                plain.append(seconds)
-    return every, plain
+    for moments in opened.values():
+        moments.sort()
+    return opened
+
+
+def _requeues(traces: list[Trace]) -> defaultdict[str, list[int]]:
+    queued: defaultdict[str, list[int]] = defaultdict(list)
+    for at, job_id in sorted(r for trace in traces for r in trace.requeues):
+        queued[job_id].append(at)
+    return queued
 
 
 def redecoded(

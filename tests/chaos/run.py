@@ -217,7 +217,6 @@ class Run:
     ) -> dict[str, Any]:  # fmt: skip
         consumers = [fact for fact in facts if fact["what"] == "consumer"]
         outages = tormentors.outages
-        every, plain = figures.takeovers(traces, fleet.deaths, outages, self.plan.lease)
         attempts = Counter(sum(e.type == "attempt" for e in job.events) for job in jobs.values())
         return {
             "seconds": round(self.seconds, 1),
@@ -231,8 +230,7 @@ class Run:
             "rows killed in": figures.phases(traces, fleet.deaths),
             "commits fenced": sum(c.status == "FENCED" for t in traces for c in t.commits),
             "commits resent": sum(c.status == "DUP" for t in traces for c in t.commits),
-            "takeover s": figures.spread(every),
-            "takeover s, Redis up": figures.spread(plain),
+            "takeover s": figures.takeovers(traces, fleet.deaths, outages, jobs, self.plan.lease),
             "re-decoded tokens a takeover": figures.spread(
                 figures.redecoded(traces, fleet.deaths, outages, jobs)
             ),

@@ -12,11 +12,11 @@ from tests.chaos.plan import QUICK, SHORT
 from tests.chaos.run import Report, chaos
 from tests.figures import show
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.chaos, pytest.mark.slow, pytest.mark.timeout(300)]
 
 
 def summary(report: Report) -> str:
-    takeover = report.figures["takeover s, Redis up"]
+    takeover = report.figures["takeover s"]["to the next attempt"]
     return (
         f"chaos: {report.figures['jobs']} jobs, {report.figures['tokens']} tokens, "
         f"{report.faults}, takeover {takeover}, {len(report.violations)} violations"

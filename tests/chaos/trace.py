@@ -1,4 +1,4 @@
-"""What a worker's child does, written down by itself: kept over SIGKILL, read after the run.
+"""What a worker's processes do, written down by themselves: kept over SIGKILL, read after the run.
 
 One line a fact, appended by one system call. Times are ns of the host's monotonic clock.
 
@@ -7,7 +7,8 @@ One line a fact, appended by one system call. Times are ns of the host's monoton
     T t job epoch tokens               decoded, and in the publisher's hands
     K sent t job epoch seq kind status a row of a commit, and what Redis said to it
     R t job epoch status               a row of a release
-    X t where                          it kills itself now
+    Q t job outcome                    a sweep, or the parent after a death, put it back
+    X t where                          the child kills itself now
 """
 
 from __future__ import annotations
@@ -59,6 +60,7 @@ class Trace:
     decoded: defaultdict[Attempt, int] = field(default_factory=lambda: defaultdict(int))
     commits: list[Commit] = field(default_factory=list)
     given_back: set[Attempt] = field(default_factory=set)
+    requeues: list[tuple[int, str]] = field(default_factory=list)  # ns, job id
     suicide: tuple[int, str] | None = None
 
     def held_at_death(self) -> set[Attempt]:
@@ -97,6 +99,8 @@ def _take(trace: Trace, what: str, words: list[str]) -> None:
         )
     elif what == "R" and words[3] == "OK":
         trace.given_back.add((words[1], int(words[2])))
+    elif what == "Q" and words[2] in {"requeued", "charged"}:
+        trace.requeues.append((int(words[0]), words[1]))
     elif what == "X":
         trace.suicide = (int(words[0]), words[1])
 

@@ -61,12 +61,17 @@ class Traps:
 
 
 class Observer:
-    """Wraps what the child calls."""
+    """Wraps what a process calls."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._trace = TraceWriter(folder)
         self._traps = Traps(folder / "trap")
+
+    def install_in_parent(self) -> None:
+        from mlx_serving.common.protocol import Protocol
+
+        _wrap(Protocol, "run", self._around_call)
 
     def install(self) -> None:
         from mlx_serving.common.protocol import Protocol
@@ -95,6 +100,9 @@ class Observer:
         elif call.script == "release":
             rows = zip(arguments[2::3], arguments[3::3], reply, strict=True)
             self._trace.write(*(("R", now(), *row) for row in rows))
+        elif call.script in {"reap", "reconcile", "crash"}:
+            outcomes = reply if call.script == "crash" else reply.outcomes
+            self._trace.write(*(("Q", now(), *outcome) for outcome in outcomes))
         return reply
 
     def _commit(self, run: Callable[..., Any], protocol: Any, call: Call[Any]) -> Any:
@@ -175,6 +183,7 @@ def main(text: str) -> int:
 
     assert "run_child" in vars(supervisor)
     vars(supervisor)["run_child"] = partial(chaos_child, given)
+    Observer(Path(given["folder"])).install_in_parent()
     settings = quick_settings(given["url"], **given["settings"])
     engine = (
         EngineSpec("mlx", settings.models["tally"])
