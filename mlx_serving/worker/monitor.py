@@ -108,6 +108,8 @@ class Monitor:
         while process.is_alive():
             before = time.monotonic()
             process.join(WATCH_SECONDS)
+            if process.exitcode is not None:
+                return  # and its id may be another process's by now
             if time.monotonic() - before > WATCH_SECONDS + SLEPT_SECONDS:
                 self.board.excuse()
                 continue
