@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
+import pytest
+
+from mlx_serving.common.settings import load_settings
+from mlx_serving.worker import monitor
 from mlx_serving.worker.supervisor import BackOff, default_name
 
 
@@ -31,3 +37,16 @@ def test_a_very_long_series_overflows_nothing() -> None:
 
 def test_names_of_workers_differ() -> None:
     assert len({default_name() for _ in range(50)}) == 50
+
+
+def test_a_child_that_died_while_it_was_silent_is_not_killed_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its id may be another process's by then."""
+    watched = monitor.Monitor(load_settings(), "tally", "w")
+    silent = SimpleNamespace(child="up", silent_for=99.0)
+    monkeypatch.setattr(watched.board, "view", lambda: silent)
+    monkeypatch.setattr(monitor, "_abort", lambda _: pytest.fail("it was dead already"))
+    child = SimpleNamespace(exitcode=None, is_alive=lambda: True)
+    child.join = lambda _: setattr(child, "exitcode", -6)
+    watched.watch(child)  # type: ignore[arg-type]
