@@ -18,6 +18,13 @@ class SamplingParams:
 
     `temperature` 0 is greedy (the other filters then change nothing). `top_p` in (0, 1], 1 is
     off. `top_k` 0 is off. `min_p` in [0, 1], 0 is off. `seed` in [0, 2**64).
+
+    `repetition_penalty` > 0, 1 is off: logits of tokens that the prompt or the completion holds
+    are divided by it where positive, multiplied where negative (CTRL, Keskar et al. 2019).
+    `presence_penalty` and `frequency_penalty` in [-2, 2], 0 is off: taken off the logit of a
+    token that the completion holds, once and for each time (OpenAI). `logit_bias` adds to the
+    logits of these token ids. `logprobs` None: none are reported; k: the chosen token's and
+    those of the k likeliest, of the model's own distribution, before all of the above.
     """
 
     temperature: float = 0.0
@@ -25,6 +32,11 @@ class SamplingParams:
     top_k: int = 0
     min_p: float = 0.0
     seed: int = 0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    logprobs: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,12 +69,22 @@ class RowError:
     message: str
 
 
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Natural log probabilities at one position; `top` are (token id, logprob), likeliest first."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
 @dataclass(slots=True)
 class Output:
     """One row's progress in one step; the last one of a row carries `finish_reason`.
 
     `token_ids` name every token decoded since the row's last Output, the end-of-sequence token
-    included; `text` is what the detokenizer released and may lag behind them.
+    included; `text` is what the detokenizer released and may lag behind them. `logprobs` has an
+    entry a token of `token_ids` where the request asked for them, else none.
     """
 
     request_id: str
@@ -73,6 +95,7 @@ class Output:
     error: RowError | None = None
     prompt_tokens: int = 0
     cached_tokens: int = 0
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
