@@ -1,0 +1,74 @@
+"""One vectorised sampler for the whole batch: every parameter an element of an array."""
+
+from collections.abc import Callable, Iterable
+from typing import Final
+
+import mlx.core as mx
+
+from mlx_serving.worker.engine.sampling.draws import Draw, Draws, StepInputs
+from mlx_serving.worker.engine.sampling.parameters import Parameters, RowSampling, pack
+from mlx_serving.worker.engine.sampling.reference import ReferenceDraw
+
+RECENT_TOKENS: Final = 64  # steps after which a batch with penalties is packed again
+_UNUSED_RECENT: Final = 8
+
+MakeDraw = Callable[[Parameters, mx.array], Draw]
+
+
+class BatchSampler:
+    """The sampling state of one batch, rebuilt (on the host, no sync) when its rows change.
+
+    Sampling moves every row one position on. Rows own their noise and their history, so neither
+    batch-mates nor order matter.
+    """
+
+    def __init__(
+        self, rows: Iterable[RowSampling], words: mx.array, make: MakeDraw = ReferenceDraw
+    ) -> None:
+        """Take the batch's rows in order and `token_words` of the model's vocabulary."""
+        self._parameters = pack(rows, words.size)
+        self._draw = make(self._parameters, words)
+        self._step = 0
+        capacity = RECENT_TOKENS if self._parameters.penalised else _UNUSED_RECENT
+        self._recent = mx.zeros((self._parameters.size, capacity), dtype=mx.int32)
+        self._no_tokens = mx.zeros(self._parameters.size, dtype=mx.int32)
+
+    def __call__(self, logits: mx.array) -> mx.array:
+        """Sample int32 [B] tokens from logits [B, V] of rows without penalties or masks."""
+        return self.sample(logits).tokens
+
+    def sample(
+        self, logits: mx.array, tokens: mx.array | None = None, mask: mx.array | None = None
+    ) -> Draws:
+        """Sample one token a row from logits [B, V] of any float dtype.
+
+        A row whose logits hold NaN or +inf, or nothing but -inf, samples `INVALID_TOKEN`; the
+        other rows are untouched by it.
+
+        Args:
+            logits: what the model gave.
+            tokens: int32 [B], what the model took in; needed by rows with penalties.
+            mask: int32 [B, ceil(V / 32)], the allowed tokens; needed by masked rows, and read
+                for no other.
+
+        Raises:
+            ValueError: a row needs what is not given, or `needs_rebuild` was not heeded.
+        """
+        if self._parameters.penalised and tokens is None:
+            raise ValueError("tokens: a row has penalties")
+        if self._parameters.masked and mask is None:
+            raise ValueError("mask: a row is masked")
+        if self.needs_rebuild:
+            raise ValueError("the sampler has counted as many tokens as it can")
+        inputs = StepInputs(
+            self._step, self._no_tokens if tokens is None else tokens, self._recent, mask
+        )
+        draws = self._draw(logits, inputs)
+        self._step += 1
+        self._recent = draws.recent
+        return draws
+
+    @property
+    def needs_rebuild(self) -> bool:
+        """Whether the tokens counted since the rows were packed fill their place."""
+        return self._parameters.penalised and self._step >= RECENT_TOKENS
