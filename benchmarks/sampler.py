@@ -34,13 +34,15 @@ TOP_LOGPROBS = 5
 def cases(rows: int) -> dict[str, list[SamplingParams]]:
     """Sixty-four rows each; every mixed row has settings of its own."""
     mixed = distinct_settings(rows, seed=1)
-    penalties = {"repetition_penalty": 1.1, "presence_penalty": 0.3, "frequency_penalty": 0.2}
     return {
         "greedy": [SamplingParams()] * rows,
         "temperature only": [SamplingParams(temperature=0.8, seed=n) for n in range(rows)],
         "top-p only": [SamplingParams(temperature=0.8, top_p=0.9, seed=n) for n in range(rows)],
         "mixed": mixed,
-        "mixed, penalties": [replace(params, **penalties) for params in mixed],
+        "mixed, penalties": [
+            replace(one, repetition_penalty=1.1, presence_penalty=0.3, frequency_penalty=0.2)
+            for one in mixed
+        ],
         "mixed, logprobs": [replace(params, logprobs=TOP_LOGPROBS) for params in mixed],
     }
 

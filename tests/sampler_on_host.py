@@ -1,4 +1,4 @@
-"""The GPU kernel's own source on the CPU: `native/tests/sampler_host.cpp`, called through ctypes."""
+"""The GPU kernel's own source on the CPU: `native/tests/sampler_host.cpp` through ctypes."""
 
 import ctypes
 import os
@@ -48,7 +48,7 @@ def library() -> Any:
 class HostKernelDraw:
     """Draws as `KernelDraw` does; `threads` of the host stand for a group of the GPU."""
 
-    threads = 2
+    threads = 1
 
     def __init__(self, parameters: Parameters, words: mx.array) -> None:
         del words
@@ -82,3 +82,9 @@ class HostKernelDraw:
         asked = parameters.top_logprobs is not None
         logprobs = Logprobs(chosen, top_tokens, top_values) if asked else None
         return Draws(tokens, logprobs, recent_after)
+
+
+class HostGroupDraw(HostKernelDraw):
+    """A group of several threads: barriers, shares and reductions are real."""
+
+    threads = 8

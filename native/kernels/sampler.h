@@ -328,7 +328,9 @@ MLXS_FUNCTION void count_history(Row<T> row, Group group) {
   }
   // The input at position 0 is the last token of the prompt, every later one a sampled token.
   for (int at = int(group.thread); at <= row.step; at += int(group.threads)) {
-    MLXS_DEVICE word* count = counts + (at < row.step ? row.recent[at] : row.input);
+    const int token = at < row.step ? row.recent[at] : row.input;
+    if (token < 0) continue;  // a broken row's
+    MLXS_DEVICE word* count = counts + token;
     MLXS_ATOMIC_OR(count, kSeen);
     if (row.ints[kPosition] + at > 0) MLXS_ATOMIC_ADD(count, 1u);
   }
