@@ -22,7 +22,7 @@ COMPILER = shutil.which(os.environ.get("CXX", "c++"))
 class _Pointers(ctypes.Structure):
     """A struct of pointers, as `Inputs` and `Outputs` are."""
 
-    _fields_ = [(f"at{index}", ctypes.c_void_p) for index in range(9)]
+    _fields_ = [(f"at{index}", ctypes.c_void_p) for index in range(5)]
 
 
 class _OutputPointers(ctypes.Structure):
@@ -61,27 +61,26 @@ class HostKernelDraw:
         rows, vocab_size = values.shape
         top = max(1, parameters.top_logprobs or 0)
         mask = np.array(mx.zeros((rows, 1), mx.int32) if inputs.mask is None else inputs.mask)
-        recent = np.array(inputs.recent)
+        state = np.array(inputs.state)
         taken = [
-            np.array(parameters.floats), np.array(parameters.ints), np.array(inputs.tokens),
-            np.array([inputs.step, top], np.int32), recent, np.array(parameters.history),
-            np.array(parameters.bias_tokens), np.array(parameters.bias_values), mask,
+            np.array(parameters.table), state, np.array(inputs.tokens), np.array(parameters.lists),
+            mask,
         ]  # fmt: skip
         given = [
             np.zeros(rows, np.int32), np.zeros(rows, np.float32), np.zeros((rows, top), np.int32),
-            np.zeros((rows, top), np.float32), np.zeros_like(recent),
+            np.zeros((rows, top), np.float32), np.zeros_like(state),
             np.zeros((max(1, len(parameters.adjusted)), vocab_size), np.float32),
         ]  # fmt: skip
-        shapes = np.array([rows, vocab_size, recent.shape[1], mask.shape[1]], np.uint64)
+        shapes = np.array([rows, vocab_size, state.shape[1], mask.shape[1]], np.uint64)
         library()(
             self.threads, int(is_bfloat16), values.ctypes.data, shapes.ctypes.data,
             _Pointers(*(array.ctypes.data for array in taken)),
             _OutputPointers(*(array.ctypes.data for array in given)),
         )  # fmt: skip
-        tokens, chosen, top_tokens, top_values, recent_after, _ = map(mx.array, given)
+        tokens, chosen, top_tokens, top_values, state_after, _ = map(mx.array, given)
         asked = parameters.top_logprobs is not None
         logprobs = Logprobs(chosen, top_tokens, top_values) if asked else None
-        return Draws(tokens, logprobs, recent_after)
+        return Draws(tokens, logprobs, state_after)
 
 
 class HostGroupDraw(HostKernelDraw):

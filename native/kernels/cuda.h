@@ -3,6 +3,7 @@
 
 #define MLXS_FUNCTION __device__ inline
 #define MLXS_CONSTANT
+#define MLXS_THREAD
 #define MLXS_DEVICE
 #define MLXS_SHARED
 

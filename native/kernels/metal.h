@@ -4,6 +4,7 @@
 
 #define MLXS_FUNCTION inline
 #define MLXS_CONSTANT constant
+#define MLXS_THREAD thread
 #define MLXS_DEVICE device
 #define MLXS_SHARED threadgroup
 

@@ -12,6 +12,7 @@
 
 #define MLXS_FUNCTION inline
 #define MLXS_CONSTANT
+#define MLXS_THREAD
 #define MLXS_DEVICE
 #define MLXS_SHARED
 
@@ -49,14 +50,10 @@ struct BFloat16 {
 };
 
 struct Inputs {
-  const float* floats;
-  const int* ints;
+  const int* rows;
+  const int* state;
   const int* inputs;
-  const int* counters;
-  const int* recent;
-  const int* history;
-  const int* bias_tokens;
-  const float* bias_values;
+  const int* lists;
   const int* mask;
 };
 
@@ -65,28 +62,28 @@ struct Outputs {
   float* chosen_logprobs;
   int* top_tokens;
   float* top_logprobs;
-  int* recent_after;
+  int* state_after;
   float* scratch;
 };
 
 template <typename T, unsigned int kThreads>
-void run_thread(const T* logits, Shape logits_shape, Inputs in, Shape recent_shape,
+void run_thread(const T* logits, Shape logits_shape, Inputs in, Shape state_shape,
                 Shape mask_shape, Outputs out, unsigned int row_index, unsigned int thread_index,
                 mlx_serving_sampler::Partial* partials, std::barrier<>* barrier) {
-  const auto [floats, ints, inputs, counters, recent, history, bias_tokens, bias_values, mask] = in;
-  const auto [tokens, chosen_logprobs, top_tokens, top_logprobs, recent_after, scratch] = out;
+  const auto [rows, state, inputs, lists, mask] = in;
+  const auto [tokens, chosen_logprobs, top_tokens, top_logprobs, state_after, scratch] = out;
 #include "../kernels/sampler_main.inc"
 }
 
 // One group of kThreads threads works through the rows, as a GPU's groups do side by side.
 template <typename T, unsigned int kThreads>
-void run(const T* logits, Shape logits_shape, Inputs in, Shape recent_shape, Shape mask_shape,
+void run(const T* logits, Shape logits_shape, Inputs in, Shape state_shape, Shape mask_shape,
          Outputs out) {
   std::vector<mlx_serving_sampler::Partial> partials(kThreads);
   std::barrier<> barrier(kThreads);
   const auto work = [&](unsigned int thread) {
     for (unsigned int row = 0; row < logits_shape[0]; ++row) {
-      run_thread<T, kThreads>(logits, logits_shape, in, recent_shape, mask_shape, out, row, thread,
+      run_thread<T, kThreads>(logits, logits_shape, in, state_shape, mask_shape, out, row, thread,
                               partials.data(), &barrier);
     }
   };

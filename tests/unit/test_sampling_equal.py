@@ -48,7 +48,7 @@ def test_mixed_rows_draw_what_the_reference_draws(
 ) -> None:
     chance = random.Random(vocab_size)
     words = token_words(vocab_size)
-    asked = counted = 0
+    asked = 0
     for seed in range(4):
         rows = [some_row(chance, vocab_size) for _ in range(ROWS)]
         reference, other = BatchSampler(rows, words), BatchSampler(rows, words, make)
@@ -60,11 +60,9 @@ def test_mixed_rows_draw_what_the_reference_draws(
             expected = reference.sample(logits, tokens, mask)
             got = other.sample(logits, tokens, mask)
             assert ints(got.tokens) == ints(expected.tokens)
+            assert mx.array_equal(got.state, expected.state)
             assert (expected.logprobs is None) == (got.logprobs is None)
             for index, row in enumerate(rows):
-                if row.params.penalised:
-                    counted += 1
-                    assert ints(got.recent[index]) == ints(expected.recent[index])
                 count = row.params.logprobs
                 if count is not None and got.logprobs and expected.logprobs:
                     asked += 1
@@ -74,7 +72,6 @@ def test_mixed_rows_draw_what_the_reference_draws(
                     assert ints(ours.top_tokens[index, top]) == ints(theirs.top_tokens[index, top])
                     assert mx.allclose(ours.top[index, top], theirs.top[index, top], atol=1e-4)
     assert asked > 20
-    assert counted > 20
 
 
 @pytest.mark.parametrize("make", IMPLEMENTATIONS)

@@ -8,9 +8,9 @@ import pytest
 
 from mlx_serving.worker.engine.sampling import BatchSampler, MakeDraw, RowSampling, token_words
 from mlx_serving.worker.engine.sequence import INVALID_TOKEN, SamplingParams
-from tests.sampling_support import KERNEL, KERNEL_ON_HOST, REFERENCE
+from tests.sampling_support import FAST_IMPLEMENTATIONS
 
-pytestmark = pytest.mark.parametrize("make", [REFERENCE, KERNEL_ON_HOST, KERNEL])
+pytestmark = pytest.mark.parametrize("make", FAST_IMPLEMENTATIONS)
 
 INF = math.inf
 # Upper chi-square critical values at alpha = 1e-4, by degrees of freedom.

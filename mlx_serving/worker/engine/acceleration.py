@@ -17,6 +17,8 @@ from mlx_serving.worker.engine.detokenizer import DetokenizerProtocol
 from mlx_serving.worker.engine.vocabulary import Vocabulary, VocabularyTable, read_vocabulary
 
 if TYPE_CHECKING:
+    import mlx.core as mx
+
     from mlx_serving.worker.engine.sampling import MakeDraw
 
 DETOKENIZER: Final = "detokenizer"
@@ -72,11 +74,14 @@ def reports(*, prefer_native: bool) -> list[AccelerationReport]:
     return pieces if sampler is None else [*pieces, sampler]
 
 
-def choose_sampler(*, prefer_native: bool) -> "tuple[MakeDraw, AccelerationReport | None]":
+def choose_sampler(
+    *, prefer_native: bool, logits_dtype: "mx.Dtype | None" = None
+) -> "tuple[MakeDraw, AccelerationReport | None]":
     """The sampler to use: the GPU kernel, or the pure-MLX reference as its twin.
 
-    No report on a CPU, which has no kernel to choose. A few seconds on a GPU where the kernel
-    was never compiled before.
+    The kernel is compiled and checked for the model's `logits_dtype`, without one for all that
+    there are; a few seconds each on a GPU that never compiled it. No report on a CPU, which has
+    no kernel to choose.
     """
     # Imported here: MLX stays out of a process that only simulates.
     from mlx_serving.worker.engine.sampling.kernel import KernelDraw, gpu_dialect
@@ -88,7 +93,7 @@ def choose_sampler(*, prefer_native: bool) -> "tuple[MakeDraw, AccelerationRepor
     if not prefer_native:
         return ReferenceDraw, AccelerationReport(SAMPLER, "twin", "switched off by the settings")
     try:
-        difference = first_difference(KernelDraw)
+        difference = first_difference(KernelDraw, logits_dtype)
     except Exception as error:  # noqa: BLE001 - a kernel that does not compile is not used
         difference = f"{type(error).__name__}: {error}"
     if difference is None:

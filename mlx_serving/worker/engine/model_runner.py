@@ -61,6 +61,12 @@ class ModelRunner:
         # Log probabilities of `_pending`, and the rows as they stood at its launch.
         self._logprobs: tuple[list[Sequence], Logprobs] | None = None
 
+    @property
+    def logits_dtype(self) -> mx.Dtype:
+        """What the model's logits are; nothing is computed for it."""
+        token = mx.zeros((1, 1), dtype=mx.int32)
+        return self._model(token, cache=kv_cache.new_cache(self._model, 1)).dtype
+
     def use_sampler(self, make_draw: MakeDraw) -> None:
         """Sample by another implementation than the reference from the next launch on."""
         self._make_draw = make_draw

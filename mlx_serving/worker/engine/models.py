@@ -85,7 +85,9 @@ def build_engine(
         kv_row_overhead_tokens=cost.overhead_tokens,
     )
     detokenizer, report = make_detokenizer(tokenizer, prefer_native=options.prefer_native)
-    make_draw, sampler_report = choose_sampler(prefer_native=options.prefer_native)
+    make_draw, sampler_report = choose_sampler(
+        prefer_native=options.prefer_native, logits_dtype=runner.logits_dtype
+    )
     runner.use_sampler(make_draw)
     reports = (report,) if sampler_report is None else (report, sampler_report)
     return Engine(runner, Scheduler(limits), detokenizer, info, Attachments(tokenizer, reports))

@@ -8,15 +8,16 @@ import mlx.core as mx
 class StepInputs(NamedTuple):
     """A call's own data.
 
-    `step` counts the calls since the parameters were packed. `tokens` int32 [B] are what the
-    model took in at this step, `recent` int32 [B, R] those of the `step` calls before: together
-    they are what the packed history lacks. `mask` int32 [B, ceil(V / 32)]: bit t % 32 of word
-    t / 32 is set where token t is allowed (llguidance's layout).
+    `step` counts the calls since the parameters were packed; `tokens` int32 [B] are what the
+    model took in at this one. `state` int32 [B, C] holds, in each row, `step` and the tokens that
+    the model took in at the calls before: with `tokens` they are what the packed history lacks.
+    `mask` int32 [B, ceil(V / 32)]: bit t % 32 of word t / 32 is set where token t is allowed
+    (llguidance's layout).
     """
 
     step: int
     tokens: mx.array
-    recent: mx.array
+    state: mx.array
     mask: mx.array | None
 
 
@@ -33,16 +34,16 @@ class Logprobs(NamedTuple):
 
 
 class Draws(NamedTuple):
-    """`tokens` int32 [B]; `logprobs` where any row asked; `recent` with this step's tokens in."""
+    """`tokens` int32 [B]; `logprobs` where any row asked; `state` for the next call."""
 
     tokens: mx.array
     logprobs: Logprobs | None
-    recent: mx.array
+    state: mx.array
 
     @property
     def arrays(self) -> list[mx.array]:
         """Everything to evaluate."""
-        return [self.tokens, self.recent, *(self.logprobs or ())]
+        return [self.tokens, self.state, *(self.logprobs or ())]
 
 
 class Draw(Protocol):

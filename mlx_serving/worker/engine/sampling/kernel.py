@@ -13,12 +13,9 @@ from mlx_serving.worker.engine.sampling.parameters import Parameters
 
 Dialect = Literal["cuda", "metal"]
 
-_INPUTS: Final = [
-    "logits", "floats", "ints", "inputs", "counters", "recent", "history", "bias_tokens",
-    "bias_values", "mask",
-]  # fmt: skip
+_INPUTS: Final = ["logits", "rows", "state", "inputs", "lists", "mask"]
 _OUTPUTS: Final = [
-    "tokens", "chosen_logprobs", "top_tokens", "top_logprobs", "recent_after", "scratch",
+    "tokens", "chosen_logprobs", "top_tokens", "top_logprobs", "state_after", "scratch",
 ]  # fmt: skip
 _OUTPUT_DTYPES: Final = [mx.int32, mx.float32, mx.int32, mx.float32, mx.int32, mx.float32]
 _THREADS: Final[dict[str, int]] = {"cuda": 1024, "metal": 512}  # a power of two
@@ -76,28 +73,32 @@ class KernelDraw:
         dialect = dialect or gpu_dialect() or "cuda"
         self._kernel = _kernel(dialect)
         self._threads = _THREADS[dialect]
-        self._no_mask = mx.zeros((1, _UNUSED), dtype=mx.int32)
         self._top = max(1, parameters.top_logprobs or 0)
+        adjusted = len(parameters.adjusted)
+        self._scratch = (adjusted, parameters.vocab_size) if adjusted else (1, _UNUSED)
 
     def __call__(self, logits: mx.array, inputs: StepInputs) -> Draws:
         """See `Draw`."""
         parameters = self._parameters
-        rows, vocab_size = logits.shape
-        counters = mx.array([inputs.step, self._top] + [0] * (_UNUSED - 2), dtype=mx.int32)
-        tokens, chosen, top_tokens, top, recent, _ = self._kernel(
+        rows = parameters.size
+        tokens, chosen, top_tokens, top, state, _ = self._kernel(
             inputs=[
-                logits, parameters.floats, parameters.ints, inputs.tokens, counters, inputs.recent,
-                parameters.history, parameters.bias_tokens, parameters.bias_values,
-                self._no_mask if inputs.mask is None else inputs.mask,
+                logits, parameters.table, inputs.state, inputs.tokens, parameters.lists,
+                _no_mask() if inputs.mask is None else inputs.mask,
             ],
             template=[("T", logits.dtype), ("kThreads", self._threads)],
             grid=(rows * self._threads, 1, 1),
             threadgroup=(self._threads, 1, 1),
             output_shapes=[
-                (rows,), (rows,), (rows, self._top), (rows, self._top), inputs.recent.shape,
-                (max(1, len(parameters.adjusted)), vocab_size if parameters.adjusted else _UNUSED),
+                (rows,), (rows,), (rows, self._top), (rows, self._top), inputs.state.shape,
+                self._scratch,
             ],
             output_dtypes=_OUTPUT_DTYPES,
         )  # fmt: skip
         asked = parameters.top_logprobs is not None
-        return Draws(tokens, Logprobs(chosen, top_tokens, top) if asked else None, recent)
+        return Draws(tokens, Logprobs(chosen, top_tokens, top) if asked else None, state)
+
+
+@cache
+def _no_mask() -> mx.array:
+    return mx.zeros((1, _UNUSED), dtype=mx.int32)

@@ -80,17 +80,13 @@ class ReferenceDraw:
 
     def __call__(self, logits: mx.array, inputs: StepInputs) -> Draws:
         """See `Draw`."""
-        broken, recent = not_usable(logits), inputs.recent
+        broken = not_usable(logits)
         final = self.final(logits, inputs)
         if self._adjustments is not None:
             broken = broken | not_usable(final)
-        if self._parameters.penalised:
-            recent = mx.slice_update(
-                recent, inputs.tokens[:, None], mx.array([inputs.step]), axes=(1,)
-            )
         tokens = mx.where(broken, INVALID_TOKEN, self._tokens(final, inputs.step))
         logprobs = None if self._report is None else self._report(logits, tokens)
-        return Draws(tokens, logprobs, recent)
+        return Draws(tokens, logprobs, state_after(inputs))
 
     def final(self, logits: mx.array, inputs: StepInputs) -> mx.array:
         """Return the logits after penalties, bias and mask; as they came where there are none."""
@@ -106,12 +102,13 @@ class ReferenceDraw:
     def scores(self, final: mx.array, step: int) -> mx.array:
         """Return what the draw takes the argmax of, -inf where filtered: float32 [B, V]."""
         logits = final.astype(mx.float32)
-        floats, ints = self._parameters.floats, self._parameters.ints
-        scaled = (logits - logits.max(axis=-1, keepdims=True)) / floats[:, :1]
-        positions = (ints[:, Column.POSITION] + step).astype(mx.uint32)
-        streams = ints[:, Column.STREAM_FIRST : Column.POSITION].view(mx.uint32)
+        parameters = self._parameters
+        temperature = parameters.floats(Column.TEMPERATURE)
+        scaled = (logits - logits.max(axis=-1, keepdims=True)) / temperature
+        positions = (parameters.table[:, Column.POSITION] + step).astype(mx.uint32)
+        streams = parameters.table[:, Column.STREAM_FIRST : Column.POSITION].view(mx.uint32)
         noise = negative_gumbel(hash_tokens(position_keys(streams, positions), self._words))
-        kept = scaled >= floats[:, 2:3]
+        kept = scaled >= parameters.floats(Column.LOG_MIN_P)
         threshold = self._threshold(final)
         if threshold is not None:
             kept = kept & (logits >= threshold)
@@ -120,19 +117,27 @@ class ReferenceDraw:
     def _threshold(self, final: mx.array) -> mx.array | None:
         if self._filtered is None:
             return None
-        floats, ints = self._parameters.floats, self._parameters.ints
         rows = self._filtered
         if isinstance(rows, mx.array):
-            final, floats, ints = final[rows], floats[rows], ints[rows]
+            final = final[rows]
+        temperature = self._parameters.floats(Column.TEMPERATURE)[rows]
+        top_k = self._parameters.ints(Column.TOP_K)[rows]
+        top_p = self._parameters.floats(Column.TOP_P)[rows]
         # Sorted in the dtype it has: half the bytes where no row is adjusted.
         descending = mx.sort(final, axis=-1)[:, ::-1].astype(mx.float32)
-        top_k = ints[:, Column.TOP_K : Column.TOP_K + 1]
-        threshold = kept_threshold(descending, floats[:, :1], top_k, floats[:, 1:2])
+        threshold = kept_threshold(descending, temperature, top_k, top_p)
         if not isinstance(rows, mx.array):
             return threshold
         everything = mx.full((self._parameters.size, 1), -mx.inf)
         everything[rows] = threshold
         return everything
+
+
+def state_after(inputs: StepInputs) -> mx.array:
+    """Return the next call's state; beyond its columns, tokens are not kept."""
+    columns = mx.arange(inputs.state.shape[1])
+    state = mx.where(columns == inputs.step + 1, inputs.tokens[:, None], inputs.state)
+    return mx.where(columns == 0, inputs.step + 1, state)
 
 
 def _rows_or_all(rows: Sequence[int], count: int) -> mx.array | slice:

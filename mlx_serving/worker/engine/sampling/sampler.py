@@ -10,7 +10,7 @@ from mlx_serving.worker.engine.sampling.parameters import Parameters, RowSamplin
 from mlx_serving.worker.engine.sampling.reference import ReferenceDraw
 
 RECENT_TOKENS: Final = 64  # steps after which a batch with penalties is packed again
-_UNUSED_RECENT: Final = 8
+_FEWEST_COLUMNS: Final = 8
 
 MakeDraw = Callable[[Parameters, mx.array], Draw]
 
@@ -29,9 +29,8 @@ class BatchSampler:
         self._parameters = pack(rows, words.size)
         self._draw = make(self._parameters, words)
         self._step = 0
-        capacity = RECENT_TOKENS if self._parameters.penalised else _UNUSED_RECENT
-        self._recent = mx.zeros((self._parameters.size, capacity), dtype=mx.int32)
-        self._no_tokens = mx.zeros(self._parameters.size, dtype=mx.int32)
+        columns = 1 + RECENT_TOKENS if self._parameters.penalised else _FEWEST_COLUMNS
+        self._state = mx.zeros((self._parameters.size, columns), dtype=mx.int32)
 
     def __call__(self, logits: mx.array) -> mx.array:
         """Sample int32 [B] tokens from logits [B, V] of rows without penalties or masks."""
@@ -60,12 +59,11 @@ class BatchSampler:
             raise ValueError("mask: a row is masked")
         if self.needs_rebuild:
             raise ValueError("the sampler has counted as many tokens as it can")
-        inputs = StepInputs(
-            self._step, self._no_tokens if tokens is None else tokens, self._recent, mask
-        )
-        draws = self._draw(logits, inputs)
+        if tokens is None:
+            tokens = mx.zeros(self._parameters.size, dtype=mx.int32)
+        draws = self._draw(logits, StepInputs(self._step, tokens, self._state, mask))
         self._step += 1
-        self._recent = draws.recent
+        self._state = draws.state
         return draws
 
     @property
