@@ -34,7 +34,7 @@ class Logprobs(NamedTuple):
 
 
 class Draws(NamedTuple):
-    """`tokens` int32 [B]; `logprobs` where any row asked; `state` for the next call."""
+    """`tokens` int32 [B]; `logprobs` where any row asked; `state` to hand to the next call."""
 
     tokens: mx.array
     logprobs: Logprobs | None

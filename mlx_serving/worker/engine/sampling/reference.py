@@ -86,7 +86,8 @@ class ReferenceDraw:
             broken = broken | not_usable(final)
         tokens = mx.where(broken, INVALID_TOKEN, self._tokens(final, inputs.step))
         logprobs = None if self._report is None else self._report(logits, tokens)
-        return Draws(tokens, logprobs, state_after(inputs))
+        state = state_after(inputs) if self._parameters.penalised else inputs.state
+        return Draws(tokens, logprobs, state)
 
     def final(self, logits: mx.array, inputs: StepInputs) -> mx.array:
         """Return the logits after penalties, bias and mask; as they came where there are none."""
