@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from mlx_serving.worker.engine.sampling.draws import Draw, Draws, StepInputs
 from mlx_serving.worker.engine.sampling.noise import token_words
-from mlx_serving.worker.engine.sampling.parameters import Parameters, RowSampling, pack
+from mlx_serving.worker.engine.sampling.parameters import Parameters, RowSampling, is_greedy, pack
 from mlx_serving.worker.engine.sampling.reference import ReferenceDraw
 from mlx_serving.worker.engine.sampling.sampler import MakeDraw
 from mlx_serving.worker.engine.sequence import SamplingParams
@@ -92,9 +92,12 @@ def _compare(
     ours, theirs = np.array(expected.tokens), np.array(got.tokens)
     rows = np.flatnonzero(ours != theirs)
     if rows.size:
-        scores = np.array(reference.scores(reference.final(logits, inputs), inputs.step))
+        final = reference.final(logits, inputs)
+        scores = np.array(reference.scores(final, inputs.step))
+        plain = np.array(final.astype(mx.float32))
         for row in rows:
-            gap = abs(scores[row, ours[row]] - scores[row, theirs[row]])
+            values = plain if is_greedy(parameters.rows[row].params) else scores
+            gap = abs(values[row, ours[row]] - values[row, theirs[row]])
             if min(ours[row], theirs[row]) < 0 or not gap <= NEAR_TIE:
                 return f"row {row}: token {theirs[row]} for {ours[row]}"
     if not mx.array_equal(expected.state, got.state):
