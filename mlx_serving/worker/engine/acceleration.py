@@ -10,13 +10,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from types import ModuleType
-from typing import Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from mlx_serving.worker.engine import detokenizer as twin
 from mlx_serving.worker.engine.detokenizer import DetokenizerProtocol
 from mlx_serving.worker.engine.vocabulary import Vocabulary, VocabularyTable, read_vocabulary
 
+if TYPE_CHECKING:
+    import mlx.core as mx
+
+    from mlx_serving.worker.engine.sampling import MakeDraw
+
 DETOKENIZER: Final = "detokenizer"
+SAMPLER: Final = "sampler"
 
 Make = Callable[[VocabularyTable], DetokenizerProtocol]
 
@@ -63,7 +69,37 @@ def make_detokenizer(
 
 def reports(*, prefer_native: bool) -> list[AccelerationReport]:
     """What an engine started now would use, piece by piece."""
-    return [choose_detokenizer(prefer_native=prefer_native)[1]]
+    pieces = [choose_detokenizer(prefer_native=prefer_native)[1]]
+    sampler = choose_sampler(prefer_native=prefer_native)[1]
+    return pieces if sampler is None else [*pieces, sampler]
+
+
+def choose_sampler(
+    *, prefer_native: bool, logits_dtype: "mx.Dtype | None" = None
+) -> "tuple[MakeDraw, AccelerationReport | None]":
+    """The sampler to use: the GPU kernel, or the pure-MLX reference as its twin.
+
+    The kernel is compiled and checked for the model's `logits_dtype`, without one for all that
+    there are; a few seconds each on a GPU that never compiled it. No report on a CPU, which has
+    no kernel to choose.
+    """
+    # Imported here: MLX stays out of a process that only simulates.
+    from mlx_serving.worker.engine.sampling.kernel import KernelDraw, gpu_dialect
+    from mlx_serving.worker.engine.sampling.reference import ReferenceDraw
+    from mlx_serving.worker.engine.sampling.self_check import first_difference
+
+    if gpu_dialect() is None:
+        return ReferenceDraw, None
+    if not prefer_native:
+        return ReferenceDraw, AccelerationReport(SAMPLER, "twin", "switched off by the settings")
+    try:
+        difference = first_difference(KernelDraw, logits_dtype)
+    except Exception as error:  # noqa: BLE001 - a kernel that does not compile is not used
+        difference = f"{type(error).__name__}: {error}"
+    if difference is None:
+        return KernelDraw, AccelerationReport(SAMPLER, "native", "self-check passed")
+    reason = f"the kernel failed its self-check: {difference}"
+    return ReferenceDraw, AccelerationReport(SAMPLER, "twin", reason)
 
 
 def choose_detokenizer(*, prefer_native: bool) -> tuple[Make, AccelerationReport]:

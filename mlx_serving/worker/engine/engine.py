@@ -18,6 +18,7 @@ from mlx_serving.worker.engine.sequence import (
     Request,
     RequestRefusedError,
     RowError,
+    SampledToken,
     Sequence,
 )
 from mlx_serving.worker.engine.validation import check_request
@@ -52,8 +53,8 @@ class Runner(Protocol):
     def remove(self, rows: Iterable[Sequence]) -> None:
         """Take rows out of the decode batch; rows that are not in it are ignored."""
 
-    def decode(self) -> list[tuple[Sequence, int]]:
-        """Return one new token a row, or `INVALID_TOKEN`; rows without news are left out."""
+    def decode(self) -> list[SampledToken]:
+        """Return one new token a row; rows without news are left out."""
 
 
 class Engine:
@@ -167,11 +168,11 @@ class Engine:
         self._runner.join([row])
         return True
 
-    def _collect(self, sampled: list[tuple[Sequence, int]], outputs: list[Output]) -> None:
+    def _collect(self, sampled: list[SampledToken], outputs: list[Output]) -> None:
         """Turn one step's tokens into outputs and take the rows that ended out of the batch."""
         eos = self.model_info.eos_token_ids
         with_text = [
-            (row, token) for row, token in sampled if token != INVALID_TOKEN and token not in eos
+            (row, token) for row, token, _ in sampled if token != INVALID_TOKEN and token not in eos
         ]
         pieces = iter(
             self._detokenizer.push(
@@ -179,7 +180,7 @@ class Engine:
             )
         )
         ended = []
-        for row, token in sampled:
+        for row, token, logprobs in sampled:
             if token == INVALID_TOKEN:
                 output = self._output(row, FINISH_ERROR, error=NAN_LOGITS)
             else:
@@ -187,6 +188,8 @@ class Engine:
                 text, stopped = ("", False) if token in eos else next(pieces)
                 reason = self._finish_reason(row, token, stopped=stopped)
                 output = self._output(row, reason, text, [token])
+                if logprobs is not None:
+                    output.logprobs.append(logprobs)
             outputs.append(output)
             if output.finish_reason is not None:
                 output.text += self._detokenizer.finish(row.slot)

@@ -9,16 +9,24 @@ device; only then does the host read step t. A row that turns out to have ended 
 out after the launch, and its token of t + 1 is dropped with it.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, Final, cast
 
 import mlx.core as mx
 
 from mlx_serving.worker.engine import kv_cache
 from mlx_serving.worker.engine.kv_cache import LanguageModel
-from mlx_serving.worker.engine.sampling import BatchSampler, RowSampling, token_words
+from mlx_serving.worker.engine.sampling import (
+    BatchSampler,
+    Logprobs,
+    MakeDraw,
+    ReferenceDraw,
+    RowSampling,
+    read_logprobs,
+    token_words,
+)
 from mlx_serving.worker.engine.scheduler import PrefillChunk
-from mlx_serving.worker.engine.sequence import Sequence
+from mlx_serving.worker.engine.sequence import SampledToken, Sequence, TokenLogprobs
 
 TRIM_EVERY_LAUNCHES: Final = 512  # freed buffers go back to the system, as in mlx-lm
 
@@ -48,7 +56,21 @@ class ModelRunner:
         self._last_launch = 0  # the launch that gives the last row its last token
         self._joined = 0  # rows at the end whose pending token is not a sampled one
         self._pending = mx.array([], dtype=mx.int32)  # [B], what the next step takes in
-        self._sampler: Callable[[mx.array], mx.array] | None = None  # None: rows changed
+        self._make_draw: MakeDraw = ReferenceDraw
+        self._sampler: BatchSampler | None = None  # None: rows changed
+        # Log probabilities of `_pending`, and the rows as they stood at its launch.
+        self._logprobs: tuple[list[Sequence], Logprobs] | None = None
+
+    @property
+    def logits_dtype(self) -> mx.Dtype:
+        """What the model's logits are; nothing is computed for it."""
+        token = mx.zeros((1, 1), dtype=mx.int32)
+        return self._model(token, cache=kv_cache.new_cache(self._model, 1)).dtype
+
+    def use_sampler(self, make_draw: MakeDraw) -> None:
+        """Sample by another implementation than the reference from the next launch on."""
+        self._make_draw = make_draw
+        self._sampler = None
 
     def prefill(self, chunk: PrefillChunk) -> None:
         """Compute one chunk; rows of several prompts are padded on the right to the longest."""
@@ -114,29 +136,34 @@ class ModelRunner:
             mx.clear_cache()
         self._rows_changed()
 
-    def decode(self) -> list[tuple[Sequence, int]]:
+    def decode(self) -> list[SampledToken]:
         """Launch the next step and return the tokens of the one before it, row by row.
 
-        `INVALID_TOKEN` says that the row's logits were not usable. A row
-        that joined since the last call has no token yet.
+        A row that joined since the last call has no token yet.
         """
         if not self._rows:
             return []
-        previous = self._pending
+        previous, logprobs = self._pending, self._logprobs
         sampled = self._rows[: len(self._rows) - self._joined]
         if self._launches < self._last_launch:
             self._launch()
         if not sampled:
             return []
-        tokens = cast("list[int]", previous.tolist())
-        return list(zip(sampled, tokens, strict=False))
+        tokens = dict(zip(sampled, cast("list[int]", previous.tolist()), strict=False))
+        for row, token in tokens.items():
+            if row.history is not None:
+                row.history.append(token)
+        reports = _read_logprobs(tokens, *logprobs) if logprobs else {}
+        return [SampledToken(row, token, reports.get(row)) for row, token in tokens.items()]
 
     def _launch(self) -> None:
-        if self._sampler is None:
-            self._sampler = BatchSampler(self._sampling(), self._words)
+        if self._sampler is None or self._sampler.needs_rebuild:
+            self._sampler = BatchSampler(self._sampling(), self._words, self._make_draw)
         logits = self._model(self._pending[:, None], cache=self._cache)
-        self._pending = self._sampler(logits[:, -1])
-        mx.async_eval(self._pending)
+        draws = self._sampler.sample(logits[:, -1], self._pending)
+        self._pending = draws.tokens
+        self._logprobs = (list(self._rows), draws.logprobs) if draws.logprobs else None
+        mx.async_eval(draws.arrays)
         self._joined = 0
         self._launches += 1
         if self._launches % TRIM_EVERY_LAUNCHES == 0:
@@ -151,7 +178,13 @@ class ModelRunner:
 
     def _sampling(self) -> list[RowSampling]:
         return [
-            RowSampling(row.request.sampling, row.request.choice, self._launches - origin)
+            RowSampling(
+                row.request.sampling,
+                row.request.choice,
+                self._launches - origin,
+                row.history or (),
+                len(row.request.prompt),
+            )
             for origin, row in zip(self._origins, self._rows, strict=True)
         ]
 
@@ -161,3 +194,16 @@ class ModelRunner:
             len(row.request.prompt) - 1 + self._launches - origin
             for origin, row in zip(self._origins, self._rows, strict=True)
         ]
+
+
+def _read_logprobs(
+    tokens: dict[Sequence, int], rows: list[Sequence], logprobs: Logprobs
+) -> dict[Sequence, TokenLogprobs]:
+    """Read the log probabilities of those `rows`, as they stood at the launch, that asked."""
+    asked = [
+        (index, row, row.request.sampling.logprobs)
+        for index, row in enumerate(rows)
+        if row.request.sampling.logprobs is not None and row in tokens
+    ]
+    found = read_logprobs(logprobs, [(index, tokens[row], count) for index, row, count in asked])
+    return dict(zip((row for _, row, _ in asked), found, strict=True))

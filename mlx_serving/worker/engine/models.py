@@ -7,7 +7,7 @@ from typing import Any, Final
 import mlx.core as mx
 from mlx_lm.utils import load_model, load_tokenizer, maybe_set_recommended_wired_limit
 
-from mlx_serving.worker.engine.acceleration import make_detokenizer
+from mlx_serving.worker.engine.acceleration import choose_sampler, make_detokenizer
 from mlx_serving.worker.engine.engine import Attachments, Engine
 from mlx_serving.worker.engine.model_files import check_model_files, model_revision, tokenizer_hash
 from mlx_serving.worker.engine.model_runner import ModelRunner
@@ -85,7 +85,12 @@ def build_engine(
         kv_row_overhead_tokens=cost.overhead_tokens,
     )
     detokenizer, report = make_detokenizer(tokenizer, prefer_native=options.prefer_native)
-    return Engine(runner, Scheduler(limits), detokenizer, info, Attachments(tokenizer, (report,)))
+    make_draw, sampler_report = choose_sampler(
+        prefer_native=options.prefer_native, logits_dtype=runner.logits_dtype
+    )
+    runner.use_sampler(make_draw)
+    reports = (report,) if sampler_report is None else (report, sampler_report)
+    return Engine(runner, Scheduler(limits), detokenizer, info, Attachments(tokenizer, reports))
 
 
 def default_kv_budget() -> int:

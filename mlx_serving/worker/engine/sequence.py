@@ -1,9 +1,10 @@
 """What goes into an engine and what comes out of it. Imports neither mlx nor redis."""
 
+from array import array
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Final, Protocol
+from typing import Final, NamedTuple, Protocol
 
 FINISH_STOP: Final = "stop"
 FINISH_LENGTH: Final = "length"
@@ -37,6 +38,12 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     logit_bias: tuple[tuple[int, float], ...] = ()
     logprobs: int | None = None
+
+    @property
+    def penalised(self) -> bool:
+        """Whether what the row already holds changes its logits."""
+        penalties = (self.repetition_penalty, self.presence_penalty, self.frequency_penalty)
+        return penalties != (1.0, 0.0, 0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +137,12 @@ class Sequence:
     phase: Phase = Phase.WAITING
     prefilled: int = 0  # tokens of `context` in the KV cache
     decoded: int = 0  # tokens of the completion known to the host, committed ones included
+    history: "array[int] | None" = None  # of rows with penalties: prompt, then known completion
+
+    def __post_init__(self) -> None:
+        """Start the history where the sampler needs one."""
+        if self.request.sampling.penalised:
+            self.history = array("i", self.request.prompt + self.request.committed)
 
     @property
     def context_length(self) -> int:
@@ -145,6 +158,14 @@ class Sequence:
         """Return the tokens to prefill at [start, stop), never beyond `context_length`."""
         tokens = self.request.prompt + self.request.committed
         return list(tokens[start : min(stop, self.context_length)])
+
+
+class SampledToken(NamedTuple):
+    """One row's next token; `INVALID_TOKEN` says that the row's logits were not usable."""
+
+    row: Sequence
+    token: int
+    logprobs: TokenLogprobs | None = None  # where the row asked for them
 
 
 class RequestRefusedError(ValueError):

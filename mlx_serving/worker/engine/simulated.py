@@ -14,7 +14,12 @@ from mlx_serving.common.jobs import GenerationJob
 from mlx_serving.worker.engine.detokenizer import Detokenizer
 from mlx_serving.worker.engine.engine import Engine
 from mlx_serving.worker.engine.scheduler import PrefillChunk, Scheduler, SchedulerLimits
-from mlx_serving.worker.engine.sequence import ModelInfo, Sequence
+from mlx_serving.worker.engine.sequence import (
+    ModelInfo,
+    SampledToken,
+    Sequence,
+    TokenLogprobs,
+)
 from mlx_serving.worker.engine.vocabulary import WORD_BOUNDARY, Vocabulary
 
 VOCAB_SIZE: Final = 10_000
@@ -81,11 +86,18 @@ class SimulatedRunner:
         for row in rows:
             self._rows.pop(row, None)
 
-    def decode(self) -> list[tuple[Sequence, int]]:
+    def decode(self) -> list[SampledToken]:
         """Sleep for one token's time and return every row's next one."""
         if self._rows and self._options.tokens_per_second:
             self._sleep(1.0 / self._options.tokens_per_second)
-        return [(row, self._next_token(row)) for row in self._rows]
+        return [self._next(row) for row in self._rows]
+
+    def _next(self, row: Sequence) -> SampledToken:
+        token = self._next_token(row)
+        asked = row.request.sampling.logprobs
+        if asked is None:
+            return SampledToken(row, token)
+        return SampledToken(row, token, TokenLogprobs(token, 0.0, ((token, 0.0),)[:asked]))
 
     def _next_token(self, row: Sequence) -> int:
         end = self._options.answer_tokens

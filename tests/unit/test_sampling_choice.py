@@ -1,0 +1,132 @@
+"""Which sampler is chosen, and what is said about it."""
+
+from typing import Any
+
+import mlx.core as mx
+import pytest
+
+from mlx_serving.worker.engine import acceleration
+from mlx_serving.worker.engine.sampling import ReferenceDraw, kernel
+from mlx_serving.worker.engine.sampling.draws import Draws, Logprobs, StepInputs
+from mlx_serving.worker.engine.sampling.self_check import NEAR_TIE
+from tests.engine_support import tiny_engine
+
+
+class _Next(ReferenceDraw):
+    """Wrong by one token."""
+
+    def __call__(self, logits: mx.array, inputs: StepInputs) -> Draws:
+        draws = super().__call__(logits, inputs)
+        return draws._replace(tokens=draws.tokens + (draws.tokens >= 0))
+
+
+class _CountsNothing(ReferenceDraw):
+    def __call__(self, logits: mx.array, inputs: StepInputs) -> Draws:
+        return super().__call__(logits, inputs)._replace(state=inputs.state)
+
+
+class _Flattered(ReferenceDraw):
+    def __call__(self, logits: mx.array, inputs: StepInputs) -> Draws:
+        draws = super().__call__(logits, inputs)
+        assert draws.logprobs
+        return draws._replace(logprobs=Logprobs(draws.logprobs.chosen / 2, *draws.logprobs[1:]))
+
+
+class _DoesNotCompile:
+    def __init__(self, *_: Any) -> None:
+        message = "Failed to compile kernel"
+        raise RuntimeError(message)
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, draw: Any) -> None:
+    """A GPU on which the kernel is `draw`."""
+    monkeypatch.setattr(kernel, "gpu_dialect", lambda: "cuda")
+    monkeypatch.setattr(kernel, "KernelDraw", draw)
+
+
+class _Kernel(ReferenceDraw):
+    """A kernel without a fault."""
+
+
+def test_a_kernel_that_agrees_with_the_reference_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, _Kernel)
+    make, report = acceleration.choose_sampler(prefer_native=True)
+    assert make is _Kernel
+    assert str(report) == "sampler: native (self-check passed)"
+    assert str(acceleration.reports(prefer_native=True)[-1]) == str(report)
+
+
+@pytest.mark.parametrize(
+    ("draw", "reason"),
+    [
+        (_Next, "float32, step 0: row 0: token"),
+        (_CountsNothing, "float32, step 0: the tokens it counts"),
+        (_Flattered, "float32, step 0: row 0: its log probabilities"),
+        (_DoesNotCompile, "RuntimeError: Failed to compile kernel"),
+    ],
+)
+def test_a_kernel_that_differs_is_replaced_by_the_reference(
+    monkeypatch: pytest.MonkeyPatch, draw: type, reason: str
+) -> None:
+    pretend(monkeypatch, draw)
+    make, report = acceleration.choose_sampler(prefer_native=True)
+    assert make is ReferenceDraw
+    assert report is not None
+    assert report.implementation == "twin"
+    assert report.reason.startswith(f"the kernel failed its self-check: {reason}")
+
+
+def test_the_setting_switches_the_kernel_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, _DoesNotCompile)
+    make, report = acceleration.choose_sampler(prefer_native=False)
+    assert make is ReferenceDraw
+    assert str(report) == "sampler: twin (switched off by the settings)"
+
+
+def test_an_engine_carries_the_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, _Next)
+    pieces = {report.piece: report.implementation for report in tiny_engine().acceleration}
+    assert pieces["sampler"] == "twin"
+
+
+@pytest.mark.parametrize(("gap", "passes"), [(NEAR_TIE / 2, True), (NEAR_TIE * 20, False)])
+def test_another_token_passes_only_in_a_near_tie(
+    monkeypatch: pytest.MonkeyPatch, gap: float, *, passes: bool
+) -> None:
+    """The kernel takes the second best of row 0, whose best the reference scores by `gap` more."""
+
+    class SecondBest(ReferenceDraw):
+        def __call__(self, logits: mx.array, inputs: StepInputs) -> Draws:
+            draws = super().__call__(logits, inputs)
+            order = mx.argsort(self.scores(self.final(logits, inputs), inputs.step)[0])
+            first = mx.arange(draws.tokens.size) == 0
+            tokens = mx.where(first, order[-2].astype(mx.int32), draws.tokens)
+            return draws._replace(tokens=tokens)
+
+    scores = ReferenceDraw.scores
+
+    def tied(self: ReferenceDraw, final: mx.array, step: int) -> mx.array:
+        found = scores(self, final, step)
+        best = found.max(axis=-1, keepdims=True)
+        second = mx.argsort(found, axis=-1)[:, -2:-1]
+        return mx.where(mx.arange(found.shape[1]) == second, best - gap, found)
+
+    pretend(monkeypatch, SecondBest)
+    monkeypatch.setattr(ReferenceDraw, "scores", tied)
+    make, _ = acceleration.choose_sampler(prefer_native=True, logits_dtype=mx.float32)
+    assert (make is SecondBest) == passes
+
+
+@pytest.mark.skipif(kernel.gpu_dialect() is not None, reason="has a GPU")
+def test_a_cpu_has_no_kernel_to_choose() -> None:
+    assert acceleration.choose_sampler(prefer_native=True) == (ReferenceDraw, None)
+    assert [report.piece for report in acceleration.reports(prefer_native=True)] == ["detokenizer"]
+
+
+def test_both_dialects_have_their_source() -> None:
+    for dialect, barrier in (("cuda", "__syncthreads"), ("metal", "threadgroup_barrier")):
+        header, body = kernel.kernel_source(dialect)  # type: ignore[arg-type]
+        assert barrier in header
+        assert "sample_row" in header
+        assert "sampler::sample_row(row, result, group);" in body
+        assert "#include" not in header + body
