@@ -24,23 +24,27 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(
         prompt=st.integers(1, 60),
         max_tokens=st.integers(1, 60),
-        committed=st.integers(0, 30),
-        choice=st.integers(0, 1),
+        committed=st.lists(st.integers(0, 30), min_size=1, max_size=3),
     )
-    def add(self, prompt: int, max_tokens: int, committed: int, choice: int) -> None:
+    def add(self, prompt: int, max_tokens: int, committed: list[int]) -> None:
+        """Add as many choices as `committed` has entries."""
         self.count += 1
-        request = Request(
-            f"r{self.count}",
-            (1,) * prompt,
-            SamplingParams(),
-            max_tokens,
-            committed=(2,) * min(committed, max_tokens - 1),
-            choice=choice,
-        )
-        if self.scheduler.can_add(request):
-            assert self.scheduler.fits(request)
-            self.rows.append(self.scheduler.add(request))
-            self.computed[self.rows[-1]] = 0
+        choices = [
+            Request(
+                f"r{self.count}",
+                (1,) * prompt,
+                SamplingParams(),
+                max_tokens,
+                committed=(2,) * min(tokens, max_tokens - 1),
+                choice=choice,
+            )
+            for choice, tokens in enumerate(committed)
+        ]
+        if self.scheduler.can_add(*choices):
+            assert self.scheduler.fits(*choices)
+            added = self.scheduler.add(*choices)
+            self.rows += added
+            self.computed |= dict.fromkeys(added, 0)
 
     @rule()
     def prefill(self) -> None:
@@ -51,20 +55,24 @@ class SchedulerMachine(RuleBasedStateMachine):
             return
         assert chunk.rows[0] is pending[0], "first in, first out"
         assert list(chunk.rows) == pending[: len(chunk.rows)]
-        assert len(chunk.rows) * chunk.length <= CHUNK, "decoding rows wait for one chunk at most"
+        computed = len(chunk.groups) * chunk.length
+        assert computed <= CHUNK, "decoding rows wait for one chunk at most"
         for row in chunk.rows:
             assert chunk.start == self.computed[row], "nothing is skipped or computed twice"
             tokens = row.context(chunk.start, chunk.start + chunk.length)
             self.computed[row] += len(tokens)
             if row not in self.started:
                 self.started.append(row)
+        for group in chunk.groups:
+            assert {row.request.id for row in group} == {group[0].request.id}
+            assert all(row.context(0, 99) == group[0].context(0, 99) for row in group)
         done = self.scheduler.finish_prefill(chunk)
         for row in chunk.rows:
             assert done == (row.phase is Phase.DECODING)
             assert row.prefilled == self.computed[row]
             if done:
                 assert self.computed[row] == row.context_length
-        assert done or len(chunk.rows) == 1, "only a prompt on its own takes several chunks"
+        assert done or len(chunk.groups) == 1, "only a prompt on its own takes several chunks"
 
     @precondition(lambda self: bool(self.rows))
     @rule(data=st.data())

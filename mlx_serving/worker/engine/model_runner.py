@@ -51,20 +51,20 @@ class ModelRunner:
         self._sampler: Callable[[mx.array], mx.array] | None = None  # None: rows changed
 
     def prefill(self, chunk: PrefillChunk) -> None:
-        """Compute one chunk; rows of several prompts are padded on the right to the longest."""
+        """Compute one chunk; several prompts are padded on the right to the longest."""
         if chunk.start == 0:
-            self._prefill_cache = kv_cache.new_cache(self._model, len(chunk.rows))
+            self._prefill_cache = kv_cache.new_cache(self._model, len(chunk.groups))
         if chunk.length:
             self._forward_prompts(chunk)
-        if chunk.completes and len(chunk.rows) == 1:
-            self._prefill_cache = kv_cache.as_batch(self._prefill_cache)
+        if chunk.completes:
+            self._fork_prompts(chunk)
         # With nothing to decode there is nothing to overlap with: wait, so that a step that
         # returns has done its work.
         evaluate = mx.async_eval if self._rows else mx.eval
         evaluate(kv_cache.states(self._prefill_cache))
 
     def _forward_prompts(self, chunk: PrefillChunk) -> None:
-        contexts = [row.context(chunk.start, chunk.start + chunk.length) for row in chunk.rows]
+        contexts = [row.context(chunk.start, chunk.start + chunk.length) for row in chunk.leaders]
         lengths = [len(context) for context in contexts]
         padding = [chunk.length - length for length in lengths]
         padded = any(padding)
@@ -76,6 +76,15 @@ class ModelRunner:
         if padded:
             for layer in self._prefill_cache:
                 layer.finalize()
+
+    def _fork_prompts(self, chunk: PrefillChunk) -> None:
+        """Give every row of a group a copy of the group's cache."""
+        if len(chunk.groups) == 1:
+            self._prefill_cache = kv_cache.as_batch(self._prefill_cache)
+        if len(chunk.rows) > len(chunk.groups):
+            copies = [index for index, group in enumerate(chunk.groups) for _ in group]
+            longest = max(row.context_length for row in chunk.leaders)
+            kv_cache.keep_rows(self._prefill_cache, copies, longest)
 
     def drop_prefill(self) -> None:
         """Forget the prompt being prefilled."""

@@ -11,9 +11,12 @@ prompts are served first in, first out, and none starves: each step moves the ol
 """
 
 from collections import deque
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from mlx_serving.worker.engine.sequence import Phase, Request, RequestRefusedError, Sequence
+
+Group = tuple[Sequence, ...]  # rows with one context, never empty
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,19 +42,30 @@ class SchedulerLimits:
 
 @dataclass(frozen=True, slots=True)
 class PrefillChunk:
-    """One forward pass of prefill: tokens [start, start + length) of every row's context.
+    """One forward pass of prefill: tokens [start, start + length) of every group's context.
 
-    More than one row only where the whole context of each of them fits.
+    Rows of a group have one context, which is computed once: they are choices of one request.
+    More than one group only where the whole context of each of them fits.
     """
 
-    rows: tuple[Sequence, ...]
+    groups: tuple[Group, ...]
     start: int
     length: int
 
     @property
+    def rows(self) -> tuple[Sequence, ...]:
+        """Every row of the chunk, in order of arrival."""
+        return tuple(row for group in self.groups for row in group)
+
+    @property
+    def leaders(self) -> tuple[Sequence, ...]:
+        """One row of each group: the ones that are computed."""
+        return tuple(group[0] for group in self.groups)
+
+    @property
     def completes(self) -> bool:
         """Whether the rows' contexts are in the cache after this chunk."""
-        return all(self.start + self.length >= row.context_length for row in self.rows)
+        return all(self.start + self.length >= row.context_length for row in self.leaders)
 
 
 class Scheduler:
@@ -60,44 +74,67 @@ class Scheduler:
     def __init__(self, limits: SchedulerLimits) -> None:
         """Start empty."""
         self.limits = limits
-        self._waiting: deque[Sequence] = deque()
-        self._prefilling: tuple[Sequence, ...] = ()
+        self._waiting: deque[Group] = deque()
+        self._prefilling: tuple[Group, ...] = ()
         self._decoding: dict[Sequence, None] = {}  # an ordered set
         self._rows: dict[tuple[str, int], Sequence] = {}
         self._widest = 0
 
-    def fits(self, request: Request) -> bool:
-        """Say whether the request could run here if it were alone."""
-        return self._width(request) <= self.limits.kv_capacity_tokens
+    def fits(self, *choices: Request) -> bool:
+        """Say whether the choices could run here if they were alone."""
+        widest = max(map(self._width, choices))
+        return (
+            len(choices) <= self.limits.max_rows
+            and len(choices) * widest <= self.limits.kv_capacity_tokens
+        )
 
-    def can_add(self, request: Request) -> bool:
-        """Say whether the request can be admitted now."""
-        rows = len(self._rows) + 1
-        width = max(self._widest, self._width(request))
+    def can_add(self, *choices: Request) -> bool:
+        """Say whether the choices can be admitted now."""
+        rows = len(self._rows) + len(choices)
+        width = max(self._widest, *map(self._width, choices))
         return rows <= self.limits.max_rows and rows * width <= self.limits.kv_capacity_tokens
 
-    def add(self, request: Request) -> Sequence:
-        """Admit the request, to the end of the queue.
+    def add(self, *choices: Request) -> list[Sequence]:
+        """Admit the choices of one request, all or none, to the end of the queue.
 
         Raises:
-            RequestRefusedError: with `code` "duplicate_request", "too_large" or "no_room".
+            RequestRefusedError: with `code` "duplicate_request", "too_large", "no_room" or
+                "invalid_parameter".
         """
-        if (request.id, request.choice) in self._rows:
-            message = f"id: choice {request.choice} of request {request.id} is already here"
-            raise RequestRefusedError("duplicate_request", message)
-        if not self.fits(request):
-            message = (
-                f"max_tokens: the request needs {self._width(request)} KV tokens, "
-                f"this device holds {self.limits.kv_capacity_tokens}"
-            )
-            raise RequestRefusedError("too_large", message)
-        if not self.can_add(request):
+        self._check_choices(choices)
+        if not self.fits(*choices):
+            raise RequestRefusedError("too_large", self._why_too_large(choices))
+        if not self.can_add(*choices):
             raise RequestRefusedError("no_room", "the batch has no room for this request now")
-        sequence = Sequence(request)
-        self._rows[request.id, request.choice] = sequence
-        self._waiting.append(sequence)
-        self._widest = max(self._widest, self._width(request))
-        return sequence
+        rows = [Sequence(request) for request in choices]
+        self._rows |= {(row.request.id, row.request.choice): row for row in rows}
+        shared = not any(request.committed for request in choices)
+        self._waiting.extend([tuple(rows)] if shared else [(row,) for row in rows])
+        self._widest = max(self._widest, *map(self._width, choices))
+        return rows
+
+    def _why_too_large(self, choices: tuple[Request, ...]) -> str:
+        if len(choices) > self.limits.max_rows:
+            return (
+                f"n: the request needs {len(choices)} rows, "
+                f"this engine decodes {self.limits.max_rows}"
+            )
+        needed = len(choices) * max(map(self._width, choices))
+        return (
+            f"max_tokens: the request needs {needed} KV tokens, "
+            f"this device holds {self.limits.kv_capacity_tokens}"
+        )
+
+    def _check_choices(self, choices: tuple[Request, ...]) -> None:
+        first = choices[0]
+        if any((c.id, c.prompt) != (first.id, first.prompt) for c in choices):
+            message = "prompt: choices that are added together must share id and prompt"
+            raise RequestRefusedError("invalid_parameter", message)
+        numbers = [request.choice for request in choices]
+        for number in numbers:
+            if (first.id, number) in self._rows or numbers.count(number) > 1:
+                message = f"id: choice {number} of request {first.id} is already here"
+                raise RequestRefusedError("duplicate_request", message)
 
     def find(self, request_id: str) -> list[Sequence]:
         """Return every admitted choice of the request."""
@@ -109,9 +146,9 @@ class Scheduler:
         if self._rows.pop(key, None) is None:
             return
         if sequence.phase is Phase.WAITING:
-            self._waiting.remove(sequence)
+            self._waiting = deque(_without(self._waiting, sequence))
         elif sequence.phase is Phase.PREFILLING:
-            self._prefilling = tuple(row for row in self._prefilling if row is not sequence)
+            self._prefilling = tuple(_without(self._prefilling, sequence))
         else:
             del self._decoding[sequence]
         if self._width(sequence.request) == self._widest:
@@ -122,12 +159,14 @@ class Scheduler:
         """Choose the next prefill chunk; None when no prompt is pending."""
         if not self._prefilling:
             self._prefilling = tuple(self._take_waiting())
-            for row in self._prefilling:
-                row.phase = Phase.PREFILLING
+            for group in self._prefilling:
+                for row in group:
+                    row.phase = Phase.PREFILLING
         if not self._prefilling:
             return None
-        start = self._prefilling[0].prefilled
-        remaining = max(row.context_length for row in self._prefilling) - start
+        leaders = [group[0] for group in self._prefilling]
+        start = leaders[0].prefilled
+        remaining = max(row.context_length for row in leaders) - start
         length = min(remaining, self.limits.prefill_chunk_tokens)
         return PrefillChunk(self._prefilling, start, length)
 
@@ -143,12 +182,12 @@ class Scheduler:
         self._prefilling = ()
         return True
 
-    def _take_waiting(self) -> list[Sequence]:
+    def _take_waiting(self) -> list[Group]:
         """Take one prompt, or as many short ones as fit one chunk when padded alike."""
-        taken: list[Sequence] = []
+        taken: list[Group] = []
         longest = 0
         while self._waiting:
-            longest = max(longest, self._waiting[0].context_length)
+            longest = max(longest, self._waiting[0][0].context_length)
             if taken and (len(taken) + 1) * longest > self.limits.prefill_chunk_tokens:
                 break
             taken.append(self._waiting.popleft())
@@ -176,3 +215,9 @@ class Scheduler:
     def kv_tokens_used(self) -> int:
         """KV tokens reserved: rows x widest row."""
         return len(self._rows) * self._widest
+
+
+def _without(groups: Iterable[Group], leaving: Sequence) -> Iterator[Group]:
+    for group in groups:
+        if kept := tuple(row for row in group if row is not leaving):
+            yield kept

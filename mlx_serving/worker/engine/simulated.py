@@ -66,7 +66,7 @@ class SimulatedRunner:
     def prefill(self, chunk: PrefillChunk) -> None:
         """Sleep as long as the chunk's tokens, padding included, take."""
         if self._options.prefill_tokens_per_second:
-            tokens = chunk.length * len(chunk.rows)
+            tokens = chunk.length * len(chunk.groups)
             self._sleep(tokens / self._options.prefill_tokens_per_second)
 
     def drop_prefill(self) -> None:
