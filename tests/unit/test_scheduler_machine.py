@@ -11,11 +11,15 @@ ROWS, CAPACITY, CHUNK, OVERHEAD = 6, 400, 16, 3
 
 
 class SchedulerMachine(RuleBasedStateMachine):
-    """Compares with a plain list of rows in order of arrival."""
+    """Compares with a plain list of rows in order of arrival. Rows are padded to the longest."""
+
+    block_tokens = 0
 
     def __init__(self) -> None:
         super().__init__()
-        self.scheduler = Scheduler(SchedulerLimits(ROWS, CAPACITY, CHUNK, OVERHEAD))
+        self.scheduler = Scheduler(
+            SchedulerLimits(ROWS, CAPACITY, CHUNK, OVERHEAD, self.block_tokens)
+        )
         self.rows: list[Sequence] = []
         self.computed: dict[Sequence, int] = {}
         self.started: list[Sequence] = []
@@ -85,13 +89,16 @@ class SchedulerMachine(RuleBasedStateMachine):
     @invariant()
     def counts_agree(self) -> None:
         decoding = sum(row.phase is Phase.DECODING for row in self.rows)
-        widest = max((row.request.kv_tokens + OVERHEAD for row in self.rows), default=0)
         assert self.scheduler.running == decoding
         assert self.scheduler.waiting == len(self.rows) - decoding
         assert self.scheduler.has_work == bool(self.rows)
-        assert self.scheduler.kv_tokens_used == len(self.rows) * widest
+        assert self.scheduler.kv_tokens_used == self.reserved()
         assert self.scheduler.kv_tokens_used <= CAPACITY
         assert len(self.rows) <= ROWS
+
+    def reserved(self) -> int:
+        widths = [row.request.kv_tokens + OVERHEAD for row in self.rows]
+        return len(widths) * max(widths, default=0)
 
     def teardown(self) -> None:
         """Nothing starves: as many chunks as there are tokens bring every row to decoding."""
@@ -103,5 +110,16 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert all(row.phase is Phase.DECODING for row in self.rows)
 
 
+class PagedSchedulerMachine(SchedulerMachine):
+    """The same over a paged cache: every row takes blocks of its own."""
+
+    block_tokens = 8
+
+    def reserved(self) -> int:
+        return sum(-(-(row.request.kv_tokens + OVERHEAD) // 8) * 8 for row in self.rows)
+
+
 TestScheduler = SchedulerMachine.TestCase
 TestScheduler.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestPagedScheduler = PagedSchedulerMachine.TestCase
+TestPagedScheduler.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)

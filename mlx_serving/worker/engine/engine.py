@@ -46,8 +46,8 @@ class Runner(Protocol):
     def drop_prefill(self) -> None:
         """Forget the prompt being prefilled."""
 
-    def join(self, rows: Iterable[Sequence]) -> None:
-        """Move the rows whose prefill is complete into the decode batch."""
+    def join(self, groups: Iterable[Group]) -> None:
+        """Move the rows of the chunk that was prefilled last into the decode batch."""
 
     def remove(self, rows: Iterable[Sequence]) -> None:
         """Take rows out of the decode batch; rows that are not in it are ignored."""
@@ -144,7 +144,7 @@ class Engine:
         error = self._try_prefill(chunk)
         if error is None:
             if self._scheduler.finish_prefill(chunk):
-                self._runner.join(chunk.rows)
+                self._runner.join(chunk.groups)
             return
         # One of several prompts may be to blame for all: each is tried alone.
         alone = len(chunk.groups) > 1
@@ -170,7 +170,7 @@ class Engine:
         if self._try_prefill(chunk) is not None:
             return False
         self._scheduler.finish_prefill(chunk)
-        self._runner.join(group)
+        self._runner.join([group])
         return True
 
     def _collect(self, sampled: list[tuple[Sequence, int]], outputs: list[Output]) -> None:

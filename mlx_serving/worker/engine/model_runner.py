@@ -15,9 +15,11 @@ from typing import Any, Final, cast
 import mlx.core as mx
 
 from mlx_serving.worker.engine import kv_cache
+from mlx_serving.worker.engine.cache_choice import CacheChoice, choose_cache
+from mlx_serving.worker.engine.decode_cache import Prefilled
 from mlx_serving.worker.engine.kv_cache import LanguageModel
 from mlx_serving.worker.engine.sampling import BatchSampler, RowSampling, token_words
-from mlx_serving.worker.engine.scheduler import PrefillChunk
+from mlx_serving.worker.engine.scheduler import Group, PrefillChunk
 from mlx_serving.worker.engine.sequence import Sequence
 
 TRIM_EVERY_LAUNCHES: Final = 512  # freed buffers go back to the system, as in mlx-lm
@@ -29,18 +31,19 @@ class ModelRunner:
     Only one thread may call it: MLX binds unevaluated work to the thread that built it.
     """
 
-    def __init__(self, model: LanguageModel) -> None:
-        """Measure the model's cache.
+    def __init__(self, model: LanguageModel, choice: CacheChoice | None = None) -> None:
+        """Measure the model's cache; `choice` None: the best that this device is proven to do.
 
         Raises:
             UnsupportedModelError: a layer's cache can't join a batch.
         """
         self.cost = kv_cache.measure(model)
+        self.choice = choose_cache(model) if choice is None else choice
         self._model = model
         self._words = token_words(self.cost.vocab_size)
         mx.eval(self._words)
         self._prefill_cache: list[Any] = []
-        self._cache: list[Any] = []
+        self._cache = self.choice.make()
         self._rows: list[Sequence] = []
         # Launch number (may be negative) at which the row's position was 0.
         self._origins: list[int] = []
@@ -50,14 +53,16 @@ class ModelRunner:
         self._pending = mx.array([], dtype=mx.int32)  # [B], what the next step takes in
         self._sampler: Callable[[mx.array], mx.array] | None = None  # None: rows changed
 
+    def limit_kv(self, tokens: int) -> None:
+        """Bound what the decode batch's cache may hold, where it can tell."""
+        self._cache.limit(tokens)
+
     def prefill(self, chunk: PrefillChunk) -> None:
         """Compute one chunk; several prompts are padded on the right to the longest."""
         if chunk.start == 0:
             self._prefill_cache = kv_cache.new_cache(self._model, len(chunk.groups))
         if chunk.length:
             self._forward_prompts(chunk)
-        if chunk.completes:
-            self._fork_prompts(chunk)
         # With nothing to decode there is nothing to overlap with: wait, so that a step that
         # returns has done its work.
         evaluate = mx.async_eval if self._rows else mx.eval
@@ -77,27 +82,21 @@ class ModelRunner:
             for layer in self._prefill_cache:
                 layer.finalize()
 
-    def _fork_prompts(self, chunk: PrefillChunk) -> None:
-        """Give every row of a group a copy of the group's cache."""
-        if len(chunk.groups) == 1:
-            self._prefill_cache = kv_cache.as_batch(self._prefill_cache)
-        if len(chunk.rows) > len(chunk.groups):
-            copies = [index for index, group in enumerate(chunk.groups) for _ in group]
-            longest = max(row.context_length for row in chunk.leaders)
-            kv_cache.keep_rows(self._prefill_cache, copies, longest)
-
     def drop_prefill(self) -> None:
         """Forget the prompt being prefilled."""
         self._prefill_cache = []
 
-    def join(self, rows: Iterable[Sequence]) -> None:
-        """Move the rows whose prefill is complete into the decode batch."""
-        joining = list(rows)
-        cache, self._prefill_cache = self._prefill_cache, []
-        if self._rows:
-            kv_cache.extend(self._cache, cache)
-        else:
-            self._cache = cache
+    def join(self, groups: Iterable[Group]) -> None:
+        """Move the rows whose prefill is complete into the decode batch.
+
+        `groups` are those of the chunk that completed it.
+        """
+        prompts = list(groups)
+        joining = [row for group in prompts for row in group]
+        layers, self._prefill_cache = self._prefill_cache, []
+        lengths = [group[0].context_length for group in prompts]
+        copies = [index for index, group in enumerate(prompts) for _ in group]
+        self._cache.join(Prefilled(layers, lengths, copies))
         self._rows += joining
         self._origins += [self._launches - len(row.request.committed) for row in joining]
         last_tokens = mx.array([row.last_token for row in joining], dtype=mx.int32)
@@ -114,11 +113,10 @@ class ModelRunner:
         self._joined = sum(index >= len(self._rows) - self._joined for index in kept)
         self._rows = [self._rows[index] for index in kept]
         self._origins = [self._origins[index] for index in kept]
+        self._cache.keep(kept)
         if kept:
-            kv_cache.keep_rows(self._cache, kept, max(self._lengths()))
             self._pending = self._pending[mx.array(kept, dtype=mx.int32)]
         else:
-            self._cache = []
             self._pending = mx.array([], dtype=mx.int32)
             mx.clear_cache()
         self._rows_changed()
@@ -138,13 +136,16 @@ class ModelRunner:
         if not sampled:
             return []
         tokens = cast("list[int]", previous.tolist())
+        self._cache.settle()
         return list(zip(sampled, tokens, strict=False))
 
     def _launch(self) -> None:
         if self._sampler is None:
             self._sampler = BatchSampler(self._sampling(), self._words)
-        logits = self._model(self._pending[:, None], cache=self._cache)
+        self._cache.begin_step()
+        logits = self._model(self._pending[:, None], cache=self._cache.layers)
         self._pending = self._sampler(logits[:, -1])
+        self._cache.end_step()
         mx.async_eval(self._pending)
         self._joined = 0
         self._launches += 1
@@ -161,12 +162,5 @@ class ModelRunner:
     def _sampling(self) -> list[RowSampling]:
         return [
             RowSampling(row.request.sampling, row.request.choice, self._launches - origin)
-            for origin, row in zip(self._origins, self._rows, strict=True)
-        ]
-
-    def _lengths(self) -> list[int]:
-        """Tokens of each row in the KV cache."""
-        return [
-            len(row.request.prompt) - 1 + self._launches - origin
             for origin, row in zip(self._origins, self._rows, strict=True)
         ]

@@ -8,6 +8,7 @@ import mlx.core as mx
 from mlx_lm.utils import load_model, load_tokenizer, maybe_set_recommended_wired_limit
 
 from mlx_serving.worker.engine.acceleration import make_detokenizer
+from mlx_serving.worker.engine.cache_choice import choose_cache
 from mlx_serving.worker.engine.engine import Attachments, Engine
 from mlx_serving.worker.engine.model_files import check_model_files, model_revision, tokenizer_hash
 from mlx_serving.worker.engine.model_runner import ModelRunner
@@ -55,7 +56,7 @@ def load_engine(
     tokenizer = load_tokenizer(
         path, {"trust_remote_code": False}, eos_token_ids=config.get("eos_token_id")
     )
-    runner = ModelRunner(model)
+    runner = ModelRunner(model, choose_cache(model, prefer_native=options.prefer_native))
     info = ModelInfo(
         name or path.resolve().name,
         model_revision(path),
@@ -76,16 +77,19 @@ def build_engine(
     options: EngineOptions = EngineOptions(),
 ) -> Engine:
     """Put an engine together from a model in memory."""
-    cost = runner.cost
+    cost, choice = runner.cost, runner.choice
     budget = default_kv_budget() if options.kv_budget_bytes is None else options.kv_budget_bytes
     limits = SchedulerLimits(
         max_rows=options.max_batch_rows,
         kv_capacity_tokens=budget // cost.bytes_per_token,
         prefill_chunk_tokens=options.prefill_chunk_tokens,
-        kv_row_overhead_tokens=cost.overhead_tokens,
+        kv_row_overhead_tokens=choice.row_overhead_tokens(cost),
+        kv_block_tokens=choice.block_tokens,
     )
+    runner.limit_kv(limits.kv_capacity_tokens)
     detokenizer, report = make_detokenizer(tokenizer, prefer_native=options.prefer_native)
-    return Engine(runner, Scheduler(limits), detokenizer, info, Attachments(tokenizer, (report,)))
+    attachments = Attachments(tokenizer, (report, choice.report))
+    return Engine(runner, Scheduler(limits), detokenizer, info, attachments)
 
 
 def default_kv_budget() -> int:

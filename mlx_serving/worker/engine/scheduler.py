@@ -1,8 +1,8 @@
 """Who is admitted, and whose prompt is prefilled next. Pure: no mlx, no clock, no I/O.
 
 A row is admitted when the KV cache of all admitted rows, each as long as it can ever get, fits
-the budget. mlx-lm's batch caches pad every row to the longest one, so what a batch reserves is
-rows x widest row, not the sum of its rows.
+the budget. What a batch reserves is the cache's matter: mlx-lm's batch caches pad every row to
+the longest one, so it is rows x widest row; a paged cache takes the sum of the rows' blocks.
 
 One engine step does at most one prefill chunk and one decode step. A chunk computes at most
 `prefill_chunk_tokens` tokens, padding included: either the next part of one long prompt or
@@ -25,12 +25,14 @@ class SchedulerLimits:
 
     `kv_row_overhead_tokens`: KV tokens that a row may hold beyond its own (the cache grows in
     blocks; layers of fixed size). `kv_capacity_tokens` is the budget of the whole batch.
+    `kv_block_tokens`: rows are kept in blocks of so many tokens; 0: padded to the longest row.
     """
 
     max_rows: int
     kv_capacity_tokens: int
     prefill_chunk_tokens: int
     kv_row_overhead_tokens: int = 0
+    kv_block_tokens: int = 0
 
     def __post_init__(self) -> None:
         """Refuse limits under which nothing could run."""
@@ -78,21 +80,34 @@ class Scheduler:
         self._prefilling: tuple[Group, ...] = ()
         self._decoding: dict[Sequence, None] = {}  # an ordered set
         self._rows: dict[tuple[str, int], Sequence] = {}
-        self._widest = 0
+        self._widest = 0  # of the admitted rows' widths
+        self._total = 0  # their sum
 
     def fits(self, *choices: Request) -> bool:
         """Say whether the choices could run here if they were alone."""
-        widest = max(map(self._width, choices))
-        return (
-            len(choices) <= self.limits.max_rows
-            and len(choices) * widest <= self.limits.kv_capacity_tokens
-        )
+        needed = self._reserved(len(choices), *self._widths(choices))
+        return len(choices) <= self.limits.max_rows and needed <= self.limits.kv_capacity_tokens
 
     def can_add(self, *choices: Request) -> bool:
         """Say whether the choices can be admitted now."""
         rows = len(self._rows) + len(choices)
-        width = max(self._widest, *map(self._width, choices))
-        return rows <= self.limits.max_rows and rows * width <= self.limits.kv_capacity_tokens
+        widest, total = self._widths(choices)
+        needed = self._reserved(rows, max(self._widest, widest), self._total + total)
+        return rows <= self.limits.max_rows and needed <= self.limits.kv_capacity_tokens
+
+    def _widths(self, choices: Iterable[Request]) -> tuple[int, int]:
+        """Return the widest and the sum."""
+        widths = [self._width(request) for request in choices]
+        return max(widths), sum(widths)
+
+    def _reserved(self, rows: int, widest: int, total: int) -> int:
+        """KV tokens that so many rows can come to hold."""
+        return total if self.limits.kv_block_tokens else rows * widest
+
+    def _width(self, request: Request) -> int:
+        tokens = request.kv_tokens + self.limits.kv_row_overhead_tokens
+        block = self.limits.kv_block_tokens or 1
+        return -(-tokens // block) * block
 
     def add(self, *choices: Request) -> list[Sequence]:
         """Admit the choices of one request, all or none, to the end of the queue.
@@ -110,7 +125,9 @@ class Scheduler:
         self._rows |= {(row.request.id, row.request.choice): row for row in rows}
         shared = not any(request.committed for request in choices)
         self._waiting.extend([tuple(rows)] if shared else [(row,) for row in rows])
-        self._widest = max(self._widest, *map(self._width, choices))
+        widest, total = self._widths(choices)
+        self._widest = max(self._widest, widest)
+        self._total += total
         return rows
 
     def _why_too_large(self, choices: tuple[Request, ...]) -> str:
@@ -119,7 +136,7 @@ class Scheduler:
                 f"n: the request needs {len(choices)} rows, "
                 f"this engine decodes {self.limits.max_rows}"
             )
-        needed = len(choices) * max(map(self._width, choices))
+        needed = self._reserved(len(choices), *self._widths(choices))
         return (
             f"max_tokens: the request needs {needed} KV tokens, "
             f"this device holds {self.limits.kv_capacity_tokens}"
@@ -151,6 +168,7 @@ class Scheduler:
             self._prefilling = tuple(_without(self._prefilling, sequence))
         else:
             del self._decoding[sequence]
+        self._total -= self._width(sequence.request)
         if self._width(sequence.request) == self._widest:
             widths = (self._width(row.request) for row in self._rows.values())
             self._widest = max(widths, default=0)
@@ -193,9 +211,6 @@ class Scheduler:
             taken.append(self._waiting.popleft())
         return taken
 
-    def _width(self, request: Request) -> int:
-        return request.kv_tokens + self.limits.kv_row_overhead_tokens
-
     @property
     def running(self) -> int:
         """Decoding rows."""
@@ -213,8 +228,8 @@ class Scheduler:
 
     @property
     def kv_tokens_used(self) -> int:
-        """KV tokens reserved: rows x widest row."""
-        return len(self._rows) * self._widest
+        """KV tokens reserved by admitted rows."""
+        return self._reserved(len(self._rows), self._widest, self._total)
 
 
 def _without(groups: Iterable[Group], leaving: Sequence) -> Iterator[Group]:

@@ -13,7 +13,7 @@ from typing import Final
 from mlx_serving.common.jobs import GenerationJob
 from mlx_serving.worker.engine.detokenizer import Detokenizer
 from mlx_serving.worker.engine.engine import Engine
-from mlx_serving.worker.engine.scheduler import PrefillChunk, Scheduler, SchedulerLimits
+from mlx_serving.worker.engine.scheduler import Group, PrefillChunk, Scheduler, SchedulerLimits
 from mlx_serving.worker.engine.sequence import ModelInfo, Sequence
 from mlx_serving.worker.engine.vocabulary import WORD_BOUNDARY, Vocabulary
 
@@ -72,9 +72,9 @@ class SimulatedRunner:
     def drop_prefill(self) -> None:
         """Nothing is kept of a prompt."""
 
-    def join(self, rows: Iterable[Sequence]) -> None:
+    def join(self, groups: Iterable[Group]) -> None:
         """Start to decode these rows."""
-        self._rows |= dict.fromkeys(rows)
+        self._rows |= dict.fromkeys(row for group in groups for row in group)
 
     def remove(self, rows: Iterable[Sequence]) -> None:
         """Stop to decode these rows."""

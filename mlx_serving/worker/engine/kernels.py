@@ -1,0 +1,54 @@
+"""The texts of the GPU kernels, in the dialect of this device. Imports mlx late.
+
+The sources stand in `native/kernels/`; an installed package has them as `mlx_serving/kernels/`.
+"""
+
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+Dialect = Literal["cuda", "metal"]
+
+_PACKAGE = Path(__file__).parents[2]
+_FOLDERS = (_PACKAGE / "kernels", _PACKAGE.parent / "native" / "kernels")
+_SUFFIXES: dict[Dialect, str] = {"cuda": "cu", "metal": "metal"}
+
+
+def dialect() -> Dialect | None:
+    """Which kernels MLX's default device can run; None on the CPU."""
+    import mlx.core as mx
+
+    if mx.default_device() == mx.cpu:
+        return None
+    return "metal" if mx.metal.is_available() else "cuda"
+
+
+@cache
+def source(name: str, language: Dialect) -> str:
+    """Return the text of `name`.
+
+    Raises:
+        FileNotFoundError: this install has no such kernel.
+    """
+    file = f"{name}.{_SUFFIXES[language]}"
+    for folder in _FOLDERS:
+        if (folder / file).is_file():
+            return (folder / file).read_text()
+    message = f"kernel {file} is not in this install"
+    raise FileNotFoundError(message)
+
+
+def make_kernel(
+    name: str, inputs: list[str], outputs: list[str], language: Dialect, header: str = ""
+) -> Any:  # noqa: ANN401 - MLX's kernels are untyped callables
+    """Return MLX's kernel of the text `name`; nothing is compiled before its first use."""
+    import mlx.core as mx
+
+    make = mx.fast.metal_kernel if language == "metal" else mx.fast.cuda_kernel
+    return make(
+        name=f"mlx_serving_{name}",
+        input_names=inputs,
+        output_names=outputs,
+        source=source(name, language),
+        header=source(header, language) if header else "",
+    )

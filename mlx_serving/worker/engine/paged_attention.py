@@ -1,0 +1,163 @@
+"""One layer's keys and values in blocks, and what computes on them: the reference in MLX.
+
+`paged_kernels.KernelOps` does the same on a GPU, in place. Both store a decode step's own keys
+and values and attend over every row's tokens, those included. A `StepPlan` tells where they are.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import mlx.core as mx
+
+
+@dataclass(slots=True)
+class StepPlan:
+    """Where the rows of a step stand, on the device.
+
+    `table` int32 [B, W]: the blocks of each row in order, then any valid ids. `lengths` int32
+    [B]: tokens in the cache before this step. `work` int32 [I, 3]: (row, first token, end) of
+    each item of work, in order of rows; the last item of a row may end beyond its tokens.
+    `firsts` int32 [B + 1]: the first item of each row, then I. `split`: I > B.
+    """
+
+    table: mx.array
+    lengths: mx.array
+    work: mx.array
+    firsts: mx.array
+    split: bool
+
+
+@dataclass(frozen=True, slots=True)
+class StoreEntry:
+    """Tokens [first, first + count) of a prompt, which go to the start of a block."""
+
+    block: int
+    prompt: int
+    first: int
+    count: int
+
+
+class PagedOps(Protocol):
+    """What computes on a layer's blocks."""
+
+    def store(
+        self, layer: "PagedLayer", keys: mx.array, values: mx.array, entries: Sequence[StoreEntry]
+    ) -> mx.array:
+        """Copy from keys and values [P, KVH, S, D] into blocks that no row in flight reads.
+
+        Returns int32 [1], 0, once that is done.
+        """
+
+    def attend(
+        self,
+        layer: "PagedLayer",
+        queries: mx.array,
+        keys: mx.array,
+        values: mx.array,
+        scale: float,
+        plan: StepPlan,
+    ) -> mx.array:
+        """Store keys and values [B, KVH, 1, D]; attend with queries [B, H, 1, D], give the same."""
+
+
+class PagedLayer:
+    """What an mlx-lm model takes for a layer's cache in a decode step of one token a row.
+
+    `keys` and `values` are [blocks, KV heads, block tokens, head dim].
+    """
+
+    plan: StepPlan  # set before each step
+
+    def __init__(self, ops: PagedOps, keys: mx.array, values: mx.array) -> None:
+        self.keys = keys
+        self.values = values
+        self._ops = ops
+
+    @property
+    def offset(self) -> mx.array:
+        """Each row's position: int32 [B]."""
+        return self.plan.lengths
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """Pass the step's keys and values on to `attend`, which stores them."""
+        return keys, values
+
+    def make_mask(
+        self,
+        tokens: int,
+        return_array: bool = False,  # noqa: FBT001, FBT002 - mlx-lm's signature
+        window_size: int | None = None,
+    ) -> None:
+        """Return no mask: a row sees its own tokens, and all of them.
+
+        Raises:
+            ValueError: the model wants what this cache can't do.
+        """
+        if tokens != 1 or return_array or window_size:
+            message = "a paged cache takes one token a row and knows no mask and no window"
+            raise ValueError(message)
+
+    def attend(self, queries: mx.array, keys: mx.array, values: mx.array, scale: float) -> mx.array:
+        """Store the step's keys and values, attend; returns [B, H, 1, D]."""
+        return self._ops.attend(self, queries, keys, values, scale, self.plan)
+
+    def store(self, keys: mx.array, values: mx.array, entries: Sequence[StoreEntry]) -> mx.array:
+        """Copy prefilled keys and values into blocks; see `PagedOps.store`."""
+        return self._ops.store(self, keys, values, entries)
+
+    def resize(self, blocks: int) -> None:
+        """Grow to `blocks` blocks; costs one copy of the layer. No step may be in flight."""
+        shape = (blocks - self.keys.shape[0], *self.keys.shape[1:])
+        self.keys = mx.concatenate([self.keys, mx.zeros(shape, self.keys.dtype)])
+        self.values = mx.concatenate([self.values, mx.zeros(shape, self.values.dtype)])
+        mx.eval(self.keys, self.values)
+
+
+class ReferenceOps:
+    """Gathers every row's blocks for mlx's own attention: right on any device, and slow."""
+
+    def store(
+        self, layer: PagedLayer, keys: mx.array, values: mx.array, entries: Sequence[StoreEntry]
+    ) -> mx.array:
+        """See `PagedOps.store`. Fills whole blocks; what is beyond a prompt is never read."""
+        size = layer.keys.shape[2]
+        blocks = mx.array([entry.block for entry in entries])
+        prompts = mx.array([[entry.prompt] for entry in entries])
+        first = mx.array([[entry.first] for entry in entries])
+        tokens = mx.minimum(first + mx.arange(size), keys.shape[2] - 1)
+        for pool, source in ((layer.keys, keys), (layer.values, values)):
+            picked = source.transpose(0, 2, 1, 3)[prompts, tokens]  # [E, block tokens, KVH, D]
+            pool[blocks] = picked.transpose(0, 2, 1, 3)
+        return mx.zeros((1,), mx.int32)
+
+    def attend(
+        self,
+        layer: PagedLayer,
+        queries: mx.array,
+        keys: mx.array,
+        values: mx.array,
+        scale: float,
+        plan: StepPlan,
+    ) -> mx.array:
+        """See `PagedOps.attend`."""
+        size = layer.keys.shape[2]
+        blocks = mx.take_along_axis(plan.table, (plan.lengths // size)[:, None], axis=1)[:, 0]
+        places = plan.lengths % size
+        layer.keys[blocks, :, places] = keys[:, :, 0]
+        layer.values[blocks, :, places] = values[:, :, 0]
+        mask = mx.arange(plan.table.shape[1] * size) <= plan.lengths[:, None]
+        return mx.fast.scaled_dot_product_attention(
+            queries,
+            _gather(layer.keys, plan.table),
+            _gather(layer.values, plan.table),
+            scale=scale,
+            mask=mask[:, None, None],
+        )
+
+
+def _gather(pool: mx.array, table: mx.array) -> mx.array:
+    """Return every row's tokens: [B, KVH, table width x block tokens, D]."""
+    picked = pool[table].transpose(0, 2, 1, 3, 4)
+    rows, heads, _, _, head_dim = picked.shape
+    return picked.reshape(rows, heads, -1, head_dim)
