@@ -10,7 +10,8 @@
 // Inputs: q [B, H, 1, D], k and v [B, KVH, 1, D] of the step's own token, key_pool and value_pool
 // [blocks, KVH, BLOCK, D], table int32 [B, table width], lengths int32 [B] (tokens before this
 // one), work int32 [W, 3] (row or -1, start, stop), scale float32 [1].
-// Constants: T, D, GROUP, TILES (tiles of GROUP heads in a KV head), BLOCK, LANES, SPLIT.
+// Constants: T, D, GROUP, TILES (tiles of GROUP heads in a KV head), BLOCK, LANES, SPLIT, OUT (the
+// type of out).
 // Outputs: SPLIT false: out T [B, H, 1, D], where every row has one item. SPLIT true: out float32
 // [W, H, D], not yet divided, and stats float32 [W, H, 2] (maximum, sum), for the second kernel.
 //
@@ -169,12 +170,12 @@ for (int index = thread; index < GROUP * D; index += THREADS) {
     result += warp_acc[w][g][d] * part;
   }
   if (SPLIT) {
-    out[(size_t(item) * heads + head + g) * D + d] = result;
+    out[(size_t(item) * heads + head + g) * D + d] = OUT(result);
     if (d == 0) {
       stats[(item * heads + head + g) * 2] = highest;
       stats[(item * heads + head + g) * 2 + 1] = total;
     }
   } else {
-    out[(size_t(row) * heads + head + g) * D + d] = T(result / total);
+    out[(size_t(row) * heads + head + g) * D + d] = OUT(result / total);
   }
 }

@@ -154,12 +154,12 @@ for (int index = thread_index; index < GROUP * D; index += THREADS) {
     result += warp_acc[w][g][d] * part;
   }
   if (SPLIT) {
-    out[(size_t(item) * heads + head + g) * D + d] = result;
+    out[(size_t(item) * heads + head + g) * D + d] = OUT(result);
     if (d == 0) {
       stats[(item * heads + head + g) * 2] = highest;
       stats[(item * heads + head + g) * 2 + 1] = total;
     }
   } else {
-    out[(size_t(row) * heads + head + g) * D + d] = T(result / total);
+    out[(size_t(row) * heads + head + g) * D + d] = OUT(result / total);
   }
 }

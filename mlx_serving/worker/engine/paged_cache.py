@@ -22,7 +22,7 @@ BLOCK_TOKENS: Final = 32
 # A row gets its next block when fewer free places than this are left, so that the rows' tables
 # change once in so many steps and not in each.
 LOOKAHEAD_TOKENS: Final = 8
-GROWTH_BLOCKS: Final = 64  # the least by which a pool grows; above, an eighth of itself
+GROWTH_BLOCKS: Final = 16  # the least by which a pool grows; above, a sixteenth of itself
 CHUNK_TOKENS: Final = 512  # of a row that one item of work covers, at least
 _END: Final = 2**31 - 1
 
@@ -205,7 +205,7 @@ class PagedCache:
         needed, blocks = self.allocator.extent, self.blocks
         if needed <= blocks:
             return
-        size = max(needed, min(blocks + max(GROWTH_BLOCKS, blocks // 8), self.allocator.limit))
+        size = max(needed, min(blocks + max(GROWTH_BLOCKS, blocks // 16), self.allocator.limit))
         if not self.layers:
             self.layers = [self._new_layer(shape, size) for shape in self._shapes]
             mx.eval([(layer.keys, layer.values) for layer in self.layers])

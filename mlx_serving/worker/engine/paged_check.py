@@ -6,7 +6,7 @@ logits with those on mlx-lm's own batch caches. No prompt is computed.
 """
 
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import mlx.core as mx
 from mlx_lm.models.cache import KVCache
@@ -57,8 +57,8 @@ class ComparedOps:
         mx.eval(done, layer.keys, layer.values, twin.keys, twin.values)
         for entry in entries:
             for pool, expected in ((layer.keys, twin.keys), (layer.values, twin.values)):
-                stored = (array[entry.block, :, : entry.count] for array in (pool, expected))
-                if not mx.array_equal(*stored).item():
+                place = (entry.block, slice(None), slice(entry.count))
+                if not mx.array_equal(pool[place], expected[place]).item():
                     message = "what it stores differs from the reference's"
                     raise DifferenceError(message)
         return done
@@ -97,7 +97,7 @@ def distance(values: mx.array, expected: mx.array) -> float:
     """Return the norm of the difference over the norm of what is expected; NaN fails any bound."""
     wide = expected.astype(mx.float32)
     difference = mx.linalg.norm(values.astype(mx.float32) - wide)
-    return float((difference / (mx.linalg.norm(wide) + 1e-9)).item())
+    return cast("float", (difference / (mx.linalg.norm(wide) + 1e-9)).item())
 
 
 def check(model: LanguageModel, shapes: Sequence[LayerShape], ops: PagedOps) -> str | None:

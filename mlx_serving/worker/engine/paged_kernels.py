@@ -81,6 +81,7 @@ class KernelOps:
         group = heads // keys.shape[1]
         tile = head_tile(group, head_dim)
         split = plan.split
+        out_type = mx.float32 if split else queries.dtype
         constants: list[tuple[str, Any]] = [
             ("T", queries.dtype),
             ("D", head_dim),
@@ -89,6 +90,7 @@ class KernelOps:
             ("BLOCK", layer.keys.shape[2]),
             ("LANES", team_lanes(head_dim)),
             ("SPLIT", split),
+            ("OUT", out_type),
         ]
         pools = [layer.keys, layer.values, plan.table, plan.lengths, plan.work]
         out, stats = self._attend(
@@ -100,7 +102,7 @@ class KernelOps:
                 (items, heads, head_dim) if split else queries.shape,
                 (items, heads, 2) if split else (1,),
             ],
-            output_dtypes=[mx.float32 if split else queries.dtype, mx.float32],
+            output_dtypes=[out_type, mx.float32],
         )
         if not split:
             return _array(out)
