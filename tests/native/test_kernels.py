@@ -169,8 +169,8 @@ def plan_of(split: bool) -> StepPlan:  # noqa: FBT001 - a case
         bounds = [0, 32, 64, 100, 2**31 - 1] if split else [0, 2**31 - 1]
         work += [(row, start, end) for start, end in pairwise(bounds)]
         firsts.append(len(work))
-    arrays = [mx.array(value, dtype=mx.int32) for value in (LENGTHS, work, firsts)]
-    return StepPlan(mx.array(table), *arrays, split)
+    lengths, items, ends = (mx.array(v, dtype=mx.int32) for v in (LENGTHS, work, firsts))
+    return StepPlan(mx.array(table), lengths, mx.ones_like(lengths), items, ends, split=split)
 
 
 @pytest.mark.parametrize("split", [False, True], ids=["whole rows", "split rows"])
@@ -206,7 +206,7 @@ def test_attention_equals_the_reference(
 
     wide = [array.astype(mx.float32) for array in (*pools, query, *own)]
     layer = PagedLayer(ReferenceOps(), wide[0], wide[1])
-    expected = ReferenceOps().attend(layer, *wide[2:], 0.3, plan)
+    expected = ReferenceOps().attend(layer, wide[2], wide[3], wide[4], 0.3, plan)
     got = to_mlx(out, shape.dtype).astype(mx.float32)
     tolerance = 1e-5 if shape.dtype == mx.float32 else 2e-2
     assert mx.allclose(got, expected, rtol=tolerance, atol=tolerance).item()

@@ -47,13 +47,15 @@ def choose_cache(model: LanguageModel, *, prefer_native: bool = True) -> CacheCh
     """Choose for this model on this device; runs a few tiny steps where a kernel might be used."""
     language = dialect()
     if not prefer_native:
-        return _padded("switched off by the settings")
+        return padded_choice(model, "switched off by the settings")
     if language is None:
-        return _padded("MLX's CPU backend runs no kernels; rows are padded to the longest")
+        return padded_choice(
+            model, "MLX's CPU backend runs no kernels; rows are padded to the longest"
+        )
     try:
         return paged_choice(model, KernelOps(language))
     except Exception as error:  # noqa: BLE001 - whatever fails, mlx-lm's own caches work
-        return _padded(f"{type(error).__name__}: {error}")
+        return padded_choice(model, f"{type(error).__name__}: {error}")
 
 
 def paged_choice(model: LanguageModel, ops: PagedOps) -> CacheChoice:
@@ -61,13 +63,15 @@ def paged_choice(model: LanguageModel, ops: PagedOps) -> CacheChoice:
     shapes = layer_shapes(model)
     reason = _why_not(model, shapes) or check(model, shapes, ops)
     if reason is not None:
-        return _padded(reason)
+        return padded_choice(model, reason)
     report = AccelerationReport(PAGED_CACHE, "native", "self-check passed")
-    return CacheChoice(lambda: PagedCache(shapes, ops), BLOCK_TOKENS, report)
+    return CacheChoice(lambda: PagedCache(model, shapes, ops), BLOCK_TOKENS, report)
 
 
-def _padded(reason: str) -> CacheChoice:
-    return CacheChoice(PaddedCache, 0, AccelerationReport(PAGED_CACHE, "twin", reason))
+def padded_choice(model: LanguageModel, reason: str) -> CacheChoice:
+    """Return mlx-lm's batch caches, and say why."""
+    report = AccelerationReport(PAGED_CACHE, "twin", reason)
+    return CacheChoice(lambda: PaddedCache(model), 0, report)
 
 
 def layer_shapes(model: LanguageModel) -> list[LayerShape]:

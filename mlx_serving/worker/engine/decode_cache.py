@@ -9,7 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import mlx.core as mx
+
 from mlx_serving.worker.engine import kv_cache
+from mlx_serving.worker.engine.kv_cache import LanguageModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,10 +31,6 @@ class Prefilled:
 class DecodeCache(Protocol):
     """The KV cache of every row that decodes, in the batch's order."""
 
-    @property
-    def layers(self) -> list[Any]:
-        """What the model takes as its cache in a step of one token a row."""
-
     def limit(self, tokens: int) -> None:
         """Bound the cache; the scheduler admits within it."""
 
@@ -41,11 +40,8 @@ class DecodeCache(Protocol):
     def keep(self, kept: Sequence[int]) -> None:
         """Keep only these rows, in this order. A step that was launched with all may be running."""
 
-    def begin_step(self) -> None:
-        """Make room for one more token a row; call it before the model runs."""
-
-    def end_step(self) -> None:
-        """Note that the model ran; its work need not be done."""
+    def step(self, tokens: mx.array) -> mx.array:
+        """Build the model's step on one token a row, int32 [B]; returns logits [B, V]."""
 
     def settle(self) -> None:
         """Note that no step runs that was launched before the last call of `keep`."""
@@ -54,9 +50,10 @@ class DecodeCache(Protocol):
 class PaddedCache:
     """mlx-lm's batch caches: rows x longest row, of any kind that mlx-lm can batch."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: LanguageModel) -> None:
         """Start without rows."""
-        self.layers: list[Any] = []
+        self._model = model
+        self._layers: list[Any] = []
         self._lengths: list[int] = []
 
     def limit(self, tokens: int) -> None:
@@ -70,25 +67,23 @@ class PaddedCache:
         if len(prefilled.prompts) > len(prefilled.lengths):
             kv_cache.keep_rows(layers, list(prefilled.prompts), max(prefilled.lengths))
         if self._lengths:
-            kv_cache.extend(self.layers, layers)
+            kv_cache.extend(self._layers, layers)
         else:
-            self.layers = layers
+            self._layers = layers
         self._lengths += [prefilled.lengths[prompt] for prompt in prefilled.prompts]
 
     def keep(self, kept: Sequence[int]) -> None:
         """Keep only these rows; copies what stays."""
         self._lengths = [self._lengths[row] for row in kept]
         if kept:
-            kv_cache.keep_rows(self.layers, list(kept), max(self._lengths))
+            kv_cache.keep_rows(self._layers, list(kept), max(self._lengths))
         else:
-            self.layers = []
+            self._layers = []
 
-    def begin_step(self) -> None:
-        """Do nothing: mlx-lm's caches grow by themselves."""
-
-    def end_step(self) -> None:
-        """Count the step's tokens."""
+    def step(self, tokens: mx.array) -> mx.array:
+        """Build the model's step; mlx-lm's caches grow by themselves."""
         self._lengths = [length + 1 for length in self._lengths]
+        return self._model(tokens[:, None], cache=self._layers)[:, -1]
 
     def settle(self) -> None:
         """Do nothing: arrays that a running step reads are kept by MLX."""

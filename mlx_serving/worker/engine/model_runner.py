@@ -142,10 +142,7 @@ class ModelRunner:
     def _launch(self) -> None:
         if self._sampler is None:
             self._sampler = BatchSampler(self._sampling(), self._words)
-        self._cache.begin_step()
-        logits = self._model(self._pending[:, None], cache=self._cache.layers)
-        self._pending = self._sampler(logits[:, -1])
-        self._cache.end_step()
+        self._pending = self._sampler(self._cache.step(self._pending))
         mx.async_eval(self._pending)
         self._joined = 0
         self._launches += 1

@@ -10,6 +10,7 @@ from mlx_lm.utils import load_model, load_tokenizer, maybe_set_recommended_wired
 from mlx_serving.worker.engine.acceleration import make_detokenizer
 from mlx_serving.worker.engine.cache_choice import choose_cache
 from mlx_serving.worker.engine.engine import Attachments, Engine
+from mlx_serving.worker.engine.fused_layers import fuse
 from mlx_serving.worker.engine.model_files import check_model_files, model_revision, tokenizer_hash
 from mlx_serving.worker.engine.model_runner import ModelRunner
 from mlx_serving.worker.engine.scheduler import Scheduler, SchedulerLimits
@@ -53,6 +54,8 @@ def load_engine(
     check_model_files(path)
     maybe_set_recommended_wired_limit()
     model, config = load_model(path, trust_remote_code=False)
+    if options.prefer_native and mx.default_device() != mx.cpu:
+        fuse(model)
     tokenizer = load_tokenizer(
         path, {"trust_remote_code": False}, eos_token_ids=config.get("eos_token_id")
     )

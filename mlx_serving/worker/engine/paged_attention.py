@@ -16,13 +16,16 @@ class StepPlan:
     """Where the rows of a step stand, on the device.
 
     `table` int32 [B, W]: the blocks of each row in order, then any valid ids. `lengths` int32
-    [B]: tokens in the cache before this step. `work` int32 [I, 3]: (row, first token, end) of
-    each item of work, in order of rows; the last item of a row may end beyond its tokens.
-    `firsts` int32 [B + 1]: the first item of each row, then I. `split`: I > B.
+    [B]: tokens in the cache before this step. `advance` int32 [B]: what a step adds to them, 0
+    for rows that only fill up the batch. `work` int32 [I, 3]: (row, first token, end) of each
+    item of work, in order of rows, then items of row -1, which are no work; the last item of a
+    row may end beyond its tokens. `firsts` int32 [B + 1]: the first item of each row, then their
+    end. `split`: whether a row has several items; else item i is row i.
     """
 
     table: mx.array
     lengths: mx.array
+    advance: mx.array
     work: mx.array
     firsts: mx.array
     split: bool
@@ -39,7 +42,9 @@ class StoreEntry:
 
 
 class PagedOps(Protocol):
-    """What computes on a layer's blocks."""
+    """What computes on a layer's blocks. `in_place`: by writing to the pools' own buffers."""
+
+    in_place: bool
 
     def store(
         self, layer: "PagedLayer", keys: mx.array, values: mx.array, entries: Sequence[StoreEntry]
@@ -72,6 +77,7 @@ class PagedLayer:
     def __init__(self, ops: PagedOps, keys: mx.array, values: mx.array) -> None:
         self.keys = keys
         self.values = values
+        self.views: tuple[mx.array, ...] = ()  # the pools' first blocks, on the same buffers
         self._ops = ops
 
     @property
@@ -111,11 +117,20 @@ class PagedLayer:
         shape = (blocks - self.keys.shape[0], *self.keys.shape[1:])
         self.keys = mx.concatenate([self.keys, mx.zeros(shape, self.keys.dtype)])
         self.values = mx.concatenate([self.values, mx.zeros(shape, self.values.dtype)])
+        self.materialize()
+
+    def materialize(self) -> None:
+        """Compute the pools, and views of them if they are to be written in place."""
         mx.eval(self.keys, self.values)
+        if self._ops.in_place:
+            self.views = (self.keys[:1], self.values[:1])
+            mx.eval(self.views)
 
 
 class ReferenceOps:
     """Gathers every row's blocks for mlx's own attention: right on any device, and slow."""
+
+    in_place = False
 
     def store(
         self, layer: PagedLayer, keys: mx.array, values: mx.array, entries: Sequence[StoreEntry]

@@ -37,6 +37,8 @@ def supports(head_dim: int) -> bool:
 class KernelOps:
     """See `PagedOps`."""
 
+    in_place = True
+
     def __init__(self, language: Dialect) -> None:
         """Read the kernels' texts; MLX compiles them on first use."""
         inputs = ["q", "k", "v", "key_pool", "value_pool", "table", "lengths", "work", "scale"]
