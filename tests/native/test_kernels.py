@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 
 from mlx_serving.worker.engine.kernels import Dialect, source
-from mlx_serving.worker.engine.paged_attention import (
+from mlx_serving.worker.engine.paged.kernel_ops import head_tile, team_lanes
+from mlx_serving.worker.engine.paged.layers import (
     PagedLayer,
-    ReferenceOps,
     StepPlan,
     StoreEntry,
 )
-from mlx_serving.worker.engine.paged_kernels import head_tile, team_lanes
+from mlx_serving.worker.engine.paged.reference import ReferenceOps
 
 COMPILER = os.environ.get("CXX", "c++")
 BLOCK = 8

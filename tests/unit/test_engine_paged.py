@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from benchmarks.synthetic import build_model
 from mlx_serving.worker.engine.engine import Engine
-from mlx_serving.worker.engine.paged_cache import BLOCK_TOKENS, PagedCache
-from mlx_serving.worker.engine.paged_step import plain_step
+from mlx_serving.worker.engine.paged.cache import BLOCK_TOKENS, PagedCache
+from mlx_serving.worker.engine.paged.step import plain_step
 from mlx_serving.worker.engine.sequence import Request, SamplingParams
 from tests.engine_support import GREEDY, drive, greedy_by_mlx_lm, tiny_engine
 from tests.unit.test_engine_decode import random_requests

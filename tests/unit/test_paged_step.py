@@ -9,17 +9,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.synthetic import build_model
-from mlx_serving.worker.engine import attention_dispatch
 from mlx_serving.worker.engine.decode_cache import Prefilled
-from mlx_serving.worker.engine.paged_attention import PagedLayer, ReferenceOps, StepPlan
-from mlx_serving.worker.engine.paged_cache import (
+from mlx_serving.worker.engine.paged import dispatch
+from mlx_serving.worker.engine.paged.cache import (
     CHUNK_TOKENS,
     SPLIT_ABOVE_TOKENS,
     LayerShape,
     PagedCache,
     plan_work,
 )
-from mlx_serving.worker.engine.paged_step import compiled_step, plain_step, round_up_rows
+from mlx_serving.worker.engine.paged.layers import PagedLayer, StepPlan
+from mlx_serving.worker.engine.paged.reference import ReferenceOps
+from mlx_serving.worker.engine.paged.step import compiled_step, plain_step, round_up_rows
 
 
 @pytest.mark.parametrize(
@@ -74,7 +75,7 @@ class Forgetful(ReferenceOps):
 
 def test_a_compiled_step_is_the_plain_one() -> None:
     model = build_model()
-    attention_dispatch.install(model)
+    dispatch.install(model)
     ops = Forgetful()
     pool = mx.zeros((7, 2, 32, 16))
     layers = [PagedLayer(ops, pool, pool) for _ in range(2)]

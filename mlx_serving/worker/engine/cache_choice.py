@@ -12,20 +12,21 @@ from typing import Final
 import mlx.core as mx
 from mlx_lm.models.cache import KVCache
 
-from mlx_serving.worker.engine import attention_dispatch, kv_cache
+from mlx_serving.worker.engine import kv_cache
 from mlx_serving.worker.engine.acceleration import AccelerationReport
 from mlx_serving.worker.engine.decode_cache import DecodeCache, PaddedCache
 from mlx_serving.worker.engine.kernels import dialect
 from mlx_serving.worker.engine.kv_cache import CacheCost, LanguageModel
-from mlx_serving.worker.engine.paged_attention import PagedOps
-from mlx_serving.worker.engine.paged_cache import (
+from mlx_serving.worker.engine.paged import dispatch
+from mlx_serving.worker.engine.paged.cache import (
     BLOCK_TOKENS,
     LOOKAHEAD_TOKENS,
     LayerShape,
     PagedCache,
 )
-from mlx_serving.worker.engine.paged_check import check
-from mlx_serving.worker.engine.paged_kernels import KernelOps, supports
+from mlx_serving.worker.engine.paged.kernel_ops import KernelOps, supports
+from mlx_serving.worker.engine.paged.layers import PagedOps
+from mlx_serving.worker.engine.paged.self_check import check
 
 PAGED_CACHE: Final = "paged KV cache"
 
@@ -91,6 +92,6 @@ def _why_not(model: LanguageModel, shapes: Sequence[LayerShape]) -> str | None:
         return "a layer keeps another cache than plain keys and values"
     if not all(supports(shape.head_dim) for shape in shapes):
         return f"no kernel for heads of {max(shape.head_dim for shape in shapes)}"
-    if not attention_dispatch.install(model):
+    if not dispatch.install(model):
         return "the model does not use mlx-lm's attention"
     return None

@@ -10,7 +10,7 @@ from typing import Any, Final
 import mlx.core as mx
 
 from mlx_serving.worker.engine.kernels import Dialect, make_kernel
-from mlx_serving.worker.engine.paged_attention import PagedLayer, StepPlan, StoreEntry
+from mlx_serving.worker.engine.paged.layers import PagedLayer, StepPlan, StoreEntry
 
 THREADS: Final = 128  # of a thread block; the kernels' own constant
 LARGEST_HEAD: Final = 256

@@ -8,16 +8,16 @@ import pytest
 from mlx_lm.models import gemma2, gemma3_text, lfm2
 
 from benchmarks.synthetic import TINY, build_model
-from mlx_serving.worker.engine import attention_dispatch
 from mlx_serving.worker.engine.cache_choice import choose_cache, paged_choice
 from mlx_serving.worker.engine.decode_cache import PaddedCache
-from mlx_serving.worker.engine.paged_attention import (
+from mlx_serving.worker.engine.paged import dispatch
+from mlx_serving.worker.engine.paged.cache import PagedCache
+from mlx_serving.worker.engine.paged.layers import (
     PagedLayer,
-    ReferenceOps,
     StepPlan,
     StoreEntry,
 )
-from mlx_serving.worker.engine.paged_cache import PagedCache
+from mlx_serving.worker.engine.paged.reference import ReferenceOps
 from tests.unit.test_engine_caches import HYBRID, SLIDING, other_model
 
 
@@ -121,10 +121,10 @@ def test_a_model_with_attention_of_its_own_stays_with_mlx_lm() -> None:
 
 def test_attention_of_other_caches_is_mlx_lms_own() -> None:
     model = build_model()
-    assert attention_dispatch.install(model)
-    assert attention_dispatch.install(model), "a second time changes nothing"
+    assert dispatch.install(model)
+    assert dispatch.install(model), "a second time changes nothing"
     query = mx.random.normal((1, 2, 3, 4))
-    got = attention_dispatch.attention(query, query, query, None, 0.5, "causal")
+    got = dispatch.attention(query, query, query, None, 0.5, "causal")
     expected = mx.fast.scaled_dot_product_attention(query, query, query, scale=0.5, mask="causal")
     assert mx.array_equal(got, expected).item()
 
@@ -134,7 +134,7 @@ def test_a_paged_cache_refuses_what_it_can_not_do() -> None:
     layer = PagedLayer(ReferenceOps(), pool, pool)
     query = mx.zeros((1, 1, 1, 4))
     with pytest.raises(ValueError, match="masks"):
-        attention_dispatch.attention(query, query, query, layer, 1.0, mx.array([True]))
+        dispatch.attention(query, query, query, layer, 1.0, mx.array([True]))
     with pytest.raises(ValueError, match="one token a row"):
         layer.make_mask(2)
     with pytest.raises(ValueError, match="window"):

@@ -14,11 +14,11 @@ from typing import Final
 import mlx.core as mx
 import numpy as np
 
-from mlx_serving.worker.engine.block_allocator import BlockAllocator
 from mlx_serving.worker.engine.decode_cache import Prefilled
 from mlx_serving.worker.engine.kv_cache import LanguageModel
-from mlx_serving.worker.engine.paged_attention import PagedLayer, PagedOps, StepPlan, StoreEntry
-from mlx_serving.worker.engine.paged_step import (
+from mlx_serving.worker.engine.paged.block_allocator import BlockAllocator
+from mlx_serving.worker.engine.paged.layers import PagedLayer, PagedOps, StepPlan, StoreEntry
+from mlx_serving.worker.engine.paged.step import (
     compiled_step,
     plain_step,
     round_up_rows,

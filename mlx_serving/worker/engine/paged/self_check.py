@@ -13,19 +13,19 @@ from mlx_lm.models.cache import KVCache
 
 from mlx_serving.worker.engine.decode_cache import DecodeCache, PaddedCache, Prefilled
 from mlx_serving.worker.engine.kv_cache import LanguageModel
-from mlx_serving.worker.engine.paged_attention import (
-    PagedLayer,
-    PagedOps,
-    ReferenceOps,
-    StepPlan,
-    StoreEntry,
-)
-from mlx_serving.worker.engine.paged_cache import (
+from mlx_serving.worker.engine.paged.cache import (
     BLOCK_TOKENS,
     SPLIT_ABOVE_TOKENS,
     LayerShape,
     PagedCache,
 )
+from mlx_serving.worker.engine.paged.layers import (
+    PagedLayer,
+    PagedOps,
+    StepPlan,
+    StoreEntry,
+)
+from mlx_serving.worker.engine.paged.reference import ReferenceOps
 
 # How far values may be apart, as a part of their norm: 16-bit types round, in each layer anew.
 _ATTENTION_TOLERANCE: Final = {mx.float32: 1e-3, mx.float16: 2e-3, mx.bfloat16: 1e-2}
