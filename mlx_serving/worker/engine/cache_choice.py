@@ -33,11 +33,14 @@ PAGED_CACHE: Final = "paged KV cache"
 
 @dataclass(frozen=True, slots=True)
 class CacheChoice:
-    """A kind of cache. `block_tokens`: what rows are rounded up to; 0: padded to the longest."""
+    """A kind of cache. `block_tokens`: what rows are rounded up to; 0: padded to the longest.
+
+    `report` is None on a CPU, which has no kernel to choose.
+    """
 
     make: Callable[[], DecodeCache]
     block_tokens: int
-    report: AccelerationReport
+    report: AccelerationReport | None
 
     def row_overhead_tokens(self, cost: CacheCost) -> int:
         """KV tokens that a row may hold beyond its own."""
@@ -47,12 +50,10 @@ class CacheChoice:
 def choose_cache(model: LanguageModel, *, prefer_native: bool = True) -> CacheChoice:
     """Choose for this model on this device; runs a few tiny steps where a kernel might be used."""
     language = dialect()
+    if language is None:
+        return CacheChoice(lambda: PaddedCache(model), 0, None)
     if not prefer_native:
         return padded_choice(model, "switched off by the settings")
-    if language is None:
-        return padded_choice(
-            model, "MLX's CPU backend runs no kernels; rows are padded to the longest"
-        )
     try:
         return paged_choice(model, KernelOps(language))
     except Exception as error:  # noqa: BLE001 - whatever fails, mlx-lm's own caches work

@@ -91,8 +91,8 @@ def build_engine(
     )
     runner.limit_kv(limits.kv_capacity_tokens)
     detokenizer, report = make_detokenizer(tokenizer, prefer_native=options.prefer_native)
-    attachments = Attachments(tokenizer, (report, choice.report))
-    return Engine(runner, Scheduler(limits), detokenizer, info, attachments)
+    reports = (report,) if choice.report is None else (report, choice.report)
+    return Engine(runner, Scheduler(limits), detokenizer, info, Attachments(tokenizer, reports))
 
 
 def default_kv_budget() -> int:
