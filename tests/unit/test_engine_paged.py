@@ -180,3 +180,15 @@ def test_what_a_row_holds_is_not_touched_by_others_that_come_and_go() -> None:
             engine.step()
     assert cache._rows[0][: len(blocks)] == blocks
     assert mx.array_equal(cache.layers[0].keys[mx.array(blocks[:3])], before).item()
+
+
+def test_pools_shrink_when_a_long_row_leaves_and_the_others_go_on(engine: Engine) -> None:
+    requests = [
+        Request("long", tuple(n % 251 for n in range(5000)), GREEDY, 4),
+        *[Request(f"s{n}", (n, n + 1, n + 2), SAMPLED, 60) for n in range(3)],
+    ]
+    seen: list[int] = []
+    collected = drive(engine, requests, on_step=lambda _: seen.append(cache_of(engine).blocks))
+    assert max(seen) >= 5000 // BLOCK_TOKENS
+    assert seen[-1] < 80, "short rows alone"
+    assert collected == drive(tiny_engine(eos=()), requests)

@@ -29,7 +29,7 @@ BLOCK_TOKENS: Final = 32
 # A row gets its next block when fewer free places than this are left, so that the rows' tables
 # change once in so many steps and not in each.
 LOOKAHEAD_TOKENS: Final = 8
-GROWTH_BLOCKS: Final = 16  # the least by which a pool grows; above, a sixteenth of itself
+GROWTH_BLOCKS: Final = 64  # the least by which a pool grows; above, an eighth of itself
 # Rows are one item of work each, until one is longer than this; then all are cut into chunks.
 # (Measured: a second launch to join the parts costs more than it saves before that.)
 SPLIT_ABOVE_TOKENS: Final = 2048
@@ -158,6 +158,7 @@ class PagedCache:
         """Build the model's step; only where rows or their blocks changed does a table change."""
         rows = len(self._rows)
         if self._plan is None or not self._steps_left:
+            self._shrink()
             self._extend_rows()
             self._plan = self._make_plan()
         filling = self._plan.lengths.shape[0] - rows
@@ -217,16 +218,31 @@ class PagedCache:
 
     def _grow(self) -> None:
         """Let the pools hold what the allocator handed out."""
-        needed, blocks = self.allocator.extent, self.blocks
-        if needed <= blocks:
+        needed = self.allocator.extent
+        if needed <= self.blocks:
             return
-        size = max(needed, min(blocks + max(GROWTH_BLOCKS, blocks // 16), self.allocator.limit))
+        size = max(needed, min(_with_slack(self.blocks), self.allocator.limit))
         if not self.layers:
             self.layers = [self._new_layer(shape, size) for shape in self._shapes]
             return
         mx.synchronize()
         for layer in self.layers:
             layer.resize(size)
+        mx.clear_cache()  # the old pools' buffers fit nothing else
+
+    def _shrink(self) -> None:
+        """Move what is used together where most of the pools is not."""
+        size = _with_slack(self.allocator.used)
+        if self.blocks <= 2 * size:
+            return
+        mx.synchronize()
+        self.settle()
+        moved = self.allocator.compact()
+        self._rows = [[moved[block] for block in row] for row in self._rows]
+        self._nobodys = [moved[block] for block in self._nobodys]
+        for layer in self.layers:
+            layer.resize(size, list(moved))
+        mx.clear_cache()
 
     def _new_layer(self, shape: LayerShape, blocks: int) -> PagedLayer:
         pool = (blocks, shape.heads, BLOCK_TOKENS, shape.head_dim)
@@ -240,6 +256,10 @@ class PagedCache:
         self.settle()
         self.allocator.free(self._nobodys)
         self._nobodys, self.layers = [], []
+
+
+def _with_slack(blocks: int) -> int:
+    return blocks + max(GROWTH_BLOCKS, blocks // 8)
 
 
 def plan_work(lengths: Sequence[int]) -> tuple[list[tuple[int, int, int]], list[int]]:

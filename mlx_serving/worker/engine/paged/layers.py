@@ -112,11 +112,12 @@ class PagedLayer:
         """Copy prefilled keys and values into blocks; see `PagedOps.store`."""
         return self._ops.store(self, keys, values, entries)
 
-    def resize(self, blocks: int) -> None:
-        """Grow to `blocks` blocks; costs one copy of the layer. No step may be in flight."""
-        shape = (blocks - self.keys.shape[0], *self.keys.shape[1:])
-        self.keys = mx.concatenate([self.keys, mx.zeros(shape, self.keys.dtype)])
-        self.values = mx.concatenate([self.values, mx.zeros(shape, self.values.dtype)])
+    def resize(self, blocks: int, kept: Sequence[int] | None = None) -> None:
+        """Copy into pools of `blocks` blocks: `kept` first, in order, None for all there are.
+
+        No step may be running.
+        """
+        self.keys, self.values = (_resized(pool, blocks, kept) for pool in (self.keys, self.values))
         self.materialize()
 
     def materialize(self) -> None:
@@ -125,3 +126,10 @@ class PagedLayer:
         if self._ops.in_place:
             self.views = (self.keys[:1], self.values[:1])
             mx.eval(self.views)
+
+
+def _resized(pool: mx.array, blocks: int, kept: Sequence[int] | None) -> mx.array:
+    if kept is not None:
+        pool = pool[mx.array(kept, dtype=mx.int32)]
+    unused = mx.zeros((blocks - pool.shape[0], *pool.shape[1:]), pool.dtype)
+    return mx.concatenate([pool, unused])
