@@ -13,13 +13,14 @@ from mlx_serving.worker.engine.sampling import (
     RowSampling,
     token_words,
 )
-from mlx_serving.worker.engine.sampling.kernel import KernelDraw, gpu_dialect
+from mlx_serving.worker.engine.kernels import dialect
+from mlx_serving.worker.engine.sampling.kernel import KernelDraw
 from mlx_serving.worker.engine.sequence import SamplingParams
 from tests.sampler_on_host import COMPILER, HostGroupDraw, HostKernelDraw
 
 # What this machine has, for a contract test to run over.
 REFERENCE: Any = pytest.param(ReferenceDraw, id="reference")
-_HAS_GPU: Final = gpu_dialect() is not None
+_HAS_GPU: Final = dialect() is not None
 _DEVICE: Any = [pytest.param(KernelDraw, id="kernel")] if _HAS_GPU else []
 _HOST: Any = [pytest.param(HostKernelDraw, id="kernel-on-host")] if COMPILER else []
 _GROUP: Any = [pytest.param(HostGroupDraw, id="group-on-host")] if COMPILER else []

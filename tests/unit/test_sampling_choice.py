@@ -5,7 +5,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from mlx_serving.worker.engine import acceleration
+from mlx_serving.worker.engine import acceleration, kernels
 from mlx_serving.worker.engine.sampling import ReferenceDraw, kernel
 from mlx_serving.worker.engine.sampling.draws import Draws, Logprobs, StepInputs
 from mlx_serving.worker.engine.sampling.self_check import NEAR_TIE
@@ -40,7 +40,7 @@ class _DoesNotCompile:
 
 def pretend(monkeypatch: pytest.MonkeyPatch, draw: Any) -> None:
     """A GPU on which the kernel is `draw`."""
-    monkeypatch.setattr(kernel, "gpu_dialect", lambda: "cuda")
+    monkeypatch.setattr(kernels, "dialect", lambda: "cuda")
     monkeypatch.setattr(kernel, "KernelDraw", draw)
 
 
@@ -117,7 +117,7 @@ def test_another_token_passes_only_in_a_near_tie(
     assert (make is SecondBest) == passes
 
 
-@pytest.mark.skipif(kernel.gpu_dialect() is not None, reason="has a GPU")
+@pytest.mark.skipif(kernels.dialect() is not None, reason="has a GPU")
 def test_a_cpu_has_no_kernel_to_choose() -> None:
     assert acceleration.choose_sampler(prefer_native=True) == (ReferenceDraw, None)
     assert [report.piece for report in acceleration.reports(prefer_native=True)] == ["detokenizer"]

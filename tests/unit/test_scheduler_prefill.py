@@ -35,15 +35,15 @@ def test_one_token_prompts_need_no_forward_pass() -> None:
 
 def test_committed_tokens_are_prefilled_after_the_prompt() -> None:
     scheduler = Scheduler(SchedulerLimits(4, 1000, 16))
-    row = scheduler.add(Request("a", (1, 2, 3), SamplingParams(), 8, committed=(7, 8)))
+    (row,) = scheduler.add(Request("a", (1, 2, 3), SamplingParams(), 8, committed=(7, 8)))
     assert row.context(0, 16) == [1, 2, 3, 7]
     assert row.last_token == 8
 
 
 def test_removing_the_prompt_in_flight_lets_the_next_one_start_afresh() -> None:
     scheduler = Scheduler(SchedulerLimits(4, 1000, 16))
-    first = scheduler.add(Request("a", (1,) * 40, SamplingParams(), 4))
-    second = scheduler.add(Request("b", (1,) * 40, SamplingParams(), 4))
+    (first,) = scheduler.add(Request("a", (1,) * 40, SamplingParams(), 4))
+    (second,) = scheduler.add(Request("b", (1,) * 40, SamplingParams(), 4))
     chunk = scheduler.schedule_prefill()
     assert chunk is not None
     scheduler.finish_prefill(chunk)
@@ -52,3 +52,25 @@ def test_removing_the_prompt_in_flight_lets_the_next_one_start_afresh() -> None:
     following = scheduler.schedule_prefill()
     assert following is not None
     assert (following.rows, following.start) == ((second,), 0)
+
+
+def test_choices_of_one_request_are_one_prompt() -> None:
+    scheduler = Scheduler(SchedulerLimits(64, 100_000, 16))
+    choices = [Request("n", (1,) * 9, SamplingParams(), 4, choice=n) for n in range(5)]
+    rows = scheduler.add(*choices)
+    chunk = scheduler.schedule_prefill()
+    assert chunk == PrefillChunk((tuple(rows),), 0, 8)
+    assert scheduler.finish_prefill(chunk)
+    assert scheduler.running == 5
+
+
+def test_choices_that_resume_are_prompts_of_their_own() -> None:
+    scheduler = Scheduler(SchedulerLimits(64, 100_000, 64))
+    tails: list[tuple[int, ...]] = [(), (7,), (7, 8)]
+    choices = [
+        Request("n", (1,) * 9, SamplingParams(), 4, committed=tail, choice=n)
+        for n, tail in enumerate(tails)
+    ]
+    rows = scheduler.add(*choices)
+    chunk = scheduler.schedule_prefill()
+    assert chunk == PrefillChunk(tuple((row,) for row in rows), 0, 10)

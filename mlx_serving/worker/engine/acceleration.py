@@ -84,11 +84,12 @@ def choose_sampler(
     no kernel to choose.
     """
     # Imported here: MLX stays out of a process that only simulates.
-    from mlx_serving.worker.engine.sampling.kernel import KernelDraw, gpu_dialect
+    from mlx_serving.worker.engine import kernels
+    from mlx_serving.worker.engine.sampling.kernel import KernelDraw
     from mlx_serving.worker.engine.sampling.reference import ReferenceDraw
     from mlx_serving.worker.engine.sampling.self_check import first_difference
 
-    if gpu_dialect() is None:
+    if kernels.dialect() is None:
         return ReferenceDraw, None
     if not prefer_native:
         return ReferenceDraw, AccelerationReport(SAMPLER, "twin", "switched off by the settings")

@@ -15,6 +15,8 @@ from typing import Any, Final, cast
 import mlx.core as mx
 
 from mlx_serving.worker.engine import kv_cache
+from mlx_serving.worker.engine.cache_choice import CacheChoice, choose_cache
+from mlx_serving.worker.engine.decode_cache import Prefilled
 from mlx_serving.worker.engine.kv_cache import LanguageModel
 from mlx_serving.worker.engine.sampling import (
     BatchSampler,
@@ -25,7 +27,7 @@ from mlx_serving.worker.engine.sampling import (
     read_logprobs,
     token_words,
 )
-from mlx_serving.worker.engine.scheduler import PrefillChunk
+from mlx_serving.worker.engine.scheduler import Group, PrefillChunk
 from mlx_serving.worker.engine.sequence import SampledToken, Sequence, TokenLogprobs
 
 TRIM_EVERY_LAUNCHES: Final = 512  # freed buffers go back to the system, as in mlx-lm
@@ -37,18 +39,19 @@ class ModelRunner:
     Only one thread may call it: MLX binds unevaluated work to the thread that built it.
     """
 
-    def __init__(self, model: LanguageModel) -> None:
-        """Measure the model's cache.
+    def __init__(self, model: LanguageModel, choice: CacheChoice | None = None) -> None:
+        """Measure the model's cache; `choice` None: the best that this device is proven to do.
 
         Raises:
             UnsupportedModelError: a layer's cache can't join a batch.
         """
         self.cost = kv_cache.measure(model)
+        self.choice = choose_cache(model) if choice is None else choice
         self._model = model
         self._words = token_words(self.cost.vocab_size)
         mx.eval(self._words)
         self._prefill_cache: list[Any] = []
-        self._cache: list[Any] = []
+        self._cache = self.choice.make()
         self._rows: list[Sequence] = []
         # Launch number (may be negative) at which the row's position was 0.
         self._origins: list[int] = []
@@ -72,21 +75,23 @@ class ModelRunner:
         self._make_draw = make_draw
         self._sampler = None
 
+    def limit_kv(self, tokens: int) -> None:
+        """Bound what the decode batch's cache may hold, where it can tell."""
+        self._cache.limit(tokens)
+
     def prefill(self, chunk: PrefillChunk) -> None:
-        """Compute one chunk; rows of several prompts are padded on the right to the longest."""
+        """Compute one chunk; several prompts are padded on the right to the longest."""
         if chunk.start == 0:
-            self._prefill_cache = kv_cache.new_cache(self._model, len(chunk.rows))
+            self._prefill_cache = kv_cache.new_cache(self._model, len(chunk.groups))
         if chunk.length:
             self._forward_prompts(chunk)
-        if chunk.completes and len(chunk.rows) == 1:
-            self._prefill_cache = kv_cache.as_batch(self._prefill_cache)
         # With nothing to decode there is nothing to overlap with: wait, so that a step that
         # returns has done its work.
         evaluate = mx.async_eval if self._rows else mx.eval
         evaluate(kv_cache.states(self._prefill_cache))
 
     def _forward_prompts(self, chunk: PrefillChunk) -> None:
-        contexts = [row.context(chunk.start, chunk.start + chunk.length) for row in chunk.rows]
+        contexts = [row.context(chunk.start, chunk.start + chunk.length) for row in chunk.leaders]
         lengths = [len(context) for context in contexts]
         padding = [chunk.length - length for length in lengths]
         padded = any(padding)
@@ -103,14 +108,17 @@ class ModelRunner:
         """Forget the prompt being prefilled."""
         self._prefill_cache = []
 
-    def join(self, rows: Iterable[Sequence]) -> None:
-        """Move the rows whose prefill is complete into the decode batch."""
-        joining = list(rows)
-        cache, self._prefill_cache = self._prefill_cache, []
-        if self._rows:
-            kv_cache.extend(self._cache, cache)
-        else:
-            self._cache = cache
+    def join(self, groups: Iterable[Group]) -> None:
+        """Move the rows whose prefill is complete into the decode batch.
+
+        `groups` are those of the chunk that completed it.
+        """
+        prompts = list(groups)
+        joining = [row for group in prompts for row in group]
+        layers, self._prefill_cache = self._prefill_cache, []
+        lengths = [group[0].context_length for group in prompts]
+        copies = [index for index, group in enumerate(prompts) for _ in group]
+        self._cache.join(Prefilled(layers, lengths, copies))
         self._rows += joining
         self._origins += [self._launches - len(row.request.committed) for row in joining]
         last_tokens = mx.array([row.last_token for row in joining], dtype=mx.int32)
@@ -127,11 +135,10 @@ class ModelRunner:
         self._joined = sum(index >= len(self._rows) - self._joined for index in kept)
         self._rows = [self._rows[index] for index in kept]
         self._origins = [self._origins[index] for index in kept]
+        self._cache.keep(kept)
         if kept:
-            kv_cache.keep_rows(self._cache, kept, max(self._lengths()))
             self._pending = self._pending[mx.array(kept, dtype=mx.int32)]
         else:
-            self._cache = []
             self._pending = mx.array([], dtype=mx.int32)
             mx.clear_cache()
         self._rows_changed()
@@ -150,6 +157,7 @@ class ModelRunner:
         if not sampled:
             return []
         tokens = dict(zip(sampled, cast("list[int]", previous.tolist()), strict=False))
+        self._cache.settle()
         for row, token in tokens.items():
             if row.history is not None:
                 row.history.append(token)
@@ -159,8 +167,7 @@ class ModelRunner:
     def _launch(self) -> None:
         if self._sampler is None or self._sampler.needs_rebuild:
             self._sampler = BatchSampler(self._sampling(), self._words, self._make_draw)
-        logits = self._model(self._pending[:, None], cache=self._cache)
-        draws = self._sampler.sample(logits[:, -1], self._pending)
+        draws = self._sampler.sample(self._cache.step(self._pending), self._pending)
         self._pending = draws.tokens
         self._logprobs = (list(self._rows), draws.logprobs) if draws.logprobs else None
         mx.async_eval(draws.arrays)
@@ -185,13 +192,6 @@ class ModelRunner:
                 row.history or (),
                 len(row.request.prompt),
             )
-            for origin, row in zip(self._origins, self._rows, strict=True)
-        ]
-
-    def _lengths(self) -> list[int]:
-        """Tokens of each row in the KV cache."""
-        return [
-            len(row.request.prompt) - 1 + self._launches - origin
             for origin, row in zip(self._origins, self._rows, strict=True)
         ]
 

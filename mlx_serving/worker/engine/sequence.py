@@ -183,19 +183,24 @@ class InferenceEngine(Protocol):
     """Told the ids of the requests whose prompts are computed from now on, then, when the step is
     over, none: what it was told last is what a crash interrupted."""
 
-    def fits(self, request: Request) -> bool:
-        """Say whether this device's KV budget could ever hold the request."""
+    def fits(self, *choices: Request) -> bool:
+        """Say whether this device's KV budget could ever hold these choices of one request."""
 
-    def can_add(self, request: Request) -> bool:
-        """Say whether there is room for the request now."""
+    def can_add(self, *choices: Request) -> bool:
+        """Say whether there is room for these choices of one request now."""
 
-    def add(self, request: Request) -> None:
-        """Admit the request and reserve its KV tokens.
+    def add(self, *choices: Request) -> None:
+        """Admit the choices of one request, all or none, and reserve their KV tokens.
+
+        Choices given in one call have the same `id` and `prompt`. The prompt is then computed
+        once, and each choice goes on from a copy of its cache. Choices that resume (any of them
+        has `committed` tokens) are computed each for itself. What comes out is the same as
+        where each choice is added alone.
 
         Raises:
             RequestRefusedError: with `code` "no_room" where `can_add` is false, "too_large"
                 where `fits` is false, "token_out_of_vocabulary", "duplicate_request" or
-                "invalid_parameter".
+                "invalid_parameter". No choice is admitted then.
         """
 
     def abort(self, request_id: str) -> None:

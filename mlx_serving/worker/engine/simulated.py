@@ -13,7 +13,7 @@ from typing import Final
 from mlx_serving.common.jobs import GenerationJob
 from mlx_serving.worker.engine.detokenizer import Detokenizer
 from mlx_serving.worker.engine.engine import Engine
-from mlx_serving.worker.engine.scheduler import PrefillChunk, Scheduler, SchedulerLimits
+from mlx_serving.worker.engine.scheduler import Group, PrefillChunk, Scheduler, SchedulerLimits
 from mlx_serving.worker.engine.sequence import (
     ModelInfo,
     SampledToken,
@@ -71,15 +71,15 @@ class SimulatedRunner:
     def prefill(self, chunk: PrefillChunk) -> None:
         """Sleep as long as the chunk's tokens, padding included, take."""
         if self._options.prefill_tokens_per_second:
-            tokens = chunk.length * len(chunk.rows)
+            tokens = chunk.length * len(chunk.groups)
             self._sleep(tokens / self._options.prefill_tokens_per_second)
 
     def drop_prefill(self) -> None:
         """Nothing is kept of a prompt."""
 
-    def join(self, rows: Iterable[Sequence]) -> None:
+    def join(self, groups: Iterable[Group]) -> None:
         """Start to decode these rows."""
-        self._rows |= dict.fromkeys(rows)
+        self._rows |= dict.fromkeys(row for group in groups for row in group)
 
     def remove(self, rows: Iterable[Sequence]) -> None:
         """Stop to decode these rows."""

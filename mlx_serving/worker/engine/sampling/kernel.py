@@ -1,17 +1,14 @@
 """The fused kernel on a GPU: `native/kernels/sampler.h` through MLX's custom kernels."""
 
-import hashlib
 from collections.abc import Callable
 from functools import cache
-from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import mlx.core as mx
 
+from mlx_serving.worker.engine.kernels import Dialect, dialect, make_kernel, read_source
 from mlx_serving.worker.engine.sampling.draws import Draws, Logprobs, StepInputs
 from mlx_serving.worker.engine.sampling.parameters import Parameters
-
-Dialect = Literal["cuda", "metal"]
 
 _INPUTS: Final = ["logits", "rows", "state", "inputs", "lists", "mask"]
 _OUTPUTS: Final = [
@@ -22,41 +19,17 @@ _THREADS: Final[dict[str, int]] = {"cuda": 1024, "metal": 512}  # a power of two
 _UNUSED: Final = 8  # elements of an array that no row reads
 
 
-def gpu_dialect() -> Dialect | None:
-    """Return the dialect of the default device, None on a CPU."""
-    if mx.default_device().type != mx.DeviceType.gpu:
-        return None
-    return "metal" if mx.metal.is_available() else "cuda"
-
-
-def kernel_source(dialect: Dialect) -> tuple[str, str]:
+def kernel_source(language: Dialect) -> tuple[str, str]:
     """Return the kernel's header and body."""
-    folder = kernels_folder()
-    header = (folder / f"{dialect}.h").read_text() + (folder / "sampler.h").read_text()
-    body = (folder / f"{dialect}_threads.inc").read_text() + (
-        folder / "sampler_main.inc"
-    ).read_text()
-    return header.replace("#pragma once\n", ""), body
-
-
-def kernels_folder() -> Path:
-    """Return where the sources are: in the package, or in the tree of an editable install."""
-    installed = Path(__file__).parent / "kernels"
-    return installed if installed.exists() else Path(__file__).parents[4] / "native" / "kernels"
+    header = read_source(f"{language}.h", "sampler.h")
+    return header, read_source(f"{language}_threads.inc", "sampler_main.inc")
 
 
 @cache
-def _kernel(dialect: Dialect) -> Callable[..., list[mx.array]]:
-    header, body = kernel_source(dialect)
-    make: Any = mx.fast.cuda_kernel if dialect == "cuda" else mx.fast.metal_kernel
-    # MLX keeps compiled CUDA kernels on disk by name: another source must have another name.
-    digest = hashlib.sha256((header + body).encode()).hexdigest()[:16]
-    kernel: Callable[..., list[mx.array]] = make(
-        name=f"mlx_serving_sampler_{digest}",
-        input_names=_INPUTS,
-        output_names=_OUTPUTS,
-        header=header,
-        source=body,
+def _kernel(language: Dialect) -> Callable[..., list[mx.array]]:
+    header, body = kernel_source(language)
+    kernel: Callable[..., list[mx.array]] = make_kernel(
+        "sampler", (_INPUTS, _OUTPUTS), language, source=body, header=header
     )
     return kernel
 
@@ -65,14 +38,14 @@ class KernelDraw:
     """Draws for one batch, one launch a call."""
 
     def __init__(
-        self, parameters: Parameters, words: mx.array, dialect: Dialect | None = None
+        self, parameters: Parameters, words: mx.array, language: Dialect | None = None
     ) -> None:
         """Take the packed batch; the kernel hashes token ids itself and needs no `words`."""
         del words
         self._parameters = parameters
-        dialect = dialect or gpu_dialect() or "cuda"
-        self._kernel = _kernel(dialect)
-        self._threads = _THREADS[dialect]
+        language = language or dialect() or "cuda"
+        self._kernel = _kernel(language)
+        self._threads = _THREADS[language]
         self._top = max(1, parameters.top_logprobs or 0)
         adjusted = len(parameters.adjusted)
         self._scratch = (adjusted, parameters.vocab_size) if adjusted else (1, _UNUSED)
