@@ -6,6 +6,7 @@ from typing import Any, Final
 import mlx.core as mx
 import pytest
 
+from mlx_serving.worker.engine.kernels import dialect
 from mlx_serving.worker.engine.sampling import (
     BatchSampler,
     MakeDraw,
@@ -13,7 +14,6 @@ from mlx_serving.worker.engine.sampling import (
     RowSampling,
     token_words,
 )
-from mlx_serving.worker.engine.kernels import dialect
 from mlx_serving.worker.engine.sampling.kernel import KernelDraw
 from mlx_serving.worker.engine.sequence import SamplingParams
 from tests.sampler_on_host import COMPILER, HostGroupDraw, HostKernelDraw

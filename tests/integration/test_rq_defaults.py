@@ -71,12 +71,12 @@ def start(server: LocalRedis, how: str, *queues: str) -> subprocess.Popen[bytes]
 
 def members(client: redis.Redis, key: bytes) -> list[str]:
     """Job ids in a list, a set or a sorted set; none in any other key."""
-    read: dict[bytes, Callable[[bytes], Iterable[bytes]]] = {
-        b"list": lambda name: client.lrange(name, 0, -1),
-        b"set": client.smembers,
-        b"zset": lambda name: client.zrange(name, 0, -1),
+    read: dict[object, Callable[[], Iterable[Any]]] = {
+        b"list": lambda: client.lrange(key, 0, -1),
+        b"set": lambda: client.smembers(key),
+        b"zset": lambda: client.zrange(key, 0, -1),
     }
-    found = read.get(client.type(key), lambda _: ())(key)
+    found = read.get(client.type(key), list)()
     return [member.decode().partition(":")[0] for member in found]
 
 

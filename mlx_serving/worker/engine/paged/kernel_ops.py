@@ -43,9 +43,7 @@ def kernel_source(name: str, language: Dialect) -> str:
 def _make(
     name: str, arrays: tuple[list[str], list[str]], language: Dialect, header: str = ""
 ) -> Any:  # noqa: ANN401 - MLX's kernels are untyped callables
-    return make_kernel(
-        name, arrays, language, source=kernel_source(name, language), header=header
-    )
+    return make_kernel(name, arrays, language, source=kernel_source(name, language), header=header)
 
 
 class KernelOps:
