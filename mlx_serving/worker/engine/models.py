@@ -89,8 +89,8 @@ def build_engine(
         prefer_native=options.prefer_native, logits_dtype=runner.logits_dtype
     )
     runner.use_sampler(make_draw)
-    reports = (report,) if sampler_report is None else (report, sampler_report)
-    return Engine(runner, Scheduler(limits), detokenizer, info, Attachments(tokenizer, reports))
+    attachments = Attachments(tokenizer, (report, sampler_report))
+    return Engine(runner, Scheduler(limits), detokenizer, info, attachments)
 
 
 def default_kv_budget() -> int:
