@@ -1,11 +1,12 @@
 """Sampler implementations and helpers for their tests."""
 
 from collections.abc import Iterable
-from typing import Any, Final
+from typing import Any, cast
 
 import mlx.core as mx
 import pytest
 
+from mlx_serving.worker.engine.acceleration import load_native
 from mlx_serving.worker.engine.kernels import dialect
 from mlx_serving.worker.engine.sampling import (
     BatchSampler,
@@ -15,19 +16,25 @@ from mlx_serving.worker.engine.sampling import (
     token_words,
 )
 from mlx_serving.worker.engine.sampling.kernel import KernelDraw
+from mlx_serving.worker.engine.sampling.native import NativeDraw
 from mlx_serving.worker.engine.sequence import SamplingParams
-from tests.sampler_on_host import COMPILER, HostGroupDraw, HostKernelDraw
+
+_native = load_native()[0]
+
+
+def _on_host(*, by_groups: bool) -> MakeDraw:
+    return lambda parameters, _: NativeDraw(cast("Any", _native), parameters, by_groups=by_groups)
+
 
 # What this machine has, for a contract test to run over.
 REFERENCE: Any = pytest.param(ReferenceDraw, id="reference")
-_HAS_GPU: Final = dialect() is not None
-_DEVICE: Any = [pytest.param(KernelDraw, id="kernel")] if _HAS_GPU else []
-_HOST: Any = [pytest.param(HostKernelDraw, id="kernel-on-host")] if COMPILER else []
-_GROUP: Any = [pytest.param(HostGroupDraw, id="group-on-host")] if COMPILER else []
-KERNELS: Any = [*_HOST, *_GROUP, *_DEVICE]
+_GPU: Any = [pytest.param(KernelDraw, id="kernel")] if dialect() else []
+_CPU: Any = [pytest.param(_on_host(by_groups=False), id="native")] if _native else []
+_GROUP: Any = [pytest.param(_on_host(by_groups=True), id="kernel on the host")] if _native else []
+KERNELS: Any = [*_CPU, *_GROUP, *_GPU]
 IMPLEMENTATIONS: Any = [REFERENCE, *KERNELS]
-# Without the one whose threads are slow to start, for tests that draw thousands of times.
-FAST_IMPLEMENTATIONS: Any = [REFERENCE, *_HOST, *_DEVICE]
+# Without the one whose threads are slow to meet, for tests that draw thousands of times.
+FAST_IMPLEMENTATIONS: Any = [REFERENCE, *_CPU, *_GPU]
 
 
 def ints(array: mx.array) -> list[int]:

@@ -1,10 +1,13 @@
-// The sampling kernel's source under the sanitizers; what it draws is checked from Python
-// (tests/unit/test_sampling_*.py), against the reference.
+// The sampler under the sanitizers: on the CPU, and as a GPU's group of threads runs it. What it
+// draws is checked from Python (tests/unit/test_sampling_*.py), against the reference.
+#include "mlx_serving/sampler.hpp"
+
 #include <limits>
 #include <random>
+#include <vector>
 
+#include "../kernels/host.h"
 #include "check.hpp"
-#include "sampler_host.h"
 
 namespace {
 
@@ -76,23 +79,23 @@ struct Drawn {
   std::vector<float> scratch = std::vector<float>(2 * kVocabulary);
 };
 
-template <unsigned int kThreads>
-Drawn draw_rows(const Batch& batch) {
+Drawn draw_rows(const Batch& batch, bool by_groups) {
   Drawn drawn;
-  sampler_host::run<float, kThreads>(
-      batch.logits.data(), {{kRows, kVocabulary}},
-      {batch.rows.data(), batch.state.data(), batch.inputs.data(), batch.lists.data(),
-       batch.mask.data()},
-      {{kRows, kStateSize}}, {{kRows, kMaskWords}},
-      {drawn.tokens.data(), drawn.chosen.data(), drawn.top_tokens.data(), drawn.top.data(),
-       drawn.state.data(), drawn.scratch.data()});
+  const mlx_serving::SamplerInputs in{
+      mlx_serving::LogitsType::kFloat32, batch.logits.data(), batch.rows.data(),
+      batch.state.data(), batch.inputs.data(), batch.lists.data(), batch.mask.data(), kRows,
+      kVocabulary, kStateSize, kMaskWords};
+  const mlx_serving::SamplerOutputs out{drawn.tokens.data(), drawn.chosen.data(),
+                                        drawn.top_tokens.data(), drawn.top.data(),
+                                        drawn.state.data(), drawn.scratch.data()};
+  by_groups ? mlx_serving::sample_by_groups(in, out) : mlx_serving::sample(in, out);
   return drawn;
 }
 
-void groups_of_any_size_agree() {
+void a_group_draws_what_one_thread_draws() {
   const Batch batch = make_batch();
-  const Drawn alone = draw_rows<1>(batch);
-  const Drawn group = draw_rows<8>(batch);
+  const Drawn alone = draw_rows(batch, false);
+  const Drawn group = draw_rows(batch, true);
   CHECK(alone.tokens == group.tokens);
   CHECK(alone.top_tokens == group.top_tokens);
   CHECK(alone.state == group.state);
@@ -101,9 +104,9 @@ void groups_of_any_size_agree() {
 
 void a_group_repeats_itself_to_the_bit() {
   const Batch batch = make_batch();
-  const Drawn first = draw_rows<8>(batch);
+  const Drawn first = draw_rows(batch, true);
   for (int run = 0; run < 5; ++run) {
-    const Drawn again = draw_rows<8>(batch);
+    const Drawn again = draw_rows(batch, true);
     CHECK(again.tokens == first.tokens);
     CHECK(again.chosen == first.chosen);
     CHECK(again.top == first.top);
@@ -111,7 +114,7 @@ void a_group_repeats_itself_to_the_bit() {
 }
 
 void tokens_are_in_range_and_broken_rows_have_none() {
-  const Drawn drawn = draw_rows<8>(make_batch());
+  const Drawn drawn = draw_rows(make_batch(), true);
   for (std::size_t row = 0; row < 4; ++row) {
     CHECK(drawn.tokens[row] >= 0 && drawn.tokens[row] < int(kVocabulary));
   }
@@ -120,7 +123,7 @@ void tokens_are_in_range_and_broken_rows_have_none() {
 }
 
 void the_state_takes_the_input_in() {
-  const Drawn drawn = draw_rows<2>(make_batch());
+  const Drawn drawn = draw_rows(make_batch(), false);
   CHECK((std::vector<int>(drawn.state.begin(), drawn.state.begin() + 5) ==
          std::vector<int>{3, 5, 202, 1, 0}));
 }
@@ -139,7 +142,7 @@ void keys_are_in_the_order_of_the_floats() {
 }  // namespace
 
 int main() {
-  groups_of_any_size_agree();
+  a_group_draws_what_one_thread_draws();
   a_group_repeats_itself_to_the_bit();
   tokens_are_in_range_and_broken_rows_have_none();
   the_state_takes_the_input_in();

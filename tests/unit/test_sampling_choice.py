@@ -6,7 +6,7 @@ import mlx.core as mx
 import pytest
 
 from mlx_serving.worker.engine import acceleration, kernels
-from mlx_serving.worker.engine.sampling import ReferenceDraw, kernel
+from mlx_serving.worker.engine.sampling import ReferenceDraw, kernel, native
 from mlx_serving.worker.engine.sampling.draws import Draws, Logprobs, StepInputs
 from mlx_serving.worker.engine.sampling.self_check import NEAR_TIE
 from tests.engine_support import tiny_engine
@@ -52,7 +52,7 @@ def test_a_kernel_that_agrees_with_the_reference_is_used(monkeypatch: pytest.Mon
     pretend(monkeypatch, _Kernel)
     make, report = acceleration.choose_sampler(prefer_native=True)
     assert make is _Kernel
-    assert str(report) == "sampler: native (self-check passed)"
+    assert str(report) == "sampler: native (the cuda kernel, self-check passed)"
     assert str(acceleration.reports(prefer_native=True)[-1]) == str(report)
 
 
@@ -71,9 +71,8 @@ def test_a_kernel_that_differs_is_replaced_by_the_reference(
     pretend(monkeypatch, draw)
     make, report = acceleration.choose_sampler(prefer_native=True)
     assert make is ReferenceDraw
-    assert report is not None
     assert report.implementation == "twin"
-    assert report.reason.startswith(f"the kernel failed its self-check: {reason}")
+    assert report.reason.startswith(f"the cuda kernel failed its self-check: {reason}")
 
 
 def test_the_setting_switches_the_kernel_off(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,10 +116,28 @@ def test_another_token_passes_only_in_a_near_tie(
     assert (make is SecondBest) == passes
 
 
-@pytest.mark.skipif(kernels.dialect() is not None, reason="has a GPU")
-def test_a_cpu_has_no_kernel_to_choose() -> None:
-    assert acceleration.choose_sampler(prefer_native=True) == (ReferenceDraw, None)
-    assert [report.piece for report in acceleration.reports(prefer_native=True)] == ["detokenizer"]
+@pytest.mark.parametrize("draw", [_Kernel, _Next])
+def test_a_cpu_uses_the_native_piece_where_it_agrees(
+    monkeypatch: pytest.MonkeyPatch, draw: type
+) -> None:
+    monkeypatch.setattr(kernels, "dialect", lambda: None)
+    monkeypatch.setattr(acceleration, "load_native", lambda: (object(), "built"))
+    monkeypatch.setattr(native, "native_sampler", lambda _: draw)
+    make, report = acceleration.choose_sampler(prefer_native=True)
+    if draw is _Kernel:
+        assert make is _Kernel
+        assert str(report) == "sampler: native (the native piece, self-check passed)"
+    else:
+        assert make is ReferenceDraw
+        assert report.reason.startswith("the native piece failed its self-check: float32, step 0")
+
+
+def test_a_cpu_without_the_module_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "dialect", lambda: None)
+    monkeypatch.setattr(acceleration, "load_native", lambda: (None, "not built"))
+    make, report = acceleration.choose_sampler(prefer_native=True)
+    assert make is ReferenceDraw
+    assert str(report) == "sampler: twin (not built)"
 
 
 def test_both_dialects_have_their_source() -> None:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 DETOKENIZER: Final = "detokenizer"
 SAMPLER: Final = "sampler"
+_SWITCHED_OFF: Final = "switched off by the settings"
 
 Make = Callable[[VocabularyTable], DetokenizerProtocol]
 
@@ -69,38 +70,48 @@ def make_detokenizer(
 
 def reports(*, prefer_native: bool) -> list[AccelerationReport]:
     """What an engine started now would use, piece by piece."""
-    pieces = [choose_detokenizer(prefer_native=prefer_native)[1]]
-    sampler = choose_sampler(prefer_native=prefer_native)[1]
-    return pieces if sampler is None else [*pieces, sampler]
+    return [
+        choose_detokenizer(prefer_native=prefer_native)[1],
+        choose_sampler(prefer_native=prefer_native)[1],
+    ]
 
 
 def choose_sampler(
     *, prefer_native: bool, logits_dtype: "mx.Dtype | None" = None
-) -> "tuple[MakeDraw, AccelerationReport | None]":
-    """The sampler to use: the GPU kernel, or the pure-MLX reference as its twin.
+) -> "tuple[MakeDraw, AccelerationReport]":
+    """The sampler to use: the GPU's kernel or the CPU's C++; the pure-MLX reference as their twin.
 
-    The kernel is compiled and checked for the model's `logits_dtype`, without one for all that
-    there are; a few seconds each on a GPU that never compiled it. No report on a CPU, which has
-    no kernel to choose.
+    It is checked for the model's `logits_dtype`, without one for all that there are. A GPU that
+    never compiled the kernel takes a few seconds for each.
     """
     # Imported here: MLX stays out of a process that only simulates.
-    from mlx_serving.worker.engine import kernels
-    from mlx_serving.worker.engine.sampling.kernel import KernelDraw
     from mlx_serving.worker.engine.sampling.reference import ReferenceDraw
     from mlx_serving.worker.engine.sampling.self_check import first_difference
 
-    if kernels.dialect() is None:
-        return ReferenceDraw, None
-    if not prefer_native:
-        return ReferenceDraw, AccelerationReport(SAMPLER, "twin", "switched off by the settings")
+    make, reason = _accelerated_sampler() if prefer_native else (None, _SWITCHED_OFF)
+    if make is None:
+        return ReferenceDraw, AccelerationReport(SAMPLER, "twin", reason)
     try:
-        difference = first_difference(KernelDraw, logits_dtype)
+        difference = first_difference(make, logits_dtype)
     except Exception as error:  # noqa: BLE001 - a kernel that does not compile is not used
         difference = f"{type(error).__name__}: {error}"
-    if difference is None:
-        return KernelDraw, AccelerationReport(SAMPLER, "native", "self-check passed")
-    reason = f"the kernel failed its self-check: {difference}"
-    return ReferenceDraw, AccelerationReport(SAMPLER, "twin", reason)
+    if difference is not None:
+        reason = f"{reason} failed its self-check: {difference}"
+        return ReferenceDraw, AccelerationReport(SAMPLER, "twin", reason)
+    return make, AccelerationReport(SAMPLER, "native", f"{reason}, self-check passed")
+
+
+def _accelerated_sampler() -> "tuple[MakeDraw | None, str]":
+    """What this device has, and its name; or None and why."""
+    from mlx_serving.worker.engine import kernels
+    from mlx_serving.worker.engine.sampling.kernel import KernelDraw
+    from mlx_serving.worker.engine.sampling.native import native_sampler
+
+    dialect = kernels.dialect()
+    if dialect is not None:
+        return KernelDraw, f"the {dialect} kernel"
+    native, reason = load_native()
+    return (None, reason) if native is None else (native_sampler(native), "the native piece")
 
 
 def choose_detokenizer(*, prefer_native: bool) -> tuple[Make, AccelerationReport]:
@@ -113,7 +124,7 @@ def choose_detokenizer(*, prefer_native: bool) -> tuple[Make, AccelerationReport
 
 def _try_native(*, prefer_native: bool) -> tuple[Make | None, str]:
     if not prefer_native:
-        return None, "switched off by the settings"
+        return None, _SWITCHED_OFF
     native, reason = load_native()
     if native is None:
         return None, reason

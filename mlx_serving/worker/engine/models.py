@@ -96,8 +96,8 @@ def build_engine(
     )
     runner.use_sampler(make_draw)
     found = (report, sampler_report, choice.report)
-    reports = tuple(each for each in found if each is not None)
-    return Engine(runner, Scheduler(limits), detokenizer, info, Attachments(tokenizer, reports))
+    attachments = Attachments(tokenizer, tuple(each for each in found if each is not None))
+    return Engine(runner, Scheduler(limits), detokenizer, info, attachments)
 
 
 def default_kv_budget() -> int:
