@@ -64,7 +64,7 @@ class ModelRunner:
         if chunk.length:
             end = chunk.start + chunk.length
             contexts = [row.context(chunk.start, end) for row in chunk.leaders]
-            kv_cache.forward_prompts(self._model, contexts, self._prefill_cache)
+            self._cache.forward_prompts(contexts, self._prefill_cache)
         # With nothing to decode there is nothing to overlap with: wait, so that a step that
         # returns has done its work.
         evaluate = mx.async_eval if self._rows else mx.eval
