@@ -74,7 +74,7 @@ void combine(const float* parts, const float* stats, const int* firsts, T* out) 
 {combine}
 }}
 void store(const T* keys, const int* keys_shape, const T* values, const T* key_pool,
-           const T* value_pool, const int* entries, int* done) {{
+           const T* value_pool, const int* entries, const int* after, int* done) {{
 {store}
 }}
 }}
@@ -93,7 +93,8 @@ extern "C" void {name}_combine(unsigned heads, unsigned rows, void** a) {{
 extern "C" void {name}_store(unsigned heads, unsigned entries, void** a) {{
   using namespace {name};
   shim::launch({{1, heads, entries}}, 128, [=] {{
-    store((T*)a[0], (int*)a[1], (T*)a[2], (T*)a[3], (T*)a[4], (int*)a[5], (int*)a[6]);
+    store((T*)a[0], (int*)a[1], (T*)a[2], (T*)a[3], (T*)a[4], (int*)a[5], (int*)a[6],
+          (int*)a[7]);
   }});
 }}
 """
@@ -228,10 +229,10 @@ def test_storing_prompts_touches_their_blocks_only(
     ]
     keys, values, key_pool, value_pool = (to_numpy(array) for array in (*prompts, *pools))
     table = np.array([(e.block, e.prompt, e.first, e.count) for e in entries], dtype=np.int32)
-    done = np.ones(1, dtype=np.int32)
+    after, done = np.zeros(1, dtype=np.int32), np.ones(1, dtype=np.int32)
     key_shape = np.array(keys.shape, dtype=np.int32)
     name = name_of(shape, language, split=False)
-    arrays = [keys, key_shape, values, key_pool, value_pool, table, done]
+    arrays = [keys, key_shape, values, key_pool, value_pool, table, after, done]
     call(getattr(library, f"{name}_store"), shape.kv_heads, len(entries), *arrays)
 
     assert done.tolist() == [0]

@@ -45,9 +45,14 @@ class ForgetsTheNewToken(ReferenceOps):
 
 class StoresTooFewTokens(ReferenceOps):
     def store(
-        self, layer: PagedLayer, keys: mx.array, values: mx.array, entries: Sequence[StoreEntry]
+        self,
+        layer: PagedLayer,
+        keys: mx.array,
+        values: mx.array,
+        entries: Sequence[StoreEntry],
+        after: mx.array,
     ) -> mx.array:
-        return super().store(layer, keys, values, entries[:-1])
+        return super().store(layer, keys, values, entries[:-1], after)
 
 
 class GivesNan(ReferenceOps):

@@ -1,7 +1,7 @@
 """The KV cache of the decode batch: what `ModelRunner` needs of one, and mlx-lm's own behind it.
 
 `PaddedCache` keeps mlx-lm's batch caches: any kind of layer, every row padded to the longest, the
-whole copied whenever rows join or leave. `paged_cache.PagedCache` follows live tokens and copies
+whole copied whenever rows join or leave. `paged.cache.PagedCache` follows live tokens and copies
 nothing, for plain attention layers on a GPU.
 """
 
@@ -19,8 +19,8 @@ from mlx_serving.worker.engine.kv_cache import LanguageModel
 class Prefilled:
     """Prompts that were computed, and the rows that go on from them.
 
-    `layers` are mlx-lm's plain caches where there is one prompt, batch caches where there are
-    several. `lengths` are the prompts' tokens, `prompts` names each joining row's prompt.
+    `layers` are what `new_prompts` of the same cache gave. `lengths` are the prompts' tokens,
+    `prompts` names each joining row's prompt.
     """
 
     layers: list[Any]
@@ -33,6 +33,12 @@ class DecodeCache(Protocol):
 
     def limit(self, tokens: int) -> None:
         """Bound the cache; the scheduler admits within it."""
+
+    def new_prompts(self, prompts: int) -> list[Any]:
+        """Return what the model takes as its cache while it computes so many prompts."""
+
+    def forward_prompts(self, contexts: list[list[int]], layers: list[Any]) -> None:
+        """Build the computation of the prompts' next tokens into `layers` of `new_prompts`."""
 
     def join(self, prefilled: Prefilled) -> None:
         """Append rows."""
@@ -58,6 +64,14 @@ class PaddedCache:
 
     def limit(self, tokens: int) -> None:
         """Do nothing: mlx-lm's caches hold what they are given."""
+
+    def new_prompts(self, prompts: int) -> list[Any]:
+        """Return mlx-lm's plain caches for one prompt, batch caches for several."""
+        return kv_cache.new_cache(self._model, prompts)
+
+    def forward_prompts(self, contexts: list[list[int]], layers: list[Any]) -> None:
+        """Pad on the right to the longest; mlx-lm's batch caches then justify their rows."""
+        kv_cache.forward_prompts(self._model, contexts, layers)
 
     def join(self, prefilled: Prefilled) -> None:
         """Append rows; copies both caches."""

@@ -82,27 +82,15 @@ class ModelRunner:
     def prefill(self, chunk: PrefillChunk) -> None:
         """Compute one chunk; several prompts are padded on the right to the longest."""
         if chunk.start == 0:
-            self._prefill_cache = kv_cache.new_cache(self._model, len(chunk.groups))
+            self._prefill_cache = self._cache.new_prompts(len(chunk.groups))
         if chunk.length:
-            self._forward_prompts(chunk)
+            end = chunk.start + chunk.length
+            contexts = [row.context(chunk.start, end) for row in chunk.leaders]
+            self._cache.forward_prompts(contexts, self._prefill_cache)
         # With nothing to decode there is nothing to overlap with: wait, so that a step that
         # returns has done its work.
         evaluate = mx.async_eval if self._rows else mx.eval
         evaluate(kv_cache.states(self._prefill_cache))
-
-    def _forward_prompts(self, chunk: PrefillChunk) -> None:
-        contexts = [row.context(chunk.start, chunk.start + chunk.length) for row in chunk.leaders]
-        lengths = [len(context) for context in contexts]
-        padding = [chunk.length - length for length in lengths]
-        padded = any(padding)
-        if padded:
-            contexts = [c + [0] * pad for c, pad in zip(contexts, padding, strict=True)]
-            for layer in self._prefill_cache:
-                layer.prepare(lengths=lengths, right_padding=padding)
-        self._model(mx.array(contexts, dtype=mx.int32), cache=self._prefill_cache)
-        if padded:
-            for layer in self._prefill_cache:
-                layer.finalize()
 
     def drop_prefill(self) -> None:
         """Forget the prompt being prefilled."""

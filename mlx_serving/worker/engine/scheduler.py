@@ -8,13 +8,20 @@ One engine step does at most one prefill chunk and one decode step. A chunk comp
 `prefill_chunk_tokens` tokens, padding included: either the next part of one long prompt or
 several whole prompts from the head of the queue. So decoding rows wait for one chunk at most,
 prompts are served first in, first out, and none starves: each step moves the oldest one on.
+
+Only where many rows decode, a prompt waits a few steps for others: a chunk of one short prompt
+costs the decoding rows much the same as a chunk of several.
 """
 
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Final
 
 from mlx_serving.worker.engine.sequence import Phase, Request, RequestRefusedError, Sequence
+
+ROWS_PER_PROMPT: Final = 16  # so many decoding rows make one more prompt worth waiting for
+PATIENCE_STEPS: Final = 4  # the most that a prompt waits for others
 
 Group = tuple[Sequence, ...]  # rows with one context, never empty
 
@@ -80,6 +87,7 @@ class Scheduler:
         self._prefilling: tuple[Group, ...] = ()
         self._decoding: dict[Sequence, None] = {}  # an ordered set
         self._rows: dict[tuple[str, int], Sequence] = {}
+        self._patience = PATIENCE_STEPS
         self._widest = 0  # of the admitted rows' widths
         self._total = 0  # their sum
 
@@ -175,7 +183,7 @@ class Scheduler:
 
     def schedule_prefill(self) -> PrefillChunk | None:
         """Choose the next prefill chunk; None when no prompt is pending."""
-        if not self._prefilling:
+        if not self._prefilling and not self._waits_for_more():
             self._prefilling = tuple(self._take_waiting())
             for group in self._prefilling:
                 for row in group:
@@ -199,6 +207,17 @@ class Scheduler:
             self._decoding[row] = None
         self._prefilling = ()
         return True
+
+    def _waits_for_more(self) -> bool:
+        """Whether the next chunk is put off by a step, so that more prompts share it."""
+        wanted = len(self._decoding) // ROWS_PER_PROMPT
+        waits = 0 < len(self._waiting) < wanted and self._patience > 0
+        if waits:
+            # A prompt beside which no others fit into a chunk has nothing to wait for.
+            context = self._waiting[0][0].context_length
+            waits = wanted * context <= self.limits.prefill_chunk_tokens
+        self._patience = self._patience - 1 if waits else PATIENCE_STEPS
+        return waits
 
     def _take_waiting(self) -> list[Group]:
         """Take one prompt, or as many short ones as fit one chunk when padded alike."""

@@ -9,11 +9,12 @@ The pools grow as rows need them and shrink when most of them is unused.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import mlx.core as mx
 import numpy as np
 
+from mlx_serving.worker.engine import kv_cache
 from mlx_serving.worker.engine.decode_cache import Prefilled
 from mlx_serving.worker.engine.kv_cache import LanguageModel
 from mlx_serving.worker.engine.paged.block_allocator import BlockAllocator
@@ -34,6 +35,8 @@ GROWTH_BLOCKS: Final = 64  # the least by which a pool grows; above, an eighth o
 # (Measured: a second launch to join the parts costs more than it saves before that.)
 SPLIT_ABOVE_TOKENS: Final = 2048
 CHUNK_TOKENS: Final = 1024
+PROMPT_TOKENS: Final = 32  # prompts are computed in multiples of so many tokens
+LONG_TOKENS: Final = 1024  # of the prompts that join at once
 _LEAST_TABLE_WIDTH: Final = 16  # blocks
 _ITEMS: Final = 32  # items of work are padded to multiples of so many
 _END: Final = 2**31 - 1
@@ -55,6 +58,7 @@ class PagedCache:
         """Start without rows and without pools."""
         self.allocator = BlockAllocator(_END)
         self.layers: list[PagedLayer] = []
+        self._model = model
         self._shapes = shapes
         self._ops = ops
         self._rows: list[list[int]] = []  # each row's blocks
@@ -74,6 +78,22 @@ class PagedCache:
     def limit(self, tokens: int) -> None:
         """Bound each pool to whole blocks of so many tokens, and the one of nobody."""
         self.allocator.limit = tokens // BLOCK_TOKENS + 1
+
+    def new_prompts(self, prompts: int) -> list[Any]:
+        """Return mlx-lm's plain caches: they hold several prompts, padded on the right."""
+        del prompts
+        return kv_cache.new_cache(self._model, 1)
+
+    def forward_prompts(self, contexts: list[list[int]], layers: list[Any]) -> None:
+        """Pad on the right; no token looks there, and `join` knows the lengths.
+
+        Lengths are rounded up too: each new shape costs a GPU's libraries a search for kernels.
+        """
+        longest = max(map(len, contexts))
+        length = -(-longest // PROMPT_TOKENS) * PROMPT_TOKENS
+        self._model(kv_cache.padded(contexts, length), cache=layers)
+        for layer in layers:
+            layer.trim(length - longest)  # a prompt's next chunk goes there
 
     def join(self, prefilled: Prefilled) -> None:
         """Append rows: each prompt is copied into blocks, its full ones once for all its rows."""
@@ -126,20 +146,13 @@ class PagedCache:
         return [*shared, own]
 
     def _store(self, prefilled: Prefilled, entries: list[StoreEntry]) -> None:
-        """Copy the prompts in, layer by layer, so that one layer at a time is there twice."""
-        single = len(prefilled.lengths) == 1
+        """Copy the prompts in; long ones layer by layer, so that one layer at a time is twice."""
+        long = sum(prefilled.lengths) > LONG_TOKENS
         for index, layer in enumerate(self.layers):
             source = prefilled.layers[index]
-            keys, values = source.keys, source.values
-            placed = entries
-            if not single:  # right-justified
-                starts = [source.size() - length for length in prefilled.lengths]
-                placed = [
-                    StoreEntry(e.block, e.prompt, starts[e.prompt] + e.first, e.count)
-                    for e in entries
-                ]
-            self._stored = self._stored + layer.store(keys, values, placed)
-            mx.async_eval(self._stored)
+            self._stored = layer.store(source.keys, source.values, entries, self._stored)
+            if long:
+                mx.async_eval(self._stored)
             prefilled.layers[index] = None
 
     def keep(self, kept: Sequence[int]) -> None:

@@ -58,18 +58,23 @@ class KernelOps:
         self._attend = _make("paged_attention", (inputs, ["out", "stats"]), language, header)
         parts = ["parts", "stats", "firsts"]
         self._combine = _make("paged_combine", (parts, ["out"]), language)
-        pools = ["keys", "values", "key_pool", "value_pool", "entries"]
+        pools = ["keys", "values", "key_pool", "value_pool", "entries", "after"]
         self._store = _make("paged_store", (pools, ["done"]), language)
         self._scales: dict[float, mx.array] = {}
 
     def store(
-        self, layer: PagedLayer, keys: mx.array, values: mx.array, entries: Sequence[StoreEntry]
+        self,
+        layer: PagedLayer,
+        keys: mx.array,
+        values: mx.array,
+        entries: Sequence[StoreEntry],
+        after: mx.array,
     ) -> mx.array:
         """See `PagedOps.store`."""
         _, heads, size, head_dim = layer.keys.shape
         table = mx.array([(e.block, e.prompt, e.first, e.count) for e in entries], dtype=mx.int32)
         (done,) = self._store(
-            inputs=[keys, values, layer.keys, layer.values, table],
+            inputs=[keys, values, layer.keys, layer.values, table, after],
             template=[("T", keys.dtype), ("D", head_dim), ("BLOCK", size)],
             grid=(THREADS, heads, len(entries)),
             threadgroup=(THREADS, 1, 1),

@@ -47,11 +47,16 @@ class PagedOps(Protocol):
     in_place: bool
 
     def store(
-        self, layer: "PagedLayer", keys: mx.array, values: mx.array, entries: Sequence[StoreEntry]
+        self,
+        layer: "PagedLayer",
+        keys: mx.array,
+        values: mx.array,
+        entries: Sequence[StoreEntry],
+        after: mx.array,
     ) -> mx.array:
         """Copy from keys and values [P, KVH, S, D] into blocks that no row in flight reads.
 
-        Returns int32 [1], 0, once that is done.
+        Returns int32 [1], 0, which is there when that is done and `after`, of the same kind, is.
         """
 
     def attend(
@@ -108,9 +113,11 @@ class PagedLayer:
         """Store the step's keys and values, attend; returns [B, H, 1, D]."""
         return self._ops.attend(self, queries, keys, values, scale, self.plan)
 
-    def store(self, keys: mx.array, values: mx.array, entries: Sequence[StoreEntry]) -> mx.array:
+    def store(
+        self, keys: mx.array, values: mx.array, entries: Sequence[StoreEntry], after: mx.array
+    ) -> mx.array:
         """Copy prefilled keys and values into blocks; see `PagedOps.store`."""
-        return self._ops.store(self, keys, values, entries)
+        return self._ops.store(self, keys, values, entries, after)
 
     def resize(self, blocks: int, kept: Sequence[int] | None = None) -> None:
         """Copy into pools of `blocks` blocks: `kept` first, in order, None for all there are.
@@ -130,6 +137,6 @@ class PagedLayer:
 
 def _resized(pool: mx.array, blocks: int, kept: Sequence[int] | None) -> mx.array:
     if kept is not None:
-        pool = pool[mx.array(kept, dtype=mx.int32)]
+        pool = pool[mx.array(list(kept), dtype=mx.int32)]
     unused = mx.zeros((blocks - pool.shape[0], *pool.shape[1:]), pool.dtype)
     return mx.concatenate([pool, unused])

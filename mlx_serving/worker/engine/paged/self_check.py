@@ -50,12 +50,17 @@ class ComparedOps:
         self._reference = ReferenceOps()
 
     def store(
-        self, layer: PagedLayer, keys: mx.array, values: mx.array, entries: Sequence[StoreEntry]
+        self,
+        layer: PagedLayer,
+        keys: mx.array,
+        values: mx.array,
+        entries: Sequence[StoreEntry],
+        after: mx.array,
     ) -> mx.array:
         """See `PagedOps.store`."""
         twin = self._copy(layer)
-        done = self._ops.store(layer, keys, values, entries)
-        self._reference.store(twin, keys, values, entries)
+        done = self._ops.store(layer, keys, values, entries, after)
+        self._reference.store(twin, keys, values, entries, after)
         mx.eval(done, layer.keys, layer.values, twin.keys, twin.values)
         for entry in entries:
             for pool, expected in ((layer.keys, twin.keys), (layer.values, twin.values)):
