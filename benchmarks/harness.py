@@ -1,6 +1,7 @@
 """What the queue's benchmarks share: figures with goals, real worker processes, waiting."""
 
 import ctypes
+import json
 import multiprocessing
 import os
 import platform
@@ -68,6 +69,15 @@ class Figure:
         """Plain data; with a goal, whether it is met."""
         data = asdict(self) | {"goal": str(self.goal) if self.goal else None}
         return data | ({"met": self.goal.met_by(self.value)} if self.goal else {})
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "Figure":
+        """Read what `as_json` gave."""
+        goal = None
+        if data["goal"]:
+            sign, bound = data["goal"].split()
+            goal = Goal(sign, float(bound))
+        return cls(data["name"], data["value"], data["unit"], goal, tuple(data["rounds"]))
 
 
 def percentile(values: Sequence[float], percent: int) -> float:
@@ -199,6 +209,13 @@ def _processor() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def report(title: str, figures: Sequence[Figure], output: Path | None) -> None:
+    """Print the table of one benchmark; write its figures where asked."""
+    print(table({title: figures}))
+    if output is not None:
+        output.write_text(json.dumps([figure.as_json() for figure in figures], indent=2) + "\n")
 
 
 def table(reports: Mapping[str, Sequence[Figure]]) -> str:
