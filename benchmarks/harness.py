@@ -29,6 +29,7 @@ T = TypeVar("T")
 
 START_SECONDS = 120.0  # a worker's start: imports, and a model's load and first compile
 LIBRARIES = ("mlx", "mlx-lm", "redis", "rq", "hiredis", "msgspec", "pydantic")
+_STARTED = time.monotonic()
 SPAWN = multiprocessing.get_context("spawn")
 
 
@@ -83,6 +84,12 @@ class Figure:
 def percentile(values: Sequence[float], percent: int) -> float:
     """Value below which `percent` of 1 to 99 lie, interpolated."""
     return statistics.quantiles(values, n=100, method="inclusive")[percent - 1]
+
+
+def progress(what: str) -> None:
+    """Say on standard error how far a long run is, and how long this process has run."""
+    seconds = time.monotonic() - _STARTED
+    print(f"  {seconds:6.1f} s  {what}", file=sys.stderr, flush=True)
 
 
 def wait_until(done: Callable[[], bool], *, every: float, timeout: float, what: str) -> None:

@@ -37,6 +37,7 @@ from benchmarks.harness import (
     bench_settings,
     child_call,
     percentile,
+    progress,
     running_worker,
     table,
     wait_until,
@@ -262,9 +263,11 @@ class Contest:
         first = settings * 100
         cold = self.both(load.streams, WARM_TOKENS, settings, first)
         warm = self.both(load.streams, WARM_TOKENS, settings, first + 1)
-        counted = [
-            self.both(load.streams, load.tokens, settings, first + 2 + r) for r in range(rounds)
-        ]
+        progress(f"settings {settings}: warm")
+        counted = []
+        for number in range(rounds):
+            counted.append(self.both(load.streams, load.tokens, settings, first + 2 + number))
+            progress(f"settings {settings}: round {number + 1} of {rounds}")
         return Bout(settings, cold, warm, counted)
 
 
@@ -279,8 +282,9 @@ def staged(load: Load) -> Iterator[Contest]:
             overrides["flush_interval_ms"] = load.flush_ms
         settings = bench_settings(server.url, **overrides)
         spec = stack.enter_context(engine_spec(load))
-        stack.enter_context(running_worker(settings, spec, client))
         port = stack.enter_context(running_peer(spec.model_path, load.streams))
+        stack.enter_context(running_worker(settings, spec, client))
+        progress("the worker is up")
         consumers = [child_call(_consume, settings, port) for _ in range(CONSUMERS)]
         for consumer in consumers:
             stack.callback(consumer.end)
@@ -293,6 +297,7 @@ def measure(load: Load, settings: Sequence[int] = (1, 8), rounds: int = 3) -> li
     """Figures of every number of settings."""
     with staged(load) as contest:
         contest.both(load.streams, WARM_TOKENS, 0, 9999)  # loads and first compiles of both
+        progress("both have answered")
         bouts = []
         for number in settings:
             bouts.append(contest.bout(load, number, rounds))

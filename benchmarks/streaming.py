@@ -37,6 +37,7 @@ from benchmarks.harness import (
     bench_settings,
     child_call,
     percentile,
+    progress,
     running_worker,
     table,
     wait_until,
@@ -212,6 +213,7 @@ def engine_spec(load: Load) -> Iterator[EngineSpec]:
                     child.receive(str)
                 finally:
                     child.end()
+                progress("the model is written")
             yield EngineSpec("mlx", folder)
 
 
@@ -226,13 +228,16 @@ def staged(load: Load) -> Iterator[Stage]:
             overrides["flush_interval_ms"] = load.flush_ms
         settings = bench_settings(server.url, **overrides)
         spec = stack.enter_context(engine_spec(load))
-        pid = stack.enter_context(running_worker(settings, spec, client))
-        children = [child_call(_bare_loop, settings, spec)]
+        children = [child_call(_bare_loop, settings, spec)]  # it loads while the worker does
         children += [child_call(_consume, settings) for _ in range(CONSUMERS)]
         for child in children:
             stack.callback(child.end)
             stack.callback(child.send, None)
+        pid = stack.enter_context(running_worker(settings, spec, client))
+        progress("the worker is up")
+        for child in children:
             child.receive(str)
+        progress("the in-process engine and the consumers are up")
         producer = stack.enter_context(Client(settings=settings))
         yield Stage(client, producer, pid, children[0], children[1:])
 
@@ -242,8 +247,12 @@ def measure(load: Load, rounds: int = 3) -> list[Figure]:
     with staged(load) as stage:
         stage.run_bare(load.jobs(WARM_TOKENS))
         stage.run_streams(load.jobs(WARM_TOKENS))
+        progress("both are warm")
         jobs = load.jobs(load.tokens)
-        pairs = [(stage.run_bare(jobs), stage.run_streams(jobs)) for _ in range(rounds)]
+        pairs = []
+        for _ in range(rounds):
+            pairs.append((stage.run_bare(jobs), stage.run_streams(jobs)))
+            progress(f"round {len(pairs)} of {rounds}")
     return figures(pairs)
 
 
