@@ -1,14 +1,15 @@
-"""Live streams through Redis against as many from `mlx_lm.server` over HTTP, in turn.
+"""Live streams through Redis against as many from another server over HTTP, in turn.
 
     python -m benchmarks.server --model 0.6b --streams 64 --tokens 192 --settings 1,8 --rounds 3
 
-Ours is the real worker, a real redis-server and `AsyncClient`; the peer is mlx-lm's own server,
-read by server-sent events. Both run the same model folder on the same device, and the same two
-processes consume both: each stream is asked for at the same moment, as a user would (`submit`
-then `stream`; one POST). The peer gets what serves it best: connections that are open before the
-clock starts (its listen queue holds five), as many decoding rows as there are streams, no seed
-(it serves a request with a seed alone), at most eight settings (it compiles each top_p it has
-not seen), and a first pass that is not counted. That pass's time is a row of its own.
+Ours is the real worker, a real redis-server and `AsyncClient`; the peer is mlx-lm's own server
+(or vllm-mlx, see peers.py), read by server-sent events. Both run the same model folder on the
+same device, and the same two processes consume both: each stream is asked for at the same moment,
+as a user would (`submit` then `stream`; one POST). The peer gets what serves it best: connections
+that are open before the clock starts (mlx_lm.server's listen queue holds five), as many decoding
+rows as there are streams, no seed (it serves a request with a seed alone), at most eight settings
+(mlx-lm compiles each top_p it has not seen), and a first pass that is not counted: what that pass
+took longer than the same again stands in a row of its own, as the cold cost.
 
 Tokens/s: all tokens over the time from the first request to the last token. TTFT: from a
 stream's request to its first token. Settings 0 is greedy; n gives the streams n different pairs
@@ -18,8 +19,6 @@ of temperature and top_p, in turn.
 import argparse
 import asyncio
 import json
-import logging
-import socket
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -30,7 +29,6 @@ from typing import Any, Final
 
 from benchmarks.harness import (
     MODEL,
-    START_SECONDS,
     Child,
     Figure,
     Goal,
@@ -40,14 +38,13 @@ from benchmarks.harness import (
     progress,
     running_worker,
     table,
-    wait_until,
 )
+from benchmarks.peers import HOST, PEERS, running_peer
 from benchmarks.streaming import CONSUMERS, RUN_SECONDS, Load, engine_spec
 from mlx_serving.common.local_redis import LocalRedis
 from mlx_serving.common.settings import Settings
 
 MODELS: Final = ("tiny", "0.6b")
-HOST: Final = "127.0.0.1"
 WARM_TOKENS: Final = 16
 GOALS: Final = {1: Goal("≥", 1.3), 8: Goal("≥", 1.5)}  # tokens/s over the peer's, by settings
 TTFT_GOAL: Final = Goal("≤", 0.7)
@@ -116,14 +113,15 @@ def sampling(stream: int, settings: int) -> Fields:
 # A consumer's process
 
 
-def _consume(connection: Connection, settings: Settings, port: int) -> None:
+def _consume(connection: Connection, settings: Settings, port: int, model: str) -> None:
     connection.send("ready")
     while (order := connection.recv()) is not None:
         kind, asked = order
         if kind == "ours":
             heard = asyncio.run(_through_redis(connection, settings, asked))
         else:
-            heard = asyncio.run(_over_http(connection, port, asked))
+            named = [fields | {"model": model} for fields in asked]
+            heard = asyncio.run(_over_http(connection, port, named))
         connection.send(heard)
 
 
@@ -169,66 +167,22 @@ async def _post(
     body = json.dumps(fields | {"stream": True, "stream_options": {"include_usage": True}})
     begun, times, tokens = time.monotonic(), [], 0
     writer.write(
-        f"POST /v1/completions HTTP/1.1\r\nHost: {HOST}\r\nContent-Type: application/json\r\n"
-        f"Content-Length: {len(body)}\r\n\r\n{body}".encode()
+        f"POST /v1/completions HTTP/1.1\r\nHost: {HOST}\r\nConnection: close\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode()
     )
     async for line in reader:
+        if line.startswith(b"data: [DONE]"):
+            break
         if not line.startswith(b"data: {"):
             continue
         event = json.loads(line[len(b"data: ") :])
-        if usage := event.get("usage"):
-            tokens = usage["completion_tokens"]
-        else:
+        if event.get("usage"):
+            tokens = event["usage"]["completion_tokens"]
+        if any(choice["text"] for choice in event["choices"]):
             times.append(time.monotonic())
     writer.close()
+    times = times or [time.monotonic()]
     return Heard(begun, times[0], times[-1], tokens)
-
-
-# The peer's process
-
-
-def _serve_peer(connection: Connection, folder: str, port: int, streams: int) -> None:
-    connection.send("starting")
-    from mlx_lm.server import APIHandler, main
-
-    setattr(APIHandler, "log_message", lambda *_: None)  # noqa: B010 - a line a request costs it
-    logging.disable(logging.INFO)
-    sys.argv = [
-        "mlx_lm.server", "--model", folder, "--host", HOST, "--port", str(port),
-        "--decode-concurrency", str(streams), "--log-level", "WARNING",
-    ]  # fmt: skip
-    main()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-def _listens(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex((HOST, port)) == 0
-
-
-@contextmanager
-def running_peer(folder: str, streams: int) -> Iterator[int]:
-    """Run `mlx_lm.server`; yields its port."""
-    port = _free_port()
-    peer = child_call(_serve_peer, folder, port, streams)
-    try:
-        peer.receive(str)
-        wait_until(
-            lambda: _listens(port) or not peer.process.is_alive(),
-            every=0.1, timeout=START_SECONDS, what="mlx_lm.server listens",
-        )  # fmt: skip
-        if not peer.process.is_alive():
-            raise RuntimeError(f"mlx_lm.server ended with status {peer.process.exitcode}")
-        yield port
-    finally:
-        peer.process.terminate()
-        peer.end()
 
 
 # The contest
@@ -272,7 +226,7 @@ class Contest:
 
 
 @contextmanager
-def staged(load: Load) -> Iterator[Contest]:
+def staged(load: Load, peer: str, peer_command: str) -> Iterator[Contest]:
     """Bring all processes up."""
     with ExitStack() as stack:
         server = stack.enter_context(LocalRedis())
@@ -282,10 +236,12 @@ def staged(load: Load) -> Iterator[Contest]:
             overrides["flush_interval_ms"] = load.flush_ms
         settings = bench_settings(server.url, **overrides)
         spec = stack.enter_context(engine_spec(load))
-        port = stack.enter_context(running_peer(spec.model_path, load.streams))
+        port = stack.enter_context(running_peer(peer, peer_command, spec.model_path, load.streams))
         stack.enter_context(running_worker(settings, spec, client))
         progress("the worker is up")
-        consumers = [child_call(_consume, settings, port) for _ in range(CONSUMERS)]
+        consumers = [
+            child_call(_consume, settings, port, spec.model_path) for _ in range(CONSUMERS)
+        ]
         for consumer in consumers:
             stack.callback(consumer.end)
             stack.callback(consumer.send, None)
@@ -293,46 +249,54 @@ def staged(load: Load) -> Iterator[Contest]:
         yield Contest(consumers)
 
 
-def measure(load: Load, settings: Sequence[int] = (1, 8), rounds: int = 3) -> list[Figure]:
+def measure(
+    load: Load,
+    settings: Sequence[int] = (1, 8),
+    rounds: int = 3,
+    peer: str = PEERS[0],
+    peer_command: str = "",
+) -> list[Figure]:
     """Figures of every number of settings."""
-    with staged(load) as contest:
+    with staged(load, peer, peer_command) as contest:
         contest.both(load.streams, WARM_TOKENS, 0, 9999)  # loads and first compiles of both
         progress("both have answered")
         bouts = []
         for number in settings:
             bouts.append(contest.bout(load, number, rounds))
-            print(table({f"settings {number}": figures(bouts[-1])}), file=sys.stderr, flush=True)
-    return [figure for bout in bouts for figure in figures(bout)]
+            print(table({"so far": figures(bouts[-1], peer)}), file=sys.stderr, flush=True)
+    return [figure for bout in bouts for figure in figures(bout, peer)]
 
 
-def figures(bout: Bout) -> list[Figure]:
+def figures(bout: Bout, peer: str = PEERS[0]) -> list[Figure]:
     """Medians of the rounds; each ratio within its round."""
     name = {0: "greedy", 1: "1 setting"}.get(bout.settings, f"{bout.settings} settings")
     median = Figure.median
     pairs = bout.rounds
-    speed = [ours.tokens_per_second / peer.tokens_per_second for ours, peer in pairs]
-    wait = [ours.ttft(50) / peer.ttft(50) for ours, peer in pairs]
+    speed = [ours.tokens_per_second / theirs.tokens_per_second for ours, theirs in pairs]
+    wait = [ours.ttft(50) / theirs.ttft(50) for ours, theirs in pairs]
+    gated = peer == PEERS[0]
     return [
         median(f"{name}: through Redis", [o.tokens_per_second for o, _ in pairs], "tokens/s"),
-        median(f"{name}: mlx_lm.server", [p.tokens_per_second for _, p in pairs], "tokens/s"),
-        median(f"{name}: TTFT p50, through Redis", [o.ttft(50) * 1e3 for o, _ in pairs], "ms"),
-        median(f"{name}: TTFT p50, mlx_lm.server", [p.ttft(50) * 1e3 for _, p in pairs], "ms"),
-        median(f"{name}: TTFT p99, through Redis", [o.ttft(99) * 1e3 for o, _ in pairs], "ms"),
-        median(f"{name}: TTFT p99, mlx_lm.server", [p.ttft(99) * 1e3 for _, p in pairs], "ms"),
-        *_cold(name, bout),
-        median(f"{name}: tokens/s over mlx_lm.server", speed, "×", GOALS.get(bout.settings)),
-        median(f"{name}: TTFT p50 over mlx_lm.server", wait, "×",
-               TTFT_GOAL if bout.settings == 1 else None),
+        median(f"{name}: {peer}", [p.tokens_per_second for _, p in pairs], "tokens/s"),
+        *(
+            median(f"{name}: TTFT p{percent}, {who}", [p[side].ttft(percent) * 1e3 for p in pairs],
+                   "ms")
+            for percent in (50, 99)
+            for side, who in enumerate(("through Redis", peer))
+        ),
+        *_cold(name, bout, peer),
+        median(f"{name}: tokens/s over {peer}", speed, "×",
+               GOALS.get(bout.settings) if gated else None),
+        median(f"{name}: TTFT p50 over {peer}", wait, "×",
+               TTFT_GOAL if gated and bout.settings == 1 else None),
     ]  # fmt: skip
 
 
-def _cold(name: str, bout: Bout) -> list[Figure]:
+def _cold(name: str, bout: Bout, peer: str) -> list[Figure]:
     """What settings never seen before cost: the first pass less the same pass again."""
     return [
         Figure.median(f"{name}: cold cost, {who}", [cold.seconds - warm.seconds], "s")
-        for who, cold, warm in zip(
-            ("through Redis", "mlx_lm.server"), bout.cold, bout.warm, strict=True
-        )
+        for who, cold, warm in zip(("through Redis", peer), bout.cold, bout.warm, strict=True)
     ]
 
 
@@ -347,12 +311,14 @@ def main() -> None:
     parser.add_argument("--folder", help="keep the synthetic model here, or use the one there")
     parser.add_argument("--settings", default="1,8", help="numbers of settings; 0: greedy")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--peer", choices=PEERS, default=PEERS[0])
+    parser.add_argument("--peer-command", default="vllm-mlx", help="vllm-mlx of its environment")
     options = vars(parser.parse_args())
     settings = [int(number) for number in options.pop("settings").split(",")]
-    rounds = options.pop("rounds")
+    rounds, peer, command = (options.pop(n) for n in ("rounds", "peer", "peer_command"))
     load = Load(**options)
-    title = f"{load.streams} streams, {load.model}, through Redis against mlx_lm.server"
-    print(table({title: measure(load, settings, rounds)}))
+    title = f"{load.streams} streams, {load.model}, through Redis against {peer}"
+    print(table({title: measure(load, settings, rounds, peer, command)}))
 
 
 if __name__ == "__main__":

@@ -62,8 +62,7 @@ class Stopwatches:
 
     def lap(self) -> dict[str, float]:
         """Return the sums, and start again at zero."""
-        seconds = dict(self._seconds)
-        self._seconds.clear()
+        seconds, self._seconds = self._seconds, defaultdict(float)
         return seconds
 
 
@@ -115,7 +114,7 @@ def _watch(engine: Any, mx: Any) -> Stopwatches:  # noqa: ANN401 - private parts
     watches = Stopwatches()
     runner = engine._runner  # noqa: SLF001 - the timeline looks inside
     runner._model = watches.around(runner._model, "model")  # noqa: SLF001
-    runner._sampler = watches.around(runner._sampler, "sampler")  # noqa: SLF001
+    watches.time(type(runner._sampler), "__call__", "sampler")  # noqa: SLF001 - one a membership
     watches.time(mx, "async_eval", "launch")
     watches.time(runner, "decode", "decode")
     engine._detokenizer = TimedDetokenizer(engine._detokenizer, watches)  # noqa: SLF001
@@ -143,15 +142,16 @@ def in_worker(load: Load) -> list[Figure]:
             "py-spy", "record", "--gil", "--threads", "--format", "raw", "--duration", "600",
             "--rate", str(SAMPLES_PER_SECOND), "--output", str(output), "--pid", str(child),
         ]  # fmt: skip
-        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as spy:
-            started = time.monotonic()
+        pipe = subprocess.PIPE
+        with subprocess.Popen(command, stdout=pipe, stderr=subprocess.STDOUT, text=True) as spy:
+            assert spy.stdout is not None
+            said = spy.stdout.readline()
+            if "Sampling" not in said:
+                raise RuntimeError(f"py-spy: {said}{spy.stdout.read()}".strip())
             stage.run_streams(load.jobs(load.tokens))
-            seconds = time.monotonic() - started
             spy.send_signal(2)  # SIGINT: it writes what it has
-            _, errors = spy.communicate(timeout=60)
-        if not output.exists():
-            raise RuntimeError(f"py-spy: {errors.strip()}")
-        return shares(output.read_text(), seconds)
+            spy.communicate(timeout=60)
+        return shares(output.read_text())
 
 
 def children(pid: int) -> list[int]:
@@ -167,18 +167,19 @@ def children(pid: int) -> list[int]:
     return sorted(found)
 
 
-def shares(raw: str, seconds: float) -> list[Figure]:
+def shares(raw: str) -> list[Figure]:
     """Read py-spy's raw format: a stack and its number of samples a line, the thread first."""
     counts: Counter[str] = Counter()
     for line in raw.splitlines():
         stack, _, count = line.rpartition(" ")
-        counts[stack.partition(";")[0]] += int(count)
+        thread = stack.partition(";")[0]
+        counts[thread.rpartition(": ")[2]] += int(count)
     total = sum(counts.values())
-    held = total / (seconds * SAMPLES_PER_SECOND)
     return [
-        Figure("interpreter lock held, of the time", held, "×"),
-        *(Figure(f"of it: {thread}", count / total, "×") for thread, count in counts.most_common()),
-    ]
+        Figure("samples that hold the interpreter lock", total, "samples"),
+        *(Figure(f"of them: {thread}", count / total, "×")
+          for thread, count in counts.most_common()),
+    ]  # fmt: skip
 
 
 def main() -> None:
