@@ -25,7 +25,7 @@ import mlx.core as mx
 from mlx_lm.generate import BatchGenerator
 from mlx_lm.sample_utils import make_sampler
 
-from benchmarks.harness import Figure, Goal, report
+from benchmarks.harness import Figure, Goal, progress, report
 from benchmarks.synthetic import SHAPES, build_model, build_tokenizer
 from mlx_serving.worker.engine.engine import Engine
 from mlx_serving.worker.engine.kv_cache import LanguageModel
@@ -134,7 +134,11 @@ def measure(case: Case, steps: int, rounds: int) -> list[Figure]:
     """Both in turn; medians of the rounds."""
     ours, peer = engine_loop(case), peer_loop(case)
     cold = [_seconds(loop) for loop in (ours, peer)]
-    pairs = [(turn(ours, steps), turn(peer, steps)) for _ in range(rounds)]
+    progress(f"warm: ours {cold[0]:.1f} s, peer {cold[1]:.1f} s")
+    pairs = []
+    for _ in range(rounds):
+        pairs.append((turn(ours, steps), turn(peer, steps)))
+        progress(f"round {len(pairs)}: {pairs[-1][0]:.0f}, peer {pairs[-1][1]:.0f} tokens/s")
     name = f"{len(case.settings)} settings" if len(case.settings) > 1 else "one setting"
     return [
         Figure.median(f"{name}: engine", [a for a, _ in pairs], "tokens/s"),
@@ -165,6 +169,7 @@ def main() -> None:
     arguments = parser.parse_args()
     vocab_size = cast("int", SHAPES[arguments.shape]["vocab_size"])
     model = build_model(arguments.shape, dtype=getattr(mx, arguments.dtype))
+    progress("the model is built")
     figures = [
         figure
         for number in arguments.settings.split(",")

@@ -28,7 +28,7 @@ from typing import Final, cast
 import mlx.core as mx
 from mlx_lm.generate import BatchGenerator
 
-from benchmarks.harness import Figure, Goal, report
+from benchmarks.harness import Figure, Goal, progress, report
 from benchmarks.synthetic import SHAPES, build_model, build_tokenizer
 from mlx_serving.worker.engine.kv_cache import LanguageModel
 from mlx_serving.worker.engine.model_runner import ModelRunner
@@ -141,7 +141,9 @@ def measure(case: Case, long: int) -> list[Figure]:
 
 def _ours(case: Case, long: int) -> list[Figure]:
     memory, live = _memory(case, long)
+    progress("memory is measured")
     short, ragged = EngineBatch(case, 0), EngineBatch(case, long)
+    progress("both batches decode")
     times = time_turns(case, [short.step, ragged.step])
     name = f"engine, one row of {long}"
     return [
@@ -193,6 +195,7 @@ def _peers(case: Case, long: int, bytes_per_token: int) -> list[Figure]:
     figures = [Figure(f"{full}: KV padded to the longest", need(long) / 2 / 2**30, "GiB")]
     if fits <= SHORT[1]:
         return figures
+    progress(f"the peer's row of {fits} fits")
     short, ragged = peer_batch(case, 0), peer_batch(case, fits)
     times = time_turns(case, [lambda: next(short), lambda: next(ragged)])
     return [*figures, *_ratios("BatchGenerator", fits, times, None)]

@@ -210,18 +210,22 @@ class Contest:
     def both(self, streams: int, tokens: int, settings: int, number: int) -> tuple[Pass, Pass]:
         """Ours, then the peer's, on the same requests."""
         asked = requests(streams, tokens, settings, number)
-        return self.run("ours", asked), self.run("peer", asked)
+        ours, theirs = self.run("ours", asked), self.run("peer", asked)
+        progress(
+            f"settings {settings}, {tokens} tokens: "
+            f"ours {ours.seconds:.2f} s, peer {theirs.seconds:.2f} s"
+        )
+        return ours, theirs
 
     def bout(self, load: Load, settings: int, rounds: int) -> Bout:
         """Cold, warm, then the rounds that count."""
         first = settings * 100
         cold = self.both(load.streams, WARM_TOKENS, settings, first)
         warm = self.both(load.streams, WARM_TOKENS, settings, first + 1)
-        progress(f"settings {settings}: warm")
-        counted = []
-        for number in range(rounds):
-            counted.append(self.both(load.streams, load.tokens, settings, first + 2 + number))
-            progress(f"settings {settings}: round {number + 1} of {rounds}")
+        counted = [
+            self.both(load.streams, load.tokens, settings, first + 2 + number)
+            for number in range(rounds)
+        ]
         return Bout(settings, cold, warm, counted)
 
 
@@ -259,7 +263,6 @@ def measure(
     """Figures of every number of settings."""
     with staged(load, peer, peer_command) as contest:
         contest.both(load.streams, WARM_TOKENS, 0, 9999)  # loads and first compiles of both
-        progress("both have answered")
         bouts = []
         for number in settings:
             bouts.append(contest.bout(load, number, rounds))

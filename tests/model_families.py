@@ -95,6 +95,23 @@ FLAT: Final[dict[str, Any]] = {  # multipliers that would shrink the logits' dif
     "lm_head_multiplier": 1.0,
     "logit_scale": 1.0,
 }
+GATED_DELTA: Final[dict[str, Any]] = {
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 32,  # the kernel takes multiples of 32
+    "linear_value_head_dim": 16,
+    "linear_conv_kernel_dim": 4,
+    "linear_allow_neg_eigval": False,
+    "full_attention_interval": 2,
+}
+SHARED_EXPERTS: Final[dict[str, Any]] = EXPERTS | {
+    "num_shared_experts": 1,
+    "num_dense_layers": 1,
+    "routed_scaling_factor": 1.0,
+    "scoring_func": "sigmoid",
+    "score_function": "sigmoid",
+    "use_qk_norm": True,
+}
 
 # Families whose caches are plain, rotating, latent or recurrent: config.json beyond BASE.
 FAMILIES: Final[dict[str, dict[str, Any]]] = {
@@ -165,15 +182,7 @@ FAMILIES: Final[dict[str, dict[str, Any]]] = {
     },
     "granitemoehybrid": EXPERTS | STATE_SPACE | FLAT | {"layer_types": ["mamba", "attention"]},
     "nemotron_h": EXPERTS | STATE_SPACE | {"hybrid_override_pattern": ["M", "*", "-"]},
-    "qwen3_next": EXPERTS
-    | {
-        "linear_num_value_heads": 4,
-        "linear_num_key_heads": 2,
-        "linear_key_head_dim": 32,  # the gated-delta kernel takes multiples of 32
-        "linear_value_head_dim": 16,
-        "linear_conv_kernel_dim": 4,
-        "full_attention_interval": 2,
-    },
+    "qwen3_next": EXPERTS | GATED_DELTA,
     "recurrent_gemma": {
         "num_hidden_layers": 3,
         "conv1d_width": 4,
@@ -181,9 +190,51 @@ FAMILIES: Final[dict[str, dict[str, Any]]] = {
         "attention_window_size": WINDOW,
         "block_types": ["recurrent", "recurrent", "attention"],
     },
+    "afmoe": SHARED_EXPERTS | {"sliding_window": WINDOW, "layer_types": SLIDING},
+    "apertus": {"qk_norm": True, "post_norm": False},
+    "bailing_moe": SHARED_EXPERTS | {"rotary_dim": 8},
+    "cohere": {},
+    "deepseek": {},
+    "deepseek_v32": {},
+    "dots1": SHARED_EXPERTS,
+    "ernie4_5": {"use_bias": False},
+    "exaone": {"num_layers": 2},
+    "exaone_moe": SHARED_EXPERTS
+    | {"sliding_window": WINDOW, "layer_types": SLIDING, "is_moe_layer": [False, True]},
+    "glm": {},
+    "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 4096, "n_ctx": 4096},
+    "gpt_neox": {"use_parallel_residual": False, "rotary_pct": 0.5, "rotary_emb_base": 10_000},
+    "granite": FLAT,
+    "granitemoe": EXPERTS | FLAT,
+    "helium": {},
+    "hunyuan_v1_dense": {},
+    "internlm2": {},
+    "internlm3": {},
+    "lfm2_moe": SHARED_EXPERTS
+    | {
+        "conv_bias": False,
+        "conv_L_cache": 3,
+        "use_expert_bias": False,
+        "layer_types": ["conv", "full_attention"],
+    },
+    "mimo": {},
+    "minicpm": {"scale_depth": 1.4, "scale_emb": 1.0, "dim_model_base": 64},
+    "nanochat": {},
+    "nemotron": {"hidden_act": "relu2"},
+    "olmo_hybrid": GATED_DELTA | {"layer_types": ["linear_attention", "full_attention"]},
+    "olmoe": EXPERTS,
+    "phi": {},
+    "plamo3": {},
+    "qwen2_moe": EXPERTS,
+    "qwen3_5": {"text_config": BASE | GATED_DELTA | {"rope_parameters": None}},
+    "seed_oss": {},
+    "smollm3": {},
+    "solar_open": SHARED_EXPERTS,
+    "stablelm": {"use_qkv_bias": False, "layer_norm_eps": 1e-5},
+    "telechat3": {},
 }
 # Recurrent states that, with random weights, forget a token within some ten others.
-FORGETFUL: Final = frozenset({"mamba", "mamba2", "lfm2"})
+FORGETFUL: Final = frozenset({"mamba", "mamba2", "lfm2", "lfm2_moe", "olmo_hybrid"})
 # Families with a cache that mlx-lm can't batch, and that cache's name.
 REFUSED: Final[dict[str, tuple[str, dict[str, Any]]]] = {
     "llama4": (
