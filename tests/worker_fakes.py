@@ -27,17 +27,22 @@ def claim_of(job_id: str = "a", **fields: Any) -> ClaimedJob:
     return ClaimedJob(**(given | fields))
 
 
-def held(job_id: str = "a", **fields: Any) -> HeldJob:
+def held(job_id: str = "a", choices: int = 1, **fields: Any) -> HeldJob:
     """Return a job that is prepared: its attempt event goes with the first output."""
     job = HeldJob(claim_of(job_id, **fields))
+    job.expect(choices)
     job.model, job.model_name = MODEL, "tally"
     return job
 
 
 def output(
-    job: HeldJob, tokens: Sequence[int], text: str = "", reason: str | None = None
+    job: HeldJob,
+    tokens: Sequence[int],
+    text: str = "",
+    reason: str | None = None,
+    choice: int = 0,
 ) -> Output:
-    return Output(job.request_id, 0, list(tokens), text, reason, prompt_tokens=3)
+    return Output(job.request_id, choice, list(tokens), text, reason, prompt_tokens=3)
 
 
 class FakeProtocol:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, TypeVar
 
+from mlx_serving.common import limits
 from mlx_serving.common.errors import CorruptJob
 from mlx_serving.common.states import JobState
 
@@ -92,6 +93,15 @@ class HeldRows:
     rows: int = 0
     unproven: int = 0
     company: int = 0
+
+
+class Returned(NamedTuple):
+    """A job that goes back to its queue; what it needs of a worker, 0: leave it as it is noted."""
+
+    job_id: str
+    epoch: int
+    kv_tokens: int = 0
+    rows: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,11 +244,13 @@ def claim(  # noqa: PLR0913 -- each is a number that the script needs
     protocol: int,
     capacity_tokens: int,
     max_payload_bytes: int,
+    capacity_rows: int = limits.CHOICES,
     held: HeldRows = HeldRows(),
 ) -> Call[ClaimReply]:
-    """Take up to `most` jobs that speak `protocol` or older and fit `capacity_tokens`."""
+    """Take up to `most` jobs that speak `protocol` or older and need no more than there is."""
     arguments: list[Argument] = [
-        worker, iso_now(), lease_ms, protocol, capacity_tokens, most, max_payload_bytes,
+        worker, iso_now(), lease_ms, protocol, capacity_tokens, capacity_rows, most,
+        max_payload_bytes,
         held.rows, held.unproven, held.company, *queues,
     ]  # fmt: skip
 
@@ -269,11 +281,11 @@ def renew(worker: str, held: Sequence[tuple[str, int]], *, lease_ms: int) -> Cal
     return Call("renew", arguments, _row_replies)
 
 
-def release(worker: str, held: Sequence[tuple[str, int, int]]) -> Call[list[Row]]:
-    """Hand (job id, epoch, needed KV tokens or 0) back to the front of their queues, uncharged."""
+def release(worker: str, held: Sequence[tuple[str, int, int] | Returned]) -> Call[list[Row]]:
+    """Hand jobs back to the front of their queues, uncharged."""
     arguments: list[Argument] = [worker, iso_now()]
     for row in held:
-        arguments += row
+        arguments += Returned(*row)
     return Call("release", arguments, lambda rows: [_text(r) for r in rows])  # type: ignore[misc]
 
 

@@ -22,6 +22,7 @@ from mlx_serving.common.events import ErrorInfo
 from mlx_serving.common.states import JobState
 from mlx_serving.worker.manifest import Manifest, RowState
 from mlx_serving.worker.measures import Measures
+from mlx_serving.worker.token_text import unspelled
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -30,11 +31,12 @@ if TYPE_CHECKING:
     from mlx_serving.common.protocol import Protocol
     from mlx_serving.worker.engine.sequence import Output
     from mlx_serving.worker.held import HeldJob
+    from mlx_serving.worker.token_text import Spell
 
 log = structlog.get_logger(__name__)
 
 ROWS_A_CALL: Final = 128  # a longer script would hold up Redis's other clients
-BULK_TOKENS: Final = 16  # a job without `stream` commits every so many tokens …
+BULK_TOKENS: Final = 16  # a job without `stream` commits every so many tokens a choice …
 BULK_SECONDS: Final = 0.5  # … or so often
 TRANSIENT: Final = (
     "OOM", "MISCONF", "READONLY", "NOREPLICAS", "LOADING", "MASTERDOWN", "BUSY", "NOPERM",
@@ -77,6 +79,7 @@ class Publisher(threading.Thread):
         self._on_gone, self._fresh = on_gone, fresh
         self.manifest = manifest or Manifest()
         self.measures = measures or Measures()
+        self.spell: Spell = unspelled
         self._changed = threading.Condition()
         self._held: dict[str, HeldJob] = {}
         self._dirty: dict[str, HeldJob] = {}
@@ -108,6 +111,14 @@ class Publisher(threading.Thread):
         with self._changed:
             job.end(JobState.FAILED, ErrorInfo(code, message))
             self._mark(job, urgent=True)
+
+    def conclude(self, job: HeldJob) -> bool:
+        """End a job of which earlier attempts wrote all but the end; False where there is more."""
+        with self._changed:
+            over = job.conclude()
+            if over:
+                self._mark(job, urgent=True)
+        return over
 
     def cancel(self, job_id: str, reason: str) -> None:
         """End a held job; unknown ids are ignored."""
@@ -168,20 +179,30 @@ class Publisher(threading.Thread):
         """Take a step's outputs. Rows of jobs that are gone are dropped."""
         now = time.monotonic()
         progress = []
+        failed: list[str] = []
         with self._changed:
             for output in outputs:
-                job = self._held.get(output.request_id.partition(":")[0])
-                if job is None or job.request_id != output.request_id or job.ending is not None:
+                job = self._live(output.request_id)
+                if job is None:
                     continue
                 self.backlog += len(output.token_ids)
                 self._mark(job, urgent=job.add(output))
                 progress.append((job, output))
-                if output.finish_reason:
+                if job.over:
                     self.manifest.mark(job.request_id, RowState.HELD)
+                    if output.error is not None:
+                        failed.append(job.request_id)
                 elif job.proves(now):
                     self.manifest.mark(job.request_id, RowState.PROVEN)
             self._changed.notify()
         self.measures.stepped(progress)
+        for request_id in failed:  # its other choices stop
+            self._on_gone(request_id)
+
+    def _live(self, request_id: str) -> HeldJob | None:
+        """The held attempt of this name, while its end is open."""
+        job = self._held.get(request_id.partition(":")[0])
+        return job if job and job.request_id == request_id and not job.over else None
 
     # The thread
 
@@ -208,7 +229,7 @@ class Publisher(threading.Thread):
         if job.claimed.stream or job.ending or job.model or self._draining:
             return True
         waited = now - job.committed_at
-        return len(job.pending_tokens) >= BULK_TOKENS or waited >= BULK_SECONDS
+        return job.unsent >= BULK_TOKENS * len(job.choices) or waited >= BULK_SECONDS
 
     def _collect(self) -> list[CommitRow]:
         """Wait until a flush is due; take its rows."""
@@ -226,8 +247,8 @@ class Publisher(threading.Thread):
             for job in [j for j in self._dirty.values() if self._due(j, now)]:
                 del self._dirty[job.job_id]
                 job.committed_at = now
-                self.backlog -= len(job.pending_tokens)
-                rows += job.rows(self._worker)
+                self.backlog -= job.unsent
+                rows += job.rows(self._worker, self.spell)
             return rows
 
     def _commit(self, rows: list[CommitRow]) -> None:
@@ -304,7 +325,7 @@ class Publisher(threading.Thread):
         self._dirty.pop(job_id, None)
         if job is not None:
             self.manifest.drop(job.request_id)
-            self.backlog -= len(job.pending_tokens)
+            self.backlog -= job.unsent
 
     def _cancel(self, job: HeldJob, reason: str) -> None:
         job.cancel(reason)

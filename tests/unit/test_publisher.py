@@ -9,6 +9,7 @@ import pytest
 import redis
 
 from mlx_serving.common.calls import RowReply
+from mlx_serving.worker.engine.sequence import Output, RowError
 from mlx_serving.worker.publisher import BULK_SECONDS, Publisher, PublisherOptions
 from tests.helpers import wait_until
 from tests.worker_fakes import FakeProtocol, held, output
@@ -81,6 +82,36 @@ def test_all_rows_of_a_step_are_one_call(bench: Bench) -> None:
     assert len(bench.protocol.sent) == 1
 
 
+def test_choices_share_an_event_and_the_last_one_ends_the_job(bench: Bench) -> None:
+    job = held(choices=3)
+    bench.hold(job)
+    bench.publisher.push([output(job, [1], "1", None, n) for n in range(3)])
+    bench.wait_for("attempt", "tokens")
+    assert [c.index for c in bench.protocol.events[1].choices] == [0, 1, 2]
+    bench.publisher.push([output(job, [0], "", "stop", 1)])
+    bench.wait_for("attempt", "tokens", "tokens")
+    assert bench.gone == []
+    bench.publisher.push([output(job, [2], " 2", "length", n) for n in (0, 2)])
+    bench.wait_for("attempt", "tokens", "tokens", "tokens", "end")
+    wait_until(lambda: bench.gone == [job.request_id])
+    assert (bench.publisher.held(), bench.publisher.backlog) == ([], 0)
+
+
+def test_a_choice_that_fails_ends_the_job_and_stops_the_others_at_once(bench: Bench) -> None:
+    job = held(choices=2)
+    bench.hold(job)
+    bench.protocol.gate.clear()  # also while Redis does not answer
+    failed = Output(job.request_id, 1, [], "", "error", RowError("nan_logits", "not finite"))
+    bench.publisher.push([output(job, [1], "1"), failed])
+    assert bench.gone == [job.request_id]
+    bench.publisher.push([output(job, [2], " 2")])
+    bench.protocol.gate.set()
+    bench.wait_for("attempt", "tokens", "end")
+    end = bench.protocol.events[-1]
+    assert end.error is not None
+    assert (end.state, end.error.code) == ("failed", "nan_logits")
+
+
 def test_an_end_goes_at_once_after_its_last_tokens(bench: Bench) -> None:
     job = held()
     bench.hold(job)
@@ -107,6 +138,21 @@ def test_a_job_without_stream_waits_for_16_tokens_and_publishes_nothing(bench: B
     bench.wait_for("attempt", "tokens", "tokens")
     assert len(bench.protocol.events[-1].choices[0].token_ids) == 16
     assert not any(publish for commit in bench.protocol.commits for *_, publish in commit)
+
+
+def test_a_job_without_stream_waits_for_16_tokens_a_choice(bench: Bench) -> None:
+    job = held(stream=False, choices=2)
+    bench.hold(job)
+    bench.publisher.push([output(job, [0])])
+    bench.wait_for("attempt", "tokens")
+    started = time.monotonic()
+    for token in range(31):
+        bench.publisher.push([output(job, [token], choice=token % 2)])
+    time.sleep(1.5 * FLUSH)
+    assert len(bench.protocol.commits) == 1 or time.monotonic() - started > BULK_SECONDS
+    bench.publisher.push([output(job, [31], choice=1)])
+    bench.wait_for("attempt", "tokens", "tokens")
+    assert [len(c.token_ids) for c in bench.protocol.events[-1].choices] == [16, 16]
 
 
 def test_a_job_without_stream_waits_no_longer_than_half_a_second(bench: Bench) -> None:
