@@ -84,11 +84,6 @@ class Choice:
             self.finish_reason = output.finish_reason
 
     @property
-    def unsent(self) -> int:
-        """Tokens that are pending."""
-        return len(self.token_ids) - self.sent
-
-    @property
     def pending(self) -> bool:
         """Whether there is anything that Redis has not been sent."""
         untold = self.finish_reason is not None and not self.finish_sent

@@ -54,6 +54,8 @@ class HeldJob:
     """
 
     claimed: ClaimedJob
+    job_id: str = field(init=False)
+    request_id: str = field(init=False)  # its rows in the engine
     claimed_at: float = field(default_factory=time.monotonic)
     expires_at: float = inf  # monotonic seconds
     expiry_reason: str = ""
@@ -70,12 +72,14 @@ class HeldJob:
     proven: bool = False  # the engine has survived this attempt for a while
     resumed_at: int = 0  # how many tokens earlier attempts decoded
     decoded: int = 0  # how many this one did
+    unsent: int = 0  # how many of them no flush has taken
     began: bool = False  # whether its first one was counted
     running_since: float = 0.0  # monotonic seconds of this attempt's first token
     trace_id: str = ""  # of the job's traceparent, once that is read
 
     def __post_init__(self) -> None:
         """Start at what is committed, and fix when the job's time is over."""
+        self.job_id, self.request_id = self.claimed.job_id, self.claimed.request_id
         self.seq = self.claimed.seq
         self.first_token_ms = self.claimed.first_token_ms
         self.committed_at = self.claimed_at
@@ -90,16 +94,6 @@ class HeldJob:
             self.expires_at, self.expiry_reason = at, reason
 
     @property
-    def job_id(self) -> str:
-        """The job's id."""
-        return self.claimed.job_id
-
-    @property
-    def request_id(self) -> str:
-        """Its row in the engine."""
-        return self.claimed.request_id
-
-    @property
     def over(self) -> bool:
         """Whether it is decided how the job ends."""
         return self.ending is not None
@@ -108,11 +102,6 @@ class HeldJob:
     def pending(self) -> bool:
         """Whether there is anything that Redis has not been sent."""
         return self.over or any(choice.pending for choice in self.choices)
-
-    @property
-    def unsent(self) -> int:
-        """Tokens that no flush has taken."""
-        return sum(choice.unsent for choice in self.choices)
 
     @property
     def completion_tokens(self) -> int:
@@ -186,10 +175,12 @@ class HeldJob:
     def add(self, output: Output) -> bool:
         """Take a step's output; True where a consumer should not wait for it."""
         self.choices[output.choice].add(output)
-        self.decoded += len(output.token_ids)
+        count = len(output.token_ids)
+        self.decoded += count
+        self.unsent += count
         self.prompt_tokens = output.prompt_tokens or self.prompt_tokens
         self.cached_tokens = output.cached_tokens or self.cached_tokens
-        first = not self.first_token_ms and bool(output.token_ids)
+        first = not self.first_token_ms and count > 0
         if first:
             self.first_token_ms = self.now_ms()
         if not output.finish_reason:
@@ -230,6 +221,7 @@ class HeldJob:
             rows.append(self._row(event))
             self.reset = False
         deltas = [choice.delta(spell) for choice in self.choices if choice.pending]
+        self.unsent = 0
         if deltas:
             event = events.tokens_event(
                 attempt=self.claimed.epoch, seq=self._next_seq(), choices=deltas

@@ -43,7 +43,7 @@ TRANSIENT: Final = (
     "ERR The user executing the script", "The user executing the script",  # Redis 7.0's NOPERM
 )  # fmt: skip
 DEMOTED: Final = ("READONLY", "ReadOnlyError")
-BACK_OFF_SECONDS: Final = (0.05, 0.1, 0.2, 0.5, 1.0)
+BACK_OFF_SECONDS: Final = (0.05, 0.1, 0.2)  # short: what a kill loses piles up meanwhile
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +83,7 @@ class Publisher(threading.Thread):
         self._changed = threading.Condition()
         self._held: dict[str, HeldJob] = {}
         self._dirty: dict[str, HeldJob] = {}
-        self._urgent = self._draining = False
+        self._urgent = self._draining = self._looking = False
         self._idle = threading.Event()
         self._stopping = threading.Event()
         self._flushed_at = self._renewed_at = 0.0
@@ -132,7 +132,7 @@ class Publisher(threading.Thread):
     def look(self) -> None:
         """Ask Redis now, not at the next renewal, whether a held job should stop."""
         with self._changed:
-            self._renewed_at = 0.0
+            self._looking = True
             self._changed.notify()
 
     def held(self) -> list[HeldJob]:
@@ -178,31 +178,39 @@ class Publisher(threading.Thread):
     def push(self, outputs: Sequence[Output]) -> None:
         """Take a step's outputs. Rows of jobs that are gone are dropped."""
         now = time.monotonic()
-        progress = []
-        failed: list[str] = []
+        progress: list[tuple[HeldJob, Output]] = []
+        urgent = False
         with self._changed:
             for output in outputs:
                 job = self._live(output.request_id)
-                if job is None:
-                    continue
-                self.backlog += len(output.token_ids)
-                self._mark(job, urgent=job.add(output))
-                progress.append((job, output))
-                if job.over:
-                    self.manifest.mark(job.request_id, RowState.HELD)
-                    if output.error is not None:
-                        failed.append(job.request_id)
-                elif job.proves(now):
-                    self.manifest.mark(job.request_id, RowState.PROVEN)
+                if job is not None:
+                    self.backlog += len(output.token_ids)
+                    urgent |= job.add(output)
+                    self._dirty[job.job_id] = job
+                    progress.append((job, output))
+                    if job.proves(now):
+                        self.manifest.mark(job.request_id, RowState.PROVEN)
+            if progress:
+                self._idle.clear()
+            self._urgent |= urgent
             self._changed.notify()
         self.measures.stepped(progress)
-        for request_id in failed:  # its other choices stop
-            self._on_gone(request_id)
+        if urgent:
+            self._note_ends(progress)
+
+    def _note_ends(self, progress: Sequence[tuple[HeldJob, Output]]) -> None:
+        for job, output in progress:
+            if job.ending is not None:
+                self.manifest.mark(job.request_id, RowState.HELD)
+                if output.error is not None:  # its other choices stop
+                    self._on_gone(job.request_id)
 
     def _live(self, request_id: str) -> HeldJob | None:
         """The held attempt of this name, while its end is open."""
         job = self._held.get(request_id.partition(":")[0])
-        return job if job and job.request_id == request_id and not job.over else None
+        if job is None or job.request_id != request_id or job.ending is not None:
+            return None
+        return job
 
     # The thread
 
@@ -332,11 +340,19 @@ class Publisher(threading.Thread):
         self._mark(job, urgent=True)
 
     def _renew(self) -> None:
-        """Renew all leases four times a lease, if the engine is alive."""
-        now = time.monotonic()
-        if now - self._renewed_at < self._options.lease_ms / 4000 or not self._fresh():
+        """Renew each lease four times within its length, if the engine is alive.
+
+        Those that a commit has just renewed are left out: where all are, there is no call to hold
+        up the next flush, and a kill loses what piles up.
+        """
+        now, turn = time.monotonic(), self._options.lease_ms / 8000
+        if not (self._looking or now - self._renewed_at >= turn) or not self._fresh():
             return
-        jobs = [job for job in self.held() if job.ending is None]
+        looking, self._looking = self._looking, False
+        jobs = [
+            job for job in self.held()
+            if job.ending is None and (looking or now - job.committed_at >= turn)
+        ]  # fmt: skip
         self._renewed_at = now
         if not jobs:
             self.failing = False  # nothing waits for Redis, so that a claim may find out
@@ -348,7 +364,7 @@ class Publisher(threading.Thread):
             )
         except redis.RedisError as error:
             self._note_failure(type(error).__name__)
-            self._renewed_at = 0.0
+            self._renewed_at, self._looking = 0.0, looking
             return
         self.failing = False
         for job, reply in zip(jobs, replies, strict=True):
