@@ -40,8 +40,10 @@ EOS = 0
 class SteppedWorker:
     """One attempt after the other: `claim`, then `step` and `flush`, then `die` or `hand_over`."""
 
-    def __init__(self, url: str, engine: Engine, encode: Encode, name: str = "w") -> None:
-        settings = quick_settings(url, flush_interval_ms=0, lease_seconds=30)
+    def __init__(
+        self, url: str, engine: Engine, encode: Encode, name: str = "w", **changes: Any
+    ) -> None:
+        settings = quick_settings(url, flush_interval_ms=0, lease_seconds=30, **changes)
         self.name = name
         self.child = Child(ChildSpec(settings, "tally", name, EngineSpec("simulated")))
         self.child._encode = encode

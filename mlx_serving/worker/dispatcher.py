@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import queue
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -20,6 +21,7 @@ from mlx_serving.common.errors import CorruptEvent, MlxServingError
 from mlx_serving.common.jobs import PROTOCOL
 from mlx_serving.common.telemetry import trace_id
 from mlx_serving.worker.choice import Committed
+from mlx_serving.worker.claim_ahead import ClaimAhead, Claimed
 from mlx_serving.worker.crash import EXIT_ENGINE
 from mlx_serving.worker.held import HeldJob
 from mlx_serving.worker.intake import (
@@ -35,7 +37,7 @@ from mlx_serving.worker.strays import Strays
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from mlx_serving.common.calls import ClaimedJob, Returned
+    from mlx_serving.common.calls import Call, ClaimedJob, ClaimReply, Returned
     from mlx_serving.common.jobs import GenerationJob
     from mlx_serving.common.protocol import Protocol
     from mlx_serving.common.signing import Signer
@@ -86,6 +88,7 @@ class Dispatcher:
         self._runner, self._publisher, self._sweeper = runner, publisher, sweeper
         self._fleet, self._encode = fleet, encode
         self._measures = publisher.measures
+        self._log = log.bind()  # bound once: the module's own is looked up anew at each record
         self._messages: queue.SimpleQueue[tuple[str, str]] = queue.SimpleQueue()
         self._claim_limit = CLAIM_MOST
         self._unadmitted_since: float | None = None
@@ -95,6 +98,7 @@ class Dispatcher:
         self._reserved = ""  # queue of a suspect that this worker makes room for
         self._redis_down = False
         self._failed_at = 0.0  # monotonic seconds of Redis's last failure
+        self._ahead = ClaimAhead(protocol)
         self._strays = Strays(
             protocol, options.worker, lambda: [job.request_id for job in publisher.held()],
             seconds=options.lease_ms / 1000,
@@ -192,46 +196,57 @@ class Dispatcher:
         assert engine is not None  # noqa: S101 -- run() starts after `ready`
         return engine
 
-    def _room(self) -> int:
-        """How many jobs to claim now."""
+    def _room(self, in_hand: int = 0) -> int:
+        """How many jobs to claim now, beside those claimed that the engine does not know yet."""
         waiting = self._runner.unadmitted()
         if self._drain_until is not None or self._publisher.failing or waiting is None or waiting:
             return 0
-        rows = self._options.rows - self._engine.running - self._engine.waiting
+        rows = self._options.rows - self._engine.running - self._engine.waiting - in_hand
         return min(rows, self._claim_limit)
 
     def _claim(self) -> bool:
         """Claim up to the room there is; True where there may be more."""
-        most = self._room()
-        if most < 1:
-            return False
-        options = self._options
-        call = calls.claim(
-            options.worker, self._queues(), most=most, lease_ms=options.lease_ms,
-            protocol=PROTOCOL, capacity_tokens=self._engine.kv_tokens_capacity,
-            max_payload_bytes=options.max_payload_bytes, capacity_rows=options.rows,
-            held=self._publisher.held_rows(),
-        )  # fmt: skip
         try:
-            reply = self._protocol.run(call)
+            claimed = self._ahead.take() or self._claim_now()
         except redis.RedisError:
             self._strays.expect()
             raise
+        if claimed is None:
+            return False
+        reply = claimed.reply
         self._suspended, self._reserved = reply.suspended, reply.reserved
         if reply.dropped:
             log.info("claim_dropped", jobs=reply.dropped)
         if not reply.jobs:
             return False
-        self._take(reply.jobs)
-        return len(reply.jobs) == most
+        self._take(reply.jobs, more=claimed.full)
+        return claimed.full
+
+    def _claim_now(self) -> Claimed | None:
+        most = self._room()
+        return Claimed(self._protocol.run(self._claim_call(most)), most) if most > 0 else None
+
+    def _claim_call(self, most: int) -> Call[ClaimReply]:
+        options = self._options
+        return calls.claim(
+            options.worker, self._queues(), most=most, lease_ms=options.lease_ms,
+            protocol=PROTOCOL, capacity_tokens=self._engine.kv_tokens_capacity,
+            max_payload_bytes=options.max_payload_bytes, capacity_rows=options.rows,
+            held=self._publisher.held_rows(),
+        )  # fmt: skip
 
     def _queues(self) -> list[str]:
         """Our queues by priority, but first the one whose suspect waits for us to have room."""
         return sorted(self._options.queues, key=lambda queue: queue != self._reserved)
 
-    def _take(self, claims: Sequence[ClaimedJob]) -> None:
+    def _take(self, claims: Sequence[ClaimedJob], *, more: bool = False) -> None:
         held = [HeldJob(claimed) for claimed in claims]
         self._publisher.hold(held)
+        if self.draining:  # claimed ahead of that
+            self._release({job: job.returned() for job in reversed(held)})
+            return
+        if more and (most := self._room(in_hand=len(held))) > 0:
+            self._ahead.begin(self._claim_call(most), most)
         requests = []
         for job in held:
             try:
@@ -256,7 +271,7 @@ class Dispatcher:
         resumed = 0 if job.reset else job.resumed_at
         if resumed:
             self._measures.resumed(resumed)
-        log.info("job_started", **job.names(), queue=job.claimed.queue, age_ms=job.age_ms,
+        self._log.info("job_started", **job.names(), queue=job.claimed.queue, age_ms=job.age_ms,
                  prompt_tokens=job.prompt_tokens, resumed_tokens=resumed)  # fmt: skip
 
     def _prepare(self, held: HeldJob) -> Choices:
@@ -266,7 +281,7 @@ class Dispatcher:
         if claimed.seq:
             payloads = self._protocol.read_events(claimed.job_id, count=claimed.seq + 1)
             committed = read_committed(payloads, claimed.seq)
-        held.resume(committed)  # first: also a job that is refused keeps what it has
+            held.resume(committed)  # first: also a job that is refused keeps what it has
         job = open_payload(claimed, self._options.max_payload_bytes, self._options.signer)
         held.trace_id = trace_id(job.traceparent) if job.traceparent else ""
         if len(held.choices) > job.n:
@@ -350,6 +365,9 @@ class Dispatcher:
 
     def _finish(self) -> int:
         """Hand over what is left: commit every decoded token, then release."""
+        with suppress(redis.RedisError, TimeoutError):
+            if claimed := self._ahead.take(CRASH_SECONDS):
+                self._publisher.hold(map(HeldJob, claimed.reply.jobs))
         if self._runner.failure is not None:
             self._publisher.drain(CRASH_SECONDS)  # what was decoded need not be again
             return EXIT_ENGINE

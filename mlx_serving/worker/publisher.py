@@ -77,6 +77,7 @@ class Publisher(threading.Thread):
         super().__init__(name="publisher", daemon=True)
         self._protocol, self._worker, self._options = protocol, worker, options
         self._on_gone, self._fresh = on_gone, fresh
+        self._log = log.bind()  # bound once: the module's own is looked up anew at each record
         self.manifest = manifest or Manifest()
         self.measures = measures or Measures()
         self.spell: Spell = unspelled
@@ -325,8 +326,9 @@ class Publisher(threading.Thread):
     def _note_end(self, job: HeldJob, state: JobState) -> None:
         self.measures.ended(job, state)
         error = job.ending.error if job.ending else None
-        log.info("job_ended", **job.names(), state=state.value, finish_reason=job.finish_reason,
-                 code=error.code if error else None, **job.report())  # fmt: skip
+        code = error.code if error else None
+        self._log.info("job_ended", **job.names(), state=state.value, code=code,
+                       finish_reason=job.finish_reason, **job.report())  # fmt: skip
 
     def _forget(self, job_id: str) -> None:
         job = self._held.pop(job_id, None)

@@ -28,8 +28,8 @@ pytestmark = [
     pytest.mark.may_leak(reason="a killed worker leaves its name in RQ's sets"),
 ]
 
-DICE = {"content": "dice 30", "temperature": 1.0, "seed": 11}
-COUNT = {"content": "count from 3 to 12", "temperature": 0.0}
+DICE: dict[str, Any] = {"content": "dice 30", "temperature": 1.0, "seed": 11}
+COUNT: dict[str, Any] = {"content": "count from 3 to 12", "temperature": 0.0}
 
 
 @pytest.fixture(scope="module")

@@ -6,11 +6,14 @@ import math
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mlx_serving.common import limits
 from mlx_serving.common.errors import InvalidJob, PayloadTooLarge
 from mlx_serving.common.job_checks import UNSUPPORTED
 from mlx_serving.common.jobs import GenerationJob
+from mlx_serving.common.validation import _size, scan
 
 USER = {"role": "user", "content": "hi"}
 TOOL = {"type": "function", "function": {"name": "f"}}
@@ -234,3 +237,21 @@ def test_errors_show_no_values_and_cut_long_keys() -> None:
         )
     assert "hush" not in str(raised.value)
     assert len(str(raised.value)) < 500
+
+
+PLAIN = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+)
+ODD = [math.nan, -math.inf, "\ud800", {"\udfff": 1}, nested(40), nested(32), object(), (1,), b"x"]
+
+
+@given(st.lists(PLAIN | st.sampled_from(ODD), max_size=4))
+def test_the_quick_look_passes_only_what_the_thorough_one_does(data: list[Any]) -> None:
+    if _size((data,), 1) < math.inf:
+        assert list(scan(data)) == []
+
+
+@given(PLAIN)
+def test_the_quick_look_passes_whatever_is_plain_and_right(data: Any) -> None:
+    assert (_size((data,), 1) < math.inf) == (list(scan(data)) == [])
