@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+from mlx_serving.common import limits
 from mlx_serving.common.errors import FieldError, InvalidJob, PayloadTooLarge
 from mlx_serving.common.messages import message_problem
 from mlx_serving.common.validation import TOO_LARGE, pydantic_errors, rules_error
@@ -26,13 +27,6 @@ class Unsupported(NamedTuple):
 
 UNSUPPORTED: Final[tuple[Unsupported, ...]] = (
     Unsupported("kind", ("generate",), "only 'generate' is supported yet"),
-    Unsupported("n", (1,), "more than one choice is not supported yet"),
-    Unsupported("logprobs", (False,), "log probabilities are not supported yet"),
-    Unsupported("top_logprobs", (None, 0), "log probabilities are not supported yet"),
-    Unsupported("repetition_penalty", (1.0,), "is not supported yet; only 1.0 (off) is"),
-    Unsupported("presence_penalty", (0.0,), "is not supported yet; only 0 (off) is"),
-    Unsupported("frequency_penalty", (0.0,), "is not supported yet; only 0 (off) is"),
-    Unsupported("logit_bias", (None, {}), "is not supported yet"),
     Unsupported(
         "response_format",
         (None, {"type": "text"}),
@@ -47,7 +41,7 @@ field its protocol number in `jobs.FEATURE_PROTOCOL`."""
 
 def check_job(job: GenerationJob) -> None:
     """Refuse what the fields say together, and what the engine can't do."""
-    rules = (_source, _messages, _chat_only, _listeners, _unsupported)
+    rules = (_source, _messages, _chat_only, _amount, _listeners, _unsupported)
     errors = [error for rule in rules for error in rule(job)]
     if errors:
         raise rules_error(errors)
@@ -77,6 +71,18 @@ def _chat_only(job: GenerationJob) -> Iterator[FieldError]:
         if tool.function.strict:
             reason = "structured tool calls are not supported yet"
             yield FieldError(f"tools[{index}].function.strict", reason)
+
+
+def _amount(job: GenerationJob) -> Iterator[FieldError]:
+    """Bound what one job may ask for in all, and what its result may come to."""
+    most = f"more than {limits.TOKENS} tokens"
+    if job.n * job.max_tokens > limits.TOKENS:
+        yield FieldError("n", f"{job.n} choices of max_tokens {job.max_tokens} are {most}")
+    elif job.top_logprobs and not job.logprobs:
+        yield FieldError("top_logprobs", "needs logprobs: true")
+    elif job.n * job.max_tokens * (1 + (job.top_logprobs or 0)) > limits.TOKENS:
+        reason = f"{job.top_logprobs} alternatives at {job.n} x {job.max_tokens} places are {most}"
+        yield FieldError("top_logprobs", reason)
 
 
 def _listeners(job: GenerationJob) -> Iterator[FieldError]:

@@ -21,7 +21,7 @@ from mlx_serving.worker.crash import EXIT_CONFIGURATION, EXIT_ENGINE
 from mlx_serving.worker.dispatcher import Dispatcher, DispatcherOptions
 from mlx_serving.worker.fleet import Fleet
 from mlx_serving.worker.listener import Listener
-from mlx_serving.worker.loading import EngineSpec, describe, load
+from mlx_serving.worker.loading import EngineSpec, describe, load, speller_of
 from mlx_serving.worker.manifest import Manifest
 from mlx_serving.worker.measured_protocol import MeasuredProtocol, QueueWatch
 from mlx_serving.worker.measures import Measures
@@ -113,6 +113,7 @@ class Child:
 
     def _load(self) -> InferenceEngine:
         engine, self._encode = load(self._spec.engine, self._spec.settings)
+        self.publisher.spell = speller_of(self._spec.engine, engine)
         self._description = describe(self._spec.engine, engine)
         pieces = {report.implementation for report in getattr(engine, "acceleration", ())}
         self.vitals.facts = {
@@ -150,6 +151,7 @@ class Child:
         self.fleet.facts = {
             "model": self._spec.model, "revision": engine.model_info.revision,
             "kv_tokens_capacity": str(engine.kv_tokens_capacity), "pid": str(os.getpid()),
+            "batch_rows": str(self._spec.settings.max_batch_rows),
             **self._description,
         }  # fmt: skip
         self.publisher.start()

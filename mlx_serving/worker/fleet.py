@@ -54,12 +54,13 @@ class Fleet:
             pipe.expire(key, PRESENCE_SECONDS)
             pipe.execute()
 
-    def someone_holds(self, kv_tokens: int) -> bool:
-        """Whether another live worker of our queues could hold so many KV tokens."""
+    def someone_holds(self, kv_tokens: int, rows: int = 1) -> bool:
+        """Whether another live worker of our queues could hold so many KV tokens and rows."""
         redis, keys = self._protocol.redis, self._protocol.keys
         for name in self._rq.peer_names():
-            capacity = redis.hget(keys.worker(name), "kv_tokens_capacity")
-            if capacity is not None and int(capacity) >= kv_tokens:
+            facts = redis.hmget(keys.worker(name), "kv_tokens_capacity", "batch_rows")
+            capacity, most = (int(fact or 0) for fact in facts)
+            if capacity >= kv_tokens and (rows == 1 or most >= rows):
                 return True
         return False
 

@@ -112,11 +112,13 @@ class Measures:
             if not output.token_ids:
                 continue
             tokens += len(output.token_ids)
-            if job.token_at:
-                gaps[job.token_at] = gaps.get(job.token_at, 0) + 1
-            else:
+            choice = job.choices[output.choice]
+            if choice.token_at:
+                gaps[choice.token_at] = gaps.get(choice.token_at, 0) + 1
+            elif not job.began:
+                job.began = True
                 began.append(job)
-            job.token_at = now
+            choice.token_at = now
         with self._lock:
             self._counts["generation_tokens"][""] += tokens
             for since, rows in gaps.items():

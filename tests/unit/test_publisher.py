@@ -3,33 +3,46 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import redis
 
 from mlx_serving.common.calls import RowReply
-from mlx_serving.worker.publisher import BULK_SECONDS, Publisher, PublisherOptions
+from mlx_serving.worker.engine.sequence import Output, RowError
+from mlx_serving.worker.publisher import (
+    BACK_OFF_SECONDS,
+    BULK_SECONDS,
+    Publisher,
+    PublisherOptions,
+)
 from tests.helpers import wait_until
 from tests.worker_fakes import FakeProtocol, held, output
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from mlx_serving.common.calls import Call
     from mlx_serving.worker.held import HeldJob
 
 FLUSH = 0.1
 
 
 class Bench:
-    def __init__(self) -> None:
-        self.protocol = FakeProtocol()
+    def __init__(
+        self,
+        protocol: FakeProtocol | None = None,
+        lease_ms: int = 400,
+        flush_seconds: float = FLUSH,
+    ) -> None:
+        self.protocol = protocol or FakeProtocol()
         self.gone: list[str] = []
         self.alive = True
         self.publisher = Publisher(
             self.protocol,  # type: ignore[arg-type]
             "w1",
-            PublisherOptions(lease_ms=400, flush_seconds=FLUSH, idle_seconds=0.02),
+            PublisherOptions(lease_ms=lease_ms, flush_seconds=flush_seconds, idle_seconds=0.02),
             on_gone=self.gone.append,
             fresh=lambda: self.alive,
         )
@@ -81,6 +94,36 @@ def test_all_rows_of_a_step_are_one_call(bench: Bench) -> None:
     assert len(bench.protocol.sent) == 1
 
 
+def test_choices_share_an_event_and_the_last_one_ends_the_job(bench: Bench) -> None:
+    job = held(choices=3)
+    bench.hold(job)
+    bench.publisher.push([output(job, [1], "1", None, n) for n in range(3)])
+    bench.wait_for("attempt", "tokens")
+    assert [c.index for c in bench.protocol.events[1].choices] == [0, 1, 2]
+    bench.publisher.push([output(job, [0], "", "stop", 1)])
+    bench.wait_for("attempt", "tokens", "tokens")
+    assert bench.gone == []
+    bench.publisher.push([output(job, [2], " 2", "length", n) for n in (0, 2)])
+    bench.wait_for("attempt", "tokens", "tokens", "tokens", "end")
+    wait_until(lambda: bench.gone == [job.request_id])
+    assert (bench.publisher.held(), bench.publisher.backlog) == ([], 0)
+
+
+def test_a_choice_that_fails_ends_the_job_and_stops_the_others_at_once(bench: Bench) -> None:
+    job = held(choices=2)
+    bench.hold(job)
+    bench.protocol.gate.clear()  # also while Redis does not answer
+    failed = Output(job.request_id, 1, [], "", "error", RowError("nan_logits", "not finite"))
+    bench.publisher.push([output(job, [1], "1"), failed])
+    assert bench.gone == [job.request_id]
+    bench.publisher.push([output(job, [2], " 2")])
+    bench.protocol.gate.set()
+    bench.wait_for("attempt", "tokens", "end")
+    end = bench.protocol.events[-1]
+    assert end.error is not None
+    assert (end.state, end.error.code) == ("failed", "nan_logits")
+
+
 def test_an_end_goes_at_once_after_its_last_tokens(bench: Bench) -> None:
     job = held()
     bench.hold(job)
@@ -107,6 +150,21 @@ def test_a_job_without_stream_waits_for_16_tokens_and_publishes_nothing(bench: B
     bench.wait_for("attempt", "tokens", "tokens")
     assert len(bench.protocol.events[-1].choices[0].token_ids) == 16
     assert not any(publish for commit in bench.protocol.commits for *_, publish in commit)
+
+
+def test_a_job_without_stream_waits_for_16_tokens_a_choice(bench: Bench) -> None:
+    job = held(stream=False, choices=2)
+    bench.hold(job)
+    bench.publisher.push([output(job, [0])])
+    bench.wait_for("attempt", "tokens")
+    started = time.monotonic()
+    for token in range(31):
+        bench.publisher.push([output(job, [token], choice=token % 2)])
+    time.sleep(1.5 * FLUSH)
+    assert len(bench.protocol.commits) == 1 or time.monotonic() - started > BULK_SECONDS
+    bench.publisher.push([output(job, [31], choice=1)])
+    bench.wait_for("attempt", "tokens", "tokens")
+    assert [len(c.token_ids) for c in bench.protocol.events[-1].choices] == [16, 16]
 
 
 def test_a_job_without_stream_waits_no_longer_than_half_a_second(bench: Bench) -> None:
@@ -225,6 +283,21 @@ def test_leases_are_renewed_while_the_engine_makes_progress(bench: Bench) -> Non
     assert len(bench.protocol.renewals) <= seen + 1
 
 
+def test_what_a_commit_renewed_needs_no_renewal(bench: Bench) -> None:
+    """A renewal is a round trip that the next flush would wait for."""
+    busy, quiet = held("busy"), held("quiet")
+    bench.hold(busy, quiet)
+    until = time.monotonic() + 0.4  # a lease
+    token = 0
+    while time.monotonic() < until:
+        bench.publisher.push([output(busy, [token := token + 1], "x")])
+        time.sleep(0.005)
+    assert bench.protocol.renewals
+    assert all(renewed == ["quiet"] for renewed in bench.protocol.renewals[1:])
+    bench.publisher.look()  # a hint of a cancel: now all are asked for
+    wait_until(lambda: ["busy", "quiet"] in bench.protocol.renewals[1:])
+
+
 def test_a_renewal_brings_the_reason_to_a_job_that_emits_nothing(bench: Bench) -> None:
     job = held()
     bench.hold(job)
@@ -257,6 +330,64 @@ def test_the_backlog_counts_what_no_flush_took(bench: Bench) -> None:
     assert bench.publisher.backlog == 10
     bench.protocol.gate.set()
     wait_until(lambda: bench.publisher.backlog == 0)
+
+
+# What a kill loses (D4): the flush under way and what was decoded meanwhile. So a flush takes all
+# that is pending, and the next one goes as soon as the reply is there.
+
+ROUND_TRIP = 0.06
+
+
+class SlowProtocol(FakeProtocol):
+    """Answers after a round trip's time; notes when each commit came and was answered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.spans: list[tuple[float, float]] = []
+
+    def run(self, call: Call[Any]) -> Any:
+        came = time.monotonic()
+        time.sleep(ROUND_TRIP)
+        try:
+            return super().run(call)
+        finally:
+            if call.script == "commit":
+                self.spans.append((came, time.monotonic()))
+
+
+@pytest.mark.parametrize("faults", [0, 3])
+def test_a_kill_loses_no_more_than_the_flush_under_way_and_what_was_decoded_meanwhile(
+    faults: int,
+) -> None:
+    bench = Bench(SlowProtocol(), lease_ms=10_000, flush_seconds=0.01)
+    protocol = bench.protocol
+    assert isinstance(protocol, SlowProtocol)
+    jobs = [held(f"j{n}") for n in range(64)]
+    bench.hold(*jobs)
+    pushed: list[float] = []  # when token n of every job was handed over
+    bench.publisher.start()
+    protocol.faults = [redis.ConnectionError("lost")] * faults
+    for token in range(300):
+        bench.publisher.push([output(job, [token], "x") for job in jobs])
+        pushed.append(time.monotonic())
+        time.sleep(0.002)
+    wait_until(lambda: bench.publisher.backlog == 0 and not bench.publisher._dirty)
+    bench.publisher.stop()
+    bench.publisher.join(5)
+    first, *others = protocol.spans
+    came = [first[0], *(at for at, _ in others[faults:])]  # a fault sends the first one again
+    taken = 0
+    for at, rows in zip(came, protocol.commits, strict=True):
+        events = [event for job_id, event, _ in rows if job_id == "j0"]
+        tokens = [t for event in events for c in event.choices for t in c.token_ids]
+        assert tokens == list(range(taken, taken + len(tokens)))
+        taken += len(tokens)
+        # It holds all that was handed over before it was sent.
+        assert sum(before < at - 0.01 for before in pushed) <= taken
+    pauses = [after - before for (_, before), (after, _) in pairwise(protocol.spans)]
+    assert max(pauses[:faults], default=0) < BACK_OFF_SECONDS[-1] + 0.1
+    assert sorted(pauses[faults:])[len(pauses[faults:]) // 2] < 0.01 + 0.02
+    assert max(pauses[faults:]) < 0.01 + 0.1
 
 
 def test_push_never_waits_for_redis(bench: Bench) -> None:

@@ -106,6 +106,11 @@ class SimulatedRunner:
         return row.decoded % (VOCAB_SIZE - 1) + 1
 
 
+def spell(token_id: int) -> bytes:
+    """Bytes of a token: 7 reads " 7"."""
+    return b"<end>" if token_id == EOS_TOKEN else b" %d" % token_id
+
+
 class SimulatedPromptEncoder:
     """Stands in for `prompts.PromptEncoder`: one token a word."""
 
