@@ -109,7 +109,7 @@ class Settings(BaseSettings):
     reap_interval_seconds: PositiveSeconds = 2.0
     engine_stall_seconds: PositiveSeconds = 10.0
     drain_grace_seconds: float = Field(default=30.0, ge=0, le=24 * 3600)
-    flush_interval_ms: float = Field(default=20.0, ge=0, le=1000)
+    flush_interval_ms: float = Field(default=10.0, ge=0, le=1000)
     buffer_tokens: int = Field(default=65_536, ge=1, description="decoded but not yet in Redis")
     max_payload_bytes: int = Field(default=limits.PAYLOAD_BYTES, ge=1024, le=limits.PAYLOAD_BYTES)
 

