@@ -6,12 +6,10 @@ The sources stand in `native/kernels/`; an installed package has them as `mlx_se
 import hashlib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Literal
 
 Dialect = Literal["cuda", "metal"]
 
-_PACKAGE: Final = Path(__file__).parents[2]
-_FOLDERS: Final = (_PACKAGE / "kernels", _PACKAGE.parent / "native" / "kernels")
 
 
 def dialect() -> Dialect | None:
@@ -23,21 +21,20 @@ def dialect() -> Dialect | None:
     return "metal" if mx.metal.is_available() else "cuda"
 
 
+def folder() -> Path:
+    """Return where the sources are: in the package, or in the tree of an editable install."""
+    package = Path(__file__).parents[2]
+    installed = package / "kernels"
+    return installed if installed.is_dir() else package.parent / "native" / "kernels"
+
+
 def read_source(*files: str) -> str:
     """Return the texts of these files of `native/kernels/`, one after the other.
 
     Raises:
         FileNotFoundError: this install has no such kernel.
     """
-    return "".join(_path(file).read_text() for file in files).replace("#pragma once\n", "")
-
-
-def _path(file: str) -> Path:
-    for folder in _FOLDERS:
-        if (folder / file).is_file():
-            return folder / file
-    message = f"kernel {file} is not in this install"
-    raise FileNotFoundError(message)
+    return "".join((folder() / file).read_text() for file in files).replace("#pragma once\n", "")
 
 
 def make_kernel(
