@@ -26,7 +26,7 @@ from mlx_lm.generate import BatchGenerator
 from mlx_lm.sample_utils import make_sampler
 
 from benchmarks.harness import Figure, Goal, progress, report
-from benchmarks.synthetic import SHAPES, build_model, build_tokenizer
+from benchmarks.synthetic import SHAPES, build_model, build_served_model, build_tokenizer
 from mlx_serving.worker.engine.engine import Engine
 from mlx_serving.worker.engine.kv_cache import LanguageModel
 from mlx_serving.worker.engine.model_runner import ModelRunner
@@ -65,9 +65,10 @@ def settings_of(count: int) -> list[SamplingParams]:
 
 @dataclass(frozen=True)
 class Case:
-    """What both contestants run."""
+    """What both contestants run: the peer's model, and the same as the engine holds it."""
 
     model: LanguageModel
+    served: LanguageModel
     vocab_size: int
     batch: int
     settings: Sequence[SamplingParams]
@@ -95,7 +96,7 @@ def engine_loop(case: Case) -> Iterator[int]:
 def _engine(case: Case) -> Engine:
     info = ModelInfo("synthetic", "", "", case.vocab_size, frozenset())
     options = EngineOptions(max_batch_rows=case.batch)
-    return build_engine(ModelRunner(case.model), build_tokenizer(case.vocab_size), info, options)
+    return build_engine(ModelRunner(case.served), build_tokenizer(case.vocab_size), info, options)
 
 
 def peer_loop(case: Case) -> Iterator[int]:
@@ -168,13 +169,15 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="JSON file to write")
     arguments = parser.parse_args()
     vocab_size = cast("int", SHAPES[arguments.shape]["vocab_size"])
-    model = build_model(arguments.shape, dtype=getattr(mx, arguments.dtype))
+    dtype = getattr(mx, arguments.dtype)
+    model = build_model(arguments.shape, dtype=dtype)
+    served = build_served_model(arguments.shape, dtype=dtype)
     progress("the model is built")
     figures = [
         figure
         for number in arguments.settings.split(",")
         for figure in measure(
-            Case(model, vocab_size, arguments.batch, settings_of(int(number))),
+            Case(model, served, vocab_size, arguments.batch, settings_of(int(number))),
             arguments.steps,
             arguments.rounds,
         )

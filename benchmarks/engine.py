@@ -29,7 +29,7 @@ from mlx_lm.generate import BatchGenerator
 from mlx_lm.models.cache import BatchKVCache, make_prompt_cache
 from mlx_lm.sample_utils import make_sampler
 
-from benchmarks.synthetic import SHAPES, build_model, build_tokenizer
+from benchmarks.synthetic import SHAPES, build_model, build_served_model, build_tokenizer
 from mlx_serving.worker.engine.engine import Engine
 from mlx_serving.worker.engine.kv_cache import LanguageModel
 from mlx_serving.worker.engine.model_runner import ModelRunner
@@ -42,9 +42,10 @@ GREEDY = SamplingParams()
 
 @dataclass(frozen=True)
 class Case:
-    """One run's size and model."""
+    """One run's size; the model of the bare loop and the peers, and the engine's."""
 
     model: LanguageModel
+    served: LanguageModel
     vocab_size: int
     batch: int
     steps: int
@@ -94,8 +95,8 @@ def bare_loop(case: Case) -> Iterator[None]:
 def start_engine(case: Case, settings: list[SamplingParams]) -> Engine:
     """Return an engine whose rows all decode; no end of sequence, so that they stay."""
     info = ModelInfo("synthetic", "", "", case.vocab_size, frozenset())
-    options = EngineOptions(max_batch_rows=case.batch, kv_budget_bytes=1 << 36)
-    engine = build_engine(ModelRunner(case.model), build_tokenizer(case.vocab_size), info, options)
+    options = EngineOptions(max_batch_rows=case.batch, kv_budget_bytes=1 << 34)
+    engine = build_engine(ModelRunner(case.served), build_tokenizer(case.vocab_size), info, options)
     for index, (prompt, sampling) in enumerate(zip(case.prompts(), settings, strict=True)):
         engine.add(Request(str(index), tuple(prompt), sampling, case.max_tokens))
     while len(engine.step()) < case.batch:
@@ -251,7 +252,9 @@ def main() -> None:
     parser.add_argument("--no-peer", action="store_true", help="leave mlx-lm's BatchGenerator out")
     parser.add_argument("--output", type=Path, help="JSON file to write")
     arguments = parser.parse_args()
-    model = build_model(arguments.shape, dtype=getattr(mx, arguments.dtype))
+    dtype = getattr(mx, arguments.dtype)
+    model = build_model(arguments.shape, dtype=dtype)
+    served = build_served_model(arguments.shape, dtype=dtype)
     settings = {key: str(value) for key, value in vars(arguments).items()}
     report: dict[str, Any] = {
         "device": device_name(), "mlx": version("mlx"), "settings": settings,
@@ -259,7 +262,7 @@ def main() -> None:
     }  # fmt: skip
     show(report)
     for batch in map(int, arguments.batch.split(",")):
-        case = Case(model, SHAPES[arguments.shape]["vocab_size"], batch, arguments.steps)
+        case = Case(model, served, SHAPES[arguments.shape]["vocab_size"], batch, arguments.steps)
         figures = run(case, peer=not arguments.no_peer)
         show({"batch": batch} | figures)
         report |= {f"{name}[{batch}]": value for name, value in figures.items()}

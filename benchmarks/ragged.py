@@ -29,7 +29,7 @@ import mlx.core as mx
 from mlx_lm.generate import BatchGenerator
 
 from benchmarks.harness import Figure, Goal, progress, report
-from benchmarks.synthetic import SHAPES, build_model, build_tokenizer
+from benchmarks.synthetic import SHAPES, build_model, build_served_model, build_tokenizer
 from mlx_serving.worker.engine.kv_cache import LanguageModel
 from mlx_serving.worker.engine.model_runner import ModelRunner
 from mlx_serving.worker.engine.models import EngineOptions, build_engine
@@ -44,9 +44,10 @@ WARM_STEPS: Final = 5
 
 @dataclass(frozen=True)
 class Case:
-    """The model, and how many rows decode for how many steps."""
+    """The peer's model, the same as the engine holds it; how many rows decode how long."""
 
     model: LanguageModel
+    served: LanguageModel
     vocab_size: int
     batch: int
     steps: int
@@ -73,7 +74,7 @@ class EngineBatch:
     def __init__(self, case: Case, long: int) -> None:
         """Prefill all prompts."""
         self.prompts = case.prompts(long)
-        self.runner = ModelRunner(case.model)
+        self.runner = ModelRunner(case.served)
         info = ModelInfo("synthetic", "", "", case.vocab_size, frozenset())
         options = EngineOptions(max_batch_rows=case.batch, kv_budget_bytes=_budget())
         self.engine = build_engine(self.runner, build_tokenizer(case.vocab_size), info, options)
@@ -135,7 +136,7 @@ def time_turns(case: Case, loops: Sequence[Callable[[], object]]) -> list[list[f
 
 def measure(case: Case, long: int) -> list[Figure]:
     """Our engine's figures, then the peer's."""
-    bytes_per_token = ModelRunner(case.model).cost.bytes_per_token
+    bytes_per_token = ModelRunner(case.served).cost.bytes_per_token
     return [*_ours(case, long), *_peers(case, long, bytes_per_token)]
 
 
@@ -220,10 +221,10 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="JSON file to write")
     arguments = parser.parse_args()
     vocab_size = cast("int", SHAPES[arguments.shape]["vocab_size"])
-    model = build_model(
-        arguments.shape, dtype=getattr(mx, arguments.dtype), max_position_embeddings=40_960
-    )
-    case = Case(model, vocab_size, arguments.batch, arguments.steps, arguments.rounds)
+    dtype = getattr(mx, arguments.dtype)
+    model = build_model(arguments.shape, dtype=dtype)
+    served = build_served_model(arguments.shape, dtype=dtype)
+    case = Case(model, served, vocab_size, arguments.batch, arguments.steps, arguments.rounds)
     title = f"One row of {arguments.long} among {arguments.batch - 1} short, {arguments.shape}"
     report(title, measure(case, arguments.long), arguments.output)
 
