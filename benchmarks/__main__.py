@@ -132,6 +132,22 @@ def detokenizer(*, quick: bool) -> list[Figure]:
     return [Figure(n, v, "µs/step") for n, v in report.items() if isinstance(v, float)]
 
 
+def sampler(*, quick: bool) -> list[Figure]:
+    """The reference and the native piece: a whole batch on a GPU, a small one on a CPU."""
+    size = ["--rows", "4", "--vocabulary", "1000", "--calls", "2", "--rounds", "1"]
+    if not quick:
+        size = [] if has_gpu() else ["--rows", "8", "--vocabulary", "32000", "--dtype", "float32"]
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "sampler.json"
+        run_module("sampler", *size, "--output", str(output))
+        report: dict[str, Any] = json.loads(output.read_text())
+    return [
+        Figure(name, value, "×" if name.endswith("over native") else "ms")
+        for name, value in report.items()
+        if isinstance(value, float)
+    ]
+
+
 BENCHMARKS: Final[dict[str, tuple[str, Callable[..., list[Figure]]]]] = {
     "engine": ("P1 P2 P3 decode step over a bare loop", engine),
     "8b": ("P1 P2 P3 of the 8B shape, on a GPU", engine_8b),
@@ -142,6 +158,7 @@ BENCHMARKS: Final[dict[str, tuple[str, Callable[..., list[Figure]]]]] = {
     "p6": ("P6 dispatch of no-op jobs", dispatch_no_ops),
     "p7": ("P7 idle enqueue → started", wake_up),
     "detokenizer": ("Detokenizer, 64 rows", detokenizer),
+    "sampler": ("Sampler alone", sampler),
 }
 ALIASES: Final = {"p1": "engine", "p2": "engine", "p3": "engine"}
 

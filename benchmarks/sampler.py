@@ -1,8 +1,8 @@
 """The sampler alone on logits [64, 151936]: ``python -m benchmarks.sampler``.
 
-Milliseconds a call, waiting for the device after each: the pure-MLX reference, the kernel where
-there is a GPU, and a bare argmax as the limit. Cases are timed in turn, several rounds; the
-median counts.
+Milliseconds a call, waiting for the device after each: the pure-MLX reference, the native piece
+(the GPU's kernel or the CPU's C++), and a bare argmax as the limit. Cases are timed in turn,
+several rounds; the median counts.
 """
 
 import argparse
@@ -82,7 +82,7 @@ def median_ms(call: Callable[[], None], calls: int) -> float:
 
 
 def measure(logits: mx.array, calls: int, rounds: int) -> dict[str, float]:
-    """Median milliseconds by case and implementation, and reference over kernel."""
+    """Median milliseconds by case and implementation, and reference over native."""
     words = token_words(logits.shape[1])
     make, report = choose_sampler(prefer_native=True)
     print(report, flush=True)
@@ -90,7 +90,7 @@ def measure(logits: mx.array, calls: int, rounds: int) -> dict[str, float]:
     for name, params in cases(logits.shape[0]).items():
         runs[f"{name}, reference"] = sampling_call(params, words, ReferenceDraw, logits)
         if make is not ReferenceDraw:
-            runs[f"{name}, kernel"] = sampling_call(params, words, make, logits)
+            runs[f"{name}, native"] = sampling_call(params, words, make, logits)
     for call in runs.values():
         call()
     times: dict[str, list[float]] = {name: [] for name in runs}
@@ -99,9 +99,9 @@ def measure(logits: mx.array, calls: int, rounds: int) -> dict[str, float]:
             times[name].append(median_ms(call, calls))
     figures = {name: statistics.median(values) for name, values in times.items()}
     for name in cases(1):
-        if f"{name}, kernel" in figures:
-            ratio = figures[f"{name}, reference"] / figures[f"{name}, kernel"]
-            figures[f"{name}, reference over kernel"] = ratio
+        if f"{name}, native" in figures:
+            ratio = figures[f"{name}, reference"] / figures[f"{name}, native"]
+            figures[f"{name}, reference over native"] = ratio
     return figures
 
 
