@@ -1,16 +1,14 @@
-"""A publisher on a protocol without Redis."""
+"""A publisher over a protocol without Redis, for unit tests."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from mlx_serving.worker.publisher import Publisher, PublisherOptions
 from tests.helpers import wait_until
 from tests.worker_fakes import FakeProtocol
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from mlx_serving.worker.held import HeldJob
 
 FLUSH = 0.1
@@ -46,13 +44,12 @@ class Bench:
     def wait_for(self, *types: str) -> None:
         wait_until(lambda: self.types() == list(types), timeout=3, what=str(types))
 
+    def __enter__(self) -> Self:
+        self.publisher.start()
+        return self
 
-def started() -> Iterator[Bench]:
-    """Run a bench's publisher for one test: what a fixture yields from."""
-    bench = Bench()
-    bench.publisher.start()
-    yield bench
-    bench.protocol.gate.set()
-    bench.publisher.stop()
-    bench.publisher.join(5)
-    assert not bench.publisher.is_alive()
+    def __exit__(self, *_: object) -> None:
+        self.protocol.gate.set()
+        self.publisher.stop()
+        self.publisher.join(5)
+        assert not self.publisher.is_alive()

@@ -129,8 +129,17 @@ def test_a_bias_forces_a_token_and_a_penalty_breaks_the_run(client: Client) -> N
     penalised = run(client, **forced, frequency_penalty=2.0).token_ids
     assert penalised[:20] == [token] * 20
     assert penalised.count(token) < 100
-    plain = run(client, **COUNT).token_ids
-    assert run(client, **COUNT, repetition_penalty=10.0).token_ids != plain
+
+
+@pytest.mark.usefixtures("first")
+@pytest.mark.parametrize(
+    "penalty", [{"repetition_penalty": 3.0}, {"presence_penalty": 2.0}, {"frequency_penalty": -1.0}]
+)
+def test_each_penalty_changes_what_is_drawn(client: Client, penalty: dict[str, float]) -> None:
+    """Dice are so even that any change of a logit shows."""
+    plain, other = run(client, **DICE), run(client, **DICE, **penalty)
+    assert other.token_ids != plain.token_ids
+    assert other.token_ids == run(client, **DICE, **penalty).token_ids
 
 
 @pytest.mark.usefixtures("first")
@@ -163,6 +172,10 @@ def test_choices_survive_the_loss_of_their_worker(
             first.signal(signal.SIGCONT)
         result = handle.result(timeout=60)
         assert told(result) == told(expected)
-        assert [of_choice(c) for c in result.choices] == [of_choice(c) for c in expected.choices]
+        for resumed, whole in zip(result.choices, expected.choices, strict=True):
+            told_again, told_once = of_choice(resumed).content, of_choice(whole).content
+            assert [e.token for e in told_again] == [e.token for e in told_once]
+            scores = [entry.logprob for entry in told_once]
+            assert [e.logprob for e in told_again] == pytest.approx(scores, abs=1e-4)
         attempts = [e.worker for e in job_events(client, handle.id) if e.type == "attempt"]
         assert attempts == [name, "first"]

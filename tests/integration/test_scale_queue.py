@@ -162,10 +162,11 @@ def test_a_long_queue(
 def test_events_of_a_stream_stay_small(
     settled_redis: LocalRedis, redis_client: redis.Redis, client: Client
 ) -> None:
-    with WorkerProcess(settled_redis.url, "w", rate=1000.0) as worker:
+    """At the speed of a fast Mac: an event then holds what one flush gathers, two or three tokens."""
+    with WorkerProcess(settled_redis.url, "w", rate=200.0) as worker:
         worker.serving()
-        handle = client.submit(job(tokens=2000))
-        check_answers(client, [handle], 2000)
+        handle = client.submit(job(tokens=800))
+        check_answers(client, [handle], 800)
     each = event_bytes(redis_client, [handle])
     show(f"{each:.0f} bytes an event beside its text")
     assert each <= EVENT_BYTES
