@@ -49,8 +49,8 @@ struct Partial {
 };
 
 struct Group {
-  word thread;
-  word threads;  // a power of two
+  word index;  // of this thread
+  word size;   // threads, a power of two
   MLXS_SHARED Partial* partials;
   MLXS_BARRIER_TYPE barrier;
 };
@@ -117,8 +117,8 @@ MLXS_FUNCTION float negative_gumbel(NoiseKey key, word id) {
   bits = (bits ^ (bits >> 16)) * kMultiplier1 + key.second;
   bits = (bits ^ (bits >> 15)) * kMultiplier2;
   bits = bits ^ (bits >> 16);
-  const float uniform = float(bits) * kUniformScale + kUniformScale / 2.0f;
-  return MLXS_LOG(-MLXS_LOG1P(-(uniform < kLargestUniform ? uniform : kLargestUniform)));
+  const float chance = float(bits) * kUniformScale + kUniformScale / 2.0f;
+  return MLXS_LOG(-MLXS_LOG1P(-(chance < kLargestUniform ? chance : kLargestUniform)));
 }
 
 // -- a thread's share of the values --------------------------------------------------------
@@ -138,9 +138,9 @@ template <typename Values>
 MLXS_FUNCTION RowShare<Values> share_of(Values values, word size, Group group) {
   RowShare<Values> share;
   share.values = values;
-  share.first = group.thread;
-  share.stride = group.threads;
-  share.count = (size + group.threads - 1 - group.thread) / group.threads;
+  share.first = group.index;
+  share.stride = group.size;
+  share.count = (size + group.size - 1 - group.index) / group.size;
   return share;
 }
 
@@ -186,13 +186,13 @@ MLXS_FUNCTION Partial merge(Partial one, Partial other) {
 
 // Every thread gets the same answer; the order of the sums is fixed by the tree.
 MLXS_FUNCTION Partial reduce(Partial mine, Group group) {
-  group.partials[group.thread] = mine;
+  group.partials[group.index] = mine;
   MLXS_BARRIER(group);
-  for (word half = group.threads / 2; half > 0; half /= 2) {
-    if (group.thread < half) {
-      const Partial one = group.partials[group.thread];
-      const Partial other = group.partials[group.thread + half];
-      group.partials[group.thread] = merge(one, other);
+  for (word distance = group.size / 2; distance > 0; distance /= 2) {
+    if (group.index < distance) {
+      const Partial one = group.partials[group.index];
+      const Partial other = group.partials[group.index + distance];
+      group.partials[group.index] = merge(one, other);
     }
     MLXS_BARRIER(group);
   }
@@ -283,11 +283,11 @@ MLXS_FUNCTION void choose_pivots(Interval interval, MLXS_THREAD word* pivots) {
   const bool unbounded = interval.low < kMinusInfinityKey;
   const float from = unbounded ? 0.0f : key_value(interval.low);
   const float to = key_value(interval.high);
-  const word half = unbounded ? kMinusInfinityKey : order_key(0.5f * from + 0.5f * to);
+  const word center = unbounded ? kMinusInfinityKey : order_key(0.5f * from + 0.5f * to);
   const word upper = unbounded ? kMinusInfinityKey : order_key(0.25f * from + 0.75f * to);
   const word middle = interval.low + (interval.high - interval.low) / 2;
-  pivots[0] = within(middle < half ? middle : half, interval);
-  pivots[1] = within(middle < half ? half : (middle < upper ? middle : upper), interval);
+  pivots[0] = within(middle < center ? middle : center, interval);
+  pivots[1] = within(middle < center ? center : (middle < upper ? middle : upper), interval);
   pivots[2] = within(middle < upper ? upper : middle, interval);
 }
 
@@ -358,7 +358,7 @@ MLXS_FUNCTION Interval settle(const MLXS_THREAD Share& share, MLXS_THREAD Aside&
                               MLXS_THREAD bool& is_aside, Interval interval, Kept kept, Weights by,
                               Group group) {
   if (!is_aside) {
-    interval = narrow<by_mass>(share, interval, kept, kUsualSlots * group.threads, by, group);
+    interval = narrow<by_mass>(share, interval, kept, kUsualSlots * group.size, by, group);
     is_aside = put_aside(share, interval.low, aside, group);
   }
   if (is_aside) return narrow<by_mass>(aside, interval, kept, 0u, by, group);
@@ -428,19 +428,19 @@ MLXS_FUNCTION int pick(Values values, word size, const MLXS_DEVICE int* columns,
 template <typename T>
 MLXS_FUNCTION void count_history(Row<T> row, Group group) {
   MLXS_DEVICE word* counts = (MLXS_DEVICE word*)row.scratch;
-  for (word id = group.thread; id < row.size; id += group.threads) MLXS_STORE(counts + id, 0u);
+  for (word id = group.index; id < row.size; id += group.size) MLXS_STORE(counts + id, 0u);
   MLXS_BARRIER(group);
   const int prompt_end = row.columns[kPromptEnd];
   const int end = row.columns[kHistoryEnd];
-  const int threads = int(group.threads);
-  for (int at = row.columns[kHistoryBegin] + int(group.thread); at < end; at += threads) {
+  const int threads = int(group.size);
+  for (int at = row.columns[kHistoryBegin] + int(group.index); at < end; at += threads) {
     MLXS_DEVICE word* count = counts + row.lists[at];
     MLXS_ATOMIC_OR(count, kSeen);
     if (at >= prompt_end) MLXS_ATOMIC_ADD(count, 1u);
   }
   // The input at position 0 is the last token of the prompt, every later one a sampled token.
   const int step = row.state[0];
-  for (int at = int(group.thread); at <= step; at += threads) {
+  for (int at = int(group.index); at <= step; at += threads) {
     const int token = at < step ? row.state[at + 1] : row.input;
     if (token < 0) continue;  // a broken row's
     MLXS_DEVICE word* count = counts + token;
@@ -467,7 +467,7 @@ MLXS_FUNCTION void adjust(Row<T> row, Group group) {
   const bool counted = (flags & kPenalised) != 0;
   if (counted) count_history(row, group);
   MLXS_DEVICE word* counts = (MLXS_DEVICE word*)row.scratch;
-  for (word id = group.thread; id < row.size; id += group.threads) {
+  for (word id = group.index; id < row.size; id += group.size) {
     float value = float(row.logits[id]);
     if (counted) value = penalised(value, MLXS_LOAD(counts + id), row.columns);
     if (masked && ((word(row.mask[id / 32]) >> (id % 32)) & 1u) == 0u) {
@@ -480,7 +480,7 @@ MLXS_FUNCTION void adjust(Row<T> row, Group group) {
   const MLXS_DEVICE int* tokens = row.lists + row.columns[kBiasBegin];
   const MLXS_DEVICE int* values = row.lists + row.columns[kBiasValues];
   const int count = row.columns[kBiasCount];
-  for (int at = int(group.thread); at < count; at += int(group.threads)) {
+  for (int at = int(group.index); at < count; at += int(group.size)) {
     row.scratch[tokens[at]] += number(values, at);
   }
   MLXS_BARRIER(group);
@@ -497,10 +497,10 @@ MLXS_FUNCTION void report_logprobs(Row<T> row, int token, Result result, Group g
   by.top = key_value(best.best_key);
   by.temperature = 1.0f;
   const float log_total = MLXS_LOG(mass_above(share, 0u, by, group));
-  if (group.thread == 0u) *result.logprob = float(row.logits[token]) - by.top - log_total;
+  if (group.index == 0u) *result.logprob = float(row.logits[token]) - by.top - log_total;
   for (int at = 0; at < row.columns[kLogprobs]; ++at) {
     if (at > 0) best = next_best(share, best.best_key, best.best_id, group);
-    if (group.thread == 0u) {
+    if (group.index == 0u) {
       result.top_tokens[at] = int(best.best_id);
       result.top_logprobs[at] = key_value(best.best_key) - by.top - log_total;
     }
@@ -520,7 +520,7 @@ MLXS_FUNCTION void sample_row(Row<T> row, Result result, Group group) {
     const MLXS_DEVICE float* scratch = row.scratch;
     token = sound ? pick(scratch, row.size, row.columns, row.state[0], group) : kInvalidToken;
   }
-  if (group.thread == 0u) *result.token = token;
+  if (group.index == 0u) *result.token = token;
   if (row.columns[kLogprobs] >= 0 && token >= 0) report_logprobs(row, token, result, group);
 }
 

@@ -1,5 +1,6 @@
 """Which sampler is chosen, and what is said about it."""
 
+import re
 from typing import Any
 
 import mlx.core as mx
@@ -145,5 +146,19 @@ def test_both_dialects_have_their_source() -> None:
         header, body = kernel.kernel_source(dialect)  # type: ignore[arg-type]
         assert barrier in header
         assert "sample_row" in header
-        assert "sampler::sample_row(row, result, group);" in body
+        assert "mlxs::sample_row(row, result, group);" in body
         assert "#include" not in header + body
+
+
+METAL_WORDS = {
+    "bfloat", "constant", "device", "fragment", "half", "kernel", "sampler", "texture", "thread",
+    "threadgroup", "uchar", "uint", "uniform", "ulong", "ushort", "vertex", "visible",
+}  # fmt: skip
+
+
+def test_the_shared_source_uses_no_word_of_metals() -> None:
+    """No Metal compiler runs here; these are plain names in every other dialect."""
+    for name in ("sampler.h", "sampler_main.inc"):
+        source = (kernel.kernels_folder() / name).read_text()
+        code = re.sub(r"//.*", "", source)
+        assert METAL_WORDS & set(re.findall(r"[A-Za-z_]\w*", code)) == set()
