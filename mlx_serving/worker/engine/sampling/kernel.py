@@ -1,6 +1,7 @@
 """The fused kernel on a GPU: `native/kernels/sampler.h` through MLX's custom kernels."""
 
 import hashlib
+import re
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -13,6 +14,8 @@ from mlx_serving.worker.engine.sampling.parameters import Parameters
 
 Dialect = Literal["cuda", "metal"]
 
+_PARTS: Final = ("row.h", "noise.h", "passes.h", "adjustments.h", "filters.h", "sampler.h")
+_INCLUDES: Final = re.compile(r"^#(pragma once|include .*)\n", re.MULTILINE)
 _INPUTS: Final = ["logits", "rows", "state", "inputs", "lists", "mask"]
 _OUTPUTS: Final = [
     "tokens", "chosen_logprobs", "top_tokens", "top_logprobs", "state_after", "scratch",
@@ -32,11 +35,10 @@ def gpu_dialect() -> Dialect | None:
 def kernel_source(dialect: Dialect) -> tuple[str, str]:
     """Return the kernel's header and body."""
     folder = kernels_folder()
-    header = (folder / f"{dialect}.h").read_text() + (folder / "sampler.h").read_text()
-    body = (folder / f"{dialect}_threads.inc").read_text() + (
-        folder / "sampler_main.inc"
-    ).read_text()
-    return header.replace("#pragma once\n", ""), body
+    header = "".join((folder / name).read_text() for name in (f"{dialect}.h", *_PARTS))
+    body = "".join((folder / f"{name}.inc").read_text() for name in (f"{dialect}_threads", "main"))
+    # MLX compiles one text: parts are joined in the order in which they include each other.
+    return _INCLUDES.sub("", header), body
 
 
 def kernels_folder() -> Path:
