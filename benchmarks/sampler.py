@@ -84,7 +84,7 @@ def median_ms(call: Callable[[], None], calls: int) -> float:
 def measure(logits: mx.array, calls: int, rounds: int) -> dict[str, float]:
     """Median milliseconds by case and implementation, and reference over native."""
     words = token_words(logits.shape[1])
-    make, report = choose_sampler(prefer_native=True)
+    make, report = choose_sampler(prefer_native=True, logits_dtype=logits.dtype)
     print(report, flush=True)
     runs = {"argmax": lambda: mx.eval(mx.argmax(logits, axis=-1))}
     for name, params in cases(logits.shape[0]).items():

@@ -10,7 +10,7 @@
 
 #define MLXS_BARRIER_TYPE int  // the hardware's own needs no handle
 #define MLXS_BARRIER(group) \
-  threadgroup_barrier(metal::mem_flags::mem_threadgroup | metal::mem_flags::mem_device)
+  metal::threadgroup_barrier(metal::mem_flags::mem_threadgroup | metal::mem_flags::mem_device)
 
 #define MLXS_FLOAT_BITS(value) as_type<unsigned int>(value)
 #define MLXS_BITS_FLOAT(bits) as_type<float>((unsigned int)(bits))

@@ -114,14 +114,16 @@ void sample(const py::buffer& logits, const py::buffer& table, const py::buffer&
   const auto states = view(state, "state", rows, false);
   if (states.ndim != 2) throw py::value_error("state: must have 2 dimensions");
   const auto columns = std::size_t(states.shape[1]);
-  const auto tables = view(table, "table", rows, false);
+  const auto tables = view(table, "table", rows * mlx_serving::kSamplerColumns, false);
   const auto taken = view(inputs, "inputs", rows, false);
   const auto listed = view(lists, "lists", 1, false);
   py::buffer_info masks;
   if (!mask.is_none()) masks = view(mask.cast<py::buffer>(), "mask", rows, false);
   std::vector<py::buffer_info> given;
   const std::size_t sizes[] = {rows, rows, rows, rows, rows * columns, 1};
-  for (std::size_t at = 0; at < 6; ++at) given.push_back(view(outputs[at], "outputs", sizes[at], true));
+  for (std::size_t at = 0; at < 6; ++at) {
+    given.push_back(view(outputs[at], "outputs", sizes[at], true));
+  }
   const mlx_serving::SamplerInputs in{
       values.itemsize == 2 ? LogitsType::kBFloat16 : LogitsType::kFloat32,
       values.ptr,

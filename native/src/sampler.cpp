@@ -9,6 +9,8 @@
 namespace mlx_serving {
 namespace {
 
+static_assert(kSamplerColumns == mlx_serving_sampler::kColumns);
+
 constexpr unsigned kGroupThreads = 8;
 constexpr std::size_t kValuesPerThread = 1 << 16;  // fewer cost less than starting a thread
 constexpr std::size_t kMostThreads = 8;
@@ -32,12 +34,12 @@ void run_thread(const SamplerInputs& in, const SamplerOutputs& out, unsigned row
                 unsigned thread_index, mlx_serving_sampler::Partial* partials,
                 std::barrier<>* barrier) {
   const T* logits = static_cast<const T*>(in.logits);
-  const auto [type, all, rows, state, inputs, lists, mask, count, vocabulary_size, columns, words] = in;
+  const auto [type, all, rows, state, inputs, lists, mask, count, size, columns, words] = in;
   const auto [tokens, chosen_logprobs, top_tokens, top_logprobs, state_after, scratch] = out;
-  const Shape logits_shape{{count, vocabulary_size}};
+  const Shape logits_shape{{count, size}};
   const Shape state_shape{{count, columns}};
   const Shape mask_shape{{count, words}};
-#include "../kernels/sampler_main.inc"
+#include "../kernels/main.inc"
 }
 
 template <typename T>

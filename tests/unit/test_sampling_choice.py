@@ -1,13 +1,16 @@
 """Which sampler is chosen, and what is said about it."""
 
+import re
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 import pytest
 
 from mlx_serving.worker.engine import acceleration, kernels
 from mlx_serving.worker.engine.sampling import ReferenceDraw, kernel, native
 from mlx_serving.worker.engine.sampling.draws import Draws, Logprobs, StepInputs
+from mlx_serving.worker.engine.sampling.parameters import Column
 from mlx_serving.worker.engine.sampling.self_check import NEAR_TIE
 from tests.engine_support import tiny_engine
 
@@ -140,10 +143,44 @@ def test_a_cpu_without_the_module_says_so(monkeypatch: pytest.MonkeyPatch) -> No
     assert str(report) == "sampler: twin (not built)"
 
 
+def test_the_native_piece_names_a_buffer_that_does_not_fit() -> None:
+    module = pytest.importorskip("mlx_serving._native")
+    logits, state, taken = np.zeros((2, 9), np.float32), np.zeros((2, 8), np.int32), np.zeros(2)
+    fits = [np.zeros(64, np.int32) for _ in range(6)]
+    table = np.zeros((2, len(Column)), np.int32)
+    for changed, message in (
+        ({"table": table[:1]}, "table: holds too few elements"),
+        ({"table": table.T}, "table: must be contiguous"),
+        ({"inputs": taken}, "inputs: elements must have 4 bytes"),
+        ({"outputs": fits[:5]}, "outputs: must be 6 buffers"),
+        ({"logits": logits[0]}, "logits: must have 2 dimensions"),
+    ):
+        arguments = {
+            "logits": logits, "table": table, "state": state, "inputs": taken.astype(np.int32),
+            "lists": fits[0], "mask": None, "outputs": fits,
+        } | changed  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            module.sample(**arguments)
+
+
 def test_both_dialects_have_their_source() -> None:
     for dialect, barrier in (("cuda", "__syncthreads"), ("metal", "threadgroup_barrier")):
         header, body = kernel.kernel_source(dialect)  # type: ignore[arg-type]
         assert barrier in header
         assert "sample_row" in header
-        assert "sampler::sample_row(row, result, group);" in body
+        assert "mlxs::sample_row(row, result, group);" in body
         assert "#include" not in header + body
+
+
+METAL_WORDS = {
+    "bfloat", "constant", "device", "fragment", "half", "kernel", "sampler", "texture", "thread",
+    "threadgroup", "uchar", "uint", "uniform", "ulong", "ushort", "vertex", "visible",
+}  # fmt: skip
+
+
+def test_the_shared_source_uses_no_word_of_metals() -> None:
+    """No Metal compiler runs here; these are plain names in every other dialect."""
+    for name in (*kernel._PARTS, "main.inc"):
+        source = (kernel.kernels_folder() / name).read_text()
+        code = re.sub(r"//.*", "", source)
+        assert METAL_WORDS & set(re.findall(r"[A-Za-z_]\w*", code)) == set()

@@ -4,11 +4,14 @@ The sources stand in `native/kernels/`; an installed package has them as `mlx_se
 """
 
 import hashlib
+import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 Dialect = Literal["cuda", "metal"]
+
+_INCLUDES: Final = re.compile(r"^#(pragma once|include .*)\n", re.MULTILINE)
 
 
 
@@ -34,7 +37,9 @@ def read_source(*files: str) -> str:
     Raises:
         FileNotFoundError: this install has no such kernel.
     """
-    return "".join((folder() / file).read_text() for file in files).replace("#pragma once\n", "")
+    text = "".join((folder() / file).read_text() for file in files)
+    # MLX compiles one text: the files are given in the order in which they include each other.
+    return _INCLUDES.sub("", text)
 
 
 def make_kernel(

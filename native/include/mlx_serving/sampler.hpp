@@ -7,6 +7,8 @@
 
 namespace mlx_serving {
 
+constexpr std::size_t kSamplerColumns = 20;  // of `table`
+
 enum class LogitsType { kFloat32, kBFloat16 };
 
 // Row-major arrays, as a GPU's kernel gets them; `mlx_serving/worker/engine/sampling/` says what
@@ -14,7 +16,7 @@ enum class LogitsType { kFloat32, kBFloat16 };
 struct SamplerInputs {
   LogitsType type;
   const void* logits;   // [B, V]
-  const int* table;     // [B, columns]
+  const int* table;     // [B, kSamplerColumns]
   const int* state;     // [B, C]
   const int* inputs;    // [B]
   const int* lists;

@@ -10,6 +10,7 @@ from mlx_serving.worker.engine.kernels import Dialect, dialect, make_kernel, rea
 from mlx_serving.worker.engine.sampling.draws import Draws, Logprobs, StepInputs
 from mlx_serving.worker.engine.sampling.parameters import Parameters
 
+_PARTS: Final = ("row.h", "noise.h", "passes.h", "adjustments.h", "filters.h", "sampler.h")
 _INPUTS: Final = ["logits", "rows", "state", "inputs", "lists", "mask"]
 _OUTPUTS: Final = [
     "tokens", "chosen_logprobs", "top_tokens", "top_logprobs", "state_after", "scratch",
@@ -21,8 +22,8 @@ _UNUSED: Final = 8  # elements of an array that no row reads
 
 def kernel_source(language: Dialect) -> tuple[str, str]:
     """Return the kernel's header and body."""
-    header = read_source(f"{language}.h", "sampler.h")
-    return header, read_source(f"{language}_threads.inc", "sampler_main.inc")
+    header = read_source(f"{language}.h", *_PARTS)
+    return header, read_source(f"{language}_threads.inc", "main.inc")
 
 
 @cache
