@@ -4,6 +4,8 @@
   * InvalidJob            a field of a job is wrong; `.errors` names each one
     * UnknownModel        no worker setting or alias names this model
     * PayloadTooLarge     the job is larger than the limit on its bytes
+  * InvalidBatch          a bulk file can't be run as asked; `.errors` says why
+  * BatchNotFound         no such bulk file, or not on this machine
   * CorruptJob            what Redis holds is no job of ours
     * ForeignFunction     it names a function, callback or webhook that is not ours
     * BadSignature        it is not signed by a key that this worker knows
@@ -88,6 +90,27 @@ class PayloadTooLarge(InvalidJob):
     """The job holds more bytes than the queue accepts."""
 
     code = "payload_too_large"
+
+
+class InvalidBatch(MlxServingError):
+    """The bulk file can't be run as asked."""
+
+    code = "invalid_batch"
+
+    def __init__(self, errors: Iterable[FieldError | tuple[str, str]] | str | None = None) -> None:
+        """Keep each problem in `.errors`; the message lists them as `option: reason`."""
+        self.errors = field_errors(errors)
+        super().__init__("; ".join(map(str, self.errors)))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle by the field errors, so that the copy has them too."""
+        return type(self), (self.errors,)
+
+
+class BatchNotFound(MlxServingError):
+    """There is no such bulk file here."""
+
+    code = "batch_not_found"
 
 
 class CorruptJob(MlxServingError):

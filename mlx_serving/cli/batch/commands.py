@@ -1,0 +1,236 @@
+"""The commands of `mlx-serving batch`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from mlx_serving.cli.console import (
+    EXIT_ERROR,
+    EXIT_INTERRUPTED,
+    harmless,
+    note,
+    print_json,
+    print_table,
+)
+from mlx_serving.cli.options import AsJson, RedisUrl, read_settings
+
+STDIN = "-"
+
+app = typer.Typer(
+    no_args_is_help=True,
+    help="Bulk files in the OpenAI Batch format: drop one in the evening, read results.",
+)
+
+Name = Annotated[
+    str | None,
+    typer.Argument(help="Id, folder or input file of a batch; without it, the last one."),
+]
+Output = Annotated[
+    Path | None, typer.Option("--output", "-o", help="Write to this file; without it, stdout.")
+]
+
+
+@app.command()
+def submit(  # noqa: PLR0913, PLR0917 -- each is an option of the command line
+    file: Annotated[str, typer.Argument(help="Requests, one a line; - reads standard input.")],
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Model of lines that name none.")
+    ] = None,
+    model_map: Annotated[
+        list[str] | None,
+        typer.Option(help="FOREIGN=OURS: what a line calls FOREIGN runs on OURS. Repeatable."),
+    ] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="Most tokens to decode, for lines that do not say.")
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="Temperature, for lines that do not say.")
+    ] = None,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Plain prompts go on as they are: no chat template.")
+    ] = False,
+    order: Annotated[
+        Literal["prefix", "file"],
+        typer.Option(help="prefix: lines that begin alike follow each other. file: as they stand."),
+    ] = "prefix",
+    completion_window: Annotated[
+        str, typer.Option(help="After so long (24h, 90m, 2d) what has not finished expires.")
+    ] = "24h",
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Run nothing where any line is wrong.")
+    ] = False,
+    depth: Annotated[int, typer.Option(help="Lines a model to keep waiting in its queue.")] = 512,
+    in_flight: Annotated[int, typer.Option(help="Most lines a model in Redis at once.")] = 8192,
+    folder: Annotated[
+        Path | None, typer.Option(help="Where state and results go; else beside the file.")
+    ] = None,
+    wait: Annotated[
+        bool, typer.Option("--wait", help="Watch it to its end; Ctrl-C leaves it running.")
+    ] = False,
+    as_json: AsJson = False,
+    redis_url: RedisUrl = None,
+) -> None:
+    """Check a file of requests and run it in the background.
+
+    Lines are OpenAI's (custom_id, method, url, body), or plain prompts: a JSON string, or
+    {"prompt": …} with any field of a body. A wrong line becomes an error line; the others run.
+
+    Exit status: 0, or 1 where no line can be run (with --wait: where the batch did not complete).
+    """
+    from mlx_serving.cli.batch.view import Reading, describe, watch_batch
+    from mlx_serving.producer.batch.api import Batches
+
+    batches = Batches(read_settings(redis_url))
+    with Reading() as reading:
+        batch = batches.submit(
+            sys.stdin.buffer if file == STDIN else file, folder=folder, progress=reading.show,
+            model=model, model_map=_pairs(model_map or []), max_tokens=max_tokens,
+            temperature=temperature, raw=raw, order=order, completion_window=completion_window,
+            strict=strict, depth=depth, in_flight=in_flight,
+        )  # fmt: skip
+    if as_json:
+        print_json(batch)
+    else:
+        typer.echo(batch.id)
+        describe(batches.folder(batch.id).read(), known=set(read_settings(redis_url).models))
+    if wait and not batch.ended:
+        batch = watch_batch(batches, batch.id)
+    if batch.status == "failed" or (wait and batch.status != "completed"):
+        raise typer.Exit(EXIT_ERROR)
+
+
+@app.command()
+def status(name: Name = None, as_json: AsJson = False, redis_url: RedisUrl = None) -> None:
+    """Show a batch, from any machine that reaches Redis."""
+    from mlx_serving.cli.batch.view import report_rows
+    from mlx_serving.producer.batch.api import Batches
+
+    report = Batches(read_settings(redis_url)).report(name)
+    if as_json:
+        print_json(report.batch)
+    else:
+        print_table(("field", "value"), report_rows(report))
+
+
+@app.command("list")
+def list_(as_json: AsJson = False, redis_url: RedisUrl = None) -> None:
+    """List the batches of the last 30 days."""
+    from mlx_serving.cli.batch.view import state_of
+    from mlx_serving.producer.batch.api import Batches
+
+    reports = Batches(read_settings(redis_url)).reports()
+    if as_json:
+        print_json([report.batch for report in reports])
+        return
+    rows = [
+        (r.batch.id, state_of(r), r.batch.request_counts.total, r.batch.request_counts.completed,
+         r.batch.request_counts.failed, r.host, r.folder)
+        for r in reports
+    ]  # fmt: skip
+    print_table(("batch", "status", "lines", "completed", "failed", "host", "folder"), rows)
+
+
+@app.command()
+def watch(name: Name = None, redis_url: RedisUrl = None) -> None:
+    """Follow a batch: progress, rate, time left, failures. Ctrl-C stops only the watching.
+
+    Exit status: 0 where the batch completed, else 1.
+    """
+    from mlx_serving.cli.batch.view import watch_batch
+    from mlx_serving.producer.batch.api import Batches
+
+    batches = Batches(read_settings(redis_url))
+    batch = watch_batch(batches, batches.report(name).batch.id)
+    if batch.status != "completed":
+        raise typer.Exit(EXIT_ERROR)
+
+
+@app.command()
+def results(name: Name = None, output: Output = None, redis_url: RedisUrl = None) -> None:
+    """Write the output lines, also of a batch that still runs: whole lines, each once."""
+    from mlx_serving.producer.batch.api import Batches
+
+    folder = Batches(read_settings(redis_url)).folder(name)
+    _export(folder.output, folder.read().batch.id, output)
+    batch = folder.read().batch
+    if not batch.ended:
+        counts = batch.request_counts
+        note(f"{batch.id} is {batch.status}: {counts.completed} of {counts.total} lines so far")
+
+
+@app.command()
+def errors(
+    name: Name = None, output: Output = None, as_json: AsJson = False, redis_url: RedisUrl = None
+) -> None:
+    """Show the lines that failed or were refused: line, field and reason."""
+    from mlx_serving.producer.batch.api import Batches
+
+    batches = Batches(read_settings(redis_url))
+    if output is not None or as_json:
+        folder = batches.folder(name)
+        _export(folder.errors, folder.read().batch.id, output)
+        return
+    rows = (
+        (line["error"]["line"], harmless(str(line["custom_id"] or "")), line["error"]["code"],
+         harmless(line["error"]["message"]))
+        for line in batches.errors(name)
+    )  # fmt: skip
+    print_table(("line", "custom_id", "code", "message"), rows)
+
+
+@app.command()
+def cancel(name: Name = None, redis_url: RedisUrl = None) -> None:
+    """Cancel a batch, from any machine; what has finished is kept."""
+    from mlx_serving.producer.batch.api import Batches
+
+    batch = Batches(read_settings(redis_url)).cancel(name)
+    typer.echo(batch.status if batch.ended else "cancelling")
+
+
+@app.command()
+def resume(
+    name: Name = None,
+    foreground: Annotated[
+        bool, typer.Option("--foreground", help="Run it in this process, for service managers.")
+    ] = False,
+    redis_url: RedisUrl = None,
+) -> None:
+    """Go on with a batch whose runner is gone, on the machine that has its folder.
+
+    Without effect on one that has a runner, or has ended.
+    """
+    from mlx_serving.producer.batch.api import Batches
+
+    batches = Batches(read_settings(redis_url))
+    try:
+        batch = batches.run(name) if foreground else batches.resume(name)
+    except KeyboardInterrupt:
+        note("stopped; `mlx-serving batch resume` goes on")
+        raise typer.Exit(EXIT_INTERRUPTED) from None
+    typer.echo(batch.status)
+
+
+def _pairs(texts: list[str]) -> dict[str, str]:
+    pairs = [text.partition("=") for text in texts]
+    wrong = [
+        text for text, (_, equals, ours) in zip(texts, pairs, strict=True) if not equals or not ours
+    ]
+    if wrong:
+        raise typer.BadParameter(f"--model-map takes FOREIGN=OURS, not {wrong[0]!r}")
+    return {foreign: ours for foreign, _, ours in pairs}
+
+
+def _export(path: Path, batch_id: str, output: Path | None) -> None:
+    from mlx_serving.producer.batch.exporting import copy_lines, whole_lines
+
+    lines = whole_lines(path, batch_id)
+    if output is None:
+        for line in lines:
+            sys.stdout.buffer.write(line)
+        sys.stdout.buffer.flush()
+    else:
+        note(f"{copy_lines(lines, output)} lines in {output}")
