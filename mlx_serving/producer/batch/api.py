@@ -70,9 +70,7 @@ class Batches:
         made = self._create(source, folder, chosen)
         with made.lock():
             batch = Runner(made, self._settings).validate(progress)
-        if start and not batch.ended:
-            start_runner(made, self._settings)
-        return batch
+        return self._start(made) if start else batch
 
     def report(self, name: str | None = None) -> Report:
         """Read what its runner said last, from any machine; without a name, of the last one."""
@@ -101,21 +99,17 @@ class Batches:
     def cancel(self, name: str | None = None) -> Batch:
         """Ask its runner, wherever it is, to cancel it; what has finished is kept.
 
-        Where it lies here and has no runner, one is started that winds it up.
+        Where it lies here a runner is started that winds it up, should it have none.
         """
         with Registry(self._settings) as registry:
             report = registry.ask_to_cancel(find_report(name, registry).batch.id)
-        if not (report.batch.ended or report.running) and Path(report.folder).is_dir():
-            start_runner(BatchFolder(Path(report.folder)), self._settings)
+        if report.lies_here:
+            self._start(BatchFolder(Path(report.folder)))
         return report.batch
 
     def resume(self, name: str | None = None) -> Batch:
         """Start a runner for a batch whose own is gone; without effect on one that has its own."""
-        folder = self.folder(name)
-        batch = folder.read().batch
-        if not batch.ended:
-            start_runner(folder, self._settings)
-        return batch
+        return self._start(self.folder(name))
 
     def run(self, name: str | None = None) -> Batch:
         """Run it in this process, to its end.
@@ -144,6 +138,13 @@ class Batches:
         """Find its folder on this machine. Raises BatchNotFound where it lies elsewhere."""
         with Registry(self._settings) as registry:
             return find_folder(name, registry)
+
+    def _start(self, folder: BatchFolder) -> Batch:
+        """Start a runner; one that finds another at work, by the folder's lock, leaves at once."""
+        batch = folder.read().batch
+        if not batch.ended:
+            start_runner(folder, self._settings)
+        return batch
 
     def _create(
         self, source: str | Path | BinaryIO, folder: str | Path | None, options: BatchOptions

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Final
 
 from mlx_serving.common.states import TERMINAL, JobState
 from mlx_serving.producer.batch.objects import LineError
-from mlx_serving.producer.batch.store import CANCELLED_BY_BATCH
+from mlx_serving.producer.batch.store import CANCELLED_BY_BATCH, DEADLINE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -106,7 +106,7 @@ def _error_of(result: GenerationResult, line: int) -> LineError:
     """Why a job did not finish, in the batch's words where the batch itself is the reason."""
     error = result.error
     code, message = (error.code, error.message) if error else (result.state.value, "")
-    if result.state is JobState.EXPIRED and code == "deadline_exceeded":
+    if result.state is JobState.EXPIRED and code == DEADLINE:
         code, message = BATCH_EXPIRED.code, BATCH_EXPIRED.message
     elif result.state is JobState.CANCELLED and CANCELLED_BY_BATCH in {code, message}:
         code, message = BATCH_CANCELLED.code, BATCH_CANCELLED.message

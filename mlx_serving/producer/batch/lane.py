@@ -67,13 +67,13 @@ class Lane:
         ended = self._collector.collect(sweep=sweep)
         return ended + self._feeder.feed(seconds_left)
 
-    def wind_up(self, now_s: float) -> int:
+    def wind_up(self, now_s: float, reason: str) -> int:
         """Cancel what is in flight, once, and collect; returns how many lines ended."""
         if self.cancelled_s == math.inf:
             self._adopt()
             jobs = [flight.job_id for flight in self.window.flights]
             for start in range(0, len(jobs), PAGE_JOBS):
-                self._store.cancel(jobs[start : start + PAGE_JOBS])
+                self._store.cancel(jobs[start : start + PAGE_JOBS], reason)
             self.cancelled_s = now_s
         return self._collector.collect(sweep=True)
 

@@ -35,10 +35,9 @@ def find_folder(name: str | None, registry: Registry) -> BatchFolder:
     if name is not None and (local := _local(Path(name))) is not None:
         return local
     report = find_report(name, registry)
-    folder = Path(report.folder)
-    if not (folder / STATE).is_file():
-        raise BatchNotFound(f"batch {report.batch.id} lies in {folder} on {report.host}")
-    return BatchFolder(folder)
+    if not report.lies_here:
+        raise BatchNotFound(f"batch {report.batch.id} lies in {report.folder} on {report.host}")
+    return BatchFolder(Path(report.folder))
 
 
 def find_report(name: str | None, registry: Registry) -> Report:

@@ -83,7 +83,7 @@ def _chat_choice(choice: ChoiceResult) -> dict[str, Any]:
     return {
         "index": choice.index,
         "message": message,
-        "logprobs": _part(choice, "logprobs"),
+        "logprobs": _logprobs(choice),
         "finish_reason": choice.finish_reason or "stop",
     }
 
@@ -92,7 +92,7 @@ def _text_choice(choice: ChoiceResult) -> dict[str, Any]:
     return {
         "index": choice.index,
         "text": choice.text,
-        "logprobs": _text_logprobs(_part(choice, "logprobs")),
+        "logprobs": _text_logprobs(_logprobs(choice)),
         "finish_reason": choice.finish_reason or "stop",
     }
 
@@ -103,17 +103,36 @@ def _part(choice: ChoiceResult, name: str) -> Any:  # noqa: ANN401 -- whatever t
     return msgspec.to_builtins(value) if value else None
 
 
-def _text_logprobs(logprobs: Any) -> Any:  # noqa: ANN401 -- as above
-    """Chat's form of log probabilities, `{"content": [{token, logprob, …}]}`, as completions'."""
-    content = logprobs.get("content") if isinstance(logprobs, dict) else None
-    if content is None:
-        return logprobs
+def _logprobs(choice: ChoiceResult) -> dict[str, Any] | None:
+    """Log probabilities in the chat API's form, from its form or the bare list of tokens."""
+    value = _part(choice, "logprobs")
+    if value is None:
+        return None
+    content = value if isinstance(value, list) else value.get("content", [])
+    return {"content": [_token(entry) for entry in content], "refusal": None}
+
+
+def _token(entry: dict[str, Any]) -> dict[str, Any]:
+    """One position; results leave out bytes that are the token's own UTF-8, and empty lists."""
+    tops = [_with_bytes(top) for top in entry.get("top_logprobs") or ()]
+    return _with_bytes(entry) | {"top_logprobs": tops}
+
+
+def _with_bytes(entry: dict[str, Any]) -> dict[str, Any]:
+    raw = entry.get("bytes")
+    return entry | {"bytes": list(entry["token"].encode()) if raw is None else raw}
+
+
+def _text_logprobs(logprobs: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Chat's form of log probabilities as completions have it."""
+    if logprobs is None:
+        return None
+    content = logprobs["content"]
     return {
         "tokens": [token["token"] for token in content],
         "token_logprobs": [token["logprob"] for token in content],
         "top_logprobs": [
-            {top["token"]: top["logprob"] for top in token.get("top_logprobs") or ()}
-            for token in content
+            {top["token"]: top["logprob"] for top in token["top_logprobs"]} for token in content
         ],
         "text_offset": _offsets([token["token"] for token in content]),
     }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import socket
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
 import msgspec
@@ -15,6 +16,7 @@ import msgspec
 from mlx_serving.common.connection import connect, resolve
 from mlx_serving.common.errors import BatchNotFound
 from mlx_serving.common.retrying import retry_idempotent, unavailable
+from mlx_serving.producer.batch.folder import STATE
 from mlx_serving.producer.batch.objects import Batch
 from mlx_serving.producer.outage import FAULTS
 
@@ -50,6 +52,11 @@ class Report(msgspec.Struct, kw_only=True):
     def running(self) -> bool:
         """Whether a runner is at work on it."""
         return not (self.batch.ended or self.problem) and self.age_s < ALIVE_SECONDS
+
+    @property
+    def lies_here(self) -> bool:
+        """Whether the batch's folder is on this machine."""
+        return self.host == socket.gethostname() and (Path(self.folder) / STATE).is_file()
 
 
 class Registry:
@@ -105,11 +112,9 @@ class Registry:
 
     def reports(self) -> list[Report]:
         """Last reports on all batches, the one heard of last first."""
-        ids: list[Any] = _answered(
-            lambda: self._redis.zrange(self._keys.batches(), 0, -1, desc=True)
-        )
+        ids: list[Any] = _answered(lambda: self._redis.zrange(self._keys.batches(), 0, -1))
         found = []
-        for batch_id in ids:
+        for batch_id in reversed(ids):
             try:
                 found.append(self.find(batch_id.decode()))
             except BatchNotFound:

@@ -24,6 +24,7 @@ from mlx_serving.producer.batch.lines import LineReader, custom_id_of
 from mlx_serving.producer.batch.objects import LineError
 from mlx_serving.producer.batch.registry import Registry, Report
 from mlx_serving.producer.batch.results import Results
+from mlx_serving.producer.batch.store import CANCELLED_BY_BATCH, DEADLINE
 from mlx_serving.producer.batch.validation import Validation
 
 if TYPE_CHECKING:
@@ -160,7 +161,8 @@ class Runner:
     def _turn_lane(self, lane: Lane, now_s: float, *, sweep: bool) -> int:
         """Turn one lane; one whose Redis is away holds up no other."""
         if self._stop:
-            return self._try(lane.model, lambda: lane.wind_up(now_s), 0)
+            reason = DEADLINE if self._stop == "expired" else CANCELLED_BY_BATCH
+            return self._try(lane.model, lambda: lane.wind_up(now_s, reason), 0)
         return self._try(lane.model, lambda: lane.turn(self._seconds_left, sweep=sweep), 0)
 
     def _try(self, what: str, call: Callable[[], T], otherwise: T) -> T:

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 CANCELLED_BY_BATCH: Final = "cancelled_by_batch"
+DEADLINE: Final = "deadline_exceeded"
+"""Reasons to cancel a job: the second one ends it as expired."""
 
 
 class JobStore:
@@ -52,9 +54,9 @@ class JobStore:
         raw = self._pipelined(lambda pipe: [pipe.hgetall(self._keys.job(i)) for i in job_ids])
         return [self._result(*pair) for pair in zip(job_ids, raw, strict=True)]
 
-    def cancel(self, job_ids: Sequence[str]) -> None:
+    def cancel(self, job_ids: Sequence[str], reason: str) -> None:
         """Cancel each; idempotent."""
-        wanted = [calls.cancel(job_id, CANCELLED_BY_BATCH) for job_id in job_ids]
+        wanted = [calls.cancel(job_id, reason) for job_id in job_ids]
         _answered(lambda: self._protocol.run_many(wanted))
 
     def forget(self, queue: str, job_ids: Sequence[str]) -> None:
