@@ -18,6 +18,7 @@ import time
 from collections import Counter
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,9 +30,10 @@ from mlx_serving.producer.batch.background import encode_settings
 from mlx_serving.tally import TASKS
 from mlx_serving.tally.examples import check as is_right
 from mlx_serving.tally.one_turn import system_turn
-from tests.bulk_files import read_jsonl, text_of, write_lines
+from tests.bulk_files import read_jsonl, simulated_line, text_of, tokens_of, write_lines
 from tests.bulk_runner import PLACES
-from tests.worker_process import ROOT, WorkerProcess
+from tests.figures import show
+from tests.worker_process import ROOT, WorkerProcess, counted
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
 KINDS = ("sort", "spell", "count", "json")
 SYSTEMS = [system_turn(random.Random(n)) for n in range(20)]
 WORKER = "worker"
+SIMULATED_RATE = 200.0  # tokens a second and row
 START_SECONDS = 60.0
 LIMIT_SECONDS = 1500.0
 MOST_ANSWER_CHARS = 60
@@ -73,6 +76,26 @@ class Report:
             f"{self.torn_bytes}; runner RSS {rss[-1] if rss else 0} KiB at the end, "
             f"{self.rss_growth:+.1%} over the second half; problems: {self.problems or 'none'}"
         )
+
+
+@dataclass(frozen=True)
+class Work:
+    """A line, and whether a text is the right answer to it."""
+
+    request: dict[str, Any]
+    is_right: Callable[[str], bool]
+
+
+def works(count: int, seed: int, *, simulated: bool) -> list[Work]:
+    if simulated:
+        return [
+            Work(simulated_line(i), lambda text, i=i: text == counted(tokens_of(i)))  # type: ignore[misc]
+            for i in range(count)
+        ]
+    return [
+        Work(request(i, example), partial(is_right, example))
+        for i, example in enumerate(examples(count, seed))
+    ]
 
 
 def examples(count: int, seed: int) -> list[Example]:
@@ -139,17 +162,17 @@ class Keeper:
 
 
 class Workers:
-    """Keeps two workers alive."""
+    """Keeps two workers alive; with a rate they are simulated."""
 
-    def __init__(self, url: str, rows: int) -> None:
-        self._url, self._rows = url, rows
+    def __init__(self, url: str, rows: int, rate: float | None) -> None:
+        self._url, self._rows, self._rate = url, rows, rate
         self._generation = 0
         self.alive = [self._start() for _ in range(2)]
 
     def _start(self) -> WorkerProcess:
         self._generation += 1
         name = f"bulk-{self._generation}"
-        return WorkerProcess(self._url, name, None, max_batch_rows=self._rows)
+        return WorkerProcess(self._url, name, self._rate, max_batch_rows=self._rows)
 
     def kill(self, index: int) -> None:
         old = self.alive[index].serving()
@@ -177,16 +200,19 @@ def run(
     *,
     seed: int = 1,
     small: bool = False,
+    simulated: bool = False,
     say: Callable[[str], None] = lambda _: None,
 ) -> Report:
     """Run it all in a folder and a Redis of its own; `small` windows suit few lines."""
-    report, asked = Report(lines), examples(lines, seed)
-    options = {"depth": 32, "in_flight": 64} if small else {"depth": 128, "in_flight": 512}
+    report, asked = Report(lines), works(lines, seed, simulated=simulated)
+    options: dict[str, Any] = (
+        {"depth": 32, "in_flight": 64} if small else {"depth": 128, "in_flight": 512}
+    )
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bulk-")))
         server = stack.enter_context(LocalRedis(appendonly="always"))
-        path = write_lines(scratch / "in.jsonl", [request(*pair) for pair in enumerate(asked)])
-        workers = Workers(server.url, rows=16 if small else 32)
+        path = write_lines(scratch / "in.jsonl", [work.request for work in asked])
+        workers = Workers(server.url, 16 if small else 32, SIMULATED_RATE if simulated else None)
         stack.callback(workers.close)
         batches = Batches(load_settings(redis_url=server.url))
         began = time.monotonic()
@@ -199,6 +225,8 @@ def run(
         began = time.monotonic()
         Torment(report, batches, batch.id, keeper, workers, say).go(plan(kills, seed))
         report.seconds = time.monotonic() - began
+        if keeper.deaths != report.kills.total() - report.kills[WORKER]:
+            report.problems.append(f"the runner died {keeper.deaths} times")
         _audit(report, batches, batch.id, asked)
         _log(report, scratch / "runner.log")
     return report
@@ -230,7 +258,8 @@ class Torment:
                 said = time.monotonic()
                 if rss := self.keeper.rss_kib():
                     self.report.rss_kib.append((share, rss))
-                self.say(f"{share:6.1%}  {dict(self.report.kills)}")
+                if len(self.report.rss_kib) % 10 == 0:
+                    self.say(f"{share:6.1%}  {dict(self.report.kills)}")
             if kills and share >= kills[0][0] and not self.keeper.trap.exists():
                 self._kill(kills.pop(0)[1])
         self.report.problems.append(f"not over within {LIMIT_SECONDS} s")
@@ -243,7 +272,7 @@ class Torment:
             self.keeper.trap.write_text(what)
 
 
-def _audit(report: Report, batches: Batches, batch_id: str, asked: list[Example]) -> None:
+def _audit(report: Report, batches: Batches, batch_id: str, asked: list[Work]) -> None:
     folder = batches.folder(batch_id)
     lines = read_jsonl(folder.output)
     ids = Counter(line["custom_id"] for line in lines)
@@ -251,9 +280,9 @@ def _audit(report: Report, batches: Batches, batch_id: str, asked: list[Example]
     report.problems += [f"r-{i} is missing" for i in range(len(asked)) if f"r-{i}" not in ids]
     report.problems += [f"{line} failed" for line in read_jsonl(folder.errors)]
     for line in lines:
-        example = asked[int(line["custom_id"][2:])]
-        if not is_right(example, text_of(line)):
-            told = json.dumps([example.messages, text_of(line)])
+        work = asked[int(line["custom_id"][2:])]
+        if not work.is_right(text_of(line)):
+            told = json.dumps([work.request["body"]["messages"], text_of(line)])
             report.problems.append(f"{line['custom_id']} is wrong: {told}")
     batch = batches.status(batch_id)
     if (batch.status, batch.request_counts.completed) != ("completed", len(asked)):
@@ -270,8 +299,9 @@ def main() -> int:
     parser.add_argument("--lines", type=int, default=10_000)
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--simulated", action="store_true", help="an engine that only counts")
     given = parser.parse_args()
-    report = run(given.lines, given.kills, seed=given.seed, say=show)
+    report = run(given.lines, given.kills, seed=given.seed, simulated=given.simulated, say=show)
     show(str(report))
     return 1 if report.problems or report.rss_growth >= 0.05 else 0
 

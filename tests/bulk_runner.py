@@ -89,11 +89,11 @@ def install(trap: Trap) -> None:
             trap.spring()
         forget(store, queue, job_ids)
 
-    Client.submit_many = submitting  # type: ignore[method-assign]
-    ResultFile.append = appending  # type: ignore[method-assign]
-    results.Results.sync = syncing  # type: ignore[method-assign]
+    setattr(Client, "submit_many", submitting)  # noqa: B010 -- mypy takes no assignment to a method
+    setattr(ResultFile, "append", appending)  # noqa: B010
+    setattr(results.Results, "sync", syncing)  # noqa: B010
+    setattr(JobStore, "forget", forgetting)  # noqa: B010
     folder.replace = replacing
-    JobStore.forget = forgetting  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

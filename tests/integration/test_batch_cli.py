@@ -16,11 +16,11 @@ from tests.bulk_files import check_simulated, read_jsonl, simulated_line, write_
 from tests.worker_process import WorkerProcess
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
     from pathlib import Path
 
     import redis
-    from click.testing import Result
+    from typer.testing import Result
 
     from mlx_serving.common.local_redis import LocalRedis
 
@@ -28,15 +28,15 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture
-def run(local_redis: LocalRedis, redis_client: redis.Redis) -> Iterator[Run]:
+def run(local_redis: LocalRedis, redis_client: redis.Redis) -> Run:
     def invoke(*words: Any, exit_code: int = 0, stdin: str | None = None) -> Result:
         command = ["batch", *map(str, words), "--redis-url", local_redis.url]
         result = CliRunner().invoke(app, command, input=stdin)
         assert result.exit_code == exit_code, (result.stdout, result.stderr, result.exception)
         return result
 
-    yield invoke
-    redis_client.flushall()
+    del redis_client
+    return invoke
 
 
 def test_submit_watch_results_and_errors(run: Run, local_redis: LocalRedis, tmp_path: Path) -> None:

@@ -80,8 +80,8 @@ class TestOpenAI:
         assert good(openai_line(**none)).ignored == ()
 
     def test_nulls_and_an_sdks_empty_fields_say_nothing(self) -> None:
-        empty = {"refusal": None, "annotations": [], "tool_calls": None, "audio": None}
-        turn: dict[str, Any] = {"role": "assistant", "content": "3", **empty}
+        turn: dict[str, Any] = {"role": "assistant", "content": "3", "refusal": None}
+        turn |= {"annotations": [], "tool_calls": None, "audio": None}
         line = openai_line(messages=[*MESSAGES, turn, *MESSAGES], logit_bias=None, tools=None)
         assert len(good(line).job.messages or ()) == 3
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
 
 import typer
 
+from mlx_serving.cli.batch import options
 from mlx_serving.cli.console import (
     EXIT_ERROR,
     EXIT_INTERRUPTED,
@@ -25,52 +25,22 @@ app = typer.Typer(
     help="Bulk files in the OpenAI Batch format: drop one in the evening, read results.",
 )
 
-Name = Annotated[
-    str | None,
-    typer.Argument(help="Id, folder or input file of a batch; without it, the last one."),
-]
-Output = Annotated[
-    Path | None, typer.Option("--output", "-o", help="Write to this file; without it, stdout.")
-]
-
 
 @app.command()
 def submit(  # noqa: PLR0913, PLR0917 -- each is an option of the command line
-    file: Annotated[str, typer.Argument(help="Requests, one a line; - reads standard input.")],
-    model: Annotated[
-        str | None, typer.Option("--model", "-m", help="Model of lines that name none.")
-    ] = None,
-    model_map: Annotated[
-        list[str] | None,
-        typer.Option(help="FOREIGN=OURS: what a line calls FOREIGN runs on OURS. Repeatable."),
-    ] = None,
-    max_tokens: Annotated[
-        int | None, typer.Option(help="Most tokens to decode, for lines that do not say.")
-    ] = None,
-    temperature: Annotated[
-        float | None, typer.Option(help="Temperature, for lines that do not say.")
-    ] = None,
-    raw: Annotated[
-        bool, typer.Option("--raw", help="Plain prompts go on as they are: no chat template.")
-    ] = False,
-    order: Annotated[
-        Literal["prefix", "file"],
-        typer.Option(help="prefix: lines that begin alike follow each other. file: as they stand."),
-    ] = "prefix",
-    completion_window: Annotated[
-        str, typer.Option(help="After so long (24h, 90m, 2d) what has not finished expires.")
-    ] = "24h",
-    strict: Annotated[
-        bool, typer.Option("--strict", help="Run nothing where any line is wrong.")
-    ] = False,
-    depth: Annotated[int, typer.Option(help="Lines a model to keep waiting in its queue.")] = 512,
-    in_flight: Annotated[int, typer.Option(help="Most lines a model in Redis at once.")] = 8192,
-    folder: Annotated[
-        Path | None, typer.Option(help="Where state and results go; else beside the file.")
-    ] = None,
-    wait: Annotated[
-        bool, typer.Option("--wait", help="Watch it to its end; Ctrl-C leaves it running.")
-    ] = False,
+    file: options.Requests,
+    model: options.LineModel = None,
+    model_map: options.ModelMap = None,
+    max_tokens: options.MaxTokens = None,
+    temperature: options.Temperature = None,
+    raw: options.Raw = False,
+    order: options.Order = "prefix",
+    completion_window: options.CompletionWindow = "24h",
+    strict: options.Strict = False,
+    depth: options.Depth = 512,
+    in_flight: options.InFlight = 8192,
+    folder: options.Folder = None,
+    wait: options.Wait = False,
     as_json: AsJson = False,
     redis_url: RedisUrl = None,
 ) -> None:
@@ -88,7 +58,7 @@ def submit(  # noqa: PLR0913, PLR0917 -- each is an option of the command line
     with Reading() as reading:
         batch = batches.submit(
             sys.stdin.buffer if file == STDIN else file, folder=folder, progress=reading.show,
-            model=model, model_map=_pairs(model_map or []), max_tokens=max_tokens,
+            model=model, model_map=options.model_map(model_map), max_tokens=max_tokens,
             temperature=temperature, raw=raw, order=order, completion_window=completion_window,
             strict=strict, depth=depth, in_flight=in_flight,
         )  # fmt: skip
@@ -104,7 +74,7 @@ def submit(  # noqa: PLR0913, PLR0917 -- each is an option of the command line
 
 
 @app.command()
-def status(name: Name = None, as_json: AsJson = False, redis_url: RedisUrl = None) -> None:
+def status(name: options.Name = None, as_json: AsJson = False, redis_url: RedisUrl = None) -> None:
     """Show a batch, from any machine that reaches Redis."""
     from mlx_serving.cli.batch.view import report_rows
     from mlx_serving.producer.batch.api import Batches
@@ -135,7 +105,7 @@ def list_(as_json: AsJson = False, redis_url: RedisUrl = None) -> None:
 
 
 @app.command()
-def watch(name: Name = None, redis_url: RedisUrl = None) -> None:
+def watch(name: options.Name = None, redis_url: RedisUrl = None) -> None:
     """Follow a batch: progress, rate, time left, failures. Ctrl-C stops only the watching.
 
     Exit status: 0 where the batch completed, else 1.
@@ -150,7 +120,9 @@ def watch(name: Name = None, redis_url: RedisUrl = None) -> None:
 
 
 @app.command()
-def results(name: Name = None, output: Output = None, redis_url: RedisUrl = None) -> None:
+def results(
+    name: options.Name = None, output: options.Output = None, redis_url: RedisUrl = None
+) -> None:
     """Write the output lines, also of a batch that still runs: whole lines, each once."""
     from mlx_serving.producer.batch.api import Batches
 
@@ -164,7 +136,10 @@ def results(name: Name = None, output: Output = None, redis_url: RedisUrl = None
 
 @app.command()
 def errors(
-    name: Name = None, output: Output = None, as_json: AsJson = False, redis_url: RedisUrl = None
+    name: options.Name = None,
+    output: options.Output = None,
+    as_json: AsJson = False,
+    redis_url: RedisUrl = None,
 ) -> None:
     """Show the lines that failed or were refused: line, field and reason."""
     from mlx_serving.producer.batch.api import Batches
@@ -183,7 +158,7 @@ def errors(
 
 
 @app.command()
-def cancel(name: Name = None, redis_url: RedisUrl = None) -> None:
+def cancel(name: options.Name = None, redis_url: RedisUrl = None) -> None:
     """Cancel a batch, from any machine; what has finished is kept."""
     from mlx_serving.producer.batch.api import Batches
 
@@ -193,10 +168,8 @@ def cancel(name: Name = None, redis_url: RedisUrl = None) -> None:
 
 @app.command()
 def resume(
-    name: Name = None,
-    foreground: Annotated[
-        bool, typer.Option("--foreground", help="Run it in this process, for service managers.")
-    ] = False,
+    name: options.Name = None,
+    foreground: options.Foreground = False,
     redis_url: RedisUrl = None,
 ) -> None:
     """Go on with a batch whose runner is gone, on the machine that has its folder.
@@ -212,16 +185,6 @@ def resume(
         note("stopped; `mlx-serving batch resume` goes on")
         raise typer.Exit(EXIT_INTERRUPTED) from None
     typer.echo(batch.status)
-
-
-def _pairs(texts: list[str]) -> dict[str, str]:
-    pairs = [text.partition("=") for text in texts]
-    wrong = [
-        text for text, (_, equals, ours) in zip(texts, pairs, strict=True) if not equals or not ours
-    ]
-    if wrong:
-        raise typer.BadParameter(f"--model-map takes FOREIGN=OURS, not {wrong[0]!r}")
-    return {foreign: ours for foreign, _, ours in pairs}
 
 
 def _export(path: Path, batch_id: str, output: Path | None) -> None:

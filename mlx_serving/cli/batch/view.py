@@ -7,9 +7,8 @@ import time
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final, Self
 
-import typer
-
 from mlx_serving.cli.console import note
+from mlx_serving.common.errors import QueueUnavailable
 from mlx_serving.producer.batch.objects import Batch
 from mlx_serving.producer.batch.registry import ALIVE_SECONDS, Report
 
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
 
 REFRESH_SECONDS: Final = 0.5
 LINE_SECONDS: Final = 10.0  # between two lines where there is no terminal
+AWAY_SECONDS: Final = 2.0  # between two tries where Redis is away
 RATE_SECONDS: Final = 30.0  # over which the rate is measured
 SHOWN_ERRORS: Final = 5
 
@@ -122,7 +122,21 @@ class Pace:
 
 def watch_batch(batches: Batches, batch_id: str) -> Batch:
     """Show a batch's progress until its end; a bar on a terminal, lines elsewhere."""
-    return _Bar().run(batches, batch_id) if sys.stderr.isatty() else _watch_lines(batches, batch_id)
+    pace = Pace()
+    with _Bar() if sys.stderr.isatty() else _Lines() as shown:
+        while True:
+            try:
+                report = batches.report(batch_id)
+            except QueueUnavailable as error:  # the runner waits for Redis too
+                shown.say(" ".join(str(error).split()))
+                time.sleep(AWAY_SECONDS)
+                continue
+            counts = report.batch.request_counts
+            pace.mark(time.monotonic(), counts.completed + counts.failed)
+            shown.show(report, _text(report, pace))
+            if report.batch.ended:
+                return report.batch
+            time.sleep(REFRESH_SECONDS)
 
 
 def _text(report: Report, pace: Pace) -> str:
@@ -151,22 +165,32 @@ def _hints(report: Report) -> list[str]:
     return []
 
 
-def _watch_lines(batches: Batches, batch_id: str) -> Batch:
-    pace, said_s = Pace(), 0.0
-    while True:
-        report, now_s = batches.report(batch_id), time.monotonic()
-        counts = report.batch.request_counts
-        pace.mark(now_s, counts.completed + counts.failed)
-        if report.batch.ended or now_s - said_s >= LINE_SECONDS:
-            said_s = now_s
-            typer.echo(_text(report, pace), err=True)
+class _Lines:
+    """A line every ten seconds, and one at the end."""
+
+    def __enter__(self) -> Self:
+        self._said_s = -LINE_SECONDS
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def show(self, report: Report, text: str) -> None:
+        """Say how it stands."""
         if report.batch.ended:
-            return report.batch
-        time.sleep(REFRESH_SECONDS)
+            note(text)
+        else:
+            self.say(text)
+
+    def say(self, text: str) -> None:
+        """Say something, unless something was said a moment ago."""
+        if time.monotonic() - self._said_s >= LINE_SECONDS:
+            self._said_s = time.monotonic()
+            note(text)
 
 
 class _Bar:
-    """A progress bar of rich's, fed with what the runner says."""
+    """A progress bar of rich's."""
 
     def __init__(self) -> None:
         from rich.console import Console
@@ -178,23 +202,28 @@ class _Bar:
             TextColumn("{task.description}", markup=False),
             console=Console(stderr=True),
         )
+        self._task = self._progress.add_task("")
 
-    def run(self, batches: Batches, batch_id: str) -> Batch:
-        """Show it to its end."""
-        pace = Pace()
-        with self._progress as progress:
-            task = progress.add_task("")
-            while True:
-                report = batches.report(batch_id)
-                counts = report.batch.request_counts
-                ended = counts.completed + counts.failed
-                pace.mark(time.monotonic(), ended)
-                progress.update(
-                    task, total=counts.total or 1, completed=ended, description=_text(report, pace)
-                )
-                if report.batch.ended:
-                    return report.batch
-                time.sleep(REFRESH_SECONDS)
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def show(self, report: Report, text: str) -> None:
+        """Say how it stands."""
+        counts = report.batch.request_counts
+        self._progress.update(
+            self._task,
+            total=counts.total or 1,
+            completed=counts.completed + counts.failed,
+            description=text,
+        )
+
+    def say(self, text: str) -> None:
+        """Say something beside the bar."""
+        self._progress.update(self._task, description=text)
 
 
 def _time(seconds: int | None) -> str | None:

@@ -25,8 +25,9 @@ def main() -> int:
             return 0
         try:
             batch = Runner(folder, settings).run()
-        except MlxServingError as error:
-            structlog.get_logger(__name__).error("batch_stopped", code=error.code, error=str(error))
+        except (MlxServingError, OSError) as error:
+            kind = getattr(error, "code", type(error).__name__)
+            structlog.get_logger(__name__).error("batch_stopped", code=kind, error=str(error))
             return 1
     structlog.get_logger(__name__).info("batch_ended", batch=batch.id, status=batch.status)
     return 0

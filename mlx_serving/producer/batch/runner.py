@@ -79,7 +79,7 @@ class Runner:
                     self._validate(progress)
                 if not self._batch.ended:
                     self._run(stack)
-            except InvalidBatch as error:
+            except (InvalidBatch, OSError) as error:  # OSError: a full disk
                 self._tell(str(error))
                 raise
         return self._batch
