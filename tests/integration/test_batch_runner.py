@@ -12,6 +12,8 @@ from mlx_serving.common.local_redis import LocalRedis
 from mlx_serving.common.settings import load_settings
 from mlx_serving.producer.batch import runner as runner_module
 from mlx_serving.producer.batch.api import Batches
+from mlx_serving.producer.batch.objects import LineError
+from mlx_serving.producer.batch.results import Results
 from tests.bulk_driver import (
     QUEUE,
     errors,
@@ -108,6 +110,37 @@ class TestRun:
         (error,) = errors(batches, batch)
         assert error["error"]["code"] == "cancelled"
         assert error["mlx_serving"]["job"] == first
+
+    def test_keys_that_somebody_mangled_stop_nobody(
+        self, batches: Batches, redis_client: redis.Redis, local_redis: LocalRedis, tmp_path: Path
+    ) -> None:
+        batch = submitted(batches, tmp_path, 6, order="file")
+        with running(batches, batch):
+            wait_until(lambda: redis_client.llen(f"rq:queue:{QUEUE}") == 6)
+            ids: list[Any] = redis_client.lrange(f"rq:queue:{QUEUE}", 0, -1)
+            first, second, third = (raw.decode() for raw in ids[:3])
+            redis_client.set(f"mlxs:job:{first}", "rubbish", ex=60)
+            redis_client.hset(f"mlxs:job:{second}", "seq", "rubbish")
+            redis_client.set(f"mlxs:ev:{third}", "rubbish", ex=60)
+            with InProcessWorker(local_redis.url, rate=1000):
+                batches.wait(batch.id, timeout=20)
+        codes = {line["custom_id"]: line["error"]["code"] for line in errors(batches, batch)}
+        assert (codes["r-1"], codes["r-2"]) == ("corrupt_job", "corrupt_job")
+        ended = [line["custom_id"] for line in output(batches, batch)]
+        assert {"r-4", "r-5", "r-6"} <= set(ended)
+        assert sorted([*ended, *codes]) == [f"r-{i}" for i in range(1, 7)]
+
+    def test_a_new_runner_submits_only_what_has_not_ended(
+        self, batches: Batches, redis_client: redis.Redis, tmp_path: Path
+    ) -> None:
+        batch = submitted(batches, tmp_path, 30)
+        results = Results(batches.folder(batch.id), batch.id)
+        for line in range(5, 15):
+            results.failed_line(line, f"r-{line}", LineError(code="c", message="m", line=line))
+        results.close()
+        with running(batches, batch):
+            wait_until(lambda: redis_client.llen(f"rq:queue:{QUEUE}") == 20)
+            batches.cancel(batch.id)
 
     def test_standard_input_is_copied(
         self, batches: Batches, local_redis: LocalRedis, tmp_path: Path

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 REFRESH_SECONDS: Final = 0.5
 LINE_SECONDS: Final = 10.0  # between two lines where there is no terminal
 AWAY_SECONDS: Final = 2.0  # between two tries where Redis is away
+IDLE_SECONDS: Final = 15.0  # in which a worker should have taken the first lines
 RATE_SECONDS: Final = 30.0  # over which the rate is measured
 SHOWN_ERRORS: Final = 5
 
@@ -160,8 +161,9 @@ def _hints(report: Report) -> list[str]:
     if not report.running:
         resume = f"`mlx-serving batch resume` on {report.host}"
         return [f"not heard of for {report.age_s:.0f} s (over {ALIVE_SECONDS:.0f}): {resume}"]
-    if report.in_flight and report.waiting == report.in_flight:
-        return ["no worker has taken any of these"]
+    since_s = report.at_ms / 1000 - (report.batch.in_progress_at or 0)
+    if report.in_flight and report.waiting == report.in_flight and since_s > IDLE_SECONDS:
+        return ["no worker takes any of these"]
     return []
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
+from redis.exceptions import ResponseError
+
 from mlx_serving.common import calls, results
 from mlx_serving.common.connection import connect
 from mlx_serving.common.errors import CorruptEvent, CorruptJob
@@ -45,9 +47,12 @@ class JobStore:
         self._redis.close()
 
     def states(self, job_ids: Sequence[str]) -> list[str | None]:
-        """State of each job in its own words; None where there is no such job."""
+        """State of each job in its own words; None where there is no such job.
+
+        A key that holds something else counts as failed: `results` says why.
+        """
         found = self._pipelined(lambda pipe: [pipe.hget(self._keys.job(i), "st") for i in job_ids])
-        return [None if state is None else state.decode(errors="replace") for state in found]
+        return [_state(state) for state in found]
 
     def results(self, job_ids: Sequence[str]) -> list[GenerationResult | None]:
         """Result record of each ended job; None where the job is gone."""
@@ -73,6 +78,7 @@ class JobStore:
 
     def _result(self, job_id: str, raw: Any) -> GenerationResult | None:  # noqa: ANN401 -- redis-py's union
         try:
+            _check(job_id, raw)
             record = parse_record(job_id, raw)
             return None if record is None else self._read(record)
         except (CorruptJob, CorruptEvent) as error:
@@ -82,18 +88,42 @@ class JobStore:
     def _read(self, record: JobRecord) -> GenerationResult:
         if record.result:
             return results.decode_result(record.result)
-        payloads = _answered(lambda: self._protocol.read_events(record.job_id))
+        key = self._keys.events(record.job_id)
+        (entries,) = self._pipelined(lambda pipe: pipe.xrange(key, "-", "+"))
+        _check(record.job_id, entries)
         timings = Timings(record.enqueued_ms or None, finished_ms=record.finished_ms or None)
-        events = map(decode, payloads)
+        events = map(decode, calls.payloads(entries))
         return results.assemble(record.job_id, events, state=record.state, timings=timings)
 
     def _pipelined(self, send: Callable[[Any], object]) -> list[Any]:
+        """One round trip; a key of another type answers with its error, and stops no other."""
+
         def run() -> list[Any]:
             with self._redis.pipeline(transaction=False) as pipe:
                 send(pipe)
-                return pipe.execute()
+                answers = pipe.execute(raise_on_error=False)
+            for answer in answers:
+                if isinstance(answer, Exception) and not _is_foreign(answer):
+                    raise answer
+            return answers
 
         return _answered(run)
+
+
+def _is_foreign(answer: object) -> bool:
+    """Whether Redis said that a key holds something of another type."""
+    return isinstance(answer, ResponseError) and str(answer).startswith("WRONGTYPE")
+
+
+def _state(answer: Any) -> str | None:  # noqa: ANN401 -- redis-py's union
+    if _is_foreign(answer):
+        return JobState.FAILED.value
+    return None if answer is None else str(answer.decode(errors="replace"))
+
+
+def _check(job_id: str, answer: object) -> None:
+    if _is_foreign(answer):
+        raise CorruptJob(f"what Redis holds under job {job_id!r} can't be read")
 
 
 def _answered(call: Callable[[], T]) -> T:
