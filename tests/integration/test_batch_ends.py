@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -10,8 +11,11 @@ import pytest
 
 from mlx_serving import AsyncClient, BatchNotFound, Client, QueueUnavailable
 from mlx_serving.common.keys import Keys
+from mlx_serving.common.local_redis import LocalRedis
 from mlx_serving.common.settings import load_settings
+from mlx_serving.producer.batch import runner as runner_module
 from mlx_serving.producer.batch.api import Batches
+from mlx_serving.producer.batch.runner import Runner
 from tests.bulk_driver import (
     QUEUE,
     errors,
@@ -32,7 +36,6 @@ if TYPE_CHECKING:
 
     import redis
 
-    from mlx_serving.common.local_redis import LocalRedis
     from mlx_serving.common.settings import Settings
 
 
@@ -76,6 +79,40 @@ class TestEnds:
             batch = batches.run(batch.id)
         assert (batch.status, batch.request_counts.completed) == ("expired", 50)
         assert {e["error"]["code"] for e in errors(batches, batch)} == {"batch_expired"}
+
+    def test_what_finished_before_the_expiry_is_kept_while_redis_is_away(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(runner_module, "AWAY_SECONDS", 0.1)
+        with LocalRedis(appendonly="always") as server, server.client() as client:
+            batches = Batches(load_settings(redis_url=server.url))
+            batch = submitted(batches, tmp_path, 30, completion_window="3s", in_flight=20)
+            folder = batches.folder(batch.id)
+            with InProcessWorker(server.url, rate=1000):
+                run_and_crash(batches, batch, 1)
+                wait_until(lambda: client.zcard(f"rq:finished:{QUEUE}") == 20)
+            server.kill()
+            wait_until(lambda: time.time() > (batch.expires_at or 0))
+            ended: list[Any] = []
+            runner = Runner(folder, load_settings(redis_url=server.url))
+            thread = threading.Thread(target=lambda: ended.append(runner.run()))
+            thread.start()
+            time.sleep(1)
+            assert not ended
+            server.start()
+            thread.join(20)
+        assert (ended[0].status, ended[0].request_counts.completed) == ("expired", 20)
+
+    def test_the_end_is_told_again_where_redis_missed_it(
+        self, batches: Batches, redis_client: redis.Redis, tmp_path: Path
+    ) -> None:
+        batch = submitted(batches, tmp_path, 3)
+        folder = batches.folder(batch.id).path
+        with running(batches, batch):
+            batches.cancel(batch.id)
+        redis_client.flushall()
+        assert batches.resume(str(folder)).status == "cancelled"
+        assert batches.status(batch.id).status == "cancelled"
 
     def test_cancel_keeps_what_finished_and_ends_the_rest(
         self, batches: Batches, redis_client: redis.Redis, local_redis: LocalRedis, tmp_path: Path

@@ -108,7 +108,10 @@ class Batches:
         return report.batch
 
     def resume(self, name: str | None = None) -> Batch:
-        """Start a runner for a batch whose own is gone; without effect on one that has its own."""
+        """Start a runner for a batch whose own is gone; without effect on one that has its own.
+
+        Of one that has ended, Redis is told again: its runner may not have reached it.
+        """
         return self._start(self.folder(name))
 
     def run(self, name: str | None = None) -> Batch:
@@ -144,6 +147,9 @@ class Batches:
         batch = folder.read().batch
         if not batch.ended:
             start_runner(folder, self._settings)
+            return batch
+        with Registry(self._settings) as registry:
+            registry.tell(Report(batch=batch, folder=str(folder.path)))
         return batch
 
     def _create(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from mlx_serving.common.jobs import queue_name
 from mlx_serving.producer.batch.collector import PAGE_JOBS, Collector
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from mlx_serving.producer.batch.index import Place
     from mlx_serving.producer.batch.lines import LineReader
     from mlx_serving.producer.batch.results import Results
+
+GRACE_SECONDS: Final = 15.0  # for running jobs to end once they are cancelled
 
 
 class Lane:
@@ -55,7 +57,8 @@ class Lane:
             self._client, reader, source, self._open_places(), self.window, results
         )
         self._collector = Collector(self._store, self.window, results, self._feeder.again)
-        self.cancelled_s = math.inf  # monotonic time at which its jobs were cancelled
+        self._cancelled_s = math.inf  # monotonic time at which its jobs were cancelled
+        self.wound_up = False
 
     @property
     def over(self) -> bool:
@@ -68,14 +71,19 @@ class Lane:
         return ended + self._feeder.feed(seconds_left)
 
     def wind_up(self, now_s: float, reason: str) -> int:
-        """Cancel what is in flight, once, and collect; returns how many lines ended."""
-        if self.cancelled_s == math.inf:
+        """Cancel what is in flight, once, and collect; returns how many lines ended.
+
+        `wound_up` says whether that was all: nothing is in flight any more, or it had its time.
+        """
+        if self._cancelled_s == math.inf:
             self._adopt()
             jobs = [flight.job_id for flight in self.window.flights]
             for start in range(0, len(jobs), PAGE_JOBS):
                 self._store.cancel(jobs[start : start + PAGE_JOBS], reason)
-            self.cancelled_s = now_s
-        return self._collector.collect(sweep=True)
+            self._cancelled_s = now_s
+        ended = self._collector.collect(sweep=True)
+        self.wound_up = not self.window or now_s - self._cancelled_s > GRACE_SECONDS
+        return ended
 
     def _open_places(self) -> Iterator[Place]:
         """Lines that have not ended, in their order."""

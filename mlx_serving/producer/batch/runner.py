@@ -38,7 +38,6 @@ T = TypeVar("T")
 
 SYNC_SECONDS: Final = 1.0  # between two writes to disk; what is not written is collected again
 SWEEP_SECONDS: Final = 5.0  # between two looks at all that is in flight
-GRACE_SECONDS: Final = 15.0  # for running jobs to end once they are cancelled
 AWAY_SECONDS: Final = 1.0  # between two tries where Redis is away
 SHORTEST_PAUSE: Final = 0.1  # between two looks; half of a window's depth lasts longer than that
 LONGEST_PAUSE: Final = 0.5
@@ -183,10 +182,7 @@ class Runner:
 
     @property
     def _over(self) -> bool:
-        if not self._stop:
-            return all(lane.over for lane in self._lanes)
-        late_s = time.monotonic() - GRACE_SECONDS
-        return all(not lane.window or lane.cancelled_s < late_s for lane in self._lanes)
+        return all(lane.wound_up if self._stop else lane.over for lane in self._lanes)
 
     def _look_for_a_stop(self) -> None:
         if self._stop:
