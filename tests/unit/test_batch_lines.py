@@ -4,10 +4,13 @@ import json
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mlx_serving.common.errors import InvalidBatch
 from mlx_serving.common.job_checks import UNSUPPORTED
-from mlx_serving.producer.batch.body import IGNORED
+from mlx_serving.common.jobs import GenerationJob
+from mlx_serving.producer.batch.body import IGNORED, NEUTRAL
 from mlx_serving.producer.batch.lines import BadLine, LineReader, Request, custom_id_of
 from mlx_serving.producer.batch.objects import CHAT, COMPLETIONS
 from mlx_serving.producer.batch.options import BatchOptions
@@ -132,6 +135,34 @@ class TestOpenAI:
         found = read(openai_line(messages=[{"role": "user", "content": ["SECRET"]}]))
         assert isinstance(found, BadLine)
         assert "SECRET" not in str(found.errors)
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner),
+    max_leaves=8,
+)
+NAMES = st.sampled_from(
+    [*GenerationJob.model_fields, *IGNORED, *NEUTRAL, "role", "content", "prompt"]
+)
+
+
+class TestAnything:
+    @given(st.fixed_dictionaries({}, optional=dict.fromkeys(
+        ("custom_id", "method", "url", "prompt", "body"), VALUES)))  # fmt: skip
+    def test_no_line_raises(self, line: Any) -> None:
+        assert isinstance(read(line), Request | BadLine)
+
+    @given(st.dictionaries(NAMES, VALUES, max_size=5), st.sampled_from([CHAT, COMPLETIONS]))
+    def test_no_body_raises_and_a_bad_one_is_named(self, fields: Any, url: str) -> None:
+        line = {"custom_id": "a", "method": "POST", "url": url, "body": fields}
+        found = read(line, model="tally")
+        if isinstance(found, BadLine):
+            assert all(str(error.param).startswith("body") for error in found.errors)
+
+    @given(st.binary(max_size=40))
+    def test_no_bytes_raise(self, raw: bytes) -> None:
+        assert isinstance(read(raw), Request | BadLine)
 
 
 class TestPlainPrompts:

@@ -7,7 +7,7 @@ import time
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final, Self
 
-from mlx_serving.cli.console import note
+from mlx_serving.cli.console import harmless, note
 from mlx_serving.common.errors import QueueUnavailable
 from mlx_serving.producer.batch.objects import Batch
 from mlx_serving.producer.batch.registry import ALIVE_SECONDS, Report
@@ -60,7 +60,8 @@ def describe(state: BatchState, *, known: set[str]) -> None:
     shown = (batch.errors.data if batch.errors else [])[:SHOWN_ERRORS]
     for error in shown:
         where = f"line {error.line}: " if error.line else ""
-        note(f"  {where}{error.param + ': ' if error.param else ''}{error.message}")
+        param = f"{error.param}: " if error.param else ""
+        note(f"  {where}{harmless(param + error.message)}")
     if counts.failed > len(shown):
         note("  … all of them: mlx-serving batch errors")
     if not batch.ended:

@@ -85,6 +85,18 @@ class Lane:
         self.wound_up = not self.window or now_s - self._cancelled_s > GRACE_SECONDS
         return ended
 
+    def forget(self) -> None:
+        """Delete the jobs whose results are on disk."""
+        jobs = self._collector.collected
+        while jobs:
+            self._store.forget(self._queue, jobs[:PAGE_JOBS])
+            del jobs[:PAGE_JOBS]
+
+    def close(self) -> None:
+        """Close the connections; jobs in flight go on."""
+        self._client.close()
+        self._store.close()
+
     def _open_places(self) -> Iterator[Place]:
         """Lines that have not ended, in their order."""
         places = read_places(self._index, self._section.first, self._section.count)
@@ -101,15 +113,3 @@ class Lane:
             states = self._store.states([self._reader.job_id(place.line) for place in page])
             there = [place for place, state in zip(page, states, strict=True) if state is not None]
             self.window.add(self._feeder.flight(place) for place in there)
-
-    def forget(self) -> None:
-        """Delete the jobs whose results are on disk."""
-        jobs = self._collector.collected
-        while jobs:
-            self._store.forget(self._queue, jobs[:PAGE_JOBS])
-            del jobs[:PAGE_JOBS]
-
-    def close(self) -> None:
-        """Close the connections; jobs in flight go on."""
-        self._client.close()
-        self._store.close()
