@@ -6,6 +6,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from pydantic import SecretStr
 
 from mlx_serving import Client, InvalidBatch
 from mlx_serving.common.local_redis import LocalRedis
@@ -141,6 +142,23 @@ class TestRun:
         with running(batches, batch):
             wait_until(lambda: redis_client.llen(f"rq:queue:{QUEUE}") == 20)
             batches.cancel(batch.id)
+
+    def test_each_model_is_fed_on_its_own_redis(
+        self, settings: Settings, redis_client: redis.Redis, tmp_path: Path
+    ) -> None:
+        lines = [simulated_line(index) for index in range(1, 13)]
+        for line in lines[:5]:
+            line["body"]["model"] = "large"
+        path = write_lines(tmp_path / "in.jsonl", lines)
+        with LocalRedis() as other, other.client() as client:
+            split = {"redis_by_model": {"large": SecretStr(other.url)}}
+            batches = Batches(settings.model_copy(update=split))
+            batch = batches.submit(path, start=False)
+            with running(batches, batch):
+                wait_until(lambda: client.llen("rq:queue:large:bulk") == 5)
+                wait_until(lambda: redis_client.llen(f"rq:queue:{QUEUE}") == 7)
+                batches.cancel(batch.id)
+            assert job_keys(client) == job_keys(redis_client) == []
 
     def test_standard_input_is_copied(
         self, batches: Batches, local_redis: LocalRedis, tmp_path: Path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
 import time
 from pathlib import Path
@@ -166,6 +167,8 @@ class Batches:
         if not isinstance(source, str | Path):
             with made.copied_input.open("wb") as copy:
                 shutil.copyfileobj(source, copy)
+                copy.flush()
+                os.fsync(copy.fileno())
         batch = Batch(
             id=batch_id,
             input_file_id=str(path or made.copied_input),
