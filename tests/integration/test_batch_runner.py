@@ -15,6 +15,7 @@ from mlx_serving.producer.batch import runner as runner_module
 from mlx_serving.producer.batch.api import Batches
 from mlx_serving.producer.batch.objects import LineError
 from mlx_serving.producer.batch.results import Results
+from mlx_serving.producer.batch.store import JobStore
 from tests.bulk_driver import (
     QUEUE,
     errors,
@@ -30,6 +31,7 @@ from tests.helpers import wait_until
 from tests.worker_process import InProcessWorker
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     import redis
@@ -64,6 +66,25 @@ class TestRun:
         assert job_keys(redis_client) == []
         assert redis_client.zcard(f"rq:finished:{QUEUE}") == 0
         assert batches.status(batch.id) == batch
+
+    def test_a_job_goes_only_when_its_line_is_on_disk(
+        self, batches: Batches, local_redis: LocalRedis, tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:  # fmt: skip
+        batch = submitted(batches, tmp_path, 100)
+        path, forget = batches.folder(batch.id).output, JobStore.forget
+        forgotten: list[str] = []
+
+        def forgetting(store: JobStore, queue: str, job_ids: Sequence[str]) -> None:
+            written = path.read_text()
+            assert [job_id for job_id in job_ids if job_id not in written] == []
+            forgotten.extend(job_ids)
+            forget(store, queue, job_ids)
+
+        monkeypatch.setattr(JobStore, "forget", forgetting)
+        with InProcessWorker(local_redis.url, rate=1000):
+            batches.run(batch.id)
+        assert len(set(forgotten)) == 100
 
     def test_the_window_bounds_what_is_in_redis(
         self, batches: Batches, redis_client: redis.Redis, tmp_path: Path
