@@ -181,6 +181,16 @@ class TestNames:
         with pytest.raises(BatchNotFound):
             batches.status("batch_none")
 
+    def test_one_that_lies_here_is_known_without_redis(
+        self, batches: Batches, tmp_path: Path
+    ) -> None:
+        batch = submitted(batches, tmp_path, 1)
+        away = Batches(load_settings(redis_url="unix:///nowhere.sock"))
+        report = away.report(str(batches.folder(batch.id).path))
+        assert (report.batch, report.running) == (batch, False)
+        with pytest.raises(QueueUnavailable):
+            away.report(batch.id)
+
     def test_without_redis_nothing_is_written(self, tmp_path: Path) -> None:
         batches = Batches(load_settings(redis_url="unix:///nowhere.sock"))
         with pytest.raises(QueueUnavailable):

@@ -161,7 +161,7 @@ def _hints(report: Report) -> list[str]:
         return [f"stopped: {report.problem}"]
     if not report.running:
         resume = f"`mlx-serving batch resume` on {report.host}"
-        return [f"not heard of for {report.age_s:.0f} s (over {ALIVE_SECONDS:.0f}): {resume}"]
+        return [f"no word of it for over {ALIVE_SECONDS:.0f} s: {resume}"]
     since_s = report.at_ms / 1000 - (report.batch.in_progress_at or 0)
     if report.in_flight and report.waiting == report.in_flight and since_s > IDLE_SECONDS:
         return ["no worker takes any of these"]

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 import socket
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mlx_serving.common.errors import BatchNotFound
+from mlx_serving.common.errors import BatchNotFound, QueueUnavailable
 from mlx_serving.producer.batch.folder import STATE, BatchFolder
+from mlx_serving.producer.batch.registry import Report
 
 if TYPE_CHECKING:
-    from mlx_serving.producer.batch.registry import Registry, Report
+    from mlx_serving.producer.batch.registry import Registry
 
 
 def new_id() -> str:
@@ -45,7 +47,7 @@ def find_report(name: str | None, registry: Registry) -> Report:
 
     Raises:
         BatchNotFound: there is none.
-        QueueUnavailable: Redis is away.
+        QueueUnavailable: Redis is away, and the name is not that of a folder or file here.
 
     """
     if name is None:
@@ -55,7 +57,18 @@ def find_report(name: str | None, registry: Registry) -> Report:
             raise BatchNotFound("Redis knows no batch")
         return (here or reports)[0]
     local = _local(Path(name))
-    return registry.find(name if local is None else local.read().batch.id)
+    return registry.find(name) if local is None else _report_of(local, registry)
+
+
+def _report_of(folder: BatchFolder, registry: Registry) -> Report:
+    """What Redis knows of a batch that lies here; the folder knows better how it ended."""
+    batch = folder.read().batch
+    unheard = Report(batch=batch, folder=str(folder.path), age_s=math.inf)
+    try:
+        report = registry.find(batch.id)
+    except (BatchNotFound, QueueUnavailable):
+        return unheard
+    return unheard if batch.ended and not report.batch.ended else report
 
 
 def _local(path: Path) -> BatchFolder | None:
