@@ -4,8 +4,6 @@
   * InvalidJob            a field of a job is wrong; `.errors` names each one
     * UnknownModel        no worker setting or alias names this model
     * PayloadTooLarge     the job is larger than the limit on its bytes
-  * InvalidBatch          a bulk file can't be run as asked; `.errors` says why
-  * BatchNotFound         no such bulk file, or not on this machine
   * CorruptJob            what Redis holds is no job of ours
     * ForeignFunction     it names a function, callback or webhook that is not ours
     * BadSignature        it is not signed by a key that this worker knows
@@ -16,6 +14,8 @@
       * JobDead           poison: it crashed the engine again while it ran alone
     * JobCancelled
     * JobExpired
+  * InvalidBatch          a bulk file can't be run as asked; `.errors` says why
+  * BatchNotFound         no such bulk file, or not on this machine
   * ResultTimeout         the caller waited as long as it asked to; the job goes on
   * StreamGap             events that were promised are gone
   * StreamConflict        the primary holds other events than those delivered (failover)
@@ -92,27 +92,6 @@ class PayloadTooLarge(InvalidJob):
     code = "payload_too_large"
 
 
-class InvalidBatch(MlxServingError):
-    """The bulk file can't be run as asked."""
-
-    code = "invalid_batch"
-
-    def __init__(self, errors: Iterable[FieldError | tuple[str, str]] | str | None = None) -> None:
-        """Keep each problem in `.errors`; the message lists them as `option: reason`."""
-        self.errors = field_errors(errors)
-        super().__init__("; ".join(map(str, self.errors)))
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle by the field errors, so that the copy has them too."""
-        return type(self), (self.errors,)
-
-
-class BatchNotFound(MlxServingError):
-    """There is no such bulk file here."""
-
-    code = "batch_not_found"
-
-
 class CorruptJob(MlxServingError):
     """What Redis holds under this job's id is no job that this code can read."""
 
@@ -182,6 +161,27 @@ class JobExpired(UnsuccessfulJob):
     """The job passed its deadline, its timeout, or the time that somebody listened."""
 
     code = "job_expired"
+
+
+class InvalidBatch(MlxServingError):
+    """The bulk file can't be run as asked."""
+
+    code = "invalid_batch"
+
+    def __init__(self, errors: Iterable[FieldError | tuple[str, str]] | str | None = None) -> None:
+        """Keep each problem in `.errors`; the message lists them as `option: reason`."""
+        self.errors = field_errors(errors)
+        super().__init__("; ".join(map(str, self.errors)))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle by the field errors, so that the copy has them too."""
+        return type(self), (self.errors,)
+
+
+class BatchNotFound(MlxServingError):
+    """There is no such bulk file here."""
+
+    code = "batch_not_found"
 
 
 class ResultTimeout(MlxServingError):
