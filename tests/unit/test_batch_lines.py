@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mlx_serving.common.errors import InvalidBatch
@@ -147,12 +147,18 @@ NAMES = st.sampled_from(
 )
 
 
+# A loaded machine may take its time.
+unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+
 class TestAnything:
+    @unhurried
     @given(st.fixed_dictionaries({}, optional=dict.fromkeys(
         ("custom_id", "method", "url", "prompt", "body"), VALUES)))  # fmt: skip
     def test_no_line_raises(self, line: Any) -> None:
         assert isinstance(read(line), Request | BadLine)
 
+    @unhurried
     @given(st.dictionaries(NAMES, VALUES, max_size=5), st.sampled_from([CHAT, COMPLETIONS]))
     def test_no_body_raises_and_a_bad_one_is_named(self, fields: Any, url: str) -> None:
         line = {"custom_id": "a", "method": "POST", "url": url, "body": fields}
@@ -160,6 +166,7 @@ class TestAnything:
         if isinstance(found, BadLine):
             assert all(str(error.param).startswith("body") for error in found.errors)
 
+    @unhurried
     @given(st.binary(max_size=40))
     def test_no_bytes_raise(self, raw: bytes) -> None:
         assert isinstance(read(raw), Request | BadLine)
