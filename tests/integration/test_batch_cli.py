@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -16,7 +17,7 @@ from tests.bulk_files import check_simulated, read_jsonl, simulated_line, write_
 from tests.worker_process import WorkerProcess
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     import redis
@@ -39,13 +40,23 @@ def run(local_redis: LocalRedis, redis_client: redis.Redis) -> Run:
     return invoke
 
 
+@contextmanager
+def worker(local_redis: LocalRedis) -> Iterator[None]:
+    """Serve from a process of its own, whose log is not the command's output."""
+    with WorkerProcess(local_redis.url, "w", 1000.0) as process:
+        process.serving()
+        yield
+        process.terminate()
+        assert process.exit_status() == 0
+
+
 def test_submit_watch_results_and_errors(run: Run, local_redis: LocalRedis, tmp_path: Path) -> None:
     lines: list[Any] = [simulated_line(i) for i in range(1, 31)]
     lines[4]["body"]["top_p"] = 7
     for line in lines:
         line["body"]["model"] = "gpt-4o-mini"
     path = write_lines(tmp_path / "in.jsonl", lines)
-    with WorkerProcess(local_redis.url, "w", 1000.0):
+    with worker(local_redis):
         submitted = run("submit", path, "--model-map", "gpt-4o-mini=tally")
         batch_id = submitted.stdout.strip()
         assert "30 lines, 1 refused" in submitted.stderr
@@ -73,7 +84,7 @@ def test_prompts_from_standard_input_and_wait(
     run: Run, local_redis: LocalRedis, tmp_path: Path
 ) -> None:
     folder = tmp_path / "batch"
-    with WorkerProcess(local_redis.url, "w", 1000.0):
+    with worker(local_redis):
         run(
             "submit", "-", "--model", "tally", "--max-tokens", 2, "--folder", folder, "--wait",
             stdin='"one"\n{"prompt": "two", "custom_id": "b"}\n',
@@ -88,7 +99,7 @@ def test_resume_in_the_foreground(run: Run, local_redis: LocalRedis, tmp_path: P
 
     path = write_lines(tmp_path / "in.jsonl", map(simulated_line, range(1, 6)))
     batch = Batches(load_settings(redis_url=local_redis.url)).submit(path, start=False)
-    with WorkerProcess(local_redis.url, "w", 1000.0):
+    with worker(local_redis):
         assert run("resume", batch.id, "--foreground").stdout.strip() == "completed"
 
 

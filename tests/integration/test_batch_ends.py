@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     import redis
 
     from mlx_serving.common.settings import Settings
+    from mlx_serving.producer.batch.folder import BatchFolder
 
 
 @pytest.fixture
@@ -51,12 +52,20 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     make_quick(monkeypatch)
 
 
+def expire(folder: BatchFolder) -> None:
+    """Let the completion window of a batch that nobody runs be over."""
+    state = folder.read()
+    state.batch.expires_at = int(time.time())
+    folder.write(state)
+
+
 class TestEnds:
     def test_expiry_keeps_what_finished(
         self, batches: Batches, redis_client: redis.Redis, local_redis: LocalRedis, tmp_path: Path
     ) -> None:
-        batch = submitted(batches, tmp_path, 300, completion_window="3s", depth=20)
-        with InProcessWorker(local_redis.url, rate=20, max_batch_rows=4):
+        with InProcessWorker(local_redis.url, rate=20, max_batch_rows=4) as worker:
+            wait_until(lambda: redis_client.exists(Keys().worker(worker.name)), timeout=30)
+            batch = submitted(batches, tmp_path, 300, completion_window="4s", depth=20)
             batch = batches.run(batch.id)
         assert batch.status == "expired"
         done, late = output(batches, batch), errors(batches, batch)
@@ -71,11 +80,11 @@ class TestEnds:
     def test_what_finished_before_the_expiry_is_kept_over_a_crash(
         self, batches: Batches, redis_client: redis.Redis, local_redis: LocalRedis, tmp_path: Path
     ) -> None:
-        batch = submitted(batches, tmp_path, 60, completion_window="2s", in_flight=50)
+        batch = submitted(batches, tmp_path, 60, in_flight=50)
         with InProcessWorker(local_redis.url, rate=1000):
             run_and_crash(batches, batch, 1)
             wait_until(lambda: redis_client.zcard(f"rq:finished:{QUEUE}") == 50)
-            time.sleep(2)
+            expire(batches.folder(batch.id))
             batch = batches.run(batch.id)
         assert (batch.status, batch.request_counts.completed) == ("expired", 50)
         assert {e["error"]["code"] for e in errors(batches, batch)} == {"batch_expired"}
@@ -86,13 +95,13 @@ class TestEnds:
         monkeypatch.setattr(runner_module, "AWAY_SECONDS", 0.1)
         with LocalRedis(appendonly="always") as server, server.client() as client:
             batches = Batches(load_settings(redis_url=server.url))
-            batch = submitted(batches, tmp_path, 30, completion_window="3s", in_flight=20)
+            batch = submitted(batches, tmp_path, 30, in_flight=20)
             folder = batches.folder(batch.id)
             with InProcessWorker(server.url, rate=1000):
                 run_and_crash(batches, batch, 1)
                 wait_until(lambda: client.zcard(f"rq:finished:{QUEUE}") == 20)
             server.kill()
-            wait_until(lambda: time.time() > (batch.expires_at or 0))
+            expire(folder)
             ended: list[Any] = []
             runner = Runner(folder, load_settings(redis_url=server.url))
             thread = threading.Thread(target=lambda: ended.append(runner.run()))
