@@ -8,6 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 from mlx_serving import __version__
+from mlx_serving.cli.batch.commands import app as batch
 from mlx_serving.cli.console import EXIT_ERROR, EXIT_INTERRUPTED, fail
 from mlx_serving.cli.demo.command import demo
 from mlx_serving.cli.doctor.command import doctor
@@ -58,3 +59,5 @@ def _root(
 
 for command in (demo, worker, generate, status, cancel, doctor, models):
     app.command()(command)
+
+app.add_typer(batch, name="batch")
