@@ -162,7 +162,7 @@ def test_a_long_queue(
 def test_events_of_a_stream_stay_small(
     settled_redis: LocalRedis, redis_client: redis.Redis, client: Client
 ) -> None:
-    """At the speed of a fast Mac: an event then holds what one flush gathers, two or three tokens."""
+    """At a fast Mac's speed: an event holds what one flush gathers, two or three tokens."""
     with WorkerProcess(settled_redis.url, "w", rate=200.0) as worker:
         worker.serving()
         handle = client.submit(job(tokens=800))
