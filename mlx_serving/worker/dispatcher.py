@@ -19,6 +19,7 @@ from mlx_serving.common import calls
 from mlx_serving.common.errors import CorruptEvent, MlxServingError
 from mlx_serving.common.jobs import PROTOCOL
 from mlx_serving.common.telemetry import trace_id
+from mlx_serving.worker.conditions import ANY_TIME, Conditions
 from mlx_serving.worker.crash import EXIT_ENGINE
 from mlx_serving.worker.held import Committed, HeldJob
 from mlx_serving.worker.intake import (
@@ -49,6 +50,7 @@ log = structlog.get_logger(__name__)
 
 POLL_SECONDS: Final = 1.0  # pub/sub may lose a wake-up: look without one so often
 UNADMITTED_SECONDS: Final = 1.0  # how long a claimed job may wait for room before it goes back
+WRITTEN_SECONDS: Final = 1.0  # how long a hand-over of all waits for the publisher
 RELEASE_SECONDS: Final = 5.0  # how long a drain waits for Redis
 CRASH_SECONDS: Final = 1.0  # the same of a worker whose engine failed
 CLAIM_MOST: Final = 32
@@ -67,6 +69,7 @@ class DispatcherOptions:
     drain_grace_seconds: float = 30.0
     max_payload_bytes: int = 4 * 1024 * 1024
     signer: Signer = UNSIGNED
+    conditions: Conditions = ANY_TIME
 
 
 class Dispatcher:
@@ -147,11 +150,14 @@ class Dispatcher:
             self._redis_down = False
 
     def _chores(self) -> None:
-        self._fleet.beat(held=len(self._publisher.held()), suspended=self._suspended)
+        paused = bool(self._options.conditions.reasons)
+        self._fleet.beat(held=len(self._publisher.held()), suspended=self._suspended or paused)
         self._sweeper.sweep()
         self._release([])
         self._strays.give_back()
         self._settle_unadmitted()
+        if self._options.conditions.hands_over:
+            self._hand_over()
 
     def _listen(self) -> None:
         """Wait for a message, then take all that are there."""
@@ -196,6 +202,8 @@ class Dispatcher:
         """How many jobs to claim now."""
         waiting = self._runner.unadmitted()
         if self._drain_until is not None or self._publisher.failing or waiting is None or waiting:
+            return 0
+        if self._options.conditions.reasons:
             return 0
         rows = self._options.rows - self._engine.running - self._engine.waiting
         return min(rows, self._claim_limit)
@@ -336,6 +344,21 @@ class Dispatcher:
             return
         self._publisher.let_go([job for job, _ in self._returning])
         self._returning = []
+
+    def _hand_over(self) -> None:
+        """Give all that is held to other workers, and go on without: this machine is not ours now.
+
+        Tokens that Redis does not have within a second are decoded again by whoever goes on.
+        """
+        going = {job for job, _ in self._returning}
+        held = [j for j in self._publisher.held() if j.ending is None and j not in going]
+        ids = {job.request_id for job in held}
+        for request_id in ids - self._runner.withdraw(ids):
+            self._runner.abort(request_id)
+        deadline = time.monotonic() + WRITTEN_SECONDS
+        while held and self._publisher.backlog and time.monotonic() < deadline:
+            time.sleep(0.01)
+        self._release([(job, 0) for job in reversed(held) if job.ending is None])
 
     # The end
 
