@@ -97,13 +97,8 @@ class Child:
             self.protocol, queues, lease_ms=lease_ms, reap_seconds=settings.reap_interval_seconds,
             watch=QueueWatch(self.protocol, queues, self.measures),
         )  # fmt: skip
-        options = DispatcherOptions(
-            spec.name, spec.model, queues, settings.max_batch_rows, lease_ms,
-            settings.drain_grace_seconds, settings.max_payload_bytes,
-            Signer(key.get_secret_value() for key in settings.signing_keys), self.conditions,
-        )  # fmt: skip
         self.dispatcher = Dispatcher(
-            options, self.protocol, self.runner, self.publisher, sweeper, self.fleet,
+            self._options(queues, lease_ms), self.protocol, self.runner, self.publisher, sweeper, self.fleet,
             self._encode_prompt,
         )  # fmt: skip
         self.listener = Listener(
@@ -116,6 +111,14 @@ class Child:
             paused=lambda: self.conditions.reasons,
         )  # fmt: skip
         self.fleet.numbers = Presence(self.vitals.snapshot).numbers
+
+    def _options(self, queues: tuple[str, ...], lease_ms: int) -> DispatcherOptions:
+        spec, settings = self._spec, self._spec.settings
+        return DispatcherOptions(
+            spec.name, spec.model, queues, settings.max_batch_rows, lease_ms,
+            settings.drain_grace_seconds, settings.max_payload_bytes,
+            Signer(key.get_secret_value() for key in settings.signing_keys), self.conditions,
+        )  # fmt: skip
 
     def _load(self) -> InferenceEngine:
         engine, self._encode = load(self._spec.engine, self._spec.settings)

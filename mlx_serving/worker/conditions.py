@@ -144,13 +144,14 @@ class Conditions:
 
     def look(self) -> None:
         """Look once, and log what changed."""
-        before, self.reasons = self.reasons, tuple(self._found())
+        before, self.reasons = self.reasons, tuple(self.found())
         if self.reasons and self.reasons != before:
             log.info("worker_paused", reasons=list(self.reasons), hands_over=self.rules.hands_over)
         elif before and not self.reasons:
             log.info("worker_unpaused")
 
-    def _found(self) -> Iterator[str]:
+    def found(self) -> Iterator[str]:
+        """Yield what holds now of `REASONS`."""
         rules, probe = self.rules, self._probe
         if rules.hours and not any(hours.holds(self._minute()) for hours in rules.hours):
             yield "outside_hours"

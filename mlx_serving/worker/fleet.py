@@ -55,7 +55,7 @@ class Fleet:
         if suspended and said.get("state") == "serving":
             said["state"] = "suspended"
         with self._protocol.redis.pipeline(transaction=True) as pipe:
-            pipe.hset(key, mapping=said)
+            pipe.hset(key, items=[text for pair in said.items() for text in pair])
             pipe.expire(key, PRESENCE_SECONDS)
             pipe.execute()
 
