@@ -296,10 +296,6 @@ def measure(plan: Plan, output: Path | None = None) -> list[Figure]:
     return figures(points)
 
 
-SMALL = Plan((1, 2, 4), 16, tokens=32, queued=2000, hosts=2, consumers=1)
-"""What a machine with few cores can show."""
-
-
 def numbers(text: str) -> tuple[float, ...]:
     """Read `a,b`."""
     return tuple(float(word) for word in text.split(",") if word)

@@ -46,6 +46,11 @@ class Plan:
         return 1 + number * 7919 % (2 * (self.tokens if stream else self.bulk_tokens) - 1)
 
 
+SMALL = Plan((1, 2, 4), 16, tokens=32, queued=2000, hosts=2, consumers=1)
+"""What a machine with few cores can show."""
+QUICK = Plan((1, 2), 4, tokens=8, queued=100, hosts=2, consumers=1, seconds=2.0)
+
+
 @dataclass(frozen=True)
 class Point:
     """One stage's figures; rates a second, sizes a token."""

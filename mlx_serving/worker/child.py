@@ -98,8 +98,8 @@ class Child:
             watch=QueueWatch(self.protocol, queues, self.measures),
         )  # fmt: skip
         self.dispatcher = Dispatcher(
-            self._options(queues, lease_ms), self.protocol, self.runner, self.publisher, sweeper, self.fleet,
-            self._encode_prompt,
+            self._options(queues, lease_ms), self.protocol, self.runner, self.publisher,
+            sweeper, self.fleet, self._encode_prompt,
         )  # fmt: skip
         self.listener = Listener(
             connect(endpoint, block_seconds=READ_SECONDS), endpoint.keys, spec.name, queues,
