@@ -49,7 +49,7 @@ from mlx_serving.common.local_redis import LocalRedis
 from mlx_serving.producer.client import Client
 
 HEADROOM = 1.1  # streams followed over rows that run, so that a job's first token finds a listener
-SETTLE_SECONDS = 2.5
+SETTLE_SECONDS, SETTLE_STEPS = 2.5, 8  # the longer: prompts are prefilled, a chunk a step
 RUNNING_SECONDS = 60.0
 SUBMIT = 10_000
 KEYS = Keys()
@@ -104,7 +104,7 @@ class Stage:
             lambda: self.running(lane) >= 0.98 * rows,
             every=0.05, timeout=RUNNING_SECONDS, what=f"{rows} rows run",
         )  # fmt: skip
-        time.sleep(SETTLE_SECONDS)
+        time.sleep(max(SETTLE_SECONDS, SETTLE_STEPS / self.row_rate))
 
     def stop_workers(self) -> None:
         """Have all workers hand over and end."""

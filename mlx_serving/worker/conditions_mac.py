@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 COMMAND_SECONDS: Final = 5.0
 NANOSECONDS: Final = 1e9
+IDLE: Final = re.compile(r'"HIDIdleTime" = (\d+)')
+PRESSURE: Final = re.compile(r"thermalpressurelevel (\d)\b")
+POWER: Final = re.compile(r"drawing from '(Battery|AC) Power'")
 LEVELS: Final[tuple[Pressure, ...]] = ("nominal", "moderate", "heavy", "critical", "critical")
 """By the number that the system posts: nominal, moderate, heavy, trapping, sleeping."""
 
@@ -37,24 +40,24 @@ class MacProbe:
     def __init__(self, read: Callable[..., str | None] = run_command) -> None:
         self._read = read
 
-    def _find(self, pattern: str, *command: str) -> str | None:
-        match = re.search(pattern, self._read(*command) or "")
+    def _find(self, pattern: re.Pattern[str], *command: str) -> str | None:
+        match = pattern.search(self._read(*command) or "")
         return match[1] if match else None
 
     def idle_seconds(self) -> float | None:
         """From the event system's registry entry, in nanoseconds there."""
-        found = self._find(r'"HIDIdleTime" = (\d+)', "ioreg", "-c", "IOHIDSystem", "-d", "4")
+        found = self._find(IDLE, "ioreg", "-c", "IOHIDSystem", "-d", "4")
         return int(found) / NANOSECONDS if found else None
 
     def thermal_pressure(self) -> Pressure | None:
         """From the notification that the system posts when its thermal pressure changes."""
         name = "com.apple.system.thermalpressurelevel"
-        found = self._find(r"thermalpressurelevel (\d)\b", "notifyutil", "-g", name)
+        found = self._find(PRESSURE, "notifyutil", "-g", name)
         return LEVELS[int(found)] if found and int(found) < len(LEVELS) else None
 
     def on_battery(self) -> bool | None:
         """From the first line of `pmset -g batt`."""
-        found = self._find(r"drawing from '(Battery|AC) Power'", "pmset", "-g", "batt")
+        found = self._find(POWER, "pmset", "-g", "batt")
         return found == "Battery" if found else None
 
 
