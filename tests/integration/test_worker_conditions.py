@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -10,9 +11,11 @@ from mlx_serving import Client
 from mlx_serving.worker.conditions import Conditions, Rules
 from mlx_serving.worker.presence import FACTS, NUMBERS
 from tests.helpers import wait_until
+from tests.monitoring import Probe
 from tests.unit.test_conditions import FakeProbe
 from tests.worker_process import (
     InProcessWorker,
+    WorkerProcess,
     check_answers,
     decoded,
     job_events,
@@ -99,6 +102,29 @@ def test_it_hands_over_where_it_is_told_to(settled_redis: LocalRedis, client: Cl
     for handle in running:
         attempts = [e for e in job_events(client, handle.id) if e.type == "attempt"]
         assert [e.worker for e in attempts] == ["laptop", "studio"]
+
+
+@pytest.mark.slow
+@pytest.mark.may_leak(reason="a worker that is killed at the end leaves its name in RQ's sets")
+def test_a_whole_worker_keeps_its_hours(
+    settled_redis: LocalRedis, redis_client: redis.Redis, client: Client
+) -> None:
+    """From the setting to /healthz: its hours are twelve hours from now."""
+    hour = (time.localtime().tm_hour + 12) % 24
+    hours = f"{hour:02}:00-{hour:02}:30"
+    (waiting,) = submit(client, 1, 3)
+    with WorkerProcess(settled_redis.url, "night", metrics_port=0, work_hours=hours) as worker:
+        probe = Probe(worker.serving())
+        wait_until(lambda: probe.status() == "paused")
+        health = probe.health()
+        assert (health["http"], health["reasons"]) == (200, ["outside_hours"])
+        assert probe.metric("health_reason{outside_hours}") == 1
+        assert said(redis_client, "night")["reasons"] == "outside_hours"
+        assert "worker_paused" in worker.whole_log()
+        assert client.status(waiting.id).state.value == "queued"
+        worker.terminate()
+        assert worker.exit_status() == 0
+    waiting.cancel()
 
 
 def test_a_worker_says_what_it_is(
