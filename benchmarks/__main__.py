@@ -16,8 +16,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
-from benchmarks import dispatch, latency, server, streaming
+from benchmarks import dispatch, latency, scale, server, streaming
 from benchmarks.harness import Figure, Goal, machine, table
+from benchmarks.scale_report import QUICK, SMALL, Plan
 
 ROOT: Final = Path(__file__).parents[1]
 RESULTS: Final = Path(__file__).parent / "results"
@@ -125,6 +126,13 @@ def wake_up(*, quick: bool) -> list[Figure]:
     return latency.measure(20, 1) if quick else latency.measure()
 
 
+def scale_out(*, quick: bool) -> list[Figure]:
+    """P8: all of it where there are cores, a little of it elsewhere; Linux only, for its /proc."""
+    if sys.platform != "linux":
+        return []
+    return scale.measure(QUICK if quick else SMALL if scale.cores() < 16 else Plan())
+
+
 def detokenizer(*, quick: bool) -> list[Figure]:
     """Native and twin."""
     del quick
@@ -157,6 +165,7 @@ BENCHMARKS: Final[dict[str, tuple[str, Callable[..., list[Figure]]]]] = {
     "p4": ("P4 64 live streams through Redis over the in-process engine", stream),
     "p6": ("P6 dispatch of no-op jobs", dispatch_no_ops),
     "p7": ("P7 idle enqueue → started", wake_up),
+    "p8": ("P8 simulated workers on one Redis, throughput over linear", scale_out),
     "detokenizer": ("Detokenizer, 64 rows", detokenizer),
     "sampler": ("Sampler alone", sampler),
 }

@@ -15,6 +15,7 @@ from mlx_serving.cli.doctor.command import doctor
 from mlx_serving.cli.generate import generate
 from mlx_serving.cli.jobs import cancel, status
 from mlx_serving.cli.models import models
+from mlx_serving.cli.top import top
 from mlx_serving.cli.worker import worker
 from mlx_serving.common.errors import MlxServingError
 
@@ -57,7 +58,7 @@ def _root(
     del version
 
 
-for command in (demo, worker, generate, status, cancel, doctor, models):
+for command in (demo, worker, generate, status, top, cancel, doctor, models):
     app.command()(command)
 
 app.add_typer(batch, name="batch")

@@ -17,6 +17,8 @@ from mlx_serving.common.errors import MlxServingError
 from mlx_serving.common.jobs import LANES, queue_name
 from mlx_serving.common.signing import Signer
 from mlx_serving.common.telemetry import configure_logging
+from mlx_serving.worker.conditions import Conditions, Rules
+from mlx_serving.worker.conditions_mac import default_probe
 from mlx_serving.worker.crash import EXIT_CONFIGURATION, EXIT_ENGINE
 from mlx_serving.worker.dispatcher import Dispatcher, DispatcherOptions
 from mlx_serving.worker.fleet import Fleet
@@ -25,6 +27,7 @@ from mlx_serving.worker.loading import EngineSpec, describe, load, speller_of
 from mlx_serving.worker.manifest import Manifest
 from mlx_serving.worker.measured_protocol import MeasuredProtocol, QueueWatch
 from mlx_serving.worker.measures import Measures
+from mlx_serving.worker.presence import Presence, machine_facts
 from mlx_serving.worker.publisher import Publisher, PublisherOptions
 from mlx_serving.worker.runner import Runner
 from mlx_serving.worker.sweeper import Sweeper
@@ -89,18 +92,14 @@ class Child:
             measures=self.measures,
         )
         self.fleet = Fleet(self.protocol, queues, spec.name)
+        self.conditions = Conditions(Rules.of(settings), default_probe())
         sweeper = Sweeper(
             self.protocol, queues, lease_ms=lease_ms, reap_seconds=settings.reap_interval_seconds,
             watch=QueueWatch(self.protocol, queues, self.measures),
         )  # fmt: skip
-        options = DispatcherOptions(
-            spec.name, spec.model, queues, settings.max_batch_rows, lease_ms,
-            settings.drain_grace_seconds, settings.max_payload_bytes,
-            Signer(key.get_secret_value() for key in settings.signing_keys),
-        )  # fmt: skip
         self.dispatcher = Dispatcher(
-            options, self.protocol, self.runner, self.publisher, sweeper, self.fleet,
-            self._encode_prompt,
+            self._options(queues, lease_ms), self.protocol, self.runner, self.publisher,
+            sweeper, self.fleet, self._encode_prompt,
         )  # fmt: skip
         self.listener = Listener(
             connect(endpoint, block_seconds=READ_SECONDS), endpoint.keys, spec.name, queues,
@@ -109,6 +108,16 @@ class Child:
         self.vitals = Vitals(
             self.measures, self.runner, self.publisher,
             draining=lambda: self.dispatcher.draining, info=lambda: self._description,
+            paused=lambda: self.conditions.reasons,
+        )  # fmt: skip
+        self.fleet.numbers = Presence(self.vitals.snapshot).numbers
+
+    def _options(self, queues: tuple[str, ...], lease_ms: int) -> DispatcherOptions:
+        spec, settings = self._spec, self._spec.settings
+        return DispatcherOptions(
+            spec.name, spec.model, queues, settings.max_batch_rows, lease_ms,
+            settings.drain_grace_seconds, settings.max_payload_bytes,
+            Signer(key.get_secret_value() for key in settings.signing_keys), self.conditions,
         )  # fmt: skip
 
     def _load(self) -> InferenceEngine:
@@ -150,9 +159,9 @@ class Child:
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
         self.fleet.facts = {
             "model": self._spec.model, "revision": engine.model_info.revision,
-            "kv_tokens_capacity": str(engine.kv_tokens_capacity), "pid": str(os.getpid()),
+            "kv_tokens_capacity": str(engine.kv_tokens_capacity),
             "batch_rows": str(self._spec.settings.max_batch_rows),
-            **self._description,
+            **machine_facts(), **self._description,
         }  # fmt: skip
         self.publisher.start()
         self.listener.start()
@@ -160,7 +169,9 @@ class Child:
             "serving", worker=self._spec.name, model=self._spec.model,
             queues=[queue_name(self._spec.model, lane) for lane in LANES], **self._description,
         )  # fmt: skip
+        self.conditions.start()
         status = self.dispatcher.run()
+        self.conditions.stop()
         self.vitals.stop()
         self.publisher.stop()
         self.listener.stop()

@@ -22,6 +22,7 @@ from mlx_serving.common.jobs import PROTOCOL
 from mlx_serving.common.telemetry import trace_id
 from mlx_serving.worker.choice import Committed
 from mlx_serving.worker.claim_ahead import ClaimAhead, Claimed
+from mlx_serving.worker.conditions import ANY_TIME, Conditions
 from mlx_serving.worker.crash import EXIT_ENGINE
 from mlx_serving.worker.held import HeldJob
 from mlx_serving.worker.intake import (
@@ -32,6 +33,7 @@ from mlx_serving.worker.intake import (
     open_payload,
     read_committed,
 )
+from mlx_serving.worker.outage import Outage
 from mlx_serving.worker.strays import Strays
 
 if TYPE_CHECKING:
@@ -51,10 +53,10 @@ log = structlog.get_logger(__name__)
 
 POLL_SECONDS: Final = 1.0  # pub/sub may lose a wake-up: look without one so often
 UNADMITTED_SECONDS: Final = 1.0  # how long a claimed job may wait for room before it goes back
+WRITTEN_SECONDS: Final = 1.0  # how long a hand-over of all waits for the publisher
 RELEASE_SECONDS: Final = 5.0  # how long a drain waits for Redis
 CRASH_SECONDS: Final = 1.0  # the same of a worker whose engine failed
 CLAIM_MOST: Final = 32
-QUIET_SECONDS: Final = 10.0  # without a failure of Redis: the outage is over
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +71,7 @@ class DispatcherOptions:
     drain_grace_seconds: float = 30.0
     max_payload_bytes: int = 4 * 1024 * 1024
     signer: Signer = UNSIGNED
+    conditions: Conditions = ANY_TIME
 
 
 class Dispatcher:
@@ -96,8 +99,7 @@ class Dispatcher:
         self._drain_until: float | None = None
         self._suspended = False
         self._reserved = ""  # queue of a suspect that this worker makes room for
-        self._redis_down = False
-        self._failed_at = 0.0  # monotonic seconds of Redis's last failure
+        self._outage = Outage(protocol.redis)
         self._ahead = ClaimAhead(protocol)
         self._strays = Strays(
             protocol, options.worker, lambda: [job.request_id for job in publisher.held()],
@@ -119,9 +121,9 @@ class Dispatcher:
             try:
                 self._chores()
                 claimed = self._claim()
-                self._note_quiet()
+                self._outage.note_quiet()
             except redis.RedisError as error:
-                self._note_redis(error)
+                self._outage.note(error)
                 claimed = False
             if not claimed:
                 self._listen()
@@ -136,26 +138,15 @@ class Dispatcher:
             return False
         return time.monotonic() >= self._drain_until or not self._publisher.held()
 
-    def _note_redis(self, error: redis.RedisError) -> None:
-        if not self._redis_down:
-            log.warning("redis_unavailable", reason=type(error).__name__)
-        self._redis_down, self._failed_at = True, time.monotonic()
-        if isinstance(error, redis.ReadOnlyError):
-            # Connect anew: the name may lead to another primary by now.
-            self._protocol.redis.connection_pool.disconnect()
-
-    def _note_quiet(self) -> None:
-        # Not every turn asks something of Redis, so one that goes well proves little.
-        if self._redis_down and time.monotonic() - self._failed_at >= QUIET_SECONDS:
-            log.info("redis_available")
-            self._redis_down = False
-
     def _chores(self) -> None:
-        self._fleet.beat(held=len(self._publisher.held()), suspended=self._suspended)
+        paused = bool(self._options.conditions.reasons)
+        self._fleet.beat(held=len(self._publisher.held()), suspended=self._suspended or paused)
         self._sweeper.sweep()
         self._release({})
         self._strays.give_back()
         self._settle_unadmitted()
+        if self._options.conditions.hands_over:
+            self._hand_over()
 
     def _listen(self) -> None:
         """Wait for a message, then take all that are there."""
@@ -186,7 +177,7 @@ class Dispatcher:
         try:
             self._protocol.run(calls.cancel(job_id, "stopped"))
         except redis.RedisError as error:
-            self._note_redis(error)
+            self._outage.note(error)
 
     # Claiming
 
@@ -200,6 +191,8 @@ class Dispatcher:
         """How many jobs to claim now, beside those claimed that the engine does not know yet."""
         waiting = self._runner.unadmitted()
         if self._drain_until is not None or self._publisher.failing or waiting is None or waiting:
+            return 0
+        if self._options.conditions.reasons:
             return 0
         rows = self._options.rows - self._engine.running - self._engine.waiting - in_hand
         return min(rows, self._claim_limit)
@@ -259,7 +252,7 @@ class Dispatcher:
                 if str(error).startswith("WRONGTYPE"):
                     self._publisher.fail(job, CorruptEvent.code, "the job's stream is no stream")
                     continue
-                self._note_redis(error)
+                self._outage.note(error)
                 self._returning[job] = job.returned()
             else:
                 self._note_start(job)
@@ -325,7 +318,7 @@ class Dispatcher:
         try:
             return self._fleet.someone_holds(kv_tokens, rows)
         except redis.RedisError as error:
-            self._note_redis(error)
+            self._outage.note(error)
             return True  # not known: whoever claims the job next looks again
 
     def _settle_unadmitted(self) -> None:
@@ -356,10 +349,28 @@ class Dispatcher:
         try:
             self._protocol.run(calls.release(self._options.worker, [*self._returning.values()]))
         except redis.RedisError as error:
-            self._note_redis(error)
+            self._outage.note(error)
             return
         self._publisher.let_go(self._returning)
         self._returning = {}
+
+    def _hand_over(self) -> None:
+        """Give all that is held to other workers, and go on without: this machine is not ours now.
+
+        Tokens that Redis does not have within a second are decoded again by whoever goes on.
+        """
+        held = [
+            job
+            for job in self._publisher.held()
+            if job.ending is None and job not in self._returning
+        ]
+        ids = {job.request_id for job in held}
+        for request_id in ids - self._runner.withdraw(ids):
+            self._runner.abort(request_id)
+        deadline = time.monotonic() + WRITTEN_SECONDS
+        while held and self._publisher.backlog and time.monotonic() < deadline:
+            time.sleep(0.01)
+        self._release({job: job.returned() for job in reversed(held) if job.ending is None})
 
     # The end
 
@@ -382,6 +393,6 @@ class Dispatcher:
             self._publisher.let_go(left)
             self._fleet.leave()
         except redis.RedisError as error:
-            self._note_redis(error)
+            self._outage.note(error)
         log.info("drained", handed_over=len(left), all_written=written)
         return 0

@@ -77,7 +77,7 @@ class Measures:
         )
         self._histograms = {name: _Histogram(bounds) for name, bounds in BUCKETS.items()}
         self.queues: dict[str, tuple[int, float]] = {}  # depth; age in s of the oldest open job
-        self.turned_at = self.redis_answered_at = time.monotonic()
+        self.turned_at = self.redis_answered_at = self.leased_at = time.monotonic()
         self.redis_failed = False  # whether the last call to Redis did
 
     def read(self) -> tuple[Counts, Histograms]:
@@ -153,6 +153,10 @@ class Measures:
     def answered(self) -> None:
         """Redis answered a call."""
         self.redis_answered_at, self.redis_failed = time.monotonic(), False
+
+    def leased(self) -> None:
+        """Redis granted or renewed leases."""
+        self.leased_at = time.monotonic()
 
     def claimed(self, jobs: Sequence[ClaimedJob]) -> None:
         """Count claims; how long a job waited counts at its first one."""

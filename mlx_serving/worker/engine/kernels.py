@@ -14,7 +14,6 @@ Dialect = Literal["cuda", "metal"]
 _INCLUDES: Final = re.compile(r"^#(pragma once|include .*)\n", re.MULTILINE)
 
 
-
 def dialect() -> Dialect | None:
     """Which kernels MLX's default device can run; None on the CPU."""
     import mlx.core as mx
