@@ -66,13 +66,17 @@ def _kernel(dialect: Dialect) -> Callable[..., list[mx.array]]:
 class KernelDraw:
     """Draws for one batch, one launch a call."""
 
-    def __init__(
-        self, parameters: Parameters, words: mx.array, dialect: Dialect | None = None
-    ) -> None:
-        """Take the packed batch; the kernel hashes token ids itself and needs no `words`."""
+    def __init__(self, parameters: Parameters, words: mx.array) -> None:
+        """Take the packed batch; the kernel hashes token ids itself and needs no `words`.
+
+        Raises:
+            RuntimeError: MLX computes on a CPU.
+        """
         del words
         self._parameters = parameters
-        dialect = dialect or gpu_dialect() or "cuda"
+        dialect = gpu_dialect()
+        if dialect is None:
+            raise RuntimeError("the sampling kernel needs a GPU")
         self._kernel = _kernel(dialect)
         self._threads = _THREADS[dialect]
         self._top = max(1, parameters.top_logprobs or 0)
