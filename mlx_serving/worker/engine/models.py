@@ -116,7 +116,10 @@ def warm_up(engine: Engine) -> None:
     token = min(1, engine.model_info.vocab_size - 1)
     mixed = SamplingParams(temperature=0.8, top_p=0.9, top_k=8, min_p=0.05, seed=1)
     plain = SamplingParams(temperature=0.8, seed=1)
-    for group in ((SamplingParams(),) * 2, (SamplingParams(), mixed, plain)):
+    adjusted = SamplingParams(
+        temperature=0.8, repetition_penalty=1.1, logit_bias=((token, 1.0),), logprobs=1
+    )
+    for group in ((SamplingParams(),) * 2, (SamplingParams(), mixed, plain), (adjusted, mixed)):
         for index, sampling in enumerate(group):
             request = Request(f"warm-up-{index}", (token,) * (4 + index), sampling, max_tokens=3)
             if engine.can_add(request):

@@ -38,13 +38,17 @@ def _kernel(language: Dialect) -> Callable[..., list[mx.array]]:
 class KernelDraw:
     """Draws for one batch, one launch a call."""
 
-    def __init__(
-        self, parameters: Parameters, words: mx.array, language: Dialect | None = None
-    ) -> None:
-        """Take the packed batch; the kernel hashes token ids itself and needs no `words`."""
+    def __init__(self, parameters: Parameters, words: mx.array) -> None:
+        """Take the packed batch; the kernel hashes token ids itself and needs no `words`.
+
+        Raises:
+            RuntimeError: MLX computes on a CPU.
+        """
         del words
         self._parameters = parameters
-        language = language or dialect() or "cuda"
+        language = dialect()
+        if language is None:
+            raise RuntimeError("the sampling kernel needs a GPU")
         self._kernel = _kernel(language)
         self._threads = _THREADS[language]
         self._top = max(1, parameters.top_logprobs or 0)
