@@ -108,6 +108,14 @@ def peer_server(*, quick: bool) -> list[Figure]:
     return server.measure(streaming.Load("0.6b" if has_gpu() else "tiny", tokens=192))
 
 
+def timeline(*, quick: bool) -> list[Figure]:
+    """Parts of a step on the host."""
+    if quick or not has_gpu():
+        size = ("--streams", "8", "--steps", "10") if quick else ()
+        return module_figures("timeline", "--model", "tiny", "--dtype", "float32", *size)
+    return module_figures("timeline", "--model", "0.6b")
+
+
 def stream(*, quick: bool) -> list[Figure]:
     """P4: on the model that gates where there is a GPU, else simulated."""
     if quick:
@@ -162,6 +170,7 @@ BENCHMARKS: Final[dict[str, tuple[str, Callable[..., list[Figure]]]]] = {
     "churn": ("Jobs that come and go, over mlx-lm's BatchGenerator", churn),
     "ragged": ("One long row among short ones", ragged),
     "server": ("64 live streams through Redis, over mlx_lm.server", peer_server),
+    "timeline": ("A decode step of 64 rows on the host", timeline),
     "p4": ("P4 64 live streams through Redis over the in-process engine", stream),
     "p6": ("P6 dispatch of no-op jobs", dispatch_no_ops),
     "p7": ("P7 idle enqueue → started", wake_up),

@@ -38,7 +38,7 @@ from mlx_serving.worker.engine.sequence import ModelInfo, Request, SamplingParam
 SHORT: Final = (32, 224)  # prompt tokens of a short row, at least and at most
 STEP_GOAL: Final = Goal("≤", 1.3)
 BYTES_GOAL: Final = Goal("≤", 1.25)
-PEER_SHARE: Final = 0.35
+PEER_SHARE: Final = 0.6
 WARM_STEPS: Final = 5
 
 

@@ -47,7 +47,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def test_peers_run_beside_the_engine(tmp_path: Path) -> None:
-    report = quick_run(tmp_path / "report.json", "churn,ragged,server")["benchmarks"]
+    report = quick_run(tmp_path / "report.json", "churn,ragged,server,timeline")["benchmarks"]
     figures = {figure["name"]: figure for some in report.values() for figure in some}
     assert all(figure["value"] > 0 for name, figure in figures.items() if "cold" not in name)
     gated = {name for name, figure in figures.items() if figure["goal"]}
