@@ -238,7 +238,8 @@ class Dispatcher:
         if self.draining:  # claimed ahead of that
             self._release({job: job.returned() for job in reversed(held)})
             return
-        if more and (most := self._room(in_hand=len(held))) > 0:
+        most = self._room(in_hand=len(held)) if more and not self._strays.expected else 0
+        if most > 0:
             self._ahead.begin(self._claim_call(most), most)
         requests = []
         for job in held:

@@ -29,6 +29,9 @@ PROVEN_TOKENS: Final = 32
 """A job whose rows decoded so long and so much each in this attempt is past where an earlier one
 crashed: what that one had not committed was less."""
 
+EVENT_TOKENS: Final = 4
+"""So many pending tokens a choice wait no longer: a fast row's events stay as small as others'."""
+
 CANCEL_STATES = {
     "deadline_exceeded": JobState.EXPIRED,
     "timeout": JobState.EXPIRED,
@@ -184,7 +187,8 @@ class HeldJob:
         if first:
             self.first_token_ms = self.now_ms()
         if not output.finish_reason:
-            return first
+            much = self.unsent >= EVENT_TOKENS * len(self.choices) and self.claimed.stream
+            return first or much
         if output.error is not None:
             self.end(JobState.FAILED, ErrorInfo(output.error.code, output.error.message))
         elif all(choice.finish_reason for choice in self.choices):

@@ -220,9 +220,7 @@ class Publisher(threading.Thread):
     def run(self) -> None:
         """Flush, renew and expire until stopped."""
         while not self._stopping.is_set():
-            rows = self._collect()
-            for start in range(0, len(rows), ROWS_A_CALL):
-                self._commit(rows[start : start + ROWS_A_CALL])
+            self.flush()
             self._renew()
             self._expire()
             with self._changed:
@@ -235,6 +233,12 @@ class Publisher(threading.Thread):
         if urgent and not self._urgent:
             self._urgent = True
             self._changed.notify()
+
+    def flush(self) -> None:
+        """Wait until a flush is due, and write it."""
+        rows = self._collect()
+        for start in range(0, len(rows), ROWS_A_CALL):
+            self._commit(rows[start : start + ROWS_A_CALL])
 
     def _due(self, job: HeldJob, now: float) -> bool:
         if job.claimed.stream or job.ending or job.model or self._draining:

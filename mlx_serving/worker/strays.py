@@ -45,10 +45,15 @@ class Strays:
         """Look from now on, for as long as a lease: a claim that hangs somewhere may run late."""
         self._until, self._looked_at = time.monotonic() + self._seconds, -inf
 
+    @property
+    def expected(self) -> bool:
+        """Whether it looks; a claim under way would then look like a stray."""
+        return time.monotonic() < self._until
+
     def give_back(self) -> None:
         """Look, where a claim failed lately."""
         now = time.monotonic()
-        if now >= self._until or now < self._looked_at + LOOK_SECONDS:
+        if not self.expected or now < self._looked_at + LOOK_SECONDS:
             return
         self._looked_at = now
         strays = self._owned().difference(self._held())

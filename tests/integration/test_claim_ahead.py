@@ -59,6 +59,19 @@ def test_it_claims_as_much_as_there_is_room_for(
     assert {handle.result(timeout=1).text for handle in handles} == {TEXT}
 
 
+def test_it_claims_nothing_ahead_while_it_looks_for_strays(
+    client: Client, worker: SteppedWorker, driver: Driver
+) -> None:
+    """A claim whose reply nobody has read yet looks like one whose reply was lost."""
+    ids = [handle.id for handle in submit(client, ROWS, 99)]
+    worker.child.dispatcher._strays.expect()
+    worker.claim()
+    worker.child.dispatcher._strays.give_back()
+    assert worker.child.dispatcher._ahead.take() is None
+    assert worker.held == CLAIM_MOST
+    assert driver.listed() == ids[CLAIM_MOST:]
+
+
 def test_what_was_claimed_ahead_of_a_drain_goes_back_in_order_uncharged(
     client: Client, worker: SteppedWorker, driver: Driver
 ) -> None:

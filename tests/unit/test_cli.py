@@ -13,9 +13,19 @@ from mlx_serving.cli import extras
 from mlx_serving.cli.console import harmless
 from mlx_serving.cli.generate import build_job
 from mlx_serving.cli.main import app
+from mlx_serving.cli.streaming import Printer
 from mlx_serving.cli.worker import engine_spec, model_path
 from mlx_serving.common.errors import InvalidJob, MissingDependency, UnknownModel
+from mlx_serving.common.events import (
+    ChoiceDelta,
+    ChoiceLogprobs,
+    TokenLogprob,
+    TopLogprob,
+    tokens_event,
+)
+from mlx_serving.common.results import ChoiceResult, GenerationResult
 from mlx_serving.common.settings import TALLY_PATH, load_settings
+from mlx_serving.common.states import JobState
 
 COMMANDS = ("demo", "worker", "generate", "status", "cancel", "doctor", "models", "batch")
 HEAVY = {"mlx", "mlx_lm", "numpy", "transformers", "mlx_serving.worker", "redis", "rq", "pydantic"}
@@ -80,6 +90,34 @@ def test_raw_continues_the_text_itself() -> None:
 def test_a_wrong_parameter_is_refused_by_name() -> None:
     with pytest.raises(InvalidJob, match="top_p"):
         build_job("x", raw=False, system=None, model="tally", top_p=2.0)
+
+
+def printed(capsys: pytest.CaptureFixture[str], printer: Printer) -> str:
+    scored = ChoiceLogprobs([TokenLogprob("3", -0.25, None, [TopLogprob("\n", -1.5)])])
+    choices = [
+        ChoiceResult(index=0, text="3 4", finish_reason="stop", logprobs=scored),
+        ChoiceResult(index=1, text="5"),
+    ]
+    deltas = [ChoiceDelta(n, choice.text, [1]) for n, choice in enumerate(choices)]
+    printer.show(tokens_event(attempt=1, seq=2, choices=deltas))
+    printer.end(GenerationResult(id="a", state=JobState.FINISHED, choices=choices))
+    return capsys.readouterr().out
+
+
+def test_one_choice_is_printed_as_it_comes(capsys: pytest.CaptureFixture[str]) -> None:
+    scores = "  -0.2500 '3'  |  -1.5000 '\\n'\n"
+    assert printed(capsys, Printer(as_json=False)) == "3 4\n" + scores
+
+
+def test_several_choices_are_printed_one_after_another(capsys: pytest.CaptureFixture[str]) -> None:
+    first, second = printed(capsys, Printer(as_json=False, choices=2)).split("[1: cut short]\n")
+    assert first.splitlines()[:2] == ["[0: stop]", "3 4"]
+    assert second == "5\n"
+
+
+def test_events_hold_every_choice(capsys: pytest.CaptureFixture[str]) -> None:
+    (line,) = printed(capsys, Printer(as_json=True, choices=2)).splitlines()
+    assert [choice["index"] for choice in json.loads(line)["choices"]] == [0, 1]
 
 
 def test_an_error_is_one_line_with_its_code() -> None:

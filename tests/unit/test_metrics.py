@@ -58,6 +58,17 @@ def test_a_steps_tokens_and_gaps() -> None:
     assert observed(measures, TTFT) == 3
 
 
+def test_choices_have_gaps_each_and_one_prompt_together() -> None:
+    measures, job = Measures(), held(choices=2)
+    for token in (1, 2):
+        step = [output(job, [token], choice=n) for n in (0, 1)]
+        for each in step:
+            job.add(each)
+        measures.stepped([(job, each) for each in step])
+    assert counts(measures) == {"generation_tokens": {"": 4}, "prompt_tokens": {"": 3}}
+    assert (observed(measures, TTFT), observed(measures, ITL)) == (1, 2)
+
+
 def test_a_gap_is_as_long_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     measures, job, clock = Measures(), held(), iter([10.0, 10.03])
     monkeypatch.setattr(time, "monotonic", lambda: next(clock))

@@ -10,9 +10,10 @@ import pytest
 import redis
 
 from mlx_serving.common.calls import RowReply
+from mlx_serving.worker.held import EVENT_TOKENS
 from mlx_serving.worker.publisher import BACK_OFF_SECONDS
 from tests.helpers import wait_until
-from tests.publisher_bench import Bench
+from tests.publisher_bench import FLUSH, Bench
 from tests.worker_fakes import FakeProtocol, held, output
 
 if TYPE_CHECKING:
@@ -134,3 +135,16 @@ def test_a_kill_loses_no_more_than_the_flush_under_way_and_what_was_decoded_mean
     assert max(pauses[:faults], default=0) < BACK_OFF_SECONDS[-1] + 0.1
     assert sorted(pauses[faults:])[len(pauses[faults:]) // 2] < 0.01 + 0.02
     assert max(pauses[faults:]) < 0.01 + 0.1
+
+
+def test_a_fast_rows_events_stay_small(bench: Bench) -> None:
+    job = held()
+    bench.hold(job)
+    bench.publisher.push([output(job, [0])])
+    wait_until(lambda: len(bench.protocol.commits) == 1)
+    began = time.monotonic()
+    for token in range(1, EVENT_TOKENS + 1):
+        bench.publisher.push([output(job, [token])])
+    wait_until(lambda: len(bench.protocol.commits) == 2)
+    assert time.monotonic() - began < FLUSH
+    assert len(bench.protocol.events[-1].choices[0].token_ids) == EVENT_TOKENS
