@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from mlx_serving.common.errors import FieldError, InvalidJob, PayloadTooLarge
 from mlx_serving.common.messages import message_problem
+from mlx_serving.common.output_formats import format_errors
 from mlx_serving.common.validation import TOO_LARGE, pydantic_errors, rules_error
 
 if TYPE_CHECKING:
@@ -33,12 +34,6 @@ UNSUPPORTED: Final[tuple[Unsupported, ...]] = (
     Unsupported("presence_penalty", (0.0,), "is not supported yet; only 0 (off) is"),
     Unsupported("frequency_penalty", (0.0,), "is not supported yet; only 0 (off) is"),
     Unsupported("logit_bias", (None, {}), "is not supported yet"),
-    Unsupported(
-        "response_format",
-        (None, {"type": "text"}),
-        "structured output is not supported yet; only {'type': 'text'} is",
-    ),
-    Unsupported("tool_choice", (None, "auto", "none"), "only 'auto' and 'none' are supported yet"),
     Unsupported("adapter", (None,), "adapters are not supported yet"),
 )
 """Refused by name, never ignored. Lift a line when the engine honours the field, and give the
@@ -47,7 +42,7 @@ field its protocol number in `jobs.FEATURE_PROTOCOL`."""
 
 def check_job(job: GenerationJob) -> None:
     """Refuse what the fields say together, and what the engine can't do."""
-    rules = (_source, _messages, _chat_only, _listeners, _unsupported)
+    rules = (_source, _messages, _chat_only, format_errors, _listeners, _unsupported)
     errors = [error for rule in rules for error in rule(job)]
     if errors:
         raise rules_error(errors)
@@ -73,10 +68,6 @@ def _chat_only(job: GenerationJob) -> Iterator[FieldError]:
         for field in ("tools", "tool_choice", "chat_template_kwargs"):
             if getattr(job, field) is not None:
                 yield FieldError(field, "needs messages: a prompt passes no chat template")
-    for index, tool in enumerate(job.tools or ()):
-        if tool.function.strict:
-            reason = "structured tool calls are not supported yet"
-            yield FieldError(f"tools[{index}].function.strict", reason)
 
 
 def _listeners(job: GenerationJob) -> Iterator[FieldError]:

@@ -25,15 +25,19 @@ from mlx_serving.common import limits
 from mlx_serving.common.errors import CorruptJob, FieldError, InvalidJob
 from mlx_serving.common.job_checks import check_job, invalid_job
 from mlx_serving.common.messages import STRICT, Message, Tool
+from mlx_serving.common.output_formats import ENFORCED_TOOLS_PROTOCOL, TEXT, enforces_tools
 from mlx_serving.common.validation import check_data, rules_error
 
 JOB_FUNCTION: Final = "mlx_serving.worker.task.generate"
 """The one function that an RQ job of ours names; producers never import it."""
 
-PROTOCOL: Final = 2
+PROTOCOL: Final = 3
 """Newest protocol that this code speaks. A worker leaves jobs that need a newer one queued."""
 
-FEATURE_PROTOCOL: Final[dict[str, int]] = {"on_model_change": 2}
+FEATURE_PROTOCOL: Final[dict[str, int]] = {
+    "on_model_change": 2,
+    "response_format": 3,
+}
 """Fields that only workers of a later protocol honour, with that protocol."""
 
 Lane = Literal["interactive", "default", "bulk"]
@@ -201,7 +205,8 @@ class GenerationJob(BaseModel):
             for field, protocol in FEATURE_PROTOCOL.items()
             if getattr(self, field) != fields[field].default
         )
-        return max(needs, default=1)
+        enforced = ENFORCED_TOOLS_PROTOCOL if enforces_tools(self) else 1
+        return max([enforced, *needs])
 
     @property
     def queue(self) -> str:
@@ -227,6 +232,8 @@ def queue_name(model: str, lane: Lane) -> str:
 def _plain_fields(data: dict[Any, Any]) -> dict[Any, Any]:
     """Drop what is null, as in the OpenAI API; settle max_tokens against its alias."""
     fields = {key: value for key, value in data.items() if value is not None}
+    if fields.get("response_format") == TEXT:  # the default, spelled out
+        del fields["response_format"]
     if "max_tokens" in fields and "max_completion_tokens" in fields:
         if fields["max_tokens"] != fields["max_completion_tokens"]:
             reason = "is an alias of max_tokens, which has another value"

@@ -6,12 +6,12 @@ from typing import Any, Protocol
 
 from mlx_serving.worker.engine.acceleration import AccelerationReport
 from mlx_serving.worker.engine.detokenizer import DetokenizerProtocol
+from mlx_serving.worker.engine.row_output import grammar_ended, parse_output, row_error
 from mlx_serving.worker.engine.scheduler import PrefillChunk, Scheduler
 from mlx_serving.worker.engine.sequence import (
     FINISH_ERROR,
     FINISH_LENGTH,
     FINISH_STOP,
-    INVALID_TOKEN,
     ModelInfo,
     Output,
     Phase,
@@ -21,8 +21,6 @@ from mlx_serving.worker.engine.sequence import (
     Sequence,
 )
 from mlx_serving.worker.engine.validation import check_request
-
-NAN_LOGITS = RowError("nan_logits", "the model's logits for this row were not finite")
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +96,10 @@ class Engine:
         except ValueError as error:
             self._scheduler.remove(sequence)
             raise RequestRefusedError("invalid_parameter", f"stop: {error}") from None
+        if request.format is not None:
+            sequence.parser = request.format.open(request.id, request.choice)
+        if request.grammar is not None:
+            sequence.matcher = request.grammar.start()
         if request.committed:
             self._replay(sequence)
 
@@ -105,13 +107,20 @@ class Engine:
         """Bring a resumed row to where its last attempt stood; its text is out already."""
         committed = sequence.request.committed
         live = [token for token in committed if token not in self.model_info.eos_token_ids]
-        _, stopped = self._detokenizer.replay(sequence.slot, live)
+        text, stopped = self._detokenizer.replay(sequence.slot, live)
         sequence.decoded = len(committed)
+        if sequence.parser is not None:
+            sequence.parser.push(text)
+        if sequence.matcher is not None:
+            sequence.matcher.replay(committed)
         reason = self._finish_reason(sequence, committed[-1], stopped=stopped)
         if reason is not None:
             # Text is released with the finish reason, which no earlier attempt has written.
             held = self._detokenizer.finish(sequence.slot)
-            self._finished_early.append(self._output(sequence, reason, held))
+            output = self._output(sequence, reason, held)
+            itself = committed[-1] in self.model_info.eos_token_ids or grammar_ended(sequence)
+            parse_output(sequence, output, ended_itself=itself)
+            self._finished_early.append(output)
             self._forget(sequence)
 
     def abort(self, request_id: str) -> None:
@@ -170,8 +179,9 @@ class Engine:
     def _collect(self, sampled: list[tuple[Sequence, int]], outputs: list[Output]) -> None:
         """Turn one step's tokens into outputs and take the rows that ended out of the batch."""
         eos = self.model_info.eos_token_ids
+        checked = [(row, token, row_error(row, token)) for row, token in sampled]
         with_text = [
-            (row, token) for row, token in sampled if token != INVALID_TOKEN and token not in eos
+            (row, token) for row, token, error in checked if error is None and token not in eos
         ]
         pieces = iter(
             self._detokenizer.push(
@@ -179,25 +189,26 @@ class Engine:
             )
         )
         ended = []
-        for row, token in sampled:
-            if token == INVALID_TOKEN:
-                output = self._output(row, FINISH_ERROR, error=NAN_LOGITS)
+        for row, token, error in checked:
+            if error is not None:
+                output = self._output(row, FINISH_ERROR, error=error)
             else:
                 row.decoded += 1
                 text, stopped = ("", False) if token in eos else next(pieces)
                 reason = self._finish_reason(row, token, stopped=stopped)
                 output = self._output(row, reason, text, [token])
-            outputs.append(output)
             if output.finish_reason is not None:
                 output.text += self._detokenizer.finish(row.slot)
                 ended.append(row)
+            parse_output(row, output, ended_itself=token in eos or grammar_ended(row))
+            outputs.append(output)
         if ended:
             self._runner.remove(ended)
             for row in ended:
                 self._forget(row)
 
     def _finish_reason(self, row: Sequence, token: int, *, stopped: bool) -> str | None:
-        if stopped or token in self.model_info.eos_token_ids:
+        if stopped or token in self.model_info.eos_token_ids or grammar_ended(row):
             return FINISH_STOP
         return FINISH_LENGTH if row.decoded >= row.request.max_tokens else None
 

@@ -7,6 +7,10 @@ token, and a row's first token costs no forward pass beside the step its batch-m
 Pipelining: step t + 1 is launched on the sampled tokens of step t while they are still on the
 device; only then does the host read step t. A row that turns out to have ended at t is taken
 out after the launch, and its token of t + 1 is dropped with it.
+
+A batch with constrained rows can't sample t + 1 before the host has read t: there the forward
+pass is launched, t is read and the masks are computed while the device works, then the sampling
+is launched.
 """
 
 from collections.abc import Callable, Iterable
@@ -19,6 +23,12 @@ from mlx_serving.worker.engine.kv_cache import LanguageModel
 from mlx_serving.worker.engine.sampling import BatchSampler, RowSampling, token_words
 from mlx_serving.worker.engine.scheduler import PrefillChunk
 from mlx_serving.worker.engine.sequence import Sequence
+from mlx_serving.worker.engine.structured_output import (
+    BatchMasks,
+    Matcher,
+    advance_rows,
+    apply_bitmask,
+)
 
 TRIM_EVERY_LAUNCHES: Final = 512  # freed buffers go back to the system, as in mlx-lm
 
@@ -49,6 +59,8 @@ class ModelRunner:
         self._joined = 0  # rows at the end whose pending token is not a sampled one
         self._pending = mx.array([], dtype=mx.int32)  # [B], what the next step takes in
         self._sampler: Callable[[mx.array], mx.array] | None = None  # None: rows changed
+        self._batch_masks: BatchMasks | None = None  # the same
+        self._constrained = False  # whether some row follows a grammar
 
     def prefill(self, chunk: PrefillChunk) -> None:
         """Compute one chunk; rows of several prompts are padded on the right to the longest."""
@@ -124,26 +136,52 @@ class ModelRunner:
             return []
         previous = self._pending
         sampled = self._rows[: len(self._rows) - self._joined]
-        if self._launches < self._last_launch:
-            self._launch()
-        if not sampled:
-            return []
-        tokens = cast("list[int]", previous.tolist())
-        return list(zip(sampled, tokens, strict=False))
+        launching = self._launches < self._last_launch
+        if self._constrained:
+            return self._decode_masked(previous, sampled, launching=launching)
+        if launching:
+            self._sample(self._forward())
+        return _pairs(sampled, previous)
 
-    def _launch(self) -> None:
+    def _decode_masked(
+        self, previous: mx.array, sampled: list[Sequence], *, launching: bool
+    ) -> list[tuple[Sequence, int]]:
+        """Decode a batch in which some rows follow a grammar."""
+        logits = None
+        if launching:
+            logits = self._forward()
+            mx.async_eval(logits)
+        pairs = _pairs(sampled, previous)
+        advance_rows(pairs)
+        if logits is not None:
+            self._sample(apply_bitmask(logits, self._masks().compute()))
+        return pairs
+
+    def _masks(self) -> BatchMasks:
+        if self._batch_masks is None:
+            matchers = [cast("Matcher | None", row.matcher) for row in self._rows]
+            self._batch_masks = BatchMasks(matchers, self.cost.vocab_size)
+        return self._batch_masks
+
+    def _forward(self) -> mx.array:
+        """Launch nothing yet: the logits of the next token, [B, V], and the caches moved on."""
         if self._sampler is None:
             self._sampler = BatchSampler(self._sampling(), self._words)
         logits = self._model(self._pending[:, None], cache=self._cache)
-        self._pending = self._sampler(logits[:, -1])
-        mx.async_eval(self._pending)
         self._joined = 0
         self._launches += 1
+        return logits[:, -1]
+
+    def _sample(self, logits: mx.array) -> None:
+        assert self._sampler is not None  # noqa: S101 - `_forward` made it
+        self._pending = self._sampler(logits)
+        mx.async_eval(self._pending)
         if self._launches % TRIM_EVERY_LAUNCHES == 0:
             mx.clear_cache()
 
     def _rows_changed(self) -> None:
-        self._sampler = None
+        self._sampler = self._batch_masks = None
+        self._constrained = any(row.matcher is not None for row in self._rows)
         ends = zip(self._origins, self._rows, strict=True)
         self._last_launch = max(
             (origin + row.request.max_tokens for origin, row in ends), default=0
@@ -161,3 +199,10 @@ class ModelRunner:
             len(row.request.prompt) - 1 + self._launches - origin
             for origin, row in zip(self._origins, self._rows, strict=True)
         ]
+
+
+def _pairs(rows: list[Sequence], tokens: mx.array) -> list[tuple[Sequence, int]]:
+    """Read the tokens; rows at the end that have none yet are left out."""
+    if not rows:
+        return []
+    return list(zip(rows, cast("list[int]", tokens.tolist()), strict=False))
