@@ -22,12 +22,13 @@ import msgspec
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
-COMPILE_SECONDS: Final = 0.8
+COMPILE_SECONDS: Final = 0.5
 START_SECONDS: Final = 30.0
 LIMITS: Final = {"step_lexer_fuel": 50_000, "step_max_items": 20_000, "verbose_errors": False}
 """llguidance's bounds on one mask: a tenth of its own defaults, some milliseconds. Its verbose
 errors would quote the grammar and the text."""
 
+WALKED_TOKENS: Final = 8
 _REASON_CHARS: Final = 300
 
 
@@ -58,17 +59,35 @@ def compile_grammar(tokenizer: LLTokenizer, grammar: str) -> tuple[LLMatcher, st
     from llguidance import LLMatcher
 
     matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=parser_limits())
-    if not matcher.is_error():
-        matcher.compute_bitmask()
-    if not matcher.is_error():
-        return matcher, ""
-    return matcher, _reason(matcher.get_error())
+    return matcher, _reason(matcher)
 
 
-def _reason(message: str) -> str:
-    """The first line of an error: what follows shows the grammar."""
-    first = message.removesuffix("<non-verbose/>").strip().partition("\n")[0]
-    return first[:_REASON_CHARS] or "is refused without a reason"
+def walk(matcher: LLMatcher, tokens: int, *, last: bool) -> str:
+    """Follow a grammar's first (or last) allowed tokens; why that fails, "" where it doesn't.
+
+    Many a grammar compiles and is too complex for its first mask or its second.
+    """
+    for _ in range(tokens):
+        allowed = _allowed(matcher.compute_bitmask())
+        if matcher.is_error() or matcher.is_stopped() or not allowed:
+            break
+        matcher.consume_token(allowed[-1 if last else 0])
+    return _reason(matcher)
+
+
+def _allowed(bitmask: bytes) -> list[int]:
+    """Ids whose bits are set: all of the first and of the last byte that has any."""
+    found = [at for at, byte in enumerate(bitmask) if byte]
+    return [8 * at + bit for at in found[:1] + found[-1:] for bit in range(8)
+            if bitmask[at] >> bit & 1]  # fmt: skip
+
+
+def _reason(matcher: LLMatcher) -> str:
+    """The first line of a matcher's error: what follows shows the grammar."""
+    if not matcher.is_error():
+        return ""
+    message = matcher.get_error().removesuffix("<non-verbose/>").strip()
+    return message.partition("\n")[0][:_REASON_CHARS] or "is refused without a reason"
 
 
 class GrammarTrial:
@@ -169,9 +188,17 @@ def serve(lines: IO[bytes], replies: IO[bytes]) -> None:
     for line in lines:
         # Should the parent be gone, nobody kills it: the alarm does.
         signal.setitimer(signal.ITIMER_REAL, 2 * seconds)
-        _, reason = compile_grammar(tokenizer, msgspec.json.decode(line))
+        reason = try_grammar(tokenizer, msgspec.json.decode(line))
         signal.setitimer(signal.ITIMER_REAL, 0)
         _reply(replies, reason)
+
+
+def try_grammar(tokenizer: LLTokenizer, grammar: str) -> str:
+    """Compile a grammar and follow it for some tokens; why that fails, "" where it doesn't."""
+    matcher, reason = compile_grammar(tokenizer, grammar)
+    for last in (False, True):
+        reason = reason or walk(matcher.deep_copy(), WALKED_TOKENS, last=last)
+    return reason
 
 
 def _reply(replies: IO[bytes], message: str) -> None:
