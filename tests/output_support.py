@@ -79,7 +79,10 @@ def decode(requests: Iterable[Request], engine: Engine | None = None) -> dict[st
     used = engine or tally()
     pending = list(requests)
     rows = {one.id.partition(":")[0]: Row() for one in pending}
+    steps = 0
     while pending or used.has_work:
+        steps += 1
+        assert steps < 20_000, "the engine makes no progress"
         while pending and used.can_add(pending[0]):
             used.add(pending.pop(0))
         for output in used.step():

@@ -112,7 +112,7 @@ class RequestFormat:
             calls = [_checked(call) for call in (found if isinstance(found, list) else [found])]
         except Exception:  # noqa: BLE001 - see above
             return None
-        names = {tool["function"]["name"] for tool in self.tools}
+        names = [tool["function"]["name"] for tool in self.tools]
         return calls if calls and all(call.name in names for call in calls) else None
 
 
