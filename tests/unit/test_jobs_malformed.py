@@ -110,10 +110,6 @@ MALFORMED: list[tuple[object, str]] = [
         chat(USER, tools=[{"type": "function", "function": {"name": "a b"}}]),
         "tools[0].function.name",
     ),
-    (
-        chat(USER, tools=[{"type": "function", "function": {"name": "f", "strict": True}}]),
-        "tools[0].function.strict",
-    ),
     (prompt(tools=[TOOL]), "tools"),
     (prompt(chat_template_kwargs={"enable_thinking": False}), "chat_template_kwargs"),
     (chat(USER, chat_template_kwargs={"x": math.nan}), "chat_template_kwargs.x"),
@@ -156,8 +152,6 @@ UNSUPPORTED_EXAMPLES: dict[str, Any] = {
     "presence_penalty": 0.5,
     "frequency_penalty": -0.5,
     "logit_bias": {"50256": -100},
-    "response_format": {"type": "json_object"},
-    "tool_choice": "required",
     "adapter": "my-lora",
 }
 

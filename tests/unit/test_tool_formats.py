@@ -54,7 +54,7 @@ class FakeTokenizer:
 
 
 def form(name: str, tools: tuple[dict[str, Any], ...] = (TOOL,)) -> RequestFormat:
-    return RequestFormat(ModelFormat.of(FakeTokenizer(name)), "normal", tools, shows_special=False)
+    return RequestFormat(ModelFormat.of(FakeTokenizer(name)), "normal", tools)
 
 
 def parse(name: str, text: str, tools: tuple[dict[str, Any], ...] = (TOOL,)) -> Parts:

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 from mlx_serving.worker.engine.acceleration import AccelerationReport
 from mlx_serving.worker.engine.detokenizer import DetokenizerProtocol
+from mlx_serving.worker.engine.marked_detokenizer import MarkedDetokenizer
 from mlx_serving.worker.engine.row_output import grammar_ended, parse_output, row_error
 from mlx_serving.worker.engine.scheduler import PrefillChunk, Scheduler
 from mlx_serving.worker.engine.sequence import (
@@ -92,7 +93,7 @@ class Engine:
         check_request(request, self.model_info.vocab_size)
         sequence = self._scheduler.add(request)
         try:
-            sequence.slot = self._detokenizer.open(request.stop)
+            sequence.slot = self._open(request)
         except ValueError as error:
             self._scheduler.remove(sequence)
             raise RequestRefusedError("invalid_parameter", f"stop: {error}") from None
@@ -102,6 +103,12 @@ class Engine:
             sequence.matcher = request.grammar.start()
         if request.committed:
             self._replay(sequence)
+
+    def _open(self, request: Request) -> int:
+        detokenizer = self._detokenizer
+        if request.format is not None and isinstance(detokenizer, MarkedDetokenizer):
+            return detokenizer.open_marked(request.stop)
+        return detokenizer.open(request.stop)
 
     def _replay(self, sequence: Sequence) -> None:
         """Bring a resumed row to where its last attempt stood; its text is out already."""

@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 
 COMPILE_SECONDS: Final = 0.5
 START_SECONDS: Final = 30.0
-LIMITS: Final = {"step_lexer_fuel": 50_000, "step_max_items": 20_000, "verbose_errors": False}
-"""llguidance's bounds on one mask: a tenth of its own defaults, some milliseconds. Its verbose
-errors would quote the grammar and the text."""
+STEP_LEXER_FUEL: Final = 50_000
+STEP_MAX_ITEMS: Final = 20_000
+"""llguidance's bounds on one mask, a third of its own defaults: some milliseconds at most."""
 
 WALKED_TOKENS: Final = 8
 _REASON_CHARS: Final = 300
@@ -48,10 +48,12 @@ class TokenizerSource:
 
 
 def parser_limits() -> LLParserLimits:
-    """Bounds on what one mask may cost."""
+    """Bounds on what one mask may cost. Verbose errors would quote the grammar and the text."""
     from llguidance import LLParserLimits
 
-    return LLParserLimits(**LIMITS)
+    return LLParserLimits(
+        step_lexer_fuel=STEP_LEXER_FUEL, step_max_items=STEP_MAX_ITEMS, verbose_errors=False
+    )
 
 
 def compile_grammar(tokenizer: LLTokenizer, grammar: str) -> tuple[LLMatcher, str]:

@@ -9,6 +9,7 @@ from mlx_lm.utils import load_model, load_tokenizer, maybe_set_recommended_wired
 
 from mlx_serving.worker.engine.acceleration import make_detokenizer
 from mlx_serving.worker.engine.engine import Attachments, Engine
+from mlx_serving.worker.engine.marked_detokenizer import with_markers
 from mlx_serving.worker.engine.model_files import check_model_files, model_revision, tokenizer_hash
 from mlx_serving.worker.engine.model_runner import ModelRunner
 from mlx_serving.worker.engine.scheduler import Scheduler, SchedulerLimits
@@ -84,7 +85,9 @@ def build_engine(
         prefill_chunk_tokens=options.prefill_chunk_tokens,
         kv_row_overhead_tokens=cost.overhead_tokens,
     )
-    detokenizer, report = make_detokenizer(tokenizer, prefer_native=options.prefer_native)
+    native = options.prefer_native
+    plain, report = make_detokenizer(tokenizer, prefer_native=native)
+    detokenizer = with_markers(plain, tokenizer, prefer_native=native)
     return Engine(runner, Scheduler(limits), detokenizer, info, Attachments(tokenizer, (report,)))
 
 

@@ -68,7 +68,7 @@ class OutputPlanner:
         if job.messages is None or not any(transitions.values()):
             return None
         state = self._format.initial or (REASONING if reasoning else TEXT)
-        return RequestFormat(self._format, state, tools, shows_special=False)
+        return RequestFormat(self._format, state, tools)
 
     def _token_of(self, marker: str) -> int | None:
         ids = self._tokenizer.encode(marker, add_special_tokens=False)

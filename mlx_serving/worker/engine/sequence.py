@@ -108,9 +108,6 @@ class OutputParser(Protocol):
 class OutputFormat(Protocol):
     """How one request's text is to be read."""
 
-    shows_special: bool
-    """Whether its markers are special tokens, which text leaves out elsewhere."""
-
     def open(self, request_id: str, choice: int) -> OutputParser:
         """Return a parser for a new row; calls get ids from the job's id and the choice."""
 

@@ -94,7 +94,6 @@ class RequestFormat:
     model: ModelFormat
     state: str
     tools: tuple[dict[str, Any], ...]
-    shows_special: bool
 
     def open(self, request_id: str, choice: int) -> MarkedTextParser:
         """Return a parser for a new row."""
