@@ -52,7 +52,6 @@ UNSUPPORTED_AS_YET = {
     "n",
     "presence_penalty",
     "repetition_penalty",
-    "response_format",
     "top_logprobs",
 }
 
