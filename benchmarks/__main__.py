@@ -58,6 +58,23 @@ def engine(*, quick: bool) -> list[Figure]:
     ]
 
 
+def structured(*, quick: bool) -> list[Figure]:
+    """A step of constrained rows over one of free rows, on the shape that `engine` takes."""
+    shape = "0.6b" if has_gpu() and not quick else "tiny"
+    size = ["--batch", "8", "--steps", "10"] if quick else ["--batch", "64", "--steps", "100"]
+    dtype = "bfloat16" if shape == "0.6b" else "float32"
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "structured.json"
+        run_module("structured", "--shape", shape, "--dtype", dtype, *size, "--output", str(output))
+        report: dict[str, Any] = json.loads(output.read_text())
+    goals = {"all_over_free": Goal("≤", 1.2)}
+    return [
+        Figure(f"{name} [{shape}]", value, _unit(name), goals.get(name))
+        for name, value in report.items()
+        if isinstance(value, float)
+    ]
+
+
 def _unit(name: str) -> str:
     return "ms" if name.endswith("_ms") else "×"
 
@@ -93,6 +110,7 @@ BENCHMARKS: Final[dict[str, tuple[str, Callable[..., list[Figure]]]]] = {
     "p6": ("P6 dispatch of no-op jobs", dispatch_no_ops),
     "p7": ("P7 idle enqueue → started", wake_up),
     "detokenizer": ("Detokenizer, 64 rows", detokenizer),
+    "structured": ("Structured output: 64 rows by schemas over 64 free ones", structured),
 }
 ALIASES: Final = {"p1": "engine", "p2": "engine", "p3": "engine"}
 

@@ -34,8 +34,7 @@ def tokenizer(*, tokens: bool) -> tuple[Tokenizer, LLTokenizer]:
     made.decoder = decoders.ByteLevel()
     names = [*MARKERS, "<|end|>"] if tokens else ["<|end|>"]
     made.add_tokens([AddedToken(name, special=True) for name in names])
-    end = made.token_to_id("<|end|>")
-    return made, LLTokenizer(made.to_str(), eos_token=[end])
+    return made, LLTokenizer(made.to_str(), eos_token=[len(alphabet) + len(names) - 1])
 
 
 def model(*, thinks: bool = True, parser: str = "json_tools") -> ModelFormat:
@@ -47,7 +46,7 @@ def model(*, thinks: bool = True, parser: str = "json_tools") -> ModelFormat:
 
 def grammar(made: GenerationJob, form: ModelFormat, *, tokens: bool, reasoning: bool) -> str:
     def token_of(marker: str) -> int | None:
-        return int(tokenizer(tokens=True)[0].token_to_id(marker)) if tokens else None
+        return tokenizer(tokens=True)[0].token_to_id(marker) if tokens else None
 
     spec = output_grammar(made, form, token_of, reasoning=reasoning)
     assert spec is not None
