@@ -16,15 +16,16 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
-from benchmarks import dispatch, latency, streaming
+from benchmarks import dispatch, latency, scale, server, streaming
 from benchmarks.harness import Figure, Goal, machine, table
+from benchmarks.scale_report import QUICK, SMALL, Plan
 
 ROOT: Final = Path(__file__).parents[1]
 RESULTS: Final = Path(__file__).parent / "results"
-ENGINE_GOALS: Final = {
-    "P1_greedy_over_bare": Goal("≤", 1.05),
-    "P2_mixed_over_bare": Goal("≤", 1.15),
-    "P3_first_over_steady": Goal("≤", 1.5),
+ENGINE_GOALS: Final = {  # of 64 rows on a GPU
+    "P1_greedy_over_bare[64]": Goal("≤", 1.05),
+    "P2_mixed_over_bare[64]": Goal("≤", 1.15),
+    "P3_first_over_steady[64]": Goal("≤", 1.5),
 }
 HAS_GPU: Final = (
     "import mlx.core as mx, sys; sys.exit(mx.default_device().type != mx.DeviceType.gpu)"
@@ -42,17 +43,38 @@ def has_gpu() -> bool:
     return not subprocess.run([sys.executable, "-c", HAS_GPU], check=False).returncode
 
 
+def module_figures(name: str, *arguments: str) -> list[Figure]:
+    """Figures of a benchmark that imports MLX and takes --output."""
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "figures.json"
+        run_module(name, *arguments, "--output", str(output))
+        return [Figure.from_json(figure) for figure in json.loads(output.read_text())]
+
+
 def engine(*, quick: bool) -> list[Figure]:
     """P1, P2, P3: the 0.6B shape on a GPU, a tiny one on a CPU."""
-    shape = "0.6b" if has_gpu() and not quick else "tiny"
-    size = ["--batch", "8", "--steps", "10"] if quick else ["--batch", "64", "--steps", "100"]
-    dtype = "bfloat16" if shape == "0.6b" else "float32"
+    if quick or not has_gpu():
+        size = ["--batch", "8", "--steps", "10"] if quick else ["--batch", "64", "--steps", "100"]
+        return step_figures("tiny", "--dtype", "float32", *size)
+    return step_figures("0.6b", "--batch", "64,8,1", "--steps", "100")
+
+
+def engine_8b(*, quick: bool) -> list[Figure]:
+    """P1, P2, P3 of the 8B shape, which needs a GPU of 40 GB."""
+    if quick or not has_gpu():
+        return []
+    return step_figures("8b", "--batch", "64,1", "--steps", "50")
+
+
+def step_figures(shape: str, *arguments: str) -> list[Figure]:
+    """Run `benchmarks.engine`."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "engine.json"
-        run_module("engine", "--shape", shape, "--dtype", dtype, *size, "--output", str(output))
+        run_module("engine", "--shape", shape, *arguments, "--output", str(output))
         report: dict[str, Any] = json.loads(output.read_text())
+    goals = ENGINE_GOALS if shape == "0.6b" else {}
     return [
-        Figure(f"{name} [{shape}]", value, _unit(name), ENGINE_GOALS.get(name))
+        Figure(f"{name} {shape}", value, _unit(name), goals.get(name))
         for name, value in report.items()
         if isinstance(value, float)
     ]
@@ -76,7 +98,31 @@ def structured(*, quick: bool) -> list[Figure]:
 
 
 def _unit(name: str) -> str:
-    return "ms" if name.endswith("_ms") else "×"
+    if "GB_s" in name:
+        return "GB/s"
+    return "ms" if "_ms" in name else "×"
+
+
+def churn(*, quick: bool) -> list[Figure]:
+    """Jobs that come and go, against BatchGenerator."""
+    if quick:
+        return module_figures("churn", "--batch", "8", "--steps", "10", "--rounds", "1")
+    return module_figures("churn", "--shape", "0.6b" if has_gpu() else "tiny")
+
+
+def ragged(*, quick: bool) -> list[Figure]:
+    """One long row among short ones."""
+    if quick:
+        size = ("--batch", "4", "--long", "600", "--steps", "5", "--rounds", "1")
+        return module_figures("ragged", *size)
+    return module_figures("ragged", "--shape", "0.6b" if has_gpu() else "tiny")
+
+
+def peer_server(*, quick: bool) -> list[Figure]:
+    """Streams through Redis against `mlx_lm.server`."""
+    if quick:
+        return server.measure(streaming.Load("tiny", streams=4, tokens=20), (0,), rounds=1)
+    return server.measure(streaming.Load("0.6b" if has_gpu() else "tiny", tokens=192))
 
 
 def stream(*, quick: bool) -> list[Figure]:
@@ -97,6 +143,13 @@ def wake_up(*, quick: bool) -> list[Figure]:
     return latency.measure(20, 1) if quick else latency.measure()
 
 
+def scale_out(*, quick: bool) -> list[Figure]:
+    """P8: all of it where there are cores, a little of it elsewhere; Linux only, for its /proc."""
+    if sys.platform != "linux":
+        return []
+    return scale.measure(QUICK if quick else SMALL if scale.cores() < 16 else Plan())
+
+
 def detokenizer(*, quick: bool) -> list[Figure]:
     """Native and twin."""
     del quick
@@ -104,12 +157,34 @@ def detokenizer(*, quick: bool) -> list[Figure]:
     return [Figure(n, v, "µs/step") for n, v in report.items() if isinstance(v, float)]
 
 
+def sampler(*, quick: bool) -> list[Figure]:
+    """The reference and the native piece: a whole batch on a GPU, a small one on a CPU."""
+    size = ["--rows", "4", "--vocabulary", "1000", "--calls", "2", "--rounds", "1"]
+    if not quick:
+        size = [] if has_gpu() else ["--rows", "8", "--vocabulary", "32000", "--dtype", "float32"]
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "sampler.json"
+        run_module("sampler", *size, "--output", str(output))
+        report: dict[str, Any] = json.loads(output.read_text())
+    return [
+        Figure(name, value, "×" if name.endswith("over native") else "ms")
+        for name, value in report.items()
+        if isinstance(value, float)
+    ]
+
+
 BENCHMARKS: Final[dict[str, tuple[str, Callable[..., list[Figure]]]]] = {
-    "engine": ("P1 P2 P3 decode step of 64 rows over a bare loop", engine),
+    "engine": ("P1 P2 P3 decode step over a bare loop", engine),
+    "8b": ("P1 P2 P3 of the 8B shape, on a GPU", engine_8b),
+    "churn": ("Jobs that come and go, over mlx-lm's BatchGenerator", churn),
+    "ragged": ("One long row among short ones", ragged),
+    "server": ("64 live streams through Redis, over mlx_lm.server", peer_server),
     "p4": ("P4 64 live streams through Redis over the in-process engine", stream),
     "p6": ("P6 dispatch of no-op jobs", dispatch_no_ops),
     "p7": ("P7 idle enqueue → started", wake_up),
+    "p8": ("P8 simulated workers on one Redis, throughput over linear", scale_out),
     "detokenizer": ("Detokenizer, 64 rows", detokenizer),
+    "sampler": ("Sampler alone", sampler),
     "structured": ("Structured output: 64 rows by schemas over 64 free ones", structured),
 }
 ALIASES: Final = {"p1": "engine", "p2": "engine", "p3": "engine"}

@@ -1,10 +1,14 @@
 """P1, P2, P3: what the engine's decode step costs over a bare ``model(y, cache)`` loop.
 
-    python benchmarks/engine.py --shape 0.6b --batch 64 --steps 100 --output engine.json
+    python -m benchmarks.engine --shape 0.6b --batch 1,8,64 --steps 100 --output engine.json
 
 All loops run in one process on the same model, prompts and device; each is timed several times
-in turn and the median step counts. P1: every row greedy. P2: every row with its own temperature,
-top-p, top-k, min-p and seed. P3: the first step of a batch whose settings nobody used before.
+in turn. Ratios are medians of the rounds' ratios. P1: every row greedy. P2: every row with its own
+temperature, top-p, top-k, min-p and seed. P3: the first steps of a batch whose settings nobody
+used before, worst of five.
+
+The floor is the time in which this device can read the weights that a step reads: their bytes
+over the bandwidth of a large copy, measured here.
 """
 
 import argparse
@@ -13,19 +17,21 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
 import mlx.core as mx
+from mlx.utils import tree_flatten
 from mlx_lm.generate import BatchGenerator
-from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.models.cache import BatchKVCache, make_prompt_cache
 from mlx_lm.sample_utils import make_sampler
 
-from benchmarks.synthetic import SHAPES, build_model, build_tokenizer
+from benchmarks.synthetic import SHAPES, build_model, build_served_model, build_tokenizer
 from mlx_serving.worker.engine.engine import Engine
-from mlx_serving.worker.engine.kv_cache import LanguageModel, new_cache
+from mlx_serving.worker.engine.kv_cache import LanguageModel
 from mlx_serving.worker.engine.model_runner import ModelRunner
 from mlx_serving.worker.engine.models import EngineOptions, build_engine
 from mlx_serving.worker.engine.sequence import ModelInfo, Request, SamplingParams
@@ -36,12 +42,18 @@ GREEDY = SamplingParams()
 
 @dataclass(frozen=True)
 class Case:
-    """One run's size and model."""
+    """One run's size; the model of the bare loop and the peers, and the engine's."""
 
     model: LanguageModel
+    served: LanguageModel
     vocab_size: int
     batch: int
     steps: int
+
+    @property
+    def max_tokens(self) -> int:
+        """More than any row decodes here."""
+        return 3 * self.steps + 200
 
     def prompts(self) -> list[list[int]]:
         """Random prompts of one length, so that no loop pays for padding."""
@@ -65,15 +77,15 @@ def distinct_settings(count: int, seed: int) -> list[SamplingParams]:
 
 
 def bare_loop(case: Case) -> Iterator[None]:
-    """The floor: forward pass and argmax on a batch cache, pipelined, tokens read by the host."""
-    cache: list[Any] = new_cache(case.model, case.batch)
-    if case.batch == 1:
-        cache = make_prompt_cache(case.model)
+    """The limit: forward pass and argmax on mlx-lm's cache, pipelined, tokens read by the host."""
+    caches: list[Any] = make_prompt_cache(cast("Any", case.model))
+    if case.batch > 1:
+        caches = [BatchKVCache([0] * case.batch) for _ in caches]
     prompts = mx.array(case.prompts())
-    tokens = mx.argmax(case.model(prompts, cache=cache)[:, -1], axis=-1)
+    tokens = mx.argmax(case.model(prompts, cache=caches)[:, -1], axis=-1)
     mx.eval(tokens)
     while True:
-        following = mx.argmax(case.model(tokens[:, None], cache=cache)[:, -1], axis=-1)
+        following = mx.argmax(case.model(tokens[:, None], cache=caches)[:, -1], axis=-1)
         mx.async_eval(following)
         tokens.tolist()
         tokens = following
@@ -83,10 +95,10 @@ def bare_loop(case: Case) -> Iterator[None]:
 def start_engine(case: Case, settings: list[SamplingParams]) -> Engine:
     """Return an engine whose rows all decode; no end of sequence, so that they stay."""
     info = ModelInfo("synthetic", "", "", case.vocab_size, frozenset())
-    options = EngineOptions(max_batch_rows=case.batch, kv_budget_bytes=1 << 36)
-    engine = build_engine(ModelRunner(case.model), build_tokenizer(case.vocab_size), info, options)
+    options = EngineOptions(max_batch_rows=case.batch, kv_budget_bytes=1 << 34)
+    engine = build_engine(ModelRunner(case.served), build_tokenizer(case.vocab_size), info, options)
     for index, (prompt, sampling) in enumerate(zip(case.prompts(), settings, strict=True)):
-        engine.add(Request(str(index), tuple(prompt), sampling, max_tokens=case.steps * 100))
+        engine.add(Request(str(index), tuple(prompt), sampling, case.max_tokens))
     while len(engine.step()) < case.batch:
         pass
     return engine
@@ -102,7 +114,7 @@ def engine_loop(case: Case, settings: list[SamplingParams]) -> Iterator[None]:
 def batch_generator_loop(case: Case, settings: list[SamplingParams]) -> Iterator[None]:
     """mlx-lm's own continuous batch."""
     generator = BatchGenerator(
-        case.model, max_tokens=case.steps * 100, completion_batch_size=case.batch
+        case.model, max_tokens=case.max_tokens, completion_batch_size=case.batch
     )
     samplers = [
         make_sampler(s.temperature, top_p=s.top_p, top_k=s.top_k, min_p=s.min_p)
@@ -134,8 +146,10 @@ def time_calls(call: Callable[[], object], count: int) -> float:
     return (time.perf_counter() - started) / count * 1e3
 
 
-def measure(case: Case, loops: dict[str, Iterator[None]], rounds: int = 5) -> dict[str, float]:
-    """Time the loops in turn, so that drift hits all of them; return median ms a step."""
+def measure(
+    case: Case, loops: dict[str, Iterator[None]], rounds: int = 5
+) -> dict[str, list[float]]:
+    """Time the loops in turn, so that drift hits all of them; return ms a step, by round."""
     steps = max(1, case.steps // rounds)
     for loop in loops.values():
         time_steps(loop, min(3, steps))
@@ -143,47 +157,85 @@ def measure(case: Case, loops: dict[str, Iterator[None]], rounds: int = 5) -> di
     for _ in range(rounds):
         for name, loop in loops.items():
             times[name].append(time_steps(loop, steps))
-    return {name: statistics.median(values) for name, values in times.items()}
+    return times
 
 
 def unseen_over_steady(case: Case, rounds: int = 5) -> float:
-    """P3: a step right after every row got settings never seen before, over the steps before it.
+    """P3: two steps right after every row got settings never seen, over two steps before it.
 
-    The rows' settings are swapped in place, so that no prefill is in the figure. Two steps are
-    timed, since the host reads a step's tokens while the next one runs.
+    All rows are aborted and as many of one-token prompts, which need no prefill, take their
+    places. The figure holds their joining the batch, and the device is waited for on both ends.
     """
     engine = start_engine(case, distinct_settings(case.batch, seed=2))
-    runner = cast("ModelRunner", engine._runner)  # noqa: SLF001 - see above
+    names = [str(row) for row in range(case.batch)]
     ratios = []
     for seed in range(3, 3 + rounds):
-        steady = min(time_calls(engine.step, 2) for _ in range(3))
-        settings = distinct_settings(case.batch, seed)
-        for row, sampling in zip(runner._rows, settings, strict=True):  # noqa: SLF001
-            row.request = replace(row.request, sampling=sampling)
-        runner._sampler = None  # noqa: SLF001
-        ratios.append(time_calls(engine.step, 2) / steady)
+        steady = min(_two_steps(engine) for _ in range(3))
+        for name in names:
+            engine.abort(name)
+        names = [f"{seed}/{row}" for row in range(case.batch)]
+        for name, sampling in zip(names, distinct_settings(case.batch, seed), strict=True):
+            engine.add(Request(name, (seed,), sampling, case.max_tokens))
+        ratios.append(_two_steps(engine) / steady)
     return max(ratios)
 
 
+def _two_steps(engine: Engine) -> float:
+    mx.synchronize()
+    started = time.perf_counter()
+    engine.step()
+    engine.step()
+    mx.synchronize()
+    return time.perf_counter() - started
+
+
 def run(case: Case, *, peer: bool) -> dict[str, float]:
+    """All figures of one batch size, by name."""
     greedy = [GREEDY] * case.batch
-    mixed = distinct_settings(case.batch, seed=1)
     loops = {
         "bare": bare_loop(case),
         "engine_greedy": engine_loop(case, greedy),
-        "engine_mixed": engine_loop(case, mixed),
+        "engine_mixed": engine_loop(case, distinct_settings(case.batch, seed=1)),
     }
     if peer:
         loops["batch_generator_greedy"] = batch_generator_loop(case, greedy)
     times = measure(case, loops)
-    bare = times["bare"]
-    figures = {f"{name}_ms": value for name, value in times.items()}
-    figures["P1_greedy_over_bare"] = times["engine_greedy"] / bare
-    figures["P2_mixed_over_bare"] = times["engine_mixed"] / bare
+    over_bare = {
+        name: statistics.median(a / b for a, b in zip(values, times["bare"], strict=True))
+        for name, values in times.items()
+    }
+    figures = {f"{name}_ms": statistics.median(values) for name, values in times.items()}
+    figures["floor_ms"] = floor_ms(case.model)
+    figures["P1_greedy_over_bare"] = over_bare["engine_greedy"]
+    figures["P2_mixed_over_bare"] = over_bare["engine_mixed"]
     figures["P3_first_over_steady"] = unseen_over_steady(case)
     if peer:
-        figures["batch_generator_greedy_over_bare"] = times["batch_generator_greedy"] / bare
+        figures["batch_generator_greedy_over_bare"] = over_bare["batch_generator_greedy"]
     return figures
+
+
+@cache
+def copy_bandwidth() -> float:
+    """Bytes/s of a large copy on this device, read and written bytes together; best of ten."""
+    on_gpu = mx.default_device().type == mx.DeviceType.gpu
+    source = mx.zeros(((1 << 30 if on_gpu else 1 << 28) // 4,), dtype=mx.float32)
+    mx.eval(source)
+    seconds = []
+    for number in range(10):
+        started = time.perf_counter()
+        mx.eval(source + number)
+        seconds.append(time.perf_counter() - started)
+    return 2 * source.nbytes / min(seconds)
+
+
+def floor_ms(model: LanguageModel) -> float:
+    """Milliseconds to read the weights once: of an untied embedding a step reads a few rows."""
+    weights = dict(tree_flatten(cast("Any", model).parameters()))
+    untied = any(name.startswith("lm_head") for name in weights)
+    read: int = sum(
+        weight.nbytes for name, weight in weights.items() if not (untied and "embed_tokens" in name)
+    )
+    return read / copy_bandwidth() * 1e3
 
 
 def device_name() -> str:
@@ -194,22 +246,35 @@ def device_name() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shape", choices=sorted(SHAPES), default="tiny")
-    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--batch", default="64", help="rows; several as 1,8,64")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
     parser.add_argument("--no-peer", action="store_true", help="leave mlx-lm's BatchGenerator out")
     parser.add_argument("--output", type=Path, help="JSON file to write")
     arguments = parser.parse_args()
-    vocab_size = SHAPES[arguments.shape]["vocab_size"]
-    model = build_model(arguments.shape, dtype=getattr(mx, arguments.dtype))
-    case = Case(model, vocab_size, arguments.batch, arguments.steps)
-    figures = run(case, peer=not arguments.no_peer)
+    dtype = getattr(mx, arguments.dtype)
+    model = build_model(arguments.shape, dtype=dtype)
+    served = build_served_model(arguments.shape, dtype=dtype)
     settings = {key: str(value) for key, value in vars(arguments).items()}
-    report = {"device": device_name(), "mlx": version("mlx"), "settings": settings} | figures
-    for name, value in report.items():
-        print(f"{name:36} {value:.3f}" if isinstance(value, float) else f"{name:36} {value}")
-    if arguments.output:
-        arguments.output.write_text(json.dumps(report, indent=2) + "\n")
+    report: dict[str, Any] = {
+        "device": device_name(), "mlx": version("mlx"), "settings": settings,
+        "copy_bandwidth_GB_s": copy_bandwidth() / 1e9,
+    }  # fmt: skip
+    show(report)
+    for batch in map(int, arguments.batch.split(",")):
+        case = Case(model, served, SHAPES[arguments.shape]["vocab_size"], batch, arguments.steps)
+        figures = run(case, peer=not arguments.no_peer)
+        show({"batch": batch} | figures)
+        report |= {f"{name}[{batch}]": value for name, value in figures.items()}
+        if arguments.output:
+            arguments.output.write_text(json.dumps(report, indent=2) + "\n")
+
+
+def show(figures: dict[str, Any]) -> None:
+    """Print one a line."""
+    for name, value in figures.items():
+        text = f"{value:.3f}" if isinstance(value, float) else value
+        print(f"{name:36} {text}", flush=True)
 
 
 if __name__ == "__main__":

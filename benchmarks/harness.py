@@ -1,6 +1,7 @@
 """What the queue's benchmarks share: figures with goals, real worker processes, waiting."""
 
 import ctypes
+import json
 import multiprocessing
 import os
 import platform
@@ -28,6 +29,7 @@ T = TypeVar("T")
 
 START_SECONDS = 120.0  # a worker's start: imports, and a model's load and first compile
 LIBRARIES = ("mlx", "mlx-lm", "redis", "rq", "hiredis", "msgspec", "pydantic")
+_STARTED = time.monotonic()
 SPAWN = multiprocessing.get_context("spawn")
 
 
@@ -69,10 +71,25 @@ class Figure:
         data = asdict(self) | {"goal": str(self.goal) if self.goal else None}
         return data | ({"met": self.goal.met_by(self.value)} if self.goal else {})
 
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "Figure":
+        """Read what `as_json` gave."""
+        goal = None
+        if data["goal"]:
+            sign, bound = data["goal"].split()
+            goal = Goal(sign, float(bound))
+        return cls(data["name"], data["value"], data["unit"], goal, tuple(data["rounds"]))
+
 
 def percentile(values: Sequence[float], percent: int) -> float:
     """Value below which `percent` of 1 to 99 lie, interpolated."""
     return statistics.quantiles(values, n=100, method="inclusive")[percent - 1]
+
+
+def progress(what: str) -> None:
+    """Say on standard error how far a long run is, and how long this process has run."""
+    seconds = time.monotonic() - _STARTED
+    print(f"  {seconds:6.1f} s  {what}", file=sys.stderr, flush=True)
 
 
 def wait_until(done: Callable[[], bool], *, every: float, timeout: float, what: str) -> None:
@@ -199,6 +216,13 @@ def _processor() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def report(title: str, figures: Sequence[Figure], output: Path | None) -> None:
+    """Print the table of one benchmark; write its figures where asked."""
+    print(table({title: figures}))
+    if output is not None:
+        output.write_text(json.dumps([figure.as_json() for figure in figures], indent=2) + "\n")
 
 
 def table(reports: Mapping[str, Sequence[Figure]]) -> str:

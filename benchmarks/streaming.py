@@ -37,6 +37,7 @@ from benchmarks.harness import (
     bench_settings,
     child_call,
     percentile,
+    progress,
     running_worker,
     table,
     wait_until,
@@ -63,6 +64,7 @@ class Load:
     rate: float = 100.0
     dtype: str = "bfloat16"
     flush_ms: float | None = None  # None: the worker's default
+    folder: str | None = None  # None: a synthetic model is written anew
 
     def jobs(self, tokens: int) -> list[GenerationJob]:
         """Every stream's job; the same tokens in every round."""
@@ -152,6 +154,7 @@ class Stage:
 
     client: redis.Redis
     producer: Client
+    worker_pid: int  # of the parent; the engine runs in its child
     bare: Child
     consumers: Sequence[Child]
 
@@ -187,29 +190,30 @@ def _write_model(connection: Connection, folder: str, shape: str, dtype: str) ->
 
     from benchmarks.synthetic import save_model
 
-    path = save_model(Path(folder), shape) / "model.safetensors"
-    weights: Any = mx.load(str(path))
-    kind = getattr(mx, dtype)
-    cast = {name: weight.astype(kind) for name, weight in weights.items()}
-    mx.eval(cast)
-    mx.save_safetensors(str(path), cast, {"format": "mlx"})
+    save_model(Path(folder), shape, dtype=getattr(mx, dtype))
     connection.send("written")
 
 
 @contextmanager
 def engine_spec(load: Load) -> Iterator[EngineSpec]:
-    """Yield the engine that `load` names; a synthetic model is written to a temporary folder."""
+    """Yield the engine that `load` names.
+
+    A synthetic model is written to a temporary folder, or to `load.folder`, where it stays.
+    """
     if load.model == "simulated":
         yield EngineSpec("simulated", tokens_per_second=load.rate)
     elif load.model == "tally":
         yield EngineSpec("mlx", str(TALLY_PATH))
     else:
-        with tempfile.TemporaryDirectory() as folder:
-            child = child_call(_write_model, folder, load.model, load.dtype)
-            try:
-                child.receive(str)
-            finally:
-                child.end()
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = load.folder or temporary
+            if not (Path(folder) / "config.json").exists():
+                child = child_call(_write_model, folder, load.model, load.dtype)
+                try:
+                    child.receive(str)
+                finally:
+                    child.end()
+                progress("the model is written")
             yield EngineSpec("mlx", folder)
 
 
@@ -224,15 +228,18 @@ def staged(load: Load) -> Iterator[Stage]:
             overrides["flush_interval_ms"] = load.flush_ms
         settings = bench_settings(server.url, **overrides)
         spec = stack.enter_context(engine_spec(load))
-        stack.enter_context(running_worker(settings, spec, client))
-        children = [child_call(_bare_loop, settings, spec)]
+        children = [child_call(_bare_loop, settings, spec)]  # it loads while the worker does
         children += [child_call(_consume, settings) for _ in range(CONSUMERS)]
         for child in children:
             stack.callback(child.end)
             stack.callback(child.send, None)
+        pid = stack.enter_context(running_worker(settings, spec, client))
+        progress("the worker is up")
+        for child in children:
             child.receive(str)
+        progress("the in-process engine and the consumers are up")
         producer = stack.enter_context(Client(settings=settings))
-        yield Stage(client, producer, children[0], children[1:])
+        yield Stage(client, producer, pid, children[0], children[1:])
 
 
 def measure(load: Load, rounds: int = 3) -> list[Figure]:
@@ -240,8 +247,12 @@ def measure(load: Load, rounds: int = 3) -> list[Figure]:
     with staged(load) as stage:
         stage.run_bare(load.jobs(WARM_TOKENS))
         stage.run_streams(load.jobs(WARM_TOKENS))
+        progress("both are warm")
         jobs = load.jobs(load.tokens)
-        pairs = [(stage.run_bare(jobs), stage.run_streams(jobs)) for _ in range(rounds)]
+        pairs = []
+        for _ in range(rounds):
+            pairs.append((stage.run_bare(jobs), stage.run_streams(jobs)))
+            progress(f"round {len(pairs)} of {rounds}")
     return figures(pairs)
 
 
@@ -277,6 +288,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=100.0, help="simulated steps/s")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
     parser.add_argument("--flush-ms", type=float, help="the worker's flush_interval_ms")
+    parser.add_argument("--folder", help="keep the synthetic model here, or use the one there")
     parser.add_argument("--rounds", type=int, default=3)
     options = vars(parser.parse_args())
     rounds = options.pop("rounds")

@@ -39,7 +39,15 @@ QWEN3_06B: Final[dict[str, Any]] = {
     "rope_theta": 1_000_000.0,
     "tie_word_embeddings": True,
 }
-SHAPES: Final = {"tiny": TINY, "0.6b": QWEN3_06B}
+# Qwen3-8B's own config.json.
+QWEN3_8B: Final[dict[str, Any]] = QWEN3_06B | {
+    "hidden_size": 4096,
+    "num_hidden_layers": 36,
+    "intermediate_size": 12_288,
+    "num_attention_heads": 32,
+    "tie_word_embeddings": False,
+}
+SHAPES: Final = {"tiny": TINY, "0.6b": QWEN3_06B, "8b": QWEN3_8B}
 _ARCHITECTURES: Final = {"qwen3": qwen3, "llama": llama}
 
 
@@ -61,6 +69,16 @@ def build_model(
     return cast("LanguageModel", model)
 
 
+def build_served_model(
+    shape: str = "tiny", architecture: str = "qwen3", dtype: mx.Dtype = mx.float32, seed: int = 0
+) -> LanguageModel:
+    """Return the same weights once more, as `load_engine` holds them.
+
+    A benchmark's bare loop and peers run `build_model`'s, which the engine has not touched.
+    """
+    return build_model(shape, architecture, dtype, seed)
+
+
 def build_tokenizer(vocab_size: int = TINY["vocab_size"]) -> Tokenizer:
     """Return a byte-level tokenizer: every byte is a token, then <|end|>, then filler words."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -74,10 +92,14 @@ def build_tokenizer(vocab_size: int = TINY["vocab_size"]) -> Tokenizer:
 
 
 def save_model(
-    folder: Path, shape: str = "tiny", architecture: str = "qwen3", **overrides: Any
+    folder: Path,
+    shape: str = "tiny",
+    architecture: str = "qwen3",
+    dtype: mx.Dtype = mx.float32,
+    **overrides: Any,
 ) -> Path:
     """Write a model folder that `mlx_lm.load` and `load_engine` take."""
-    model = cast("Any", build_model(shape, architecture, **overrides))
+    model = cast("Any", build_model(shape, architecture, dtype, **overrides))
     config = {"model_type": architecture, **SHAPES[shape], **overrides, "eos_token_id": 256}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))

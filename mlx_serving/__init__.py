@@ -17,11 +17,13 @@ from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from mlx_serving.common.errors import (
+        BatchNotFound,
         CorruptEvent,
         CorruptJob,
         EngineError,
         FieldError,
         ForeignFunction,
+        InvalidBatch,
         InvalidJob,
         InvalidSettings,
         JobCancelled,
@@ -56,6 +58,7 @@ __version__: Final = "0.1.0"
 
 __all__ = [
     "AsyncClient",
+    "BatchNotFound",
     "ChoiceDelta",
     "ChoiceResult",
     "Client",
@@ -68,6 +71,7 @@ __all__ = [
     "ForeignFunction",
     "GenerationJob",
     "GenerationResult",
+    "InvalidBatch",
     "InvalidJob",
     "InvalidSettings",
     "JobCancelled",

@@ -1,4 +1,8 @@
 from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from mlx_serving.worker.engine.vocabulary import VocabularyKind
 
@@ -19,3 +23,14 @@ class Detokenizer:
     def replay(self, slot: int, tokens: list[int]) -> tuple[str, bool]: ...
     def finish(self, slot: int) -> str: ...
     def close(self, slot: int) -> None: ...
+
+def sample(
+    logits: NDArray[Any],
+    table: NDArray[np.int32],
+    state: NDArray[np.int32],
+    inputs: NDArray[np.int32],
+    lists: NDArray[np.int32],
+    mask: NDArray[np.int32] | None,
+    outputs: Sequence[NDArray[Any]],
+    by_groups: bool = False,
+) -> None: ...

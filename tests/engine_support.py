@@ -8,10 +8,12 @@ import mlx.core as mx
 from mlx_lm.generate import generate_step
 
 from benchmarks.synthetic import TINY, build_model, build_tokenizer
+from mlx_serving.worker.engine.cache_choice import paged_choice
 from mlx_serving.worker.engine.engine import Engine
 from mlx_serving.worker.engine.kv_cache import LanguageModel
 from mlx_serving.worker.engine.model_runner import ModelRunner
 from mlx_serving.worker.engine.models import EngineOptions, build_engine
+from mlx_serving.worker.engine.paged.reference import ReferenceOps
 from mlx_serving.worker.engine.sequence import ModelInfo, Output, Request, SamplingParams
 
 EOS = 256
@@ -44,13 +46,18 @@ def tiny_engine(
     rows: int = 40,
     chunk: int = 64,
     kv_budget_bytes: int = 1 << 28,
+    paged: bool = False,
 ) -> Engine:
-    """An engine over a tiny random model in memory."""
+    """An engine over a tiny random model in memory; `paged`: on the paged cache's reference."""
     info = ModelInfo("tiny", "revision", "hash", TINY["vocab_size"], frozenset(eos))
     options = EngineOptions(
         max_batch_rows=rows, kv_budget_bytes=kv_budget_bytes, prefill_chunk_tokens=chunk
     )
-    runner = ModelRunner(model if model is not None else build_model())
+    model = model if model is not None else build_model()
+    choice = paged_choice(model, ReferenceOps()) if paged else None
+    if choice is not None:
+        assert choice.block_tokens, choice.report
+    runner = ModelRunner(model, choice)
     return build_engine(runner, build_tokenizer(), info, options)
 
 

@@ -142,8 +142,8 @@ class Driver:
         (reply,) = self.protocol.run(calls.renew(attempt.worker, held, lease_ms=lease_ms))
         return reply
 
-    def release(self, *attempts: Attempt, needed: int = 0) -> list[str]:
-        rows = [(a.job.job_id, a.job.epoch, needed) for a in attempts]
+    def release(self, *attempts: Attempt, needed: int = 0, rows_needed: int = 0) -> list[str]:
+        rows = [calls.Returned(a.job.job_id, a.job.epoch, needed, rows_needed) for a in attempts]
         replies: list[Any] = self.protocol.run(calls.release(attempts[0].worker, rows))
         return replies
 

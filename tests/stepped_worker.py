@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any, Self
 import redis
 
 from mlx_serving.common import calls
+from mlx_serving.common.results import assemble
 from mlx_serving.worker.child import Child, ChildSpec
 from mlx_serving.worker.engine.detokenizer import Detokenizer
 from mlx_serving.worker.engine.engine import Engine
 from mlx_serving.worker.engine.scheduler import Scheduler, SchedulerLimits
-from mlx_serving.worker.engine.sequence import ModelInfo
-from mlx_serving.worker.engine.simulated import SimulatedOptions, SimulatedRunner
+from mlx_serving.worker.engine.sequence import ModelInfo, Sequence
+from mlx_serving.worker.engine.simulated import SimulatedOptions, SimulatedRunner, plan
 from mlx_serving.worker.engine.vocabulary import Vocabulary
 from mlx_serving.worker.loading import EngineSpec
 from tests.worker_process import job_events, quick_settings
@@ -24,11 +25,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from mlx_serving.common.calls import CommitRow
+    from mlx_serving.common.events import Event
     from mlx_serving.common.jobs import GenerationJob
     from mlx_serving.common.results import GenerationResult
     from mlx_serving.common.states import JobState
     from mlx_serving.producer.client import Client
     from mlx_serving.producer.handles import JobHandle
+    from mlx_serving.worker.intake import Plan
 
     Encode = Callable[[GenerationJob], tuple[int, ...]]
 
@@ -38,11 +41,19 @@ EOS = 0
 class SteppedWorker:
     """One attempt after the other: `claim`, then `step` and `flush`, then `die` or `hand_over`."""
 
-    def __init__(self, url: str, engine: Engine, encode: Encode, name: str = "w") -> None:
-        settings = quick_settings(url, flush_interval_ms=0, lease_seconds=30)
+    def __init__(
+        self,
+        url: str,
+        engine: Engine,
+        encode: Encode,
+        name: str = "w",
+        plan: Plan = plan,
+        **changes: Any,
+    ) -> None:
+        settings = quick_settings(url, flush_interval_ms=0, lease_seconds=30, **changes)
         self.name = name
         self.child = Child(ChildSpec(settings, "tally", name, EngineSpec("simulated")))
-        self.child._encode = encode
+        self.child._encode, self.child._plan = encode, plan
         self.engine = self.child.runner.engine = engine
 
     def __enter__(self) -> Self:
@@ -79,7 +90,7 @@ class SteppedWorker:
                 self.flush()
 
     def _pending(self) -> int:
-        return sum(len(job.token_ids) for job in self.child.publisher.held())
+        return sum(job.completion_tokens for job in self.child.publisher.held())
 
     @property
     def held(self) -> int:
@@ -134,15 +145,32 @@ def spelled_engine(
     chunk: int = 512,
     revision: str = "r1",
     tokenizer_hash: str = "h1",
+    uneven: int = 0,
 ) -> Engine:
-    """An engine that says `text`, a byte a token, then ends: token n is its nth byte."""
+    """An engine that says `text`, a byte a token, then ends: token n is its nth byte.
+
+    Choice n ends `uneven` times n bytes earlier.
+    """
     said = text.encode()
     tokens = [b"", *(_spelling(byte, kind) for byte in said)]
     vocabulary = Vocabulary(tokens, kind, {EOS})  # type: ignore[arg-type]
     info = ModelInfo("spelled", revision, tokenizer_hash, len(tokens), frozenset({EOS}))
     options = SimulatedOptions(0.0, 0.0, answer_tokens=len(said))
     limits = SchedulerLimits(64, 1 << 30, chunk)
-    return Engine(SimulatedRunner(options), Scheduler(limits), Detokenizer(vocabulary), info)
+    runner = UnevenRunner(options, len(said), uneven)
+    return Engine(runner, Scheduler(limits), Detokenizer(vocabulary), info)
+
+
+class UnevenRunner(SimulatedRunner):
+    """Ends each choice earlier than the one before it."""
+
+    def __init__(self, options: SimulatedOptions, length: int, uneven: int) -> None:
+        super().__init__(options)
+        self._length, self._uneven = length, uneven
+
+    def _next_token(self, row: Sequence) -> int:
+        end = self._length - self._uneven * row.request.choice
+        return EOS if row.decoded >= end else super()._next_token(row)
 
 
 def _spelling(byte: int, kind: str) -> bytes:
@@ -168,10 +196,7 @@ def words(job: GenerationJob) -> tuple[int, ...]:
 
 def told(client: Client, handle: JobHandle) -> tuple[list[int], str, str | None, JobState]:
     """What a job's stream says, checked against the contract and against its result record."""
-    stream = job_events(client, handle.id)
-    assert [event.seq for event in stream] == list(range(1, len(stream) + 1))
-    assert [event.type for event in stream].count("end") == 1
-    assert stream[-1].type == "end"
+    stream = whole_stream(client, handle)
     deltas = [delta for event in stream for delta in event.choices]
     token_ids = [token for delta in deltas for token in delta.token_ids]
     text = "".join(delta.text for delta in deltas)
@@ -186,6 +211,28 @@ def told(client: Client, handle: JobHandle) -> tuple[list[int], str, str | None,
         assert result.usage.completion_tokens == len(token_ids)
         assert deltas[-1].finish_reason
     return token_ids, text, result.finish_reason, result.state
+
+
+def whole_stream(client: Client, handle: JobHandle) -> list[Event]:
+    """A job's events, checked: every seq once, in order, and one end, the last."""
+    stream = job_events(client, handle.id)
+    assert [event.seq for event in stream] == list(range(1, len(stream) + 1))
+    assert [event.type for event in stream].count("end") == 1
+    assert stream[-1].type == "end"
+    return stream
+
+
+def told_by_choice(client: Client, handle: JobHandle) -> list[tuple[list[int], str, str | None]]:
+    """What a job's stream says of each choice, checked against its result record and usage."""
+    stream = whole_stream(client, handle)
+    result = client.result(handle.id, timeout=1)
+    assert assemble(handle.id, stream).choices == result.choices
+    assert [choice.index for choice in result.choices] == list(range(len(result.choices)))
+    assert result.usage is not None
+    assert result.usage.completion_tokens == sum(len(c.token_ids) for c in result.choices)
+    ends = [delta.index for event in stream for delta in event.choices if delta.finish_reason]
+    assert len(ends) == len(set(ends))  # each choice ends once
+    return [(c.token_ids, c.text, c.finish_reason) for c in result.choices]
 
 
 class LostReply:

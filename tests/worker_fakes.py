@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import redis
 
 from mlx_serving.common import events
@@ -27,17 +28,28 @@ def claim_of(job_id: str = "a", **fields: Any) -> ClaimedJob:
     return ClaimedJob(**(given | fields))
 
 
-def held(job_id: str = "a", **fields: Any) -> HeldJob:
+def held(job_id: str = "a", choices: int = 1, **fields: Any) -> HeldJob:
     """Return a job that is prepared: its attempt event goes with the first output."""
     job = HeldJob(claim_of(job_id, **fields))
+    job.expect(choices)
     job.model, job.model_name = MODEL, "tally"
     return job
 
 
 def output(
-    job: HeldJob, tokens: Sequence[int], text: str = "", reason: str | None = None
+    job: HeldJob,
+    tokens: Sequence[int],
+    text: str = "",
+    reason: str | None = None,
+    choice: int = 0,
 ) -> Output:
-    return Output(job.request_id, 0, list(tokens), text, reason, prompt_tokens=3)
+    return Output(job.request_id, choice, list(tokens), text, reason, prompt_tokens=3)
+
+
+def commit_rows(call: Call[Any]) -> list[list[Any]]:
+    """The rows of a commit: id, epoch, seq, publish, event, and the end's fields."""
+    rows: list[list[Any]] = msgspec.msgpack.decode(call.arguments[3])  # type: ignore[arg-type]
+    return rows
 
 
 class FakeProtocol:
@@ -59,11 +71,11 @@ class FakeProtocol:
         if call.script == "renew":
             return self._renew(call.arguments[2:])
         assert call.script == "commit"
-        rows = [call.arguments[i : i + 10] for i in range(3, len(call.arguments), 10)]
+        rows = commit_rows(call)
         self.sent.append(tuple(map(tuple, rows)))
         if self.faults:
             raise self.faults.pop(0)
-        decoded = [(str(r[0]), events.decode(bytes(r[4])), bool(r[3])) for r in rows]  # type: ignore[arg-type]
+        decoded = [(str(r[0]), events.decode(r[4].encode()), bool(r[3])) for r in rows]
         self.commits.append(decoded)
         return [self.answers.get(job_id, RowReply("OK")) for job_id, _, _ in decoded]
 

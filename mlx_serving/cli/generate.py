@@ -28,6 +28,10 @@ def generate(  # noqa: PLR0913, PLR0917 -- each is an option of the command line
     top_k: Annotated[int | None, typer.Option(help="Keep so many tokens; 0 is off.")] = None,
     min_p: Annotated[float | None, typer.Option(help="Keep this share of the likeliest.")] = None,
     seed: Annotated[int | None, typer.Option(help="Same seed, same tokens.")] = None,
+    n: Annotated[int | None, typer.Option("-n", help="Choices; more than one end in turn.")] = None,
+    logprobs: Annotated[
+        int | None, typer.Option(help="Print each token's, and of so many likeliest ones.")
+    ] = None,
     stop: Annotated[list[str] | None, typer.Option(help="Stop string; may be repeated.")] = None,
     lane: Annotated[
         Literal["interactive", "default", "bulk"], typer.Option(help="Priority of the job.")
@@ -48,6 +52,7 @@ def generate(  # noqa: PLR0913, PLR0917 -- each is an option of the command line
     job = build_job(
         text, raw=raw, system=system, model=model, lane=lane, temperature=temperature,
         max_tokens=max_tokens, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed, stop=stop,
+        n=n, logprobs=None if logprobs is None else True, top_logprobs=logprobs or None,
     )  # fmt: skip
     status = stream_job(job, read_settings(redis_url), as_json=events, verbose=verbose)
     raise typer.Exit(status)

@@ -18,6 +18,7 @@ def status(
 ) -> None:
     """Show a job, or without an id the queues and the workers."""
     from mlx_serving.cli.overview import job_view, read_overview
+    from mlx_serving.cli.top_view import span, state_of
     from mlx_serving.producer.client import Client
 
     with Client(settings=read_settings(redis_url), model=model) as client:
@@ -33,14 +34,14 @@ def status(
         print_json(overview)
         return
     print_table(
-        ("queue", "queued", "running", "open"),
-        [(q.name, q.queued, q.running, q.open) for q in overview.queues],
+        ("queue", "queued", "running", "open", "oldest"),
+        [(q.name, q.queued, q.running, q.open, span(q.oldest_seconds)) for q in overview.queues],
     )
     typer.echo()
     print_table(
-        ("worker", "model", "held", "KV tokens", "device", "acceleration"),
+        ("worker", "model", "state", "held", "KV tokens", "device", "acceleration"),
         [
-            (w.name, w.model, w.held, w.kv_tokens_capacity, w.device, w.acceleration)
+            (w.name, w.model, state_of(w), w.held, w.kv_tokens_capacity, w.device, w.acceleration)
             for w in overview.workers
         ],
     )

@@ -8,12 +8,14 @@ import typer
 from typer.core import TyperGroup
 
 from mlx_serving import __version__
+from mlx_serving.cli.batch.commands import app as batch
 from mlx_serving.cli.console import EXIT_ERROR, EXIT_INTERRUPTED, fail
 from mlx_serving.cli.demo.command import demo
 from mlx_serving.cli.doctor.command import doctor
 from mlx_serving.cli.generate import generate
 from mlx_serving.cli.jobs import cancel, status
 from mlx_serving.cli.models import models
+from mlx_serving.cli.top import top
 from mlx_serving.cli.worker import worker
 from mlx_serving.common.errors import MlxServingError
 
@@ -56,5 +58,7 @@ def _root(
     del version
 
 
-for command in (demo, worker, generate, status, cancel, doctor, models):
+for command in (demo, worker, generate, status, top, cancel, doctor, models):
     app.command()(command)
+
+app.add_typer(batch, name="batch")

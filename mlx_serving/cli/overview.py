@@ -1,4 +1,4 @@
-"""What `status` reads: one job's control hash, or all queues and workers of a Redis."""
+"""What `status` and `top` read: one job's control hash, or all queues and workers of a Redis."""
 
 from __future__ import annotations
 
@@ -25,17 +25,25 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class QueueView:
-    """Jobs of one queue: waiting in RQ's list, held by a worker, and all that have not ended."""
+    """Jobs of one queue: waiting in RQ's list, held by a worker, and all that have not ended.
+
+    `oldest_seconds` is the age of the oldest that has not ended; None where there is none.
+    """
 
     name: str
     queued: int
     running: int
     open: int
+    oldest_seconds: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerView:
-    """What a live worker says of itself; `held` are the jobs that it has claimed."""
+    """What a live worker says of itself, a few seconds ago at most (`worker.presence`).
+
+    `held` are the jobs that it has claimed, `rows` those in its batch. `lease_age_ms` is None where
+    nothing is held.
+    """
 
     name: str
     model: str
@@ -45,6 +53,18 @@ class WorkerView:
     held: int
     kv_tokens_capacity: int
     pid: int
+    state: str = ""
+    reasons: tuple[str, ...] = ()  # why it is paused
+    rows: int = 0
+    batch_rows: int = 0
+    waiting: int = 0
+    kv_tokens_used: int = 0
+    tokens_per_second: float = 0.0
+    lease_age_ms: int | None = None
+    lease_failing: bool = False
+    memory_bytes: int = 0
+    protocol: int = 0
+    version: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,31 +85,54 @@ def read_overview(endpoint: Endpoint) -> Overview:
     """
     try:
         with connect(endpoint) as client:
-            return Overview(
-                _queues(client, endpoint.keys),
-                _workers(client, endpoint.keys),
-                suspended=bool(is_suspended(client)),
-            )
+            return look(client, endpoint.keys)
     except FAULTS as error:
         raise unavailable(error) from error
+
+
+def look(client: redis.Redis, keys: Keys) -> Overview:
+    """Read them on a connection that is there.
+
+    Raises:
+        redis.RedisError: Redis fails.
+
+    """
+    return Overview(
+        _queues(client, keys), _workers(client, keys), suspended=bool(is_suspended(client))
+    )
 
 
 def _queues(client: redis.Redis, keys: Keys) -> list[QueueView]:
     names = sorted(queue.name for queue in Queue.all(connection=client))
     with client.pipeline(transaction=False) as pipe:
+        pipe.info("server")  # its time: a monitor may not ask TIME
         for name in names:
             pipe.llen(keys.rq_queue(name))
             pipe.zcard(keys.leases(name))
             pipe.zcard(keys.open(name))
-        counts = iter(pipe.execute())
-    return [QueueView(name, next(counts), next(counts), next(counts)) for name in names]
+            pipe.zrange(keys.open(name), 0, 0, withscores=True)
+        server, *replies = pipe.execute()
+    now = server["server_time_usec"] / 1e6
+    columns = (replies[column::4] for column in range(4))
+    return [
+        QueueView(name, queued, running, open_, _age(oldest, now))
+        for name, queued, running, open_, oldest in zip(names, *columns, strict=True)
+    ]
+
+
+def _age(oldest: list[tuple[bytes, float]], now: float) -> float | None:
+    """Seconds since the enqueue of a queue's oldest open job; None where there is none."""
+    return max(0.0, now - oldest[0][1] / 1000) if oldest else None
 
 
 def _workers(client: redis.Redis, keys: Keys) -> list[WorkerView]:
     """RQ's registered workers that are ours; a stock `rq worker` holds none of our jobs."""
     start = BaseWorker.redis_worker_namespace_prefix
     names = sorted(k.removeprefix(start) for k in worker_registration.get_keys(connection=client))
-    views = (read_worker(client, keys, name) for name in names)
+    with client.pipeline(transaction=False) as pipe:
+        for name in names:
+            pipe.hgetall(keys.worker(name))
+        views = [_worker(name, raw) for name, raw in zip(names, pipe.execute(), strict=True)]
     return [view for view in views if view is not None]
 
 
@@ -100,20 +143,41 @@ def read_worker(client: redis.Redis, keys: Keys, name: str) -> WorkerView | None
         redis.RedisError: Redis fails.
 
     """
-    raw: dict[Any, Any] = client.hgetall(keys.worker(name))
-    facts = {key.decode(): value.decode() for key, value in raw.items()}
+    return _worker(name, client.hgetall(keys.worker(name)))
+
+
+def _worker(name: str, raw: Any) -> WorkerView | None:  # noqa: ANN401 -- redis-py's union
+    facts = {key.decode(): value.decode(errors="replace") for key, value in raw.items()}
     if not facts:
         return None
+    age = facts.get("lease_age_ms", "")
     return WorkerView(
         name=name,
         model=facts.get("model", ""),
         revision=facts.get("revision", ""),
         device=facts.get("device", ""),
         acceleration=facts.get("acceleration", ""),
-        held=int(facts.get("held", 0)),
-        kv_tokens_capacity=int(facts.get("kv_tokens_capacity", 0)),
-        pid=int(facts.get("pid", 0)),
+        held=_count(facts, "held"),
+        kv_tokens_capacity=_count(facts, "kv_tokens_capacity"),
+        pid=_count(facts, "pid"),
+        state=facts.get("state", ""),
+        reasons=tuple(filter(None, facts.get("reasons", "").split(","))),
+        rows=_count(facts, "rows"),
+        batch_rows=_count(facts, "batch_rows"),
+        waiting=_count(facts, "waiting"),
+        kv_tokens_used=_count(facts, "kv_tokens_used"),
+        tokens_per_second=float(facts.get("tokens_per_second") or 0),
+        lease_age_ms=int(age) if age else None,
+        lease_failing=_count(facts, "lease_failing") > 0,
+        memory_bytes=_count(facts, "memory_bytes"),
+        protocol=_count(facts, "protocol"),
+        version=facts.get("version", ""),
     )
+
+
+def _count(facts: dict[str, str], name: str) -> int:
+    """A whole number; 0 where an older worker does not say it."""
+    return int(facts.get(name) or 0)
 
 
 def job_view(record: JobRecord) -> dict[str, object]:

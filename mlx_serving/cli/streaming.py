@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from types import FrameType, TracebackType
 
-    from mlx_serving.common.events import Event
+    from mlx_serving.common.events import Event, TokenLogprob
     from mlx_serving.common.jobs import GenerationJob
     from mlx_serving.common.results import GenerationResult
     from mlx_serving.common.settings import Settings
@@ -72,10 +72,13 @@ class Canceller:
 
 
 class Printer:
-    """Writes events to stdout as they come, and remembers when they came."""
+    """Writes events to stdout as they come, and remembers when they came.
 
-    def __init__(self, *, as_json: bool) -> None:
-        self._as_json = as_json
+    Several choices would mix on a terminal: their texts are printed by `end`, one after another.
+    """
+
+    def __init__(self, *, as_json: bool, choices: int = 1) -> None:
+        self._as_json, self._live = as_json, choices == 1
         self._harmless = sys.stdout.isatty()
         self.first_token_s: float | None = None  # perf_counter
         self.last_token_s: float | None = None
@@ -87,15 +90,26 @@ class Printer:
             self.first_token_s = self.first_token_s or self.last_token_s
         if self._as_json:
             sys.stdout.write(encode(event).decode() + "\n")
-        else:
-            sys.stdout.write(harmless(event.text) if self._harmless else event.text)
+        elif self._live:
+            self._write(event.text)
         sys.stdout.flush()
 
-    def end(self) -> None:
-        """End the last line."""
-        if not self._as_json:
-            sys.stdout.write("\n")
-            sys.stdout.flush()
+    def end(self, result: GenerationResult) -> None:
+        """End the last line; print what was not printed live."""
+        if self._as_json:
+            return
+        if self._live:
+            self._write("\n")
+        for choice in result.choices:
+            if not self._live:
+                ended = choice.finish_reason or "cut short"
+                self._write(f"[{choice.index}: {ended}]\n{choice.text}\n")
+            for entry in choice.logprobs.content if choice.logprobs else ():
+                self._write(f"{_line(entry)}\n")
+        sys.stdout.flush()
+
+    def _write(self, text: str) -> None:
+        sys.stdout.write(harmless(text) if self._harmless else text)
 
 
 def stream_job(job: GenerationJob, settings: Settings, *, as_json: bool, verbose: bool) -> int:
@@ -105,7 +119,7 @@ def stream_job(job: GenerationJob, settings: Settings, *, as_json: bool, verbose
         MlxServingError: it could not be submitted or followed, or did not finish.
 
     """
-    printer = Printer(as_json=as_json)
+    printer = Printer(as_json=as_json, choices=job.n)
     with Client(settings=settings, model=job.model) as client, Canceller(client.cancel) as ctrl_c:
         began_s = time.perf_counter()
         handle = client.submit(job)
@@ -113,11 +127,11 @@ def stream_job(job: GenerationJob, settings: Settings, *, as_json: bool, verbose
         try:
             for event in handle.stream():
                 printer.show(event)
-            printer.end()
+            result = handle.result()
+            printer.end(result)
         except BrokenPipeError:  # nobody reads what we print: the work is for nothing
             handle.cancel()
             raise
-        result = handle.result()
     if verbose:
         note(_summary(result, printer, began_s))
     if ctrl_c.interrupted:
@@ -125,6 +139,12 @@ def stream_job(job: GenerationJob, settings: Settings, *, as_json: bool, verbose
         return EXIT_INTERRUPTED
     result.raise_for_state()
     return 0
+
+
+def _line(entry: TokenLogprob) -> str:
+    """A token's log probability, and those of the likeliest ones at its place."""
+    shown = [f"{each.logprob:9.4f} {each.token!r}" for each in (entry, *entry.top_logprobs)]
+    return "  |".join(shown)
 
 
 def _summary(result: GenerationResult, printer: Printer, began_s: float) -> str:

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Generic, Literal, NamedTuple, TypeVar
 
+import msgspec
+
+from mlx_serving.common import limits
 from mlx_serving.common.errors import CorruptJob
 from mlx_serving.common.states import JobState
 
@@ -94,6 +97,15 @@ class HeldRows:
     company: int = 0
 
 
+class Returned(NamedTuple):
+    """A job that goes back to its queue; what it needs of a worker, 0: leave it as it is noted."""
+
+    job_id: str
+    epoch: int
+    kv_tokens: int = 0
+    rows: int = 0
+
+
 @dataclass(frozen=True, slots=True)
 class Blame:
     """What a crash says of one job. `company` as in `ClaimedJob`; 0: it is not charged."""
@@ -114,8 +126,7 @@ class ClaimReply:
     reserved: str = ""  # queue to look into first: a suspect of it waits for this worker
 
 
-@dataclass(frozen=True, slots=True)
-class CommitRow:
+class CommitRow(msgspec.Struct, frozen=True, gc=False):
     """One event of one job, and, where `state` is set, the job's end."""
 
     job_id: str
@@ -130,12 +141,14 @@ class CommitRow:
     message: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class RowReply:
+class RowReply(msgspec.Struct, frozen=True, gc=False):
     """What became of a row; `reason`: why its job should stop ('' if not), or Redis's error."""
 
     status: Row
     reason: str = ""
+
+
+OK: Final = RowReply("OK")
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,11 +247,13 @@ def claim(  # noqa: PLR0913 -- each is a number that the script needs
     protocol: int,
     capacity_tokens: int,
     max_payload_bytes: int,
+    capacity_rows: int = limits.CHOICES,
     held: HeldRows = HeldRows(),
 ) -> Call[ClaimReply]:
-    """Take up to `most` jobs that speak `protocol` or older and fit `capacity_tokens`."""
+    """Take up to `most` jobs that speak `protocol` or older and need no more than there is."""
     arguments: list[Argument] = [
-        worker, iso_now(), lease_ms, protocol, capacity_tokens, most, max_payload_bytes,
+        worker, iso_now(), lease_ms, protocol, capacity_tokens, capacity_rows, most,
+        max_payload_bytes,
         held.rows, held.unproven, held.company, *queues,
     ]  # fmt: skip
 
@@ -251,14 +266,32 @@ def claim(  # noqa: PLR0913 -- each is a number that the script needs
 
 
 def commit(worker: str, rows: Sequence[CommitRow], *, lease_ms: int) -> Call[list[RowReply]]:
-    """Write the events of a flush, and ends, in one step; one reply a row."""
-    arguments: list[Argument] = [worker, iso_now(), lease_ms]
-    for r in rows:
-        arguments += [
-            r.job_id, r.epoch, r.seq, int(r.publish), r.event, r.state or "",
-            r.result, r.rq_result, r.error_code, r.message,
-        ]  # fmt: skip
-    return Call("commit", arguments, _row_replies)
+    """Write the events of a flush, and ends, in one step; one reply a row.
+
+    All rows are one argument, MessagePack, and only rows that are not plainly OK are answered: a
+    flush of many rows costs the interpreter, which the engine needs too, little.
+    """
+
+    def parse(exceptions: Sequence[Any]) -> list[RowReply]:
+        replies = [OK] * len(rows)
+        for number, status, reason in exceptions:
+            replies[number - 1] = RowReply(_text(status), _text(reason))  # type: ignore[arg-type]
+        return replies
+
+    packed = _packer.encode([_packed(row) for row in rows])
+    return Call("commit", [worker, iso_now(), lease_ms, packed], parse)
+
+
+_packer = msgspec.msgpack.Encoder()
+
+
+def _packed(row: CommitRow) -> tuple[Any, ...]:
+    """A row as `commit.lua` takes it: text alone, since Redis's MessagePack knows no bytes."""
+    head = row.job_id, str(row.epoch), row.seq, row.publish, row.event.decode()
+    if row.state is None:
+        return head
+    end = row.state, row.result.decode(), row.rq_result.decode(), row.error_code, row.message
+    return head + end
 
 
 def renew(worker: str, held: Sequence[tuple[str, int]], *, lease_ms: int) -> Call[list[RowReply]]:
@@ -269,11 +302,11 @@ def renew(worker: str, held: Sequence[tuple[str, int]], *, lease_ms: int) -> Cal
     return Call("renew", arguments, _row_replies)
 
 
-def release(worker: str, held: Sequence[tuple[str, int, int]]) -> Call[list[Row]]:
-    """Hand (job id, epoch, needed KV tokens or 0) back to the front of their queues, uncharged."""
+def release(worker: str, held: Sequence[tuple[str, int, int] | Returned]) -> Call[list[Row]]:
+    """Hand jobs back to the front of their queues, uncharged."""
     arguments: list[Argument] = [worker, iso_now()]
     for row in held:
-        arguments += row
+        arguments += Returned(*row)
     return Call("release", arguments, lambda rows: [_text(r) for r in rows])  # type: ignore[misc]
 
 

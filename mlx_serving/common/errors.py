@@ -15,6 +15,8 @@
       * JobDead           poison: it crashed the engine again while it ran alone
     * JobCancelled
     * JobExpired
+  * InvalidBatch          a bulk file can't be run as asked; `.errors` says why
+  * BatchNotFound         no such bulk file, or not on this machine
   * ResultTimeout         the caller waited as long as it asked to; the job goes on
   * StreamGap             events that were promised are gone
   * StreamConflict        the primary holds other events than those delivered (failover)
@@ -166,6 +168,27 @@ class JobExpired(UnsuccessfulJob):
     """The job passed its deadline, its timeout, or the time that somebody listened."""
 
     code = "job_expired"
+
+
+class InvalidBatch(MlxServingError):
+    """The bulk file can't be run as asked."""
+
+    code = "invalid_batch"
+
+    def __init__(self, errors: Iterable[FieldError | tuple[str, str]] | str | None = None) -> None:
+        """Keep each problem in `.errors`; the message lists them as `option: reason`."""
+        self.errors = field_errors(errors)
+        super().__init__("; ".join(map(str, self.errors)))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle by the field errors, so that the copy has them too."""
+        return type(self), (self.errors,)
+
+
+class BatchNotFound(MlxServingError):
+    """There is no such bulk file here."""
+
+    code = "batch_not_found"
 
 
 class ResultTimeout(MlxServingError):

@@ -14,7 +14,8 @@ Readers ignore fields and types that they don't know; writers omit what is absen
 
 from __future__ import annotations
 
-from typing import Any, Final
+import builtins
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 
@@ -31,6 +32,44 @@ KNOWN_TYPES: Final = frozenset({ATTEMPT, TOKENS, END, RESET})
 def event_version() -> int:
     """Version of the schema; a factory, because msgspec omits plain defaults when it encodes."""
     return EVENT_VERSION
+
+
+class TopLogprob(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
+    """A token and its log probability, in the words of the OpenAI chat API.
+
+    `logprob` is natural, of the model's own distribution; -9999.0 stands for a probability of
+    nothing. `bytes` are left out where they are the UTF-8 of `token`; a token that is a part of
+    a character shows as U+FFFD there, and has them.
+    """
+
+    token: str
+    logprob: float
+    bytes: list[int] | None = None
+
+    @property
+    def raw(self) -> builtins.bytes:
+        """Bytes of the token, given or not."""
+        return self.token.encode() if self.bytes is None else builtins.bytes(self.bytes)
+
+
+class TokenLogprob(TopLogprob, frozen=True, omit_defaults=True, gc=False):
+    """The chosen token of one position, and the likeliest ones there, likeliest first."""
+
+    top_logprobs: list[TopLogprob] = []
+
+
+class ChoiceLogprobs(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
+    """Log probabilities of what a choice gained: an entry a token of `token_ids`."""
+
+    content: list[TokenLogprob] = []
+
+
+if TYPE_CHECKING:
+    LogprobsField = ChoiceLogprobs
+else:
+    # The first release reserved the field without a form. No writer ever filled it, but its
+    # golden fixture holds a list, and what was released is read for ever.
+    LogprobsField = ChoiceLogprobs | list
 
 
 class FunctionDelta(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
@@ -64,7 +103,7 @@ class ChoiceDelta(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     index: int
     text: str = ""
     token_ids: list[int] = []
-    logprobs: Any = None
+    logprobs: LogprobsField | None = None
     tool_calls: list[ToolCallDelta] | None = None
     reasoning: str | None = None
     finish_reason: str | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+from mlx_serving.common import limits
 from mlx_serving.common.errors import FieldError, InvalidJob, PayloadTooLarge
 from mlx_serving.common.messages import message_problem
 from mlx_serving.common.output_formats import format_errors
@@ -27,13 +28,6 @@ class Unsupported(NamedTuple):
 
 UNSUPPORTED: Final[tuple[Unsupported, ...]] = (
     Unsupported("kind", ("generate",), "only 'generate' is supported yet"),
-    Unsupported("n", (1,), "more than one choice is not supported yet"),
-    Unsupported("logprobs", (False,), "log probabilities are not supported yet"),
-    Unsupported("top_logprobs", (None, 0), "log probabilities are not supported yet"),
-    Unsupported("repetition_penalty", (1.0,), "is not supported yet; only 1.0 (off) is"),
-    Unsupported("presence_penalty", (0.0,), "is not supported yet; only 0 (off) is"),
-    Unsupported("frequency_penalty", (0.0,), "is not supported yet; only 0 (off) is"),
-    Unsupported("logit_bias", (None, {}), "is not supported yet"),
     Unsupported("adapter", (None,), "adapters are not supported yet"),
 )
 """Refused by name, never ignored. Lift a line when the engine honours the field, and give the
@@ -42,7 +36,9 @@ field its protocol number in `jobs.FEATURE_PROTOCOL`."""
 
 def check_job(job: GenerationJob) -> None:
     """Refuse what the fields say together, and what the engine can't do."""
-    rules = (_source, _messages, _chat_only, format_errors, _listeners, _unsupported)
+    rules = (
+        _source, _messages, _chat_only, format_errors, _amount, _listeners, _unsupported,
+    )  # fmt: skip
     errors = [error for rule in rules for error in rule(job)]
     if errors:
         raise rules_error(errors)
@@ -68,6 +64,18 @@ def _chat_only(job: GenerationJob) -> Iterator[FieldError]:
         for field in ("tools", "tool_choice", "chat_template_kwargs"):
             if getattr(job, field) is not None:
                 yield FieldError(field, "needs messages: a prompt passes no chat template")
+
+
+def _amount(job: GenerationJob) -> Iterator[FieldError]:
+    """Bound what one job may ask for in all, and what its result may come to."""
+    most = f"more than {limits.TOKENS} tokens"
+    if job.n * job.max_tokens > limits.TOKENS:
+        yield FieldError("n", f"{job.n} choices of max_tokens {job.max_tokens} are {most}")
+    elif job.top_logprobs and not job.logprobs:
+        yield FieldError("top_logprobs", "needs logprobs: true")
+    elif job.n * job.max_tokens * (1 + (job.top_logprobs or 0)) > limits.TOKENS:
+        reason = f"{job.top_logprobs} alternatives at {job.n} x {job.max_tokens} places are {most}"
+        yield FieldError("top_logprobs", reason)
 
 
 def _listeners(job: GenerationJob) -> Iterator[FieldError]:

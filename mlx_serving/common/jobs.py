@@ -36,6 +36,13 @@ PROTOCOL: Final = 3
 
 FEATURE_PROTOCOL: Final[dict[str, int]] = {
     "on_model_change": 2,
+    "n": 3,
+    "repetition_penalty": 3,
+    "presence_penalty": 3,
+    "frequency_penalty": 3,
+    "logit_bias": 3,
+    "logprobs": 3,
+    "top_logprobs": 3,
     "response_format": 3,
 }
 """Fields that only workers of a later protocol honour, with that protocol."""
@@ -48,6 +55,8 @@ LANES: Final[tuple[Lane, ...]] = ("interactive", "default", "bulk")
 ModelName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,127}$")]
 Seconds = Annotated[float, Field(gt=0, le=limits.SECONDS)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
+TokenId = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,9})$")]
+Bias = Annotated[float, Field(ge=-limits.LOGIT_BIAS, le=limits.LOGIT_BIAS)]
 StopString = Annotated[str, Field(min_length=1, max_length=limits.STOP_CHARS)]
 Label = Annotated[str, Field(pattern=r"^[!-~]{1,128}$")]
 MetadataKey = Annotated[str, Field(min_length=1, max_length=limits.METADATA_KEY_CHARS)]
@@ -91,7 +100,7 @@ class GenerationJob(BaseModel):
     stop: Annotated[tuple[StopString, ...], Field(max_length=limits.STOP_STRINGS)] = Field(
         default=(), strict=False
     )
-    n: int = Field(default=1, ge=1, le=128)
+    n: int = Field(default=1, ge=1, le=limits.CHOICES, description="choices, one row each")
 
     # Sampling
     temperature: float = Field(default=1.0, ge=0, le=2)
@@ -104,9 +113,11 @@ class GenerationJob(BaseModel):
     repetition_penalty: float = Field(default=1.0, gt=0, le=10)
     presence_penalty: Penalty = 0.0
     frequency_penalty: Penalty = 0.0
-    logit_bias: dict[str, float] | None = None
+    logit_bias: Annotated[dict[TokenId, Bias], Field(max_length=limits.LOGIT_BIASES)] | None = (
+        Field(default=None, description="by token id, as decimal text")
+    )
     logprobs: bool = False
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=limits.TOP_LOGPROBS)] | None = None
     response_format: dict[str, JsonValue] | None = None
 
     # How the queue treats it; times in seconds
@@ -199,14 +210,14 @@ class GenerationJob(BaseModel):
     @property
     def min_protocol(self) -> int:
         """Oldest protocol whose workers honour every field that this job sets."""
-        fields = type(self).model_fields
-        needs = (
-            protocol
-            for field, protocol in FEATURE_PROTOCOL.items()
-            if getattr(self, field) != fields[field].default
-        )
+        needs = (protocol for field, protocol in FEATURE_PROTOCOL.items() if self._asks(field))
         enforced = ENFORCED_TOOLS_PROTOCOL if enforces_tools(self) else 1
         return max([enforced, *needs])
+
+    def _asks(self, field: str) -> bool:
+        """Whether a field is set to what changes anything: {} and 0 say no more than None."""
+        value, default = getattr(self, field), type(self).model_fields[field].default
+        return bool(value != default and (value or default))
 
     @property
     def queue(self) -> str:

@@ -23,6 +23,8 @@ _TEMPLATES: dict[str, tuple[str, str]] = {
     "control": ("own", ":ctl:<>"),  # pub/sub to one worker: "cancel <id>"
     "reserved": ("own", ":reserved:<>"),  # worker that makes room for a queue's suspects
     "worker": ("own", ":worker:<>"),  # hash: what a worker is and can hold; expires
+    "batch": ("own", ":batch:<>"),  # hash: what a bulk file's runner says of it; expires
+    "batches": ("own", ":batches"),  # zset of bulk files, by the time they were last heard of
     # RQ's: the view
     "rq_job": ("rq", ":job:<>"),
     "rq_queue": ("rq", ":queue:<>"),
@@ -105,6 +107,24 @@ class Keys:
     def rq_queue(self, queue: str) -> str:
         """RQ's list of queued ids."""
         return self._spell("rq_queue", queue)
+
+    def rq_results(self, job_id: str) -> str:
+        """RQ's stream of the job's results."""
+        return self._spell("rq_results", job_id)
+
+    def rq_ended(self, queue: str) -> tuple[str, str, str]:
+        """RQ's registries of the queue's ended jobs: finished, failed, canceled."""
+        names = ("rq_finished", "rq_failed", "rq_canceled")
+        finished, failed, canceled = (self._spell(name, queue) for name in names)
+        return finished, failed, canceled
+
+    def batch(self, batch_id: str) -> str:
+        """What a bulk file's runner says of it."""
+        return self._spell("batch", batch_id)
+
+    def batches(self) -> str:
+        """Index of the bulk files that were heard of lately."""
+        return self._spell("batches")
 
     def rq_commands(self, worker: str) -> str:
         """RQ's command channel of a worker."""

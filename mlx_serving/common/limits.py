@@ -13,7 +13,12 @@ JSON_DEPTH: Final = 32
 MESSAGES: Final = 4096
 TOOLS: Final = 128
 TOKENS: Final = 1_048_576
-"""Most tokens one job may ask for."""
+"""Most tokens one job may ask for, all choices together, each counted with its alternatives."""
+
+CHOICES: Final = 128
+TOP_LOGPROBS: Final = 20
+LOGIT_BIAS: Final = 100
+LOGIT_BIASES: Final = 1024
 
 SECONDS: Final = 30 * 24 * 3600
 """Longest deadline, timeout or time to keep a result: 30 days."""

@@ -19,6 +19,7 @@ from mlx_serving.common.events import (
     END,
     RESET,
     ChoiceDelta,
+    ChoiceLogprobs,
     ErrorInfo,
     Event,
     ToolCallDelta,
@@ -53,6 +54,7 @@ class ChoiceResult(msgspec.Struct, omit_defaults=True, kw_only=True):
     text: str = msgspec.field(default_factory=str)
     token_ids: list[int] = []
     finish_reason: str | None = None
+    logprobs: ChoiceLogprobs | None = None
     tool_calls: list[ToolCallResult] | None = None
     reasoning: str | None = None
 
@@ -183,11 +185,14 @@ def assemble(
 
 def _joined(index: int, deltas: list[ChoiceDelta]) -> ChoiceResult:
     """One choice from all that it gained."""
+    forms = [d.logprobs for d in deltas if isinstance(d.logprobs, ChoiceLogprobs)]
+    content = [entry for form in forms for entry in form.content]
     return ChoiceResult(
         index=index,
         text="".join(delta.text for delta in deltas),
         token_ids=[token for delta in deltas for token in delta.token_ids],
         finish_reason=next((d.finish_reason for d in reversed(deltas) if d.finish_reason), None),
+        logprobs=ChoiceLogprobs(content) if content else None,
         tool_calls=joined_calls([part for delta in deltas for part in delta.tool_calls or ()]),
         reasoning="".join(delta.reasoning or "" for delta in deltas) or None,
     )

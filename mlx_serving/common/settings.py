@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import (
+    AfterValidator,
     AliasChoices,
     BeforeValidator,
     Field,
@@ -55,11 +56,23 @@ def _known_scheme(value: object) -> object:
     return value
 
 
+def _not_empty(hours: str) -> str:
+    begin, _, end = hours.partition("-")
+    if begin == end:
+        raise ValueError("begins when it ends; leave it out to work at all hours")
+    return hours
+
+
 RedisUrl = Annotated[SecretStr, BeforeValidator(_known_scheme)]
 KeyPrefix = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:{}-]{1,64}$")]
 HostAndPort = Annotated[str, Field(pattern=r"^[^\s:]+:\d{1,5}$")]
 SigningSecret = Annotated[SecretStr, Field(min_length=32, max_length=1024)]
 """At least 32 characters: `openssl rand -hex 32` gives 64."""
+HoursOfDay = Annotated[
+    str,
+    Field(pattern=r"^([01]\d|2[0-3]):[0-5]\d-(([01]\d|2[0-3]):[0-5]\d|24:00)$"),
+    AfterValidator(_not_empty),
+]
 PositiveSeconds = Annotated[float, Field(gt=0, le=24 * 3600)]
 
 
@@ -109,7 +122,7 @@ class Settings(BaseSettings):
     reap_interval_seconds: PositiveSeconds = 2.0
     engine_stall_seconds: PositiveSeconds = 10.0
     drain_grace_seconds: float = Field(default=30.0, ge=0, le=24 * 3600)
-    flush_interval_ms: float = Field(default=20.0, ge=0, le=1000)
+    flush_interval_ms: float = Field(default=10.0, ge=0, le=1000)
     buffer_tokens: int = Field(default=65_536, ge=1, description="decoded but not yet in Redis")
     max_payload_bytes: int = Field(default=limits.PAYLOAD_BYTES, ge=1024, le=limits.PAYLOAD_BYTES)
 
@@ -120,6 +133,17 @@ class Settings(BaseSettings):
     )
     prefill_chunk_tokens: int = Field(default=512, ge=1, le=65_536)
     native: bool = True
+
+    # When this worker claims: local times as `22:00-07:00`; what the machine must not be
+    work_hours: Annotated[tuple[HoursOfDay, ...], NoDecode, BeforeValidator(_split)] = ()
+    back_off_user_seconds: float = Field(
+        default=0.0, ge=0, le=24 * 3600, description="0: whatever the user does"
+    )
+    back_off_hot: bool = False
+    back_off_battery: bool = False
+    back_off_hands_over: bool = Field(
+        default=False, description="hand over what is held, beside claiming nothing"
+    )
 
     # Health and metrics, by HTTP from the worker's parent: nobody is asked who he is
     metrics_port: int | None = Field(

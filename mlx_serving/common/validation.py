@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from math import isfinite
+from itertools import chain
+from math import inf, isfinite
 from typing import TYPE_CHECKING, Any, Final
 
 from pydantic import BaseModel
@@ -27,6 +28,7 @@ TOO_LARGE: Final = "makes the job larger than {limit} bytes"
 _NO_FIELDS: Final = frozenset({TAG_TEXT, TAG_PARTS, "[key]"})
 """What pydantic puts into locations beside the names of fields."""
 
+_ATOMS: Final = frozenset({int, bool, type(None)})
 _MOST_ERRORS: Final = 20
 _KEY_CHARS: Final = 64
 _PLAIN: Final = {
@@ -37,9 +39,46 @@ _PLAIN: Final = {
 
 def check_data(data: object) -> None:
     """Refuse nesting, size, numbers and text that no field may have, before any is read."""
+    if _size((data,), 1) <= limits.PAYLOAD_BYTES:
+        return
     errors = list(scan(data))
     if errors:
         raise rules_error(errors)
+
+
+def _size(values: Iterable[object], depth: int) -> float:
+    """Size of plain data, as `scan` counts it; infinite where `scan` is needed to judge it.
+
+    It builds no paths, so for the data that nothing is wrong with, nearly all, it takes a
+    quarter of the time. It goes no deeper than `scan` does.
+    """
+    size = 0.0
+    for value in values:
+        size += 1
+        kind = type(value)
+        if kind is str:
+            size += _length(value)  # type: ignore[arg-type]
+        elif kind is dict or kind is list:
+            if depth > limits.JSON_DEPTH:
+                return inf
+            size += _size(_inside(value), depth + 1)
+        elif kind is float:
+            size += 0 if isfinite(value) else inf  # type: ignore[arg-type]
+        elif kind not in _ATOMS:
+            return inf
+        if size == inf:
+            return inf
+    return size
+
+
+def _inside(value: object) -> Iterable[object]:
+    """Keys and values of an object, or the items of a list."""
+    return chain(value, value.values()) if isinstance(value, dict) else value  # type: ignore[return-value]
+
+
+def _length(text: str) -> float:
+    length = len(text) if text.isascii() else _utf8_length(text)
+    return inf if length < 0 else length
 
 
 def rules_error(errors: list[FieldError]) -> PydanticCustomError:

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from mlx_serving.common.settings import Settings
     from mlx_serving.common.states import JobState
     from mlx_serving.producer.base import JobLike
+    from mlx_serving.producer.batch.api import AsyncBatches
 
 T = TypeVar("T")
 
@@ -76,6 +77,13 @@ class AsyncClient(BaseClient):
         """Close all connections; idempotent. Jobs go on."""
         await self._hub.aclose()
         await self._redis.aclose()
+
+    @property
+    def batches(self) -> AsyncBatches:
+        """Bulk files of requests, in the OpenAI Batch format."""
+        from mlx_serving.producer.batch.api import AsyncBatches
+
+        return AsyncBatches(self.settings)
 
     async def submit(self, job: JobLike | None = None, /, **fields: Any) -> AsyncJobHandle:
         """Enqueue one job; see :meth:`Client.submit`."""

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from mlx_serving.common.settings import Settings
     from mlx_serving.common.states import JobState
     from mlx_serving.producer.base import JobLike
+    from mlx_serving.producer.batch.api import Batches
 
 T = TypeVar("T")
 
@@ -78,6 +79,13 @@ class Client(BaseClient):
         """Close all connections; idempotent. Jobs go on."""
         self._live.close()
         self._redis.close()
+
+    @property
+    def batches(self) -> Batches:
+        """Bulk files of requests, in the OpenAI Batch format."""
+        from mlx_serving.producer.batch.api import Batches
+
+        return Batches(self.settings)
 
     def submit(self, job: JobLike | None = None, /, **fields: Any) -> JobHandle:
         """Enqueue one job, given as a `GenerationJob`, a mapping, or keywords.

@@ -17,14 +17,18 @@ from mlx_serving.common.errors import MlxServingError
 from mlx_serving.common.jobs import LANES, queue_name
 from mlx_serving.common.signing import Signer
 from mlx_serving.common.telemetry import configure_logging
+from mlx_serving.worker.conditions import Conditions, Rules
+from mlx_serving.worker.conditions_mac import default_probe
 from mlx_serving.worker.crash import EXIT_CONFIGURATION, EXIT_ENGINE
 from mlx_serving.worker.dispatcher import Dispatcher, DispatcherOptions
 from mlx_serving.worker.fleet import Fleet
+from mlx_serving.worker.intake import Preparation
 from mlx_serving.worker.listener import Listener
-from mlx_serving.worker.loading import EngineSpec, describe, load
+from mlx_serving.worker.loading import EngineSpec, describe, load, planner_of, speller_of
 from mlx_serving.worker.manifest import Manifest
 from mlx_serving.worker.measured_protocol import MeasuredProtocol, QueueWatch
 from mlx_serving.worker.measures import Measures
+from mlx_serving.worker.presence import Presence, machine_facts
 from mlx_serving.worker.publisher import Publisher, PublisherOptions
 from mlx_serving.worker.runner import Runner
 from mlx_serving.worker.sweeper import Sweeper
@@ -36,7 +40,8 @@ if TYPE_CHECKING:
 
     from mlx_serving.common.jobs import GenerationJob
     from mlx_serving.common.settings import Settings
-    from mlx_serving.worker.engine.sequence import InferenceEngine, Output
+    from mlx_serving.worker.engine.sequence import InferenceEngine, Output, Request
+    from mlx_serving.worker.intake import Plan
 
 log = structlog.get_logger(__name__)
 
@@ -71,6 +76,7 @@ class Child:
         self._spec = spec
         self._manifest = Manifest.open(spec.manifest) if spec.manifest else Manifest()
         self._encode: Callable[[GenerationJob], tuple[int, ...]] | None = None
+        self._plan: Plan | None = None
         self._description: dict[str, str] = {}
         self.runner = Runner(
             self._load,
@@ -89,18 +95,14 @@ class Child:
             measures=self.measures,
         )
         self.fleet = Fleet(self.protocol, queues, spec.name)
+        self.conditions = Conditions(Rules.of(settings), default_probe())
         sweeper = Sweeper(
             self.protocol, queues, lease_ms=lease_ms, reap_seconds=settings.reap_interval_seconds,
             watch=QueueWatch(self.protocol, queues, self.measures),
         )  # fmt: skip
-        options = DispatcherOptions(
-            spec.name, spec.model, queues, settings.max_batch_rows, lease_ms,
-            settings.drain_grace_seconds, settings.max_payload_bytes,
-            Signer(key.get_secret_value() for key in settings.signing_keys),
-        )  # fmt: skip
         self.dispatcher = Dispatcher(
-            options, self.protocol, self.runner, self.publisher, sweeper, self.fleet,
-            self._encode_prompt,
+            self._options(queues, lease_ms), self.protocol, self.runner, self.publisher,
+            sweeper, self.fleet, Preparation(self._encode_prompt, self._plan_output),
         )  # fmt: skip
         self.listener = Listener(
             connect(endpoint, block_seconds=READ_SECONDS), endpoint.keys, spec.name, queues,
@@ -109,10 +111,22 @@ class Child:
         self.vitals = Vitals(
             self.measures, self.runner, self.publisher,
             draining=lambda: self.dispatcher.draining, info=lambda: self._description,
+            paused=lambda: self.conditions.reasons,
+        )  # fmt: skip
+        self.fleet.numbers = Presence(self.vitals.snapshot).numbers
+
+    def _options(self, queues: tuple[str, ...], lease_ms: int) -> DispatcherOptions:
+        spec, settings = self._spec, self._spec.settings
+        return DispatcherOptions(
+            spec.name, spec.model, queues, settings.max_batch_rows, lease_ms,
+            settings.drain_grace_seconds, settings.max_payload_bytes,
+            Signer(key.get_secret_value() for key in settings.signing_keys), self.conditions,
         )  # fmt: skip
 
     def _load(self) -> InferenceEngine:
         engine, self._encode = load(self._spec.engine, self._spec.settings)
+        self._plan = planner_of(self._spec.engine, engine)
+        self.publisher.spell = speller_of(self._spec.engine, engine)
         self._description = describe(self._spec.engine, engine)
         pieces = {report.implementation for report in getattr(engine, "acceleration", ())}
         self.vitals.facts = {
@@ -125,6 +139,10 @@ class Child:
     def _encode_prompt(self, job: GenerationJob) -> tuple[int, ...]:
         assert self._encode is not None  # noqa: S101 -- the engine was ready before any claim
         return self._encode(job)
+
+    def _plan_output(self, job: GenerationJob, requests: Sequence[Request]) -> list[Request]:
+        assert self._plan is not None  # noqa: S101 -- see above
+        return self._plan(job, requests)
 
     def _push(self, outputs: Sequence[Output]) -> None:
         self.publisher.push(outputs)
@@ -149,8 +167,9 @@ class Child:
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
         self.fleet.facts = {
             "model": self._spec.model, "revision": engine.model_info.revision,
-            "kv_tokens_capacity": str(engine.kv_tokens_capacity), "pid": str(os.getpid()),
-            **self._description,
+            "kv_tokens_capacity": str(engine.kv_tokens_capacity),
+            "batch_rows": str(self._spec.settings.max_batch_rows),
+            **machine_facts(), **self._description,
         }  # fmt: skip
         self.publisher.start()
         self.listener.start()
@@ -158,7 +177,9 @@ class Child:
             "serving", worker=self._spec.name, model=self._spec.model,
             queues=[queue_name(self._spec.model, lane) for lane in LANES], **self._description,
         )  # fmt: skip
+        self.conditions.start()
         status = self.dispatcher.run()
+        self.conditions.stop()
         self.vitals.stop()
         self.publisher.stop()
         self.listener.stop()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import queue
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -19,40 +20,44 @@ from mlx_serving.common import calls
 from mlx_serving.common.errors import CorruptEvent, MlxServingError
 from mlx_serving.common.jobs import PROTOCOL
 from mlx_serving.common.telemetry import trace_id
+from mlx_serving.worker.choice import Committed
+from mlx_serving.worker.claim_ahead import ClaimAhead, Claimed
+from mlx_serving.worker.conditions import ANY_TIME, Conditions
 from mlx_serving.worker.crash import EXIT_ENGINE
-from mlx_serving.worker.held import Committed, HeldJob
+from mlx_serving.worker.held import HeldJob
 from mlx_serving.worker.intake import (
     UNSIGNED,
     JobRefusedError,
-    build_request,
+    build_requests,
     can_continue,
-    ending_of,
     open_payload,
+    plan_output,
     read_committed,
 )
+from mlx_serving.worker.outage import Outage
 from mlx_serving.worker.strays import Strays
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
-    from mlx_serving.common.calls import ClaimedJob
-    from mlx_serving.common.jobs import GenerationJob
+    from mlx_serving.common.calls import Call, ClaimedJob, ClaimReply, Returned
     from mlx_serving.common.protocol import Protocol
     from mlx_serving.common.signing import Signer
-    from mlx_serving.worker.engine.sequence import InferenceEngine, Request
+    from mlx_serving.worker.engine.sequence import InferenceEngine
     from mlx_serving.worker.fleet import Fleet
+    from mlx_serving.worker.intake import Preparation
     from mlx_serving.worker.publisher import Publisher
-    from mlx_serving.worker.runner import Runner
+    from mlx_serving.worker.runner import Choices, Runner
     from mlx_serving.worker.sweeper import Sweeper
 
 log = structlog.get_logger(__name__)
 
 POLL_SECONDS: Final = 1.0  # pub/sub may lose a wake-up: look without one so often
 UNADMITTED_SECONDS: Final = 1.0  # how long a claimed job may wait for room before it goes back
+WRITTEN_SECONDS: Final = 1.0  # how long a hand-over of all waits for the publisher
 RELEASE_SECONDS: Final = 5.0  # how long a drain waits for Redis
 CRASH_SECONDS: Final = 1.0  # the same of a worker whose engine failed
 CLAIM_MOST: Final = 32
-QUIET_SECONDS: Final = 10.0  # without a failure of Redis: the outage is over
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +72,7 @@ class DispatcherOptions:
     drain_grace_seconds: float = 30.0
     max_payload_bytes: int = 4 * 1024 * 1024
     signer: Signer = UNSIGNED
+    conditions: Conditions = ANY_TIME
 
 
 class Dispatcher:
@@ -80,21 +86,22 @@ class Dispatcher:
         publisher: Publisher,
         sweeper: Sweeper,
         fleet: Fleet,
-        encode: Callable[[GenerationJob], tuple[int, ...]],
+        preparation: Preparation,
     ) -> None:
         self._options, self._protocol = options, protocol
         self._runner, self._publisher, self._sweeper = runner, publisher, sweeper
-        self._fleet, self._encode = fleet, encode
+        self._fleet, self._preparation = fleet, preparation
         self._measures = publisher.measures
+        self._log = log.bind()  # bound once: the module's own is looked up anew at each record
         self._messages: queue.SimpleQueue[tuple[str, str]] = queue.SimpleQueue()
         self._claim_limit = CLAIM_MOST
         self._unadmitted_since: float | None = None
-        self._returning: list[tuple[HeldJob, int]] = []  # to release, with the KV tokens needed
+        self._returning: dict[HeldJob, Returned] = {}  # to release
         self._drain_until: float | None = None
         self._suspended = False
         self._reserved = ""  # queue of a suspect that this worker makes room for
-        self._redis_down = False
-        self._failed_at = 0.0  # monotonic seconds of Redis's last failure
+        self._outage = Outage(protocol.redis)
+        self._ahead = ClaimAhead(protocol)
         self._strays = Strays(
             protocol, options.worker, lambda: [job.request_id for job in publisher.held()],
             seconds=options.lease_ms / 1000,
@@ -115,9 +122,9 @@ class Dispatcher:
             try:
                 self._chores()
                 claimed = self._claim()
-                self._note_quiet()
+                self._outage.note_quiet()
             except redis.RedisError as error:
-                self._note_redis(error)
+                self._outage.note(error)
                 claimed = False
             if not claimed:
                 self._listen()
@@ -132,26 +139,15 @@ class Dispatcher:
             return False
         return time.monotonic() >= self._drain_until or not self._publisher.held()
 
-    def _note_redis(self, error: redis.RedisError) -> None:
-        if not self._redis_down:
-            log.warning("redis_unavailable", reason=type(error).__name__)
-        self._redis_down, self._failed_at = True, time.monotonic()
-        if isinstance(error, redis.ReadOnlyError):
-            # Connect anew: the name may lead to another primary by now.
-            self._protocol.redis.connection_pool.disconnect()
-
-    def _note_quiet(self) -> None:
-        # Not every turn asks something of Redis, so one that goes well proves little.
-        if self._redis_down and time.monotonic() - self._failed_at >= QUIET_SECONDS:
-            log.info("redis_available")
-            self._redis_down = False
-
     def _chores(self) -> None:
-        self._fleet.beat(held=len(self._publisher.held()), suspended=self._suspended)
+        paused = bool(self._options.conditions.reasons)
+        self._fleet.beat(held=len(self._publisher.held()), suspended=self._suspended or paused)
         self._sweeper.sweep()
-        self._release([])
+        self._release({})
         self._strays.give_back()
         self._settle_unadmitted()
+        if self._options.conditions.hands_over:
+            self._hand_over()
 
     def _listen(self) -> None:
         """Wait for a message, then take all that are there."""
@@ -182,7 +178,7 @@ class Dispatcher:
         try:
             self._protocol.run(calls.cancel(job_id, "stopped"))
         except redis.RedisError as error:
-            self._note_redis(error)
+            self._outage.note(error)
 
     # Claiming
 
@@ -192,50 +188,64 @@ class Dispatcher:
         assert engine is not None  # noqa: S101 -- run() starts after `ready`
         return engine
 
-    def _room(self) -> int:
-        """How many jobs to claim now."""
+    def _room(self, in_hand: int = 0) -> int:
+        """How many jobs to claim now, beside those claimed that the engine does not know yet."""
         waiting = self._runner.unadmitted()
         if self._drain_until is not None or self._publisher.failing or waiting is None or waiting:
             return 0
-        rows = self._options.rows - self._engine.running - self._engine.waiting
+        if self._options.conditions.reasons:
+            return 0
+        rows = self._options.rows - self._engine.running - self._engine.waiting - in_hand
         return min(rows, self._claim_limit)
 
     def _claim(self) -> bool:
         """Claim up to the room there is; True where there may be more."""
-        most = self._room()
-        if most < 1:
-            return False
-        options = self._options
-        call = calls.claim(
-            options.worker, self._queues(), most=most, lease_ms=options.lease_ms,
-            protocol=PROTOCOL, capacity_tokens=self._engine.kv_tokens_capacity,
-            max_payload_bytes=options.max_payload_bytes, held=self._publisher.held_rows(),
-        )  # fmt: skip
         try:
-            reply = self._protocol.run(call)
+            claimed = self._ahead.take() or self._claim_now()
         except redis.RedisError:
             self._strays.expect()
             raise
+        if claimed is None:
+            return False
+        reply = claimed.reply
         self._suspended, self._reserved = reply.suspended, reply.reserved
         if reply.dropped:
             log.info("claim_dropped", jobs=reply.dropped)
         if not reply.jobs:
             return False
-        self._take(reply.jobs)
-        return len(reply.jobs) == most
+        self._take(reply.jobs, more=claimed.full)
+        return claimed.full
+
+    def _claim_now(self) -> Claimed | None:
+        most = self._room()
+        return Claimed(self._protocol.run(self._claim_call(most)), most) if most > 0 else None
+
+    def _claim_call(self, most: int) -> Call[ClaimReply]:
+        options = self._options
+        return calls.claim(
+            options.worker, self._queues(), most=most, lease_ms=options.lease_ms,
+            protocol=PROTOCOL, capacity_tokens=self._engine.kv_tokens_capacity,
+            max_payload_bytes=options.max_payload_bytes, capacity_rows=options.rows,
+            held=self._publisher.held_rows(),
+        )  # fmt: skip
 
     def _queues(self) -> list[str]:
         """Our queues by priority, but first the one whose suspect waits for us to have room."""
         return sorted(self._options.queues, key=lambda queue: queue != self._reserved)
 
-    def _take(self, claims: Sequence[ClaimedJob]) -> None:
+    def _take(self, claims: Sequence[ClaimedJob], *, more: bool = False) -> None:
         held = [HeldJob(claimed) for claimed in claims]
         self._publisher.hold(held)
+        if self.draining:  # claimed ahead of that
+            self._release({job: job.returned() for job in reversed(held)})
+            return
+        if more and (most := self._room(in_hand=len(held))) > 0:
+            self._ahead.begin(self._claim_call(most), most)
         requests = []
         for job in held:
             try:
                 with self._publisher.manifest.entering(job.request_id):
-                    request = self._prepare(job)
+                    choices = self._prepare(job)
             except (JobRefusedError, MlxServingError) as error:
                 log.warning("job_refused", **job.names(), code=error.code)
                 self._publisher.fail(job, error.code, error.message)
@@ -243,65 +253,76 @@ class Dispatcher:
                 if str(error).startswith("WRONGTYPE"):
                     self._publisher.fail(job, CorruptEvent.code, "the job's stream is no stream")
                     continue
-                self._note_redis(error)
-                self._returning.append((job, 0))
+                self._outage.note(error)
+                self._returning[job] = job.returned()
             else:
                 self._note_start(job)
-                if job.finish_committed:
-                    self._publisher.push([ending_of(job)])
-                else:
-                    requests.append(request)
+                if not self._publisher.conclude(job):
+                    requests.append(choices)
         self._place(requests)
 
     def _note_start(self, job: HeldJob) -> None:
         resumed = 0 if job.reset else job.resumed_at
         if resumed:
             self._measures.resumed(resumed)
-        log.info("job_started", **job.names(), queue=job.claimed.queue, age_ms=job.age_ms,
+        self._log.info("job_started", **job.names(), queue=job.claimed.queue, age_ms=job.age_ms,
                  prompt_tokens=job.prompt_tokens, resumed_tokens=resumed)  # fmt: skip
 
-    def _prepare(self, held: HeldJob) -> Request:
-        """Read, resume and tokenize one claimed job."""
+    def _prepare(self, held: HeldJob) -> Choices:
+        """Read, resume and tokenize one claimed job: a request a choice that has not ended."""
         claimed = held.claimed
         committed = Committed()
         if claimed.seq:
             payloads = self._protocol.read_events(claimed.job_id, count=claimed.seq + 1)
             committed = read_committed(payloads, claimed.seq)
-        held.resume(committed)  # first: also a job that is refused keeps what it has
+            held.resume(committed)  # first: also a job that is refused keeps what it has
         job = open_payload(claimed, self._options.max_payload_bytes, self._options.signer)
         held.trace_id = trace_id(job.traceparent) if job.traceparent else ""
+        if len(held.choices) > job.n:
+            raise CorruptEvent("the job's stream holds more choices than the job asks for")
+        held.expect(job.n)
         if not can_continue(committed, self._engine.model_info, job):
             committed = Committed()
             held.restart()
-        request = build_request(claimed, job, committed, self._encode)
-        held.prompt_tokens = len(request.prompt)
-        held.model, held.model_name = self._engine.model_info, job.model
-        return request
+        info = self._engine.model_info
+        requests = build_requests(
+            claimed, job, committed, self._preparation.encode, info.vocab_size
+        )
+        held.prompt_tokens = len(requests[0].prompt)
+        held.model, held.model_name = info, job.model
+        left = [r for r in requests if not held.choices[r.choice].finish_reason]
+        return plan_output(self._preparation.plan, job, left)
 
-    def _place(self, requests: Sequence[Request]) -> None:
+    def _place(self, requests: Sequence[Choices]) -> None:
         """Hand what can ever fit to the engine; leave the rest for a bigger worker, or fail it."""
-        too_big = [request for request in requests if not self._engine.fits(request)]
+        too_big = [choices for choices in requests if not self._engine.fits(*choices)]
         if not too_big:
             self._runner.submit(requests)
             return
-        self._runner.submit([request for request in requests if request not in too_big])
+        self._runner.submit([choices for choices in requests if choices not in too_big])
         held = {job.request_id: job for job in self._publisher.held()}
-        for request in too_big:
-            job = held.get(request.id)
-            if job is None:
-                continue
-            needed = request.kv_tokens
-            if self._someone_holds(needed):
-                self._release([(job, needed)])
-            else:
-                message = f"max_tokens: the job needs {needed} KV tokens; no live worker has them"
-                self._publisher.fail(job, "job_too_large", message)
+        for choices in too_big:
+            job = held.get(choices[0].id)
+            if job is not None:
+                self._leave(job, choices)
 
-    def _someone_holds(self, kv_tokens: int) -> bool:
+    def _leave(self, job: HeldJob, choices: Choices) -> None:
+        """Give a job that is too big for this worker to another one, or fail it."""
+        rows = len(choices)
+        kv_tokens = rows * max(request.kv_tokens for request in choices)
+        if self._someone_holds(kv_tokens, rows):
+            self._release({job: job.returned(kv_tokens, rows if rows > 1 else 0)})
+            return
+        field = "n" if rows > self._options.rows else "max_tokens"
+        needed = f"{rows} rows and {kv_tokens} KV tokens"
+        message = f"{field}: the job needs {needed}; no live worker has them"
+        self._publisher.fail(job, "job_too_large", message)
+
+    def _someone_holds(self, kv_tokens: int, rows: int) -> bool:
         try:
-            return self._fleet.someone_holds(kv_tokens)
+            return self._fleet.someone_holds(kv_tokens, rows)
         except redis.RedisError as error:
-            self._note_redis(error)
+            self._outage.note(error)
             return True  # not known: whoever claims the job next looks again
 
     def _settle_unadmitted(self) -> None:
@@ -318,29 +339,50 @@ class Dispatcher:
         self._unadmitted_since = self._unadmitted_since or now
         overdue = now - self._unadmitted_since >= UNADMITTED_SECONDS
         back = waiting if overdue else waiting[1:]
-        caught = self._runner.withdraw({request.id for request in back})
+        caught = self._runner.withdraw({choices[0].id for choices in back})
         held = {job.request_id: job for job in self._publisher.held()}
         # Last first: each goes to the front of its queue, so their order stays.
-        self._release([(held[r.id], 0) for r in reversed(back) if r.id in caught and r.id in held])
+        ids = [c[0].id for c in reversed(back) if c[0].id in caught and c[0].id in held]
+        self._release({held[i]: held[i].returned() for i in ids})
 
-    def _release(self, jobs: Sequence[tuple[HeldJob, int]]) -> None:
+    def _release(self, jobs: dict[HeldJob, Returned]) -> None:
         """Give claimed jobs back, and those for which Redis did not answer the last time."""
-        self._returning += jobs
+        self._returning |= jobs
         if not self._returning:
             return
-        rows = [(job.job_id, job.claimed.epoch, needed) for job, needed in self._returning]
         try:
-            self._protocol.run(calls.release(self._options.worker, rows))
+            self._protocol.run(calls.release(self._options.worker, [*self._returning.values()]))
         except redis.RedisError as error:
-            self._note_redis(error)
+            self._outage.note(error)
             return
-        self._publisher.let_go([job for job, _ in self._returning])
-        self._returning = []
+        self._publisher.let_go(self._returning)
+        self._returning = {}
+
+    def _hand_over(self) -> None:
+        """Give all that is held to other workers, and go on without: this machine is not ours now.
+
+        Tokens that Redis does not have within a second are decoded again by whoever goes on.
+        """
+        held = [
+            job
+            for job in self._publisher.held()
+            if job.ending is None and job not in self._returning
+        ]
+        ids = {job.request_id for job in held}
+        for request_id in ids - self._runner.withdraw(ids):
+            self._runner.abort(request_id)
+        deadline = time.monotonic() + WRITTEN_SECONDS
+        while held and self._publisher.backlog and time.monotonic() < deadline:
+            time.sleep(0.01)
+        self._release({job: job.returned() for job in reversed(held) if job.ending is None})
 
     # The end
 
     def _finish(self) -> int:
         """Hand over what is left: commit every decoded token, then release."""
+        with suppress(redis.RedisError, TimeoutError):
+            if claimed := self._ahead.take(CRASH_SECONDS):
+                self._publisher.hold(map(HeldJob, claimed.reply.jobs))
         if self._runner.failure is not None:
             self._publisher.drain(CRASH_SECONDS)  # what was decoded need not be again
             return EXIT_ENGINE
@@ -349,12 +391,12 @@ class Dispatcher:
         written = self._publisher.drain(RELEASE_SECONDS)
         left = self._publisher.held()
         try:
-            rows = [(job.job_id, job.claimed.epoch, 0) for job in reversed(left)]
+            rows = [job.returned() for job in reversed(left)]
             if rows and written:
                 self._protocol.run(calls.release(self._options.worker, rows))
             self._publisher.let_go(left)
             self._fleet.leave()
         except redis.RedisError as error:
-            self._note_redis(error)
+            self._outage.note(error)
         log.info("drained", handed_over=len(left), all_written=written)
         return 0

@@ -15,8 +15,10 @@ if TYPE_CHECKING:
 
     from mlx_serving.worker.status_board import View
 
-Status = Literal["ok", "starting", "draining", "degraded", "red"]
-STATUSES: Final[tuple[Status, ...]] = ("ok", "starting", "draining", "degraded", "red")
+Status = Literal["ok", "starting", "draining", "paused", "degraded", "red"]
+STATUSES: Final[tuple[Status, ...]] = (
+    "ok", "starting", "draining", "paused", "degraded", "red",
+)  # fmt: skip
 
 EARLY: Final = 0.8  # of the stall time: red shows before the watchdog ends the child
 LEAST_SECONDS: Final = 1.5  # an idle engine comes round, and is reported, twice a second
@@ -64,7 +66,8 @@ def judge(view: View, limits: Limits) -> Verdict:
         return Verdict("red", red + degraded)
     if view.snapshot.phase == "draining":
         return Verdict("draining", degraded)
-    return Verdict("degraded" if degraded else "ok", degraded)
+    paused = view.snapshot.paused
+    return Verdict("paused" if paused else "degraded" if degraded else "ok", paused + degraded)
 
 
 def _red(view: View, limits: Limits) -> Iterator[str]:

@@ -8,20 +8,26 @@ from math import inf
 from typing import TYPE_CHECKING, Final
 
 from mlx_serving.common import events
-from mlx_serving.common.calls import CommitRow
-from mlx_serving.common.events import ChoiceDelta, ErrorInfo, Usage
-from mlx_serving.common.results import ChoiceResult, GenerationResult, Timings, encode_result
+from mlx_serving.common.calls import CommitRow, Returned
+from mlx_serving.common.errors import EngineError
+from mlx_serving.common.events import ErrorInfo, Usage
+from mlx_serving.common.results import GenerationResult, Timings, encode_result
 from mlx_serving.common.states import JobState
+from mlx_serving.worker.choice import Choice
+from mlx_serving.worker.engine.sequence import FINISH_ERROR
 from mlx_serving.worker.rq_worker import rq_failure, rq_success
+from mlx_serving.worker.token_text import unspelled
 
 if TYPE_CHECKING:
     from mlx_serving.common.calls import ClaimedJob
+    from mlx_serving.worker.choice import Committed
     from mlx_serving.worker.engine.sequence import ModelInfo, Output
+    from mlx_serving.worker.token_text import Spell
 
 PROVEN_SECONDS: Final = 2.0
 PROVEN_TOKENS: Final = 32
-"""A row that decoded so long and so much in this attempt is past where an earlier one crashed:
-what that one had not committed was less."""
+"""A job whose rows decoded so long and so much each in this attempt is past where an earlier one
+crashed: what that one had not committed was less."""
 
 CANCEL_STATES = {
     "deadline_exceeded": JobState.EXPIRED,
@@ -39,22 +45,17 @@ class Ending:
     error: ErrorInfo | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Committed:
-    """What earlier attempts committed of choice 0, since the last reset."""
-
-    token_ids: tuple[int, ...] = ()
-    text: str = ""
-    model_revision: str | None = None
-    tokenizer_hash: str | None = None
-    finish_reason: str | None = None
-
-
 @dataclass(slots=True, eq=False)
 class HeldJob:
-    """One claimed job. The publisher alone changes it, under its lock."""
+    """One claimed job. The publisher alone changes it, under its lock.
+
+    It ends when all its choices have, or as soon as one fails: the job then failed, as a call of
+    the OpenAI API does, and what the others have so far is kept.
+    """
 
     claimed: ClaimedJob
+    job_id: str = field(init=False)
+    request_id: str = field(init=False)  # its rows in the engine
     claimed_at: float = field(default_factory=time.monotonic)
     expires_at: float = inf  # monotonic seconds
     expiry_reason: str = ""
@@ -62,25 +63,23 @@ class HeldJob:
     cached_tokens: int = 0
     model: ModelInfo | None = None  # set: the attempt event goes with the first output
     model_name: str = ""
-    token_ids: list[int] = field(default_factory=list)  # every one decoded, all attempts
-    text: list[str] = field(default_factory=list)
-    finish_reason: str | None = None
-    finish_committed: bool = False  # an earlier attempt wrote the finish reason, but no end
+    choices: list[Choice] = field(default_factory=lambda: [Choice(0)])
     reset: bool = False  # the attempt event is followed by one that takes earlier tokens back
     ending: Ending | None = None
-    pending_tokens: list[int] = field(default_factory=list)
-    pending_text: list[str] = field(default_factory=list)
     seq: int = 0  # last one handed to Redis, committed or in flight
     first_token_ms: int = 0
     committed_at: float = 0.0  # monotonic seconds of the last commit
     proven: bool = False  # the engine has survived this attempt for a while
     resumed_at: int = 0  # how many tokens earlier attempts decoded
+    decoded: int = 0  # how many this one did
+    unsent: int = 0  # how many of them no flush has taken
+    began: bool = False  # whether its first one was counted
     running_since: float = 0.0  # monotonic seconds of this attempt's first token
-    token_at: float = 0.0  # monotonic seconds of its last one so far
     trace_id: str = ""  # of the job's traceparent, once that is read
 
     def __post_init__(self) -> None:
         """Start at what is committed, and fix when the job's time is over."""
+        self.job_id, self.request_id = self.claimed.job_id, self.claimed.request_id
         self.seq = self.claimed.seq
         self.first_token_ms = self.claimed.first_token_ms
         self.committed_at = self.claimed_at
@@ -95,19 +94,24 @@ class HeldJob:
             self.expires_at, self.expiry_reason = at, reason
 
     @property
-    def job_id(self) -> str:
-        """The job's id."""
-        return self.claimed.job_id
-
-    @property
-    def request_id(self) -> str:
-        """Its row in the engine."""
-        return self.claimed.request_id
+    def over(self) -> bool:
+        """Whether it is decided how the job ends."""
+        return self.ending is not None
 
     @property
     def pending(self) -> bool:
         """Whether there is anything that Redis has not been sent."""
-        return bool(self.pending_tokens or self.pending_text or self.ending)
+        return self.over or any(choice.pending for choice in self.choices)
+
+    @property
+    def completion_tokens(self) -> int:
+        """Tokens decoded over all choices and attempts."""
+        return sum(len(choice.token_ids) for choice in self.choices)
+
+    @property
+    def finish_reason(self) -> str | None:
+        """Why choice 0 ended."""
+        return self.choices[0].finish_reason
 
     @property
     def age_ms(self) -> int:
@@ -125,11 +129,15 @@ class HeldJob:
         first = self.first_token_ms - claimed.enqueued_ms if self.first_token_ms else None
         return {
             "queue": claimed.queue, "prompt_tokens": self.prompt_tokens,
-            "completion_tokens": len(self.token_ids), "resumed_tokens": self.resumed_at,
+            "completion_tokens": self.completion_tokens, "resumed_tokens": self.resumed_at,
             "started_after_ms": claimed.started_ms - claimed.enqueued_ms,
             "first_token_after_ms": first, "ended_after_ms": self.age_ms,
             "attempt_ms": int((time.monotonic() - self.claimed_at) * 1000),
         }  # fmt: skip
+
+    def returned(self, kv_tokens: int = 0, rows: int = 0) -> Returned:
+        """Its row of a release; what it needs, where that is too much for this worker."""
+        return Returned(self.job_id, self.claimed.epoch, kv_tokens, rows)
 
     def now_ms(self) -> int:
         """Redis TIME as far as this process knows it."""
@@ -137,40 +145,55 @@ class HeldJob:
 
     def resume(self, committed: Committed) -> None:
         """Take over what earlier attempts committed."""
-        self.token_ids.extend(committed.token_ids)
-        self.resumed_at = len(self.token_ids)
-        if committed.text:
-            self.text.append(committed.text)
-        self.finish_reason = committed.finish_reason
-        self.finish_committed = committed.finish_reason is not None
+        self.expect(max(committed.choices, default=0) + 1)
+        for index, choice in committed.choices.items():
+            self.choices[index].resume(choice)
+        self.resumed_at = self.completion_tokens
+
+    def expect(self, count: int) -> None:
+        """Have so many choices at least."""
+        self.choices += map(Choice, range(len(self.choices), count))
 
     def restart(self) -> None:
         """Take back what earlier attempts committed: decoding begins anew."""
-        self.token_ids.clear()
-        self.text.clear()
+        self.choices = [Choice(choice.index) for choice in self.choices]
         self.reset = True
+
+    def conclude(self) -> bool:
+        """End it where nothing is left to decode, because earlier attempts wrote all but the end.
+
+        Returns whether that is so.
+        """
+        reasons = [choice.finish_reason for choice in self.choices]
+        if FINISH_ERROR in reasons:
+            message = "the row failed in an earlier attempt"
+            self.end(JobState.FAILED, ErrorInfo(EngineError.code, message))
+        elif all(reasons):
+            self.end(JobState.FINISHED)
+        return self.over
 
     def add(self, output: Output) -> bool:
         """Take a step's output; True where a consumer should not wait for it."""
-        first = not self.first_token_ms and bool(output.token_ids)
-        if first:
-            self.first_token_ms = self.now_ms()
-        self.pending_tokens += output.token_ids
-        self.token_ids += output.token_ids
-        if output.text:
-            self.pending_text.append(output.text)
-            self.text.append(output.text)
+        self.choices[output.choice].add(output)
+        count = len(output.token_ids)
+        self.decoded += count
+        self.unsent += count
         self.prompt_tokens = output.prompt_tokens or self.prompt_tokens
         self.cached_tokens = output.cached_tokens or self.cached_tokens
-        if output.finish_reason:
-            self.finish_reason = output.finish_reason
-            error = ErrorInfo(output.error.code, output.error.message) if output.error else None
-            self.end(JobState.FAILED if error else JobState.FINISHED, error)
-        return first or bool(output.finish_reason)
+        first = not self.first_token_ms and count > 0
+        if first:
+            self.first_token_ms = self.now_ms()
+        if not output.finish_reason:
+            return first
+        if output.error is not None:
+            self.end(JobState.FAILED, ErrorInfo(output.error.code, output.error.message))
+        elif all(choice.finish_reason for choice in self.choices):
+            self.end(JobState.FINISHED)
+        return True
 
     def proves(self, now: float) -> bool:
         """Say, once, that this attempt has run long enough to be above suspicion."""
-        if self.proven or len(self.token_ids) - self.resumed_at < PROVEN_TOKENS:
+        if self.proven or self.decoded < PROVEN_TOKENS * len(self.choices):
             self.running_since = self.running_since or now
             return False
         self.proven = now - self.running_since >= PROVEN_SECONDS
@@ -187,7 +210,7 @@ class HeldJob:
         code = reason if state is JobState.EXPIRED else "cancelled"
         self.end(state, ErrorInfo(code, reason))
 
-    def rows(self, worker: str) -> list[CommitRow]:
+    def rows(self, worker: str, spell: Spell = unspelled) -> list[CommitRow]:
         """Take what is pending as rows to commit, in order of seq."""
         rows = []
         if self.model is not None:
@@ -197,9 +220,13 @@ class HeldJob:
             event = events.reset_event(attempt=self.claimed.epoch, seq=self._next_seq())
             rows.append(self._row(event))
             self.reset = False
-        finishes = self.finish_reason and self.ending and not self.finish_committed
-        if self.pending_tokens or self.pending_text or finishes:
-            rows.append(self._row(self._tokens_event()))
+        deltas = [choice.delta(spell) for choice in self.choices if choice.pending]
+        self.unsent = 0
+        if deltas:
+            event = events.tokens_event(
+                attempt=self.claimed.epoch, seq=self._next_seq(), choices=deltas
+            )
+            rows.append(self._row(event))
         if self.ending is not None:
             rows.append(self._end_row(self.ending, worker))
         return rows
@@ -219,20 +246,8 @@ class HeldJob:
             model_revision=model.revision, tokenizer_hash=model.tokenizer_hash,
         )  # fmt: skip
 
-    def _tokens_event(self) -> events.Event:
-        delta = ChoiceDelta(
-            index=0,
-            text="".join(self.pending_text),
-            token_ids=self.pending_tokens,
-            finish_reason=self.finish_reason,
-        )
-        self.pending_tokens, self.pending_text = [], []
-        return events.tokens_event(
-            attempt=self.claimed.epoch, seq=self._next_seq(), choices=[delta]
-        )
-
     def _usage(self) -> Usage:
-        return Usage.of(self.prompt_tokens, len(self.token_ids), self.cached_tokens)
+        return Usage.of(self.prompt_tokens, self.completion_tokens, self.cached_tokens)
 
     def _end_row(self, ending: Ending, worker: str) -> CommitRow:
         usage = self._usage()
@@ -252,15 +267,12 @@ class HeldJob:
         )  # fmt: skip
 
     def _result(self, ending: Ending, usage: Usage, worker: str) -> GenerationResult:
-        choice = ChoiceResult(
-            index=0, text="".join(self.text), token_ids=self.token_ids,
-            finish_reason=self.finish_reason,
-        )  # fmt: skip
+        choices = [choice.result() for choice in self.choices]
         timings = Timings(
             enqueued_ms=self.claimed.enqueued_ms, started_ms=self.claimed.started_ms,
             first_token_ms=self.first_token_ms or None, finished_ms=self.now_ms(),
         )  # fmt: skip
         return GenerationResult(
-            id=self.job_id, state=ending.state, choices=[choice], usage=usage,
+            id=self.job_id, state=ending.state, choices=choices, usage=usage,
             error=ending.error, attempts=self.claimed.epoch, worker=worker, timings=timings,
         )  # fmt: skip

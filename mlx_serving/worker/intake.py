@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from mlx_serving.common import events
-from mlx_serving.common.errors import CorruptJob, EngineError, MlxServingError, StreamGap
-from mlx_serving.common.signing import Signer
-from mlx_serving.worker.engine.sequence import (
-    FINISH_ERROR,
-    Output,
-    Request,
-    RowError,
-    SamplingParams,
+from mlx_serving.common import events, limits
+from mlx_serving.common.errors import (
+    CorruptEvent,
+    CorruptJob,
+    EngineError,
+    MlxServingError,
+    StreamGap,
 )
-from mlx_serving.worker.held import Committed
+from mlx_serving.common.events import ChoiceLogprobs
+from mlx_serving.common.signing import Signer
+from mlx_serving.worker.choice import Committed, CommittedChoice
+from mlx_serving.worker.engine.sequence import Request, SamplingParams
 from mlx_serving.worker.payload import read_job
 
 if TYPE_CHECKING:
@@ -26,9 +28,19 @@ if TYPE_CHECKING:
     from mlx_serving.common.events import ChoiceDelta, Event
     from mlx_serving.common.jobs import GenerationJob
     from mlx_serving.worker.engine.sequence import ModelInfo
-    from mlx_serving.worker.held import HeldJob
+
+    Encode = Callable[[GenerationJob], tuple[int, ...]]
+    Plan = Callable[[GenerationJob, Sequence[Request]], list[Request]]
 
 UNSIGNED = Signer()
+
+
+@dataclass(frozen=True, slots=True)
+class Preparation:
+    """What a model makes of a job: `encode` its prompt, `plan` the form of its output."""
+
+    encode: Encode
+    plan: Plan
 
 
 class JobRefusedError(Exception):
@@ -44,6 +56,7 @@ def read_committed(payloads: Sequence[bytes], seq: int) -> Committed:
 
     Raises:
         StreamGap: they are not exactly 1 … `seq`.
+        CorruptEvent: one is no event of ours.
 
     """
     decoded = [events.decode(p) for p in payloads]
@@ -59,7 +72,7 @@ def _committed(decoded: Sequence[Event]) -> Committed:
 
     That is not always the last attempt's: one may have died between its first two events.
     """
-    deltas: list[ChoiceDelta] = []
+    deltas: dict[int, list[ChoiceDelta]] = {}
     opened: Event | None = None  # the attempt under way
     author: Event | None = None  # the attempt that wrote the deltas
     for event in decoded:
@@ -67,15 +80,28 @@ def _committed(decoded: Sequence[Event]) -> Committed:
             opened = event
         elif event.type == events.RESET:
             deltas.clear()
-        own = [delta for delta in event.choices if delta.index == 0]
-        author = opened if own else author
-        deltas += own
+        author = opened if event.choices else author
+        for delta in event.choices:
+            deltas.setdefault(delta.index, []).append(delta)
+    if any(not 0 <= index < limits.CHOICES for index in deltas):
+        message = "the job's stream holds a choice that no job has"
+        raise CorruptEvent(message)
     return Committed(
-        token_ids=tuple(t for d in deltas for t in d.token_ids),
-        text="".join(d.text for d in deltas),
+        {index: _choice(own) for index, own in deltas.items()},
         model_revision=author.model_revision if author else None,
         tokenizer_hash=author.tokenizer_hash if author else None,
+    )
+
+
+def _choice(deltas: Sequence[ChoiceDelta]) -> CommittedChoice:
+    forms = [d.logprobs for d in deltas if isinstance(d.logprobs, ChoiceLogprobs)]
+    return CommittedChoice(
+        token_ids=tuple(t for d in deltas for t in d.token_ids),
+        text="".join(d.text for d in deltas),
         finish_reason=next((d.finish_reason for d in reversed(deltas) if d.finish_reason), None),
+        logprobs=tuple(entry for form in forms for entry in form.content),
+        reasoning="".join(d.reasoning or "" for d in deltas),
+        tool_calls=tuple(part for d in deltas for part in d.tool_calls or ()),
     )
 
 
@@ -89,19 +115,12 @@ def can_continue(committed: Committed, model: ModelInfo, job: GenerationJob) -> 
     author = (committed.model_revision, committed.tokenizer_hash)
     same = author == (model.revision, model.tokenizer_hash)
     # Where only the end is missing, no model has anything to add.
-    if same or not committed.token_ids or committed.finish_reason:
+    if same or not committed.has_tokens or committed.ends(job.n):
         return True
     if job.on_model_change == "reset":
         return False
     message = "earlier tokens came from another revision of the model; they can't be continued"
     raise JobRefusedError("model_changed", message)
-
-
-def ending_of(held: HeldJob) -> Output:
-    """The engine's last word on a row whose tokens are all written, and only its end is not."""
-    failed = held.finish_reason == FINISH_ERROR
-    error = RowError(EngineError.code, "the row failed in an earlier attempt") if failed else None
-    return Output(held.request_id, 0, [], "", held.finish_reason, error, held.prompt_tokens)
 
 
 def open_payload(claimed: ClaimedJob, limit: int, signer: Signer = UNSIGNED) -> GenerationJob:
@@ -131,16 +150,18 @@ PROBLEMS = {
 }
 
 
-def build_request(
+def build_requests(
     claimed: ClaimedJob,
     job: GenerationJob,
     committed: Committed,
     encode: Callable[[GenerationJob], tuple[int, ...]],
-) -> Request:
-    """Tokenize the prompt and carry the parameters over.
+    vocab_size: int,
+) -> list[Request]:
+    """Tokenize the prompt and carry the parameters over: a request a choice.
 
     Raises:
-        JobRefusedError: the prompt can't be rendered or tokenized.
+        JobRefusedError: the prompt can't be rendered or tokenized, or a parameter names a token
+            that the model does not have.
 
     """
     try:
@@ -150,11 +171,44 @@ def build_request(
     except Exception as error:  # noqa: BLE001 -- see below
         # A chat template is foreign code: whatever it raises concerns this job alone.
         raise JobRefusedError(EngineError.code, f"messages: {type(error).__name__}") from None
-    seed = job.seed if job.seed is not None else _seed_of(claimed.job_id)
-    sampling = SamplingParams(job.temperature, job.top_p, job.top_k, job.min_p, seed)
-    return Request(
-        id=claimed.request_id, prompt=prompt, sampling=sampling, max_tokens=job.max_tokens,
-        stop=tuple(job.stop), committed=committed.token_ids,
+    sampling = _sampling(claimed, job, vocab_size)
+    return [
+        Request(
+            id=claimed.request_id, prompt=prompt, sampling=sampling, max_tokens=job.max_tokens,
+            stop=job.stop, committed=committed.of(index).token_ids, choice=index,
+        )
+        for index in range(job.n)
+    ]  # fmt: skip
+
+
+def plan_output(plan: Plan, job: GenerationJob, requests: Sequence[Request]) -> list[Request]:
+    """The requests with the grammar and the format that the job asks for.
+
+    Raises:
+        JobRefusedError: the job's schema, regex, grammar or tools can't be honoured.
+
+    """
+    try:
+        return plan(job, requests)
+    except MlxServingError as error:
+        raise JobRefusedError(error.code, error.message) from None
+    except Exception as error:  # noqa: BLE001 -- a grammar is foreign input to foreign code
+        message = f"response_format: {type(error).__name__}"
+        raise JobRefusedError(EngineError.code, message) from None
+
+
+def _sampling(claimed: ClaimedJob, job: GenerationJob, vocab_size: int) -> SamplingParams:
+    bias = tuple((int(token), value) for token, value in (job.logit_bias or {}).items())
+    for token, _ in bias:
+        if token >= vocab_size:
+            message = f"logit_bias.{token}: the model's vocabulary has {vocab_size} tokens"
+            raise JobRefusedError("token_out_of_vocabulary", message)
+    return SamplingParams(
+        job.temperature, job.top_p, job.top_k, job.min_p,
+        seed=job.seed if job.seed is not None else _seed_of(claimed.job_id),
+        repetition_penalty=job.repetition_penalty, presence_penalty=job.presence_penalty,
+        frequency_penalty=job.frequency_penalty, logit_bias=bias,
+        logprobs=(job.top_logprobs or 0) if job.logprobs else None,
     )  # fmt: skip
 
 

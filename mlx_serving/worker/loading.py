@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from mlx_serving.common.jobs import GenerationJob
     from mlx_serving.common.settings import Settings
     from mlx_serving.worker.engine.sequence import InferenceEngine
+    from mlx_serving.worker.intake import Plan
+    from mlx_serving.worker.token_text import Spell
 
     Encode = Callable[[GenerationJob], tuple[int, ...]]
 
@@ -43,6 +45,33 @@ def load(spec: EngineSpec, settings: Settings) -> tuple[InferenceEngine, Encode]
     if spec.kind == "simulated":
         return _load_simulated(spec, settings)
     return _load_mlx(spec, settings)
+
+
+def speller_of(spec: EngineSpec, engine: InferenceEngine) -> Spell:
+    """What spells the engine's token ids; some 0.3 s at 150,000 tokens, so before any claim."""
+    if spec.kind == "simulated":
+        from mlx_serving.worker.engine.simulated import spell
+
+        return spell
+    # Imported here: the vocabulary's reader is for workers with a model.
+    from mlx_serving.worker.engine.vocabulary import read_vocabulary
+    from mlx_serving.worker.token_text import speller
+
+    return speller(read_vocabulary(getattr(engine, "tokenizer", None)))
+
+
+def planner_of(spec: EngineSpec, engine: InferenceEngine) -> Plan:
+    """What plans the output of the engine's jobs: grammars and formats."""
+    if spec.kind == "simulated":
+        from mlx_serving.worker.engine.simulated import plan
+
+        return plan
+    # Imported here: the planner imports MLX.
+    from mlx_serving.worker.engine.output_plan import OutputPlanner
+
+    planner = OutputPlanner(getattr(engine, "tokenizer", None), engine.model_info)
+    planner.warm_up()
+    return planner.plan
 
 
 def describe(spec: EngineSpec, engine: InferenceEngine) -> dict[str, str]:

@@ -47,9 +47,12 @@ class MeasuredProtocol(Protocol):
     def _note(self, script: str, reply: Any) -> None:  # noqa: ANN401 -- each script has its own
         measures = self._measures
         if script in {"commit", "renew"}:
+            measures.leased()
             measures.refused(reply)
         elif script == "claim":
             measures.claimed(reply.jobs)
+            if reply.jobs:
+                measures.leased()
         elif script == "release":
             measures.count("hand_offs", by=reply.count("OK"))
         elif script == "reap":

@@ -77,7 +77,7 @@ class Measures:
         )
         self._histograms = {name: _Histogram(bounds) for name, bounds in BUCKETS.items()}
         self.queues: dict[str, tuple[int, float]] = {}  # depth; age in s of the oldest open job
-        self.turned_at = self.redis_answered_at = time.monotonic()
+        self.turned_at = self.redis_answered_at = self.leased_at = time.monotonic()
         self.redis_failed = False  # whether the last call to Redis did
 
     def read(self) -> tuple[Counts, Histograms]:
@@ -112,11 +112,13 @@ class Measures:
             if not output.token_ids:
                 continue
             tokens += len(output.token_ids)
-            if job.token_at:
-                gaps[job.token_at] = gaps.get(job.token_at, 0) + 1
-            else:
+            choice = job.choices[output.choice]
+            if choice.token_at:
+                gaps[choice.token_at] = gaps.get(choice.token_at, 0) + 1
+            elif not job.began:
+                job.began = True
                 began.append(job)
-            job.token_at = now
+            choice.token_at = now
         with self._lock:
             self._counts["generation_tokens"][""] += tokens
             for since, rows in gaps.items():
@@ -151,6 +153,10 @@ class Measures:
     def answered(self) -> None:
         """Redis answered a call."""
         self.redis_answered_at, self.redis_failed = time.monotonic(), False
+
+    def leased(self) -> None:
+        """Redis granted or renewed leases."""
+        self.leased_at = time.monotonic()
 
     def claimed(self, jobs: Sequence[ClaimedJob]) -> None:
         """Count claims; how long a job waited counts at its first one."""

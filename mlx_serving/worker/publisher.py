@@ -22,6 +22,7 @@ from mlx_serving.common.events import ErrorInfo
 from mlx_serving.common.states import JobState
 from mlx_serving.worker.manifest import Manifest, RowState
 from mlx_serving.worker.measures import Measures
+from mlx_serving.worker.token_text import unspelled
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -30,18 +31,19 @@ if TYPE_CHECKING:
     from mlx_serving.common.protocol import Protocol
     from mlx_serving.worker.engine.sequence import Output
     from mlx_serving.worker.held import HeldJob
+    from mlx_serving.worker.token_text import Spell
 
 log = structlog.get_logger(__name__)
 
 ROWS_A_CALL: Final = 128  # a longer script would hold up Redis's other clients
-BULK_TOKENS: Final = 16  # a job without `stream` commits every so many tokens …
+BULK_TOKENS: Final = 16  # a job without `stream` commits every so many tokens a choice …
 BULK_SECONDS: Final = 0.5  # … or so often
 TRANSIENT: Final = (
     "OOM", "MISCONF", "READONLY", "NOREPLICAS", "LOADING", "MASTERDOWN", "BUSY", "NOPERM",
     "ERR The user executing the script", "The user executing the script",  # Redis 7.0's NOPERM
 )  # fmt: skip
 DEMOTED: Final = ("READONLY", "ReadOnlyError")
-BACK_OFF_SECONDS: Final = (0.05, 0.1, 0.2, 0.5, 1.0)
+BACK_OFF_SECONDS: Final = (0.05, 0.1, 0.2)  # short: what a kill loses piles up meanwhile
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,12 +77,14 @@ class Publisher(threading.Thread):
         super().__init__(name="publisher", daemon=True)
         self._protocol, self._worker, self._options = protocol, worker, options
         self._on_gone, self._fresh = on_gone, fresh
+        self._log = log.bind()  # bound once: the module's own is looked up anew at each record
         self.manifest = manifest or Manifest()
         self.measures = measures or Measures()
+        self.spell: Spell = unspelled
         self._changed = threading.Condition()
         self._held: dict[str, HeldJob] = {}
         self._dirty: dict[str, HeldJob] = {}
-        self._urgent = self._draining = False
+        self._urgent = self._draining = self._looking = self._resting = False
         self._idle = threading.Event()
         self._stopping = threading.Event()
         self._flushed_at = self._renewed_at = 0.0
@@ -109,6 +113,14 @@ class Publisher(threading.Thread):
             job.end(JobState.FAILED, ErrorInfo(code, message))
             self._mark(job, urgent=True)
 
+    def conclude(self, job: HeldJob) -> bool:
+        """End a job of which earlier attempts wrote all but the end; False where there is more."""
+        with self._changed:
+            over = job.conclude()
+            if over:
+                self._mark(job, urgent=True)
+        return over
+
     def cancel(self, job_id: str, reason: str) -> None:
         """End a held job; unknown ids are ignored."""
         with self._changed:
@@ -121,7 +133,7 @@ class Publisher(threading.Thread):
     def look(self) -> None:
         """Ask Redis now, not at the next renewal, whether a held job should stop."""
         with self._changed:
-            self._renewed_at = 0.0
+            self._looking = True
             self._changed.notify()
 
     def held(self) -> list[HeldJob]:
@@ -167,21 +179,41 @@ class Publisher(threading.Thread):
     def push(self, outputs: Sequence[Output]) -> None:
         """Take a step's outputs. Rows of jobs that are gone are dropped."""
         now = time.monotonic()
-        progress = []
+        progress: list[tuple[HeldJob, Output]] = []
+        urgent = False
         with self._changed:
             for output in outputs:
-                job = self._held.get(output.request_id.partition(":")[0])
-                if job is None or job.request_id != output.request_id or job.ending is not None:
-                    continue
-                self.backlog += len(output.token_ids)
-                self._mark(job, urgent=job.add(output))
-                progress.append((job, output))
-                if output.finish_reason:
-                    self.manifest.mark(job.request_id, RowState.HELD)
-                elif job.proves(now):
-                    self.manifest.mark(job.request_id, RowState.PROVEN)
-            self._changed.notify()
+                job = self._live(output.request_id)
+                if job is not None:
+                    self.backlog += len(output.token_ids)
+                    urgent |= job.add(output)
+                    self._dirty[job.job_id] = job
+                    progress.append((job, output))
+                    if job.proves(now):
+                        self.manifest.mark(job.request_id, RowState.PROVEN)
+            if progress:
+                self._idle.clear()
+            self._urgent |= urgent
+            # Every wake-up takes the interpreter from the engine: none while a flush is due anyway.
+            if urgent or (self._resting and progress):
+                self._changed.notify()
         self.measures.stepped(progress)
+        if urgent:
+            self._note_ends(progress)
+
+    def _note_ends(self, progress: Sequence[tuple[HeldJob, Output]]) -> None:
+        for job, output in progress:
+            if job.ending is not None:
+                self.manifest.mark(job.request_id, RowState.HELD)
+                if output.error is not None:  # its other choices stop
+                    self._on_gone(job.request_id)
+
+    def _live(self, request_id: str) -> HeldJob | None:
+        """The held attempt of this name, while its end is open."""
+        job = self._held.get(request_id.partition(":")[0])
+        if job is None or job.request_id != request_id or job.ending is not None:
+            return None
+        return job
 
     # The thread
 
@@ -208,27 +240,31 @@ class Publisher(threading.Thread):
         if job.claimed.stream or job.ending or job.model or self._draining:
             return True
         waited = now - job.committed_at
-        return len(job.pending_tokens) >= BULK_TOKENS or waited >= BULK_SECONDS
+        return job.unsent >= BULK_TOKENS * len(job.choices) or waited >= BULK_SECONDS
 
     def _collect(self) -> list[CommitRow]:
         """Wait until a flush is due; take its rows."""
         options = self._options
         with self._changed:
             if not self._dirty:
+                self._resting = True
                 self._changed.wait(options.idle_seconds)
-            if not self._urgent:
-                rest = self._flushed_at + options.flush_seconds - time.monotonic()
-                if rest > 0:
-                    self._changed.wait(rest)
+                self._resting = False
+            rest = self._flushed_at + options.flush_seconds - time.monotonic()
+            if rest > 0:
+                self._changed.wait_for(self._in_haste, rest)
             self._urgent = False
             now = self._flushed_at = time.monotonic()
             rows: list[CommitRow] = []
             for job in [j for j in self._dirty.values() if self._due(j, now)]:
                 del self._dirty[job.job_id]
                 job.committed_at = now
-                self.backlog -= len(job.pending_tokens)
-                rows += job.rows(self._worker)
+                self.backlog -= job.unsent
+                rows += job.rows(self._worker, self.spell)
             return rows
+
+    def _in_haste(self) -> bool:
+        return self._urgent or self._looking or self._stopping.is_set()
 
     def _commit(self, rows: list[CommitRow]) -> None:
         """Send rows until each is settled: the same rows, so that a lost reply does no harm."""
@@ -296,26 +332,35 @@ class Publisher(threading.Thread):
     def _note_end(self, job: HeldJob, state: JobState) -> None:
         self.measures.ended(job, state)
         error = job.ending.error if job.ending else None
-        log.info("job_ended", **job.names(), state=state.value, finish_reason=job.finish_reason,
-                 code=error.code if error else None, **job.report())  # fmt: skip
+        code = error.code if error else None
+        self._log.info("job_ended", **job.names(), state=state.value, code=code,
+                       finish_reason=job.finish_reason, **job.report())  # fmt: skip
 
     def _forget(self, job_id: str) -> None:
         job = self._held.pop(job_id, None)
         self._dirty.pop(job_id, None)
         if job is not None:
             self.manifest.drop(job.request_id)
-            self.backlog -= len(job.pending_tokens)
+            self.backlog -= job.unsent
 
     def _cancel(self, job: HeldJob, reason: str) -> None:
         job.cancel(reason)
         self._mark(job, urgent=True)
 
     def _renew(self) -> None:
-        """Renew all leases four times a lease, if the engine is alive."""
-        now = time.monotonic()
-        if now - self._renewed_at < self._options.lease_ms / 4000 or not self._fresh():
+        """Renew each lease four times within its length, if the engine is alive.
+
+        Those that a commit has just renewed are left out: where all are, there is no call to hold
+        up the next flush, and a kill loses what piles up.
+        """
+        now, turn = time.monotonic(), self._options.lease_ms / 8000
+        if not (self._looking or now - self._renewed_at >= turn) or not self._fresh():
             return
-        jobs = [job for job in self.held() if job.ending is None]
+        looking, self._looking = self._looking, False
+        jobs = [
+            job for job in self.held()
+            if job.ending is None and (looking or now - job.committed_at >= turn)
+        ]  # fmt: skip
         self._renewed_at = now
         if not jobs:
             self.failing = False  # nothing waits for Redis, so that a claim may find out
@@ -327,7 +372,7 @@ class Publisher(threading.Thread):
             )
         except redis.RedisError as error:
             self._note_failure(type(error).__name__)
-            self._renewed_at = 0.0
+            self._renewed_at, self._looking = 0.0, looking
             return
         self.failing = False
         for job, reply in zip(jobs, replies, strict=True):

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
     from mlx_serving.worker.engine.sequence import InferenceEngine, Output, Request
 
+    Choices = Sequence[Request]  # of one job: admitted together, or not at all
+
 log = structlog.get_logger(__name__)
 
 IDLE_SECONDS = 0.5
@@ -43,7 +45,7 @@ class Runner(threading.Thread):
         self._load, self._on_outputs, self._on_refused = load, on_outputs, on_refused
         self._paused, self._on_room = paused, on_room
         self._changed = threading.Condition()
-        self._requests: deque[Request] = deque()
+        self._requests: deque[Choices] = deque()
         self._aborts: deque[str] = deque()
         self._halting = False
         self._turns = self._submitted_at_turn = 0
@@ -53,15 +55,15 @@ class Runner(threading.Thread):
         self.halted = threading.Event()
         self.failure: BaseException | None = None
 
-    def submit(self, requests: Sequence[Request]) -> None:
-        """Queue requests; the engine admits them in order, as it has room."""
+    def submit(self, requests: Sequence[Choices]) -> None:
+        """Queue jobs' choices; the engine admits them in order, as it has room."""
         with self._changed:
             self._requests.extend(requests)
             self._submitted_at_turn = self._turns
             self._changed.notify()
 
-    def unadmitted(self) -> list[Request] | None:
-        """Requests that the engine has no room for; None while it has not looked yet."""
+    def unadmitted(self) -> list[Choices] | None:
+        """Jobs' choices that the engine has no room for; None while it has not looked yet."""
         with self._changed:
             if self._requests and self._turns < self._submitted_at_turn + 2:
                 return None
@@ -70,8 +72,8 @@ class Runner(threading.Thread):
     def withdraw(self, request_ids: set[str]) -> set[str]:
         """Take requests back that were not admitted; returns those that it caught in time."""
         with self._changed:
-            caught = {r.id for r in self._requests if r.id in request_ids}
-            self._requests = deque(r for r in self._requests if r.id not in caught)
+            caught = {choices[0].id for choices in self._requests} & request_ids
+            self._requests = deque(c for c in self._requests if c[0].id not in caught)
             return caught
 
     def abort(self, request_id: str) -> None:
@@ -142,7 +144,7 @@ class Runner(threading.Thread):
         return True
 
     def _admissible(self, engine: InferenceEngine) -> bool:
-        return bool(self._requests) and engine.can_add(self._requests[0])
+        return bool(self._requests) and engine.can_add(*self._requests[0])
 
     def _admit(self, engine: InferenceEngine) -> int:
         """Hand requests over in order, as far as there is room; returns how many."""
@@ -151,11 +153,11 @@ class Runner(threading.Thread):
             with self._changed:
                 if not self._admissible(engine):
                     return admitted
-                request = self._requests.popleft()
+                choices = self._requests.popleft()
             admitted += 1
             try:
-                engine.add(request)
+                engine.add(*choices)
             except RequestRefusedError as error:
-                self._on_refused(request.id, error.code, str(error))
-            except Exception as error:  # noqa: BLE001 -- a failing row fails alone
-                self._on_refused(request.id, "engine_error", type(error).__name__)
+                self._on_refused(choices[0].id, error.code, str(error))
+            except Exception as error:  # noqa: BLE001 -- a failing job fails alone
+                self._on_refused(choices[0].id, "engine_error", type(error).__name__)

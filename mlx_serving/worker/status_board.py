@@ -33,6 +33,8 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     main_age: float = 0.0  # since the main loop came round
     redis_age: float = 0.0  # since Redis answered
     redis_failing: float = 0.0  # how long calls have failed; 0: the last one did not
+    lease_age: float = 0.0  # since Redis last granted or renewed a lease
+    paused: tuple[str, ...] = ()  # why the worker may not claim, see `conditions`
     held: int = 0
     running: int = 0
     waiting: int = 0

@@ -63,9 +63,10 @@ class Vitals:
         *,
         draining: Callable[[], bool],
         info: Callable[[], dict[str, str]],
+        paused: Callable[[], tuple[str, ...]] = tuple,
     ) -> None:
         self._measures, self._runner, self._publisher = measures, runner, publisher
-        self._draining, self._info = draining, info
+        self._draining, self._info, self._paused = draining, info, paused
         self.facts: dict[str, str] = {}  # of the engine, once it is loaded
         self._failing_since: float | None = None
         self._stopping = False
@@ -90,6 +91,8 @@ class Vitals:
             main_age=now - measures.turned_at if started else 0.0,
             redis_age=now - measures.redis_answered_at if started else 0.0,
             redis_failing=self._failing(now),
+            lease_age=now - measures.leased_at,
+            paused=self._paused(),
             held=len(publisher.held()),
             running=engine.running if engine else 0,
             waiting=engine.waiting + len(runner.unadmitted() or ()) if engine else 0,

@@ -9,10 +9,12 @@
 #include <vector>
 
 #include "mlx_serving/detokenizer.hpp"
+#include "mlx_serving/sampler.hpp"
 #include "mlx_serving/vocabulary.hpp"
 
 namespace py = pybind11;
 using mlx_serving::Detokenizer;
+using mlx_serving::LogitsType;
 using mlx_serving::Release;
 using mlx_serving::Vocabulary;
 using mlx_serving::VocabularyKind;
@@ -82,6 +84,66 @@ py::tuple replay(Detokenizer& self, std::int64_t slot, const std::vector<std::in
   return to_python(released);
 }
 
+// A contiguous buffer of at least `size` elements of 4 bytes (2 for bfloat16's bits).
+py::buffer_info view(const py::buffer& buffer, const char* name, std::size_t size, bool writable) {
+  auto info = buffer.request(writable);
+  py::ssize_t stride = info.itemsize;
+  for (py::ssize_t axis = info.ndim - 1; axis >= 0; --axis) {
+    if (info.shape[std::size_t(axis)] > 1 && info.strides[std::size_t(axis)] != stride) {
+      throw py::value_error(std::string(name) + ": must be contiguous");
+    }
+    stride *= info.shape[std::size_t(axis)];
+  }
+  const bool is_logits = std::string_view(name) == "logits";
+  if (info.itemsize != 4 && !(is_logits && info.itemsize == 2)) {
+    throw py::value_error(std::string(name) + ": elements must have 4 bytes");
+  }
+  if (std::size_t(info.size) < size) {
+    throw py::value_error(std::string(name) + ": holds too few elements");
+  }
+  return info;
+}
+
+void sample(const py::buffer& logits, const py::buffer& table, const py::buffer& state,
+            const py::buffer& inputs, const py::buffer& lists, const py::object& mask,
+            const std::vector<py::buffer>& outputs, bool by_groups) {
+  if (outputs.size() != 6) throw py::value_error("outputs: must be 6 buffers");
+  const auto values = view(logits, "logits", 1, false);
+  if (values.ndim != 2) throw py::value_error("logits: must have 2 dimensions");
+  const auto rows = std::size_t(values.shape[0]);
+  const auto states = view(state, "state", rows, false);
+  if (states.ndim != 2) throw py::value_error("state: must have 2 dimensions");
+  const auto columns = std::size_t(states.shape[1]);
+  const auto tables = view(table, "table", rows * mlx_serving::kSamplerColumns, false);
+  const auto taken = view(inputs, "inputs", rows, false);
+  const auto listed = view(lists, "lists", 1, false);
+  py::buffer_info masks;
+  if (!mask.is_none()) masks = view(mask.cast<py::buffer>(), "mask", rows, false);
+  std::vector<py::buffer_info> given;
+  const std::size_t sizes[] = {rows, rows, rows, rows, rows * columns, 1};
+  for (std::size_t at = 0; at < 6; ++at) {
+    given.push_back(view(outputs[at], "outputs", sizes[at], true));
+  }
+  const mlx_serving::SamplerInputs in{
+      values.itemsize == 2 ? LogitsType::kBFloat16 : LogitsType::kFloat32,
+      values.ptr,
+      static_cast<const int*>(tables.ptr),
+      static_cast<const int*>(states.ptr),
+      static_cast<const int*>(taken.ptr),
+      static_cast<const int*>(listed.ptr),
+      static_cast<const int*>(masks.ptr),
+      rows,
+      std::size_t(values.shape[1]),
+      columns,
+      mask.is_none() ? 0 : std::size_t(masks.shape[std::size_t(masks.ndim - 1)])};
+  const mlx_serving::SamplerOutputs out{
+      static_cast<int*>(given[0].ptr),   static_cast<float*>(given[1].ptr),
+      static_cast<int*>(given[2].ptr),   static_cast<float*>(given[3].ptr),
+      static_cast<int*>(given[4].ptr),   static_cast<float*>(given[5].ptr)};
+  const py::gil_scoped_release no_gil;
+  by_groups ? mlx_serving::sample_by_groups(in, out) : mlx_serving::sample(in, out);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, module) {
@@ -101,4 +163,8 @@ PYBIND11_MODULE(_native, module) {
       .def("replay", &replay, py::arg("slot"), py::arg("tokens"))
       .def("finish", &Detokenizer::finish, py::arg("slot"))
       .def("close", &Detokenizer::close, py::arg("slot"));
+
+  module.def("sample", &sample, py::arg("logits"), py::arg("table"), py::arg("state"),
+             py::arg("inputs"), py::arg("lists"), py::arg("mask").none(true), py::arg("outputs"),
+             py::arg("by_groups") = false);
 }

@@ -15,8 +15,11 @@ from benchmarks.dispatch import figures as dispatch_figures
 from benchmarks.harness import Figure, Goal
 from benchmarks.latency import Samples
 from benchmarks.latency import figures as latency_figures
+from benchmarks.server import Bout, Heard, Pass, requests
+from benchmarks.server import figures as server_figures
 from benchmarks.streaming import Run
 from benchmarks.streaming import figures as streaming_figures
+from benchmarks.timeline import Stopwatches, shares
 
 ROOT = Path(__file__).parents[2]
 
@@ -25,11 +28,8 @@ def by_name(figures: list[Figure]) -> dict[str, Figure]:
     return {figure.name: figure for figure in figures}
 
 
-@pytest.fixture(scope="module")
-def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What a quick run of the queue's benchmarks writes."""
-    path = tmp_path_factory.mktemp("benchmarks") / "report.json"
-    command = [sys.executable, "-m", "benchmarks", "--quick", "--only", "p4,p6,p7"]
+def quick_run(path: Path, only: str) -> dict[str, Any]:
+    command = [sys.executable, "-m", "benchmarks", "--quick", "--only", only]
     done = subprocess.run(
         [*command, "--output", str(path)], cwd=ROOT, check=True, capture_output=True, text=True,
         timeout=110,
@@ -38,6 +38,24 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     for figures in written["benchmarks"].values():
         assert all(figure["name"] in done.stdout for figure in figures)
     return written
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What a quick run of the queue's benchmarks writes."""
+    return quick_run(tmp_path_factory.mktemp("benchmarks") / "report.json", "p4,p6,p7")
+
+
+def test_peers_run_beside_the_engine(tmp_path: Path) -> None:
+    report = quick_run(tmp_path / "report.json", "churn,ragged,server")["benchmarks"]
+    figures = {figure["name"]: figure for some in report.values() for figure in some}
+    assert all(figure["value"] > 0 for name, figure in figures.items() if "cold" not in name)
+    gated = {name for name, figure in figures.items() if figure["goal"]}
+    assert gated == {
+        "one setting: engine over BatchGenerator",
+        "engine, one row of 600: step over all short",
+        "engine, one row of 600: peak allocated over live",
+    }
 
 
 def test_a_quick_run_writes_every_figure(report: dict[str, Any]) -> None:
@@ -86,6 +104,52 @@ def test_streaming_counts_tokens_between_the_first_and_the_last_arrival() -> Non
     assert figures["P4 through Redis over in-process"].value == 0.5
     assert figures["streams equal to in-process, token by token"].value == 1
     assert figures["P4 inter-token gap, p99 in steps"].value == pytest.approx(3.94)
+
+
+def heard(first: float, last: float, tokens: int) -> Heard:
+    return Heard(asked=0.0, first=first, last=last, tokens=tokens)
+
+
+def test_a_server_is_compared_within_a_round() -> None:
+    ours, theirs = Pass([heard(1, 2, 10), heard(1, 4, 30)]), Pass([heard(4, 5, 8), heard(4, 8, 12)])
+    cold = Pass([heard(1, 14, 40)])
+    figures = by_name(server_figures(Bout(1, (ours, cold), (ours, ours), [(ours, theirs)] * 3)))
+    assert figures["1 setting: through Redis"].value == 10.0
+    assert figures["1 setting: tokens/s over mlx_lm.server"].value == 4.0
+    assert figures["1 setting: tokens/s over mlx_lm.server"].goal == Goal("≥", 1.3)
+    assert figures["1 setting: TTFT p50 over mlx_lm.server"].value == 0.25
+    assert figures["1 setting: cold cost, mlx_lm.server"].value == 10.0
+
+
+@pytest.mark.parametrize("settings", [0, 1, 8])
+def test_streams_share_as_many_settings_as_asked(settings: int) -> None:
+    asked = requests(64, 16, settings, 0)
+    pairs = {(fields["temperature"], fields.get("top_p")) for fields in asked}
+    assert len(pairs) == max(settings, 1)
+    assert len({fields["prompt"] for fields in asked}) == 64
+    assert not any("seed" in fields for fields in asked)
+
+
+def test_a_stopwatch_sums_calls_until_its_lap() -> None:
+    watches = Stopwatches()
+    double = watches.around(lambda value: 2 * value, "double")
+    assert [double(1), double(2)] == [2, 4]
+    assert watches.lap()["double"] > 0
+    assert watches.lap() == {}
+
+
+def test_a_threads_share_is_of_the_samples_that_hold_the_interpreter() -> None:
+    raw = (
+        "thread (1): engine;step;decode 30\nthread (1): engine;step 30\nthread (2): publisher 20\n"
+    )
+    figures = by_name(shares(raw))
+    assert figures["samples that hold the interpreter lock"].value == 80
+    assert figures["of them: engine"].value == 0.75
+
+
+def test_a_figure_is_read_back_as_it_was_written() -> None:
+    figure = Figure.median("P9", [1.0, 2.0, 4.0], "×", Goal("≥", 1.3))
+    assert Figure.from_json(json.loads(json.dumps(figure.as_json()))) == figure
 
 
 def test_a_goal_is_met_at_its_bound() -> None:

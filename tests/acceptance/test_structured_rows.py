@@ -6,7 +6,6 @@ import json
 from dataclasses import replace
 from typing import Any
 
-import mlx.core as mx
 import numpy as np
 import pytest
 
@@ -14,7 +13,6 @@ from mlx_serving.worker.engine.sequence import Request, SamplingParams
 from mlx_serving.worker.engine.structured_output import (
     BatchMasks,
     Matcher,
-    apply_bitmask,
     words_of,
 )
 from tests.output_support import decode, decode_one, job, planner, request, resumed, tally
@@ -94,16 +92,6 @@ def test_ids_beyond_the_tokenizer_are_never_allowed() -> None:
 
 def test_a_model_narrower_than_its_tokenizer_gets_masks_of_its_own_width() -> None:
     assert allowed(grammar_of('start: "a"'), 64) == set()
-
-
-def test_a_mask_forbids_what_its_bits_say() -> None:
-    logits = mx.random.normal((2, 70))
-    bits = np.zeros((2, 3), dtype=np.int32)
-    bits[0] = -1
-    bits[1, 0], bits[1, 2] = -(2**31), 1 << 5
-    masked = np.array(apply_bitmask(logits, mx.array(bits)))
-    assert (masked[0] == np.array(logits)[0]).all()
-    assert np.flatnonzero(masked[1] > -np.inf).tolist() == [31, 69]
 
 
 def test_the_text_follows_the_grammar_and_ends_with_it() -> None:

@@ -1,4 +1,4 @@
-"""The short form of `make chaos`, and the mutants that show what it would see."""
+"""The short form of `make chaos`, in `make test` too; and the mutants, which show what it sees."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.chaos.plan import QUICK, SHORT
 from tests.chaos.run import Report, chaos
 from tests.figures import show
 
-pytestmark = [pytest.mark.chaos, pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 
 def summary(report: Report) -> str:

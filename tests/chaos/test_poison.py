@@ -10,7 +10,7 @@ import pytest
 
 from mlx_serving import Client
 from mlx_serving.common.local_redis import LocalRedis
-from tests.figures import only_in_chaos, show
+from tests.figures import show
 from tests.poison import POISON, Poison
 from tests.worker_process import (
     Hacks,
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.chaos, pytest.mark.slow, pytest.mark.timeout(300)]
 
 TOKENS = 40
-HALFWAY = 0.5
 LONG = " ".join(["word"] * 300)  # one prompt a chunk of prefill
 
 
@@ -65,14 +64,12 @@ def mixed(client: Client, prompt: str) -> tuple[list[JobHandle], list[JobHandle]
     ],
 )
 def test_8_poison_jobs_among_400_die_and_nobody_else(
-    request: pytest.FixtureRequest,
     server: LocalRedis,
     client: Client,
     what: str,
     prompt: str,
     after_tokens: int | None,
 ) -> None:
-    only_in_chaos(request)
     hacks = Hacks(poison=Poison("abort", after_tokens))
     started = time.monotonic()
     good, bad = mixed(client, prompt)
@@ -86,16 +83,13 @@ def test_8_poison_jobs_among_400_die_and_nobody_else(
     show(f"    crashes that an innocent was in -> innocents: {sorted(charged.items())}")
 
 
-@pytest.mark.parametrize("fraction", [0.05, HALFWAY, 0.95])
+@pytest.mark.parametrize("fraction", [0.05, 0.5, 0.95])
 def test_a_benign_crash_of_a_full_batch_of_64_costs_at_most_twice_its_time(
-    request: pytest.FixtureRequest,
     server: LocalRedis,
     client: Client,
     tmp_path: Path,
     fraction: float,
 ) -> None:
-    if fraction != HALFWAY:
-        only_in_chaos(request)
     rows, rate, tokens = 64, 50.0, 400
     crash = Poison("abort", int(tokens * fraction), once=str(tmp_path / "crashed"), rows=rows)
     took = {}

@@ -19,6 +19,7 @@ from mlx_serving.worker.child import ChildSpec, run_child
 from mlx_serving.worker.loading import EngineSpec
 from tests.chaos import mutants
 from tests.chaos.trace import TraceWriter, now
+from tests.worker_fakes import commit_rows
 from tests.worker_process import quick_settings
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 TRAPS: Final = ("claim", "prefill", "attempt", "decode", "before_finish", "after_finish")
 WITH_PARENT: Final = 0x80
-COMMIT_ROW: Final = 10  # arguments a row of a commit, after three of the call
+EVENT_ROW: Final = 5  # fields of a row of a commit that does not end its job
 
 
 class Traps:
@@ -98,7 +99,7 @@ class Observer:
             self._trace.write(*(("C", now(), j.job_id, j.epoch) for j in reply.jobs))
             self._traps.spring("claim", self._trace)
         elif call.script == "release":
-            rows = zip(arguments[2::3], arguments[3::3], reply, strict=True)
+            rows = zip(arguments[2::4], arguments[3::4], reply, strict=True)
             self._trace.write(*(("R", now(), *row) for row in rows))
         elif call.script in {"reap", "reconcile", "crash"}:
             outcomes = reply if call.script == "crash" else reply.outcomes
@@ -106,9 +107,7 @@ class Observer:
         return reply
 
     def _commit(self, run: Callable[..., Any], protocol: Any, call: Call[Any]) -> Any:
-        rows = [
-            call.arguments[i : i + COMMIT_ROW] for i in range(3, len(call.arguments), COMMIT_ROW)
-        ]
+        rows = commit_rows(call)
         kinds = [_kind(row) for row in rows]
         if "end" in kinds:
             self._traps.spring("before_finish", self._trace)
@@ -150,9 +149,9 @@ def _attempt(request_id: str) -> list[str]:
 
 
 def _kind(row: list[Any]) -> str:
-    if row[5]:
+    if len(row) > EVENT_ROW:
         return "end"
-    return "attempt" if b'"type":"attempt"' in row[4] else "tokens"
+    return "attempt" if '"type":"attempt"' in row[4] else "tokens"
 
 
 def _wrap(owner: type, name: str, around: Callable[..., Any]) -> None:

@@ -25,6 +25,8 @@ from mlx_serving.common.local_redis import LocalRedis
 from mlx_serving.common.protocol import Protocol
 from mlx_serving.common.scripts import NAMES, script_text
 from mlx_serving.common.states import JobState
+from mlx_serving.producer.batch.api import Batches
+from tests.bulk_files import simulated_line, write_lines
 from tests.helpers import wait_until
 from tests.protocol_driver import LANES, Driver
 from tests.worker_process import InProcessWorker, quick_settings, submit
@@ -123,6 +125,18 @@ class TestTheWholePath:
 
         with InProcessWorker(server.url, rate=200, **login("worker")):
             assert asyncio.run(use()) == "1 2 3 4 5"
+        assert [denied for denied in denials(admin) if denied not in HARMLESS] == []
+
+    def test_a_bulk_file(self, server: LocalRedis, admin: redis.Redis, tmp_path: Path) -> None:
+        batches = Batches(quick_settings(server.url, **login("producer")))
+        path = write_lines(tmp_path / "in.jsonl", map(simulated_line, range(1, 6)))
+        batch = batches.submit(path, start=False)
+        with InProcessWorker(server.url, rate=200, **login("worker")):
+            assert batches.run(batch.id).request_counts.completed == 5
+        batch = batches.submit(path, start=False)
+        batches.cancel(batch.id)
+        assert batches.wait(batch.id, timeout=20).status == "cancelled"
+        assert batches.report().batch.id == batch.id
         assert [denied for denied in denials(admin) if denied not in HARMLESS] == []
 
     @pytest.mark.parametrize("state", ["queued", "mangled", "expired", "running"])

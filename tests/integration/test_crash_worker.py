@@ -14,7 +14,7 @@ import pytest
 from mlx_serving import Client
 from mlx_serving.common.errors import UnsuccessfulJob
 from mlx_serving.common.local_redis import LocalRedis
-from tests.figures import only_in_chaos, show
+from tests.figures import show
 from tests.helpers import wait_until
 from tests.poison import POISON, Poison
 from tests.worker_process import (
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from mlx_serving.producer.handles import JobHandle
-
-pytestmark = pytest.mark.chaos
 
 
 @pytest.fixture
@@ -64,22 +62,19 @@ def code(client: Client, handle: JobHandle) -> str:
 @pytest.mark.parametrize(
     ("how", "after_tokens"),
     [
-        ("abort", None),
+        pytest.param("abort", None, marks=pytest.mark.chaos),
         ("segfault", 6),
-        ("hang", 6),
+        pytest.param("hang", 6, marks=pytest.mark.chaos),
         ("memory", 6),
-        ("exception", 6),
+        pytest.param("exception", 6, marks=pytest.mark.chaos),
     ],
 )
 def test_the_poison_dies_and_its_mates_live(
-    request: pytest.FixtureRequest,
     server: LocalRedis,
     client: Client,
     how: str,
     after_tokens: int | None,
 ) -> None:
-    if how not in {"segfault", "memory"}:
-        only_in_chaos(request)
     hacks = Hacks(poison=Poison(how, after_tokens))
     with WorkerProcess(server.url, "w", 200, hacks, engine_stall_seconds=1.0) as worker:
         good = submit(client, 3, 25)
@@ -108,12 +103,10 @@ def test_a_dead_job_raises_what_it_is(server: LocalRedis, client: Client) -> Non
             client.result(bad.id, timeout=20).raise_for_state()
 
 
-@pytest.mark.parametrize("kills", [2, 10])
+@pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.chaos)])
 def test_kill_9_charges_nobody_and_jobs_wait_for_no_lease(
-    request: pytest.FixtureRequest, server: LocalRedis, client: Client, kills: int
+    server: LocalRedis, client: Client, kills: int
 ) -> None:
-    if kills > 2:
-        only_in_chaos(request)
     tokens, lease = 400, 60.0
     with WorkerProcess(server.url, "w", 100, lease_seconds=lease) as worker:
         worker.serving()

@@ -1,6 +1,6 @@
 """Two protocols in one fleet (DESIGN §2): whatever is deployed first, nothing is lost.
 
-Protocol 2 came with `on_model_change`; a worker of protocol 1 leaves such jobs alone.
+Protocol 3 came with `n`, log probabilities and penalties; an older worker leaves such jobs alone.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ pytestmark = [
 ]
 
 OLD = PROTOCOL - 1
-NEWER_FIELD: dict[str, Any] = {"on_model_change": "reset"}
+NEWER_FIELD: dict[str, Any] = {"presence_penalty": 0.5}
 RATE = 100.0
 
 
@@ -78,7 +78,7 @@ UNTOUCHED = {(b"queued", b"0", b"", b"0")}
 def test_the_newer_jobs_need_the_newer_protocol(client: Client, redis_client: redis.Redis) -> None:
     kinds = [old_jobs(client, 1), new_jobs(client, 1)]
     needed = [redis_client.hget(f"mlxs:job:{handles[0].id}", "mp") for handles in kinds]
-    assert needed == [b"%d" % OLD, b"%d" % PROTOCOL]
+    assert needed == [b"1", b"%d" % PROTOCOL]
 
 
 def test_producers_first(

@@ -111,6 +111,17 @@ def test_a_job_too_big_for_this_worker_is_left_for_another(driver: Driver) -> No
     assert driver.claimed_ids("w2", capacity_tokens=5_000) == ["big"]
 
 
+def test_a_job_of_more_choices_than_this_worker_has_rows_is_left_for_another(
+    driver: Driver,
+) -> None:
+    attempt = driver.start("wide")
+    driver.enqueue("narrow")
+    driver.release(attempt, needed=100, rows_needed=16)
+    assert driver.claimed_ids(capacity_rows=15) == ["narrow"]
+    assert driver.listed() == ["wide"]
+    assert driver.claimed_ids("w2", capacity_rows=16) == ["wide"]
+
+
 def test_an_expired_job_ends_instead_of_starting(driver: Driver) -> None:
     driver.enqueue("late", deadline_ms=1)
     driver.enqueue("fine")

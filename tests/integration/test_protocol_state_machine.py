@@ -21,7 +21,6 @@ from hypothesis.stateful import (
 
 from mlx_serving.common import calls
 from mlx_serving.common.states import TERMINAL, JobState, can_move
-from tests.figures import only_in_chaos
 from tests.protocol_driver import QUEUE, Attempt, Driver
 
 if TYPE_CHECKING:
@@ -291,11 +290,8 @@ def test_the_protocol_keeps_to_the_model(
     settled_redis: LocalRedis,
     examples: int,
     steps: int,
-    request: pytest.FixtureRequest,
 ) -> None:
     del settled_redis
-    if examples > SHORT_EXAMPLES:
-        only_in_chaos(request)
     CLIENT[:] = [redis_client]
     run_state_machine_as_test(
         ProtocolMachine,

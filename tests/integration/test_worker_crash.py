@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
     from mlx_serving.producer.handles import JobHandle
 
-pytestmark = pytest.mark.chaos
 JOBS = 32
 
 
@@ -91,6 +90,7 @@ def test_a_zombie_that_wakes_after_the_takeover_writes_nothing(
             check_answers(client, more, 30)
 
 
+@pytest.mark.chaos
 def test_a_mac_that_slept_alone_finishes_its_own_jobs(server: LocalRedis, client: Client) -> None:
     """It is the only worker: it reaps its own leases, and claims jobs that it still decodes."""
     tokens = 100
@@ -106,6 +106,7 @@ def test_a_mac_that_slept_alone_finishes_its_own_jobs(server: LocalRedis, client
         check_answers(client, handles, tokens)
 
 
+@pytest.mark.chaos
 def test_a_redis_killed_and_restarted_in_the_middle(server: LocalRedis, client: Client) -> None:
     tokens = 200
     with (
@@ -122,6 +123,7 @@ def test_a_redis_killed_and_restarted_in_the_middle(server: LocalRedis, client: 
         assert attempts(client, handles) == [1] * 16
 
 
+@pytest.mark.chaos
 def test_decode_goes_on_while_redis_is_away(server: LocalRedis, client: Client) -> None:
     tokens = 250
     with WorkerProcess(server.url, "only", rate=50) as only:

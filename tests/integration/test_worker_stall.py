@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
     from mlx_serving.producer.handles import JobHandle
 
-pytestmark = pytest.mark.chaos
 JOBS = 32
 
 
@@ -62,6 +61,7 @@ def test_a_hung_engine_ends_the_process_and_its_jobs_come_back(
             check_answers(client, handles, 40)
 
 
+@pytest.mark.chaos
 def test_a_hung_engine_does_not_keep_its_leases(server: LocalRedis, client: Client) -> None:
     """The watchdog is slow here; the leases end by themselves, because nobody renews them."""
     hacks = Hacks(block_at_step=10)

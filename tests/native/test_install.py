@@ -10,6 +10,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 REPORT = """
 from mlx_serving.worker.engine.acceleration import reports
+from mlx_serving.worker.engine.sampling.kernel import kernel_source
+assert all(kernel_source(dialect) for dialect in ("cuda", "metal"))
 print(*reports(prefer_native=True))
 """
 
@@ -36,6 +38,8 @@ def test_an_install_without_a_compiler_works_and_says_so(install: Path, tmp_path
     package = install / "mlx_serving"
     assert not list(package.glob("_native*.so"))
     assert list(package.glob("common/lua/*.lua"))
+    kernels = {path.name for path in (package / "kernels").iterdir()}
+    assert kernels == {path.name for path in (ROOT / "native" / "kernels").iterdir()}
     assert (package / "py.typed").exists()
     # -S skips the .pth files: this environment's editable finder would find the tree itself.
     libraries = [path for path in sys.path if path.endswith("site-packages")]
@@ -47,5 +51,6 @@ def test_an_install_without_a_compiler_works_and_says_so(install: Path, tmp_path
         check=False,
         cwd=tmp_path,
     )
-    expected = "detokenizer: twin (this install was built without the native module)\n"
+    reason = "this install was built without the native module"
+    expected = f"detokenizer: twin ({reason}) sampler: twin ({reason})\n"
     assert (done.stdout, done.stderr) == (expected, "")

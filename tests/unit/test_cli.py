@@ -17,7 +17,7 @@ from mlx_serving.cli.worker import engine_spec, model_path
 from mlx_serving.common.errors import InvalidJob, MissingDependency, UnknownModel
 from mlx_serving.common.settings import TALLY_PATH, load_settings
 
-COMMANDS = ("demo", "worker", "generate", "status", "cancel", "doctor", "models")
+COMMANDS = ("demo", "worker", "generate", "status", "cancel", "doctor", "models", "batch")
 HEAVY = {"mlx", "mlx_lm", "numpy", "transformers", "mlx_serving.worker", "redis", "rq", "pydantic"}
 
 runner = CliRunner()

@@ -6,9 +6,12 @@ import pytest
 import redis
 
 from mlx_serving.cli.doctor import engine, redis_server
+from mlx_serving.cli.doctor.conditions import condition_checks
 from mlx_serving.cli.doctor.mac import UNVERIFIED, mac_checks
 from mlx_serving.cli.doctor.report import Check, Level, failed
 from mlx_serving.common.settings import load_settings
+from mlx_serving.worker.conditions_mac import MacProbe
+from tests.unit.test_conditions import FakeProbe
 
 
 class FakeRedis:
@@ -77,9 +80,11 @@ def test_an_install_without_the_engine_is_a_producer(monkeypatch: pytest.MonkeyP
 
 
 def test_a_twin_that_was_asked_for_is_no_warning() -> None:
-    (check,) = engine.check_acceleration(load_settings(native=False))
-    assert check.level is Level.OK
-    assert "twin" in check.detail
+    checks = list(engine.check_acceleration(load_settings(native=False)))
+    assert [check.name for check in checks] == ["native detokenizer", "native sampler"]
+    for check in checks:
+        assert check.level is Level.OK
+        assert "twin" in check.detail
 
 
 def test_a_model_that_is_not_there_fails() -> None:
@@ -92,6 +97,31 @@ def test_one_failed_check_fails_the_report() -> None:
     good, bad = Check("a", Level.WARN, ""), Check("b", Level.FAIL, "")
     assert not failed([good])
     assert failed([good, bad])
+
+
+# -- when a worker may work --------------------------------------------------------------
+
+
+def test_no_condition_is_said() -> None:
+    (check,) = condition_checks(load_settings(), FakeProbe(None, None, None))
+    assert (check.name, check.level) == ("work", Level.OK)
+    assert "all times" in check.detail
+
+
+def test_a_condition_that_can_not_be_told_is_warned_of() -> None:
+    settings = load_settings(back_off_hot=True, back_off_battery=True)
+    by_name = {c.name: c for c in condition_checks(settings, FakeProbe(None, None, battery=True))}
+    assert "paused now: on_battery" in by_name["work"].detail
+    assert by_name["work heat"].level is Level.WARN
+    assert by_name["work battery"].level is Level.OK
+    assert "work user" not in by_name
+
+
+def test_a_macs_own_words_are_called_unverified() -> None:
+    probe = MacProbe(lambda *command: "Now drawing from 'AC Power'" if "batt" in command else None)
+    checks = list(condition_checks(load_settings(back_off_battery=True), probe))
+    assert [check.name for check in checks] == ["work", "work battery"]
+    assert all(UNVERIFIED in check.detail for check in checks)
 
 
 # -- the Mac, faked ---------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """A failing row fails alone; an aborted one leaves no trace."""
 
-from typing import Any
+from dataclasses import replace
+from typing import Any, cast
 
 import mlx.core as mx
 import pytest
@@ -144,6 +145,23 @@ VOCAB = TINY["vocab_size"]
         (Request("a", (1,), SamplingParams(1.0, top_k=-1), 4), "invalid_parameter", "top_k"),
         (Request("a", (1,), SamplingParams(1.0, min_p=1.5), 4), "invalid_parameter", "min_p"),
         (Request("a", (1,), SamplingParams(1.0, seed=2**64), 4), "invalid_parameter", "seed"),
+        *(
+            (Request("a", (1,), replace(GREEDY, **{name: cast("Any", value)}), 4), code, name)
+            for name, value, code in (
+                ("repetition_penalty", 0.0, "invalid_parameter"),
+                ("repetition_penalty", float("inf"), "invalid_parameter"),
+                ("repetition_penalty", float("nan"), "invalid_parameter"),
+                ("presence_penalty", 2.5, "invalid_parameter"),
+                ("frequency_penalty", float("nan"), "invalid_parameter"),
+                ("logit_bias", ((1, 2.0), (1, 3.0)), "invalid_parameter"),
+                ("logit_bias", ((1, 101.0),), "invalid_parameter"),
+                ("logit_bias", ((1, float("nan")),), "invalid_parameter"),
+                ("logit_bias", ((VOCAB, 1.0),), "token_out_of_vocabulary"),
+                ("logit_bias", ((-1, 1.0),), "token_out_of_vocabulary"),
+                ("logprobs", -1, "invalid_parameter"),
+                ("logprobs", 21, "invalid_parameter"),
+            )
+        ),
         (Request("a", (1,) * 10_000_000, GREEDY, 4), "too_large", "max_tokens"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

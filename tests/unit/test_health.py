@@ -80,6 +80,21 @@ def test_a_drain_is_no_fault() -> None:
     )
 
 
+def test_a_worker_that_may_not_work_says_why() -> None:
+    paused = judge(view(paused=("hot", "on_battery")), LIMITS)
+    assert (paused.status, paused.reasons, paused.http_status) == (
+        "paused",
+        ("hot", "on_battery"),
+        200,
+    )
+    assert judge(view(paused=("hot",), redis_age=9.0), LIMITS).reasons == (
+        "hot",
+        "redis_unreachable",
+    )
+    assert judge(view(paused=("hot",), engine_dead=True), LIMITS).status == "red"
+    assert judge(view(paused=("hot",), phase="draining"), LIMITS).status == "draining"
+
+
 def test_red_comes_before_the_watchdog_and_not_from_idling() -> None:
     assert Limits(stall_seconds=10.0).red_seconds == 8.0
     assert Limits(stall_seconds=2.0).red_seconds == 1.6

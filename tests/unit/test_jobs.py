@@ -92,8 +92,30 @@ def test_a_prompt_has_no_template_messages() -> None:
         {"kind": "generate"},
     ],
 )
-def test_neutral_values_of_unsupported_fields_are_accepted(fields: dict[str, Any]) -> None:
-    job(**fields)
+def test_neutral_values_of_later_fields_are_accepted_and_need_no_later_worker(
+    fields: dict[str, Any],
+) -> None:
+    assert job(**fields).min_protocol == 1
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"n": 2},
+        {"n": limits.CHOICES, "max_tokens": limits.TOKENS // limits.CHOICES},
+        {"logprobs": True},
+        {"logprobs": True, "top_logprobs": 0},
+        {"logprobs": True, "top_logprobs": 20, "max_tokens": limits.TOKENS // 21},
+        {"repetition_penalty": 1.1},
+        {"presence_penalty": -2},
+        {"frequency_penalty": 2.0},
+        {"logit_bias": {"0": -100, "50256": 100}},
+    ],
+)
+def test_fields_of_protocol_3_need_it(fields: dict[str, Any]) -> None:
+    made = job(**fields)
+    assert made.min_protocol == 3
+    assert GenerationJob.from_wire(made.to_wire()) == made
 
 
 def test_null_means_not_given() -> None:

@@ -6,11 +6,14 @@ import math
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mlx_serving.common import limits
 from mlx_serving.common.errors import InvalidJob, PayloadTooLarge
 from mlx_serving.common.job_checks import UNSUPPORTED
 from mlx_serving.common.jobs import GenerationJob
+from mlx_serving.common.validation import _size, scan
 
 USER = {"role": "user", "content": "hi"}
 TOOL = {"type": "function", "function": {"name": "f"}}
@@ -103,6 +106,30 @@ MALFORMED: list[tuple[object, str]] = [
     (prompt(seed=2**64), "seed"),
     (prompt(repetition_penalty=0), "repetition_penalty"),
     (prompt(presence_penalty=3), "presence_penalty"),
+    (prompt(frequency_penalty=-2.1), "frequency_penalty"),
+    (prompt(logit_bias={"50256": 100.5}), "logit_bias.50256"),
+    (prompt(logit_bias={"50256": -101}), "logit_bias.50256"),
+    (prompt(logit_bias={"50256": math.nan}), "logit_bias.50256"),
+    (prompt(logit_bias={"50256": "1"}), "logit_bias.50256"),
+    (prompt(logit_bias={"-1": 1}), "logit_bias.-1"),
+    (prompt(logit_bias={"007": 1}), "logit_bias.007"),
+    (prompt(logit_bias={"": 1}), "logit_bias."),
+    (prompt(logit_bias={"one": 1}), "logit_bias.one"),
+    (prompt(logit_bias={"9" * 11: 1}), f"logit_bias.{'9' * 11}"),
+    (prompt(logit_bias=[1]), "logit_bias"),
+    (prompt(logit_bias={str(i): 1 for i in range(limits.LOGIT_BIASES + 1)}), "logit_bias"),
+    # choices and log probabilities
+    (prompt(n=0), "n"),
+    (prompt(n=limits.CHOICES + 1), "n"),
+    (prompt(n=2.0), "n"),
+    (prompt(n=2**40), "n"),
+    (prompt(n=limits.CHOICES, max_tokens=limits.TOKENS // limits.CHOICES + 1), "n"),
+    (prompt(logprobs=3), "logprobs"),
+    (prompt(top_logprobs=5), "top_logprobs"),
+    (prompt(logprobs=False, top_logprobs=1), "top_logprobs"),
+    (prompt(logprobs=True, top_logprobs=21), "top_logprobs"),
+    (prompt(logprobs=True, top_logprobs=-1), "top_logprobs"),
+    (prompt(logprobs=True, top_logprobs=20, n=8, max_tokens=8192), "top_logprobs"),
     # tools
     (chat(USER, tools=[{**TOOL, "type": "search"}]), "tools[0].type"),
     (chat(USER, tools=[TOOL, {"type": "function"}]), "tools[1].function"),
@@ -145,13 +172,6 @@ def test_a_malformed_job_is_refused_by_the_path_of_its_field(data: object, path:
 
 UNSUPPORTED_EXAMPLES: dict[str, Any] = {
     "kind": "embed",
-    "n": 2,
-    "logprobs": True,
-    "top_logprobs": 5,
-    "repetition_penalty": 1.1,
-    "presence_penalty": 0.5,
-    "frequency_penalty": -0.5,
-    "logit_bias": {"50256": -100},
     "adapter": "my-lora",
 }
 
@@ -211,3 +231,21 @@ def test_errors_show_no_values_and_cut_long_keys() -> None:
         )
     assert "hush" not in str(raised.value)
     assert len(str(raised.value)) < 500
+
+
+PLAIN = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+)
+ODD = [math.nan, -math.inf, "\ud800", {"\udfff": 1}, nested(40), nested(32), object(), (1,), b"x"]
+
+
+@given(st.lists(PLAIN | st.sampled_from(ODD), max_size=4))
+def test_the_quick_look_passes_only_what_the_thorough_one_does(data: list[Any]) -> None:
+    if _size((data,), 1) < math.inf:
+        assert list(scan(data)) == []
+
+
+@given(PLAIN)
+def test_the_quick_look_passes_whatever_is_plain_and_right(data: Any) -> None:
+    assert (_size((data,), 1) < math.inf) == (list(scan(data)) == [])

@@ -13,7 +13,13 @@ from mlx_serving.worker.engine.acceleration import make_detokenizer
 from mlx_serving.worker.engine.engine import Engine
 from mlx_serving.worker.engine.marked_detokenizer import MarkedDetokenizer, with_markers
 from mlx_serving.worker.engine.scheduler import Scheduler, SchedulerLimits
-from mlx_serving.worker.engine.sequence import ModelInfo, Parts, Request, SamplingParams
+from mlx_serving.worker.engine.sequence import (
+    ModelInfo,
+    Parts,
+    Request,
+    SampledToken,
+    SamplingParams,
+)
 from mlx_serving.worker.engine.tool_formats import ModelFormat, RequestFormat
 
 if TYPE_CHECKING:
@@ -52,15 +58,15 @@ class Script:
     def drop_prefill(self) -> None:
         """Nothing to forget."""
 
-    def join(self, rows: Iterable[Any]) -> None:
-        self._rows |= dict.fromkeys(rows)
+    def join(self, groups: Iterable[Any]) -> None:
+        self._rows |= dict.fromkeys(row for group in groups for row in group)
 
     def remove(self, rows: Iterable[Any]) -> None:
         for row in rows:
             self._rows.pop(row, None)
 
-    def decode(self) -> list[tuple[Any, int]]:
-        return [(row, self._tokens[row.decoded]) for row in self._rows]
+    def decode(self) -> list[SampledToken]:
+        return [SampledToken(row, self._tokens[row.decoded]) for row in self._rows]
 
 
 def engine(tokenizer: TokenizerWrapper, tokens: list[int]) -> Engine:

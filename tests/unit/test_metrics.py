@@ -85,7 +85,7 @@ def test_only_a_finished_job_is_a_success() -> None:
         (JobState.CANCELLED, None), (JobState.EXPIRED, None),
     ):  # fmt: skip
         job = held()
-        job.finish_reason = reason
+        job.choices[0].finish_reason = reason
         measures.ended(job, state)
     assert counts(measures)["request_success"] == {"stop": 1, "length": 1}
     ended = counts(measures)["jobs_ended"]

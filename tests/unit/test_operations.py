@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mlx_serving.common.settings import Settings
-from mlx_serving.worker import health
+from mlx_serving.worker import conditions, health
 from mlx_serving.worker.metrics import WorkerCollector
 from mlx_serving.worker.status_board import Board
 
@@ -43,7 +43,9 @@ def test_every_alert_has_its_line_in_the_runbook() -> None:
 def test_every_reason_is_explained() -> None:
     reasons = set(re.findall(r'"([a-z]+_[a-z]+)"', getsource(health.judge)))
     reasons |= set(re.findall(r'yield "(\w+)"', getsource(health)))
-    explained = re.findall(r"^\| ((?:`\w+`(?:, )?)+) \| (?:red|degraded) \|", PAGE, re.MULTILINE)
+    reasons |= set(conditions.REASONS)
+    kinds = "red|degraded|paused"
+    explained = re.findall(rf"^\| ((?:`\w+`(?:, )?)+) \| (?:{kinds}) \|", PAGE, re.MULTILINE)
     assert reasons == {name for cell in explained for name in re.findall(r"\w+", cell)}
     assert all(f"| `{status}` | " in PAGE for status in health.STATUSES)
 
@@ -53,6 +55,11 @@ def test_settings_and_their_defaults_are_as_written() -> None:
     assert (settings.metrics_port, settings.metrics_host) == (None, "127.0.0.1")
     assert f"({settings.buffer_tokens:,})" in PAGE
     assert settings.engine_stall_seconds == 10.0
+
+
+def test_the_settings_that_keep_a_worker_from_work_are_in_the_table() -> None:
+    named = set(re.findall(r"^\| `(work_hours|back_off_\w+)` \|", PAGE, re.MULTILINE))
+    assert named == {n for n in Settings.model_fields if n.startswith(("work_", "back_off_"))}
 
 
 def test_the_rules_are_rules() -> None:

@@ -13,6 +13,7 @@ import mlx_serving
 
 EXPORTED = [
     "AsyncClient",
+    "BatchNotFound",
     "ChoiceDelta",
     "ChoiceResult",
     "Client",
@@ -25,6 +26,7 @@ EXPORTED = [
     "ForeignFunction",
     "GenerationJob",
     "GenerationResult",
+    "InvalidBatch",
     "InvalidJob",
     "InvalidSettings",
     "JobCancelled",

@@ -9,53 +9,20 @@ import pytest
 import redis
 
 from mlx_serving.common.calls import RowReply
-from mlx_serving.worker.publisher import BULK_SECONDS, Publisher, PublisherOptions
+from mlx_serving.worker.engine.sequence import Output, RowError
+from mlx_serving.worker.publisher import BULK_SECONDS
 from tests.helpers import wait_until
-from tests.worker_fakes import FakeProtocol, held, output
+from tests.publisher_bench import FLUSH, Bench
+from tests.worker_fakes import held, output
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from mlx_serving.worker.held import HeldJob
-
-FLUSH = 0.1
-
-
-class Bench:
-    def __init__(self) -> None:
-        self.protocol = FakeProtocol()
-        self.gone: list[str] = []
-        self.alive = True
-        self.publisher = Publisher(
-            self.protocol,  # type: ignore[arg-type]
-            "w1",
-            PublisherOptions(lease_ms=400, flush_seconds=FLUSH, idle_seconds=0.02),
-            on_gone=self.gone.append,
-            fresh=lambda: self.alive,
-        )
-
-    def hold(self, *jobs: HeldJob) -> None:
-        self.publisher.hold(jobs)
-
-    def types(self) -> list[str]:
-        return [event.type for event in self.protocol.events]
-
-    def idle(self) -> None:
-        wait_until(lambda: not self.publisher._dirty and self.protocol.gate.is_set())
-
-    def wait_for(self, *types: str) -> None:
-        wait_until(lambda: self.types() == list(types), timeout=3, what=str(types))
-
 
 @pytest.fixture
 def bench() -> Iterator[Bench]:
-    bench = Bench()
-    bench.publisher.start()
-    yield bench
-    bench.protocol.gate.set()
-    bench.publisher.stop()
-    bench.publisher.join(5)
-    assert not bench.publisher.is_alive()
+    with Bench() as bench:
+        yield bench
 
 
 def test_the_first_token_goes_at_once_and_the_next_ones_together(bench: Bench) -> None:
@@ -79,6 +46,36 @@ def test_all_rows_of_a_step_are_one_call(bench: Bench) -> None:
     bench.publisher.push([output(job, [1], "1") for job in jobs])
     wait_until(lambda: len(bench.protocol.events) == 128)
     assert len(bench.protocol.sent) == 1
+
+
+def test_choices_share_an_event_and_the_last_one_ends_the_job(bench: Bench) -> None:
+    job = held(choices=3)
+    bench.hold(job)
+    bench.publisher.push([output(job, [1], "1", None, n) for n in range(3)])
+    bench.wait_for("attempt", "tokens")
+    assert [c.index for c in bench.protocol.events[1].choices] == [0, 1, 2]
+    bench.publisher.push([output(job, [0], "", "stop", 1)])
+    bench.wait_for("attempt", "tokens", "tokens")
+    assert bench.gone == []
+    bench.publisher.push([output(job, [2], " 2", "length", n) for n in (0, 2)])
+    bench.wait_for("attempt", "tokens", "tokens", "tokens", "end")
+    wait_until(lambda: bench.gone == [job.request_id])
+    assert (bench.publisher.held(), bench.publisher.backlog) == ([], 0)
+
+
+def test_a_choice_that_fails_ends_the_job_and_stops_the_others_at_once(bench: Bench) -> None:
+    job = held(choices=2)
+    bench.hold(job)
+    bench.protocol.gate.clear()  # also while Redis does not answer
+    failed = Output(job.request_id, 1, [], "", "error", RowError("nan_logits", "not finite"))
+    bench.publisher.push([output(job, [1], "1"), failed])
+    assert bench.gone == [job.request_id]
+    bench.publisher.push([output(job, [2], " 2")])
+    bench.protocol.gate.set()
+    bench.wait_for("attempt", "tokens", "end")
+    end = bench.protocol.events[-1]
+    assert end.error is not None
+    assert (end.state, end.error.code) == ("failed", "nan_logits")
 
 
 def test_an_end_goes_at_once_after_its_last_tokens(bench: Bench) -> None:
@@ -107,6 +104,21 @@ def test_a_job_without_stream_waits_for_16_tokens_and_publishes_nothing(bench: B
     bench.wait_for("attempt", "tokens", "tokens")
     assert len(bench.protocol.events[-1].choices[0].token_ids) == 16
     assert not any(publish for commit in bench.protocol.commits for *_, publish in commit)
+
+
+def test_a_job_without_stream_waits_for_16_tokens_a_choice(bench: Bench) -> None:
+    job = held(stream=False, choices=2)
+    bench.hold(job)
+    bench.publisher.push([output(job, [0])])
+    bench.wait_for("attempt", "tokens")
+    started = time.monotonic()
+    for token in range(31):
+        bench.publisher.push([output(job, [token], choice=token % 2)])
+    time.sleep(1.5 * FLUSH)
+    assert len(bench.protocol.commits) == 1 or time.monotonic() - started > BULK_SECONDS
+    bench.publisher.push([output(job, [31], choice=1)])
+    bench.wait_for("attempt", "tokens", "tokens")
+    assert [len(c.token_ids) for c in bench.protocol.events[-1].choices] == [16, 16]
 
 
 def test_a_job_without_stream_waits_no_longer_than_half_a_second(bench: Bench) -> None:
@@ -202,42 +214,6 @@ def test_a_reason_in_an_answer_ends_the_job(bench: Bench, reason: str, state: st
     assert end.error is not None
     assert (end.state, end.error.message) == (state, reason)
     assert bench.gone[0] == job.request_id
-
-
-@pytest.mark.parametrize("status", ["OK", "FENCED"])
-def test_a_failed_renewal_is_over_with_the_next_one(bench: Bench, status: str) -> None:
-    """Also where nothing is held any more: a worker that calls itself failing claims no jobs."""
-    bench.protocol.renew_faults = [redis.ConnectionError("lost")] * 3
-    bench.protocol.renew_answers["a"] = RowReply(status)  # type: ignore[arg-type]
-    bench.hold(held())
-    wait_until(lambda: bench.publisher.failing)
-    wait_until(lambda: not bench.publisher.failing)
-    assert bench.protocol.renew_faults == []
-
-
-def test_leases_are_renewed_while_the_engine_makes_progress(bench: Bench) -> None:
-    bench.hold(held(), held("b"))
-    wait_until(lambda: len(bench.protocol.renewals) >= 3)
-    assert bench.protocol.renewals[0] == ["a", "b"]
-    bench.alive = False
-    seen = len(bench.protocol.renewals)
-    time.sleep(0.3)  # three renewals' time
-    assert len(bench.protocol.renewals) <= seen + 1
-
-
-def test_a_renewal_brings_the_reason_to_a_job_that_emits_nothing(bench: Bench) -> None:
-    job = held()
-    bench.hold(job)
-    bench.protocol.renew_answers["a"] = RowReply("OK", "because")
-    wait_until(lambda: bench.types()[-1:] == ["end"])
-
-
-def test_a_renewal_that_is_fenced_drops_the_job(bench: Bench) -> None:
-    job = held()
-    bench.hold(job)
-    bench.protocol.renew_answers["a"] = RowReply("FENCED")
-    wait_until(lambda: bench.gone == [job.request_id])
-    assert bench.publisher.held() == []
 
 
 def test_a_job_over_its_time_ends_by_this_process_clock(bench: Bench) -> None:

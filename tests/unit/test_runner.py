@@ -15,12 +15,15 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 
-def request(name: str) -> Request:
-    return Request(name, (1,), SamplingParams(), 4)
+def request(name: str, choices: int = 1) -> tuple[Request, ...]:
+    return tuple(Request(name, (1,), SamplingParams(), 4, choice=n) for n in range(choices))
 
 
 class FakeEngine:
-    """Holds `room` rows; each step gives each row a token. Errors are scripted by name."""
+    """Holds `room` rows; each step gives each row a token. Errors are scripted by name.
+
+    `rows` has a job's id once for each of its choices, `added` once.
+    """
 
     def __init__(self, room: int = 2) -> None:
         self.room = room
@@ -32,21 +35,21 @@ class FakeEngine:
         self.gate = threading.Event()
         self.gate.set()
 
-    def can_add(self, _: Request) -> bool:
-        return len(self.rows) < self.room
+    def can_add(self, *choices: Request) -> bool:
+        return len(self.rows) + len(choices) <= self.room
 
-    def add(self, request: Request) -> None:
-        if request.id == "refused":
+    def add(self, *choices: Request) -> None:
+        name = choices[0].id
+        if name == "refused":
             raise RequestRefusedError("too_large", "too large")
-        if request.id == "broken":
+        if name == "broken":
             raise ZeroDivisionError
-        self.rows.append(request.id)
-        self.added.append(request.id)
+        self.rows += [choice.id for choice in choices]
+        self.added.append(name)
 
     def abort(self, request_id: str) -> None:
         self.aborted.append(request_id)
-        if request_id in self.rows:
-            self.rows.remove(request_id)
+        self.rows = [row for row in self.rows if row != request_id]
 
     def step(self) -> list[Output]:
         self.gate.wait(10)
@@ -97,7 +100,7 @@ def bench() -> Iterator[Bench]:
 def test_requests_enter_in_order_as_there_is_room(bench: Bench) -> None:
     bench.runner.submit([request(name) for name in "abc"])
     wait_until(lambda: bench.engine.added == ["a", "b"])
-    wait_until(lambda: [r.id for r in bench.runner.unadmitted() or ()] == ["c"])
+    wait_until(lambda: [c[0].id for c in bench.runner.unadmitted() or ()] == ["c"])
     bench.runner.abort("a")
     wait_until(lambda: bench.engine.added == ["a", "b", "c"])
     assert bench.runner.unadmitted() == []
@@ -109,7 +112,7 @@ def test_what_waits_can_be_taken_back_once(bench: Bench) -> None:
     wait_until(lambda: len(bench.runner.unadmitted() or ()) == 2)
     assert bench.runner.withdraw({"a", "c"}) == {"c"}
     assert bench.runner.withdraw({"c"}) == set()
-    assert [r.id for r in bench.runner.unadmitted() or ()] == ["d"]
+    assert [c[0].id for c in bench.runner.unadmitted() or ()] == ["d"]
 
 
 def test_an_abort_reaches_what_waits(bench: Bench) -> None:
@@ -120,6 +123,18 @@ def test_an_abort_reaches_what_waits(bench: Bench) -> None:
     bench.runner.abort("a")
     wait_until(lambda: bench.engine.rows == ["b"])
     assert "c" not in bench.engine.added
+
+
+def test_the_choices_of_a_job_enter_together_or_not_at_all(bench: Bench) -> None:
+    bench.engine.room = 3
+    bench.runner.submit([request("a"), request("b", 3), request("c")])
+    wait_until(lambda: bench.engine.added == ["a"])
+    wait_until(lambda: len(bench.runner.unadmitted() or ()) == 2)
+    assert bench.engine.rows == ["a"]
+    bench.runner.abort("a")
+    wait_until(lambda: bench.engine.rows == ["b"] * 3)
+    bench.runner.abort("b")
+    wait_until(lambda: bench.engine.rows == ["c"])
 
 
 @pytest.mark.parametrize(("name", "code"), [("refused", "too_large"), ("broken", "engine_error")])

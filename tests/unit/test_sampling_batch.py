@@ -5,8 +5,11 @@ import random
 import mlx.core as mx
 import pytest
 
-from mlx_serving.worker.engine.sampling import BatchSampler, RowSampling, token_words
+from mlx_serving.worker.engine.sampling import BatchSampler, MakeDraw, RowSampling, token_words
 from mlx_serving.worker.engine.sequence import SamplingParams
+from tests.sampling_support import IMPLEMENTATIONS
+
+pytestmark = pytest.mark.parametrize("make", IMPLEMENTATIONS)
 
 VOCAB = 997
 STEPS = 12
@@ -39,9 +42,11 @@ def logits_of(name: int, position: int) -> mx.array:
     return mx.random.normal((VOCAB,), key=mx.random.key(name * 1000 + position)) * 3.0
 
 
-def decode(names: list[int], rows: list[SamplingParams], first: int = 0) -> list[list[int]]:
+def decode(
+    make: MakeDraw, names: list[int], rows: list[SamplingParams], first: int = 0
+) -> list[list[int]]:
     """The tokens of each row, positions `first` to STEPS, all in one batch."""
-    sampler = BatchSampler([RowSampling(row, 0, first) for row in rows], WORDS)
+    sampler = BatchSampler([RowSampling(row, 0, first) for row in rows], WORDS, make)
     columns = []
     for position in range(first, STEPS):
         logits = mx.stack([logits_of(name, position) for name in names])
@@ -50,37 +55,37 @@ def decode(names: list[int], rows: list[SamplingParams], first: int = 0) -> list
 
 
 @pytest.mark.parametrize("row", ROWS, ids=str)
-def test_alone_in_a_batch_in_another_order_and_resumed(row: SamplingParams) -> None:
-    alone = decode([0], [row])[0]
+def test_alone_in_a_batch_in_another_order_and_resumed(make: MakeDraw, row: SamplingParams) -> None:
+    alone = decode(make, [0], [row])[0]
     others = list(range(1, 32))
-    assert decode([0, *others], [row, *MIXED])[0] == alone
-    assert decode([*others, 0], [*MIXED, row])[-1] == alone
+    assert decode(make, [0, *others], [row, *MIXED])[0] == alone
+    assert decode(make, [*others, 0], [*MIXED, row])[-1] == alone
     shuffled = list(zip([0, *others], [row, *MIXED], strict=True))
     random.Random(4).shuffle(shuffled)
     names = [name for name, _ in shuffled]
-    assert decode(names, [params for _, params in shuffled])[names.index(0)] == alone
-    assert decode([0, 1], [row, MIXED[0]], first=5)[0] == alone[5:]
+    assert decode(make, names, [params for _, params in shuffled])[names.index(0)] == alone
+    assert decode(make, [0, 1], [row, MIXED[0]], first=5)[0] == alone[5:]
 
 
-def test_greedy_mates_do_not_matter() -> None:
+def test_greedy_mates_do_not_matter(make: MakeDraw) -> None:
     """The paths differ: an all-greedy batch takes an argmax, a mixed one samples."""
     greedy = SamplingParams()
-    assert decode([3], [greedy])[0] == decode([3, 4], [greedy, ROWS[2]])[0]
-    assert decode([4], [ROWS[2]])[0] == decode([3, 4], [greedy, ROWS[2]])[1]
+    assert decode(make, [3], [greedy])[0] == decode(make, [3, 4], [greedy, ROWS[2]])[0]
+    assert decode(make, [4], [ROWS[2]])[0] == decode(make, [3, 4], [greedy, ROWS[2]])[1]
 
 
-def test_seed_choice_and_position_each_matter() -> None:
+def test_seed_choice_and_position_each_matter(make: MakeDraw) -> None:
     flat = mx.zeros((1, VOCAB))
 
     def token(seed: int, choice: int, position: int) -> object:
         row = RowSampling(SamplingParams(temperature=1.0, seed=seed), choice, position)
-        return BatchSampler([row], WORDS)(flat).item()
+        return BatchSampler([row], WORDS, make)(flat).item()
 
     tokens = {token(*counters) for counters in [(1, 0, 0), (2, 0, 0), (1, 1, 0), (1, 0, 1)]}
     assert len(tokens) == 4
 
 
-def test_high_words_of_the_seed_matter() -> None:
+def test_high_words_of_the_seed_matter(make: MakeDraw) -> None:
     low = SamplingParams(temperature=1.0, seed=1)
     high = SamplingParams(temperature=1.0, seed=1 + 2**40)
-    assert decode([0], [low]) != decode([0], [high])
+    assert decode(make, [0], [low]) != decode(make, [0], [high])

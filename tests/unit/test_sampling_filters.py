@@ -6,8 +6,11 @@ from collections import Counter
 import mlx.core as mx
 import pytest
 
-from mlx_serving.worker.engine.sampling import BatchSampler, RowSampling, token_words
+from mlx_serving.worker.engine.sampling import BatchSampler, MakeDraw, RowSampling, token_words
 from mlx_serving.worker.engine.sequence import INVALID_TOKEN, SamplingParams
+from tests.sampling_support import FAST_IMPLEMENTATIONS
+
+pytestmark = pytest.mark.parametrize("make", FAST_IMPLEMENTATIONS)
 
 INF = math.inf
 # Upper chi-square critical values at alpha = 1e-4, by degrees of freedom.
@@ -42,16 +45,23 @@ def filtered_probabilities(logits: list[float], params: SamplingParams) -> list[
     return [mass / sum(masses) for mass in masses]
 
 
-def draw(logits: list[float], params: SamplingParams, count: int) -> list[int]:
+def draw(
+    make: MakeDraw,
+    logits: list[float],
+    params: SamplingParams,
+    count: int,
+    dtype: mx.Dtype = mx.float32,
+) -> list[int]:
     """`count` draws at once: rows that differ in nothing but the position."""
     rows = [RowSampling(params, 0, position) for position in range(count)]
-    sampler = BatchSampler(rows, token_words(len(logits)))
-    return [int(str(t)) for t in sampler(mx.array([logits] * count)).tolist()]  # type: ignore[union-attr]
+    sampler = BatchSampler(rows, token_words(len(logits)), make)
+    table = mx.array([logits] * count).astype(dtype)
+    return [int(str(t)) for t in sampler(table).tolist()]  # type: ignore[union-attr]
 
 
 def params(temperature: float = 1.0, **filters: float) -> SamplingParams:
     top_k = int(filters.pop("top_k", 0))
-    return SamplingParams(temperature=temperature, top_k=top_k, seed=1234, **filters)
+    return SamplingParams(temperature=temperature, top_k=top_k, seed=1234, **filters)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -80,11 +90,15 @@ def params(temperature: float = 1.0, **filters: float) -> SamplingParams:
     ids=["plain", "ties", "flat", "onehot", "masked"],
 )
 def test_draws_follow_the_filtered_probabilities(
-    logits: list[float], sampling: SamplingParams
+    make: MakeDraw, logits: list[float], sampling: SamplingParams
 ) -> None:
     count = 6000
     probabilities = filtered_probabilities(logits, sampling)
-    observed = Counter(draw(logits, sampling, count))
+    assert_distributed(Counter(draw(make, logits, sampling, count)), probabilities, count)
+
+
+def assert_distributed(observed: Counter[int], probabilities: list[float], count: int) -> None:
+    """Chi-square against the probabilities; what is filtered out never comes."""
     for token, probability in enumerate(probabilities):
         if probability == 0.0:
             assert observed[token] == 0, f"token {token} is filtered out"
@@ -97,32 +111,49 @@ def test_draws_follow_the_filtered_probabilities(
         assert observed[tested[0][0]] >= 0.99 * count
 
 
-def test_digits_are_uniform() -> None:
+@pytest.mark.parametrize("sampling", [params(), params(2.0, top_p=0.9), params(top_k=40)], ids=str)
+def test_bfloat16_draws_follow_the_filtered_probabilities(
+    make: MakeDraw, sampling: SamplingParams
+) -> None:
+    """Bfloat16 rounds 60 logits to many ties, at the thresholds too."""
+    table = mx.array([3.0 * math.sin(token) for token in range(60)]).astype(mx.bfloat16)
+    logits = [float(str(value)) for value in table.astype(mx.float32).tolist()]  # type: ignore[union-attr]
+    count = 6000
+    observed = Counter(draw(make, logits, sampling, count, mx.bfloat16))
+    probabilities = filtered_probabilities(logits, sampling)
+    kept = [(t, p) for t, p in enumerate(probabilities) if p * count >= 5]
+    assert not [t for t, p in enumerate(probabilities) if p == 0.0 and observed[t]]
+    statistic = sum((observed[t] - p * count) ** 2 / (p * count) for t, p in kept)
+    freedom = len(kept) - 1
+    assert statistic < freedom + 4.5 * math.sqrt(2 * freedom)  # normal approximation, 1e-5
+
+
+def test_digits_are_uniform(make: MakeDraw) -> None:
     """`dice`: 30,000 draws of ten equal digits, 9 degrees of freedom."""
-    observed = Counter(draw(FLAT, params(), 30_000))
+    observed = Counter(draw(make, FLAT, params(), 30_000))
     statistic = sum((observed[digit] - 3000) ** 2 / 3000 for digit in range(10))
     assert statistic < CRITICAL[9]
 
 
-def test_pairs_of_digits_are_uniform() -> None:
+def test_pairs_of_digits_are_uniform(make: MakeDraw) -> None:
     """Consecutive positions are independent: 99 degrees of freedom, alpha = 1e-4: 157.8."""
-    digits = draw(FLAT, params(), 40_000)
+    digits = draw(make, FLAT, params(), 40_000)
     pairs = Counter(zip(digits[::2], digits[1::2], strict=True))
     assert sum((pairs[a, b] - 200) ** 2 / 200 for a in range(10) for b in range(10)) < 157.8
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1e-6, 1e-5, 1e-4])
-def test_tiny_temperatures_take_the_largest(temperature: float) -> None:
-    assert set(draw(PLAIN, params(temperature, top_p=0.9, min_p=0.1), 100)) == {0}
+def test_tiny_temperatures_take_the_largest(make: MakeDraw, temperature: float) -> None:
+    assert set(draw(make, PLAIN, params(temperature, top_p=0.9, min_p=0.1), 100)) == {0}
 
 
-def test_huge_temperature_flattens() -> None:
-    observed = Counter(draw(PLAIN, params(1e6), 8000))
+def test_huge_temperature_flattens(make: MakeDraw) -> None:
+    observed = Counter(draw(make, PLAIN, params(1e6), 8000))
     assert sum((observed[t] - 1000) ** 2 / 1000 for t in range(8)) < CRITICAL[7]
 
 
-def test_greedy_takes_the_first_of_equals() -> None:
-    assert set(draw(TIES, params(0.0), 4)) == {0}
+def test_greedy_takes_the_first_of_equals(make: MakeDraw) -> None:
+    assert set(draw(make, TIES, params(0.0), 4)) == {0}
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -133,14 +164,14 @@ def test_greedy_takes_the_first_of_equals() -> None:
     ids=["nan first", "nan inside", "inf", "all masked"],
 )
 def test_a_broken_row_is_named_and_harms_no_other(
-    broken: list[float], filters: dict[str, float], temperature: float
+    make: MakeDraw, broken: list[float], filters: dict[str, float], temperature: float
 ) -> None:
     sampling = params(temperature, **filters)
     good = [0.0, 3.0, 1.0, 2.0]
     rows = [RowSampling(sampling, 0, position) for position in range(3)]
 
     def sample(middle: list[float]) -> list[int]:
-        sampler = BatchSampler(rows, token_words(4))
+        sampler = BatchSampler(rows, token_words(4), make)
         return [int(str(t)) for t in sampler(mx.array([good, middle, good])).tolist()]  # type: ignore[union-attr]
 
     first, invalid, last = sample(broken)
@@ -149,11 +180,11 @@ def test_a_broken_row_is_named_and_harms_no_other(
 
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
-def test_half_precision_logits_are_filtered_alike(dtype: mx.Dtype) -> None:
+def test_half_precision_logits_are_filtered_alike(make: MakeDraw, dtype: mx.Dtype) -> None:
     """Halves are sorted as they are, scaled in float32: exact values give exact thresholds."""
     sampling = params(0.5, top_k=3, top_p=0.9)
     rows = [RowSampling(sampling, 0, position) for position in range(200)]
     logits = mx.array([[2.0, 1.0, 0.5, 0.25, -1.0]] * 200)
-    single = BatchSampler(rows, token_words(5))(logits).tolist()
-    half = BatchSampler(rows, token_words(5))(logits.astype(dtype)).tolist()
+    single = BatchSampler(rows, token_words(5), make)(logits).tolist()
+    half = BatchSampler(rows, token_words(5), make)(logits.astype(dtype)).tolist()
     assert single == half

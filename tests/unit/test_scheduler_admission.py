@@ -51,6 +51,18 @@ def test_what_can_never_fit_is_told_apart_from_what_must_wait() -> None:
     assert not batch.has_work
 
 
+def test_rows_in_blocks_reserve_their_own_blocks() -> None:
+    batch = Scheduler(SchedulerLimits(4, 100, 16, kv_row_overhead_tokens=2, kv_block_tokens=8))
+    batch.add(request("wide", prompt=30, max_tokens=20))
+    assert batch.kv_tokens_used == 56
+    batch.add(request("narrow", prompt=1, max_tokens=5))
+    assert batch.kv_tokens_used == 64
+    assert batch.can_add(request("third", prompt=14, max_tokens=16))
+    assert not batch.can_add(request("third", prompt=14, max_tokens=19))
+    batch.remove(batch.find("wide")[0])
+    assert batch.kv_tokens_used == 8
+
+
 def test_overhead_of_each_row_counts() -> None:
     batch = scheduler(capacity=100, overhead=81)
     assert not batch.fits(request("a"))

@@ -11,11 +11,15 @@ ROWS, CAPACITY, CHUNK, OVERHEAD = 6, 400, 16, 3
 
 
 class SchedulerMachine(RuleBasedStateMachine):
-    """Compares with a plain list of rows in order of arrival."""
+    """Compares with a plain list of rows in order of arrival. Rows are padded to the longest."""
+
+    block_tokens = 0
 
     def __init__(self) -> None:
         super().__init__()
-        self.scheduler = Scheduler(SchedulerLimits(ROWS, CAPACITY, CHUNK, OVERHEAD))
+        self.scheduler = Scheduler(
+            SchedulerLimits(ROWS, CAPACITY, CHUNK, OVERHEAD, self.block_tokens)
+        )
         self.rows: list[Sequence] = []
         self.computed: dict[Sequence, int] = {}
         self.started: list[Sequence] = []
@@ -24,23 +28,27 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(
         prompt=st.integers(1, 60),
         max_tokens=st.integers(1, 60),
-        committed=st.integers(0, 30),
-        choice=st.integers(0, 1),
+        committed=st.lists(st.integers(0, 30), min_size=1, max_size=3),
     )
-    def add(self, prompt: int, max_tokens: int, committed: int, choice: int) -> None:
+    def add(self, prompt: int, max_tokens: int, committed: list[int]) -> None:
+        """Add as many choices as `committed` has entries."""
         self.count += 1
-        request = Request(
-            f"r{self.count}",
-            (1,) * prompt,
-            SamplingParams(),
-            max_tokens,
-            committed=(2,) * min(committed, max_tokens - 1),
-            choice=choice,
-        )
-        if self.scheduler.can_add(request):
-            assert self.scheduler.fits(request)
-            self.rows.append(self.scheduler.add(request))
-            self.computed[self.rows[-1]] = 0
+        choices = [
+            Request(
+                f"r{self.count}",
+                (1,) * prompt,
+                SamplingParams(),
+                max_tokens,
+                committed=(2,) * min(tokens, max_tokens - 1),
+                choice=choice,
+            )
+            for choice, tokens in enumerate(committed)
+        ]
+        if self.scheduler.can_add(*choices):
+            assert self.scheduler.fits(*choices)
+            added = self.scheduler.add(*choices)
+            self.rows += added
+            self.computed |= dict.fromkeys(added, 0)
 
     @rule()
     def prefill(self) -> None:
@@ -51,20 +59,24 @@ class SchedulerMachine(RuleBasedStateMachine):
             return
         assert chunk.rows[0] is pending[0], "first in, first out"
         assert list(chunk.rows) == pending[: len(chunk.rows)]
-        assert len(chunk.rows) * chunk.length <= CHUNK, "decoding rows wait for one chunk at most"
+        computed = len(chunk.groups) * chunk.length
+        assert computed <= CHUNK, "decoding rows wait for one chunk at most"
         for row in chunk.rows:
             assert chunk.start == self.computed[row], "nothing is skipped or computed twice"
             tokens = row.context(chunk.start, chunk.start + chunk.length)
             self.computed[row] += len(tokens)
             if row not in self.started:
                 self.started.append(row)
+        for group in chunk.groups:
+            assert {row.request.id for row in group} == {group[0].request.id}
+            assert all(row.context(0, 99) == group[0].context(0, 99) for row in group)
         done = self.scheduler.finish_prefill(chunk)
         for row in chunk.rows:
             assert done == (row.phase is Phase.DECODING)
             assert row.prefilled == self.computed[row]
             if done:
                 assert self.computed[row] == row.context_length
-        assert done or len(chunk.rows) == 1, "only a prompt on its own takes several chunks"
+        assert done or len(chunk.groups) == 1, "only a prompt on its own takes several chunks"
 
     @precondition(lambda self: bool(self.rows))
     @rule(data=st.data())
@@ -77,13 +89,16 @@ class SchedulerMachine(RuleBasedStateMachine):
     @invariant()
     def counts_agree(self) -> None:
         decoding = sum(row.phase is Phase.DECODING for row in self.rows)
-        widest = max((row.request.kv_tokens + OVERHEAD for row in self.rows), default=0)
         assert self.scheduler.running == decoding
         assert self.scheduler.waiting == len(self.rows) - decoding
         assert self.scheduler.has_work == bool(self.rows)
-        assert self.scheduler.kv_tokens_used == len(self.rows) * widest
+        assert self.scheduler.kv_tokens_used == self.reserved()
         assert self.scheduler.kv_tokens_used <= CAPACITY
         assert len(self.rows) <= ROWS
+
+    def reserved(self) -> int:
+        widths = [row.request.kv_tokens + OVERHEAD for row in self.rows]
+        return len(widths) * max(widths, default=0)
 
     def teardown(self) -> None:
         """Nothing starves: as many chunks as there are tokens bring every row to decoding."""
@@ -95,5 +110,16 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert all(row.phase is Phase.DECODING for row in self.rows)
 
 
+class PagedSchedulerMachine(SchedulerMachine):
+    """The same over a paged cache: every row takes blocks of its own."""
+
+    block_tokens = 8
+
+    def reserved(self) -> int:
+        return sum(-(-(row.request.kv_tokens + OVERHEAD) // 8) * 8 for row in self.rows)
+
+
 TestScheduler = SchedulerMachine.TestCase
 TestScheduler.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestPagedScheduler = PagedSchedulerMachine.TestCase
+TestPagedScheduler.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)

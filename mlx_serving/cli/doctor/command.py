@@ -39,6 +39,7 @@ def doctor(
 
 def run_checks(settings: Settings, model: str) -> Iterator[Check]:
     """Run every check, each group whatever became of the others."""
+    from mlx_serving.cli.doctor.conditions import condition_checks
     from mlx_serving.cli.doctor.engine import engine_checks
     from mlx_serving.cli.doctor.mac import mac_checks
     from mlx_serving.cli.doctor.redis_server import redis_checks
@@ -46,6 +47,7 @@ def run_checks(settings: Settings, model: str) -> Iterator[Check]:
 
     yield from redis_checks(resolve(settings, model))
     yield from engine_checks(settings, model)
+    yield from condition_checks(settings)
     yield from mac_checks()
 
 

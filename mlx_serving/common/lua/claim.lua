@@ -1,12 +1,13 @@
 -- Takes up to `most` jobs from the queues in priority order; an id is never in neither place.
--- ARGV: P R worker iso lease_ms protocol capacity_tokens most max_payload_bytes rows unproven company queue …
---   rows: that the worker holds; unproven: those of them that have not shown yet that the engine survives them;
+-- ARGV: P R worker iso lease_ms protocol capacity_tokens capacity_rows most max_payload_bytes rows unproven company queue …
+--   capacity: the most that one job may need here; rows: that the worker holds; unproven: those of them that have not shown yet that the engine survives them;
 --   company: the least of what these allow beside them, themselves included (0: any).
 -- Returns {suspended 0|1, {job …}, {dropped id …}, queue to look into first the next time or ''}; a job is
 --   {id, queue, epoch, seq, data, problem, signature, deadline_ms, timeout_ms, stream, result_ttl, enqueued_ms, started_ms, first_token_ms, now_ms, company}.
 local worker, iso, lease = ARGV[3], ARGV[4], tonumber(ARGV[5])
-local protocol, capacity, most, max_payload = tonumber(ARGV[6]), tonumber(ARGV[7]), tonumber(ARGV[8]), tonumber(ARGV[9])
-local rows, unproven, company = tonumber(ARGV[10]), tonumber(ARGV[11]), tonumber(ARGV[12])
+local protocol, capacity, capacity_rows = tonumber(ARGV[6]), tonumber(ARGV[7]), tonumber(ARGV[8])
+local most, max_payload = tonumber(ARGV[9]), tonumber(ARGV[10])
+local rows, unproven, company = tonumber(ARGV[11]), tonumber(ARGV[12]), tonumber(ARGV[13])
 if redis.call('EXISTS', k_rq_suspended()) == 1 then return {1, {}, {}, ''} end
 
 local ANY = 2 ^ 31
@@ -100,7 +101,7 @@ local function decide(id, queue)
     finalize_unowned(id, queue, 'expired', 'deadline_exceeded', 'the deadline passed while the job was queued', iso, now)
     return 'drop'
   end
-  if tonumber(c.mp) > protocol or tonumber(c.nd) > capacity then return 'skip' end
+  if tonumber(c.mp) > protocol or tonumber(c.nd) > capacity or tonumber(c.nr or 0) > capacity_rows then return 'skip' end
   if not has_room_for(c) then
     reserve(queue, c)
     return 'skip'
@@ -108,7 +109,7 @@ local function decide(id, queue)
   return 'take', c
 end
 
-for i = 13, #ARGV do
+for i = 14, #ARGV do
   local queue, offset = ARGV[i], 0
   local list = k_rq_queue(queue)
   for _ = 1, PAGES do

@@ -1,11 +1,13 @@
 -- EMIT and FINISH for all rows of a flush. Per row: the epoch matches and seq == committed + 1.
--- ARGV: P R worker iso lease_ms, then 10 a row:
---   id epoch seq publish(0|1) event final_state('' while running) result rq_result error_code message
--- Returns per row {status, reason}; status: 'OK', 'DUP' (already written), 'FENCED', 'GAP', each with the
--- job's cancel reason or ''; 'ERROR' with Redis's own error: that row was not written, the others were.
+-- ARGV: P R worker iso lease_ms, rows as MessagePack:
+--   {id, epoch, seq, publish, event}, and where the job ends {…, final_state, result, rq_result, error_code, message}
+-- Returns {row's number, status, reason} of each row that is not plainly 'OK'; status: 'OK' with the job's cancel
+-- reason, 'DUP' (already written), 'FENCED', 'GAP', each with that reason or ''; 'ERROR' with Redis's own error: that
+-- row was not written, the others were.
 local worker, iso, lease = ARGV[3], ARGV[4], tonumber(ARGV[5])
 local now = now_ms()
 local replies = {}
+local OK = {'OK', ''}
 local known = {}  -- control fields of jobs, as the rows so far left them: a flush often holds several rows of a job
 local ended = {}  -- RQ's counter of its worker → jobs of this flush
 
@@ -51,22 +53,23 @@ local function commit(id, epoch, seq, publish, payload, state, result, rq_result
   local committed = tonumber(c[4])
   if seq <= committed then return {'DUP', c[5] or ''} end
   if seq ~= committed + 1 then return {'GAP', c[5] or ''} end
-  local receivers = append_event(id, seq, payload, publish == '1')
+  local receivers = append_event(id, seq, payload, publish)
   if not c[10] and string.find(payload, '"token_ids"', 1, true) then
     redis.call('HSET', k_job(id), 'ft', int(now))
     c[10] = now
   end
-  if state ~= '' then
+  if state then
     local kind = state == 'finished' and {1, rq_result, ''} or {2, '', rq_result}
     finalize(id, c[6], state, code, message, result, iso, now, worker, epoch, kind)
     local counter = state == 'finished' and 'successful_job_count' or 'failed_job_count'
     ended[counter] = (ended[counter] or 0) + 1
-    return {'OK', ''}
+    return OK
   end
-  if publish == '1' then note_listeners(id, c, receivers) end
+  if publish then note_listeners(id, c, receivers) end
   renew(id, c)
   c[4], known[id] = seq, c
-  return {'OK', c[5] or ''}
+  if not c[5] or c[5] == '' then return OK end
+  return {'OK', c[5]}
 end
 
 -- What a job's own keys refuse now (a foreign stream under its id), they refuse every attempt: it ends here.
@@ -75,14 +78,13 @@ local function condemn(id, message)
   bury(id, redis.call('HGET', k_job(id), 'q') or '', iso, now)
 end
 
-for i = 6, #ARGV, 10 do
-  local ok, reply = pcall(commit, ARGV[i], ARGV[i + 1], tonumber(ARGV[i + 2]), ARGV[i + 3], ARGV[i + 4], ARGV[i + 5],
-    ARGV[i + 6], ARGV[i + 7], ARGV[i + 8], ARGV[i + 9])
+for i, row in ipairs(cmsgpack.unpack(ARGV[6])) do
+  local ok, reply = pcall(commit, unpack(row))
   if not ok then
     reply = {'ERROR', type(reply) == 'table' and reply.err or tostring(reply)}
-    pcall(condemn, ARGV[i], reply[2])
+    pcall(condemn, row[1], reply[2])
   end
-  replies[#replies + 1] = reply
+  if reply ~= OK then replies[#replies + 1] = {i, reply[1], reply[2]} end
 end
 
 local function view_count()

@@ -10,13 +10,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from types import ModuleType
-from typing import Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from mlx_serving.worker.engine import detokenizer as twin
 from mlx_serving.worker.engine.detokenizer import DetokenizerProtocol
 from mlx_serving.worker.engine.vocabulary import Vocabulary, VocabularyTable, read_vocabulary
 
+if TYPE_CHECKING:
+    import mlx.core as mx
+
+    from mlx_serving.worker.engine.sampling import MakeDraw
+
 DETOKENIZER: Final = "detokenizer"
+SAMPLER: Final = "sampler"
+_SWITCHED_OFF: Final = "switched off by the settings"
 
 Make = Callable[[VocabularyTable], DetokenizerProtocol]
 
@@ -63,7 +70,48 @@ def make_detokenizer(
 
 def reports(*, prefer_native: bool) -> list[AccelerationReport]:
     """What an engine started now would use, piece by piece."""
-    return [choose_detokenizer(prefer_native=prefer_native)[1]]
+    return [
+        choose_detokenizer(prefer_native=prefer_native)[1],
+        choose_sampler(prefer_native=prefer_native)[1],
+    ]
+
+
+def choose_sampler(
+    *, prefer_native: bool, logits_dtype: "mx.Dtype | None" = None
+) -> "tuple[MakeDraw, AccelerationReport]":
+    """The sampler to use: the GPU's kernel or the CPU's C++; the pure-MLX reference as their twin.
+
+    It is checked for the model's `logits_dtype`, without one for all that there are. A GPU that
+    never compiled the kernel takes a few seconds for each.
+    """
+    # Imported here: MLX stays out of a process that only simulates.
+    from mlx_serving.worker.engine.sampling.reference import ReferenceDraw
+    from mlx_serving.worker.engine.sampling.self_check import first_difference
+
+    make, reason = _accelerated_sampler() if prefer_native else (None, _SWITCHED_OFF)
+    if make is None:
+        return ReferenceDraw, AccelerationReport(SAMPLER, "twin", reason)
+    try:
+        difference = first_difference(make, logits_dtype)
+    except Exception as error:  # noqa: BLE001 - a kernel that does not compile is not used
+        difference = f"{type(error).__name__}: {error}"
+    if difference is not None:
+        reason = f"{reason} failed its self-check: {difference}"
+        return ReferenceDraw, AccelerationReport(SAMPLER, "twin", reason)
+    return make, AccelerationReport(SAMPLER, "native", f"{reason}, self-check passed")
+
+
+def _accelerated_sampler() -> "tuple[MakeDraw | None, str]":
+    """What this device has, and its name; or None and why."""
+    from mlx_serving.worker.engine import kernels
+    from mlx_serving.worker.engine.sampling.kernel import KernelDraw
+    from mlx_serving.worker.engine.sampling.native import native_sampler
+
+    dialect = kernels.dialect()
+    if dialect is not None:
+        return KernelDraw, f"the {dialect} kernel"
+    native, reason = load_native()
+    return (None, reason) if native is None else (native_sampler(native), "the native piece")
 
 
 def choose_detokenizer(*, prefer_native: bool) -> tuple[Make, AccelerationReport]:
@@ -76,7 +124,7 @@ def choose_detokenizer(*, prefer_native: bool) -> tuple[Make, AccelerationReport
 
 def _try_native(*, prefer_native: bool) -> tuple[Make | None, str]:
     if not prefer_native:
-        return None, "switched off by the settings"
+        return None, _SWITCHED_OFF
     native, reason = load_native()
     if native is None:
         return None, reason

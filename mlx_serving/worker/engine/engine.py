@@ -8,7 +8,7 @@ from mlx_serving.worker.engine.acceleration import AccelerationReport
 from mlx_serving.worker.engine.detokenizer import DetokenizerProtocol
 from mlx_serving.worker.engine.marked_detokenizer import MarkedDetokenizer
 from mlx_serving.worker.engine.row_output import grammar_ended, parse_output, row_error
-from mlx_serving.worker.engine.scheduler import PrefillChunk, Scheduler
+from mlx_serving.worker.engine.scheduler import Group, PrefillChunk, Scheduler
 from mlx_serving.worker.engine.sequence import (
     FINISH_ERROR,
     FINISH_LENGTH,
@@ -19,6 +19,7 @@ from mlx_serving.worker.engine.sequence import (
     Request,
     RequestRefusedError,
     RowError,
+    SampledToken,
     Sequence,
 )
 from mlx_serving.worker.engine.validation import check_request
@@ -45,14 +46,14 @@ class Runner(Protocol):
     def drop_prefill(self) -> None:
         """Forget the prompt being prefilled."""
 
-    def join(self, rows: Iterable[Sequence]) -> None:
-        """Move the rows whose prefill is complete into the decode batch."""
+    def join(self, groups: Iterable[Group]) -> None:
+        """Move the rows of the chunk that was prefilled last into the decode batch."""
 
     def remove(self, rows: Iterable[Sequence]) -> None:
         """Take rows out of the decode batch; rows that are not in it are ignored."""
 
-    def decode(self) -> list[tuple[Sequence, int]]:
-        """Return one new token a row, or `INVALID_TOKEN`; rows without news are left out."""
+    def decode(self) -> list[SampledToken]:
+        """Return one new token a row; rows without news are left out."""
 
 
 class Engine:
@@ -80,29 +81,38 @@ class Engine:
         self._detokenizer = detokenizer
         self._finished_early: list[Output] = []
 
-    def fits(self, request: Request) -> bool:
-        """Say whether this device's KV budget could ever hold the request."""
-        return self._scheduler.fits(request)
+    def fits(self, *choices: Request) -> bool:
+        """Say whether this device's KV budget could ever hold these choices of one request."""
+        return self._scheduler.fits(*choices)
 
-    def can_add(self, request: Request) -> bool:
-        """Say whether there is room for the request now."""
-        return self._scheduler.can_add(request)
+    def can_add(self, *choices: Request) -> bool:
+        """Say whether there is room for these choices of one request now."""
+        return self._scheduler.can_add(*choices)
 
-    def add(self, request: Request) -> None:
-        """Admit the request; see `InferenceEngine.add` for what it raises."""
-        check_request(request, self.model_info.vocab_size)
-        sequence = self._scheduler.add(request)
+    def add(self, *choices: Request) -> None:
+        """Admit choices of one request; see `InferenceEngine.add` for what it raises."""
+        for request in choices:
+            check_request(request, self.model_info.vocab_size)
+        rows = self._scheduler.add(*choices)
         try:
-            sequence.slot = self._open(request)
+            for row in rows:
+                row.slot = self._open(row.request)
         except ValueError as error:
-            self._scheduler.remove(sequence)
+            for row in rows:
+                self._forget(row)
             raise RequestRefusedError("invalid_parameter", f"stop: {error}") from None
+        for row in rows:
+            self._begin(row)
+
+    def _begin(self, row: Sequence) -> None:
+        """Give the row its parser and its place in its grammar, where it has them; resume it."""
+        request = row.request
         if request.format is not None:
-            sequence.parser = request.format.open(request.id, request.choice)
+            row.parser = request.format.open(request.id, request.choice)
         if request.grammar is not None:
-            sequence.matcher = request.grammar.start()
+            row.matcher = request.grammar.start()
         if request.committed:
-            self._replay(sequence)
+            self._replay(row)
 
     def _open(self, request: Request) -> int:
         detokenizer = self._detokenizer
@@ -156,14 +166,16 @@ class Engine:
         error = self._try_prefill(chunk)
         if error is None:
             if self._scheduler.finish_prefill(chunk):
-                self._runner.join(chunk.rows)
+                self._runner.join(chunk.groups)
             return
-        # One of several rows may be to blame for all: each is tried alone.
-        alone = chunk.rows if len(chunk.rows) > 1 else ()
-        failed = [row for row in chunk.rows if not (alone and self._prefill_alone(row))]
-        for row in failed:
-            outputs.append(self._output(row, FINISH_ERROR, error=error))
-            self._forget(row)
+        # One of several prompts may be to blame for all: each is tried alone.
+        alone = len(chunk.groups) > 1
+        for group in chunk.groups:
+            if alone and self._prefill_alone(group):
+                continue
+            for row in group:
+                outputs.append(self._output(row, FINISH_ERROR, error=error))
+                self._forget(row)
 
     def _try_prefill(self, chunk: PrefillChunk) -> RowError | None:
         self.on_prefill([row.request.id for row in chunk.rows])
@@ -175,20 +187,20 @@ class Engine:
             return RowError("prefill_failed", f"prefill raised {type(error).__name__}")
         return None
 
-    def _prefill_alone(self, row: Sequence) -> bool:
-        chunk = PrefillChunk((row,), 0, row.context_length)
+    def _prefill_alone(self, group: Group) -> bool:
+        chunk = PrefillChunk((group,), 0, group[0].context_length)
         if self._try_prefill(chunk) is not None:
             return False
         self._scheduler.finish_prefill(chunk)
-        self._runner.join([row])
+        self._runner.join([group])
         return True
 
-    def _collect(self, sampled: list[tuple[Sequence, int]], outputs: list[Output]) -> None:
+    def _collect(self, sampled: list[SampledToken], outputs: list[Output]) -> None:
         """Turn one step's tokens into outputs and take the rows that ended out of the batch."""
         eos = self.model_info.eos_token_ids
-        checked = [(row, token, row_error(row, token)) for row, token in sampled]
+        checked = [(each, row_error(each.row, each.token)) for each in sampled]
         with_text = [
-            (row, token) for row, token, error in checked if error is None and token not in eos
+            (row, token) for (row, token, _), error in checked if error is None and token not in eos
         ]
         pieces = iter(
             self._detokenizer.push(
@@ -196,7 +208,7 @@ class Engine:
             )
         )
         ended = []
-        for row, token, error in checked:
+        for (row, token, logprobs), error in checked:
             if error is not None:
                 output = self._output(row, FINISH_ERROR, error=error)
             else:
@@ -204,6 +216,8 @@ class Engine:
                 text, stopped = ("", False) if token in eos else next(pieces)
                 reason = self._finish_reason(row, token, stopped=stopped)
                 output = self._output(row, reason, text, [token])
+                if logprobs is not None:
+                    output.logprobs.append(logprobs)
             if output.finish_reason is not None:
                 output.text += self._detokenizer.finish(row.slot)
                 ended.append(row)
@@ -233,7 +247,8 @@ class Engine:
 
     def _forget(self, row: Sequence) -> None:
         self._scheduler.remove(row)
-        self._detokenizer.close(row.slot)
+        if row.slot >= 0:
+            self._detokenizer.close(row.slot)
 
     @property
     def has_work(self) -> bool:

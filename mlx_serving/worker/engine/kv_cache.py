@@ -44,6 +44,25 @@ def new_cache(model: LanguageModel, rows: int) -> list[Any]:
     return _merge([_plain_cache(model) for _ in range(rows)])
 
 
+def forward_prompts(model: LanguageModel, contexts: list[list[int]], cache: list[Any]) -> None:
+    """Compute the prompts' next tokens, padded on the right to the longest, into their cache."""
+    lengths = [len(context) for context in contexts]
+    padding = [max(lengths) - length for length in lengths]
+    if any(padding):
+        for layer in cache:
+            layer.prepare(lengths=lengths, right_padding=padding)
+    model(padded(contexts, max(lengths)), cache=cache)
+    if any(padding):
+        for layer in cache:
+            layer.finalize()
+
+
+def padded(contexts: list[list[int]], length: int) -> mx.array:
+    """Return int32 [prompts, length], zeros on the right."""
+    rows = [context + [0] * (length - len(context)) for context in contexts]
+    return mx.array(rows, dtype=mx.int32)
+
+
 def as_batch(cache: list[Any]) -> list[Any]:
     """Turn one row's plain cache into a batch cache of one row."""
     return _merge([cache])

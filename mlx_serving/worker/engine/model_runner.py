@@ -13,24 +13,32 @@ pass is launched, t is read and the masks are computed while the device works, t
 is launched.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, Final, cast
 
 import mlx.core as mx
 
 from mlx_serving.worker.engine import kv_cache
+from mlx_serving.worker.engine.cache_choice import CacheChoice, choose_cache
+from mlx_serving.worker.engine.decode_cache import Prefilled
 from mlx_serving.worker.engine.kv_cache import LanguageModel
-from mlx_serving.worker.engine.sampling import BatchSampler, RowSampling, token_words
-from mlx_serving.worker.engine.scheduler import PrefillChunk
-from mlx_serving.worker.engine.sequence import Sequence
-from mlx_serving.worker.engine.structured_output import (
-    BatchMasks,
-    Matcher,
-    advance_rows,
-    apply_bitmask,
+from mlx_serving.worker.engine.sampling import (
+    BatchSampler,
+    Logprobs,
+    MakeDraw,
+    ReferenceDraw,
+    RowSampling,
+    read_logprobs,
+    token_words,
 )
+from mlx_serving.worker.engine.scheduler import Group, PrefillChunk
+from mlx_serving.worker.engine.sequence import SampledToken, Sequence, TokenLogprobs
+from mlx_serving.worker.engine.structured_output import BatchMasks, Matcher, advance_rows
 
 TRIM_EVERY_LAUNCHES: Final = 512  # freed buffers go back to the system, as in mlx-lm
+
+
+_LaunchLogprobs = tuple[list[Sequence], Logprobs] | None
 
 
 class ModelRunner:
@@ -39,18 +47,19 @@ class ModelRunner:
     Only one thread may call it: MLX binds unevaluated work to the thread that built it.
     """
 
-    def __init__(self, model: LanguageModel) -> None:
-        """Measure the model's cache.
+    def __init__(self, model: LanguageModel, choice: CacheChoice | None = None) -> None:
+        """Measure the model's cache; `choice` None: the best that this device is proven to do.
 
         Raises:
             UnsupportedModelError: a layer's cache can't join a batch.
         """
         self.cost = kv_cache.measure(model)
+        self.choice = choose_cache(model) if choice is None else choice
         self._model = model
         self._words = token_words(self.cost.vocab_size)
         mx.eval(self._words)
         self._prefill_cache: list[Any] = []
-        self._cache: list[Any] = []
+        self._cache = self.choice.make()
         self._rows: list[Sequence] = []
         # Launch number (may be negative) at which the row's position was 0.
         self._origins: list[int] = []
@@ -58,49 +67,56 @@ class ModelRunner:
         self._last_launch = 0  # the launch that gives the last row its last token
         self._joined = 0  # rows at the end whose pending token is not a sampled one
         self._pending = mx.array([], dtype=mx.int32)  # [B], what the next step takes in
-        self._sampler: Callable[[mx.array], mx.array] | None = None  # None: rows changed
+        self._make_draw: MakeDraw = ReferenceDraw
+        self._sampler: BatchSampler | None = None  # None: rows changed
         self._batch_masks: BatchMasks | None = None  # the same
         self._constrained = False  # whether some row follows a grammar
+        # Log probabilities of `_pending`, and the rows as they stood at its launch.
+        self._logprobs: _LaunchLogprobs = None
+
+    @property
+    def logits_dtype(self) -> mx.Dtype:
+        """What the model's logits are; nothing is computed for it."""
+        token = mx.zeros((1, 1), dtype=mx.int32)
+        return self._model(token, cache=kv_cache.new_cache(self._model, 1)).dtype
+
+    def use_sampler(self, make_draw: MakeDraw) -> None:
+        """Sample by another implementation than the reference from the next launch on."""
+        self._make_draw = make_draw
+        self._sampler = None
+
+    def limit_kv(self, tokens: int) -> None:
+        """Bound what the decode batch's cache may hold, where it can tell."""
+        self._cache.limit(tokens)
 
     def prefill(self, chunk: PrefillChunk) -> None:
-        """Compute one chunk; rows of several prompts are padded on the right to the longest."""
+        """Compute one chunk; several prompts are padded on the right to the longest."""
         if chunk.start == 0:
-            self._prefill_cache = kv_cache.new_cache(self._model, len(chunk.rows))
+            self._prefill_cache = self._cache.new_prompts(len(chunk.groups))
         if chunk.length:
-            self._forward_prompts(chunk)
-        if chunk.completes and len(chunk.rows) == 1:
-            self._prefill_cache = kv_cache.as_batch(self._prefill_cache)
+            end = chunk.start + chunk.length
+            contexts = [row.context(chunk.start, end) for row in chunk.leaders]
+            self._cache.forward_prompts(contexts, self._prefill_cache)
         # With nothing to decode there is nothing to overlap with: wait, so that a step that
         # returns has done its work.
         evaluate = mx.async_eval if self._rows else mx.eval
         evaluate(kv_cache.states(self._prefill_cache))
 
-    def _forward_prompts(self, chunk: PrefillChunk) -> None:
-        contexts = [row.context(chunk.start, chunk.start + chunk.length) for row in chunk.rows]
-        lengths = [len(context) for context in contexts]
-        padding = [chunk.length - length for length in lengths]
-        padded = any(padding)
-        if padded:
-            contexts = [c + [0] * pad for c, pad in zip(contexts, padding, strict=True)]
-            for layer in self._prefill_cache:
-                layer.prepare(lengths=lengths, right_padding=padding)
-        self._model(mx.array(contexts, dtype=mx.int32), cache=self._prefill_cache)
-        if padded:
-            for layer in self._prefill_cache:
-                layer.finalize()
-
     def drop_prefill(self) -> None:
         """Forget the prompt being prefilled."""
         self._prefill_cache = []
 
-    def join(self, rows: Iterable[Sequence]) -> None:
-        """Move the rows whose prefill is complete into the decode batch."""
-        joining = list(rows)
-        cache, self._prefill_cache = self._prefill_cache, []
-        if self._rows:
-            kv_cache.extend(self._cache, cache)
-        else:
-            self._cache = cache
+    def join(self, groups: Iterable[Group]) -> None:
+        """Move the rows whose prefill is complete into the decode batch.
+
+        `groups` are those of the chunk that completed it.
+        """
+        prompts = list(groups)
+        joining = [row for group in prompts for row in group]
+        layers, self._prefill_cache = self._prefill_cache, []
+        lengths = [group[0].context_length for group in prompts]
+        copies = [index for index, group in enumerate(prompts) for _ in group]
+        self._cache.join(Prefilled(layers, lengths, copies))
         self._rows += joining
         self._origins += [self._launches - len(row.request.committed) for row in joining]
         last_tokens = mx.array([row.last_token for row in joining], dtype=mx.int32)
@@ -117,45 +133,60 @@ class ModelRunner:
         self._joined = sum(index >= len(self._rows) - self._joined for index in kept)
         self._rows = [self._rows[index] for index in kept]
         self._origins = [self._origins[index] for index in kept]
+        self._cache.keep(kept)
         if kept:
-            kv_cache.keep_rows(self._cache, kept, max(self._lengths()))
             self._pending = self._pending[mx.array(kept, dtype=mx.int32)]
         else:
-            self._cache = []
             self._pending = mx.array([], dtype=mx.int32)
             mx.clear_cache()
         self._rows_changed()
 
-    def decode(self) -> list[tuple[Sequence, int]]:
+    def decode(self) -> list[SampledToken]:
         """Launch the next step and return the tokens of the one before it, row by row.
 
-        `INVALID_TOKEN` says that the row's logits were not usable. A row
-        that joined since the last call has no token yet.
+        A row that joined since the last call has no token yet.
         """
         if not self._rows:
             return []
-        previous = self._pending
+        previous, logprobs = self._pending, self._logprobs
         sampled = self._rows[: len(self._rows) - self._joined]
         launching = self._launches < self._last_launch
+        logits = self._forward() if launching else None
         if self._constrained:
-            return self._decode_masked(previous, sampled, launching=launching)
-        if launching:
-            self._sample(self._forward())
-        return _pairs(sampled, previous)
+            return self._decode_masked(sampled, previous, logprobs, logits)
+        if logits is not None:
+            self._sample(logits)
+        return self._read(sampled, previous, logprobs)
 
     def _decode_masked(
-        self, previous: mx.array, sampled: list[Sequence], *, launching: bool
-    ) -> list[tuple[Sequence, int]]:
-        """Decode a batch in which some rows follow a grammar."""
-        logits = None
-        if launching:
-            logits = self._forward()
-            mx.async_eval(logits)
-        pairs = _pairs(sampled, previous)
-        advance_rows(pairs)
+        self,
+        sampled: list[Sequence],
+        previous: mx.array,
+        logprobs: _LaunchLogprobs,
+        logits: mx.array | None,
+    ) -> list[SampledToken]:
+        """Decode a batch in which some rows follow a grammar; the device computes `logits`."""
         if logits is not None:
-            self._sample(apply_bitmask(logits, self._masks().compute()))
-        return pairs
+            mx.async_eval(logits)
+        found = self._read(sampled, previous, logprobs)
+        advance_rows(found)
+        if logits is not None:
+            self._sample(logits, self._masks().compute())
+        return found
+
+    def _read(
+        self, sampled: list[Sequence], previous: mx.array, logprobs: _LaunchLogprobs
+    ) -> list[SampledToken]:
+        """Wait for the tokens of a launch, and for what goes with them."""
+        if not sampled:
+            return []
+        tokens = dict(zip(sampled, cast("list[int]", previous.tolist()), strict=False))
+        self._cache.settle()
+        for row, token in tokens.items():
+            if row.history is not None:
+                row.history.append(token)
+        reports = _read_logprobs(tokens, *logprobs) if logprobs else {}
+        return [SampledToken(row, token, reports.get(row)) for row, token in tokens.items()]
 
     def _masks(self) -> BatchMasks:
         if self._batch_masks is None:
@@ -164,18 +195,20 @@ class ModelRunner:
         return self._batch_masks
 
     def _forward(self) -> mx.array:
-        """Launch nothing yet: the logits of the next token, [B, V], and the caches moved on."""
-        if self._sampler is None:
-            self._sampler = BatchSampler(self._sampling(), self._words)
-        logits = self._model(self._pending[:, None], cache=self._cache)
+        """Build the step's logits, [B, V]; the rows' sampling is read as it stands now."""
+        if self._sampler is None or self._sampler.needs_rebuild:
+            self._sampler = BatchSampler(self._sampling(), self._words, self._make_draw)
+        return self._cache.step(self._pending)
+
+    def _sample(self, logits: mx.array, mask: mx.array | None = None) -> None:
+        """Launch the step."""
+        assert self._sampler is not None  # noqa: S101 - `_forward` made it
+        draws = self._sampler.sample(logits, self._pending, mask)
+        self._pending = draws.tokens
+        self._logprobs = (list(self._rows), draws.logprobs) if draws.logprobs else None
+        mx.async_eval(draws.arrays)
         self._joined = 0
         self._launches += 1
-        return logits[:, -1]
-
-    def _sample(self, logits: mx.array) -> None:
-        assert self._sampler is not None  # noqa: S101 - `_forward` made it
-        self._pending = self._sampler(logits)
-        mx.async_eval(self._pending)
         if self._launches % TRIM_EVERY_LAUNCHES == 0:
             mx.clear_cache()
 
@@ -189,20 +222,26 @@ class ModelRunner:
 
     def _sampling(self) -> list[RowSampling]:
         return [
-            RowSampling(row.request.sampling, row.request.choice, self._launches - origin)
+            RowSampling(
+                row.request.sampling,
+                row.request.choice,
+                self._launches - origin,
+                row.history or (),
+                len(row.request.prompt),
+                masked=row.matcher is not None,
+            )
             for origin, row in zip(self._origins, self._rows, strict=True)
         ]
 
-    def _lengths(self) -> list[int]:
-        """Tokens of each row in the KV cache."""
-        return [
-            len(row.request.prompt) - 1 + self._launches - origin
-            for origin, row in zip(self._origins, self._rows, strict=True)
-        ]
 
-
-def _pairs(rows: list[Sequence], tokens: mx.array) -> list[tuple[Sequence, int]]:
-    """Read the tokens; rows at the end that have none yet are left out."""
-    if not rows:
-        return []
-    return list(zip(rows, cast("list[int]", tokens.tolist()), strict=False))
+def _read_logprobs(
+    tokens: dict[Sequence, int], rows: list[Sequence], logprobs: Logprobs
+) -> dict[Sequence, TokenLogprobs]:
+    """Read the log probabilities of those `rows`, as they stood at the launch, that asked."""
+    asked = [
+        (index, row, row.request.sampling.logprobs)
+        for index, row in enumerate(rows)
+        if row.request.sampling.logprobs is not None and row in tokens
+    ]
+    found = read_logprobs(logprobs, [(index, tokens[row], count) for index, row, count in asked])
+    return dict(zip((row for _, row, _ in asked), found, strict=True))

@@ -7,8 +7,10 @@ from typing import Any, Final
 import mlx.core as mx
 from mlx_lm.utils import load_model, load_tokenizer, maybe_set_recommended_wired_limit
 
-from mlx_serving.worker.engine.acceleration import make_detokenizer
+from mlx_serving.worker.engine.acceleration import choose_sampler, make_detokenizer
+from mlx_serving.worker.engine.cache_choice import choose_cache
 from mlx_serving.worker.engine.engine import Attachments, Engine
+from mlx_serving.worker.engine.fused_layers import fuse
 from mlx_serving.worker.engine.marked_detokenizer import with_markers
 from mlx_serving.worker.engine.model_files import check_model_files, model_revision, tokenizer_hash
 from mlx_serving.worker.engine.model_runner import ModelRunner
@@ -53,10 +55,12 @@ def load_engine(
     check_model_files(path)
     maybe_set_recommended_wired_limit()
     model, config = load_model(path, trust_remote_code=False)
+    if options.prefer_native and mx.default_device() != mx.cpu:
+        fuse(model)
     tokenizer = load_tokenizer(
         path, {"trust_remote_code": False}, eos_token_ids=config.get("eos_token_id")
     )
-    runner = ModelRunner(model)
+    runner = ModelRunner(model, choose_cache(model, prefer_native=options.prefer_native))
     info = ModelInfo(
         name or path.resolve().name,
         model_revision(path),
@@ -77,18 +81,26 @@ def build_engine(
     options: EngineOptions = EngineOptions(),
 ) -> Engine:
     """Put an engine together from a model in memory."""
-    cost = runner.cost
+    cost, choice = runner.cost, runner.choice
     budget = default_kv_budget() if options.kv_budget_bytes is None else options.kv_budget_bytes
     limits = SchedulerLimits(
         max_rows=options.max_batch_rows,
         kv_capacity_tokens=budget // cost.bytes_per_token,
         prefill_chunk_tokens=options.prefill_chunk_tokens,
-        kv_row_overhead_tokens=cost.overhead_tokens,
+        kv_row_overhead_tokens=choice.row_overhead_tokens(cost),
+        kv_block_tokens=choice.block_tokens,
     )
+    runner.limit_kv(limits.kv_capacity_tokens)
     native = options.prefer_native
     plain, report = make_detokenizer(tokenizer, prefer_native=native)
     detokenizer = with_markers(plain, tokenizer, prefer_native=native)
-    return Engine(runner, Scheduler(limits), detokenizer, info, Attachments(tokenizer, (report,)))
+    make_draw, sampler_report = choose_sampler(
+        prefer_native=native, logits_dtype=runner.logits_dtype
+    )
+    runner.use_sampler(make_draw)
+    found = (report, sampler_report, choice.report)
+    attachments = Attachments(tokenizer, tuple(each for each in found if each is not None))
+    return Engine(runner, Scheduler(limits), detokenizer, info, attachments)
 
 
 def default_kv_budget() -> int:

@@ -1,19 +1,29 @@
 """Who is admitted, and whose prompt is prefilled next. Pure: no mlx, no clock, no I/O.
 
 A row is admitted when the KV cache of all admitted rows, each as long as it can ever get, fits
-the budget. mlx-lm's batch caches pad every row to the longest one, so what a batch reserves is
-rows x widest row, not the sum of its rows.
+the budget. What a batch reserves is the cache's matter: mlx-lm's batch caches pad every row to
+the longest one, so it is rows x widest row; a paged cache takes the sum of the rows' blocks.
 
 One engine step does at most one prefill chunk and one decode step. A chunk computes at most
 `prefill_chunk_tokens` tokens, padding included: either the next part of one long prompt or
 several whole prompts from the head of the queue. So decoding rows wait for one chunk at most,
 prompts are served first in, first out, and none starves: each step moves the oldest one on.
+
+Only where many rows decode, a prompt waits a few steps for others: a chunk of one short prompt
+costs the decoding rows much the same as a chunk of several.
 """
 
 from collections import deque
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Final
 
 from mlx_serving.worker.engine.sequence import Phase, Request, RequestRefusedError, Sequence
+
+ROWS_PER_PROMPT: Final = 16  # so many decoding rows make one more prompt worth waiting for
+PATIENCE_STEPS: Final = 4  # the most that a prompt waits for others
+
+Group = tuple[Sequence, ...]  # rows with one context, never empty
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,12 +32,14 @@ class SchedulerLimits:
 
     `kv_row_overhead_tokens`: KV tokens that a row may hold beyond its own (the cache grows in
     blocks; layers of fixed size). `kv_capacity_tokens` is the budget of the whole batch.
+    `kv_block_tokens`: rows are kept in blocks of so many tokens; 0: padded to the longest row.
     """
 
     max_rows: int
     kv_capacity_tokens: int
     prefill_chunk_tokens: int
     kv_row_overhead_tokens: int = 0
+    kv_block_tokens: int = 0
 
     def __post_init__(self) -> None:
         """Refuse limits under which nothing could run."""
@@ -39,19 +51,30 @@ class SchedulerLimits:
 
 @dataclass(frozen=True, slots=True)
 class PrefillChunk:
-    """One forward pass of prefill: tokens [start, start + length) of every row's context.
+    """One forward pass of prefill: tokens [start, start + length) of every group's context.
 
-    More than one row only where the whole context of each of them fits.
+    Rows of a group have one context, which is computed once: they are choices of one request.
+    More than one group only where the whole context of each of them fits.
     """
 
-    rows: tuple[Sequence, ...]
+    groups: tuple[Group, ...]
     start: int
     length: int
 
     @property
+    def rows(self) -> tuple[Sequence, ...]:
+        """Every row of the chunk, in order of arrival."""
+        return tuple(row for group in self.groups for row in group)
+
+    @property
+    def leaders(self) -> tuple[Sequence, ...]:
+        """One row of each group: the ones that are computed."""
+        return tuple(group[0] for group in self.groups)
+
+    @property
     def completes(self) -> bool:
         """Whether the rows' contexts are in the cache after this chunk."""
-        return all(self.start + self.length >= row.context_length for row in self.rows)
+        return all(self.start + self.length >= row.context_length for row in self.leaders)
 
 
 class Scheduler:
@@ -60,44 +83,83 @@ class Scheduler:
     def __init__(self, limits: SchedulerLimits) -> None:
         """Start empty."""
         self.limits = limits
-        self._waiting: deque[Sequence] = deque()
-        self._prefilling: tuple[Sequence, ...] = ()
+        self._waiting: deque[Group] = deque()
+        self._prefilling: tuple[Group, ...] = ()
         self._decoding: dict[Sequence, None] = {}  # an ordered set
         self._rows: dict[tuple[str, int], Sequence] = {}
-        self._widest = 0
+        self._patience = PATIENCE_STEPS
+        self._widest = 0  # of the admitted rows' widths
+        self._total = 0  # their sum
 
-    def fits(self, request: Request) -> bool:
-        """Say whether the request could run here if it were alone."""
-        return self._width(request) <= self.limits.kv_capacity_tokens
+    def fits(self, *choices: Request) -> bool:
+        """Say whether the choices could run here if they were alone."""
+        needed = self._reserved(len(choices), *self._widths(choices))
+        return len(choices) <= self.limits.max_rows and needed <= self.limits.kv_capacity_tokens
 
-    def can_add(self, request: Request) -> bool:
-        """Say whether the request can be admitted now."""
-        rows = len(self._rows) + 1
-        width = max(self._widest, self._width(request))
-        return rows <= self.limits.max_rows and rows * width <= self.limits.kv_capacity_tokens
+    def can_add(self, *choices: Request) -> bool:
+        """Say whether the choices can be admitted now."""
+        rows = len(self._rows) + len(choices)
+        widest, total = self._widths(choices)
+        needed = self._reserved(rows, max(self._widest, widest), self._total + total)
+        return rows <= self.limits.max_rows and needed <= self.limits.kv_capacity_tokens
 
-    def add(self, request: Request) -> Sequence:
-        """Admit the request, to the end of the queue.
+    def _widths(self, choices: Iterable[Request]) -> tuple[int, int]:
+        """Return the widest and the sum."""
+        widths = [self._width(request) for request in choices]
+        return max(widths), sum(widths)
+
+    def _reserved(self, rows: int, widest: int, total: int) -> int:
+        """KV tokens that so many rows can come to hold."""
+        return total if self.limits.kv_block_tokens else rows * widest
+
+    def _width(self, request: Request) -> int:
+        tokens = request.kv_tokens + self.limits.kv_row_overhead_tokens
+        block = self.limits.kv_block_tokens or 1
+        return -(-tokens // block) * block
+
+    def add(self, *choices: Request) -> list[Sequence]:
+        """Admit the choices of one request, all or none, to the end of the queue.
 
         Raises:
-            RequestRefusedError: with `code` "duplicate_request", "too_large" or "no_room".
+            RequestRefusedError: with `code` "duplicate_request", "too_large", "no_room" or
+                "invalid_parameter".
         """
-        if (request.id, request.choice) in self._rows:
-            message = f"id: choice {request.choice} of request {request.id} is already here"
-            raise RequestRefusedError("duplicate_request", message)
-        if not self.fits(request):
-            message = (
-                f"max_tokens: the request needs {self._width(request)} KV tokens, "
-                f"this device holds {self.limits.kv_capacity_tokens}"
-            )
-            raise RequestRefusedError("too_large", message)
-        if not self.can_add(request):
+        self._check_choices(choices)
+        if not self.fits(*choices):
+            raise RequestRefusedError("too_large", self._why_too_large(choices))
+        if not self.can_add(*choices):
             raise RequestRefusedError("no_room", "the batch has no room for this request now")
-        sequence = Sequence(request)
-        self._rows[request.id, request.choice] = sequence
-        self._waiting.append(sequence)
-        self._widest = max(self._widest, self._width(request))
-        return sequence
+        rows = [Sequence(request) for request in choices]
+        self._rows |= {(row.request.id, row.request.choice): row for row in rows}
+        shared = not any(request.committed for request in choices)
+        self._waiting.extend([tuple(rows)] if shared else [(row,) for row in rows])
+        widest, total = self._widths(choices)
+        self._widest = max(self._widest, widest)
+        self._total += total
+        return rows
+
+    def _why_too_large(self, choices: tuple[Request, ...]) -> str:
+        if len(choices) > self.limits.max_rows:
+            return (
+                f"n: the request needs {len(choices)} rows, "
+                f"this engine decodes {self.limits.max_rows}"
+            )
+        needed = self._reserved(len(choices), *self._widths(choices))
+        return (
+            f"max_tokens: the request needs {needed} KV tokens, "
+            f"this device holds {self.limits.kv_capacity_tokens}"
+        )
+
+    def _check_choices(self, choices: tuple[Request, ...]) -> None:
+        first = choices[0]
+        if any((c.id, c.prompt) != (first.id, first.prompt) for c in choices):
+            message = "prompt: choices that are added together must share id and prompt"
+            raise RequestRefusedError("invalid_parameter", message)
+        numbers = [request.choice for request in choices]
+        for number in numbers:
+            if (first.id, number) in self._rows or numbers.count(number) > 1:
+                message = f"id: choice {number} of request {first.id} is already here"
+                raise RequestRefusedError("duplicate_request", message)
 
     def find(self, request_id: str) -> list[Sequence]:
         """Return every admitted choice of the request."""
@@ -109,25 +171,28 @@ class Scheduler:
         if self._rows.pop(key, None) is None:
             return
         if sequence.phase is Phase.WAITING:
-            self._waiting.remove(sequence)
+            self._waiting = deque(_without(self._waiting, sequence))
         elif sequence.phase is Phase.PREFILLING:
-            self._prefilling = tuple(row for row in self._prefilling if row is not sequence)
+            self._prefilling = tuple(_without(self._prefilling, sequence))
         else:
             del self._decoding[sequence]
+        self._total -= self._width(sequence.request)
         if self._width(sequence.request) == self._widest:
             widths = (self._width(row.request) for row in self._rows.values())
             self._widest = max(widths, default=0)
 
     def schedule_prefill(self) -> PrefillChunk | None:
         """Choose the next prefill chunk; None when no prompt is pending."""
-        if not self._prefilling:
+        if not self._prefilling and not self._waits_for_more():
             self._prefilling = tuple(self._take_waiting())
-            for row in self._prefilling:
-                row.phase = Phase.PREFILLING
+            for group in self._prefilling:
+                for row in group:
+                    row.phase = Phase.PREFILLING
         if not self._prefilling:
             return None
-        start = self._prefilling[0].prefilled
-        remaining = max(row.context_length for row in self._prefilling) - start
+        leaders = [group[0] for group in self._prefilling]
+        start = leaders[0].prefilled
+        remaining = max(row.context_length for row in leaders) - start
         length = min(remaining, self.limits.prefill_chunk_tokens)
         return PrefillChunk(self._prefilling, start, length)
 
@@ -143,19 +208,27 @@ class Scheduler:
         self._prefilling = ()
         return True
 
-    def _take_waiting(self) -> list[Sequence]:
+    def _waits_for_more(self) -> bool:
+        """Whether the next chunk is put off by a step, so that more prompts share it."""
+        wanted = len(self._decoding) // ROWS_PER_PROMPT
+        waits = 0 < len(self._waiting) < wanted and self._patience > 0
+        if waits:
+            # A prompt beside which no others fit into a chunk has nothing to wait for.
+            context = self._waiting[0][0].context_length
+            waits = wanted * context <= self.limits.prefill_chunk_tokens
+        self._patience = self._patience - 1 if waits else PATIENCE_STEPS
+        return waits
+
+    def _take_waiting(self) -> list[Group]:
         """Take one prompt, or as many short ones as fit one chunk when padded alike."""
-        taken: list[Sequence] = []
+        taken: list[Group] = []
         longest = 0
         while self._waiting:
-            longest = max(longest, self._waiting[0].context_length)
+            longest = max(longest, self._waiting[0][0].context_length)
             if taken and (len(taken) + 1) * longest > self.limits.prefill_chunk_tokens:
                 break
             taken.append(self._waiting.popleft())
         return taken
-
-    def _width(self, request: Request) -> int:
-        return request.kv_tokens + self.limits.kv_row_overhead_tokens
 
     @property
     def running(self) -> int:
@@ -174,5 +247,11 @@ class Scheduler:
 
     @property
     def kv_tokens_used(self) -> int:
-        """KV tokens reserved: rows x widest row."""
-        return len(self._rows) * self._widest
+        """KV tokens reserved by admitted rows."""
+        return self._reserved(len(self._rows), self._widest, self._total)
+
+
+def _without(groups: Iterable[Group], leaving: Sequence) -> Iterator[Group]:
+    for group in groups:
+        if kept := tuple(row for row in group if row is not leaving):
+            yield kept

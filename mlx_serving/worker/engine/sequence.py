@@ -1,9 +1,10 @@
 """What goes into an engine and what comes out of it. Imports neither mlx nor redis."""
 
+from array import array
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Final, Protocol
+from typing import Final, NamedTuple, Protocol
 
 FINISH_STOP: Final = "stop"
 FINISH_LENGTH: Final = "length"
@@ -38,6 +39,12 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     logit_bias: tuple[tuple[int, float], ...] = ()
     logprobs: int | None = None
+
+    @property
+    def penalised(self) -> bool:
+        """Whether what the row already holds changes its logits."""
+        penalties = (self.repetition_penalty, self.presence_penalty, self.frequency_penalty)
+        return penalties != (1.0, 0.0, 0.0)
 
 
 class TokenMatcher(Protocol):
@@ -210,6 +217,12 @@ class Sequence:
     decoded: int = 0  # tokens of the completion known to the host, committed ones included
     matcher: TokenMatcher | None = None
     parser: OutputParser | None = None
+    history: "array[int] | None" = None  # of rows with penalties: prompt, then known completion
+
+    def __post_init__(self) -> None:
+        """Start the history where the sampler needs one."""
+        if self.request.sampling.penalised:
+            self.history = array("i", self.request.prompt + self.request.committed)
 
     @property
     def context_length(self) -> int:
@@ -227,6 +240,14 @@ class Sequence:
         return list(tokens[start : min(stop, self.context_length)])
 
 
+class SampledToken(NamedTuple):
+    """One row's next token; `INVALID_TOKEN` says that the row's logits were not usable."""
+
+    row: Sequence
+    token: int
+    logprobs: TokenLogprobs | None = None  # where the row asked for them
+
+
 class RequestRefusedError(ValueError):
     """The engine does not take this request; `code` says why."""
 
@@ -242,19 +263,24 @@ class InferenceEngine(Protocol):
     """Told the ids of the requests whose prompts are computed from now on, then, when the step is
     over, none: what it was told last is what a crash interrupted."""
 
-    def fits(self, request: Request) -> bool:
-        """Say whether this device's KV budget could ever hold the request."""
+    def fits(self, *choices: Request) -> bool:
+        """Say whether this device's KV budget could ever hold these choices of one request."""
 
-    def can_add(self, request: Request) -> bool:
-        """Say whether there is room for the request now."""
+    def can_add(self, *choices: Request) -> bool:
+        """Say whether there is room for these choices of one request now."""
 
-    def add(self, request: Request) -> None:
-        """Admit the request and reserve its KV tokens.
+    def add(self, *choices: Request) -> None:
+        """Admit the choices of one request, all or none, and reserve their KV tokens.
+
+        Choices given in one call have the same `id` and `prompt`. The prompt is then computed
+        once, and each choice goes on from a copy of its cache. Choices that resume (any of them
+        has `committed` tokens) are computed each for itself. What comes out is the same as
+        where each choice is added alone.
 
         Raises:
             RequestRefusedError: with `code` "no_room" where `can_add` is false, "too_large"
                 where `fits` is false, "token_out_of_vocabulary", "duplicate_request" or
-                "invalid_parameter".
+                "invalid_parameter". No choice is admitted then.
         """
 
     def abort(self, request_id: str) -> None:

@@ -10,11 +10,19 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Final
 
+from mlx_serving.common.errors import InvalidJob
 from mlx_serving.common.jobs import GenerationJob
+from mlx_serving.common.output_formats import enforces_tools
 from mlx_serving.worker.engine.detokenizer import Detokenizer
 from mlx_serving.worker.engine.engine import Engine
-from mlx_serving.worker.engine.scheduler import PrefillChunk, Scheduler, SchedulerLimits
-from mlx_serving.worker.engine.sequence import ModelInfo, Sequence
+from mlx_serving.worker.engine.scheduler import Group, PrefillChunk, Scheduler, SchedulerLimits
+from mlx_serving.worker.engine.sequence import (
+    ModelInfo,
+    Request,
+    SampledToken,
+    Sequence,
+    TokenLogprobs,
+)
 from mlx_serving.worker.engine.vocabulary import WORD_BOUNDARY, Vocabulary
 
 VOCAB_SIZE: Final = 10_000
@@ -66,32 +74,44 @@ class SimulatedRunner:
     def prefill(self, chunk: PrefillChunk) -> None:
         """Sleep as long as the chunk's tokens, padding included, take."""
         if self._options.prefill_tokens_per_second:
-            tokens = chunk.length * len(chunk.rows)
+            tokens = chunk.length * len(chunk.groups)
             self._sleep(tokens / self._options.prefill_tokens_per_second)
 
     def drop_prefill(self) -> None:
         """Nothing is kept of a prompt."""
 
-    def join(self, rows: Iterable[Sequence]) -> None:
+    def join(self, groups: Iterable[Group]) -> None:
         """Start to decode these rows."""
-        self._rows |= dict.fromkeys(rows)
+        self._rows |= dict.fromkeys(row for group in groups for row in group)
 
     def remove(self, rows: Iterable[Sequence]) -> None:
         """Stop to decode these rows."""
         for row in rows:
             self._rows.pop(row, None)
 
-    def decode(self) -> list[tuple[Sequence, int]]:
+    def decode(self) -> list[SampledToken]:
         """Sleep for one token's time and return every row's next one."""
         if self._rows and self._options.tokens_per_second:
             self._sleep(1.0 / self._options.tokens_per_second)
-        return [(row, self._next_token(row)) for row in self._rows]
+        return [self._next(row) for row in self._rows]
+
+    def _next(self, row: Sequence) -> SampledToken:
+        token = self._next_token(row)
+        asked = row.request.sampling.logprobs
+        if asked is None:
+            return SampledToken(row, token)
+        return SampledToken(row, token, TokenLogprobs(token, 0.0, ((token, 0.0),)[:asked]))
 
     def _next_token(self, row: Sequence) -> int:
         end = self._options.answer_tokens
         if end is not None and row.decoded >= end:
             return EOS_TOKEN
         return row.decoded % (VOCAB_SIZE - 1) + 1
+
+
+def spell(token_id: int) -> bytes:
+    """Bytes of a token: 7 reads " 7"."""
+    return b"<end>" if token_id == EOS_TOKEN else b" %d" % token_id
 
 
 class SimulatedPromptEncoder:
@@ -102,6 +122,18 @@ class SimulatedPromptEncoder:
         texts = [str(message.get("content") or "") for message in job.template_messages()]
         words = sum(len(text.split()) for text in [job.prompt or "", *texts])
         return tuple(index % VOCAB_SIZE for index in range(1, max(words, 1) + 1))
+
+
+def plan(job: GenerationJob, requests: Iterable[Request]) -> list[Request]:
+    """Stand in for `output_plan.OutputPlanner`: what counts up follows no grammar.
+
+    Raises:
+        InvalidJob: the job asks for one.
+    """
+    if job.response_format is not None or enforces_tools(job):
+        field = "tools" if job.response_format is None else "response_format"
+        raise InvalidJob([(field, "the simulated engine can't be held to a form")])
+    return list(requests)
 
 
 class SimulatedEngine(Engine):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 import mlx.core as mx
 import numpy as np
 
-from mlx_serving.worker.engine.sequence import INVALID_TOKEN, Sequence
+from mlx_serving.worker.engine.sequence import INVALID_TOKEN, SampledToken
 
 if TYPE_CHECKING:
     from llguidance import LLExecutor, LLMatcher
@@ -106,15 +106,8 @@ def words_of(vocab_size: int) -> int:
     return -(-vocab_size // BITS)
 
 
-def advance_rows(sampled: Iterable[tuple[Sequence, int]]) -> None:
+def advance_rows(sampled: Iterable[SampledToken]) -> None:
     """Tell the constrained ones among some rows which token they got."""
-    for row, token in sampled:
+    for row, token, _ in sampled:
         if row.matcher is not None and token != INVALID_TOKEN:
             row.matcher.advance(token)
-
-
-def apply_bitmask(logits: mx.array, bitmask: mx.array) -> mx.array:
-    """Forbid what the mask forbids: logits [B, V] with -inf where a bit of int32 [B, W] is 0."""
-    bits = (bitmask[:, :, None] >> mx.arange(BITS, dtype=mx.int32)) & 1
-    allowed = bits.reshape(bitmask.shape[0], -1)[:, : logits.shape[-1]]
-    return mx.where(allowed.astype(mx.bool_), logits, -mx.inf)

@@ -1,0 +1,1 @@
+"""`mlx-serving batch`: bulk files of requests, run in the background."""

@@ -1,0 +1,155 @@
+"""How `top` shows a fleet: a table on a terminal, lines or JSON elsewhere. No I/O."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from mlx_serving.cli.console import harmless
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from rich.console import RenderableType
+    from rich.table import Table
+
+    from mlx_serving.cli.overview import Overview, QueueView, WorkerView
+
+WIDE: Final = 120  # columns from which on there is room for device, memory and version
+STYLES: Final = {"serving": "green", "paused": "yellow", "suspended": "yellow"}
+BYTES_A_GIB: Final = 1 << 30
+LATE_LEASE_MS: Final = 5000  # half a lease: renewals come four times a lease
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """Sums over a fleet."""
+
+    workers: int
+    rows: int
+    batch_rows: int
+    queued: int
+    running: int
+    tokens_per_second: float
+
+    @classmethod
+    def of(cls, overview: Overview) -> Totals:
+        """Add up."""
+        workers, queues = overview.workers, overview.queues
+        return cls(
+            len(workers), sum(w.rows for w in workers), sum(w.batch_rows for w in workers),
+            sum(q.queued for q in queues), sum(q.running for q in queues),
+            round(sum(w.tokens_per_second for w in workers), 1),
+        )  # fmt: skip
+
+    def __str__(self) -> str:
+        return (
+            f"{self.workers} workers, rows {self.rows}/{self.batch_rows}, {self.queued:,} queued, "
+            f"{self.running:,} running, {self.tokens_per_second:,.1f} tokens/s"
+        )
+
+
+def span(seconds: float | None) -> str:
+    """A time for people: 0.3 s, 12 s, 5 min, 3.2 h; '' for None."""
+    if seconds is None:
+        return ""
+    if seconds < 120:  # noqa: PLR2004 -- two minutes
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"  # noqa: PLR2004
+    minutes = seconds / 60
+    return f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"  # noqa: PLR2004
+
+
+def state_of(worker: WorkerView) -> str:
+    """Its state, and why it is paused."""
+    return f"{worker.state}: {', '.join(worker.reasons)}" if worker.reasons else worker.state
+
+
+def lease_of(worker: WorkerView) -> str:
+    """Age of its last renewal, and whether renewals fail."""
+    age = "" if worker.lease_age_ms is None else span(worker.lease_age_ms / 1000)
+    return f"{age} failing".strip() if worker.lease_failing else age
+
+
+def _rows(worker: WorkerView) -> str:
+    return f"{worker.rows}/{worker.batch_rows}"
+
+
+def _kv(worker: WorkerView) -> str:
+    capacity = worker.kv_tokens_capacity
+    return f"{worker.kv_tokens_used / capacity:.0%}" if capacity else ""
+
+
+def _memory(worker: WorkerView) -> str:
+    return f"{worker.memory_bytes / BYTES_A_GIB:.0f} GiB" if worker.memory_bytes else ""
+
+
+def by_model(overview: Overview) -> list[WorkerView]:
+    """All workers, those of a model together."""
+    return sorted(overview.workers, key=lambda w: (w.model, w.name))
+
+
+def lines(overview: Overview, at: str) -> Iterator[str]:
+    """One line of totals, one a worker, one a queue."""
+    yield f"{at} {Totals.of(overview)}" + (" SUSPENDED" if overview.suspended else "")
+    for w in by_model(overview):
+        yield (
+            f"worker {w.name} {w.model}: {state_of(w)}, rows {_rows(w)}, KV {_kv(w)}, "
+            f"{w.tokens_per_second:,.1f} tokens/s, lease {lease_of(w) or '-'}, {w.device}"
+        )
+    for q in overview.queues:
+        oldest = span(q.oldest_seconds) or "-"
+        yield f"queue {q.name}: {q.queued:,} queued, {q.running:,} running, oldest {oldest}"
+
+
+def frame(overview: Overview, at: str, *, width: int, notice: str = "") -> RenderableType:
+    """All of it as a terminal shows it; `notice` is what went wrong since."""
+    from rich.console import Group
+    from rich.text import Text
+
+    head = Text(f"mlx-serving  {at}  {Totals.of(overview)}", "bold", no_wrap=True)
+    parts: list[RenderableType] = [head]
+    if overview.suspended:
+        parts.append(Text("RQ is suspended: no worker takes a job until `rq resume`", "yellow"))
+    if notice:
+        parts.append(Text(harmless(notice), "bold red"))
+    parts += [Text(), _workers(by_model(overview), wide=width >= WIDE), Text()]
+    return Group(*parts, _queues(overview.queues), Text("q ends", "dim"))
+
+
+def _table(*columns: str) -> Table:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold", expand=True)
+    for name in columns:
+        right = name.removeprefix(">")
+        table.add_column(right, justify="left" if name == right else "right", no_wrap=True)
+    return table
+
+
+def _workers(workers: list[WorkerView], *, wide: bool) -> Table:
+    from rich.text import Text
+
+    more = ("device", ">memory", "version") if wide else ()
+    table = _table("worker", "model", "state", ">rows", ">KV", ">tokens/s", ">lease", *more)
+    for w in workers:
+        late = w.lease_failing or (w.lease_age_ms or 0) > LATE_LEASE_MS
+        cells = [
+            Text(harmless(w.name)), Text(harmless(w.model)),
+            Text(harmless(state_of(w)), STYLES.get(w.state, "")), Text(_rows(w)), Text(_kv(w)),
+            Text(f"{w.tokens_per_second:,.1f}"), Text(lease_of(w), "bold red" if late else ""),
+        ]  # fmt: skip
+        if wide:
+            cells += [Text(harmless(w.device)), Text(_memory(w)), Text(harmless(w.version))]
+        table.add_row(*cells)
+    return table
+
+
+def _queues(queues: list[QueueView]) -> Table:
+    from rich.text import Text
+
+    table = _table("model", "lane", ">queued", ">running", ">oldest")
+    for q in queues:
+        model, _, lane = q.name.rpartition(":")
+        cells = (model, lane, f"{q.queued:,}", f"{q.running:,}", span(q.oldest_seconds))
+        table.add_row(*(Text(harmless(cell)) for cell in cells))
+    return table

@@ -1,0 +1,131 @@
+"""The feeder: reads lines in their order and keeps a window of them in flight."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from mlx_serving.common import limits
+from mlx_serving.common.errors import InvalidBatch, InvalidJob
+from mlx_serving.producer.batch.lines import LineReader, Request
+from mlx_serving.producer.batch.objects import LineError
+from mlx_serving.producer.batch.window import Flight, Window
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from mlx_serving.common.jobs import GenerationJob
+    from mlx_serving.producer.batch.index import Place
+    from mlx_serving.producer.batch.results import Results
+    from mlx_serving.producer.client import Client
+
+CHUNK_LINES: Final = 256
+CHUNK_BYTES: Final = 8 * 1024 * 1024
+"""Most lines, and most bytes of them, that are in memory at once."""
+
+
+class _Ready(NamedTuple):
+    flight: Flight
+    job: GenerationJob
+
+
+class Feeder:
+    """Submits the lines of one model that have not ended.
+
+    A line that was submitted before, by this runner or one that died, is submitted again without
+    harm: its idempotency key makes it the same job, or a new one where that is gone.
+
+    Args:
+        client: of the model's Redis.
+        reader: makes jobs of lines.
+        source: descriptor of the input file.
+        places: lines of the model that have not ended, in their order.
+        window: takes what was submitted.
+        results: takes the lines that the client refuses.
+
+    """
+
+    def __init__(
+        self,
+        client: Client,
+        reader: LineReader,
+        source: int,
+        places: Iterator[Place],
+        window: Window,
+        results: Results,
+    ) -> None:
+        self._client, self._reader, self._source = client, reader, source
+        self._places = places
+        self._window, self._results = window, results
+        self._again: deque[Place] = deque()
+        self._chunk: list[_Ready] = []
+        self.exhausted = False
+
+    def again(self, place: Place) -> None:
+        """Submit a line once more: Redis no longer has its job."""
+        self._again.append(place)
+        self.exhausted = False
+
+    def flight(self, place: Place) -> Flight:
+        """Read a line for what it will be written down with."""
+        return self._read(place).flight
+
+    def feed(self, seconds_left: float) -> int:
+        """Submit what there is room for; returns how many lines that were.
+
+        Raises:
+            QueueUnavailable: Redis is away; the next call goes on with the same lines.
+            InvalidBatch: the input file is no longer what was validated.
+
+        """
+        fed = 0
+        while (room := self._window.room) and not self.exhausted:
+            self._chunk = self._chunk or self._read_chunk(min(room, CHUNK_LINES))
+            if not self._chunk:
+                self.exhausted = True
+                break
+            self._submit(min(max(seconds_left, 1.0), limits.SECONDS))
+            fed += len(self._chunk)
+            self._chunk = []
+        return fed
+
+    def _read_chunk(self, most: int) -> list[_Ready]:
+        chunk: list[_Ready] = []
+        size = 0
+        while len(chunk) < most and size < CHUNK_BYTES:
+            place = self._again.popleft() if self._again else next(self._places, None)
+            if place is None:
+                break
+            size += place.length
+            chunk.append(self._read(place))
+        return chunk
+
+    def _read(self, place: Place) -> _Ready:
+        raw = os.pread(self._source, place.length, place.offset)
+        found = self._reader.read(raw, place.line)
+        if not isinstance(found, Request):
+            raise InvalidBatch([("input", f"line {place.line} is not what it was at submit")])
+        job = found.job
+        flight = Flight(place, job.job_id(), found.custom_id, found.url, job.model, found.ignored)
+        return _Ready(flight, job)
+
+    def _submit(self, deadline_s: float) -> None:
+        jobs = [ready.job.model_copy(update={"deadline": deadline_s}) for ready in self._chunk]
+        try:
+            self._client.submit_many(jobs)
+        except InvalidJob:
+            self._submit_each(jobs)
+        else:
+            self._window.add(ready.flight for ready in self._chunk)
+
+    def _submit_each(self, jobs: list[GenerationJob]) -> None:
+        """Find the lines that the client refuses: too large for the settings, another Redis."""
+        for (flight, _), job in zip(self._chunk, jobs, strict=True):
+            try:
+                self._client.submit(job)
+            except InvalidJob as error:
+                wrong = LineError(code=error.code, message=str(error), line=flight.line)
+                self._results.failed_line(flight.line, flight.custom_id, wrong)
+            else:
+                self._window.add([flight])

@@ -1,0 +1,133 @@
+"""A batch's folder: all that a runner needs to go on, on any machine that has the disk.
+
+`batch.json` is replaced as a whole (written, fsynced, renamed); the result files only grow.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+
+from mlx_serving.common.errors import BatchNotFound, InvalidBatch
+from mlx_serving.producer.batch.objects import Batch
+from mlx_serving.producer.batch.options import BatchOptions
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+STATE: Final = "batch.json"
+
+
+class InputFile(msgspec.Struct, frozen=True):
+    """The requests, and what they looked like when they were validated."""
+
+    path: str
+    size: int = 0
+    mtime_ns: int = 0
+
+    @classmethod
+    def of(cls, path: Path) -> InputFile:
+        """Look at a file."""
+        found = path.stat()
+        return cls(str(path), found.st_size, found.st_mtime_ns)
+
+
+class Section(msgspec.Struct, frozen=True):
+    """The records of one model in the index."""
+
+    model: str
+    first: int
+    count: int
+
+
+class BatchState(msgspec.Struct, kw_only=True):
+    """What `batch.json` holds. `ignored`: how many lines gave each field that changes nothing."""
+
+    v: int = 1
+    batch: Batch
+    options: BatchOptions
+    input: InputFile
+    sections: list[Section] = []
+    ignored: dict[str, int] = {}
+
+
+class BatchFolder:
+    """Names and files of one batch."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.index = path / "index.bin"
+        self.output = path / "output.jsonl"
+        self.errors = path / "errors.jsonl"
+        self.log = path / "runner.log"
+        self.copied_input = path / "input.jsonl"
+        self._state = path / STATE
+        self._lock = path / "lock"
+
+    @classmethod
+    def create(cls, path: Path) -> BatchFolder:
+        """Make a new folder.
+
+        Raises:
+            InvalidBatch: it is there already, or can't be made.
+
+        """
+        try:
+            path.mkdir(parents=True)
+        except OSError as error:
+            raise InvalidBatch([("folder", f"{path}: {error.strerror}")]) from None
+        return cls(path)
+
+    @classmethod
+    def open(cls, path: Path) -> BatchFolder:
+        """Open one that is there. Raises BatchNotFound."""
+        if not (path / STATE).is_file():
+            raise BatchNotFound(f"there is no batch in {path}")
+        return cls(path)
+
+    def read(self) -> BatchState:
+        """Read `batch.json`. Raises InvalidBatch where it can't be read."""
+        try:
+            return msgspec.json.decode(self._state.read_bytes(), type=BatchState)
+        except (OSError, msgspec.DecodeError) as error:
+            raise InvalidBatch(f"{self._state} can't be read: {error}") from None
+
+    def write(self, state: BatchState) -> None:
+        """Replace `batch.json`: after a crash the old one is there or the new one, whole."""
+        replace(self._state, msgspec.json.format(msgspec.json.encode(state), indent=2))
+
+    @contextmanager
+    def lock(self) -> Iterator[bool]:
+        """Hold the folder for one runner; False where another has it. Ends with the process."""
+        with self._lock.open("ab") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield False
+                return
+            yield True
+
+
+def replace(path: Path, data: bytes) -> None:
+    """Write a file so that any crash leaves the old one or the new one, and it stays."""
+    part = path.with_name(path.name + ".part")
+    with part.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+    sync_folder(path.parent)
+
+
+def sync_folder(path: Path) -> None:
+    """Make renames and new names in a folder outlive a power loss."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

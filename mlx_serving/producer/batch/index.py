@@ -1,0 +1,88 @@
+"""The order in which lines are fed: a file of fixed-size records, one a valid line.
+
+Records are sorted by model, then (in order `prefix`) by what a prompt begins with, then by line, so
+that lines which share a system prompt follow each other and a worker's prefix cache finds them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+import msgspec
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from mlx_serving.common.jobs import GenerationJob
+
+MODELS: Final = 256
+"""Most models that one file may name: each is fed on its own."""
+
+HEADS: Final = (64, 256, 1024)
+"""Characters of what follows the system turns by which lines are grouped, one level each."""
+
+_RECORD: Final = struct.Struct(
+    ">H32sQQI"
+)  # model, prefix key, line, offset, length: sorts as bytes
+RECORD_BYTES: Final = _RECORD.size
+NO_PREFIX: Final = bytes(32)
+_READ_RECORDS: Final = 1024
+
+
+class Place(NamedTuple):
+    """Where in the input file a line is."""
+
+    line: int
+    offset: int
+    length: int
+
+
+def prefix_key(job: GenerationJob) -> bytes:
+    """32 bytes, equal in their first 8, 16, 24 or 32 for prompts that begin alike.
+
+    The first 8 stand for the tools and the leading system turns as a whole, the others for the
+    first 64, 256 and 1,024 characters of what follows.
+    """
+    messages = job.template_messages()
+    turns = sum(1 for _ in _leading_system(messages))
+    system = msgspec.json.encode([job.template_tools(), messages[:turns]])
+    rest = job.prompt or "\0".join(f"{m['role']}\0{m['content']}" for m in messages[turns:])
+    return _hash(system) + b"".join(_hash(rest[:head].encode()) for head in HEADS)
+
+
+def record(model: int, key: bytes, place: Place) -> bytes:
+    """Pack a line's record."""
+    return _RECORD.pack(model, key, *place)
+
+
+def place_of(packed: bytes) -> tuple[int, Place]:
+    """Model number and place of a record."""
+    model, _, line, offset, length = _RECORD.unpack(packed)
+    return model, Place(line, offset, length)
+
+
+def read_places(path: Path, first: int, count: int) -> Iterator[Place]:
+    """Read `count` records from the `first` one on; a page of them is in memory."""
+    with path.open("rb") as file:
+        file.seek(first * RECORD_BYTES)
+        while count > 0:
+            page = file.read(min(count, _READ_RECORDS) * RECORD_BYTES)
+            if not page:
+                return
+            for _, _, line, offset, length in _RECORD.iter_unpack(page):
+                yield Place(line, offset, length)
+            count -= _READ_RECORDS
+
+
+def _leading_system(messages: list[dict[str, object]]) -> Iterator[dict[str, object]]:
+    for message in messages:
+        if message["role"] not in {"system", "developer"}:
+            return
+        yield message
+
+
+def _hash(data: bytes) -> bytes:
+    return hashlib.blake2b(data, digest_size=8).digest()

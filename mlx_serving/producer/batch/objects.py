@@ -1,0 +1,127 @@
+"""The OpenAI Batch objects: the batch itself, its counts, its errors.
+
+Field for field those of the `openai` package's types, which tests parse them with. Times are
+seconds since the epoch by the runner's clock.
+"""
+
+from __future__ import annotations
+
+from typing import Final, Literal
+
+import msgspec
+
+Status = Literal[
+    "validating",
+    "failed",
+    "in_progress",
+    "finalizing",
+    "completed",
+    "expired",
+    "cancelling",
+    "cancelled",
+]
+ENDED: Final[frozenset[str]] = frozenset({"failed", "completed", "expired", "cancelled"})
+
+CHAT: Final = "/v1/chat/completions"
+COMPLETIONS: Final = "/v1/completions"
+ENDPOINTS: Final = (CHAT, COMPLETIONS)
+
+NAMED_ERRORS: Final = 100
+"""How many line errors the batch object itself names; the error file has all."""
+
+
+class LineError(msgspec.Struct, frozen=True, kw_only=True):
+    """What is wrong with a line: `param` is the field's path, `line` counts from 1."""
+
+    code: str
+    message: str
+    param: str | None = None
+    line: int | None = None
+
+
+class ErrorList(msgspec.Struct):
+    """The errors of a batch, at most `NAMED_ERRORS` of them."""
+
+    data: list[LineError] = []
+    object: str = "list"
+
+
+class RequestCounts(msgspec.Struct):
+    """How many lines there are, and how many ended well and otherwise."""
+
+    total: int = 0
+    completed: int = 0
+    failed: int = 0
+
+    @property
+    def open(self) -> int:
+        """Lines that have not ended."""
+        return self.total - self.completed - self.failed
+
+
+class InputDetails(msgspec.Struct):
+    """Prompt tokens that a prefix cache served."""
+
+    cached_tokens: int = 0
+
+
+class OutputDetails(msgspec.Struct):
+    """There for the type's sake: reasoning is not counted apart."""
+
+    reasoning_tokens: int = 0
+
+
+class BatchUsage(msgspec.Struct):
+    """Tokens of all lines that finished."""
+
+    input_tokens: int = 0
+    output_tokens: int = 0
+    total_tokens: int = 0
+    input_tokens_details: InputDetails = msgspec.field(default_factory=InputDetails)
+    output_tokens_details: OutputDetails = msgspec.field(default_factory=OutputDetails)
+
+    def add(self, prompt: int, completion: int, cached: int) -> None:
+        """Count one more answer."""
+        self.input_tokens += prompt
+        self.output_tokens += completion
+        self.total_tokens += prompt + completion
+        self.input_tokens_details.cached_tokens += cached
+
+
+class Batch(msgspec.Struct, kw_only=True):
+    """A bulk file on its way, as `openai.types.Batch` has it; file ids are paths."""
+
+    id: str
+    object: str = "batch"
+    endpoint: str = CHAT
+    errors: ErrorList | None = None
+    input_file_id: str
+    completion_window: str = "24h"
+    status: Status = "validating"
+    output_file_id: str | None = None
+    error_file_id: str | None = None
+    model: str | None = None
+    created_at: int
+    in_progress_at: int | None = None
+    expires_at: int | None = None
+    finalizing_at: int | None = None
+    completed_at: int | None = None
+    failed_at: int | None = None
+    expired_at: int | None = None
+    cancelling_at: int | None = None
+    cancelled_at: int | None = None
+    request_counts: RequestCounts = msgspec.field(default_factory=RequestCounts)
+    usage: BatchUsage = msgspec.field(default_factory=BatchUsage)
+    metadata: dict[str, str] | None = None
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing more will happen to it."""
+        return self.status in ENDED
+
+    def move(self, status: Status, now_s: float) -> None:
+        """Take a status on and note when, where there is a field for it; once."""
+        self.status = status
+        field = f"{status}_at"
+        if getattr(self, field, 0) is None:
+            setattr(self, field, int(now_s))

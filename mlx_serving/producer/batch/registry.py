@@ -1,0 +1,152 @@
+"""What Redis knows of batches: a view for other machines, and the way to cancel from there.
+
+The folder is the truth. The view is written about once a second while a runner lives and stays for
+30 days after the last time.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
+
+import msgspec
+
+from mlx_serving.common.connection import connect, resolve
+from mlx_serving.common.errors import BatchNotFound
+from mlx_serving.common.retrying import retry_idempotent, unavailable
+from mlx_serving.producer.batch.folder import STATE
+from mlx_serving.producer.batch.objects import Batch
+from mlx_serving.producer.outage import FAULTS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from mlx_serving.common.settings import Settings
+
+T = TypeVar("T")
+
+KEEP_SECONDS: Final = 30 * 24 * 3600
+ALIVE_SECONDS: Final = 10.0
+"""A runner that was not heard of for longer is taken for dead."""
+
+
+class Report(msgspec.Struct, kw_only=True):
+    """What a runner says of its batch.
+
+    `at_ms`: when, by Redis `TIME`. `problem`: why the runner stopped before the end.
+    """
+
+    batch: Batch
+    folder: str
+    host: str = msgspec.field(default_factory=socket.gethostname)
+    pid: int = msgspec.field(default_factory=os.getpid)
+    at_ms: int = 0
+    in_flight: int = 0
+    waiting: int = 0
+    problem: str = ""
+    age_s: float = 0.0  # set by the reader: how long ago that was
+
+    @property
+    def running(self) -> bool:
+        """Whether a runner is at work on it."""
+        return not (self.batch.ended or self.problem) and self.age_s < ALIVE_SECONDS
+
+    @property
+    def lies_here(self) -> bool:
+        """Whether the batch's folder is on this machine."""
+        return self.host == socket.gethostname() and (Path(self.folder) / STATE).is_file()
+
+
+class Registry:
+    """Batches as one Redis knows them.
+
+    Raises:
+        QueueUnavailable: from every call, where Redis is away.
+
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        endpoint = resolve(settings)
+        self._keys = endpoint.keys
+        self._redis = connect(endpoint)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._redis.close()
+
+    def check(self) -> None:
+        """Make sure that Redis answers."""
+        self._now_ms()
+
+    def tell(self, report: Report) -> bool:
+        """Write a report; returns whether somebody asked to cancel the batch."""
+        report.at_ms = self._now_ms()
+        key, index = self._keys.batch(report.batch.id), self._keys.batches()
+
+        def send(pipe: Any) -> None:  # noqa: ANN401 -- redis has no type
+            pipe.hset(key, "report", msgspec.json.encode(report))
+            pipe.expire(key, KEEP_SECONDS)
+            pipe.zadd(index, {report.batch.id: report.at_ms})
+            pipe.zremrangebyscore(index, "-inf", report.at_ms - KEEP_SECONDS * 1000)
+            pipe.expire(index, KEEP_SECONDS)
+            pipe.hget(key, "cancel")
+
+        return self._pipelined(send)[-1] is not None
+
+    def find(self, batch_id: str) -> Report:
+        """Last report on a batch. Raises BatchNotFound."""
+        raw, now_ms = self._read(batch_id)
+        if raw is None:
+            raise BatchNotFound(f"Redis knows no batch {batch_id!r}")
+        report = msgspec.json.decode(raw, type=Report)
+        report.age_s = max(0.0, (now_ms - report.at_ms) / 1000)
+        return report
+
+    def reports(self) -> list[Report]:
+        """Last reports on all batches, the one heard of last first."""
+        ids: list[Any] = _answered(lambda: self._redis.zrange(self._keys.batches(), 0, -1))
+        found = []
+        for batch_id in reversed(ids):
+            try:
+                found.append(self.find(batch_id.decode()))
+            except BatchNotFound:
+                continue
+        return found
+
+    def ask_to_cancel(self, batch_id: str) -> Report:
+        """Leave word for the runner, wherever it is. Raises BatchNotFound."""
+        report = self.find(batch_id)
+        _answered(lambda: self._redis.hset(self._keys.batch(batch_id), "cancel", "1"))
+        return report
+
+    def _read(self, batch_id: str) -> tuple[bytes | None, int]:
+        raw: Any = _answered(lambda: self._redis.hget(self._keys.batch(batch_id), "report"))
+        return raw, self._now_ms()
+
+    def _now_ms(self) -> int:
+        seconds, microseconds = _answered(self._redis.time)
+        return int(seconds) * 1000 + int(microseconds) // 1000
+
+    def _pipelined(self, send: Callable[[Any], object]) -> list[Any]:
+        def run() -> list[Any]:
+            with self._redis.pipeline(transaction=False) as pipe:
+                send(pipe)
+                return pipe.execute()
+
+        return _answered(run)
+
+
+def _answered(call: Callable[[], T]) -> T:
+    """Run a call that may run twice; whatever Redis fails with is QueueUnavailable."""
+    try:
+        return retry_idempotent(call)
+    except FAULTS as error:
+        raise unavailable(error) from error

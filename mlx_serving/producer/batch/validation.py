@@ -1,0 +1,167 @@
+"""The first pass over a bulk file: every line is read, checked and given its place in the order.
+
+Memory does not grow with the file: records are sorted outside, errors go to the error file, and
+what is kept a line is one bit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import struct
+import time
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO, Final
+
+from mlx_serving.producer.batch.folder import InputFile, Section, sync_folder
+from mlx_serving.producer.batch.index import (
+    MODELS,
+    NO_PREFIX,
+    RECORD_BYTES,
+    Place,
+    place_of,
+    prefix_key,
+    record,
+)
+from mlx_serving.producer.batch.line_set import LineSet
+from mlx_serving.producer.batch.lines import LINE_BYTES, BadLine, LineReader, Request, custom_id_of
+from mlx_serving.producer.batch.objects import NAMED_ERRORS, ErrorList, LineError
+from mlx_serving.producer.batch.reading import read_lines
+from mlx_serving.producer.batch.results import Results
+from mlx_serving.producer.batch.sorting import ExternalSorter
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from mlx_serving.producer.batch.folder import BatchFolder, BatchState
+    from mlx_serving.producer.batch.reading import PlacedLine
+
+_CUSTOM_ID: Final = struct.Struct(">16sQQI")  # its hash, line, offset, length
+PROGRESS_LINES: Final = 1000
+
+
+class Validation:
+    """One pass; `run` may be made again after a crash and starts from nothing."""
+
+    def __init__(
+        self, folder: BatchFolder, state: BatchState, progress: Callable[[int], object] | None
+    ) -> None:
+        self._folder, self._state = folder, state
+        self._progress = progress or (lambda _: None)
+        self._reader = LineReader(state.batch.id, state.options)
+        self._models: dict[str, int] = {}
+        self._counts: Counter[str] = Counter()  # lines of each model
+        self._ignored: Counter[str] = Counter()
+        self._named: list[LineError] = []
+        self._lines = 0
+
+    def run(self) -> None:
+        """Validate, and leave the state `in_progress`, or `failed` where nothing can be run."""
+        for path in (self._folder.index, self._folder.output, self._folder.errors):
+            path.unlink(missing_ok=True)
+        source = Path(self._state.input.path)
+        results = Results(self._folder, self._state.batch.id)
+        with (
+            source.open("rb") as file,
+            ExternalSorter(self._folder.path, RECORD_BYTES) as order,
+            ExternalSorter(self._folder.path, _CUSTOM_ID.size) as ids,
+        ):
+            self._state.input = InputFile.of(source)
+            for line in read_lines(file, LINE_BYTES):
+                self._read(line, results, order, ids)
+            dropped = self._drop_duplicates(file, results, ids)
+            self._write_index(order.merged(), dropped)
+        results.sync()
+        results.close()
+        self._conclude(results.failed)
+
+    def _read(
+        self, line: PlacedLine, results: Results, order: ExternalSorter, ids: ExternalSorter
+    ) -> None:
+        self._lines += 1
+        if self._lines % PROGRESS_LINES == 0:
+            self._progress(self._lines)
+        found = self._parse(line)
+        if isinstance(found, BadLine):
+            results.failed_line(found.line, found.custom_id, found.summary)
+            self._name(*found.errors)
+            return
+        place = Place(line.number, line.offset, line.length)
+        grouped = self._state.options.order == "prefix"
+        key = prefix_key(found.job) if grouped else NO_PREFIX
+        order.add(record(self._models[found.job.model], key, place))
+        digest = hashlib.blake2b(found.custom_id.encode(), digest_size=16).digest()
+        ids.add(_CUSTOM_ID.pack(digest, *place))
+        self._ignored.update(found.ignored)
+        if self._state.batch.model is None:
+            self._state.batch.model, self._state.batch.endpoint = found.job.model, found.url
+
+    def _parse(self, line: PlacedLine) -> Request | BadLine:
+        if line.data is None:
+            reason = f"is longer than {LINE_BYTES} bytes"
+            return _bad(line.number, None, "line_too_long", reason)
+        found = self._reader.read(line.data, line.number)
+        if isinstance(found, Request):
+            self._models.setdefault(found.job.model, len(self._models))
+            if len(self._models) > MODELS:
+                del self._models[found.job.model]
+                reason = f"the file names more than {MODELS} models"
+                return _bad(line.number, found.custom_id, "too_many_models", reason, "body.model")
+        return found
+
+    def _drop_duplicates(self, file: BinaryIO, results: Results, ids: ExternalSorter) -> LineSet:
+        """Keep the first line of each custom_id; the others are errors."""
+        dropped = LineSet()
+        first: tuple[bytes, int] = (b"", 0)
+        for packed in ids.merged():
+            digest, line, offset, length = _CUSTOM_ID.unpack(packed)
+            if digest != first[0]:
+                first = (digest, line)
+                continue
+            raw = os.pread(file.fileno(), length, offset)
+            reason = f"is that of line {first[1]} too"
+            bad = _bad(line, custom_id_of(raw, line), "duplicate_custom_id", reason, "custom_id")
+            results.failed_line(bad.line, bad.custom_id, bad.summary)
+            self._name(*bad.errors)
+            dropped.add(line)
+        return dropped
+
+    def _write_index(self, records: Iterator[bytes], dropped: LineSet) -> None:
+        counts: Counter[int] = Counter()
+        with self._folder.index.open("wb") as file:
+            for packed in records:
+                model, place = place_of(packed)
+                if place.line not in dropped:
+                    file.write(packed)
+                    counts[model] += 1
+            file.flush()
+            os.fsync(file.fileno())
+        sync_folder(self._folder.path)
+        first = 0
+        self._state.sections = []
+        for name, number in self._models.items():
+            self._state.sections.append(Section(name, first, counts[number]))
+            first += counts[number]
+
+    def _conclude(self, failed: int) -> None:
+        state, batch, now_s = self._state, self._state.batch, time.time()
+        batch.request_counts.total = self._lines
+        batch.request_counts.failed = failed
+        state.ignored = dict(sorted(self._ignored.items()))
+        if not self._lines:
+            self._name(LineError(code="empty_file", message="the file has no lines"))
+        self._named.sort(key=lambda error: error.line or 0)
+        batch.errors = ErrorList(self._named) if self._named else None
+        runnable = failed < self._lines and not (failed and state.options.strict)
+        batch.move("in_progress" if runnable else "failed", now_s)
+        self._progress(self._lines)
+
+    def _name(self, *errors: LineError) -> None:
+        self._named += errors[: max(0, NAMED_ERRORS - len(self._named))]
+
+
+def _bad(
+    line: int, custom_id: str | None, code: str, reason: str, param: str | None = None
+) -> BadLine:
+    return BadLine(line, custom_id, (LineError(code=code, message=reason, param=param, line=line),))

@@ -1,0 +1,55 @@
+"""A claim that runs while the jobs of the one before it are read.
+
+Redis takes its time for a claim, and may be busy with a commit; reading what it gave takes as long.
+Only where a claim took all that it asked for is there likely to be more, so an idle worker never
+claims ahead.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mlx_serving.common.calls import Call, ClaimReply
+    from mlx_serving.common.protocol import Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class Claimed:
+    """What a claim of up to `most` jobs brought."""
+
+    reply: ClaimReply
+    most: int
+
+    @property
+    def full(self) -> bool:
+        """Whether it took all that it asked for."""
+        return len(self.reply.jobs) == self.most
+
+
+class ClaimAhead:
+    """At most one claim under way, in a thread of its own. For the thread that claims."""
+
+    def __init__(self, protocol: Protocol) -> None:
+        self._protocol = protocol
+        self._thread = ThreadPoolExecutor(1, "claim-ahead")
+        self._under_way: tuple[Future[ClaimReply], int] | None = None
+
+    def begin(self, call: Call[ClaimReply], most: int) -> None:
+        """Send a claim; `take` has its reply. No other may be under way."""
+        self._under_way = self._thread.submit(self._protocol.run, call), most
+
+    def take(self, timeout: float | None = None) -> Claimed | None:
+        """Wait for the claim under way; None where there is none.
+
+        Raises:
+            redis.RedisError: it failed.
+            TimeoutError: it is not back within `timeout` seconds.
+
+        """
+        if self._under_way is None:
+            return None
+        (future, most), self._under_way = self._under_way, None
+        return Claimed(future.result(timeout), most)

@@ -1,0 +1,98 @@
+"""Which KV cache the decode batch gets: paged where a kernel proved itself here, else mlx-lm's.
+
+The paged cache is used where every layer keeps a plain KV cache, the device has the kernels, the
+kernels agree with their reference on it, and the model itself gives the same logits with either
+cache. Anything else keeps mlx-lm's batch caches, and the report says why.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import mlx.core as mx
+from mlx_lm.models.cache import KVCache
+
+from mlx_serving.worker.engine import kv_cache
+from mlx_serving.worker.engine.acceleration import AccelerationReport
+from mlx_serving.worker.engine.decode_cache import DecodeCache, PaddedCache
+from mlx_serving.worker.engine.kernels import dialect
+from mlx_serving.worker.engine.kv_cache import CacheCost, LanguageModel
+from mlx_serving.worker.engine.paged import dispatch
+from mlx_serving.worker.engine.paged.cache import (
+    BLOCK_TOKENS,
+    LOOKAHEAD_TOKENS,
+    LayerShape,
+    PagedCache,
+)
+from mlx_serving.worker.engine.paged.kernel_ops import KernelOps, supports
+from mlx_serving.worker.engine.paged.layers import PagedOps
+from mlx_serving.worker.engine.paged.self_check import check
+
+PAGED_CACHE: Final = "paged KV cache"
+
+
+@dataclass(frozen=True, slots=True)
+class CacheChoice:
+    """A kind of cache. `block_tokens`: what rows are rounded up to; 0: padded to the longest.
+
+    `report` is None on a CPU, which has no kernel to choose.
+    """
+
+    make: Callable[[], DecodeCache]
+    block_tokens: int
+    report: AccelerationReport | None
+
+    def row_overhead_tokens(self, cost: CacheCost) -> int:
+        """KV tokens that a row may hold beyond its own."""
+        return LOOKAHEAD_TOKENS if self.block_tokens else cost.overhead_tokens
+
+
+def choose_cache(model: LanguageModel, *, prefer_native: bool = True) -> CacheChoice:
+    """Choose for this model on this device; runs a few tiny steps where a kernel might be used."""
+    language = dialect()
+    if language is None:
+        return CacheChoice(lambda: PaddedCache(model), 0, None)
+    if not prefer_native:
+        return padded_choice(model, "switched off by the settings")
+    try:
+        return paged_choice(model, KernelOps(language))
+    except Exception as error:  # noqa: BLE001 - whatever fails, mlx-lm's own caches work
+        return padded_choice(model, f"{type(error).__name__}: {error}")
+
+
+def paged_choice(model: LanguageModel, ops: PagedOps) -> CacheChoice:
+    """Return the paged cache with these operations, where they and the model pass their checks."""
+    shapes = layer_shapes(model)
+    reason = _why_not(model, shapes) or check(model, shapes, ops)
+    if reason is not None:
+        return padded_choice(model, reason)
+    report = AccelerationReport(PAGED_CACHE, "native", "self-check passed")
+    return CacheChoice(lambda: PagedCache(model, shapes, ops), BLOCK_TOKENS, report)
+
+
+def padded_choice(model: LanguageModel, reason: str) -> CacheChoice:
+    """Return mlx-lm's batch caches, and say why."""
+    report = AccelerationReport(PAGED_CACHE, "twin", reason)
+    return CacheChoice(lambda: PaddedCache(model), 0, report)
+
+
+def layer_shapes(model: LanguageModel) -> list[LayerShape]:
+    """Return what each layer keeps; empty where any of them is not a plain KV cache."""
+    cache = kv_cache.new_cache(model, 1)
+    if any(type(layer) is not KVCache for layer in cache):
+        return []
+    model(mx.zeros((1, 2), dtype=mx.int32), cache=cache)  # built, never computed
+    if any(layer.keys.shape != layer.values.shape for layer in cache):
+        return []
+    shapes = [(layer.keys.shape, layer.keys.dtype) for layer in cache]
+    return [LayerShape(shape[1], shape[3], dtype) for shape, dtype in shapes]
+
+
+def _why_not(model: LanguageModel, shapes: Sequence[LayerShape]) -> str | None:
+    if not shapes:
+        return "a layer keeps another cache than plain keys and values"
+    if not all(supports(shape.head_dim) for shape in shapes):
+        return f"no kernel for heads of {max(shape.head_dim for shape in shapes)}"
+    if not dispatch.install(model):
+        return "the model does not use mlx-lm's attention"
+    return None

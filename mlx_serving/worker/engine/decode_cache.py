@@ -1,0 +1,103 @@
+"""The KV cache of the decode batch: what `ModelRunner` needs of one, and mlx-lm's own behind it.
+
+`PaddedCache` keeps mlx-lm's batch caches: any kind of layer, every row padded to the longest, the
+whole copied whenever rows join or leave. `paged.cache.PagedCache` follows live tokens and copies
+nothing, for plain attention layers on a GPU.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import mlx.core as mx
+
+from mlx_serving.worker.engine import kv_cache
+from mlx_serving.worker.engine.kv_cache import LanguageModel
+
+
+@dataclass(frozen=True, slots=True)
+class Prefilled:
+    """Prompts that were computed, and the rows that go on from them.
+
+    `layers` are what `new_prompts` of the same cache gave. `lengths` are the prompts' tokens,
+    `prompts` names each joining row's prompt.
+    """
+
+    layers: list[Any]
+    lengths: Sequence[int]
+    prompts: Sequence[int]
+
+
+class DecodeCache(Protocol):
+    """The KV cache of every row that decodes, in the batch's order."""
+
+    def limit(self, tokens: int) -> None:
+        """Bound the cache; the scheduler admits within it."""
+
+    def new_prompts(self, prompts: int) -> list[Any]:
+        """Return what the model takes as its cache while it computes so many prompts."""
+
+    def forward_prompts(self, contexts: list[list[int]], layers: list[Any]) -> None:
+        """Build the computation of the prompts' next tokens into `layers` of `new_prompts`."""
+
+    def join(self, prefilled: Prefilled) -> None:
+        """Append rows."""
+
+    def keep(self, kept: Sequence[int]) -> None:
+        """Keep only these rows, in this order. A step that was launched with all may be running."""
+
+    def step(self, tokens: mx.array) -> mx.array:
+        """Build the model's step on one token a row, int32 [B]; returns logits [B, V]."""
+
+    def settle(self) -> None:
+        """Note that no step runs that was launched before the last call of `keep`."""
+
+
+class PaddedCache:
+    """mlx-lm's batch caches: rows x longest row, of any kind that mlx-lm can batch."""
+
+    def __init__(self, model: LanguageModel) -> None:
+        """Start without rows."""
+        self._model = model
+        self._layers: list[Any] = []
+        self._lengths: list[int] = []
+
+    def limit(self, tokens: int) -> None:
+        """Do nothing: mlx-lm's caches hold what they are given."""
+
+    def new_prompts(self, prompts: int) -> list[Any]:
+        """Return mlx-lm's plain caches for one prompt, batch caches for several."""
+        return kv_cache.new_cache(self._model, prompts)
+
+    def forward_prompts(self, contexts: list[list[int]], layers: list[Any]) -> None:
+        """Pad on the right to the longest; mlx-lm's batch caches then justify their rows."""
+        kv_cache.forward_prompts(self._model, contexts, layers)
+
+    def join(self, prefilled: Prefilled) -> None:
+        """Append rows; copies both caches."""
+        layers = prefilled.layers
+        if len(prefilled.lengths) == 1:
+            layers = kv_cache.as_batch(layers)
+        if len(prefilled.prompts) > len(prefilled.lengths):
+            kv_cache.keep_rows(layers, list(prefilled.prompts), max(prefilled.lengths))
+        if self._lengths:
+            kv_cache.extend(self._layers, layers)
+        else:
+            self._layers = layers
+        self._lengths += [prefilled.lengths[prompt] for prompt in prefilled.prompts]
+
+    def keep(self, kept: Sequence[int]) -> None:
+        """Keep only these rows; copies what stays."""
+        self._lengths = [self._lengths[row] for row in kept]
+        if kept:
+            kv_cache.keep_rows(self._layers, list(kept), max(self._lengths))
+        else:
+            self._layers = []
+
+    def step(self, tokens: mx.array) -> mx.array:
+        """Build the model's step; mlx-lm's caches grow by themselves."""
+        self._lengths = [length + 1 for length in self._lengths]
+        return self._model(tokens[:, None], cache=self._layers)[:, -1]
+
+    def settle(self) -> None:
+        """Do nothing: arrays that a running step reads are kept by MLX."""

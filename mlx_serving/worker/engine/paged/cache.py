@@ -1,0 +1,289 @@
+"""The paged KV cache of the decode batch: cost and memory follow live tokens.
+
+Every layer has one pool of blocks; a row owns as many as its tokens need. Rows that join bring
+their prompt into free blocks, rows that leave give theirs back; nothing else is touched. Choices
+of one prompt share its full blocks (vLLM's paged KV cache: Kwon et al., 2023).
+
+The pools grow as rows need them and shrink when most of them is unused.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_serving.worker.engine import kv_cache
+from mlx_serving.worker.engine.decode_cache import Prefilled
+from mlx_serving.worker.engine.kv_cache import LanguageModel
+from mlx_serving.worker.engine.paged.block_allocator import BlockAllocator
+from mlx_serving.worker.engine.paged.layers import PagedLayer, PagedOps, StepPlan, StoreEntry
+from mlx_serving.worker.engine.paged.step import (
+    compiled_step,
+    plain_step,
+    round_up_rows,
+    round_up_to_power,
+)
+
+BLOCK_TOKENS: Final = 32
+# A row gets its next block when fewer free places than this are left, so that the rows' tables
+# change once in so many steps and not in each.
+LOOKAHEAD_TOKENS: Final = 8
+GROWTH_BLOCKS: Final = 64  # the least by which a pool grows; above, an eighth of itself
+# Rows are one item of work each, until one is longer than this; then all are cut into chunks.
+# (Measured: a second launch to join the parts costs more than it saves before that.)
+SPLIT_ABOVE_TOKENS: Final = 2048
+CHUNK_TOKENS: Final = 1024
+PROMPT_TOKENS: Final = 32  # prompts are computed in multiples of so many tokens
+LONG_TOKENS: Final = 1024  # of the prompts that join at once
+_LEAST_TABLE_WIDTH: Final = 16  # blocks
+_ITEMS: Final = 32  # items of work are padded to multiples of so many
+_END: Final = 2**31 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class LayerShape:
+    """A layer's KV heads, their size and type."""
+
+    heads: int
+    head_dim: int
+    dtype: mx.Dtype
+
+
+class PagedCache:
+    """See `DecodeCache`."""
+
+    def __init__(self, model: LanguageModel, shapes: Sequence[LayerShape], ops: PagedOps) -> None:
+        """Start without rows and without pools."""
+        self.allocator = BlockAllocator(_END)
+        self.layers: list[PagedLayer] = []
+        self._model = model
+        self._shapes = shapes
+        self._ops = ops
+        self._rows: list[list[int]] = []  # each row's blocks
+        self._lengths = np.zeros(0, dtype=np.int32)  # each row's tokens, as of the last step begun
+        self._leaving: list[int] = []  # blocks of rows that left: a running step may write there
+        self._steps_left = 0  # steps until a row is out of room
+        self._plan: StepPlan | None = None  # None: rows or blocks changed
+        self._stored = mx.zeros((1,), mx.int32)  # 0; depends on every store so far
+        self._nobodys: list[int] = []  # the block that rows write to which fill up a batch
+        self._step = compiled_step(model, ops) if ops.in_place else plain_step(model)
+
+    @property
+    def blocks(self) -> int:
+        """Blocks that exist in each pool."""
+        return self.layers[0].keys.shape[0] if self.layers else 0
+
+    def limit(self, tokens: int) -> None:
+        """Bound each pool to whole blocks of so many tokens, and the one of nobody."""
+        self.allocator.limit = tokens // BLOCK_TOKENS + 1
+
+    def new_prompts(self, prompts: int) -> list[Any]:
+        """Return mlx-lm's plain caches: they hold several prompts, padded on the right."""
+        del prompts
+        return kv_cache.new_cache(self._model, 1)
+
+    def forward_prompts(self, contexts: list[list[int]], layers: list[Any]) -> None:
+        """Pad on the right; no token looks there, and `join` knows the lengths.
+
+        Lengths are rounded up too: each new shape costs a GPU's libraries a search for kernels.
+        """
+        longest = max(map(len, contexts))
+        length = -(-longest // PROMPT_TOKENS) * PROMPT_TOKENS
+        self._model(kv_cache.padded(contexts, length), cache=layers)
+        for layer in layers:
+            layer.trim(length - longest)  # a prompt's next chunk goes there
+
+    def join(self, prefilled: Prefilled) -> None:
+        """Append rows: each prompt is copied into blocks, its full ones once for all its rows."""
+        needed = sum(self._blocks_of_prompt(prefilled, p) for p in range(len(prefilled.lengths)))
+        if not self._nobodys:
+            self._nobodys = self.allocator.allocate(1)
+        self._make_room(needed)
+        entries: list[StoreEntry] = []
+        shared = self._store_full_blocks(prefilled, entries)
+        lengths = [prefilled.lengths[prompt] for prompt in prefilled.prompts]
+        for prompt, length in zip(prefilled.prompts, lengths, strict=True):
+            self._rows.append(self._row_of(prompt, length, shared[prompt], entries))
+        for blocks in shared:
+            self.allocator.free(blocks)  # the prompt itself lets go; its rows keep them
+        self._lengths = np.concatenate([self._lengths, np.array(lengths, dtype=np.int32)])
+        self._grow()
+        if entries:
+            self._store(prefilled, entries)
+        self._plan = None
+
+    def _blocks_of_prompt(self, prefilled: Prefilled, prompt: int) -> int:
+        length = prefilled.lengths[prompt]
+        copies = sum(index == prompt for index in prefilled.prompts)
+        return length // BLOCK_TOKENS + copies * (length % BLOCK_TOKENS > 0)
+
+    def _store_full_blocks(
+        self, prefilled: Prefilled, entries: list[StoreEntry]
+    ) -> list[list[int]]:
+        """Allocate each prompt's full blocks, which its rows share."""
+        shared = []
+        for prompt, length in enumerate(prefilled.lengths):
+            blocks = self.allocator.allocate(length // BLOCK_TOKENS)
+            entries += [
+                StoreEntry(block, prompt, index * BLOCK_TOKENS, BLOCK_TOKENS)
+                for index, block in enumerate(blocks)
+            ]
+            shared.append(blocks)
+        return shared
+
+    def _row_of(
+        self, prompt: int, length: int, shared: list[int], entries: list[StoreEntry]
+    ) -> list[int]:
+        """Return a row's blocks: the shared ones, and its own for what does not fill a block."""
+        self.allocator.share(shared)
+        rest = length % BLOCK_TOKENS
+        if not rest:
+            return list(shared)
+        (own,) = self.allocator.allocate(1)
+        entries.append(StoreEntry(own, prompt, length - rest, rest))
+        return [*shared, own]
+
+    def _store(self, prefilled: Prefilled, entries: list[StoreEntry]) -> None:
+        """Copy the prompts in; long ones layer by layer, so that one layer at a time is twice."""
+        long = sum(prefilled.lengths) > LONG_TOKENS
+        for index, layer in enumerate(self.layers):
+            source = prefilled.layers[index]
+            self._stored = layer.store(source.keys, source.values, entries, self._stored)
+            if long:
+                mx.async_eval(self._stored)
+            prefilled.layers[index] = None
+
+    def keep(self, kept: Sequence[int]) -> None:
+        """Keep only these rows; copies nothing."""
+        staying = set(kept)
+        for index, blocks in enumerate(self._rows):
+            if index not in staying:
+                self._leaving += blocks
+        self._rows = [self._rows[index] for index in kept]
+        self._lengths = self._lengths[np.array(kept, dtype=np.int64)]
+        self._plan = None
+        if not kept:
+            self._drop()
+
+    def step(self, tokens: mx.array) -> mx.array:
+        """Build the model's step; only where rows or their blocks changed does a table change."""
+        rows = len(self._rows)
+        if self._plan is None or not self._steps_left:
+            self._shrink()
+            self._extend_rows()
+            self._plan = self._make_plan()
+        filling = self._plan.lengths.shape[0] - rows
+        if filling:
+            tokens = mx.concatenate([tokens, mx.zeros((filling,), dtype=mx.int32)])
+        logits, self._plan.lengths = self._step(tokens, self._plan, self.layers)
+        self._lengths += 1
+        self._steps_left -= 1
+        return logits[:rows] if filling else logits
+
+    def settle(self) -> None:
+        """Free the blocks of rows that left."""
+        self.allocator.free(self._leaving)
+        self._leaving = []
+
+    def _extend_rows(self) -> None:
+        """Allocate the next block of each row that is close to the end of its last one."""
+        short = [
+            index
+            for index, (blocks, length) in enumerate(
+                zip(self._rows, self._lengths.tolist(), strict=True)
+            )
+            if len(blocks) * BLOCK_TOKENS - length < LOOKAHEAD_TOKENS
+        ]
+        if short:
+            self._make_room(len(short))
+            for index, block in zip(short, self.allocator.allocate(len(short)), strict=True):
+                self._rows[index].append(block)
+            self._grow()
+        rooms = [len(blocks) * BLOCK_TOKENS for blocks in self._rows] - self._lengths
+        self._steps_left = int(rooms.min())
+
+    def _make_plan(self) -> StepPlan:
+        rows = len(self._rows)
+        batch = round_up_rows(rows)
+        width = max(_LEAST_TABLE_WIDTH, round_up_to_power(max(map(len, self._rows))))
+        table = np.full((batch, width), self._nobodys[0], dtype=np.int32)
+        for index, blocks in enumerate(self._rows):
+            table[index, : len(blocks)] = blocks
+        lengths, advance = np.zeros((2, batch), dtype=np.int32)
+        lengths[:rows], advance[:rows] = self._lengths, 1
+        work, firsts = plan_work([*self._lengths.tolist(), *[0] * (batch - rows)])
+        return StepPlan(
+            mx.array(table),
+            mx.array(lengths) + self._stored,  # so that a step comes after every store
+            mx.array(advance),
+            mx.array(work, dtype=mx.int32),
+            mx.array(firsts, dtype=mx.int32),
+            split=len(work) > batch,
+        )
+
+    def _make_room(self, blocks: int) -> None:
+        """See that the allocator can give `blocks`: leavings of a step that still runs count."""
+        if not self.allocator.can_allocate(blocks):
+            mx.synchronize()
+            self.settle()
+
+    def _grow(self) -> None:
+        """Let the pools hold what the allocator handed out."""
+        needed = self.allocator.extent
+        if needed <= self.blocks:
+            return
+        size = max(needed, min(_with_slack(self.blocks), self.allocator.limit))
+        if not self.layers:
+            self.layers = [self._new_layer(shape, size) for shape in self._shapes]
+            return
+        mx.synchronize()
+        for layer in self.layers:
+            layer.resize(size)
+        mx.clear_cache()  # the old pools' buffers fit nothing else
+
+    def _shrink(self) -> None:
+        """Move what is used together where most of the pools is not."""
+        size = _with_slack(self.allocator.used)
+        if self.blocks <= 2 * size:
+            return
+        mx.synchronize()
+        self.settle()
+        moved = self.allocator.compact()
+        self._rows = [[moved[block] for block in row] for row in self._rows]
+        self._nobodys = [moved[block] for block in self._nobodys]
+        for layer in self.layers:
+            layer.resize(size, list(moved))
+        mx.clear_cache()
+
+    def _new_layer(self, shape: LayerShape, blocks: int) -> PagedLayer:
+        pool = (blocks, shape.heads, BLOCK_TOKENS, shape.head_dim)
+        keys, values = (mx.zeros(pool, shape.dtype) for _ in range(2))
+        layer = PagedLayer(self._ops, keys, values)
+        layer.materialize()
+        return layer
+
+    def _drop(self) -> None:
+        """Forget the pools: no row is left. A running step keeps them alive until it is done."""
+        self.settle()
+        self.allocator.free(self._nobodys)
+        self._nobodys, self.layers = [], []
+
+
+def _with_slack(blocks: int) -> int:
+    return blocks + max(GROWTH_BLOCKS, blocks // 8)
+
+
+def plan_work(lengths: Sequence[int]) -> tuple[list[tuple[int, int, int]], list[int]]:
+    """Return the items of work of rows of such lengths, and each row's first; see `StepPlan`."""
+    if max(lengths) <= SPLIT_ABOVE_TOKENS:
+        return [(row, 0, _END) for row in range(len(lengths))], list(range(len(lengths) + 1))
+    work: list[tuple[int, int, int]] = []
+    firsts = [0]
+    for row, length in enumerate(lengths):
+        starts = range(0, max(1, length), CHUNK_TOKENS)
+        work += [(row, start, start + CHUNK_TOKENS) for start in starts[:-1]]
+        work.append((row, starts[-1], _END))
+        firsts.append(len(work))
+    return work + [(-1, 0, 0)] * (-len(work) % _ITEMS), firsts

@@ -1,0 +1,32 @@
+"""One sampler for the whole batch: a pure-MLX reference and a fused kernel of the same meaning."""
+
+from mlx_serving.worker.engine.sampling.draws import Draws, Logprobs
+from mlx_serving.worker.engine.sampling.noise import (
+    hash_tokens,
+    mix,
+    negative_gumbel,
+    position_keys,
+    stream_key,
+    token_words,
+)
+from mlx_serving.worker.engine.sampling.parameters import GREEDY_BELOW, RowSampling
+from mlx_serving.worker.engine.sampling.reading import read_logprobs
+from mlx_serving.worker.engine.sampling.reference import ReferenceDraw
+from mlx_serving.worker.engine.sampling.sampler import BatchSampler, MakeDraw
+
+__all__ = [
+    "GREEDY_BELOW",
+    "BatchSampler",
+    "Draws",
+    "Logprobs",
+    "MakeDraw",
+    "ReferenceDraw",
+    "RowSampling",
+    "hash_tokens",
+    "mix",
+    "negative_gumbel",
+    "position_keys",
+    "read_logprobs",
+    "stream_key",
+    "token_words",
+]

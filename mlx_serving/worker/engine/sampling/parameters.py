@@ -1,0 +1,204 @@
+"""A batch's sampling parameters as arrays: data on the device, so that no value compiles anything.
+
+Few arrays, because each one made on the host costs the device a transfer. The columns are those
+of `native/kernels/sampler.h`, which reads the same arrays.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from enum import IntEnum, IntFlag
+from functools import cache
+from itertools import accumulate
+from typing import Final
+
+import mlx.core as mx
+import numpy as np
+from numpy.typing import NDArray
+
+from mlx_serving.worker.engine.sampling.noise import stream_key
+from mlx_serving.worker.engine.sequence import SamplingParams
+
+GREEDY_BELOW: Final = 1e-5  # a lower temperature than this is 0
+# Metal hands a kernel arrays of fewer elements in another address space.
+_SHORTEST: Final = 8
+_NO_LOGPROBS: Final = (1 << 32) - 1  # -1 as a word
+
+
+class Column(IntEnum):
+    """Columns of `Parameters.table`: floats by their bits, then integers."""
+
+    TEMPERATURE = 0
+    TOP_P = 1
+    LOG_MIN_P = 2
+    REPETITION = 3
+    PRESENCE = 4
+    FREQUENCY = 5
+    FLAGS = 6
+    TOP_K = 7
+    LOGPROBS = 8  # -1: none asked for
+    TOP_LOGPROBS = 9  # the most that any row of the batch asks for
+    STREAM_FIRST = 10
+    STREAM_SECOND = 11
+    POSITION = 12  # of the token that the first call samples
+    SCRATCH_ROW = 13  # -1: the model's logits are used as they are
+    HISTORY_BEGIN = 14  # places in `Parameters.lists`, from here on
+    PROMPT_END = 15
+    HISTORY_END = 16
+    BIAS_BEGIN = 17
+    BIAS_VALUES = 18
+    BIAS_COUNT = 19
+
+
+class Flag(IntFlag):
+    """Bits of `Column.FLAGS`."""
+
+    GREEDY = 1
+    PENALISED = 2
+    MASKED = 4
+
+
+@dataclass(frozen=True, slots=True)
+class RowSampling:
+    """One row's place in the random stream, and its past where penalties need it.
+
+    `position` is that of its next sampled token in the completion, from 0. `history` holds the
+    row's prompt, of `prompt_length` tokens, and what the host knows of its completion; it may
+    lack the token that the next step takes in, which the sampler is given then. `masked` rows
+    sample under the mask of allowed tokens that each call brings.
+    """
+
+    params: SamplingParams
+    choice: int
+    position: int
+    history: Sequence[int] = ()
+    prompt_length: int = 0
+    masked: bool = False
+
+    @property
+    def past(self) -> Sequence[int]:
+        """The tokens before the one that the next step takes in."""
+        return self.history[: self.prompt_length + self.position - 1]
+
+
+def is_greedy(params: SamplingParams) -> bool:
+    """Say whether the likeliest token is taken."""
+    return params.temperature < GREEDY_BELOW
+
+
+@dataclass(frozen=True, slots=True)
+class Parameters:
+    """Rows [B] packed.
+
+    `table` int32 [B, 20], columns as in `Column`. `lists` int32 [N]: every row's history, biased
+    tokens and biases (float32 by their bits), one after another.
+    """
+
+    rows: tuple[RowSampling, ...]
+    vocab_size: int
+    table: mx.array
+    lists: mx.array
+    adjusted: tuple[int, ...]  # rows with penalties, bias or a mask, in scratch order
+    top_logprobs: int | None  # the most that any row asks for
+    penalised: bool  # any row has penalties, so that every call needs its input tokens
+    masked: bool  # any row samples under a mask, so that every call needs one
+
+    @property
+    def size(self) -> int:
+        """Rows."""
+        return len(self.rows)
+
+    def floats(self, column: Column) -> mx.array:
+        """Return one parameter of every row: float32 [B, 1]."""
+        return self.table[:, column : column + 1].view(mx.float32)
+
+    def ints(self, column: Column) -> mx.array:
+        """Return one parameter of every row: int32 [B, 1]."""
+        return self.table[:, column : column + 1]
+
+
+def pack(rows: Iterable[RowSampling], vocab_size: int) -> Parameters:
+    """Pack a batch's rows, in order. Runs on the host; waits for nothing on the device."""
+    batch = tuple(rows)
+    params = [row.params for row in batch]
+    adjusted = [
+        index
+        for index, row in enumerate(batch)
+        if row.params.penalised or row.params.logit_bias or row.masked
+    ]
+    asked = [min(p.logprobs, vocab_size) for p in params if p.logprobs is not None]
+    table = np.empty((len(batch), len(Column)), dtype=np.int32)
+    table[:, : Column.FLAGS] = np.array([_floats(p) for p in params], np.float32).view(np.int32)
+    whole = np.array([_ints(row, vocab_size, asked) for row in batch], dtype=np.uint32)
+    table[:, Column.FLAGS : Column.SCRATCH_ROW] = whole.view(np.int32)
+    table[:, Column.SCRATCH_ROW] = -1
+    table[adjusted, Column.SCRATCH_ROW] = range(len(adjusted))
+    table[:, Column.HISTORY_BEGIN :] = 0
+    return Parameters(
+        batch,
+        vocab_size,
+        lists=_fill_lists([batch[index] for index in adjusted], adjusted, table),
+        table=mx.array(table),
+        adjusted=tuple(adjusted),
+        top_logprobs=max(asked) if asked else None,
+        penalised=any(p.penalised for p in params),
+        masked=any(row.masked for row in batch),
+    )
+
+
+def _floats(params: SamplingParams) -> tuple[float, ...]:
+    """Return the first columns."""
+    return (
+        1.0 if is_greedy(params) else params.temperature,
+        params.top_p,
+        math.log(params.min_p) if params.min_p > 0.0 else -math.inf,
+        params.repetition_penalty,
+        params.presence_penalty,
+        params.frequency_penalty,
+    )
+
+
+def _ints(row: RowSampling, vocab_size: int, asked: list[int]) -> tuple[int, ...]:
+    """Return the columns from FLAGS to POSITION as 32-bit words."""
+    params = row.params
+    logprobs = _NO_LOGPROBS if params.logprobs is None else min(params.logprobs, vocab_size)
+    top_k = min(params.top_k or vocab_size, vocab_size)
+    stream = stream_key(params.seed, row.choice)
+    return (_flags(row), top_k, logprobs, max([1, *asked]), *stream, row.position)
+
+
+def _flags(row: RowSampling) -> int:
+    flags = Flag(0)
+    if is_greedy(row.params):
+        flags |= Flag.GREEDY
+    if row.params.penalised:
+        flags |= Flag.PENALISED
+    if row.masked:
+        flags |= Flag.MASKED
+    return int(flags)
+
+
+def _fill_lists(rows: list[RowSampling], places: list[int], table: NDArray[np.int32]) -> mx.array:
+    """Join the rows' lists and write into `table`, at `places`, where each begins and ends."""
+    if not rows:
+        return _no_lists()
+    parts: list[NDArray[np.int32]] = []
+    for row in rows:
+        bias = row.params.logit_bias
+        past = row.past if row.params.penalised else ()
+        parts.append(np.asarray(past, dtype=np.int32))
+        parts.append(np.array([token for token, _ in bias], dtype=np.int32))
+        parts.append(np.array([value for _, value in bias], dtype=np.float32).view(np.int32))
+    ends = list(accumulate(len(part) for part in parts))
+    for index, (place, row) in enumerate(zip(places, rows, strict=True)):
+        history_end, tokens_end, values_end = ends[3 * index : 3 * index + 3]
+        history_begin = history_end - len(parts[3 * index])
+        prompt_end = min(history_begin + row.prompt_length, history_end)
+        bounds = (history_begin, prompt_end, history_end, history_end, tokens_end)
+        table[place, Column.HISTORY_BEGIN :] = (*bounds, values_end - tokens_end)
+    return mx.array(np.concatenate([*parts, np.zeros(_SHORTEST, dtype=np.int32)]))
+
+
+@cache
+def _no_lists() -> mx.array:
+    return mx.zeros(_SHORTEST, dtype=mx.int32)

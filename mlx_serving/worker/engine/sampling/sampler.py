@@ -1,0 +1,72 @@
+"""One vectorised sampler for the whole batch: every parameter an element of an array."""
+
+from collections.abc import Callable, Iterable
+from typing import Final
+
+import mlx.core as mx
+
+from mlx_serving.worker.engine.sampling.draws import Draw, Draws, StepInputs
+from mlx_serving.worker.engine.sampling.parameters import Parameters, RowSampling, pack
+from mlx_serving.worker.engine.sampling.reference import ReferenceDraw
+
+RECENT_TOKENS: Final = 64  # steps after which a batch with penalties is packed again
+_FEWEST_COLUMNS: Final = 8
+
+MakeDraw = Callable[[Parameters, mx.array], Draw]
+
+
+class BatchSampler:
+    """The sampling state of one batch, rebuilt (on the host, no sync) when its rows change.
+
+    Sampling moves every row one position on. Rows own their noise and their history, so neither
+    batch-mates nor order matter.
+    """
+
+    def __init__(
+        self, rows: Iterable[RowSampling], words: mx.array, make: MakeDraw = ReferenceDraw
+    ) -> None:
+        """Take the batch's rows in order and `token_words` of the model's vocabulary."""
+        self._parameters = pack(rows, words.size)
+        self._draw = make(self._parameters, words)
+        self._step = 0
+        columns = 1 + RECENT_TOKENS if self._parameters.penalised else _FEWEST_COLUMNS
+        self._state = mx.zeros((self._parameters.size, columns), dtype=mx.int32)
+
+    def __call__(self, logits: mx.array) -> mx.array:
+        """Sample int32 [B] tokens from logits [B, V] of rows without penalties or masks."""
+        return self.sample(logits).tokens
+
+    def sample(
+        self, logits: mx.array, tokens: mx.array | None = None, mask: mx.array | None = None
+    ) -> Draws:
+        """Sample one token a row from logits [B, V] of any float dtype.
+
+        A row whose logits hold NaN or +inf, or nothing but -inf, samples `INVALID_TOKEN`; the
+        other rows are untouched by it.
+
+        Args:
+            logits: what the model gave.
+            tokens: int32 [B], what the model took in; needed by rows with penalties.
+            mask: int32 [B, ceil(V / 32)], the allowed tokens; needed by masked rows, and read
+                for no other.
+
+        Raises:
+            ValueError: a row needs what is not given, or `needs_rebuild` was not heeded.
+        """
+        if self._parameters.penalised and tokens is None:
+            raise ValueError("tokens: a row has penalties")
+        if self._parameters.masked and mask is None:
+            raise ValueError("mask: a row is masked")
+        if self.needs_rebuild:
+            raise ValueError("the sampler has counted as many tokens as it can")
+        if tokens is None:
+            tokens = mx.zeros(self._parameters.size, dtype=mx.int32)
+        draws = self._draw(logits, StepInputs(self._step, tokens, self._state, mask))
+        self._step += 1
+        self._state = draws.state
+        return draws
+
+    @property
+    def needs_rebuild(self) -> bool:
+        """Whether the tokens counted since the rows were packed fill their place."""
+        return self._parameters.penalised and self._step >= RECENT_TOKENS

@@ -1,0 +1,89 @@
+"""What a worker says of itself in Redis: a few short fields, none of them a secret."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import deque
+from typing import TYPE_CHECKING, Final
+
+from mlx_serving import __version__
+from mlx_serving.common.jobs import PROTOCOL
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from mlx_serving.worker.status_board import Snapshot
+
+FIELD_CHARS: Final = 200  # of a fact: a device's name, what is native and why
+TOKENS: Final = "generation_tokens"  # of `Measures`
+RATE_SECONDS: Final = 10.0  # over which tokens/s are counted
+
+FACTS: Final = (
+    "model", "revision", "device", "acceleration", "memory_bytes", "kv_tokens_capacity",
+    "batch_rows", "protocol", "version", "pid",
+)  # fmt: skip
+"""What does not change while the worker lives."""
+
+NUMBERS: Final = (
+    "state", "reasons", "held", "rows", "waiting", "kv_tokens_used", "tokens_per_second",
+    "lease_age_ms", "lease_failing",
+)  # fmt: skip
+"""What does; `lease_age_ms` is empty where nothing is held."""
+
+
+def memory_bytes() -> int:
+    """This machine's memory; 0 where the system does not say."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError):
+        return 0
+
+
+def machine_facts() -> dict[str, str]:
+    """What this process knows by itself."""
+    return {
+        "memory_bytes": str(memory_bytes()), "protocol": str(PROTOCOL), "version": __version__,
+        "pid": str(os.getpid()),
+    }  # fmt: skip
+
+
+def bounded(facts: Mapping[str, str]) -> dict[str, str]:
+    """Known facts only, each cut to its length."""
+    return {name: facts[name][:FIELD_CHARS] for name in FACTS if name in facts}
+
+
+class Presence:
+    """The numbers, from snapshots of the worker; belongs to the main thread."""
+
+    def __init__(
+        self, snapshot: Callable[[], Snapshot], clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._snapshot, self._clock = snapshot, clock
+        self._decoded: deque[tuple[float, float]] = deque()  # at, tokens since the start
+
+    def numbers(self) -> dict[str, str]:
+        """All of `NUMBERS`."""
+        now = self._snapshot()
+        state = now.phase if now.phase != "serving" else "paused" if now.paused else "serving"
+        values = {
+            "state": state,
+            "reasons": ",".join(now.paused),
+            "held": now.held,
+            "rows": now.running,
+            "waiting": now.waiting,
+            "kv_tokens_used": now.kv_used,
+            "tokens_per_second": round(self._rate(sum(now.counts.get(TOKENS, {}).values())), 1),
+            "lease_age_ms": round(now.lease_age * 1000) if now.held else "",
+            "lease_failing": int(now.redis_failing > 0),
+        }
+        return {name: str(value) for name, value in values.items()}
+
+    def _rate(self, tokens: float) -> float:
+        """Tokens a second since the last look that is old enough."""
+        now = self._clock()
+        self._decoded.append((now, tokens))
+        while len(self._decoded) > 1 and now - self._decoded[1][0] >= RATE_SECONDS:
+            self._decoded.popleft()
+        at, before = self._decoded[0]
+        return (tokens - before) / (now - at) if now > at else 0.0

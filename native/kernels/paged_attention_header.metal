@@ -1,0 +1,1 @@
+// Nothing that paged_attention.metal needs from outside.

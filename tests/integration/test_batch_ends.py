@@ -1,0 +1,231 @@
+"""How bulk files end, how they are found, and the clients' calls, through a real Redis."""
+
+from __future__ import annotations
+
+import threading
+import time
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from mlx_serving import AsyncClient, BatchNotFound, Client, QueueUnavailable
+from mlx_serving.common.keys import Keys
+from mlx_serving.common.local_redis import LocalRedis
+from mlx_serving.common.settings import load_settings
+from mlx_serving.producer.batch import runner as runner_module
+from mlx_serving.producer.batch.api import Batches
+from mlx_serving.producer.batch.runner import Runner
+from tests.bulk_driver import (
+    QUEUE,
+    errors,
+    job_keys,
+    make_quick,
+    output,
+    run_and_crash,
+    running,
+    submitted,
+)
+from tests.bulk_files import check_simulated, read_jsonl, simulated_line, write_lines
+from tests.helpers import wait_until
+from tests.worker_process import InProcessWorker
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    import redis
+
+    from mlx_serving.common.settings import Settings
+    from mlx_serving.producer.batch.folder import BatchFolder
+
+
+@pytest.fixture
+def batches(settings: Settings, redis_client: redis.Redis) -> Batches:
+    """On an empty Redis, in which nothing may stay."""
+    del redis_client
+    return Batches(settings)
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    make_quick(monkeypatch)
+
+
+def expire(folder: BatchFolder) -> None:
+    """Let the completion window of a batch that nobody runs be over."""
+    state = folder.read()
+    state.batch.expires_at = int(time.time())
+    folder.write(state)
+
+
+class TestEnds:
+    def test_expiry_keeps_what_finished(
+        self, batches: Batches, redis_client: redis.Redis, local_redis: LocalRedis, tmp_path: Path
+    ) -> None:
+        with InProcessWorker(local_redis.url, rate=20, max_batch_rows=4) as worker:
+            wait_until(lambda: redis_client.exists(Keys().worker(worker.name)), timeout=30)
+            batch = submitted(batches, tmp_path, 300, completion_window="4s", depth=20)
+            batch = batches.run(batch.id)
+        assert batch.status == "expired"
+        done, late = output(batches, batch), errors(batches, batch)
+        assert done
+        check_simulated(done, [int(line["custom_id"][2:]) for line in done])
+        assert {line["error"]["code"] for line in late} == {"batch_expired"}
+        ids = sorted(int(line["custom_id"][2:]) for line in [*done, *late])
+        assert ids == list(range(1, 301))
+        assert batch.request_counts.open == 0
+        assert job_keys(redis_client) == []
+
+    def test_what_finished_before_the_expiry_is_kept_over_a_crash(
+        self, batches: Batches, redis_client: redis.Redis, local_redis: LocalRedis, tmp_path: Path
+    ) -> None:
+        batch = submitted(batches, tmp_path, 60, in_flight=50)
+        with InProcessWorker(local_redis.url, rate=1000):
+            run_and_crash(batches, batch, 1)
+            wait_until(lambda: redis_client.zcard(f"rq:finished:{QUEUE}") == 50)
+            expire(batches.folder(batch.id))
+            batch = batches.run(batch.id)
+        assert (batch.status, batch.request_counts.completed) == ("expired", 50)
+        assert {e["error"]["code"] for e in errors(batches, batch)} == {"batch_expired"}
+
+    def test_what_finished_before_the_expiry_is_kept_while_redis_is_away(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(runner_module, "AWAY_SECONDS", 0.1)
+        with LocalRedis(appendonly="always") as server, server.client() as client:
+            batches = Batches(load_settings(redis_url=server.url))
+            batch = submitted(batches, tmp_path, 30, in_flight=20)
+            folder = batches.folder(batch.id)
+            with InProcessWorker(server.url, rate=1000):
+                run_and_crash(batches, batch, 1)
+                wait_until(lambda: client.zcard(f"rq:finished:{QUEUE}") == 20)
+            server.kill()
+            expire(folder)
+            ended: list[Any] = []
+            runner = Runner(folder, load_settings(redis_url=server.url))
+            thread = threading.Thread(target=lambda: ended.append(runner.run()))
+            thread.start()
+            time.sleep(1)
+            assert not ended
+            server.start()
+            thread.join(20)
+        assert (ended[0].status, ended[0].request_counts.completed) == ("expired", 20)
+
+    def test_the_end_is_told_again_where_redis_missed_it(
+        self, batches: Batches, redis_client: redis.Redis, tmp_path: Path
+    ) -> None:
+        batch = submitted(batches, tmp_path, 3)
+        folder = batches.folder(batch.id).path
+        with running(batches, batch):
+            batches.cancel(batch.id)
+        redis_client.flushall()
+        assert batches.resume(str(folder)).status == "cancelled"
+        assert batches.status(batch.id).status == "cancelled"
+
+    def test_cancel_keeps_what_finished_and_ends_the_rest(
+        self, batches: Batches, redis_client: redis.Redis, local_redis: LocalRedis, tmp_path: Path
+    ) -> None:
+        batch = submitted(batches, tmp_path, 300, depth=20)
+        with (
+            InProcessWorker(local_redis.url, rate=20, max_batch_rows=4),
+            running(batches, batch) as ended,
+        ):
+            wait_until(lambda: batches.status(batch.id).request_counts.completed > 3)
+            batches.cancel(batch.id)
+            wait_until(lambda: ended, timeout=20)
+        batch = ended[0]
+        assert batch.status == "cancelled"
+        assert batch.cancelling_at is not None
+        done, rest = output(batches, batch), errors(batches, batch)
+        check_simulated(done, [int(line["custom_id"][2:]) for line in done])
+        assert {line["error"]["code"] for line in rest} == {"batch_cancelled"}
+        assert len(done) + len(rest) == 300
+        assert redis_client.llen(f"rq:queue:{QUEUE}") == 0
+        assert job_keys(redis_client) == []
+
+    def test_cancel_of_a_batch_without_a_runner_winds_it_up(
+        self, batches: Batches, tmp_path: Path
+    ) -> None:
+        batch = submitted(batches, tmp_path, 10)
+        folder = batches.folder(batch.id)
+        report = batches.report(batch.id)
+        assert not report.batch.ended
+        with batches_registry(batches) as client:
+            client.hset(Keys().batch(batch.id), "cancel", "1")
+        assert batches.run(batch.id).status == "cancelled"
+        assert len(read_jsonl(folder.errors)) == 10
+
+
+@contextmanager
+def batches_registry(batches: Batches) -> Iterator[Any]:
+    from mlx_serving.producer.batch.registry import Registry
+
+    with Registry(batches._settings) as registry:
+        yield registry._redis
+
+
+class TestNames:
+    def test_a_batch_is_found_by_id_folder_file_or_as_the_last_one(
+        self, batches: Batches, tmp_path: Path
+    ) -> None:
+        first = submitted(batches, tmp_path, 1)
+        second = submitted(batches, tmp_path, 2)
+        file, folder = tmp_path / "in.jsonl", tmp_path / f"in.jsonl.{second.id}"
+        for name in (second.id, str(folder), str(file), None):
+            assert batches.folder(name).path == folder
+            assert batches.status(name).id == second.id
+        assert batches.folder(first.id).read().batch.id == first.id
+        assert [r.batch.id for r in batches.reports()] == [second.id, first.id]
+
+    def test_one_that_lies_elsewhere_is_known_but_not_read(
+        self, batches: Batches, tmp_path: Path
+    ) -> None:
+        batch = submitted(batches, tmp_path, 1)
+        folder = batches.folder(batch.id).path
+        folder.rename(tmp_path / "moved")
+        assert batches.status(batch.id).id == batch.id
+        with pytest.raises(BatchNotFound, match="lies in"):
+            batches.folder(batch.id)
+        with pytest.raises(BatchNotFound):
+            batches.status("batch_none")
+
+    def test_one_that_lies_here_is_known_without_redis(
+        self, batches: Batches, tmp_path: Path
+    ) -> None:
+        batch = submitted(batches, tmp_path, 1)
+        away = Batches(load_settings(redis_url="unix:///nowhere.sock"))
+        report = away.report(str(batches.folder(batch.id).path))
+        assert (report.batch, report.running) == (batch, False)
+        with pytest.raises(QueueUnavailable):
+            away.report(batch.id)
+
+    def test_without_redis_nothing_is_written(self, tmp_path: Path) -> None:
+        batches = Batches(load_settings(redis_url="unix:///nowhere.sock"))
+        with pytest.raises(QueueUnavailable):
+            submitted(batches, tmp_path, 1)
+        assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+
+
+class TestClients:
+    @pytest.mark.usefixtures("redis_client")
+    def test_a_client_submits_waits_and_reads(
+        self, local_redis: LocalRedis, tmp_path: Path
+    ) -> None:
+        """Its runner is a process of its own."""
+        path = write_lines(tmp_path / "in.jsonl", map(simulated_line, range(1, 41)))
+        with InProcessWorker(local_redis.url, rate=1000), Client(local_redis.url) as client:
+            batch = client.batches.submit(path)
+            assert client.batches.wait(batch.id, timeout=30).status == "completed"
+            check_simulated(list(client.batches.results(batch.id)), range(1, 41))
+            assert list(client.batches.errors(batch.id)) == []
+            assert client.batches.resume(batch.id).status == "completed"
+
+    @pytest.mark.usefixtures("redis_client")
+    async def test_the_async_client(self, local_redis: LocalRedis, tmp_path: Path) -> None:
+        path = write_lines(tmp_path / "in.jsonl", map(simulated_line, range(1, 41)))
+        with InProcessWorker(local_redis.url, rate=1000):
+            async with AsyncClient(local_redis.url) as client:
+                batch = await client.batches.submit(path)
+                assert (await client.batches.wait(batch.id, timeout=30)).status == "completed"
+                check_simulated(list(await client.batches.results(batch.id)), range(1, 41))

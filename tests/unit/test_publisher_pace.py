@@ -1,0 +1,136 @@
+"""The publisher's pace: leases, and what a kill may lose. Without Redis."""
+
+from __future__ import annotations
+
+import time
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import redis
+
+from mlx_serving.common.calls import RowReply
+from mlx_serving.worker.publisher import BACK_OFF_SECONDS
+from tests.helpers import wait_until
+from tests.publisher_bench import Bench
+from tests.worker_fakes import FakeProtocol, held, output
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from mlx_serving.common.calls import Call
+
+
+@pytest.fixture
+def bench() -> Iterator[Bench]:
+    with Bench() as bench:
+        yield bench
+
+
+@pytest.mark.parametrize("status", ["OK", "FENCED"])
+def test_a_failed_renewal_is_over_with_the_next_one(bench: Bench, status: str) -> None:
+    """Also where nothing is held any more: a worker that calls itself failing claims no jobs."""
+    bench.protocol.renew_faults = [redis.ConnectionError("lost")] * 3
+    bench.protocol.renew_answers["a"] = RowReply(status)  # type: ignore[arg-type]
+    bench.hold(held())
+    wait_until(lambda: bench.publisher.failing)
+    wait_until(lambda: not bench.publisher.failing)
+    assert bench.protocol.renew_faults == []
+
+
+def test_leases_are_renewed_while_the_engine_makes_progress(bench: Bench) -> None:
+    bench.hold(held(), held("b"))
+    wait_until(lambda: len(bench.protocol.renewals) >= 3)
+    assert bench.protocol.renewals[0] == ["a", "b"]
+    bench.alive = False
+    seen = len(bench.protocol.renewals)
+    time.sleep(0.3)  # three renewals' time
+    assert len(bench.protocol.renewals) <= seen + 1
+
+
+def test_what_a_commit_renewed_needs_no_renewal(bench: Bench) -> None:
+    """A renewal is a round trip that the next flush would wait for."""
+    busy, quiet = held("busy"), held("quiet")
+    bench.hold(busy, quiet)
+    until = time.monotonic() + 0.4  # a lease
+    token = 0
+    while time.monotonic() < until:
+        bench.publisher.push([output(busy, [token := token + 1], "x")])
+        time.sleep(0.005)
+    assert bench.protocol.renewals
+    assert all(renewed == ["quiet"] for renewed in bench.protocol.renewals[1:])
+    bench.publisher.look()  # a hint of a cancel: now all are asked for
+    wait_until(lambda: ["busy", "quiet"] in bench.protocol.renewals[1:])
+
+
+def test_a_renewal_brings_the_reason_to_a_job_that_emits_nothing(bench: Bench) -> None:
+    job = held()
+    bench.hold(job)
+    bench.protocol.renew_answers["a"] = RowReply("OK", "because")
+    wait_until(lambda: bench.types()[-1:] == ["end"])
+
+
+def test_a_renewal_that_is_fenced_drops_the_job(bench: Bench) -> None:
+    job = held()
+    bench.hold(job)
+    bench.protocol.renew_answers["a"] = RowReply("FENCED")
+    wait_until(lambda: bench.gone == [job.request_id])
+    assert bench.publisher.held() == []
+
+
+# What a kill loses (D4): the flush under way and what was decoded meanwhile. So a flush takes all
+# that is pending, and the next one goes as soon as the reply is there.
+
+ROUND_TRIP = 0.06
+
+
+class SlowProtocol(FakeProtocol):
+    """Answers after a round trip's time; notes when each commit came and was answered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.spans: list[tuple[float, float]] = []
+
+    def run(self, call: Call[Any]) -> Any:
+        came = time.monotonic()
+        time.sleep(ROUND_TRIP)
+        try:
+            return super().run(call)
+        finally:
+            if call.script == "commit":
+                self.spans.append((came, time.monotonic()))
+
+
+@pytest.mark.parametrize("faults", [0, 3])
+def test_a_kill_loses_no_more_than_the_flush_under_way_and_what_was_decoded_meanwhile(
+    faults: int,
+) -> None:
+    bench = Bench(SlowProtocol(), lease_ms=10_000, flush_seconds=0.01)
+    protocol = bench.protocol
+    assert isinstance(protocol, SlowProtocol)
+    jobs = [held(f"j{n}") for n in range(64)]
+    bench.hold(*jobs)
+    pushed: list[float] = []  # when token n of every job was handed over
+    bench.publisher.start()
+    protocol.faults = [redis.ConnectionError("lost")] * faults
+    for token in range(300):
+        bench.publisher.push([output(job, [token], "x") for job in jobs])
+        pushed.append(time.monotonic())
+        time.sleep(0.002)
+    wait_until(lambda: bench.publisher.backlog == 0 and not bench.publisher._dirty)
+    bench.publisher.stop()
+    bench.publisher.join(5)
+    first, *others = protocol.spans
+    came = [first[0], *(at for at, _ in others[faults:])]  # a fault sends the first one again
+    taken = 0
+    for at, rows in zip(came, protocol.commits, strict=True):
+        events = [event for job_id, event, _ in rows if job_id == "j0"]
+        tokens = [t for event in events for c in event.choices for t in c.token_ids]
+        assert tokens == list(range(taken, taken + len(tokens)))
+        taken += len(tokens)
+        # It holds all that was handed over before it was sent.
+        assert sum(before < at - 0.01 for before in pushed) <= taken
+    pauses = [after - before for (_, before), (after, _) in pairwise(protocol.spans)]
+    assert max(pauses[:faults], default=0) < BACK_OFF_SECONDS[-1] + 0.1
+    assert sorted(pauses[faults:])[len(pauses[faults:]) // 2] < 0.01 + 0.02
+    assert max(pauses[faults:]) < 0.01 + 0.1
