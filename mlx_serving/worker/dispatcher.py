@@ -284,14 +284,12 @@ class Dispatcher:
         if not can_continue(committed, self._engine.model_info, job):
             committed = Committed()
             held.restart()
-        info = self._engine.model_info
-        requests = build_requests(
-            claimed, job, committed, self._preparation.encode, info.vocab_size
-        )
+        info, model = self._engine.model_info, self._preparation
+        requests = build_requests(claimed, job, committed, model.encode, info.vocab_size)
         held.prompt_tokens = len(requests[0].prompt)
         held.model, held.model_name = info, job.model
         left = [r for r in requests if not held.choices[r.choice].finish_reason]
-        return plan_output(self._preparation.plan, job, left)
+        return plan_output(model.plan, job, left)
 
     def _place(self, requests: Sequence[Choices]) -> None:
         """Hand what can ever fit to the engine; leave the rest for a bigger worker, or fail it."""
