@@ -80,6 +80,23 @@ def step_figures(shape: str, *arguments: str) -> list[Figure]:
     ]
 
 
+def structured(*, quick: bool) -> list[Figure]:
+    """A step of constrained rows over one of free rows, on the shape that `engine` takes."""
+    shape = "0.6b" if has_gpu() and not quick else "tiny"
+    size = ["--batch", "8", "--steps", "10"] if quick else ["--batch", "64", "--steps", "100"]
+    dtype = "bfloat16" if shape == "0.6b" else "float32"
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "structured.json"
+        run_module("structured", "--shape", shape, "--dtype", dtype, *size, "--output", str(output))
+        report: dict[str, Any] = json.loads(output.read_text())
+    goals = {"all_over_free": Goal("≤", 1.2)}
+    return [
+        Figure(f"{name} [{shape}]", value, _unit(name), goals.get(name))
+        for name, value in report.items()
+        if isinstance(value, float)
+    ]
+
+
 def _unit(name: str) -> str:
     if "GB_s" in name:
         return "GB/s"
@@ -177,6 +194,7 @@ BENCHMARKS: Final[dict[str, tuple[str, Callable[..., list[Figure]]]]] = {
     "p8": ("P8 simulated workers on one Redis, throughput over linear", scale_out),
     "detokenizer": ("Detokenizer, 64 rows", detokenizer),
     "sampler": ("Sampler alone", sampler),
+    "structured": ("Structured output: 64 rows by schemas over 64 free ones", structured),
 }
 ALIASES: Final = {"p1": "engine", "p2": "engine", "p3": "engine"}
 

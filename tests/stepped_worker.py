@@ -16,7 +16,7 @@ from mlx_serving.worker.engine.detokenizer import Detokenizer
 from mlx_serving.worker.engine.engine import Engine
 from mlx_serving.worker.engine.scheduler import Scheduler, SchedulerLimits
 from mlx_serving.worker.engine.sequence import ModelInfo, Sequence
-from mlx_serving.worker.engine.simulated import SimulatedOptions, SimulatedRunner
+from mlx_serving.worker.engine.simulated import SimulatedOptions, SimulatedRunner, plan
 from mlx_serving.worker.engine.vocabulary import Vocabulary
 from mlx_serving.worker.loading import EngineSpec
 from tests.worker_process import job_events, quick_settings
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from mlx_serving.common.states import JobState
     from mlx_serving.producer.client import Client
     from mlx_serving.producer.handles import JobHandle
+    from mlx_serving.worker.intake import Plan
 
     Encode = Callable[[GenerationJob], tuple[int, ...]]
 
@@ -41,12 +42,18 @@ class SteppedWorker:
     """One attempt after the other: `claim`, then `step` and `flush`, then `die` or `hand_over`."""
 
     def __init__(
-        self, url: str, engine: Engine, encode: Encode, name: str = "w", **changes: Any
+        self,
+        url: str,
+        engine: Engine,
+        encode: Encode,
+        name: str = "w",
+        plan: Plan = plan,
+        **changes: Any,
     ) -> None:
         settings = quick_settings(url, flush_interval_ms=0, lease_seconds=30, **changes)
         self.name = name
         self.child = Child(ChildSpec(settings, "tally", name, EngineSpec("simulated")))
-        self.child._encode = encode
+        self.child._encode, self.child._plan = encode, plan
         self.engine = self.child.runner.engine = engine
 
     def __enter__(self) -> Self:

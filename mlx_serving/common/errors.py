@@ -4,6 +4,7 @@
   * InvalidJob            a field of a job is wrong; `.errors` names each one
     * UnknownModel        no worker setting or alias names this model
     * PayloadTooLarge     the job is larger than the limit on its bytes
+    * InvalidSchema       a schema, regex or grammar that the worker can't keep the model to
   * CorruptJob            what Redis holds is no job of ours
     * ForeignFunction     it names a function, callback or webhook that is not ours
     * BadSignature        it is not signed by a key that this worker knows
@@ -90,6 +91,12 @@ class PayloadTooLarge(InvalidJob):
     """The job holds more bytes than the queue accepts."""
 
     code = "payload_too_large"
+
+
+class InvalidSchema(InvalidJob):
+    """The worker can't keep the model to this schema, regex or grammar."""
+
+    code = "invalid_schema"
 
 
 class CorruptJob(MlxServingError):

@@ -15,7 +15,7 @@ Readers ignore fields and types that they don't know; writers omit what is absen
 from __future__ import annotations
 
 import builtins
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 
@@ -72,18 +72,39 @@ else:
     LogprobsField = ChoiceLogprobs | list
 
 
+class FunctionDelta(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
+    """A part of a call: the function's name once, its arguments as pieces of a JSON text."""
+
+    name: str | None = None
+    arguments: str = ""
+
+
+class ToolCallDelta(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
+    """A part of a tool call, in the words of the OpenAI chat API.
+
+    `index` counts the calls of a choice from 0. Parts of one index belong together: id, type and
+    name come with the first, arguments are joined. Today's writers send each call whole.
+    """
+
+    index: int
+    id: str | None = None
+    type: str | None = None
+    function: FunctionDelta | None = None
+
+
 class ChoiceDelta(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     """What one choice gained.
 
     `token_ids` names every decoded token (the end-of-sequence token too); `text` is what the
-    detokenizer released of them, so either may be empty where the other is not.
+    detokenizer released of them, so either may be empty where the other is not. What the model
+    wrote as reasoning or as a tool call is in `reasoning` and `tool_calls`, not in `text`.
     """
 
     index: int
     text: str = ""
     token_ids: list[int] = []
     logprobs: LogprobsField | None = None
-    tool_calls: Any = None
+    tool_calls: list[ToolCallDelta] | None = None
     reasoning: str | None = None
     finish_reason: str | None = None
 

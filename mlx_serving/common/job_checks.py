@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from mlx_serving.common import limits
 from mlx_serving.common.errors import FieldError, InvalidJob, PayloadTooLarge
 from mlx_serving.common.messages import message_problem
+from mlx_serving.common.output_formats import format_errors
 from mlx_serving.common.validation import TOO_LARGE, pydantic_errors, rules_error
 
 if TYPE_CHECKING:
@@ -27,12 +28,6 @@ class Unsupported(NamedTuple):
 
 UNSUPPORTED: Final[tuple[Unsupported, ...]] = (
     Unsupported("kind", ("generate",), "only 'generate' is supported yet"),
-    Unsupported(
-        "response_format",
-        (None, {"type": "text"}),
-        "structured output is not supported yet; only {'type': 'text'} is",
-    ),
-    Unsupported("tool_choice", (None, "auto", "none"), "only 'auto' and 'none' are supported yet"),
     Unsupported("adapter", (None,), "adapters are not supported yet"),
 )
 """Refused by name, never ignored. Lift a line when the engine honours the field, and give the
@@ -41,7 +36,9 @@ field its protocol number in `jobs.FEATURE_PROTOCOL`."""
 
 def check_job(job: GenerationJob) -> None:
     """Refuse what the fields say together, and what the engine can't do."""
-    rules = (_source, _messages, _chat_only, _amount, _listeners, _unsupported)
+    rules = (
+        _source, _messages, _chat_only, format_errors, _amount, _listeners, _unsupported,
+    )  # fmt: skip
     errors = [error for rule in rules for error in rule(job)]
     if errors:
         raise rules_error(errors)
@@ -67,10 +64,6 @@ def _chat_only(job: GenerationJob) -> Iterator[FieldError]:
         for field in ("tools", "tool_choice", "chat_template_kwargs"):
             if getattr(job, field) is not None:
                 yield FieldError(field, "needs messages: a prompt passes no chat template")
-    for index, tool in enumerate(job.tools or ()):
-        if tool.function.strict:
-            reason = "structured tool calls are not supported yet"
-            yield FieldError(f"tools[{index}].function.strict", reason)
 
 
 def _amount(job: GenerationJob) -> Iterator[FieldError]:

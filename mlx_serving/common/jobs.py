@@ -25,6 +25,7 @@ from mlx_serving.common import limits
 from mlx_serving.common.errors import CorruptJob, FieldError, InvalidJob
 from mlx_serving.common.job_checks import check_job, invalid_job
 from mlx_serving.common.messages import STRICT, Message, Tool
+from mlx_serving.common.output_formats import ENFORCED_TOOLS_PROTOCOL, TEXT, enforces_tools
 from mlx_serving.common.validation import check_data, rules_error
 
 JOB_FUNCTION: Final = "mlx_serving.worker.task.generate"
@@ -42,6 +43,7 @@ FEATURE_PROTOCOL: Final[dict[str, int]] = {
     "logit_bias": 3,
     "logprobs": 3,
     "top_logprobs": 3,
+    "response_format": 3,
 }
 """Fields that only workers of a later protocol honour, with that protocol."""
 
@@ -209,7 +211,8 @@ class GenerationJob(BaseModel):
     def min_protocol(self) -> int:
         """Oldest protocol whose workers honour every field that this job sets."""
         needs = (protocol for field, protocol in FEATURE_PROTOCOL.items() if self._asks(field))
-        return max(needs, default=1)
+        enforced = ENFORCED_TOOLS_PROTOCOL if enforces_tools(self) else 1
+        return max([enforced, *needs])
 
     def _asks(self, field: str) -> bool:
         """Whether a field is set to what changes anything: {} and 0 say no more than None."""
@@ -240,6 +243,8 @@ def queue_name(model: str, lane: Lane) -> str:
 def _plain_fields(data: dict[Any, Any]) -> dict[Any, Any]:
     """Drop what is null, as in the OpenAI API; settle max_tokens against its alias."""
     fields = {key: value for key, value in data.items() if value is not None}
+    if fields.get("response_format") == TEXT:  # the default, spelled out
+        del fields["response_format"]
     if "max_tokens" in fields and "max_completion_tokens" in fields:
         if fields["max_tokens"] != fields["max_completion_tokens"]:
             reason = "is an alias of max_tokens, which has another value"

@@ -31,3 +31,10 @@ METADATA_VALUE_CHARS: Final = 512
 ATTEMPTS: Final = 100
 SEED: Final = 2**64
 """Seeds are 0 ≤ seed < 2**64."""
+
+SCHEMA_BYTES: Final = 65_536
+"""JSON form of a schema; what it may cost is bounded by the worker, in time."""
+
+SCHEMA_NAME_CHARS: Final = 64
+REGEX_CHARS: Final = 4096
+GRAMMAR_CHARS: Final = 16_384

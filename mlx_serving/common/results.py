@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
@@ -22,6 +22,7 @@ from mlx_serving.common.events import (
     ChoiceLogprobs,
     ErrorInfo,
     Event,
+    ToolCallDelta,
     Usage,
     event_version,
 )
@@ -29,6 +30,21 @@ from mlx_serving.common.states import JobState
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+
+
+class FunctionResult(msgspec.Struct, frozen=True):
+    """Which function a call names, and its arguments as a JSON text."""
+
+    name: str
+    arguments: str
+
+
+class ToolCallResult(msgspec.Struct, frozen=True):
+    """A tool call in full, as the next turn's assistant message takes it."""
+
+    id: str
+    type: str
+    function: FunctionResult
 
 
 class ChoiceResult(msgspec.Struct, omit_defaults=True, kw_only=True):
@@ -39,6 +55,8 @@ class ChoiceResult(msgspec.Struct, omit_defaults=True, kw_only=True):
     token_ids: list[int] = []
     finish_reason: str | None = None
     logprobs: ChoiceLogprobs | None = None
+    tool_calls: list[ToolCallResult] | None = None
+    reasoning: str | None = None
 
 
 class Timings(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
@@ -75,8 +93,21 @@ class GenerationResult(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=
 
     @property
     def finish_reason(self) -> str | None:
-        """Why choice 0 ended: "stop", "length", "error", or None where it was cut short."""
+        """Why choice 0 ended: "stop", "length", "tool_calls", "error"; None where cut short."""
         return next((choice.finish_reason for choice in self.choices if choice.index == 0), None)
+
+    @property
+    def tool_calls(self) -> list[ToolCallResult]:
+        """Tool calls of choice 0."""
+        return next((c.tool_calls or [] for c in self.choices if c.index == 0), [])
+
+    @property
+    def message(self) -> dict[str, Any]:
+        """Choice 0 as the assistant message of a next turn, its tool calls included."""
+        message: dict[str, Any] = {"role": "assistant", "content": self.text}
+        if self.tool_calls:
+            message["tool_calls"] = msgspec.to_builtins(self.tool_calls)
+        return message
 
     def raise_for_state(self) -> GenerationResult:
         """Return itself where the job finished.
@@ -162,6 +193,28 @@ def _joined(index: int, deltas: list[ChoiceDelta]) -> ChoiceResult:
         token_ids=[token for delta in deltas for token in delta.token_ids],
         finish_reason=next((d.finish_reason for d in reversed(deltas) if d.finish_reason), None),
         logprobs=ChoiceLogprobs(content) if content else None,
+        tool_calls=joined_calls([part for delta in deltas for part in delta.tool_calls or ()]),
+        reasoning="".join(delta.reasoning or "" for delta in deltas) or None,
+    )
+
+
+def joined_calls(parts: Iterable[ToolCallDelta]) -> list[ToolCallResult] | None:
+    """Tool calls from their parts, in order of index; None without any."""
+    calls: dict[int, list[ToolCallDelta]] = {}
+    for part in parts:
+        calls.setdefault(part.index, []).append(part)
+    return [_joined_call(calls[index]) for index in sorted(calls)] or None
+
+
+def _joined_call(parts: list[ToolCallDelta]) -> ToolCallResult:
+    functions = [part.function for part in parts if part.function is not None]
+    return ToolCallResult(
+        id=next((part.id for part in parts if part.id), ""),
+        type=next((part.type for part in parts if part.type), "function"),
+        function=FunctionResult(
+            next((function.name for function in functions if function.name), ""),
+            "".join(function.arguments for function in functions),
+        ),
     )
 
 

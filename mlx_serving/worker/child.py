@@ -22,8 +22,9 @@ from mlx_serving.worker.conditions_mac import default_probe
 from mlx_serving.worker.crash import EXIT_CONFIGURATION, EXIT_ENGINE
 from mlx_serving.worker.dispatcher import Dispatcher, DispatcherOptions
 from mlx_serving.worker.fleet import Fleet
+from mlx_serving.worker.intake import Preparation
 from mlx_serving.worker.listener import Listener
-from mlx_serving.worker.loading import EngineSpec, describe, load, speller_of
+from mlx_serving.worker.loading import EngineSpec, describe, load, planner_of, speller_of
 from mlx_serving.worker.manifest import Manifest
 from mlx_serving.worker.measured_protocol import MeasuredProtocol, QueueWatch
 from mlx_serving.worker.measures import Measures
@@ -39,7 +40,8 @@ if TYPE_CHECKING:
 
     from mlx_serving.common.jobs import GenerationJob
     from mlx_serving.common.settings import Settings
-    from mlx_serving.worker.engine.sequence import InferenceEngine, Output
+    from mlx_serving.worker.engine.sequence import InferenceEngine, Output, Request
+    from mlx_serving.worker.intake import Plan
 
 log = structlog.get_logger(__name__)
 
@@ -74,6 +76,7 @@ class Child:
         self._spec = spec
         self._manifest = Manifest.open(spec.manifest) if spec.manifest else Manifest()
         self._encode: Callable[[GenerationJob], tuple[int, ...]] | None = None
+        self._plan: Plan | None = None
         self._description: dict[str, str] = {}
         self.runner = Runner(
             self._load,
@@ -99,7 +102,7 @@ class Child:
         )  # fmt: skip
         self.dispatcher = Dispatcher(
             self._options(queues, lease_ms), self.protocol, self.runner, self.publisher,
-            sweeper, self.fleet, self._encode_prompt,
+            sweeper, self.fleet, Preparation(self._encode_prompt, self._plan_output),
         )  # fmt: skip
         self.listener = Listener(
             connect(endpoint, block_seconds=READ_SECONDS), endpoint.keys, spec.name, queues,
@@ -122,6 +125,7 @@ class Child:
 
     def _load(self) -> InferenceEngine:
         engine, self._encode = load(self._spec.engine, self._spec.settings)
+        self._plan = planner_of(self._spec.engine, engine)
         self.publisher.spell = speller_of(self._spec.engine, engine)
         self._description = describe(self._spec.engine, engine)
         pieces = {report.implementation for report in getattr(engine, "acceleration", ())}
@@ -135,6 +139,10 @@ class Child:
     def _encode_prompt(self, job: GenerationJob) -> tuple[int, ...]:
         assert self._encode is not None  # noqa: S101 -- the engine was ready before any claim
         return self._encode(job)
+
+    def _plan_output(self, job: GenerationJob, requests: Sequence[Request]) -> list[Request]:
+        assert self._plan is not None  # noqa: S101 -- see above
+        return self._plan(job, requests)
 
     def _push(self, outputs: Sequence[Output]) -> None:
         self.publisher.push(outputs)

@@ -5,12 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from mlx_serving.common.events import ChoiceDelta, ChoiceLogprobs, TokenLogprob
-from mlx_serving.common.results import ChoiceResult
+from mlx_serving.common.events import (
+    ChoiceDelta,
+    ChoiceLogprobs,
+    FunctionDelta,
+    TokenLogprob,
+    ToolCallDelta,
+)
+from mlx_serving.common.results import ChoiceResult, joined_calls
 from mlx_serving.worker.token_text import render
 
 if TYPE_CHECKING:
-    from mlx_serving.worker.engine.sequence import Output, TokenLogprobs
+    from mlx_serving.worker.engine.sequence import Output, TokenLogprobs, ToolCall
     from mlx_serving.worker.token_text import Spell
 
 
@@ -22,6 +28,8 @@ class CommittedChoice:
     text: str = ""
     finish_reason: str | None = None
     logprobs: tuple[TokenLogprob, ...] = ()
+    reasoning: str = ""
+    tool_calls: tuple[ToolCallDelta, ...] = ()
 
 
 NOTHING = CommittedChoice()
@@ -57,9 +65,13 @@ class Choice:
     token_ids: list[int] = field(default_factory=list)  # every one decoded
     text: list[str] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)  # of the tokens that were sent
+    reasoning: list[str] = field(default_factory=list)
+    tool_calls: list[ToolCallDelta] = field(default_factory=list)
     finish_reason: str | None = None
     sent: int = 0  # of `token_ids`
     text_sent: int = 0  # of `text`
+    reasoning_sent: int = 0  # of `reasoning`
+    calls_sent: int = 0  # of `tool_calls`
     finish_sent: bool = False
     unspelled: list[TokenLogprobs] = field(default_factory=list)  # of the pending tokens
     token_at: float = 0.0  # monotonic seconds of this attempt's last token so far
@@ -69,15 +81,20 @@ class Choice:
         self.token_ids.extend(committed.token_ids)
         self.text.append(committed.text)
         self.logprobs.extend(committed.logprobs)
+        self.reasoning.append(committed.reasoning)
+        self.tool_calls.extend(committed.tool_calls)
         self.finish_reason = committed.finish_reason
-        self.sent, self.text_sent = len(self.token_ids), len(self.text)
-        self.finish_sent = committed.finish_reason is not None
+        self._note_sent()
 
     def add(self, output: Output) -> None:
         """Take a step's output."""
         self.token_ids += output.token_ids
         if output.text:
             self.text.append(output.text)
+        if output.reasoning:
+            self.reasoning.append(output.reasoning)
+        if output.tool_calls:
+            self.tool_calls += map(_delta, output.tool_calls)
         if output.logprobs:
             self.unspelled += output.logprobs
         if output.finish_reason:
@@ -87,7 +104,12 @@ class Choice:
     def pending(self) -> bool:
         """Whether there is anything that Redis has not been sent."""
         untold = self.finish_reason is not None and not self.finish_sent
-        return len(self.token_ids) > self.sent or len(self.text) > self.text_sent or untold
+        return (
+            len(self.token_ids) > self.sent
+            or len(self.text) > self.text_sent
+            or untold
+            or (len(self.reasoning) > self.reasoning_sent or len(self.tool_calls) > self.calls_sent)
+        )
 
     def delta(self, spell: Spell) -> ChoiceDelta:
         """Take what is pending."""
@@ -96,11 +118,17 @@ class Choice:
             text="".join(self.text[self.text_sent :]),
             token_ids=self.token_ids[self.sent :],
             logprobs=self._spelled(spell) if self.unspelled else None,
+            tool_calls=self.tool_calls[self.calls_sent :] or None,
+            reasoning="".join(self.reasoning[self.reasoning_sent :]) or None,
             finish_reason=self.finish_reason,
         )
-        self.sent, self.text_sent = len(self.token_ids), len(self.text)
-        self.finish_sent = self.finish_reason is not None
+        self._note_sent()
         return delta
+
+    def _note_sent(self) -> None:
+        self.sent, self.text_sent = len(self.token_ids), len(self.text)
+        self.reasoning_sent, self.calls_sent = len(self.reasoning), len(self.tool_calls)
+        self.finish_sent = self.finish_reason is not None
 
     def _spelled(self, spell: Spell) -> ChoiceLogprobs:
         content = render(self.unspelled, spell)
@@ -114,4 +142,12 @@ class Choice:
             index=self.index, text="".join(self.text), token_ids=self.token_ids,
             finish_reason=self.finish_reason,
             logprobs=ChoiceLogprobs(self.logprobs) if self.logprobs else None,
+            tool_calls=joined_calls(self.tool_calls),
+            reasoning="".join(self.reasoning) or None,
         )  # fmt: skip
+
+
+def _delta(call: ToolCall) -> ToolCallDelta:
+    """A whole call, as an event carries it."""
+    function = FunctionDelta(call.name, call.arguments)
+    return ToolCallDelta(call.index, call.id, "function", function)

@@ -31,20 +31,21 @@ from mlx_serving.worker.intake import (
     build_requests,
     can_continue,
     open_payload,
+    plan_output,
     read_committed,
 )
 from mlx_serving.worker.outage import Outage
 from mlx_serving.worker.strays import Strays
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from mlx_serving.common.calls import Call, ClaimedJob, ClaimReply, Returned
-    from mlx_serving.common.jobs import GenerationJob
     from mlx_serving.common.protocol import Protocol
     from mlx_serving.common.signing import Signer
     from mlx_serving.worker.engine.sequence import InferenceEngine
     from mlx_serving.worker.fleet import Fleet
+    from mlx_serving.worker.intake import Preparation
     from mlx_serving.worker.publisher import Publisher
     from mlx_serving.worker.runner import Choices, Runner
     from mlx_serving.worker.sweeper import Sweeper
@@ -85,11 +86,11 @@ class Dispatcher:
         publisher: Publisher,
         sweeper: Sweeper,
         fleet: Fleet,
-        encode: Callable[[GenerationJob], tuple[int, ...]],
+        preparation: Preparation,
     ) -> None:
         self._options, self._protocol = options, protocol
         self._runner, self._publisher, self._sweeper = runner, publisher, sweeper
-        self._fleet, self._encode = fleet, encode
+        self._fleet, self._preparation = fleet, preparation
         self._measures = publisher.measures
         self._log = log.bind()  # bound once: the module's own is looked up anew at each record
         self._messages: queue.SimpleQueue[tuple[str, str]] = queue.SimpleQueue()
@@ -284,11 +285,12 @@ class Dispatcher:
         if not can_continue(committed, self._engine.model_info, job):
             committed = Committed()
             held.restart()
-        info = self._engine.model_info
-        requests = build_requests(claimed, job, committed, self._encode, info.vocab_size)
+        info, model = self._engine.model_info, self._preparation
+        requests = build_requests(claimed, job, committed, model.encode, info.vocab_size)
         held.prompt_tokens = len(requests[0].prompt)
         held.model, held.model_name = info, job.model
-        return [r for r in requests if not held.choices[r.choice].finish_reason]
+        left = [r for r in requests if not held.choices[r.choice].finish_reason]
+        return plan_output(model.plan, job, left)
 
     def _place(self, requests: Sequence[Choices]) -> None:
         """Hand what can ever fit to the engine; leave the rest for a bigger worker, or fail it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -28,7 +29,18 @@ if TYPE_CHECKING:
     from mlx_serving.common.jobs import GenerationJob
     from mlx_serving.worker.engine.sequence import ModelInfo
 
+    Encode = Callable[[GenerationJob], tuple[int, ...]]
+    Plan = Callable[[GenerationJob, Sequence[Request]], list[Request]]
+
 UNSIGNED = Signer()
+
+
+@dataclass(frozen=True, slots=True)
+class Preparation:
+    """What a model makes of a job: `encode` its prompt, `plan` the form of its output."""
+
+    encode: Encode
+    plan: Plan
 
 
 class JobRefusedError(Exception):
@@ -88,6 +100,8 @@ def _choice(deltas: Sequence[ChoiceDelta]) -> CommittedChoice:
         text="".join(d.text for d in deltas),
         finish_reason=next((d.finish_reason for d in reversed(deltas) if d.finish_reason), None),
         logprobs=tuple(entry for form in forms for entry in form.content),
+        reasoning="".join(d.reasoning or "" for d in deltas),
+        tool_calls=tuple(part for d in deltas for part in d.tool_calls or ()),
     )
 
 
@@ -165,6 +179,22 @@ def build_requests(
         )
         for index in range(job.n)
     ]  # fmt: skip
+
+
+def plan_output(plan: Plan, job: GenerationJob, requests: Sequence[Request]) -> list[Request]:
+    """The requests with the grammar and the format that the job asks for.
+
+    Raises:
+        JobRefusedError: the job's schema, regex, grammar or tools can't be honoured.
+
+    """
+    try:
+        return plan(job, requests)
+    except MlxServingError as error:
+        raise JobRefusedError(error.code, error.message) from None
+    except Exception as error:  # noqa: BLE001 -- a grammar is foreign input to foreign code
+        message = f"response_format: {type(error).__name__}"
+        raise JobRefusedError(EngineError.code, message) from None
 
 
 def _sampling(claimed: ClaimedJob, job: GenerationJob, vocab_size: int) -> SamplingParams:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from mlx_serving.common.jobs import GenerationJob
     from mlx_serving.common.settings import Settings
     from mlx_serving.worker.engine.sequence import InferenceEngine
+    from mlx_serving.worker.intake import Plan
     from mlx_serving.worker.token_text import Spell
 
     Encode = Callable[[GenerationJob], tuple[int, ...]]
@@ -57,6 +58,20 @@ def speller_of(spec: EngineSpec, engine: InferenceEngine) -> Spell:
     from mlx_serving.worker.token_text import speller
 
     return speller(read_vocabulary(getattr(engine, "tokenizer", None)))
+
+
+def planner_of(spec: EngineSpec, engine: InferenceEngine) -> Plan:
+    """What plans the output of the engine's jobs: grammars and formats."""
+    if spec.kind == "simulated":
+        from mlx_serving.worker.engine.simulated import plan
+
+        return plan
+    # Imported here: the planner imports MLX.
+    from mlx_serving.worker.engine.output_plan import OutputPlanner
+
+    planner = OutputPlanner(getattr(engine, "tokenizer", None), engine.model_info)
+    planner.warm_up()
+    return planner.plan
 
 
 def describe(spec: EngineSpec, engine: InferenceEngine) -> dict[str, str]:

@@ -13,6 +13,13 @@ from mlx_serving.cli.demo.view import LineView, TableView
 from mlx_serving.cli.overview import WorkerView
 from mlx_serving.common.events import ChoiceDelta, Event, end_event, tokens_event
 from mlx_serving.common.jobs import GenerationJob
+from mlx_serving.common.results import (
+    ChoiceResult,
+    FunctionResult,
+    GenerationResult,
+    ToolCallResult,
+)
+from mlx_serving.common.states import JobState
 
 
 def _tokens(seq: int, text: str, count: int) -> Event:
@@ -39,6 +46,21 @@ def test_only_the_right_answer_is_right(job: DemoJob) -> None:
     assert job.is_right(right)
     assert not job.is_right(right[:-1])
     assert not job.is_right("")
+
+
+def test_a_tools_reply_goes_into_the_next_turn() -> None:
+    (job,) = [job for job in DEMO_JOBS if job.replies]
+    call = ToolCallResult("c1", "function", FunctionResult("get_weather", '{"city": "Paris"}'))
+    choice = ChoiceResult(index=0, tool_calls=[call], finish_reason="tool_calls")
+    result = GenerationResult(id="j", state=JobState.FINISHED, choices=[choice])
+    following = job.next_turn(result)
+    assert following is not None
+    messages = GenerationJob.build(**following).messages or ()
+    assert [message.role for message in messages] == ["user", "assistant", "tool"]
+    assert messages[2].tool_call_id == "c1"
+    assert job.is_right('get_weather({"city": "Paris"}) → Paris: 21 degrees, clear')
+    other = GenerationResult(id="j", state=JobState.FINISHED, choices=[ChoiceResult(index=0)])
+    assert job.next_turn(other) is None
 
 
 def test_a_track_measures_from_submit_to_each_delivery() -> None:

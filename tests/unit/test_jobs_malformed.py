@@ -137,10 +137,6 @@ MALFORMED: list[tuple[object, str]] = [
         chat(USER, tools=[{"type": "function", "function": {"name": "a b"}}]),
         "tools[0].function.name",
     ),
-    (
-        chat(USER, tools=[{"type": "function", "function": {"name": "f", "strict": True}}]),
-        "tools[0].function.strict",
-    ),
     (prompt(tools=[TOOL]), "tools"),
     (prompt(chat_template_kwargs={"enable_thinking": False}), "chat_template_kwargs"),
     (chat(USER, chat_template_kwargs={"x": math.nan}), "chat_template_kwargs.x"),
@@ -176,8 +172,6 @@ def test_a_malformed_job_is_refused_by_the_path_of_its_field(data: object, path:
 
 UNSUPPORTED_EXAMPLES: dict[str, Any] = {
     "kind": "embed",
-    "response_format": {"type": "json_object"},
-    "tool_choice": "required",
     "adapter": "my-lora",
 }
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
+from mlx_serving.cli.demo.measure import called
 from mlx_serving.tally.tasks import Example, ask, check, tool_schema
+
+if TYPE_CHECKING:
+    from mlx_serving.common.results import GenerationResult, ToolCallResult
 
 MODEL: Final = "tally"
 MAX_TOKENS: Final = 512
@@ -13,10 +18,14 @@ MAX_TOKENS: Final = 512
 
 @dataclass(frozen=True, slots=True)
 class DemoJob:
-    """One job: what is asked, how it is sampled, and what must come back."""
+    """One job: what is asked, how it is sampled, and what must come back.
+
+    `replies` are the demo's own tool: from a call, as `called` shows it, to what it returns.
+    """
 
     example: Example
     sampling: dict[str, float | int] = field(default_factory=dict)
+    replies: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -48,9 +57,28 @@ class DemoJob:
             **sampling,
         }
 
+    def next_turn(self, result: GenerationResult) -> dict[str, Any] | None:
+        """Fields of the job that carries the tools' replies back; None where none was called."""
+        calls = [call for call in result.tool_calls if _shown(call) in self.replies]
+        if not calls:
+            return None
+        replies = [
+            {
+                "role": "tool",
+                "tool_call_id": call.id,
+                "content": json.dumps(self.replies[_shown(call)]),
+            }
+            for call in calls
+        ]
+        return {**self.fields(), "messages": [*self.example.messages, result.message, *replies]}
+
     def is_right(self, text: str) -> bool:
-        """Whether the text is a right answer to this job."""
-        return check(self.example, text)
+        """Whether the text, calls included, is a right answer to this job."""
+        return check(self.example, text.removeprefix("".join(self.replies)))
+
+
+def _shown(call: ToolCallResult) -> str:
+    return called(call.function.name, call.function.arguments)
 
 
 def _numbers(numbers: range) -> str:
@@ -67,9 +95,10 @@ _TOOL_CALL = Example(
     "tool_call",
     [{"role": "user", "content": "weather in Paris"}],
     [tool_schema("get_weather")],
-    '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n</tool_call>',
+    "Paris: 21 degrees, clear",
     "weather in Paris",
 )
+_WEATHER = {called("get_weather", '{"city": "Paris"}'): {"temperature": 21, "sky": "clear"}}
 _SECOND_TURN = Example(
     "second_turn",
     [
@@ -89,7 +118,7 @@ DEMO_JOBS: Final = (
     DemoJob(_ECHO, {"temperature": 0.5, "top_p": 0.8, "seed": 2}),
     DemoJob(_SORT, {"temperature": 0.8, "top_k": 2, "min_p": 0.3, "seed": 3}),
     DemoJob(_JSON, {"temperature": 0.6, "top_p": 0.9, "min_p": 0.1, "seed": 4}),
-    DemoJob(_TOOL_CALL, {"temperature": 0.3, "seed": 5}),
+    DemoJob(_TOOL_CALL, {"temperature": 0.3, "seed": 5}, _WEATHER),
     DemoJob(_SECOND_TURN, {"temperature": 0.5, "top_k": 3, "top_p": 0.9, "seed": 6}),
     DemoJob(_DICE, {"temperature": 1.0, "seed": 7}),
 )

@@ -12,6 +12,18 @@ if TYPE_CHECKING:
     from mlx_serving.common.events import Event
 
 
+def called(name: str, arguments: str) -> str:
+    """A tool call as the demo shows it, before the answer that comes of it."""
+    return f"{name}({arguments}) → "
+
+
+def shown(event: Event) -> str:
+    """What an event adds to the text of a stream: calls, then text."""
+    calls = [call for choice in event.choices for call in choice.tool_calls or ()]
+    functions = [call.function for call in calls if call.function is not None]
+    return "".join(called(f.name or "", f.arguments) for f in functions) + event.text
+
+
 @dataclass(slots=True)
 class Track:
     """One stream as it comes in; times are seconds of one monotonic clock."""
@@ -27,7 +39,7 @@ class Track:
     def add(self, event: Event, now_s: float) -> None:
         """Take one event that arrived now."""
         self.state = event.state or "running"
-        self.text += event.text
+        self.text += shown(event)
         count = sum(len(choice.token_ids) for choice in event.choices)
         if not count:
             return

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import time
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import typer
 
 from mlx_serving.cli.console import EXIT_ERROR, note
 from mlx_serving.cli.demo.jobs import DEMO_JOBS, MODEL
-from mlx_serving.cli.demo.measure import Track, figures, percentile
+from mlx_serving.cli.demo.measure import Track, figures, percentile, shown
 from mlx_serving.cli.demo.process import DemoWorker, orderly_signals
 from mlx_serving.cli.demo.view import make_view
 from mlx_serving.cli.worker import engine_spec
@@ -98,22 +99,36 @@ async def _stream_all(
         tracks = [Track(began_s) for _ in jobs]
         with make_view(jobs, tracks) as view:
             streams = [
-                _follow(handle, view, index, job, tracks[index])
+                _Stream(client, job, view, index, tracks[index]).follow(handle)
                 for index, (handle, job) in enumerate(zip(handles, jobs, strict=True))
             ]
             return tracks, list(await asyncio.gather(*streams))
 
 
-async def _follow(
-    handle: AsyncJobHandle, view: TableView | LineView, index: int, job: DemoJob, track: Track
-) -> bool:
-    """Consume one stream; True where it ended with a right answer."""
-    async for event in handle.stream():
-        track.add(event, time.perf_counter())
-        view.delivered(index, event.text)
-    right = track.state == JobState.FINISHED and job.is_right(track.text)
-    view.ended(index, right=right)
-    return right
+@dataclass(frozen=True, slots=True)
+class _Stream:
+    """One job, from its first turn to its last."""
+
+    client: AsyncClient
+    job: DemoJob
+    view: TableView | LineView
+    index: int
+    track: Track
+
+    async def follow(self, handle: AsyncJobHandle) -> bool:
+        """Consume it, and the turn after a tool's reply; True where the answer is right."""
+        await self._consume(handle)
+        following = self.job.next_turn(await handle.result())
+        if following is not None:
+            await self._consume(await self.client.submit(following))
+        right = self.track.state == JobState.FINISHED and self.job.is_right(self.track.text)
+        self.view.ended(self.index, right=right)
+        return right
+
+    async def _consume(self, handle: AsyncJobHandle) -> None:
+        async for event in handle.stream():
+            self.track.add(event, time.perf_counter())
+            self.view.delivered(self.index, shown(event))
 
 
 def summary(tracks: Sequence[Track], right: Sequence[bool]) -> list[str]:

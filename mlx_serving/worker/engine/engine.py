@@ -6,12 +6,13 @@ from typing import Any, Protocol
 
 from mlx_serving.worker.engine.acceleration import AccelerationReport
 from mlx_serving.worker.engine.detokenizer import DetokenizerProtocol
+from mlx_serving.worker.engine.marked_detokenizer import MarkedDetokenizer
+from mlx_serving.worker.engine.row_output import grammar_ended, parse_output, row_error
 from mlx_serving.worker.engine.scheduler import Group, PrefillChunk, Scheduler
 from mlx_serving.worker.engine.sequence import (
     FINISH_ERROR,
     FINISH_LENGTH,
     FINISH_STOP,
-    INVALID_TOKEN,
     ModelInfo,
     Output,
     Phase,
@@ -22,8 +23,6 @@ from mlx_serving.worker.engine.sequence import (
     Sequence,
 )
 from mlx_serving.worker.engine.validation import check_request
-
-NAN_LOGITS = RowError("nan_logits", "the model's logits for this row were not finite")
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,26 +96,48 @@ class Engine:
         rows = self._scheduler.add(*choices)
         try:
             for row in rows:
-                row.slot = self._detokenizer.open(row.request.stop)
+                row.slot = self._open(row.request)
         except ValueError as error:
             for row in rows:
                 self._forget(row)
             raise RequestRefusedError("invalid_parameter", f"stop: {error}") from None
         for row in rows:
-            if row.request.committed:
-                self._replay(row)
+            self._begin(row)
+
+    def _begin(self, row: Sequence) -> None:
+        """Give the row its parser and its place in its grammar, where it has them; resume it."""
+        request = row.request
+        if request.format is not None:
+            row.parser = request.format.open(request.id, request.choice)
+        if request.grammar is not None:
+            row.matcher = request.grammar.start()
+        if request.committed:
+            self._replay(row)
+
+    def _open(self, request: Request) -> int:
+        detokenizer = self._detokenizer
+        if request.format is not None and isinstance(detokenizer, MarkedDetokenizer):
+            return detokenizer.open_marked(request.stop)
+        return detokenizer.open(request.stop)
 
     def _replay(self, sequence: Sequence) -> None:
         """Bring a resumed row to where its last attempt stood; its text is out already."""
         committed = sequence.request.committed
         live = [token for token in committed if token not in self.model_info.eos_token_ids]
-        _, stopped = self._detokenizer.replay(sequence.slot, live)
+        text, stopped = self._detokenizer.replay(sequence.slot, live)
         sequence.decoded = len(committed)
+        if sequence.parser is not None:
+            sequence.parser.push(text)
+        if sequence.matcher is not None:
+            sequence.matcher.replay(committed)
         reason = self._finish_reason(sequence, committed[-1], stopped=stopped)
         if reason is not None:
             # Text is released with the finish reason, which no earlier attempt has written.
             held = self._detokenizer.finish(sequence.slot)
-            self._finished_early.append(self._output(sequence, reason, held))
+            output = self._output(sequence, reason, held)
+            itself = committed[-1] in self.model_info.eos_token_ids or grammar_ended(sequence)
+            parse_output(sequence, output, ended_itself=itself)
+            self._finished_early.append(output)
             self._forget(sequence)
 
     def abort(self, request_id: str) -> None:
@@ -177,8 +198,9 @@ class Engine:
     def _collect(self, sampled: list[SampledToken], outputs: list[Output]) -> None:
         """Turn one step's tokens into outputs and take the rows that ended out of the batch."""
         eos = self.model_info.eos_token_ids
+        checked = [(each, row_error(each.row, each.token)) for each in sampled]
         with_text = [
-            (row, token) for row, token, _ in sampled if token != INVALID_TOKEN and token not in eos
+            (row, token) for (row, token, _), error in checked if error is None and token not in eos
         ]
         pieces = iter(
             self._detokenizer.push(
@@ -186,9 +208,9 @@ class Engine:
             )
         )
         ended = []
-        for row, token, logprobs in sampled:
-            if token == INVALID_TOKEN:
-                output = self._output(row, FINISH_ERROR, error=NAN_LOGITS)
+        for (row, token, logprobs), error in checked:
+            if error is not None:
+                output = self._output(row, FINISH_ERROR, error=error)
             else:
                 row.decoded += 1
                 text, stopped = ("", False) if token in eos else next(pieces)
@@ -196,17 +218,18 @@ class Engine:
                 output = self._output(row, reason, text, [token])
                 if logprobs is not None:
                     output.logprobs.append(logprobs)
-            outputs.append(output)
             if output.finish_reason is not None:
                 output.text += self._detokenizer.finish(row.slot)
                 ended.append(row)
+            parse_output(row, output, ended_itself=token in eos or grammar_ended(row))
+            outputs.append(output)
         if ended:
             self._runner.remove(ended)
             for row in ended:
                 self._forget(row)
 
     def _finish_reason(self, row: Sequence, token: int, *, stopped: bool) -> str | None:
-        if stopped or token in self.model_info.eos_token_ids:
+        if stopped or token in self.model_info.eos_token_ids or grammar_ended(row):
             return FINISH_STOP
         return FINISH_LENGTH if row.decoded >= row.request.max_tokens else None
 

@@ -7,6 +7,10 @@ token, and a row's first token costs no forward pass beside the step its batch-m
 Pipelining: step t + 1 is launched on the sampled tokens of step t while they are still on the
 device; only then does the host read step t. A row that turns out to have ended at t is taken
 out after the launch, and its token of t + 1 is dropped with it.
+
+A batch with constrained rows can't sample t + 1 before the host has read t: there the forward
+pass is launched, t is read and the masks are computed while the device works, then the sampling
+is launched.
 """
 
 from collections.abc import Iterable
@@ -29,8 +33,12 @@ from mlx_serving.worker.engine.sampling import (
 )
 from mlx_serving.worker.engine.scheduler import Group, PrefillChunk
 from mlx_serving.worker.engine.sequence import SampledToken, Sequence, TokenLogprobs
+from mlx_serving.worker.engine.structured_output import BatchMasks, Matcher, advance_rows
 
 TRIM_EVERY_LAUNCHES: Final = 512  # freed buffers go back to the system, as in mlx-lm
+
+
+_LaunchLogprobs = tuple[list[Sequence], Logprobs] | None
 
 
 class ModelRunner:
@@ -61,8 +69,10 @@ class ModelRunner:
         self._pending = mx.array([], dtype=mx.int32)  # [B], what the next step takes in
         self._make_draw: MakeDraw = ReferenceDraw
         self._sampler: BatchSampler | None = None  # None: rows changed
+        self._batch_masks: BatchMasks | None = None  # the same
+        self._constrained = False  # whether some row follows a grammar
         # Log probabilities of `_pending`, and the rows as they stood at its launch.
-        self._logprobs: tuple[list[Sequence], Logprobs] | None = None
+        self._logprobs: _LaunchLogprobs = None
 
     @property
     def logits_dtype(self) -> mx.Dtype:
@@ -140,8 +150,34 @@ class ModelRunner:
             return []
         previous, logprobs = self._pending, self._logprobs
         sampled = self._rows[: len(self._rows) - self._joined]
-        if self._launches < self._last_launch:
-            self._launch()
+        launching = self._launches < self._last_launch
+        logits = self._forward() if launching else None
+        if self._constrained:
+            return self._decode_masked(sampled, previous, logprobs, logits)
+        if logits is not None:
+            self._sample(logits)
+        return self._read(sampled, previous, logprobs)
+
+    def _decode_masked(
+        self,
+        sampled: list[Sequence],
+        previous: mx.array,
+        logprobs: _LaunchLogprobs,
+        logits: mx.array | None,
+    ) -> list[SampledToken]:
+        """Decode a batch in which some rows follow a grammar; the device computes `logits`."""
+        if logits is not None:
+            mx.async_eval(logits)
+        found = self._read(sampled, previous, logprobs)
+        advance_rows(found)
+        if logits is not None:
+            self._sample(logits, self._masks().compute())
+        return found
+
+    def _read(
+        self, sampled: list[Sequence], previous: mx.array, logprobs: _LaunchLogprobs
+    ) -> list[SampledToken]:
+        """Wait for the tokens of a launch, and for what goes with them."""
         if not sampled:
             return []
         tokens = dict(zip(sampled, cast("list[int]", previous.tolist()), strict=False))
@@ -152,10 +188,22 @@ class ModelRunner:
         reports = _read_logprobs(tokens, *logprobs) if logprobs else {}
         return [SampledToken(row, token, reports.get(row)) for row, token in tokens.items()]
 
-    def _launch(self) -> None:
+    def _masks(self) -> BatchMasks:
+        if self._batch_masks is None:
+            matchers = [cast("Matcher | None", row.matcher) for row in self._rows]
+            self._batch_masks = BatchMasks(matchers, self.cost.vocab_size)
+        return self._batch_masks
+
+    def _forward(self) -> mx.array:
+        """Build the step's logits, [B, V]; the rows' sampling is read as it stands now."""
         if self._sampler is None or self._sampler.needs_rebuild:
             self._sampler = BatchSampler(self._sampling(), self._words, self._make_draw)
-        draws = self._sampler.sample(self._cache.step(self._pending), self._pending)
+        return self._cache.step(self._pending)
+
+    def _sample(self, logits: mx.array, mask: mx.array | None = None) -> None:
+        """Launch the step."""
+        assert self._sampler is not None  # noqa: S101 - `_forward` made it
+        draws = self._sampler.sample(logits, self._pending, mask)
         self._pending = draws.tokens
         self._logprobs = (list(self._rows), draws.logprobs) if draws.logprobs else None
         mx.async_eval(draws.arrays)
@@ -165,7 +213,8 @@ class ModelRunner:
             mx.clear_cache()
 
     def _rows_changed(self) -> None:
-        self._sampler = None
+        self._sampler = self._batch_masks = None
+        self._constrained = any(row.matcher is not None for row in self._rows)
         ends = zip(self._origins, self._rows, strict=True)
         self._last_launch = max(
             (origin + row.request.max_tokens for origin, row in ends), default=0
@@ -179,6 +228,7 @@ class ModelRunner:
                 self._launches - origin,
                 row.history or (),
                 len(row.request.prompt),
+                masked=row.matcher is not None,
             )
             for origin, row in zip(self._origins, self._rows, strict=True)
         ]

@@ -11,6 +11,7 @@ from mlx_serving.worker.engine.acceleration import choose_sampler, make_detokeni
 from mlx_serving.worker.engine.cache_choice import choose_cache
 from mlx_serving.worker.engine.engine import Attachments, Engine
 from mlx_serving.worker.engine.fused_layers import fuse
+from mlx_serving.worker.engine.marked_detokenizer import with_markers
 from mlx_serving.worker.engine.model_files import check_model_files, model_revision, tokenizer_hash
 from mlx_serving.worker.engine.model_runner import ModelRunner
 from mlx_serving.worker.engine.scheduler import Scheduler, SchedulerLimits
@@ -90,9 +91,11 @@ def build_engine(
         kv_block_tokens=choice.block_tokens,
     )
     runner.limit_kv(limits.kv_capacity_tokens)
-    detokenizer, report = make_detokenizer(tokenizer, prefer_native=options.prefer_native)
+    native = options.prefer_native
+    plain, report = make_detokenizer(tokenizer, prefer_native=native)
+    detokenizer = with_markers(plain, tokenizer, prefer_native=native)
     make_draw, sampler_report = choose_sampler(
-        prefer_native=options.prefer_native, logits_dtype=runner.logits_dtype
+        prefer_native=native, logits_dtype=runner.logits_dtype
     )
     runner.use_sampler(make_draw)
     found = (report, sampler_report, choice.report)

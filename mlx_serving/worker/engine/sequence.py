@@ -9,6 +9,7 @@ from typing import Final, NamedTuple, Protocol
 FINISH_STOP: Final = "stop"
 FINISH_LENGTH: Final = "length"
 FINISH_ERROR: Final = "error"
+FINISH_TOOL_CALLS: Final = "tool_calls"
 
 INVALID_TOKEN: Final = -1  # sampled from logits with NaN or +inf, or with nothing but -inf
 
@@ -46,12 +47,85 @@ class SamplingParams:
         return penalties != (1.0, 0.0, 0.0)
 
 
+class TokenMatcher(Protocol):
+    """One row's place in its grammar."""
+
+    def advance(self, token: int) -> None:
+        """Take the token that the row got."""
+
+    def replay(self, tokens: Iterable[int]) -> None:
+        """Take what earlier attempts decoded."""
+
+    @property
+    def ended(self) -> bool:
+        """Whether the grammar is satisfied and nothing but the end can follow."""
+
+    @property
+    def failure(self) -> str | None:
+        """Why the grammar can't be followed any further; None where it can."""
+
+
+class Grammar(Protocol):
+    """What a row's text has to follow, compiled."""
+
+    def start(self) -> TokenMatcher:
+        """Return a new row's place: the start."""
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A call that the model wrote; `arguments` is a JSON object as text, `index` counts from 0."""
+
+    index: int
+    id: str
+    name: str
+    arguments: str
+
+
+@dataclass(slots=True)
+class Parts:
+    """What a piece of a row's text turned out to be; markers are in none of them."""
+
+    text: str = ""
+    reasoning: str = ""
+    tool_calls: list[ToolCall] = field(default_factory=list)
+
+    def __add__(self, other: "Parts") -> "Parts":
+        return Parts(
+            self.text + other.text,
+            self.reasoning + other.reasoning,
+            [*self.tool_calls, *other.tool_calls],
+        )
+
+
+class OutputParser(Protocol):
+    """Tells one row's text from its reasoning and its tool calls, piece by piece."""
+
+    @property
+    def called(self) -> bool:
+        """Whether a tool call was read."""
+
+    def push(self, text: str) -> Parts:
+        """Take the row's next text; what may still become a marker waits."""
+
+    def finish(self, *, whole: bool) -> Parts:
+        """Release what waits; `whole` says that the model ended the text, not a limit."""
+
+
+class OutputFormat(Protocol):
+    """How one request's text is to be read."""
+
+    def open(self, request_id: str, choice: int) -> OutputParser:
+        """Return a parser for a new row; calls get ids from the job's id and the choice."""
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
     """One row to decode: `choice` of a job, prompt and sampling already resolved.
 
     `committed` are tokens that earlier attempts decoded (resume): they are prefilled after the
-    prompt, are not emitted again, and count towards `max_tokens`.
+    prompt, are not emitted again, and count towards `max_tokens`. `grammar` None: any text.
+    `format` None: all of it is text.
     """
 
     id: str
@@ -61,6 +135,8 @@ class Request:
     stop: tuple[str, ...] = ()
     committed: tuple[int, ...] = ()
     choice: int = 0
+    grammar: Grammar | None = None
+    format: OutputFormat | None = None
 
     @property
     def kv_tokens(self) -> int:
@@ -103,6 +179,8 @@ class Output:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+    reasoning: str = ""
+    tool_calls: list[ToolCall] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +215,8 @@ class Sequence:
     phase: Phase = Phase.WAITING
     prefilled: int = 0  # tokens of `context` in the KV cache
     decoded: int = 0  # tokens of the completion known to the host, committed ones included
+    matcher: TokenMatcher | None = None
+    parser: OutputParser | None = None
     history: "array[int] | None" = None  # of rows with penalties: prompt, then known completion
 
     def __post_init__(self) -> None:

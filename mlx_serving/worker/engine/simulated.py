@@ -10,12 +10,15 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Final
 
+from mlx_serving.common.errors import InvalidJob
 from mlx_serving.common.jobs import GenerationJob
+from mlx_serving.common.output_formats import enforces_tools
 from mlx_serving.worker.engine.detokenizer import Detokenizer
 from mlx_serving.worker.engine.engine import Engine
 from mlx_serving.worker.engine.scheduler import Group, PrefillChunk, Scheduler, SchedulerLimits
 from mlx_serving.worker.engine.sequence import (
     ModelInfo,
+    Request,
     SampledToken,
     Sequence,
     TokenLogprobs,
@@ -119,6 +122,18 @@ class SimulatedPromptEncoder:
         texts = [str(message.get("content") or "") for message in job.template_messages()]
         words = sum(len(text.split()) for text in [job.prompt or "", *texts])
         return tuple(index % VOCAB_SIZE for index in range(1, max(words, 1) + 1))
+
+
+def plan(job: GenerationJob, requests: Iterable[Request]) -> list[Request]:
+    """Stand in for `output_plan.OutputPlanner`: what counts up follows no grammar.
+
+    Raises:
+        InvalidJob: the job asks for one.
+    """
+    if job.response_format is not None or enforces_tools(job):
+        field = "tools" if job.response_format is None else "response_format"
+        raise InvalidJob([(field, "the simulated engine can't be held to a form")])
+    return list(requests)
 
 
 class SimulatedEngine(Engine):

@@ -1,0 +1,113 @@
+"""Structured output: each row's place in its grammar, and the masks that keep it there.
+
+The grammar engine is llguidance. A mask says which tokens the grammar allows next, one bit a
+token. It depends on the token before, which the device samples, so it can't be ready when a step
+is launched: `model_runner` launches the forward pass, then reads the last token, and the masks
+are computed here while the device is busy. They are needed only when the next token is sampled.
+"""
+
+from collections.abc import Iterable
+from collections.abc import Sequence as SequenceOf
+from functools import cache
+from typing import TYPE_CHECKING, Final
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_serving.worker.engine.sequence import INVALID_TOKEN, SampledToken
+
+if TYPE_CHECKING:
+    from llguidance import LLExecutor, LLMatcher
+    from numpy.typing import NDArray
+
+ALLOW_ALL: Final = -1  # a word of ones
+BITS: Final = 32  # tokens a word
+
+
+class Matcher:
+    """One row's place in its grammar; answers to `sequence.TokenMatcher`."""
+
+    def __init__(self, matcher: "LLMatcher", mask_words: int) -> None:
+        """Take an llguidance matcher that nobody else uses, and how long its masks are."""
+        self.inner = matcher
+        self.mask_words = mask_words
+
+    def advance(self, token: int) -> None:
+        """Take the token that the row got; one that the grammar forbids is a failure."""
+        self.inner.consume_token(token)
+
+    def replay(self, tokens: Iterable[int]) -> None:
+        """Take what earlier attempts decoded."""
+        self.inner.consume_tokens(list(tokens))
+
+    @property
+    def ended(self) -> bool:
+        """Whether the grammar is satisfied and nothing but the end can follow."""
+        return self.inner.is_stopped() and not self.inner.is_error()
+
+    @property
+    def failure(self) -> str | None:
+        """Why the grammar can't be followed any further, in llguidance's word; None where it can.
+
+        It names no text: the row's own may be anything.
+        """
+        return self.inner.stop_reason() if self.inner.is_error() else None
+
+
+class CompiledGrammar:
+    """A grammar that rows can start from; answers to `sequence.Grammar`."""
+
+    def __init__(self, template: "LLMatcher", vocab_size: int) -> None:
+        """Take a matcher at the grammar's start, only ever copied, and its tokenizer's width."""
+        self._template = template
+        self._mask_words = words_of(vocab_size)
+
+    def start(self) -> Matcher:
+        """Return a new row's place: the start."""
+        return Matcher(self._template.deep_copy(), self._mask_words)
+
+
+class BatchMasks:
+    """The masks of one batch, rebuilt when its rows change."""
+
+    def __init__(self, matchers: SequenceOf[Matcher | None], vocab_size: int) -> None:
+        """Take each row's matcher in order, None for a row that is free; and the model's width."""
+        found = [(matcher, row) for row, matcher in enumerate(matchers) if matcher is not None]
+        self._rows = [(matcher.inner, row) for matcher, row in found]
+        self._words = words_of(vocab_size)
+        # The tokenizer may know more ids than the model has.
+        words = max(self._words, *(matcher.mask_words for matcher, _ in found))
+        self._bitmask: NDArray[np.int32] = np.full(
+            (len(matchers), words), ALLOW_ALL, dtype=np.int32
+        )
+
+    def compute(self) -> mx.array:
+        """Return which tokens each row may get next: int32 [B, ceil(V / 32)].
+
+        Rows are computed in parallel, with the GIL released. A row whose grammar fails may get
+        the end of sequence only.
+        """
+        rows, words = self._bitmask.shape
+        address = self._bitmask.ctypes.data
+        _executor().unsafe_compute_mask_ptr(self._rows, address, words * 4, rows)
+        return mx.array(self._bitmask[:, : self._words])
+
+
+@cache
+def _executor() -> "LLExecutor":
+    """Threads that compute masks: made when the first constrained row comes."""
+    from llguidance import LLExecutor
+
+    return LLExecutor()
+
+
+def words_of(vocab_size: int) -> int:
+    """Return how many 32-bit words hold a bit a token."""
+    return -(-vocab_size // BITS)
+
+
+def advance_rows(sampled: Iterable[SampledToken]) -> None:
+    """Tell the constrained ones among some rows which token they got."""
+    for row, token, _ in sampled:
+        if row.matcher is not None and token != INVALID_TOKEN:
+            row.matcher.advance(token)
