@@ -1,4 +1,5 @@
-// Bindings only: Python objects in, Python objects out. The GIL is released around the work.
+// Bindings only: Python objects in, Python objects out. The GIL is released around work that
+// takes long enough; the prefix index, whose calls are short, counts on it instead of a lock.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -9,10 +10,13 @@
 #include <vector>
 
 #include "mlx_serving/detokenizer.hpp"
+#include "mlx_serving/prefix_index.hpp"
 #include "mlx_serving/vocabulary.hpp"
 
 namespace py = pybind11;
+using mlx_serving::BlockId;
 using mlx_serving::Detokenizer;
+using mlx_serving::PrefixIndex;
 using mlx_serving::Release;
 using mlx_serving::Vocabulary;
 using mlx_serving::VocabularyKind;
@@ -82,6 +86,12 @@ py::tuple replay(Detokenizer& self, std::int64_t slot, const std::vector<std::in
   return to_python(released);
 }
 
+py::dict blocks(const PrefixIndex& self) {
+  py::dict held;
+  for (const auto& [block, is_held] : self.blocks()) held[py::int_(block)] = is_held;
+  return held;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, module) {
@@ -101,4 +111,26 @@ PYBIND11_MODULE(_native, module) {
       .def("replay", &replay, py::arg("slot"), py::arg("tokens"))
       .def("finish", &Detokenizer::finish, py::arg("slot"))
       .def("close", &Detokenizer::close, py::arg("slot"));
+
+  using Blocks = std::vector<BlockId>;
+  py::class_<PrefixIndex>(module, "PrefixIndex")
+      .def(py::init<std::int64_t>(), py::arg("block_tokens"))
+      .def_property_readonly("idle", &PrefixIndex::idle)
+      .def("__len__", &PrefixIndex::size)
+      .def("match", [](const PrefixIndex& self, const py::bytes& salt, const py::bytes& tokens) {
+             return self.match(salt, tokens);
+           }, py::arg("salt"), py::arg("tokens"))
+      .def("insert", [](PrefixIndex& self, const py::bytes& salt, const py::bytes& tokens,
+                        const Blocks& blocks) {
+             return self.insert(salt, tokens, blocks);
+           }, py::arg("salt"), py::arg("tokens"), py::arg("blocks"))
+      .def("hold", [](PrefixIndex& self, const Blocks& blocks) { self.hold(blocks); },
+           py::arg("blocks"))
+      .def("release", [](PrefixIndex& self, const Blocks& blocks) { self.release(blocks); },
+           py::arg("blocks"))
+      .def("evict", &PrefixIndex::evict, py::arg("count"))
+      .def("forget", [](PrefixIndex& self, const Blocks& blocks) { return self.forget(blocks); },
+           py::arg("blocks"))
+      .def("blocks", &blocks)
+      .def("check", &PrefixIndex::check);
 }

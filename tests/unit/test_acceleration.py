@@ -32,7 +32,7 @@ class _Broken(Detokenizer):
 
 def test_a_native_piece_that_agrees_with_its_twin_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     _pretend(monkeypatch, _native(Detokenizer))
-    [report] = acceleration.reports(prefer_native=True)
+    report, _ = acceleration.reports(prefer_native=True)
     assert str(report) == "detokenizer: native (self-check passed)"
 
 
@@ -55,13 +55,13 @@ def test_a_native_piece_that_differs_is_replaced_by_its_twin(
 
 def test_the_setting_switches_native_off(monkeypatch: pytest.MonkeyPatch) -> None:
     _pretend(monkeypatch, _native(_Broken))
-    [report] = acceleration.reports(prefer_native=False)
+    report, _ = acceleration.reports(prefer_native=False)
     assert str(report) == "detokenizer: twin (switched off by the settings)"
 
 
 def test_an_install_without_the_module_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "mlx_serving._native", None)
-    [report] = acceleration.reports(prefer_native=True)
+    report, _ = acceleration.reports(prefer_native=True)
     assert str(report) == "detokenizer: twin (this install was built without the native module)"
 
 
@@ -71,7 +71,7 @@ def test_a_module_that_does_not_load_says_why(monkeypatch: pytest.MonkeyPatch) -
         raise ImportError(msg)
 
     monkeypatch.setattr(acceleration, "import_module", fail)
-    [report] = acceleration.reports(prefer_native=True)
+    report, _ = acceleration.reports(prefer_native=True)
     assert report.reason.endswith("does not load: mlx_serving._native: wrong ELF class")
 
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from mlx_serving.worker.engine import kv_cache
+from mlx_serving.worker.engine.prefix_cache import PrefixCache
+from mlx_serving.worker.engine.prefix_index import PrefixKey
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,12 +19,14 @@ class Prefilled:
     """Prompts that were computed, and the rows that go on from them.
 
     `layers` are mlx-lm's plain caches where there is one prompt, batch caches where there are
-    several. `lengths` are the prompts' tokens, `prompts` names each joining row's prompt.
+    several. `lengths` are the prompts' tokens, `prompts` names each joining row's prompt. `keys`
+    are what the prompts are found by in the prefix cache; blocks that it knows are not read.
     """
 
     layers: list[Any]
     lengths: Sequence[int]
     prompts: Sequence[int]
+    keys: Sequence[PrefixKey] = ()
 
 
 class DecodeCache(Protocol):
@@ -49,6 +53,15 @@ class DecodeCache(Protocol):
 
     def settle(self) -> None:
         """Note that no step runs that was launched before the last call of `keep`."""
+
+    def use_prefixes(self, prefixes: PrefixCache) -> None:
+        """Take blocks from there, and let what rows leave be found again."""
+
+    def gather(self, prefixes: Sequence[Sequence[int]]) -> list[Any]:
+        """Return a prefill cache that begins with each prompt's blocks."""
+
+    def remember(self, row: int, key: PrefixKey | None) -> None:
+        """Let a row that leaves be found by its tokens; None: and nothing that it alone used."""
 
 
 class PaddedCache:
@@ -92,3 +105,14 @@ class PaddedCache:
 
     def settle(self) -> None:
         """Do nothing: arrays that a running step reads are kept by MLX."""
+
+    def use_prefixes(self, prefixes: PrefixCache) -> None:
+        """Refuse: there are no blocks."""
+        raise NotImplementedError(type(self).__name__)
+
+    def gather(self, prefixes: Sequence[Sequence[int]]) -> list[Any]:
+        """Refuse: there are no blocks."""
+        raise NotImplementedError(type(self).__name__)
+
+    def remember(self, row: int, key: PrefixKey | None) -> None:
+        """Do nothing: what leaves is dropped."""

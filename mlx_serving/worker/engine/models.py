@@ -12,6 +12,7 @@ from mlx_serving.worker.engine.cache_choice import choose_cache
 from mlx_serving.worker.engine.engine import Attachments, Engine
 from mlx_serving.worker.engine.model_files import check_model_files, model_revision, tokenizer_hash
 from mlx_serving.worker.engine.model_runner import ModelRunner
+from mlx_serving.worker.engine.prefix_choice import make_prefix_cache
 from mlx_serving.worker.engine.scheduler import Scheduler, SchedulerLimits
 from mlx_serving.worker.engine.sequence import ModelInfo, Request, SamplingParams
 
@@ -23,10 +24,15 @@ KV_MEMORY_FRACTION: Final = 0.75
 
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
-    """How much of the device an engine takes. `kv_budget_bytes` None: derived from the device."""
+    """How much of the device an engine takes. `kv_budget_bytes` None: derived from the device.
+
+    `prefix_cache_bytes`: of the KV budget, what prefixes may keep that no row uses; None: half of
+    it, 0: every prompt is computed.
+    """
 
     max_batch_rows: int = 64
     kv_budget_bytes: int | None = None
+    prefix_cache_bytes: int | None = None
     prefill_chunk_tokens: int = 512
     prefer_native: bool = True
     warm_up: bool = True
@@ -86,10 +92,19 @@ def build_engine(
         kv_row_overhead_tokens=choice.row_overhead_tokens(cost),
         kv_block_tokens=choice.block_tokens,
     )
+    prefixes, prefix_report = make_prefix_cache(
+        limits.kv_block_tokens,
+        limits.kv_capacity_tokens,
+        None if options.prefix_cache_bytes is None
+        else options.prefix_cache_bytes // cost.bytes_per_token,
+        prefer_native=options.prefer_native,
+    )  # fmt: skip
+    if prefixes is not None:
+        runner.use_prefixes(prefixes)
     runner.limit_kv(limits.kv_capacity_tokens)
     detokenizer, report = make_detokenizer(tokenizer, prefer_native=options.prefer_native)
-    attachments = Attachments(tokenizer, (report, choice.report))
-    return Engine(runner, Scheduler(limits), detokenizer, info, attachments)
+    attachments = Attachments(tokenizer, (report, choice.report, prefix_report))
+    return Engine(runner, Scheduler(limits, prefixes), detokenizer, info, attachments)
 
 
 def default_kv_budget() -> int:

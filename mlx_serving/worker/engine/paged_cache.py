@@ -9,14 +9,17 @@ The pools grow as rows need them and shrink when most of them is unused.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_serving.worker.engine.block_allocator import BlockAllocator
 from mlx_serving.worker.engine.decode_cache import Prefilled
+from mlx_serving.worker.engine.gathering import gather_blocks
 from mlx_serving.worker.engine.paged_attention import PagedLayer, PagedOps, StepPlan, StoreEntry
+from mlx_serving.worker.engine.prefix_cache import PrefixCache
+from mlx_serving.worker.engine.prefix_index import PrefixKey
 
 BLOCK_TOKENS: Final = 32
 # A row gets its next block when fewer free places than this are left, so that the rows' tables
@@ -42,6 +45,7 @@ class PagedCache:
     def __init__(self, shapes: Sequence[LayerShape], ops: PagedOps) -> None:
         """Start without rows and without pools."""
         self.allocator = BlockAllocator(_END)
+        self._prefixes: PrefixCache | None = None
         self.layers: list[PagedLayer] = []
         self._shapes = shapes
         self._ops = ops
@@ -89,12 +93,15 @@ class PagedCache:
         """Allocate each prompt's full blocks, which its rows share."""
         shared = []
         for prompt, length in enumerate(prefilled.lengths):
-            blocks = self.allocator.allocate(length // BLOCK_TOKENS)
+            known = self._prefixes.acquire(prefilled.keys[prompt]) if self._prefixes else []
+            blocks = self.allocator.allocate(length // BLOCK_TOKENS - len(known))
             entries += [
                 StoreEntry(block, prompt, index * BLOCK_TOKENS, BLOCK_TOKENS)
-                for index, block in enumerate(blocks)
+                for index, block in enumerate(blocks, start=len(known))
             ]
-            shared.append(blocks)
+            shared.append(known + blocks)
+            if self._prefixes:
+                self._prefixes.insert(prefilled.keys[prompt], shared[-1])
         return shared
 
     def _row_of(
@@ -220,5 +227,25 @@ class PagedCache:
 
     def _drop(self) -> None:
         """Forget the pools: no row is left. A running step keeps them alive until it is done."""
+        if self._prefixes:
+            mx.synchronize()  # the pools stay, and blocks that a running step writes to are freed
         self.settle()
-        self.layers = []
+        if not self.allocator.used:
+            self.layers = []
+
+    def use_prefixes(self, prefixes: PrefixCache) -> None:
+        """See `DecodeCache`; call it before any row joins."""
+        self.allocator = self._prefixes = prefixes
+
+    def gather(self, prefixes: Sequence[Sequence[int]]) -> list[Any]:
+        """See `DecodeCache`."""
+        return gather_blocks(
+            [(layer.keys, layer.values) for layer in self.layers], prefixes, self._stored
+        )
+
+    def remember(self, row: int, key: PrefixKey | None) -> None:
+        """See `DecodeCache`."""
+        if self._prefixes and key is not None:
+            self._prefixes.insert(key, self._rows[row])
+        elif self._prefixes:
+            self._prefixes.forget(self._rows[row])

@@ -2,19 +2,28 @@
 
 A row is admitted when the KV cache of all admitted rows, each as long as it can ever get, fits
 the budget. What a batch reserves is the cache's matter: mlx-lm's batch caches pad every row to
-the longest one, so it is rows x widest row; a paged cache takes the sum of the rows' blocks.
+the longest one, so it is rows x widest row; a paged cache takes the sum of the rows' blocks, where
+those that rows share in the prefix cache count once. Blocks that no row uses count as free.
 
 One engine step does at most one prefill chunk and one decode step. A chunk computes at most
 `prefill_chunk_tokens` tokens, padding included: either the next part of one long prompt or
 several whole prompts from the head of the queue. So decoding rows wait for one chunk at most,
 prompts are served first in, first out, and none starves: each step moves the oldest one on.
+What the prefix cache holds of a prompt is looked up when its turn comes, so that prompts which
+arrive together compute what they share once.
 """
 
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Final
 
+from mlx_serving.worker.engine.prefix_cache import PrefixCache
+from mlx_serving.worker.engine.prefix_index import TOKEN_BYTES, PrefixKey
 from mlx_serving.worker.engine.sequence import Phase, Request, RequestRefusedError, Sequence
+
+# Of a chunk: what several prompts that are computed at once may hold of found and own tokens.
+PACKED_CONTEXT_CHUNKS: Final = 8
 
 Group = tuple[Sequence, ...]  # rows with one context, never empty
 
@@ -44,10 +53,11 @@ class SchedulerLimits:
 
 @dataclass(frozen=True, slots=True)
 class PrefillChunk:
-    """One forward pass of prefill: tokens [start, start + length) of every group's context.
+    """One forward pass of prefill: tokens [start, start + length) of what each group must compute.
 
-    Rows of a group have one context, which is computed once: they are choices of one request.
-    More than one group only where the whole context of each of them fits.
+    That is its context without what was `found` in the prefix cache. Rows of a group have one
+    context, which is computed once: they are choices of one request. More than one group only
+    where all that each of them must compute fits.
     """
 
     groups: tuple[Group, ...]
@@ -67,21 +77,23 @@ class PrefillChunk:
     @property
     def completes(self) -> bool:
         """Whether the rows' contexts are in the cache after this chunk."""
-        return all(self.start + self.length >= row.context_length for row in self.leaders)
+        end = self.start + self.length
+        return all(row.found + end >= row.context_length for row in self.leaders)
 
 
 class Scheduler:
     """Admission, the FIFO of prompts, and the set of decoding rows."""
 
-    def __init__(self, limits: SchedulerLimits) -> None:
-        """Start empty."""
+    def __init__(self, limits: SchedulerLimits, prefixes: PrefixCache | None = None) -> None:
+        """Start empty; `prefixes` are blocks of the decode batch's own cache."""
         self.limits = limits
+        self._prefixes = prefixes
         self._waiting: deque[Group] = deque()
         self._prefilling: tuple[Group, ...] = ()
         self._decoding: dict[Sequence, None] = {}  # an ordered set
         self._rows: dict[tuple[str, int], Sequence] = {}
         self._widest = 0  # of the admitted rows' widths
-        self._total = 0  # their sum
+        self._total = 0  # their sum, without what the prefix cache counts
 
     def fits(self, *choices: Request) -> bool:
         """Say whether the choices could run here if they were alone."""
@@ -92,8 +104,31 @@ class Scheduler:
         """Say whether the choices can be admitted now."""
         rows = len(self._rows) + len(choices)
         widest, total = self._widths(choices)
+        if rows > self.limits.max_rows:
+            return False
         needed = self._reserved(rows, max(self._widest, widest), self._total + total)
-        return rows <= self.limits.max_rows and needed <= self.limits.kv_capacity_tokens
+        over = needed + self._held - self.limits.kv_capacity_tokens
+        return over <= 0 or over <= self._savings(choices)
+
+    @property
+    def _held(self) -> int:
+        """KV tokens of the prefix cache that rows use, each counted once."""
+        return self._prefixes.held * self.limits.kv_block_tokens if self._prefixes else 0
+
+    def _savings(self, choices: tuple[Request, ...]) -> int:
+        """KV tokens that the choices need not have for themselves."""
+        if self._prefixes is None:
+            return 0
+        taken: set[int] = set()
+        found = 0
+        for request in choices:
+            try:
+                blocks = self._prefixes.find(Sequence(request).context_key)
+            except OverflowError:  # no such token; `add` refuses it by name
+                return 0
+            found += len(blocks)
+            taken |= {block for block in blocks if self._prefixes.owners(block) == 1}
+        return (found - len(taken)) * self.limits.kv_block_tokens
 
     def _widths(self, choices: Iterable[Request]) -> tuple[int, int]:
         """Return the widest and the sum."""
@@ -128,7 +163,20 @@ class Scheduler:
         widest, total = self._widths(choices)
         self._widest = max(self._widest, widest)
         self._total += total
+        for row in rows:
+            self._take_prefix(row)
         return rows
+
+    def _take_prefix(self, row: Sequence) -> None:
+        """Let the row hold what is known of its context by now."""
+        if self._prefixes is not None:
+            held, row.prefix = row.prefix, self._prefixes.acquire(row.context_key)
+            self._prefixes.free(held)
+            self._share(row, len(row.prefix) * self.limits.kv_block_tokens)
+
+    def _share(self, row: Sequence, tokens: int) -> None:
+        self._total += row.shared - tokens
+        row.shared = tokens
 
     def _why_too_large(self, choices: tuple[Request, ...]) -> str:
         if len(choices) > self.limits.max_rows:
@@ -169,9 +217,16 @@ class Scheduler:
         else:
             del self._decoding[sequence]
         self._total -= self._width(sequence.request)
+        self._share(sequence, 0)
+        self._let_go(sequence)
         if self._width(sequence.request) == self._widest:
             widths = (self._width(row.request) for row in self._rows.values())
             self._widest = max(widths, default=0)
+
+    def _let_go(self, row: Sequence) -> None:
+        if self._prefixes is not None:
+            held, row.prefix = row.prefix, []
+            self._prefixes.free(held)
 
     def schedule_prefill(self) -> PrefillChunk | None:
         """Choose the next prefill chunk; None when no prompt is pending."""
@@ -183,15 +238,15 @@ class Scheduler:
         if not self._prefilling:
             return None
         leaders = [group[0] for group in self._prefilling]
-        start = leaders[0].prefilled
-        remaining = max(row.context_length for row in leaders) - start
+        start = leaders[0].prefilled - leaders[0].found
+        remaining = max(row.context_length - row.found for row in leaders) - start
         length = min(remaining, self.limits.prefill_chunk_tokens)
         return PrefillChunk(self._prefilling, start, length)
 
     def finish_prefill(self, chunk: PrefillChunk) -> bool:
         """Record that the chunk is computed; return whether its rows decode from now on."""
         for row in chunk.rows:
-            row.prefilled = min(chunk.start + chunk.length, row.context_length)
+            row.prefilled = min(row.found + chunk.start + chunk.length, row.context_length)
         if not chunk.completes:
             return False
         for row in chunk.rows:
@@ -200,16 +255,53 @@ class Scheduler:
         self._prefilling = ()
         return True
 
+    def joined(self, groups: Iterable[Group]) -> None:
+        """Note that rows have blocks of their own, the full ones of their contexts in the index."""
+        if self._prefixes is not None:
+            block = self.limits.kv_block_tokens
+            for row in (row for group in groups for row in group):
+                self._let_go(row)
+                self._share(row, row.context_length // block * block)
+
     def _take_waiting(self) -> list[Group]:
         """Take one prompt, or as many short ones as fit one chunk when padded alike."""
         taken: list[Group] = []
-        longest = 0
+        computed = held = 0  # of the longest
+        coming: set[PrefixKey] = set()
         while self._waiting:
-            longest = max(longest, self._waiting[0][0].context_length)
-            if taken and (len(taken) + 1) * longest > self.limits.prefill_chunk_tokens:
+            group = self._waiting[0]
+            for row in group:
+                self._look_up(row)
+            leader = group[0]
+            computed = max(computed, leader.context_length - leader.found)
+            held = max(held, leader.context_length)
+            next_block = self._next_block(leader)
+            if taken and (next_block in coming or not self._fit(len(taken) + 1, computed, held)):
                 break
+            if next_block is not None:
+                coming.add(next_block)
             taken.append(self._waiting.popleft())
         return taken
+
+    def _fit(self, prompts: int, computed: int, held: int) -> bool:
+        """Say whether so many prompts may share a chunk, each padded to the longest."""
+        chunk = self.limits.prefill_chunk_tokens
+        return prompts * computed <= chunk and prompts * held <= PACKED_CONTEXT_CHUNKS * chunk
+
+    def _look_up(self, row: Sequence) -> None:
+        self._take_prefix(row)
+        row.found = row.prefilled = len(row.prefix) * self.limits.kv_block_tokens
+
+    def _next_block(self, row: Sequence) -> PrefixKey | None:
+        """Name the first block that the row will add to the prefix cache.
+
+        A prompt that needs the same one waits a step, and finds it.
+        """
+        if self._prefixes is None:
+            return None
+        salt, tokens = row.context_key
+        end = (row.found + self.limits.kv_block_tokens) * TOKEN_BYTES
+        return PrefixKey(salt, tokens[:end]) if end <= len(tokens) else None
 
     @property
     def running(self) -> int:
@@ -229,7 +321,7 @@ class Scheduler:
     @property
     def kv_tokens_used(self) -> int:
         """KV tokens reserved by admitted rows."""
-        return self._reserved(len(self._rows), self._widest, self._total)
+        return self._reserved(len(self._rows), self._widest, self._total) + self._held
 
 
 def _without(groups: Iterable[Group], leaving: Sequence) -> Iterator[Group]:

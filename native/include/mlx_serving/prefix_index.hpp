@@ -1,0 +1,93 @@
+// Which blocks of the KV cache hold which tokens: a radix tree whose digits are blocks of tokens,
+// one tree a salt. The Python twin, with the reasons, is mlx_serving/worker/engine/prefix_index.py.
+#pragma once
+
+#include <cstdint>
+#include <set>
+#include <span>
+#include <string>
+#include <string_view>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+namespace mlx_serving {
+
+using BlockId = std::int64_t;
+
+// Not thread-safe.
+class PrefixIndex {
+ public:
+  // Throws std::invalid_argument for blocks of no tokens.
+  explicit PrefixIndex(std::int64_t block_tokens);
+
+  // Blocks that nothing holds: as many can be evicted.
+  [[nodiscard]] std::size_t idle() const noexcept { return idle_; }
+  [[nodiscard]] std::size_t size() const noexcept { return by_block_.size(); }
+
+  // The blocks of the longest known prefix, in order. `tokens` are native int32s; what does not
+  // fill a block is not looked at.
+  [[nodiscard]] std::vector<BlockId> match(std::string_view salt, std::string_view tokens) const;
+  // Takes in the blocks of a prefix, in order; returns those that are new, which are held. Ends
+  // where the tokens or the blocks do, or where another block holds the same prefix. Throws
+  // std::invalid_argument for a block that is known by other tokens, and changes nothing then.
+  std::vector<BlockId> insert(std::string_view salt, std::string_view tokens,
+                              std::span<const BlockId> blocks);
+  // Keeps blocks from eviction. Unknown ones are ignored, here and in release().
+  void hold(std::span<const BlockId> blocks);
+  // Notes that blocks are used no more, as of now.
+  void release(std::span<const BlockId> blocks);
+  // Forgets up to `count` idle blocks, the least recently released first; returns them.
+  std::vector<BlockId> evict(std::int64_t count);
+  // Forgets a path from its end up to where others go on from it; returns what went.
+  std::vector<BlockId> forget(std::span<const BlockId> blocks);
+  // Every block, and whether it is held.
+  [[nodiscard]] std::vector<std::pair<BlockId, bool>> blocks() const;
+  // Throws std::runtime_error where the index contradicts itself.
+  void check() const;
+
+ private:
+  using NodeId = std::uint32_t;
+  static constexpr NodeId kNone = 0xFFFFFFFF;
+
+  struct Node {
+    BlockId block = -1;  // -1: a root, or free
+    NodeId parent = kNone;
+    NodeId next = kNone;  // of the nodes with the same hash
+    std::uint32_t children = 0;
+    std::uint64_t hash = 0;
+    std::uint64_t released_at = 0;
+    bool held = true;
+  };
+
+  [[nodiscard]] std::string_view digit(NodeId node) const;
+  [[nodiscard]] NodeId root(std::string_view salt) const;
+  [[nodiscard]] NodeId child(NodeId parent, std::string_view digit, std::uint64_t hash) const;
+  [[nodiscard]] std::uint64_t hash(NodeId parent, std::string_view digit) const;
+  [[nodiscard]] NodeId find(BlockId block) const;
+  [[nodiscard]] bool is_idle_leaf(const Node& node) const {
+    return !node.held && node.children == 0;
+  }
+  void require_unknown(std::span<const BlockId> blocks) const;
+  NodeId make_node();
+  NodeId add_child(NodeId parent, std::string_view digit, BlockId block);
+  void unlink(NodeId node);
+  void remove(NodeId node);
+  void check_node(NodeId id) const;
+
+  std::size_t block_bytes_;
+  std::uint64_t seed_;
+  std::uint64_t clock_ = 0;
+  std::size_t idle_ = 0;
+  std::vector<Node> nodes_;
+  std::string digits_;                                 // of each node, end to end
+  std::vector<NodeId> free_;                           // nodes to use again
+  std::unordered_map<std::uint64_t, NodeId> by_hash_;  // first node of each hash
+  std::unordered_map<BlockId, NodeId> by_block_;
+  std::unordered_map<std::string, NodeId> roots_;
+  std::unordered_map<NodeId, std::string> salts_;  // of the roots
+  // Idle leaves, the least recently released first: (released_at, block).
+  std::set<std::pair<std::uint64_t, BlockId>> leaves_;
+};
+
+}  // namespace mlx_serving
