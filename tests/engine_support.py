@@ -13,8 +13,8 @@ from mlx_serving.worker.engine.engine import Engine
 from mlx_serving.worker.engine.kv_cache import LanguageModel
 from mlx_serving.worker.engine.model_runner import ModelRunner
 from mlx_serving.worker.engine.models import EngineOptions, build_engine
-from mlx_serving.worker.engine.paged_attention import ReferenceOps
-from mlx_serving.worker.engine.prefix_cache import PrefixCache
+from mlx_serving.worker.engine.paged.reference import ReferenceOps
+from mlx_serving.worker.engine.prefix.cache import PrefixCache
 from mlx_serving.worker.engine.sequence import ModelInfo, Output, Request, SamplingParams
 
 EOS = 256

@@ -154,7 +154,7 @@ def build_request(
     sampling = SamplingParams(job.temperature, job.top_p, job.top_k, job.min_p, seed)
     return Request(
         id=claimed.request_id, prompt=prompt, sampling=sampling, max_tokens=job.max_tokens,
-        stop=tuple(job.stop), committed=committed.token_ids,
+        stop=tuple(job.stop), committed=committed.token_ids, salt=job.tenant or "",
     )  # fmt: skip
 
 

@@ -1,7 +1,8 @@
 // Copies prefilled keys and values into the blocks of a paged KV cache: the body of a CUDA kernel.
 //
 // Inputs: keys and values T [P, KVH, S, D] of P prompts, key_pool and value_pool
-// [blocks, KVH, BLOCK, D], entries int32 [E, 4]: (block, prompt, first token, number of tokens).
+// [blocks, KVH, BLOCK, D], entries int32 [E, 4]: (block, prompt, first token, number of tokens),
+// after int32 [1], 0: made by what must come first.
 // Constants: T, D, BLOCK. Output: done int32 [1], 0: what must come after waits for it.
 //
 // Writes to its inputs, the pools, as paged_attention.cu does, and to free blocks only.
@@ -20,5 +21,5 @@ for (int i = threadIdx.x; i < count * D; i += blockDim.x) {
   const_cast<T*>(value_pool)[to + i] = values[from + i];
 }
 if (entry == 0 && head == 0 && threadIdx.x == 0) {
-  done[0] = 0;
+  done[0] = after[0];
 }

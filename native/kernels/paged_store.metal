@@ -15,5 +15,5 @@ for (int i = thread_index; i < count * D; i += threads_per_threadgroup.x) {
   ((device T*)value_pool)[to + i] = values[from + i];
 }
 if (entry == 0 && head == 0 && thread_index == 0) {
-  done[0] = 0;
+  done[0] = after[0];
 }

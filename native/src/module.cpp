@@ -131,6 +131,8 @@ PYBIND11_MODULE(_native, module) {
       .def("evict", &PrefixIndex::evict, py::arg("count"))
       .def("forget", [](PrefixIndex& self, const Blocks& blocks) { return self.forget(blocks); },
            py::arg("blocks"))
+      .def("renumber", [](PrefixIndex& self, const Blocks& blocks) { self.renumber(blocks); },
+           py::arg("blocks"))
       .def("blocks", &blocks)
       .def("check", &PrefixIndex::check);
 }

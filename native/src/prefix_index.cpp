@@ -120,6 +120,23 @@ std::vector<BlockId> PrefixIndex::forget(std::span<const BlockId> blocks) {
   return gone;
 }
 
+void PrefixIndex::renumber(std::span<const BlockId> blocks) {
+  std::unordered_map<BlockId, NodeId> moved;
+  for (std::size_t at = 0; at < blocks.size(); ++at) {
+    const auto id = find(blocks[at]);
+    if (id != kNone) moved.emplace(static_cast<BlockId>(at), id);
+  }
+  if (moved.size() != by_block_.size()) {
+    throw std::invalid_argument("blocks: a known one is missing");
+  }
+  by_block_ = std::move(moved);
+  leaves_.clear();
+  for (const auto& [block, id] : by_block_) {
+    nodes_[id].block = block;
+    if (is_idle_leaf(nodes_[id])) leaves_.emplace(nodes_[id].released_at, block);
+  }
+}
+
 std::vector<std::pair<BlockId, bool>> PrefixIndex::blocks() const {
   std::vector<std::pair<BlockId, bool>> all;
   for (const auto& [block, id] : by_block_) all.emplace_back(block, nodes_[id].held);

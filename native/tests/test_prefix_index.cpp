@@ -75,6 +75,17 @@ void a_forgotten_path_is_gone_from_its_end() {
   CHECK((index.match("", spelled({1, 3})) == Blocks{10, 12}));
 }
 
+void blocks_can_be_renumbered() {
+  PrefixIndex index(2);
+  index.insert("", spelled({1, 2}), Blocks{10, 12});
+  index.release(Blocks{10, 12});
+  CHECK(check::rejection([&] { index.renumber(Blocks{10, 11}); }) ==
+        "blocks: a known one is missing");
+  index.renumber(Blocks{10, 11, 12});
+  CHECK((index.match("", spelled({1, 2})) == Blocks{0, 2}));
+  CHECK((index.evict(2) == Blocks{2, 0}));
+}
+
 // Churn under the sanitizers: nodes are freed, used again, and their collision chains cut.
 void churn_keeps_the_index_whole() {
   PrefixIndex index(2);
@@ -104,6 +115,7 @@ int main() {
   bad_blocks_are_refused_and_change_nothing();
   idle_leaves_go_least_recent_first();
   a_forgotten_path_is_gone_from_its_end();
+  blocks_can_be_renumbered();
   churn_keeps_the_index_whole();
   return check::result();
 }

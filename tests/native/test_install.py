@@ -36,6 +36,8 @@ def test_an_install_without_a_compiler_works_and_says_so(install: Path, tmp_path
     package = install / "mlx_serving"
     assert not list(package.glob("_native*.so"))
     assert list(package.glob("common/lua/*.lua"))
+    kernels = {path.name for path in (package / "kernels").iterdir()}
+    assert kernels == {path.name for path in (ROOT / "native" / "kernels").iterdir()}
     assert (package / "py.typed").exists()
     # -S skips the .pth files: this environment's editable finder would find the tree itself.
     libraries = [path for path in sys.path if path.endswith("site-packages")]

@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 
 from mlx_serving.worker.engine.kernels import Dialect, source
-from mlx_serving.worker.engine.paged_attention import (
+from mlx_serving.worker.engine.paged.kernel_ops import head_tile, team_lanes
+from mlx_serving.worker.engine.paged.layers import (
     PagedLayer,
-    ReferenceOps,
     StepPlan,
     StoreEntry,
 )
-from mlx_serving.worker.engine.paged_kernels import head_tile, team_lanes
+from mlx_serving.worker.engine.paged.reference import ReferenceOps
 
 COMPILER = os.environ.get("CXX", "c++")
 BLOCK = 8
@@ -74,7 +74,7 @@ void combine(const float* parts, const float* stats, const int* firsts, T* out) 
 {combine}
 }}
 void store(const T* keys, const int* keys_shape, const T* values, const T* key_pool,
-           const T* value_pool, const int* entries, int* done) {{
+           const T* value_pool, const int* entries, const int* after, int* done) {{
 {store}
 }}
 }}
@@ -93,7 +93,8 @@ extern "C" void {name}_combine(unsigned heads, unsigned rows, void** a) {{
 extern "C" void {name}_store(unsigned heads, unsigned entries, void** a) {{
   using namespace {name};
   shim::launch({{1, heads, entries}}, 128, [=] {{
-    store((T*)a[0], (int*)a[1], (T*)a[2], (T*)a[3], (T*)a[4], (int*)a[5], (int*)a[6]);
+    store((T*)a[0], (int*)a[1], (T*)a[2], (T*)a[3], (T*)a[4], (int*)a[5], (int*)a[6],
+          (int*)a[7]);
   }});
 }}
 """
@@ -169,8 +170,8 @@ def plan_of(split: bool) -> StepPlan:  # noqa: FBT001 - a case
         bounds = [0, 32, 64, 100, 2**31 - 1] if split else [0, 2**31 - 1]
         work += [(row, start, end) for start, end in pairwise(bounds)]
         firsts.append(len(work))
-    arrays = [mx.array(value, dtype=mx.int32) for value in (LENGTHS, work, firsts)]
-    return StepPlan(mx.array(table), *arrays, split)
+    lengths, items, ends = (mx.array(v, dtype=mx.int32) for v in (LENGTHS, work, firsts))
+    return StepPlan(mx.array(table), lengths, mx.ones_like(lengths), items, ends, split=split)
 
 
 @pytest.mark.parametrize("split", [False, True], ids=["whole rows", "split rows"])
@@ -206,7 +207,7 @@ def test_attention_equals_the_reference(
 
     wide = [array.astype(mx.float32) for array in (*pools, query, *own)]
     layer = PagedLayer(ReferenceOps(), wide[0], wide[1])
-    expected = ReferenceOps().attend(layer, *wide[2:], 0.3, plan)
+    expected = ReferenceOps().attend(layer, wide[2], wide[3], wide[4], 0.3, plan)
     got = to_mlx(out, shape.dtype).astype(mx.float32)
     tolerance = 1e-5 if shape.dtype == mx.float32 else 2e-2
     assert mx.allclose(got, expected, rtol=tolerance, atol=tolerance).item()
@@ -228,10 +229,10 @@ def test_storing_prompts_touches_their_blocks_only(
     ]
     keys, values, key_pool, value_pool = (to_numpy(array) for array in (*prompts, *pools))
     table = np.array([(e.block, e.prompt, e.first, e.count) for e in entries], dtype=np.int32)
-    done = np.ones(1, dtype=np.int32)
+    after, done = np.zeros(1, dtype=np.int32), np.ones(1, dtype=np.int32)
     key_shape = np.array(keys.shape, dtype=np.int32)
     name = name_of(shape, language, split=False)
-    arrays = [keys, key_shape, values, key_pool, value_pool, table, done]
+    arrays = [keys, key_shape, values, key_pool, value_pool, table, after, done]
     call(getattr(library, f"{name}_store"), shape.kv_heads, len(entries), *arrays)
 
     assert done.tolist() == [0]

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_serving.worker.engine.engine import Engine
-from mlx_serving.worker.engine.paged_cache import BLOCK_TOKENS
+from mlx_serving.worker.engine.paged.cache import BLOCK_TOKENS
+from mlx_serving.worker.engine.paged.step import plain_step
 from mlx_serving.worker.engine.sequence import Request, RequestRefusedError, SamplingParams
 from tests.engine_support import GREEDY, Collected, drive, prefixes_of, tiny_engine
 from tests.unit.test_engine_failures import POISON, PoisonedModel
@@ -186,7 +187,9 @@ def test_what_a_failed_row_leaves_is_not_found_again(raises: bool) -> None:  # n
     model = PoisonedModel()
     engine = tiny_engine(cast("Any", model.model), eos=(), paged=True, prefix_cache_bytes=None)
     model.raises = raises
-    cast("Any", engine._runner)._model = cast("Any", model)
+    runner = cast("Any", engine._runner)
+    runner._model = model
+    runner._cache._step = plain_step(cast("Any", model))
     good = [Request(f"good{n}", (*(1,) * 70, n), GREEDY, 12) for n in range(4)]
     # A prompt's last token is computed with the batch, the others before.
     tail = (POISON, *range(40)) if raises else (*range(40), POISON)
@@ -198,6 +201,40 @@ def test_what_a_failed_row_leaves_is_not_found_again(raises: bool) -> None:  # n
     expected = drive(tiny_engine(cast("Any", model.model), eos=()), good)
     assert all(collected[row.id].token_ids == expected[row.id].token_ids for row in good)
     assert_whole(engine)
+
+
+def test_pools_that_are_compacted_keep_what_is_known_and_what_rows_that_wait_hold() -> None:
+    engine = tiny_engine(eos=(), paged=True, prefix_cache_bytes=None)
+    cache, prefixes = cast("Any", engine._runner)._cache, prefixes_of(engine)
+    drive(engine, [Request(f"w{n}", (n,) * 700, GREEDY, 2, salt="w") for n in range(10)])
+    drive(engine, [Request("first", (9,) * 100, GREEDY, 2)])
+    stays, waits = Request("stays", (8,) * 40, GREEDY, 80), Request("waits", (9,) * 150, GREEDY, 8)
+    engine.add(stays)
+    engine.step()
+    engine.add(waits)
+    (row,) = engine._scheduler.find("waits")
+    held, before = list(row.prefix), cache.blocks
+    assert len(held) == 3
+    prefixes.clear()
+    cache._shrink()
+    prefixes.check()
+    assert cache.blocks < before
+    assert max(row.prefix) < min(held)
+    rows = drive_to_end(engine)
+    expected = drive(tiny_engine(eos=()), [stays, waits])
+    assert rows["waits"] == expected["waits"].token_ids
+    again = drive(engine, [waits, stays])
+    assert again == expected
+    assert again["waits"].cached_tokens == 128
+    assert_whole(engine)
+
+
+def drive_to_end(engine: Engine) -> dict[str, list[int]]:
+    rows: dict[str, list[int]] = {}
+    while engine.has_work:
+        for output in engine.step():
+            rows.setdefault(output.request_id, []).extend(output.token_ids)
+    return rows
 
 
 def test_a_shared_block_is_never_written_to() -> None:

@@ -11,8 +11,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from mlx_serving.worker.engine import prefix_index as twin
 from mlx_serving.worker.engine.acceleration import load_native
+from mlx_serving.worker.engine.prefix import index as twin
 
 BLOCK = 4
 SALTS = (b"", b"a", b"tenant b")
@@ -159,6 +159,17 @@ class TestTwin:
         assert index.blocks() == {10: True, 15: True}
         index.check()
 
+    def test_blocks_can_be_renumbered(self) -> None:
+        index = self.make()
+        index.insert(b"", spelled([1, 2]), [10, 12])
+        index.release([10, 12])
+        with pytest.raises(ValueError, match="blocks: a known one is missing"):
+            index.renumber([10, 11])
+        index.renumber([10, 11, 12])
+        assert index.match(b"", spelled([1, 2])) == [0, 2]
+        index.check()
+        assert index.evict(2) == [2, 0]
+
     def test_10_000_blocks_are_told_apart(self) -> None:
         index = self.make(32)
         chance = random.Random(0)
@@ -264,6 +275,18 @@ class IndexMachine(RuleBasedStateMachine):
         self.index.release(free)
         self.model.clock += 1
         self.model.released |= dict.fromkeys(free, self.model.clock)
+
+    @rule(others=st.lists(st.integers(0, 60)))
+    def renumber(self, others: list[int]) -> None:
+        """As a pool does it: blocks that nothing knows here are among them."""
+        known = set(self.model.paths.values())
+        names = sorted(known | set(others))
+        self.index.renumber(names)
+        moved = {old: new for new, old in enumerate(names)}
+        self.model.paths = {path: moved[block] for path, block in self.model.paths.items()}
+        self.model.released = {moved[b]: when for b, when in self.model.released.items()}
+        self.rows = [[moved[block] for block in row] for row in self.rows]
+        self.next_block = len(names)
 
     @rule(count=st.integers(0, 6))
     def evict(self, count: int) -> None:

@@ -1,6 +1,12 @@
 """Which tokens a prefill chunk takes."""
 
-from mlx_serving.worker.engine.scheduler import PrefillChunk, Scheduler, SchedulerLimits
+from mlx_serving.worker.engine.scheduler import (
+    PATIENCE_STEPS,
+    ROWS_PER_PROMPT,
+    PrefillChunk,
+    Scheduler,
+    SchedulerLimits,
+)
 from mlx_serving.worker.engine.sequence import Phase, Request, SamplingParams
 
 
@@ -74,3 +80,61 @@ def test_choices_that_resume_are_prompts_of_their_own() -> None:
     rows = scheduler.add(*choices)
     chunk = scheduler.schedule_prefill()
     assert chunk == PrefillChunk(tuple((row,) for row in rows), 0, 10)
+
+
+def busy_scheduler(rows: int, chunk_tokens: int = 64) -> Scheduler:
+    """A scheduler with so many decoding rows."""
+    scheduler = Scheduler(SchedulerLimits(200, 1_000_000, chunk_tokens))
+    for index in range(rows):
+        scheduler.add(Request(f"d{index}", (1,) * 3, SamplingParams(), 4))
+    while (chunk := scheduler.schedule_prefill()) is not None:
+        scheduler.finish_prefill(chunk)
+    assert scheduler.running == rows
+    return scheduler
+
+
+def add_prompt(scheduler: Scheduler, name: str, context: int = 5) -> None:
+    scheduler.add(Request(name, (1,) * (context + 1), SamplingParams(), 4))
+
+
+def test_among_few_rows_a_prompt_waits_for_no_other() -> None:
+    scheduler = busy_scheduler(2 * ROWS_PER_PROMPT - 1)
+    add_prompt(scheduler, "a")
+    assert scheduler.schedule_prefill() is not None
+
+
+def test_among_many_rows_a_prompt_waits_a_few_steps_for_others() -> None:
+    scheduler = busy_scheduler(3 * ROWS_PER_PROMPT)
+    add_prompt(scheduler, "a")
+    assert [scheduler.schedule_prefill() for _ in range(PATIENCE_STEPS)] == [None] * PATIENCE_STEPS
+    chunk = scheduler.schedule_prefill()
+    assert chunk is not None
+    assert len(chunk.rows) == 1
+
+
+def test_it_waits_no_longer_than_for_enough_of_them() -> None:
+    scheduler = busy_scheduler(3 * ROWS_PER_PROMPT)
+    add_prompt(scheduler, "a")
+    assert scheduler.schedule_prefill() is None
+    add_prompt(scheduler, "b")
+    assert scheduler.schedule_prefill() is None
+    add_prompt(scheduler, "c")
+    chunk = scheduler.schedule_prefill()
+    assert chunk is not None
+    assert len(chunk.rows) == 3
+
+
+def test_a_prompt_beside_which_no_other_fits_does_not_wait() -> None:
+    scheduler = busy_scheduler(3 * ROWS_PER_PROMPT)
+    add_prompt(scheduler, "a", context=40)
+    assert scheduler.schedule_prefill() is not None
+
+
+def test_a_prompt_that_has_begun_does_not_wait_between_its_chunks() -> None:
+    scheduler = busy_scheduler(3 * ROWS_PER_PROMPT)
+    add_prompt(scheduler, "a", context=200)
+    for _ in range(4):
+        chunk = scheduler.schedule_prefill()
+        assert chunk is not None
+        scheduler.finish_prefill(chunk)
+    assert scheduler.running == 3 * ROWS_PER_PROMPT + 1

@@ -64,7 +64,7 @@ def make_detokenizer(
 def reports(*, prefer_native: bool) -> list[AccelerationReport]:
     """What an engine started now would use, piece by piece."""
     # Imported here: it uses this module.
-    from mlx_serving.worker.engine.prefix_choice import choose_prefix_index
+    from mlx_serving.worker.engine.prefix.choice import choose_prefix_index
 
     choices = (choose_detokenizer, choose_prefix_index)
     return [choose(prefer_native=prefer_native)[1] for choose in choices]

@@ -6,54 +6,72 @@ cache. Anything else keeps mlx-lm's batch caches, and the report says why.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Final
+from dataclasses import dataclass, replace
+from typing import Final, Literal
 
 import mlx.core as mx
 from mlx_lm.models.cache import KVCache
 
-from mlx_serving.worker.engine import attention_dispatch, kv_cache
+from mlx_serving.worker.engine import kv_cache
 from mlx_serving.worker.engine.acceleration import AccelerationReport
 from mlx_serving.worker.engine.decode_cache import DecodeCache, PaddedCache
 from mlx_serving.worker.engine.kernels import dialect
 from mlx_serving.worker.engine.kv_cache import CacheCost, LanguageModel
-from mlx_serving.worker.engine.paged_attention import PagedOps
-from mlx_serving.worker.engine.paged_cache import (
+from mlx_serving.worker.engine.paged import dispatch
+from mlx_serving.worker.engine.paged.cache import (
     BLOCK_TOKENS,
     LOOKAHEAD_TOKENS,
     LayerShape,
     PagedCache,
 )
-from mlx_serving.worker.engine.paged_check import check
-from mlx_serving.worker.engine.paged_kernels import KernelOps, supports
+from mlx_serving.worker.engine.paged.kernel_ops import KernelOps, supports
+from mlx_serving.worker.engine.paged.layers import PagedOps
+from mlx_serving.worker.engine.paged.reference import ReferenceOps
+from mlx_serving.worker.engine.paged.self_check import check
 
 PAGED_CACHE: Final = "paged KV cache"
+CacheKind = Literal["auto", "paged", "padded"]
 
 
 @dataclass(frozen=True, slots=True)
 class CacheChoice:
-    """A kind of cache. `block_tokens`: what rows are rounded up to; 0: padded to the longest."""
+    """A kind of cache. `block_tokens`: what rows are rounded up to; 0: padded to the longest.
+
+    `report` is None on a CPU, which has no kernel to choose.
+    """
 
     make: Callable[[], DecodeCache]
     block_tokens: int
-    report: AccelerationReport
+    report: AccelerationReport | None
 
     def row_overhead_tokens(self, cost: CacheCost) -> int:
         """KV tokens that a row may hold beyond its own."""
         return LOOKAHEAD_TOKENS if self.block_tokens else cost.overhead_tokens
 
 
-def choose_cache(model: LanguageModel, *, prefer_native: bool = True) -> CacheChoice:
-    """Choose for this model on this device; runs a few tiny steps where a kernel might be used."""
+def choose_cache(
+    model: LanguageModel, *, prefer_native: bool = True, kind: CacheKind = "auto"
+) -> CacheChoice:
+    """Choose for this model on this device; runs a few tiny steps where a kernel might be used.
+
+    `kind` "paged" asks for blocks on a CPU too, where their reference is slower than padding.
+    """
     language = dialect()
-    if not prefer_native:
-        return _padded("switched off by the settings")
+    if kind == "padded":
+        return padded_choice(model, "switched off by the settings")
+    if language is None and kind == "paged":
+        choice = paged_choice(model, ReferenceOps())
+        if not choice.block_tokens:
+            return choice
+        return replace(choice, report=AccelerationReport(PAGED_CACHE, "twin", "no kernels on a CPU"))
     if language is None:
-        return _padded("MLX's CPU backend runs no kernels; rows are padded to the longest")
+        return CacheChoice(lambda: PaddedCache(model), 0, None)
+    if not prefer_native:
+        return padded_choice(model, "switched off by the settings")
     try:
         return paged_choice(model, KernelOps(language))
     except Exception as error:  # noqa: BLE001 - whatever fails, mlx-lm's own caches work
-        return _padded(f"{type(error).__name__}: {error}")
+        return padded_choice(model, f"{type(error).__name__}: {error}")
 
 
 def paged_choice(model: LanguageModel, ops: PagedOps) -> CacheChoice:
@@ -61,13 +79,15 @@ def paged_choice(model: LanguageModel, ops: PagedOps) -> CacheChoice:
     shapes = layer_shapes(model)
     reason = _why_not(model, shapes) or check(model, shapes, ops)
     if reason is not None:
-        return _padded(reason)
+        return padded_choice(model, reason)
     report = AccelerationReport(PAGED_CACHE, "native", "self-check passed")
-    return CacheChoice(lambda: PagedCache(shapes, ops), BLOCK_TOKENS, report)
+    return CacheChoice(lambda: PagedCache(model, shapes, ops), BLOCK_TOKENS, report)
 
 
-def _padded(reason: str) -> CacheChoice:
-    return CacheChoice(PaddedCache, 0, AccelerationReport(PAGED_CACHE, "twin", reason))
+def padded_choice(model: LanguageModel, reason: str) -> CacheChoice:
+    """Return mlx-lm's batch caches, and say why."""
+    report = AccelerationReport(PAGED_CACHE, "twin", reason)
+    return CacheChoice(lambda: PaddedCache(model), 0, report)
 
 
 def layer_shapes(model: LanguageModel) -> list[LayerShape]:
@@ -87,6 +107,6 @@ def _why_not(model: LanguageModel, shapes: Sequence[LayerShape]) -> str | None:
         return "a layer keeps another cache than plain keys and values"
     if not all(supports(shape.head_dim) for shape in shapes):
         return f"no kernel for heads of {max(shape.head_dim for shape in shapes)}"
-    if not attention_dispatch.install(model):
+    if not dispatch.install(model):
         return "the model does not use mlx-lm's attention"
     return None

@@ -1,7 +1,7 @@
 """The KV cache of the decode batch: what `ModelRunner` needs of one, and mlx-lm's own behind it.
 
 `PaddedCache` keeps mlx-lm's batch caches: any kind of layer, every row padded to the longest, the
-whole copied whenever rows join or leave. `paged_cache.PagedCache` follows live tokens and copies
+whole copied whenever rows join or leave. `paged.cache.PagedCache` follows live tokens and copies
 nothing, for plain attention layers on a GPU.
 """
 
@@ -9,18 +9,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import mlx.core as mx
+
 from mlx_serving.worker.engine import kv_cache
-from mlx_serving.worker.engine.prefix_cache import PrefixCache
-from mlx_serving.worker.engine.prefix_index import PrefixKey
+from mlx_serving.worker.engine.kv_cache import LanguageModel
+from mlx_serving.worker.engine.prefix.cache import PrefixCache
+from mlx_serving.worker.engine.prefix.index import PrefixKey
 
 
 @dataclass(frozen=True, slots=True)
 class Prefilled:
     """Prompts that were computed, and the rows that go on from them.
 
-    `layers` are mlx-lm's plain caches where there is one prompt, batch caches where there are
-    several. `lengths` are the prompts' tokens, `prompts` names each joining row's prompt. `keys`
-    are what the prompts are found by in the prefix cache; blocks that it knows are not read.
+    `layers` are what `new_prompts` of the same cache gave. `lengths` are the prompts' tokens,
+    `prompts` names each joining row's prompt. `keys` are what the prompts are found by in the
+    prefix cache; what it knows of them is not read.
     """
 
     layers: list[Any]
@@ -32,12 +35,11 @@ class Prefilled:
 class DecodeCache(Protocol):
     """The KV cache of every row that decodes, in the batch's order."""
 
-    @property
-    def layers(self) -> list[Any]:
-        """What the model takes as its cache in a step of one token a row."""
-
     def limit(self, tokens: int) -> None:
         """Bound the cache; the scheduler admits within it."""
+
+    def new_prompts(self, prompts: int) -> list[Any]:
+        """Return what the model takes as its cache while it computes so many prompts."""
 
     def join(self, prefilled: Prefilled) -> None:
         """Append rows."""
@@ -45,11 +47,8 @@ class DecodeCache(Protocol):
     def keep(self, kept: Sequence[int]) -> None:
         """Keep only these rows, in this order. A step that was launched with all may be running."""
 
-    def begin_step(self) -> None:
-        """Make room for one more token a row; call it before the model runs."""
-
-    def end_step(self) -> None:
-        """Note that the model ran; its work need not be done."""
+    def step(self, tokens: mx.array) -> mx.array:
+        """Build the model's step on one token a row, int32 [B]; returns logits [B, V]."""
 
     def settle(self) -> None:
         """Note that no step runs that was launched before the last call of `keep`."""
@@ -57,8 +56,8 @@ class DecodeCache(Protocol):
     def use_prefixes(self, prefixes: PrefixCache) -> None:
         """Take blocks from there, and let what rows leave be found again."""
 
-    def gather(self, prefixes: Sequence[Sequence[int]]) -> list[Any]:
-        """Return a prefill cache that begins with each prompt's blocks."""
+    def gather(self, prompts: Sequence[Sequence[int]]) -> list[Any]:
+        """Do as `new_prompts`, with the same number of known blocks in front of each prompt."""
 
     def remember(self, row: int, key: PrefixKey | None) -> None:
         """Let a row that leaves be found by its tokens; None: and nothing that it alone used."""
@@ -67,13 +66,18 @@ class DecodeCache(Protocol):
 class PaddedCache:
     """mlx-lm's batch caches: rows x longest row, of any kind that mlx-lm can batch."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: LanguageModel) -> None:
         """Start without rows."""
-        self.layers: list[Any] = []
+        self._model = model
+        self._layers: list[Any] = []
         self._lengths: list[int] = []
 
     def limit(self, tokens: int) -> None:
         """Do nothing: mlx-lm's caches hold what they are given."""
+
+    def new_prompts(self, prompts: int) -> list[Any]:
+        """Return mlx-lm's plain caches for one prompt, batch caches for several."""
+        return kv_cache.new_cache(self._model, prompts)
 
     def join(self, prefilled: Prefilled) -> None:
         """Append rows; copies both caches."""
@@ -83,25 +87,23 @@ class PaddedCache:
         if len(prefilled.prompts) > len(prefilled.lengths):
             kv_cache.keep_rows(layers, list(prefilled.prompts), max(prefilled.lengths))
         if self._lengths:
-            kv_cache.extend(self.layers, layers)
+            kv_cache.extend(self._layers, layers)
         else:
-            self.layers = layers
+            self._layers = layers
         self._lengths += [prefilled.lengths[prompt] for prompt in prefilled.prompts]
 
     def keep(self, kept: Sequence[int]) -> None:
         """Keep only these rows; copies what stays."""
         self._lengths = [self._lengths[row] for row in kept]
         if kept:
-            kv_cache.keep_rows(self.layers, list(kept), max(self._lengths))
+            kv_cache.keep_rows(self._layers, list(kept), max(self._lengths))
         else:
-            self.layers = []
+            self._layers = []
 
-    def begin_step(self) -> None:
-        """Do nothing: mlx-lm's caches grow by themselves."""
-
-    def end_step(self) -> None:
-        """Count the step's tokens."""
+    def step(self, tokens: mx.array) -> mx.array:
+        """Build the model's step; mlx-lm's caches grow by themselves."""
         self._lengths = [length + 1 for length in self._lengths]
+        return self._model(tokens[:, None], cache=self._layers)[:, -1]
 
     def settle(self) -> None:
         """Do nothing: arrays that a running step reads are kept by MLX."""
@@ -110,7 +112,7 @@ class PaddedCache:
         """Refuse: there are no blocks."""
         raise NotImplementedError(type(self).__name__)
 
-    def gather(self, prefixes: Sequence[Sequence[int]]) -> list[Any]:
+    def gather(self, prompts: Sequence[Sequence[int]]) -> list[Any]:
         """Refuse: there are no blocks."""
         raise NotImplementedError(type(self).__name__)
 

@@ -4,6 +4,7 @@ The sources stand in `native/kernels/`; an installed package has them as `mlx_se
 """
 
 from functools import cache
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,10 +46,13 @@ def make_kernel(
     import mlx.core as mx
 
     make = mx.fast.metal_kernel if language == "metal" else mx.fast.cuda_kernel
+    texts = [source(header, language) if header else "", source(name, language)]
+    # MLX keeps compiled CUDA kernels on disk by name: another text must have another name.
+    digest = sha256("".join(texts).encode()).hexdigest()[:12]
     return make(
-        name=f"mlx_serving_{name}",
+        name=f"mlx_serving_{name}_{digest}",
         input_names=inputs,
         output_names=outputs,
-        source=source(name, language),
-        header=source(header, language) if header else "",
+        header=texts[0],
+        source=texts[1],
     )

@@ -18,7 +18,7 @@ from mlx_serving.worker.engine import kv_cache
 from mlx_serving.worker.engine.cache_choice import CacheChoice, choose_cache
 from mlx_serving.worker.engine.decode_cache import Prefilled
 from mlx_serving.worker.engine.kv_cache import LanguageModel
-from mlx_serving.worker.engine.prefix_cache import PrefixCache
+from mlx_serving.worker.engine.prefix.cache import PrefixCache
 from mlx_serving.worker.engine.sampling import BatchSampler, RowSampling, token_words
 from mlx_serving.worker.engine.scheduler import Group, PrefillChunk
 from mlx_serving.worker.engine.sequence import Sequence
@@ -60,7 +60,7 @@ class ModelRunner:
         self._cache.limit(tokens)
 
     def use_prefixes(self, prefixes: PrefixCache) -> None:
-        """Let prompts begin with what `prefixes` knows of them; only for a paged cache."""
+        """Let prompts begin with what `prefixes` knows of them; only for a cache of blocks."""
         self._cache.use_prefixes(prefixes)
 
     def prefill(self, chunk: PrefillChunk) -> None:
@@ -68,36 +68,22 @@ class ModelRunner:
         if chunk.start == 0:
             self._prefill_cache = self._begin_prefill(chunk)
         if chunk.length:
-            self._forward_prompts(chunk)
+            end = chunk.start + chunk.length
+            contexts = [
+                row.context(row.found + chunk.start, row.found + end) for row in chunk.leaders
+            ]
+            kv_cache.forward_prompts(self._model, contexts, self._prefill_cache)
         # With nothing to decode there is nothing to overlap with: wait, so that a step that
         # returns has done its work.
         evaluate = mx.async_eval if self._rows else mx.eval
         evaluate(kv_cache.states(self._prefill_cache))
 
     def _begin_prefill(self, chunk: PrefillChunk) -> list[Any]:
-        found = [row.prefix for row in chunk.leaders]
-        self._gathered = any(found) and chunk.length > 0
+        known = [row.prefix for row in chunk.leaders]
+        self._gathered = any(known) and chunk.length > 0
         if self._gathered:
-            return self._cache.gather(found)
-        return kv_cache.new_cache(self._model, len(chunk.groups))
-
-    def _forward_prompts(self, chunk: PrefillChunk) -> None:
-        starts = [row.found + chunk.start for row in chunk.leaders]
-        contexts = [
-            row.context(start, start + chunk.length)
-            for row, start in zip(chunk.leaders, starts, strict=True)
-        ]
-        lengths = [len(context) for context in contexts]
-        padding = [chunk.length - length for length in lengths]
-        padded = any(padding)
-        if padded:
-            contexts = [c + [0] * pad for c, pad in zip(contexts, padding, strict=True)]
-            for layer in self._prefill_cache:
-                layer.prepare(lengths=lengths, right_padding=padding)
-        self._model(mx.array(contexts, dtype=mx.int32), cache=self._prefill_cache)
-        if padded:
-            for layer in self._prefill_cache:
-                layer.finalize()
+            return self._cache.gather(known)
+        return self._cache.new_prompts(len(chunk.groups))
 
     def drop_prefill(self) -> None:
         """Forget the prompt being prefilled."""
@@ -165,10 +151,7 @@ class ModelRunner:
     def _launch(self) -> None:
         if self._sampler is None:
             self._sampler = BatchSampler(self._sampling(), self._words)
-        self._cache.begin_step()
-        logits = self._model(self._pending[:, None], cache=self._cache.layers)
-        self._pending = self._sampler(logits[:, -1])
-        self._cache.end_step()
+        self._pending = self._sampler(self._cache.step(self._pending))
         mx.async_eval(self._pending)
         self._joined = 0
         self._launches += 1

@@ -8,11 +8,12 @@ import mlx.core as mx
 from mlx_lm.utils import load_model, load_tokenizer, maybe_set_recommended_wired_limit
 
 from mlx_serving.worker.engine.acceleration import make_detokenizer
-from mlx_serving.worker.engine.cache_choice import choose_cache
+from mlx_serving.worker.engine.cache_choice import CacheKind, choose_cache
 from mlx_serving.worker.engine.engine import Attachments, Engine
+from mlx_serving.worker.engine.fused_layers import fuse
 from mlx_serving.worker.engine.model_files import check_model_files, model_revision, tokenizer_hash
 from mlx_serving.worker.engine.model_runner import ModelRunner
-from mlx_serving.worker.engine.prefix_choice import make_prefix_cache
+from mlx_serving.worker.engine.prefix.choice import make_prefix_cache
 from mlx_serving.worker.engine.scheduler import Scheduler, SchedulerLimits
 from mlx_serving.worker.engine.sequence import ModelInfo, Request, SamplingParams
 
@@ -27,12 +28,13 @@ class EngineOptions:
     """How much of the device an engine takes. `kv_budget_bytes` None: derived from the device.
 
     `prefix_cache_bytes`: of the KV budget, what prefixes may keep that no row uses; None: half of
-    it, 0: every prompt is computed.
+    it, 0: every prompt is computed. `kv_cache`: see `cache_choice.choose_cache`.
     """
 
     max_batch_rows: int = 64
     kv_budget_bytes: int | None = None
     prefix_cache_bytes: int | None = None
+    kv_cache: CacheKind = "auto"
     prefill_chunk_tokens: int = 512
     prefer_native: bool = True
     warm_up: bool = True
@@ -59,10 +61,13 @@ def load_engine(
     check_model_files(path)
     maybe_set_recommended_wired_limit()
     model, config = load_model(path, trust_remote_code=False)
+    if options.prefer_native and mx.default_device() != mx.cpu:
+        fuse(model)
     tokenizer = load_tokenizer(
         path, {"trust_remote_code": False}, eos_token_ids=config.get("eos_token_id")
     )
-    runner = ModelRunner(model, choose_cache(model, prefer_native=options.prefer_native))
+    choice = choose_cache(model, prefer_native=options.prefer_native, kind=options.kv_cache)
+    runner = ModelRunner(model, choice)
     info = ModelInfo(
         name or path.resolve().name,
         model_revision(path),
@@ -103,7 +108,8 @@ def build_engine(
         runner.use_prefixes(prefixes)
     runner.limit_kv(limits.kv_capacity_tokens)
     detokenizer, report = make_detokenizer(tokenizer, prefer_native=options.prefer_native)
-    attachments = Attachments(tokenizer, (report, choice.report, prefix_report))
+    reports = tuple(r for r in (report, choice.report, prefix_report) if r is not None)
+    attachments = Attachments(tokenizer, reports)
     return Engine(runner, Scheduler(limits, prefixes), detokenizer, info, attachments)
 
 

@@ -9,8 +9,11 @@ One engine step does at most one prefill chunk and one decode step. A chunk comp
 `prefill_chunk_tokens` tokens, padding included: either the next part of one long prompt or
 several whole prompts from the head of the queue. So decoding rows wait for one chunk at most,
 prompts are served first in, first out, and none starves: each step moves the oldest one on.
-What the prefix cache holds of a prompt is looked up when its turn comes, so that prompts which
+What the prefix cache knows of a prompt is looked up when its turn comes, so that prompts which
 arrive together compute what they share once.
+
+Only where many rows decode, a prompt waits a few steps for others: a chunk of one short prompt
+costs the decoding rows much the same as a chunk of several.
 """
 
 from collections import deque
@@ -18,12 +21,14 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
-from mlx_serving.worker.engine.prefix_cache import PrefixCache
-from mlx_serving.worker.engine.prefix_index import TOKEN_BYTES, PrefixKey
+from mlx_serving.worker.engine.prefix.cache import PrefixCache
+from mlx_serving.worker.engine.prefix.index import TOKEN_BYTES, PrefixKey
 from mlx_serving.worker.engine.sequence import Phase, Request, RequestRefusedError, Sequence
 
-# Of a chunk: what several prompts that are computed at once may hold of found and own tokens.
+# Of a chunk: what prompts that are computed at once may hold, known tokens included.
 PACKED_CONTEXT_CHUNKS: Final = 8
+ROWS_PER_PROMPT: Final = 16  # so many decoding rows make one more prompt worth waiting for
+PATIENCE_STEPS: Final = 4  # the most that a prompt waits for others
 
 Group = tuple[Sequence, ...]  # rows with one context, never empty
 
@@ -55,9 +60,9 @@ class SchedulerLimits:
 class PrefillChunk:
     """One forward pass of prefill: tokens [start, start + length) of what each group must compute.
 
-    That is its context without what was `found` in the prefix cache. Rows of a group have one
-    context, which is computed once: they are choices of one request. More than one group only
-    where all that each of them must compute fits.
+    That is its context after what was `found` of it in the prefix cache, which is as much in each
+    group of a chunk. Rows of a group have one context, which is computed once: they are choices
+    of one request. More than one group only where all that each of them must compute fits.
     """
 
     groups: tuple[Group, ...]
@@ -85,13 +90,14 @@ class Scheduler:
     """Admission, the FIFO of prompts, and the set of decoding rows."""
 
     def __init__(self, limits: SchedulerLimits, prefixes: PrefixCache | None = None) -> None:
-        """Start empty; `prefixes` are blocks of the decode batch's own cache."""
+        """Start empty; `prefixes` has the blocks of the decode batch's own cache."""
         self.limits = limits
         self._prefixes = prefixes
         self._waiting: deque[Group] = deque()
         self._prefilling: tuple[Group, ...] = ()
         self._decoding: dict[Sequence, None] = {}  # an ordered set
         self._rows: dict[tuple[str, int], Sequence] = {}
+        self._patience = PATIENCE_STEPS
         self._widest = 0  # of the admitted rows' widths
         self._total = 0  # their sum, without what the prefix cache counts
 
@@ -119,16 +125,16 @@ class Scheduler:
         """KV tokens that the choices need not have for themselves."""
         if self._prefixes is None:
             return 0
-        taken: set[int] = set()
         found = 0
+        newly_held: set[int] = set()
         for request in choices:
             try:
                 blocks = self._prefixes.find(Sequence(request).context_key)
             except OverflowError:  # no such token; `add` refuses it by name
                 return 0
             found += len(blocks)
-            taken |= {block for block in blocks if self._prefixes.owners(block) == 1}
-        return (found - len(taken)) * self.limits.kv_block_tokens
+            newly_held |= {block for block in blocks if self._prefixes.owners(block) == 1}
+        return (found - len(newly_held)) * self.limits.kv_block_tokens
 
     def _widths(self, choices: Iterable[Request]) -> tuple[int, int]:
         """Return the widest and the sum."""
@@ -164,17 +170,24 @@ class Scheduler:
         self._widest = max(self._widest, widest)
         self._total += total
         for row in rows:
-            self._take_prefix(row)
+            self._look_up(row)
         return rows
 
-    def _take_prefix(self, row: Sequence) -> None:
-        """Let the row hold what is known of its context by now."""
+    def _look_up(self, row: Sequence) -> None:
+        """Let a row that waits hold what is known of its context by now."""
         if self._prefixes is not None:
-            held, row.prefix = row.prefix, self._prefixes.acquire(row.context_key)
-            self._prefixes.free(held)
-            self._share(row, len(row.prefix) * self.limits.kv_block_tokens)
+            held, row.prefix = row.prefix, self._prefixes.pin(row.context_key)
+            self._prefixes.unpin(held)
+            row.found = row.prefilled = len(row.prefix) * self.limits.kv_block_tokens
+            self._share(row, row.found)
+
+    def _let_go(self, row: Sequence) -> None:
+        if self._prefixes is not None:
+            held, row.prefix = row.prefix, []
+            self._prefixes.unpin(held)
 
     def _share(self, row: Sequence, tokens: int) -> None:
+        """Leave so many of the row's tokens to the prefix cache to count."""
         self._total += row.shared - tokens
         row.shared = tokens
 
@@ -216,21 +229,16 @@ class Scheduler:
             self._prefilling = tuple(_without(self._prefilling, sequence))
         else:
             del self._decoding[sequence]
-        self._total -= self._width(sequence.request)
         self._share(sequence, 0)
         self._let_go(sequence)
+        self._total -= self._width(sequence.request)
         if self._width(sequence.request) == self._widest:
             widths = (self._width(row.request) for row in self._rows.values())
             self._widest = max(widths, default=0)
 
-    def _let_go(self, row: Sequence) -> None:
-        if self._prefixes is not None:
-            held, row.prefix = row.prefix, []
-            self._prefixes.free(held)
-
     def schedule_prefill(self) -> PrefillChunk | None:
         """Choose the next prefill chunk; None when no prompt is pending."""
-        if not self._prefilling:
+        if not self._prefilling and not self._waits_for_more():
             self._prefilling = tuple(self._take_waiting())
             for group in self._prefilling:
                 for row in group:
@@ -239,7 +247,7 @@ class Scheduler:
             return None
         leaders = [group[0] for group in self._prefilling]
         start = leaders[0].prefilled - leaders[0].found
-        remaining = max(row.context_length - row.found for row in leaders) - start
+        remaining = max(map(_to_compute, leaders)) - start
         length = min(remaining, self.limits.prefill_chunk_tokens)
         return PrefillChunk(self._prefilling, start, length)
 
@@ -255,53 +263,60 @@ class Scheduler:
         self._prefilling = ()
         return True
 
+    def _waits_for_more(self) -> bool:
+        """Whether the next chunk is put off by a step, so that more prompts share it."""
+        wanted = len(self._decoding) // ROWS_PER_PROMPT
+        waits = 0 < len(self._waiting) < wanted and self._patience > 0
+        if waits:
+            # A prompt beside which no others fit into a chunk has nothing to wait for.
+            head = self._waiting[0][0]
+            self._look_up(head)
+            waits = wanted * _to_compute(head) <= self.limits.prefill_chunk_tokens
+        self._patience = self._patience - 1 if waits else PATIENCE_STEPS
+        return waits
+
+    def _take_waiting(self) -> list[Group]:
+        """Take one prompt, or as many short ones as fit one chunk when padded alike."""
+        taken: list[Group] = []
+        while self._waiting:
+            for row in self._waiting[0]:
+                self._look_up(row)
+            if taken and not self._go_together([*taken, self._waiting[0]]):
+                break
+            taken.append(self._waiting.popleft())
+        return taken
+
+    def _go_together(self, groups: list[Group]) -> bool:
+        """Say whether the last group may share a chunk with those before it."""
+        chunk = self.limits.prefill_chunk_tokens
+        rows = [group[0] for group in groups]
+        *before, last = rows
+        return (
+            last.found == rows[0].found
+            and len(rows) * max(map(_to_compute, rows)) <= chunk
+            and len(rows) * max(r.context_length for r in rows) <= PACKED_CONTEXT_CHUNKS * chunk
+            and not self._is_shared(last, before)
+        )
+
+    def _is_shared(self, row: Sequence, others: list[Sequence]) -> bool:
+        """Say whether others are to compute the block that the row would compute first.
+
+        Then it waits a step and finds it.
+        """
+        if self._prefixes is None:
+            return False
+        end = (row.found + self.limits.kv_block_tokens) * TOKEN_BYTES
+        salt, tokens = row.context_key
+        firsts = [PrefixKey(key.salt, key.tokens[:end]) for key in (r.context_key for r in others)]
+        return end <= len(tokens) and (salt, tokens[:end]) in firsts
+
     def joined(self, groups: Iterable[Group]) -> None:
-        """Note that rows have blocks of their own, the full ones of their contexts in the index."""
+        """Note that rows have their own blocks, of which the prefix cache counts the full ones."""
         if self._prefixes is not None:
             block = self.limits.kv_block_tokens
             for row in (row for group in groups for row in group):
                 self._let_go(row)
                 self._share(row, row.context_length // block * block)
-
-    def _take_waiting(self) -> list[Group]:
-        """Take one prompt, or as many short ones as fit one chunk when padded alike."""
-        taken: list[Group] = []
-        computed = held = 0  # of the longest
-        coming: set[PrefixKey] = set()
-        while self._waiting:
-            group = self._waiting[0]
-            for row in group:
-                self._look_up(row)
-            leader = group[0]
-            computed = max(computed, leader.context_length - leader.found)
-            held = max(held, leader.context_length)
-            next_block = self._next_block(leader)
-            if taken and (next_block in coming or not self._fit(len(taken) + 1, computed, held)):
-                break
-            if next_block is not None:
-                coming.add(next_block)
-            taken.append(self._waiting.popleft())
-        return taken
-
-    def _fit(self, prompts: int, computed: int, held: int) -> bool:
-        """Say whether so many prompts may share a chunk, each padded to the longest."""
-        chunk = self.limits.prefill_chunk_tokens
-        return prompts * computed <= chunk and prompts * held <= PACKED_CONTEXT_CHUNKS * chunk
-
-    def _look_up(self, row: Sequence) -> None:
-        self._take_prefix(row)
-        row.found = row.prefilled = len(row.prefix) * self.limits.kv_block_tokens
-
-    def _next_block(self, row: Sequence) -> PrefixKey | None:
-        """Name the first block that the row will add to the prefix cache.
-
-        A prompt that needs the same one waits a step, and finds it.
-        """
-        if self._prefixes is None:
-            return None
-        salt, tokens = row.context_key
-        end = (row.found + self.limits.kv_block_tokens) * TOKEN_BYTES
-        return PrefixKey(salt, tokens[:end]) if end <= len(tokens) else None
 
     @property
     def running(self) -> int:
@@ -328,3 +343,7 @@ def _without(groups: Iterable[Group], leaving: Sequence) -> Iterator[Group]:
     for group in groups:
         if kept := tuple(row for row in group if row is not leaving):
             yield kept
+
+
+def _to_compute(row: Sequence) -> int:
+    return row.context_length - row.found

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Final, Protocol
 
-from mlx_serving.worker.engine.prefix_index import PrefixKey
+from mlx_serving.worker.engine.prefix.index import PrefixKey
 
 FINISH_STOP: Final = "stop"
 FINISH_LENGTH: Final = "length"
@@ -138,7 +138,7 @@ class Sequence:
     decoded: int = 0  # tokens of the completion known to the host, committed ones included
     tokens: list[int] = field(default_factory=list)  # decoded by this attempt, known to the host
     failed: bool = False  # what it left in the KV cache is not to be used again
-    prefix: list[int] = field(default_factory=list)  # blocks held until its own are complete
+    prefix: list[int] = field(default_factory=list)  # pinned blocks, until its own are complete
     found: int = 0  # tokens of `context` that were in the prefix cache when prefill began
     shared: int = 0  # KV tokens of the row that the prefix cache counts
 

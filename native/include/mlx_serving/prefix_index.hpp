@@ -41,6 +41,9 @@ class PrefixIndex {
   std::vector<BlockId> evict(std::int64_t count);
   // Forgets a path from its end up to where others go on from it; returns what went.
   std::vector<BlockId> forget(std::span<const BlockId> blocks);
+  // Calls block blocks[n] n from now on. They are in rising order; no other is known. Throws
+  // std::invalid_argument where a known block is missing, and changes nothing then.
+  void renumber(std::span<const BlockId> blocks);
   // Every block, and whether it is held.
   [[nodiscard]] std::vector<std::pair<BlockId, bool>> blocks() const;
   // Throws std::runtime_error where the index contradicts itself.

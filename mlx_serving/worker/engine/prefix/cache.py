@@ -7,8 +7,8 @@ the least recently used first, when rows need room or when there are more of the
 
 from collections.abc import Iterable, Sequence
 
-from mlx_serving.worker.engine.block_allocator import BlockAllocator
-from mlx_serving.worker.engine.prefix_index import PrefixIndexProtocol, PrefixKey
+from mlx_serving.worker.engine.paged.block_allocator import BlockAllocator
+from mlx_serving.worker.engine.prefix.index import PrefixIndexProtocol, PrefixKey
 
 
 class PrefixCache(BlockAllocator):
@@ -19,6 +19,7 @@ class PrefixCache(BlockAllocator):
         super().__init__(limit)
         self._index = index
         self._idle_limit = idle_limit
+        self._pins: dict[int, list[int]] = {}  # by the list's id
 
     @property
     def idle(self) -> int:
@@ -62,6 +63,25 @@ class PrefixCache(BlockAllocator):
         blocks = self.find(key)
         self.share(blocks)
         return blocks
+
+    def pin(self, key: PrefixKey) -> list[int]:
+        """Acquire, until `unpin` is given the same list; `compact` renumbers what it holds."""
+        blocks = self.acquire(key)
+        self._pins[id(blocks)] = blocks
+        return blocks
+
+    def unpin(self, blocks: list[int]) -> None:
+        """Let go of what `pin` returned. Any other list is ignored."""
+        if self._pins.pop(id(blocks), None) is not None:
+            self.free(blocks)
+
+    def compact(self) -> dict[int, int]:
+        """See `BlockAllocator.compact`."""
+        moved = super().compact()
+        self._index.renumber(list(moved))
+        for blocks in self._pins.values():
+            blocks[:] = [moved[block] for block in blocks]
+        return moved
 
     def insert(self, key: PrefixKey, blocks: Sequence[int]) -> None:
         """Enter blocks of a row, in order, as far as the key's tokens fill them."""

@@ -60,6 +60,13 @@ class PrefixIndexProtocol(Protocol):
     def forget(self, blocks: Sequence[int]) -> list[int]:
         """Forget a path from its end up to where others go on from it; return what went."""
 
+    def renumber(self, blocks: Sequence[int]) -> None:
+        """Call block `blocks[n]` n from now on. They are in rising order; no other is known.
+
+        Raises:
+            ValueError: a known block is missing; nothing is changed then.
+        """
+
     def blocks(self) -> dict[int, bool]:
         """Return every block, and whether it is held."""
 
@@ -192,6 +199,17 @@ class PrefixIndex:
                 gone.append(block)
         return gone
 
+    def renumber(self, blocks: Sequence[int]) -> None:
+        """See `PrefixIndexProtocol.renumber`."""
+        known = [(new, node) for new, old in enumerate(blocks) if (node := self._nodes.get(old))]
+        if len(known) < len(self._nodes):
+            message = "blocks: a known one is missing"
+            raise ValueError(message)
+        self._nodes = dict(known)
+        for new, node in known:
+            node.block = new
+        self._gather_leaves()
+
     def blocks(self) -> dict[int, bool]:
         """See `PrefixIndexProtocol.blocks`."""
         return {block: node.held for block, node in self._nodes.items()}
@@ -224,9 +242,11 @@ class PrefixIndex:
         if _is_idle_leaf(node):
             heappush(self._leaves, (node.released_at, node.block))
             if len(self._leaves) > 2 * len(self._nodes):
-                self._leaves = sorted(
-                    (n.released_at, n.block) for n in self._nodes.values() if _is_idle_leaf(n)
-                )
+                self._gather_leaves()
+
+    def _gather_leaves(self) -> None:
+        leaves = filter(_is_idle_leaf, self._nodes.values())
+        self._leaves = sorted((node.released_at, node.block) for node in leaves)  # a heap too
 
     def _remove(self, node: _Node) -> None:
         parent = node.parent

@@ -14,19 +14,33 @@ from typing import Any, Final
 import mlx.core as mx
 import numpy as np
 
-from mlx_serving.worker.engine.block_allocator import BlockAllocator
+from mlx_serving.worker.engine import kv_cache
 from mlx_serving.worker.engine.decode_cache import Prefilled
-from mlx_serving.worker.engine.gathering import gather_blocks
-from mlx_serving.worker.engine.paged_attention import PagedLayer, PagedOps, StepPlan, StoreEntry
-from mlx_serving.worker.engine.prefix_cache import PrefixCache
-from mlx_serving.worker.engine.prefix_index import PrefixKey
+from mlx_serving.worker.engine.kv_cache import LanguageModel
+from mlx_serving.worker.engine.paged.block_allocator import BlockAllocator
+from mlx_serving.worker.engine.paged.gather import gather_blocks
+from mlx_serving.worker.engine.paged.layers import PagedLayer, PagedOps, StepPlan, StoreEntry
+from mlx_serving.worker.engine.paged.step import (
+    compiled_step,
+    plain_step,
+    round_up_rows,
+    round_up_to_power,
+)
+from mlx_serving.worker.engine.prefix.cache import PrefixCache
+from mlx_serving.worker.engine.prefix.index import PrefixKey
 
 BLOCK_TOKENS: Final = 32
 # A row gets its next block when fewer free places than this are left, so that the rows' tables
 # change once in so many steps and not in each.
 LOOKAHEAD_TOKENS: Final = 8
-GROWTH_BLOCKS: Final = 16  # the least by which a pool grows; above, a sixteenth of itself
-CHUNK_TOKENS: Final = 512  # of a row that one item of work covers, at least
+GROWTH_BLOCKS: Final = 64  # the least by which a pool grows; above, an eighth of itself
+# Rows are one item of work each, until one is longer than this; then all are cut into chunks.
+# (Measured: a second launch to join the parts costs more than it saves before that.)
+SPLIT_ABOVE_TOKENS: Final = 2048
+CHUNK_TOKENS: Final = 1024
+LONG_TOKENS: Final = 1024  # of the prompts that join at once
+_LEAST_TABLE_WIDTH: Final = 16  # blocks
+_ITEMS: Final = 32  # items of work are padded to multiples of so many
 _END: Final = 2**31 - 1
 
 
@@ -42,11 +56,12 @@ class LayerShape:
 class PagedCache:
     """See `DecodeCache`."""
 
-    def __init__(self, shapes: Sequence[LayerShape], ops: PagedOps) -> None:
+    def __init__(self, model: LanguageModel, shapes: Sequence[LayerShape], ops: PagedOps) -> None:
         """Start without rows and without pools."""
         self.allocator = BlockAllocator(_END)
         self._prefixes: PrefixCache | None = None
         self.layers: list[PagedLayer] = []
+        self._model = model
         self._shapes = shapes
         self._ops = ops
         self._rows: list[list[int]] = []  # each row's blocks
@@ -54,7 +69,9 @@ class PagedCache:
         self._leaving: list[int] = []  # blocks of rows that left: a running step may write there
         self._steps_left = 0  # steps until a row is out of room
         self._plan: StepPlan | None = None  # None: rows or blocks changed
-        self._stored = mx.zeros((1,), mx.int32)  # depends on every store so far
+        self._stored = mx.zeros((1,), mx.int32)  # 0; depends on every store so far
+        self._nobodys: list[int] = []  # the block that rows write to which fill up a batch
+        self._step = compiled_step(model, ops) if ops.in_place else plain_step(model)
 
     @property
     def blocks(self) -> int:
@@ -62,12 +79,19 @@ class PagedCache:
         return self.layers[0].keys.shape[0] if self.layers else 0
 
     def limit(self, tokens: int) -> None:
-        """Bound each pool to whole blocks of so many tokens."""
-        self.allocator.limit = tokens // BLOCK_TOKENS
+        """Bound each pool to whole blocks of so many tokens, and the one of nobody."""
+        self.allocator.limit = tokens // BLOCK_TOKENS + 1
+
+    def new_prompts(self, prompts: int) -> list[Any]:
+        """Return mlx-lm's plain caches: they hold several prompts, padded on the right."""
+        del prompts
+        return kv_cache.new_cache(self._model, 1)
 
     def join(self, prefilled: Prefilled) -> None:
         """Append rows: each prompt is copied into blocks, its full ones once for all its rows."""
         needed = sum(self._blocks_of_prompt(prefilled, p) for p in range(len(prefilled.lengths)))
+        if not self._nobodys:
+            self._nobodys = self.allocator.allocate(1)
         self._make_room(needed)
         entries: list[StoreEntry] = []
         shared = self._store_full_blocks(prefilled, entries)
@@ -117,20 +141,13 @@ class PagedCache:
         return [*shared, own]
 
     def _store(self, prefilled: Prefilled, entries: list[StoreEntry]) -> None:
-        """Copy the prompts in, layer by layer, so that one layer at a time is there twice."""
-        single = len(prefilled.lengths) == 1
+        """Copy the prompts in; long ones layer by layer, so that one layer at a time is twice."""
+        long = sum(prefilled.lengths) > LONG_TOKENS
         for index, layer in enumerate(self.layers):
             source = prefilled.layers[index]
-            keys, values = source.keys, source.values
-            placed = entries
-            if not single:  # right-justified
-                starts = [source.size() - length for length in prefilled.lengths]
-                placed = [
-                    StoreEntry(e.block, e.prompt, starts[e.prompt] + e.first, e.count)
-                    for e in entries
-                ]
-            self._stored = self._stored + layer.store(keys, values, placed)
-            mx.async_eval(self._stored)
+            self._stored = layer.store(source.keys, source.values, entries, self._stored)
+            if long:
+                mx.async_eval(self._stored)
             prefilled.layers[index] = None
 
     def keep(self, kept: Sequence[int]) -> None:
@@ -145,20 +162,20 @@ class PagedCache:
         if not kept:
             self._drop()
 
-    def begin_step(self) -> None:
-        """Give rows their next blocks; bring what changed to the device."""
-        if self._steps_left == 0 or self._plan is None:
+    def step(self, tokens: mx.array) -> mx.array:
+        """Build the model's step; only where rows or their blocks changed does a table change."""
+        rows = len(self._rows)
+        if self._plan is None or not self._steps_left:
+            self._shrink()
             self._extend_rows()
             self._plan = self._make_plan()
-            for layer in self.layers:
-                layer.plan = self._plan
-
-    def end_step(self) -> None:
-        """Count the step's tokens, on the host and on the device."""
+        filling = self._plan.lengths.shape[0] - rows
+        if filling:
+            tokens = mx.concatenate([tokens, mx.zeros((filling,), dtype=mx.int32)])
+        logits, self._plan.lengths = self._step(tokens, self._plan, self.layers)
         self._lengths += 1
         self._steps_left -= 1
-        if self._plan is not None:
-            self._plan.lengths = self._plan.lengths + 1
+        return logits[:rows] if filling else logits
 
     def settle(self) -> None:
         """Free the blocks of rows that left."""
@@ -183,22 +200,22 @@ class PagedCache:
         self._steps_left = int(rooms.min())
 
     def _make_plan(self) -> StepPlan:
-        width = 1 << (max(map(len, self._rows)) - 1).bit_length()
-        table = np.zeros((len(self._rows), width), dtype=np.int32)
-        work: list[tuple[int, int, int]] = []
-        firsts = [0]
+        rows = len(self._rows)
+        batch = round_up_rows(rows)
+        width = max(_LEAST_TABLE_WIDTH, round_up_to_power(max(map(len, self._rows))))
+        table = np.full((batch, width), self._nobodys[0], dtype=np.int32)
         for index, blocks in enumerate(self._rows):
             table[index, : len(blocks)] = blocks
-            parts = max(1, len(blocks) * BLOCK_TOKENS // CHUNK_TOKENS)
-            bounds = [part * CHUNK_TOKENS for part in range(parts)] + [_END]
-            work += [(index, bounds[part], bounds[part + 1]) for part in range(parts)]
-            firsts.append(len(work))
+        lengths, advance = np.zeros((2, batch), dtype=np.int32)
+        lengths[:rows], advance[:rows] = self._lengths, 1
+        work, firsts = plan_work([*self._lengths.tolist(), *[0] * (batch - rows)])
         return StepPlan(
             mx.array(table),
-            mx.array(self._lengths) + self._stored,  # after every store
+            mx.array(lengths) + self._stored,  # so that a step comes after every store
+            mx.array(advance),
             mx.array(work, dtype=mx.int32),
             mx.array(firsts, dtype=mx.int32),
-            split=len(work) > len(self._rows),
+            split=len(work) > batch,
         )
 
     def _make_room(self, blocks: int) -> None:
@@ -209,39 +226,59 @@ class PagedCache:
 
     def _grow(self) -> None:
         """Let the pools hold what the allocator handed out."""
-        needed, blocks = self.allocator.extent, self.blocks
-        if needed <= blocks:
+        needed = self.allocator.extent
+        if needed <= self.blocks:
             return
-        size = max(needed, min(blocks + max(GROWTH_BLOCKS, blocks // 16), self.allocator.limit))
+        size = max(needed, min(_with_slack(self.blocks), self.allocator.limit))
         if not self.layers:
             self.layers = [self._new_layer(shape, size) for shape in self._shapes]
-            mx.eval([(layer.keys, layer.values) for layer in self.layers])
             return
         mx.synchronize()
         for layer in self.layers:
             layer.resize(size)
+        mx.clear_cache()  # the old pools' buffers fit nothing else
+
+    def _shrink(self) -> None:
+        """Move what is used together where most of the pools is not."""
+        size = _with_slack(self.allocator.used)
+        if self.blocks <= 2 * size:
+            return
+        mx.synchronize()
+        self.settle()
+        moved = self.allocator.compact()
+        self._rows = [[moved[block] for block in row] for row in self._rows]
+        self._nobodys = [moved[block] for block in self._nobodys]
+        for layer in self.layers:
+            layer.resize(size, list(moved))
+        mx.clear_cache()
 
     def _new_layer(self, shape: LayerShape, blocks: int) -> PagedLayer:
         pool = (blocks, shape.heads, BLOCK_TOKENS, shape.head_dim)
-        return PagedLayer(self._ops, mx.zeros(pool, shape.dtype), mx.zeros(pool, shape.dtype))
+        keys, values = (mx.zeros(pool, shape.dtype) for _ in range(2))
+        layer = PagedLayer(self._ops, keys, values)
+        layer.materialize()
+        return layer
 
     def _drop(self) -> None:
         """Forget the pools: no row is left. A running step keeps them alive until it is done."""
         if self._prefixes:
-            mx.synchronize()  # the pools stay, and blocks that a running step writes to are freed
+            mx.synchronize()  # pools that stay are free to be written to
         self.settle()
-        if not self.allocator.used:
+        self.allocator.free(self._nobodys)
+        self._nobodys = []
+        if self.allocator.used:
+            self._shrink()
+        else:
             self.layers = []
 
     def use_prefixes(self, prefixes: PrefixCache) -> None:
         """See `DecodeCache`; call it before any row joins."""
         self.allocator = self._prefixes = prefixes
 
-    def gather(self, prefixes: Sequence[Sequence[int]]) -> list[Any]:
+    def gather(self, prompts: Sequence[Sequence[int]]) -> list[Any]:
         """See `DecodeCache`."""
-        return gather_blocks(
-            [(layer.keys, layer.values) for layer in self.layers], prefixes, self._stored
-        )
+        pools = [(layer.keys, layer.values) for layer in self.layers]
+        return gather_blocks(pools, prompts, self._stored)
 
     def remember(self, row: int, key: PrefixKey | None) -> None:
         """See `DecodeCache`."""
@@ -249,3 +286,21 @@ class PagedCache:
             self._prefixes.insert(key, self._rows[row])
         elif self._prefixes:
             self._prefixes.forget(self._rows[row])
+
+
+def _with_slack(blocks: int) -> int:
+    return blocks + max(GROWTH_BLOCKS, blocks // 8)
+
+
+def plan_work(lengths: Sequence[int]) -> tuple[list[tuple[int, int, int]], list[int]]:
+    """Return the items of work of rows of such lengths, and each row's first; see `StepPlan`."""
+    if max(lengths) <= SPLIT_ABOVE_TOKENS:
+        return [(row, 0, _END) for row in range(len(lengths))], list(range(len(lengths) + 1))
+    work: list[tuple[int, int, int]] = []
+    firsts = [0]
+    for row, length in enumerate(lengths):
+        starts = range(0, max(1, length), CHUNK_TOKENS)
+        work += [(row, start, start + CHUNK_TOKENS) for start in starts[:-1]]
+        work.append((row, starts[-1], _END))
+        firsts.append(len(work))
+    return work + [(-1, 0, 0)] * (-len(work) % _ITEMS), firsts

@@ -10,7 +10,7 @@ from typing import Any, Final
 import mlx.core as mx
 from mlx_lm.models import base
 
-from mlx_serving.worker.engine.paged_attention import PagedLayer
+from mlx_serving.worker.engine.paged.layers import PagedLayer
 
 NAME: Final = "scaled_dot_product_attention"
 _original = base.scaled_dot_product_attention

@@ -5,10 +5,10 @@ from array import array
 from collections.abc import Callable
 from typing import Any, Final
 
-from mlx_serving.worker.engine import prefix_index as twin
 from mlx_serving.worker.engine.acceleration import AccelerationReport, load_native
-from mlx_serving.worker.engine.prefix_cache import PrefixCache
-from mlx_serving.worker.engine.prefix_index import PrefixIndexProtocol
+from mlx_serving.worker.engine.prefix import index as twin
+from mlx_serving.worker.engine.prefix.cache import PrefixCache
+from mlx_serving.worker.engine.prefix.index import PrefixIndexProtocol
 
 PREFIX_INDEX: Final = "prefix index"
 PREFIX_CACHE: Final = "prefix cache"

@@ -13,24 +13,24 @@ from mlx_lm.models.cache import KVCache
 
 from mlx_serving.worker.engine.decode_cache import DecodeCache, PaddedCache, Prefilled
 from mlx_serving.worker.engine.kv_cache import LanguageModel
-from mlx_serving.worker.engine.paged_attention import (
-    PagedLayer,
-    PagedOps,
-    ReferenceOps,
-    StepPlan,
-    StoreEntry,
-)
-from mlx_serving.worker.engine.paged_cache import (
+from mlx_serving.worker.engine.paged.cache import (
     BLOCK_TOKENS,
-    CHUNK_TOKENS,
+    SPLIT_ABOVE_TOKENS,
     LayerShape,
     PagedCache,
 )
+from mlx_serving.worker.engine.paged.layers import (
+    PagedLayer,
+    PagedOps,
+    StepPlan,
+    StoreEntry,
+)
+from mlx_serving.worker.engine.paged.reference import ReferenceOps
 
 # How far values may be apart, as a part of their norm: 16-bit types round, in each layer anew.
 _ATTENTION_TOLERANCE: Final = {mx.float32: 1e-3, mx.float16: 2e-3, mx.bfloat16: 1e-2}
 _LOGITS_TOLERANCE: Final = {mx.float32: 5e-3, mx.float16: 0.03, mx.bfloat16: 0.1}
-_LENGTHS: Final = (2 * CHUNK_TOKENS + 5, 3, BLOCK_TOKENS)
+_LENGTHS: Final = (SPLIT_ABOVE_TOKENS + 5, 3, BLOCK_TOKENS)
 
 
 class DifferenceError(RuntimeError):
@@ -43,17 +43,24 @@ class ComparedOps:
     Its methods raise `DifferenceError` where the two differ.
     """
 
+    in_place = False  # a compiled step could not look at values
+
     def __init__(self, ops: PagedOps) -> None:
         self._ops = ops
         self._reference = ReferenceOps()
 
     def store(
-        self, layer: PagedLayer, keys: mx.array, values: mx.array, entries: Sequence[StoreEntry]
+        self,
+        layer: PagedLayer,
+        keys: mx.array,
+        values: mx.array,
+        entries: Sequence[StoreEntry],
+        after: mx.array,
     ) -> mx.array:
         """See `PagedOps.store`."""
         twin = self._copy(layer)
-        done = self._ops.store(layer, keys, values, entries)
-        self._reference.store(twin, keys, values, entries)
+        done = self._ops.store(layer, keys, values, entries, after)
+        self._reference.store(twin, keys, values, entries, after)
         mx.eval(done, layer.keys, layer.values, twin.keys, twin.values)
         for entry in entries:
             for pool, expected in ((layer.keys, twin.keys), (layer.values, twin.values)):
@@ -103,23 +110,22 @@ def distance(values: mx.array, expected: mx.array) -> float:
 def check(model: LanguageModel, shapes: Sequence[LayerShape], ops: PagedOps) -> str | None:
     """Return what differs, or None."""
     try:
-        paged = _run(model, shapes, PagedCache(shapes, ComparedOps(ops)))
+        _run(PagedCache(model, shapes, ComparedOps(ops)), shapes)
     except DifferenceError as error:
         return str(error)
-    far = distance(paged, _run(model, shapes, PaddedCache()))
+    logits = _run(PagedCache(model, shapes, ops), shapes)
+    far = distance(logits, _run(PaddedCache(model), shapes))
     if not far <= _LOGITS_TOLERANCE[shapes[0].dtype]:
         return f"the model's logits are {far:.2g} off those on mlx-lm's caches"
     return None
 
 
-def _run(model: LanguageModel, shapes: Sequence[LayerShape], cache: DecodeCache) -> mx.array:
+def _run(cache: DecodeCache, shapes: Sequence[LayerShape]) -> mx.array:
     """Rows join one by one, then the first leaves; returns all logits, [logits, V]."""
     logits: list[mx.array] = []
 
     def step(rows: int) -> None:
-        cache.begin_step()
-        logits.append(model(mx.ones((rows, 1), dtype=mx.int32), cache=cache.layers)[:, -1])
-        cache.end_step()
+        logits.append(cache.step(mx.ones((rows,), dtype=mx.int32)))
         mx.eval(logits[-1])
 
     for rows, length in enumerate(_LENGTHS, start=1):

@@ -8,16 +8,17 @@ import pytest
 from mlx_lm.models import gemma2, gemma3_text, lfm2
 
 from benchmarks.synthetic import TINY, build_model
-from mlx_serving.worker.engine import attention_dispatch
-from mlx_serving.worker.engine.cache_choice import choose_cache, paged_choice
+from mlx_serving.worker.engine import cache_choice
+from mlx_serving.worker.engine.cache_choice import CacheChoice, choose_cache, paged_choice
 from mlx_serving.worker.engine.decode_cache import PaddedCache
-from mlx_serving.worker.engine.paged_attention import (
+from mlx_serving.worker.engine.paged import dispatch
+from mlx_serving.worker.engine.paged.cache import PagedCache
+from mlx_serving.worker.engine.paged.layers import (
     PagedLayer,
-    ReferenceOps,
     StepPlan,
     StoreEntry,
 )
-from mlx_serving.worker.engine.paged_cache import PagedCache
+from mlx_serving.worker.engine.paged.reference import ReferenceOps
 from tests.unit.test_engine_caches import HYBRID, SLIDING, other_model
 
 
@@ -44,9 +45,14 @@ class ForgetsTheNewToken(ReferenceOps):
 
 class StoresTooFewTokens(ReferenceOps):
     def store(
-        self, layer: PagedLayer, keys: mx.array, values: mx.array, entries: Sequence[StoreEntry]
+        self,
+        layer: PagedLayer,
+        keys: mx.array,
+        values: mx.array,
+        entries: Sequence[StoreEntry],
+        after: mx.array,
     ) -> mx.array:
-        return super().store(layer, keys, values, entries[:-1])
+        return super().store(layer, keys, values, entries[:-1], after)
 
 
 class GivesNan(ReferenceOps):
@@ -58,6 +64,13 @@ class Raises(ReferenceOps):
     def attend(self, *_: Any) -> mx.array:
         message = "no such kernel"
         raise RuntimeError(message)
+
+
+def reason_of(choice: CacheChoice) -> str:
+    """Why mlx-lm's caches are used."""
+    assert choice.report is not None
+    assert choice.report.implementation == "twin"
+    return choice.report.reason
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16], ids=str)
@@ -80,26 +93,28 @@ def test_the_reference_passes(dtype: mx.Dtype) -> None:
 def test_a_wrong_kernel_is_not_used(ops: ReferenceOps, words: str) -> None:
     choice = paged_choice(build_model(), ops)
     assert isinstance(choice.make(), PaddedCache)
-    assert choice.report.implementation == "twin"
-    assert words in choice.report.reason
+    assert words in reason_of(choice)
 
 
 def test_a_kernel_that_raises_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    from mlx_serving.worker.engine import cache_choice
-
     monkeypatch.setattr(cache_choice, "dialect", lambda: "cuda")
     monkeypatch.setattr(cache_choice, "KernelOps", lambda _: Raises())
     choice = choose_cache(build_model())
     assert isinstance(choice.make(), PaddedCache)
-    assert choice.report.reason == "RuntimeError: no such kernel"
+    assert reason_of(choice) == "RuntimeError: no such kernel"
 
 
-def test_the_cpu_backend_and_the_settings_keep_mlx_lms_caches() -> None:
-    model = build_model()
-    assert "CPU backend runs no kernels" in choose_cache(model).report.reason
-    off = choose_cache(model, prefer_native=False)
-    assert off.report.reason == "switched off by the settings"
-    assert isinstance(off.make(), PaddedCache)
+def test_the_cpu_backend_keeps_mlx_lms_caches_and_has_no_choice_to_report() -> None:
+    choice = choose_cache(build_model())
+    assert isinstance(choice.make(), PaddedCache)
+    assert choice.report is None
+
+
+def test_the_settings_switch_the_kernels_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache_choice, "dialect", lambda: "cuda")
+    choice = choose_cache(build_model(), prefer_native=False)
+    assert isinstance(choice.make(), PaddedCache)
+    assert reason_of(choice) == "switched off by the settings"
 
 
 @pytest.mark.parametrize(
@@ -108,7 +123,7 @@ def test_the_cpu_backend_and_the_settings_keep_mlx_lms_caches() -> None:
 def test_other_caches_stay_with_mlx_lm(module: Any, config: dict[str, Any]) -> None:
     choice = paged_choice(other_model(module, config), ReferenceOps())
     assert isinstance(choice.make(), PaddedCache)
-    assert "another cache" in choice.report.reason
+    assert "another cache" in reason_of(choice)
 
 
 def test_a_model_with_attention_of_its_own_stays_with_mlx_lm() -> None:
@@ -116,15 +131,15 @@ def test_a_model_with_attention_of_its_own_stays_with_mlx_lm() -> None:
     config = TINY | {"query_pre_attn_scalar": 16}
     choice = paged_choice(other_model(gemma2, config), ReferenceOps())
     assert isinstance(choice.make(), PaddedCache)
-    assert choice.report.reason == "the model does not use mlx-lm's attention"
+    assert reason_of(choice) == "the model does not use mlx-lm's attention"
 
 
 def test_attention_of_other_caches_is_mlx_lms_own() -> None:
     model = build_model()
-    assert attention_dispatch.install(model)
-    assert attention_dispatch.install(model), "a second time changes nothing"
+    assert dispatch.install(model)
+    assert dispatch.install(model), "a second time changes nothing"
     query = mx.random.normal((1, 2, 3, 4))
-    got = attention_dispatch.attention(query, query, query, None, 0.5, "causal")
+    got = dispatch.attention(query, query, query, None, 0.5, "causal")
     expected = mx.fast.scaled_dot_product_attention(query, query, query, scale=0.5, mask="causal")
     assert mx.array_equal(got, expected).item()
 
@@ -134,7 +149,7 @@ def test_a_paged_cache_refuses_what_it_can_not_do() -> None:
     layer = PagedLayer(ReferenceOps(), pool, pool)
     query = mx.zeros((1, 1, 1, 4))
     with pytest.raises(ValueError, match="masks"):
-        attention_dispatch.attention(query, query, query, layer, 1.0, mx.array([True]))
+        dispatch.attention(query, query, query, layer, 1.0, mx.array([True]))
     with pytest.raises(ValueError, match="one token a row"):
         layer.make_mask(2)
     with pytest.raises(ValueError, match="window"):

@@ -10,7 +10,7 @@ from typing import Any, Final
 import mlx.core as mx
 
 from mlx_serving.worker.engine.kernels import Dialect, make_kernel
-from mlx_serving.worker.engine.paged_attention import PagedLayer, StepPlan, StoreEntry
+from mlx_serving.worker.engine.paged.layers import PagedLayer, StepPlan, StoreEntry
 
 THREADS: Final = 128  # of a thread block; the kernels' own constant
 LARGEST_HEAD: Final = 256
@@ -37,6 +37,8 @@ def supports(head_dim: int) -> bool:
 class KernelOps:
     """See `PagedOps`."""
 
+    in_place = True
+
     def __init__(self, language: Dialect) -> None:
         """Read the kernels' texts; MLX compiles them on first use."""
         inputs = ["q", "k", "v", "key_pool", "value_pool", "table", "lengths", "work", "scale"]
@@ -46,18 +48,23 @@ class KernelOps:
         self._combine = make_kernel(
             "paged_combine", ["parts", "stats", "firsts"], ["out"], language
         )
-        pools = ["keys", "values", "key_pool", "value_pool", "entries"]
+        pools = ["keys", "values", "key_pool", "value_pool", "entries", "after"]
         self._store = make_kernel("paged_store", pools, ["done"], language)
         self._scales: dict[float, mx.array] = {}
 
     def store(
-        self, layer: PagedLayer, keys: mx.array, values: mx.array, entries: Sequence[StoreEntry]
+        self,
+        layer: PagedLayer,
+        keys: mx.array,
+        values: mx.array,
+        entries: Sequence[StoreEntry],
+        after: mx.array,
     ) -> mx.array:
         """See `PagedOps.store`."""
         _, heads, size, head_dim = layer.keys.shape
         table = mx.array([(e.block, e.prompt, e.first, e.count) for e in entries], dtype=mx.int32)
         (done,) = self._store(
-            inputs=[keys, values, layer.keys, layer.values, table],
+            inputs=[keys, values, layer.keys, layer.values, table, after],
             template=[("T", keys.dtype), ("D", head_dim), ("BLOCK", size)],
             grid=(THREADS, heads, len(entries)),
             threadgroup=(THREADS, 1, 1),

@@ -1,0 +1,142 @@
+"""One layer's keys and values in blocks, and the interface of what computes on them.
+
+`reference.ReferenceOps` does that in MLX, `kernel_ops.KernelOps` on a GPU, in place. Both store a
+decode step's own keys and values and attend over every row's tokens, those included.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import mlx.core as mx
+
+
+@dataclass(slots=True)
+class StepPlan:
+    """Where the rows of a step stand, on the device.
+
+    `table` int32 [B, W]: the blocks of each row in order, then any valid ids. `lengths` int32
+    [B]: tokens in the cache before this step. `advance` int32 [B]: what a step adds to them, 0
+    for rows that only fill up the batch. `work` int32 [I, 3]: (row, first token, end) of each
+    item of work, in order of rows, then items of row -1, which are no work; the last item of a
+    row may end beyond its tokens. `firsts` int32 [B + 1]: the first item of each row, then their
+    end. `split`: whether a row has several items; else item i is row i.
+    """
+
+    table: mx.array
+    lengths: mx.array
+    advance: mx.array
+    work: mx.array
+    firsts: mx.array
+    split: bool
+
+
+@dataclass(frozen=True, slots=True)
+class StoreEntry:
+    """Tokens [first, first + count) of a prompt, which go to the start of a block."""
+
+    block: int
+    prompt: int
+    first: int
+    count: int
+
+
+class PagedOps(Protocol):
+    """What computes on a layer's blocks. `in_place`: by writing to the pools' own buffers."""
+
+    in_place: bool
+
+    def store(
+        self,
+        layer: "PagedLayer",
+        keys: mx.array,
+        values: mx.array,
+        entries: Sequence[StoreEntry],
+        after: mx.array,
+    ) -> mx.array:
+        """Copy from keys and values [P, KVH, S, D] into blocks that no row in flight reads.
+
+        Returns int32 [1], 0, which is there when that is done and `after`, of the same kind, is.
+        """
+
+    def attend(
+        self,
+        layer: "PagedLayer",
+        queries: mx.array,
+        keys: mx.array,
+        values: mx.array,
+        scale: float,
+        plan: StepPlan,
+    ) -> mx.array:
+        """Store keys and values [B, KVH, 1, D]; attend with queries [B, H, 1, D], give the same."""
+
+
+class PagedLayer:
+    """What an mlx-lm model takes for a layer's cache in a decode step of one token a row.
+
+    `keys` and `values` are [blocks, KV heads, block tokens, head dim].
+    """
+
+    plan: StepPlan  # set before each step
+
+    def __init__(self, ops: PagedOps, keys: mx.array, values: mx.array) -> None:
+        self.keys = keys
+        self.values = values
+        self.views: tuple[mx.array, ...] = ()  # the pools' first blocks, on the same buffers
+        self._ops = ops
+
+    @property
+    def offset(self) -> mx.array:
+        """Each row's position: int32 [B]."""
+        return self.plan.lengths
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """Pass the step's keys and values on to `attend`, which stores them."""
+        return keys, values
+
+    def make_mask(
+        self,
+        tokens: int,
+        return_array: bool = False,  # noqa: FBT001, FBT002 - mlx-lm's signature
+        window_size: int | None = None,
+    ) -> None:
+        """Return no mask: a row sees its own tokens, and all of them.
+
+        Raises:
+            ValueError: the model wants what this cache can't do.
+        """
+        if tokens != 1 or return_array or window_size:
+            message = "a paged cache takes one token a row and knows no mask and no window"
+            raise ValueError(message)
+
+    def attend(self, queries: mx.array, keys: mx.array, values: mx.array, scale: float) -> mx.array:
+        """Store the step's keys and values, attend; returns [B, H, 1, D]."""
+        return self._ops.attend(self, queries, keys, values, scale, self.plan)
+
+    def store(
+        self, keys: mx.array, values: mx.array, entries: Sequence[StoreEntry], after: mx.array
+    ) -> mx.array:
+        """Copy prefilled keys and values into blocks; see `PagedOps.store`."""
+        return self._ops.store(self, keys, values, entries, after)
+
+    def resize(self, blocks: int, kept: Sequence[int] | None = None) -> None:
+        """Copy into pools of `blocks` blocks: `kept` first, in order, None for all there are.
+
+        No step may be running.
+        """
+        self.keys, self.values = (_resized(pool, blocks, kept) for pool in (self.keys, self.values))
+        self.materialize()
+
+    def materialize(self) -> None:
+        """Compute the pools, and views of them if they are to be written in place."""
+        mx.eval(self.keys, self.values)
+        if self._ops.in_place:
+            self.views = (self.keys[:1], self.values[:1])
+            mx.eval(self.views)
+
+
+def _resized(pool: mx.array, blocks: int, kept: Sequence[int] | None) -> mx.array:
+    if kept is not None:
+        pool = pool[mx.array(list(kept), dtype=mx.int32)]
+    unused = mx.zeros((blocks - pool.shape[0], *pool.shape[1:]), pool.dtype)
+    return mx.concatenate([pool, unused])
