@@ -60,6 +60,13 @@ def test_a_long_row_among_short_ones_that_grow_over_many_blocks(engine: Engine) 
     assert collected == expected
 
 
+def test_chunks_of_any_length(engine: Engine) -> None:
+    """Also where a chunk that is followed by another is rounded up."""
+    requests = [Request(str(n), tuple(range(n)), GREEDY, 6) for n in (3, 51, 150, 170)]
+    odd = drive(tiny_engine(eos=(), chunk=50, paged=True), requests)
+    assert odd == drive(engine, requests) == drive(tiny_engine(eos=()), requests)
+
+
 def test_a_prompt_that_fills_its_blocks_exactly(engine: Engine) -> None:
     requests = [
         Request(str(n), tuple(range(n)), GREEDY, BLOCK_TOKENS * 2)

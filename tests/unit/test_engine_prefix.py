@@ -1,6 +1,7 @@
 """The engine with a prefix cache, on the paged cache's reference: same tokens, less computed."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, cast
 
 import pytest
@@ -46,8 +47,8 @@ def counted() -> Iterator[Counted]:
 
 
 def request(name: str, tail: tuple[int, ...] = (), salt: str = "", **fields: Any) -> Request:
-    fields = {"sampling": GREEDY, "max_tokens": 6} | fields
-    return Request(name, SHARED + tail, salt=salt, **fields)
+    plain = Request(name, SHARED + tail, GREEDY, max_tokens=6, salt=salt)
+    return replace(plain, **fields)
 
 
 def expected(*requests: Request) -> Any:

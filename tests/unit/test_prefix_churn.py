@@ -188,7 +188,7 @@ def test_what_a_failed_row_leaves_is_not_found_again(raises: bool) -> None:  # n
     engine = tiny_engine(cast("Any", model.model), eos=(), paged=True, prefix_cache_bytes=None)
     model.raises = raises
     runner = cast("Any", engine._runner)
-    runner._model = model
+    runner._model = runner._cache._model = model
     runner._cache._step = plain_step(cast("Any", model))
     good = [Request(f"good{n}", (*(1,) * 70, n), GREEDY, 12) for n in range(4)]
     # A prompt's last token is computed with the batch, the others before.

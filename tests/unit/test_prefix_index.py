@@ -183,7 +183,7 @@ class TestTwin:
         assert index.evict(10_000) == blocks[::-1]
 
     def test_under_any_order_of_calls(self) -> None:
-        machine = type("Machine", (IndexMachine,), {"index_class": self.index_class})
+        machine: Any = type("Machine", (IndexMachine,), {"index_class": self.index_class})
         case = machine.TestCase
         case.settings = settings(
             max_examples=60, stateful_step_count=40, deadline=None, database=None

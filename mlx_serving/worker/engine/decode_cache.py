@@ -41,6 +41,9 @@ class DecodeCache(Protocol):
     def new_prompts(self, prompts: int) -> list[Any]:
         """Return what the model takes as its cache while it computes so many prompts."""
 
+    def forward_prompts(self, contexts: list[list[int]], layers: list[Any]) -> None:
+        """Build the computation of the prompts' next tokens into `layers` of `new_prompts`."""
+
     def join(self, prefilled: Prefilled) -> None:
         """Append rows."""
 
@@ -78,6 +81,10 @@ class PaddedCache:
     def new_prompts(self, prompts: int) -> list[Any]:
         """Return mlx-lm's plain caches for one prompt, batch caches for several."""
         return kv_cache.new_cache(self._model, prompts)
+
+    def forward_prompts(self, contexts: list[list[int]], layers: list[Any]) -> None:
+        """Pad on the right to the longest; mlx-lm's batch caches then justify their rows."""
+        kv_cache.forward_prompts(self._model, contexts, layers)
 
     def join(self, prefilled: Prefilled) -> None:
         """Append rows; copies both caches."""

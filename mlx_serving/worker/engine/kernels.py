@@ -10,8 +10,6 @@ from typing import Any, Literal
 
 Dialect = Literal["cuda", "metal"]
 
-_PACKAGE = Path(__file__).parents[2]
-_FOLDERS = (_PACKAGE / "kernels", _PACKAGE.parent / "native" / "kernels")
 _SUFFIXES: dict[Dialect, str] = {"cuda": "cu", "metal": "metal"}
 
 
@@ -24,19 +22,21 @@ def dialect() -> Dialect | None:
     return "metal" if mx.metal.is_available() else "cuda"
 
 
+def folder() -> Path:
+    """Return where the sources are: in the package, or in the tree of an editable install."""
+    package = Path(__file__).parents[2]
+    installed = package / "kernels"
+    return installed if installed.is_dir() else package.parent / "native" / "kernels"
+
+
 @cache
 def source(name: str, language: Dialect) -> str:
-    """Return the text of `name`.
+    """Return the text of the kernel `name`.
 
     Raises:
         FileNotFoundError: this install has no such kernel.
     """
-    file = f"{name}.{_SUFFIXES[language]}"
-    for folder in _FOLDERS:
-        if (folder / file).is_file():
-            return (folder / file).read_text()
-    message = f"kernel {file} is not in this install"
-    raise FileNotFoundError(message)
+    return (folder() / f"{name}.{_SUFFIXES[language]}").read_text()
 
 
 def make_kernel(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Protocol, cast
 
 import mlx.core as mx
-from mlx_lm.models.cache import BatchKVCache, KVCache, make_prompt_cache
+from mlx_lm.models.cache import BatchKVCache, make_prompt_cache
 
 GROWTH_TOKENS: Final[int] = BatchKVCache.step  # caches grow by blocks of this many tokens
 
@@ -45,20 +45,22 @@ def new_cache(model: LanguageModel, rows: int) -> list[Any]:
 
 
 def forward_prompts(model: LanguageModel, contexts: list[list[int]], cache: list[Any]) -> None:
-    """Compute the prompts' next tokens, padded on the right to the longest, into their cache.
-
-    A batch cache justifies its rows afterwards. mlx-lm's plain one, which can hold several
-    prompts too, keeps them as they are: no token looks at padding on its right.
-    """
+    """Compute the prompts' next tokens, padded on the right to the longest, into their cache."""
     lengths = [len(context) for context in contexts]
     padding = [max(lengths) - length for length in lengths]
-    justified = [layer for layer in cache if any(padding) and type(layer) is not KVCache]
-    for layer in justified:
-        layer.prepare(lengths=lengths, right_padding=padding)
-    tokens = [context + [0] * pad for context, pad in zip(contexts, padding, strict=True)]
-    model(mx.array(tokens, dtype=mx.int32), cache=cache)
-    for layer in justified:
-        layer.finalize()
+    if any(padding):
+        for layer in cache:
+            layer.prepare(lengths=lengths, right_padding=padding)
+    model(padded(contexts, max(lengths)), cache=cache)
+    if any(padding):
+        for layer in cache:
+            layer.finalize()
+
+
+def padded(contexts: list[list[int]], length: int) -> mx.array:
+    """Return int32 [prompts, length], zeros on the right."""
+    rows = [context + [0] * (length - len(context)) for context in contexts]
+    return mx.array(rows, dtype=mx.int32)
 
 
 def as_batch(cache: list[Any]) -> list[Any]:

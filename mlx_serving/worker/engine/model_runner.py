@@ -72,7 +72,7 @@ class ModelRunner:
             contexts = [
                 row.context(row.found + chunk.start, row.found + end) for row in chunk.leaders
             ]
-            kv_cache.forward_prompts(self._model, contexts, self._prefill_cache)
+            self._cache.forward_prompts(contexts, self._prefill_cache)
         # With nothing to decode there is nothing to overlap with: wait, so that a step that
         # returns has done its work.
         evaluate = mx.async_eval if self._rows else mx.eval

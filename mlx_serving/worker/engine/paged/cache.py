@@ -38,6 +38,7 @@ GROWTH_BLOCKS: Final = 64  # the least by which a pool grows; above, an eighth o
 # (Measured: a second launch to join the parts costs more than it saves before that.)
 SPLIT_ABOVE_TOKENS: Final = 2048
 CHUNK_TOKENS: Final = 1024
+PROMPT_TOKENS: Final = 32  # prompts are computed in multiples of so many tokens
 LONG_TOKENS: Final = 1024  # of the prompts that join at once
 _LEAST_TABLE_WIDTH: Final = 16  # blocks
 _ITEMS: Final = 32  # items of work are padded to multiples of so many
@@ -86,6 +87,17 @@ class PagedCache:
         """Return mlx-lm's plain caches: they hold several prompts, padded on the right."""
         del prompts
         return kv_cache.new_cache(self._model, 1)
+
+    def forward_prompts(self, contexts: list[list[int]], layers: list[Any]) -> None:
+        """Pad on the right; no token looks there, and `join` knows the lengths.
+
+        Lengths are rounded up too: each new shape costs a GPU's libraries a search for kernels.
+        """
+        longest = max(map(len, contexts))
+        length = -(-longest // PROMPT_TOKENS) * PROMPT_TOKENS
+        self._model(kv_cache.padded(contexts, length), cache=layers)
+        for layer in layers:
+            layer.trim(length - longest)  # a prompt's next chunk goes there
 
     def join(self, prefilled: Prefilled) -> None:
         """Append rows: each prompt is copied into blocks, its full ones once for all its rows."""
