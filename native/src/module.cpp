@@ -7,6 +7,7 @@
 #include <span>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 #include "mlx_serving/detokenizer.hpp"
@@ -118,7 +119,8 @@ PYBIND11_MODULE(_native, module) {
       .def_property_readonly("idle", &PrefixIndex::idle)
       .def("__len__", &PrefixIndex::size)
       .def("match", [](const PrefixIndex& self, const py::bytes& salt, const py::bytes& tokens) {
-             return self.match(salt, tokens);
+             auto prefix = self.match(salt, tokens);
+             return std::pair(std::move(prefix.blocks), prefix.tokens);
            }, py::arg("salt"), py::arg("tokens"))
       .def("insert", [](PrefixIndex& self, const py::bytes& salt, const py::bytes& tokens,
                         const Blocks& blocks) {

@@ -1,8 +1,7 @@
 #include "mlx_serving/prefix_index.hpp"
 
 #include <algorithm>
-#include <cstring>
-#include <random>
+#include <cstddef>
 #include <stdexcept>
 #include <unordered_set>
 #include <utility>
@@ -21,33 +20,32 @@ std::size_t bytes_of_block(std::int64_t block_tokens) {
   return static_cast<std::size_t>(block_tokens) * kTokenBytes;
 }
 
-// The finalizer of MurmurHash3 (Austin Appleby, public domain).
-std::uint64_t mix(std::uint64_t value) {
-  value = (value ^ (value >> 33)) * 0xFF51AFD7ED558CCD;
-  value = (value ^ (value >> 33)) * 0xC4CEB9FE1A85EC53;
-  return value ^ (value >> 33);
-}
-
-// Not guessable from outside, so that no tenant can make all prefixes collide.
-std::uint64_t random_seed() {
-  std::random_device device;
-  return (static_cast<std::uint64_t>(device()) << 32) | device();
+std::size_t common_tokens(std::string_view one, std::string_view other) {
+  const auto size = std::min(one.size(), other.size()) / kTokenBytes * kTokenBytes;
+  const auto end = one.begin() + static_cast<std::ptrdiff_t>(size);
+  const auto differs = std::mismatch(one.begin(), end, other.begin()).first;
+  return static_cast<std::size_t>(differs - one.begin()) / kTokenBytes;
 }
 
 }  // namespace
 
 PrefixIndex::PrefixIndex(std::int64_t block_tokens)
-    : block_bytes_(bytes_of_block(block_tokens)), seed_(random_seed()) {}
+    : block_bytes_(bytes_of_block(block_tokens)) {}
 
-std::vector<BlockId> PrefixIndex::match(std::string_view salt, std::string_view tokens) const {
-  std::vector<BlockId> found;
-  NodeId node = root(salt);
-  for (; node != kNone && tokens.size() >= block_bytes_; tokens.remove_prefix(block_bytes_)) {
-    const auto next = tokens.substr(0, block_bytes_);
-    node = child(node, next, hash(node, next));
-    if (node != kNone) found.push_back(nodes_[node].block);
+Prefix PrefixIndex::match(std::string_view salt, std::string_view tokens) const {
+  Prefix prefix;
+  auto node = root(salt);
+  if (node == kNone) return prefix;
+  prefix.blocks.reserve(tokens.size() / block_bytes_ + 1);
+  for (; tokens.size() >= block_bytes_; tokens.remove_prefix(block_bytes_)) {
+    const auto next = child(node, tokens.substr(0, block_bytes_));
+    if (next == kNone) break;
+    node = next;
+    prefix.blocks.push_back(nodes_[node].block);
   }
-  return found;
+  prefix.tokens = prefix.blocks.size() * (block_bytes_ / kTokenBytes);
+  add_nearest(node, tokens.substr(0, block_bytes_), prefix);
+  return prefix;
 }
 
 std::vector<BlockId> PrefixIndex::insert(std::string_view salt, std::string_view tokens,
@@ -59,7 +57,7 @@ std::vector<BlockId> PrefixIndex::insert(std::string_view salt, std::string_view
   NodeId node = root(salt);
   std::size_t known = 0;
   for (; node != kNone && known < depth; ++known) {
-    const auto next = child(node, digit_at(known), hash(node, digit_at(known)));
+    const auto next = child(node, digit_at(known));
     if (next == kNone) break;
     if (nodes_[next].block != blocks[known]) return {};
     node = next;
@@ -113,7 +111,7 @@ std::vector<BlockId> PrefixIndex::forget(std::span<const BlockId> blocks) {
   for (auto block = blocks.rbegin(); block != blocks.rend(); ++block) {
     const auto id = find(*block);
     if (id == kNone) continue;
-    if (nodes_[id].children != 0) break;
+    if (!nodes_[id].children.empty()) break;
     remove(id);
     gone.push_back(*block);
   }
@@ -152,28 +150,28 @@ PrefixIndex::NodeId PrefixIndex::root(std::string_view salt) const {
   return found == roots_.end() ? kNone : found->second;
 }
 
-PrefixIndex::NodeId PrefixIndex::child(NodeId parent, std::string_view digit,
-                                       std::uint64_t hash) const {
-  const auto first = by_hash_.find(hash);
-  if (first == by_hash_.end()) return kNone;
-  // A hash may be anybody's: only the parent and the tokens themselves count.
-  for (auto id = first->second; id != kNone; id = nodes_[id].next) {
-    if (nodes_[id].parent == parent && this->digit(id) == digit) return id;
-  }
-  return kNone;
+std::size_t PrefixIndex::place(const Node& parent, std::string_view bytes) const {
+  const auto first = std::lower_bound(
+      parent.children.begin(), parent.children.end(), bytes,
+      [this](NodeId node, std::string_view wanted) { return digit(node) < wanted; });
+  return static_cast<std::size_t>(first - parent.children.begin());
 }
 
-std::uint64_t PrefixIndex::hash(NodeId parent, std::string_view digit) const {
-  std::uint64_t value = seed_ ^ mix(parent + 1ULL);
-  for (; digit.size() >= sizeof(std::uint64_t); digit.remove_prefix(sizeof(std::uint64_t))) {
-    std::uint64_t word = 0;
-    std::memcpy(&word, digit.data(), sizeof(word));
-    value = (value ^ word) * 0x9E3779B97F4A7C15;
-    value ^= value >> 32;
-  }
-  std::uint64_t rest = 0;
-  std::memcpy(&rest, digit.data(), digit.size());
-  return mix(value ^ rest);
+PrefixIndex::NodeId PrefixIndex::child(NodeId parent, std::string_view digit) const {
+  const auto& children = nodes_[parent].children;
+  const auto at = children.size() == 1 ? 0 : place(nodes_[parent], digit);
+  return at < children.size() && this->digit(children[at]) == digit ? children[at] : kNone;
+}
+
+void PrefixIndex::add_nearest(NodeId parent, std::string_view tokens, Prefix& prefix) const {
+  const auto& children = nodes_[parent].children;
+  const auto at = place(nodes_[parent], tokens);
+  // In order, the nearest is one of two neighbours.
+  const auto after = at < children.size() ? common_tokens(digit(children[at]), tokens) : 0;
+  const auto before = at > 0 ? common_tokens(digit(children[at - 1]), tokens) : 0;
+  if (std::max(after, before) == 0) return;
+  prefix.blocks.push_back(nodes_[children[before > after ? at - 1 : at]].block);
+  prefix.tokens += std::max(after, before);
 }
 
 PrefixIndex::NodeId PrefixIndex::find(BlockId block) const {
@@ -206,41 +204,26 @@ PrefixIndex::NodeId PrefixIndex::make_node() {
 PrefixIndex::NodeId PrefixIndex::add_child(NodeId parent, std::string_view digit, BlockId block) {
   const auto id = make_node();
   digits_.replace(id * block_bytes_, block_bytes_, digit);
-  auto& node = nodes_[id];
-  node.block = block;
-  node.parent = parent;
-  node.hash = hash(parent, digit);
-  const auto [first, is_first] = by_hash_.try_emplace(node.hash, id);
-  if (!is_first) node.next = std::exchange(first->second, id);
+  nodes_[id].block = block;
+  nodes_[id].parent = parent;
   by_block_.emplace(block, id);
-  if (auto& above = nodes_[parent]; is_idle_leaf(above)) {
-    leaves_.erase({above.released_at, above.block});
-  }
-  ++nodes_[parent].children;
+  auto& above = nodes_[parent];
+  if (is_idle_leaf(above)) leaves_.erase({above.released_at, above.block});
+  const auto at = static_cast<std::ptrdiff_t>(place(above, digit));
+  above.children.insert(above.children.begin() + at, id);
   return id;
 }
 
-void PrefixIndex::unlink(NodeId id) {
-  const auto first = by_hash_.find(nodes_[id].hash);
-  if (first->second == id && nodes_[id].next == kNone) {
-    by_hash_.erase(first);
-    return;
-  }
-  auto* link = &first->second;
-  while (*link != id) link = &nodes_[*link].next;
-  *link = nodes_[id].next;
-}
-
 void PrefixIndex::remove(NodeId id) {
-  const auto node = nodes_[id];
-  unlink(id);
+  auto& node = nodes_[id];
+  auto& parent = nodes_[node.parent];
+  std::erase(parent.children, id);
   by_block_.erase(node.block);
   if (!node.held) --idle_;
   leaves_.erase({node.released_at, node.block});
-  nodes_[id].block = -1;
+  node.block = -1;
   free_.push_back(id);
-  auto& parent = nodes_[node.parent];
-  if (--parent.children != 0) return;
+  if (!parent.children.empty()) return;
   if (parent.block >= 0) {
     if (!parent.held) leaves_.emplace(parent.released_at, parent.block);
     return;
@@ -265,14 +248,14 @@ void PrefixIndex::check() const {
     throw std::runtime_error("a block is lost");
   }
   for (const auto& [salt, id] : roots_) {
-    if (nodes_[id].children == 0) throw std::runtime_error("an empty tree is kept");
+    if (nodes_[id].children.empty()) throw std::runtime_error("an empty tree is kept");
   }
 }
 
 void PrefixIndex::check_node(NodeId id) const {
   const auto& node = nodes_[id];
   const auto& parent = nodes_[node.parent];
-  if (child(node.parent, digit(id), node.hash) != id) throw std::runtime_error("a block is lost");
+  if (child(node.parent, digit(id)) != id) throw std::runtime_error("a block is lost");
   if (node.held && parent.block >= 0 && !parent.held) {
     throw std::runtime_error("a block is held and its path is not");
   }

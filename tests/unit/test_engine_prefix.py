@@ -67,14 +67,25 @@ def test_a_second_job_computes_only_what_is_new(counted: Counted) -> None:
 def test_the_last_token_is_always_computed(counted: Counted) -> None:
     whole = request("a")  # fills its blocks exactly
     counted.computed(whole)
-    assert counted.computed(whole) == BLOCK_TOKENS - 1
-    assert counted.collected["a"].cached_tokens == len(SHARED) - BLOCK_TOKENS
+    assert counted.computed(whole) == 0
+    assert counted.collected["a"].cached_tokens == len(SHARED) - 1
     assert counted.collected == expected(whole)
     longer = request("b", (1,))
     counted.computed(longer)
     assert counted.computed(longer) == 0
     assert counted.collected["b"].cached_tokens == len(SHARED)
     assert counted.collected == expected(longer)
+
+
+@pytest.mark.parametrize("beyond", [1, 9, 31])
+def test_a_prefix_that_ends_within_a_block_is_shared_to_its_end(beyond: int) -> None:
+    counted = Counted(chunk=512)
+    prefix = SHARED + (77,) * beyond
+    tails = [(n, *(n + i for i in range(39))) for n in range(12)]
+    requests = [Request(str(n), prefix + tail, SAMPLED, 8) for n, tail in enumerate(tails)]
+    assert counted.computed(*requests) == len(prefix) + 12 * 39
+    assert counted.collected == expected(*requests)
+    assert [row.cached_tokens for row in counted.collected.values()] == [0] + 11 * [len(prefix)]
 
 
 def test_rows_that_arrive_together_compute_their_prefix_once(counted: Counted) -> None:
@@ -130,7 +141,7 @@ def test_the_next_turn_of_a_conversation_finds_the_answer_too(counted: Counted) 
     counted.computed(first)
     answer = counted.collected["a"].token_ids
     turn = Request("b", (*first.prompt, *answer, 5, 6, 7), GREEDY, 8)
-    known = (len(first.prompt) + 69) // BLOCK_TOKENS * BLOCK_TOKENS
+    known = (len(first.prompt) + 69) // BLOCK_TOKENS * BLOCK_TOKENS  # of the answer, whole blocks
     assert counted.computed(turn) == len(turn.prompt) - 1 - known
     assert counted.collected["b"].cached_tokens == known
     assert counted.collected == expected(turn)
@@ -141,8 +152,7 @@ def test_a_resumed_job_finds_prompt_and_committed_tokens(counted: Counted) -> No
     counted.computed(whole)
     tokens = counted.collected["a"].token_ids
     resumed = request("a", (1, 2), sampling=SAMPLED, max_tokens=80, committed=tuple(tokens[:50]))
-    known = (len(whole.prompt) + 49) // BLOCK_TOKENS * BLOCK_TOKENS
-    assert counted.computed(resumed) == len(whole.prompt) + 49 - known
+    assert counted.computed(resumed) == 0, "the last block of the answer has these tokens too"
     assert counted.collected["a"].token_ids == tokens[50:]
     # Usage counts the prompt's tokens, not the committed ones.
     assert counted.collected["a"].cached_tokens == len(whole.prompt)

@@ -86,7 +86,8 @@ def test_a_job_finds_what_its_own_tenant_had_before_it_and_no_more() -> None:
     for job in jobs:
         row = drive(engine, [job])[job.id]
         most = max((_common(job.prompt, known) for known in before[job.salt]), default=0)
-        assert row.cached_tokens == min(most, len(job.prompt) - 1) // BLOCK_TOKENS * BLOCK_TOKENS
+        whole = min(most, len(job.prompt) - 1) // BLOCK_TOKENS * BLOCK_TOKENS
+        assert whole <= row.cached_tokens <= most
         before[job.salt].append((*job.prompt, *row.token_ids))
     assert_whole(engine)
 

@@ -37,38 +37,61 @@ class TestTwin:
     def make(self, block_tokens: int = BLOCK) -> Any:
         return self.index_class(block_tokens)
 
+    def find(self, index: Any, tokens: bytes, salt: bytes = b"") -> list[int]:
+        """Whole blocks only."""
+        blocks, known = index.match(salt, tokens)
+        assert len(blocks) == -(-known // BLOCK)
+        return list(blocks[: known // BLOCK])
+
     def test_a_prefix_is_found_as_far_as_it_is_known(self) -> None:
         index = self.make()
         assert index.insert(b"", spelled([1, 2, 3]), [10, 11, 12]) == [10, 11, 12]
-        assert index.match(b"", spelled([1, 2, 3])) == [10, 11, 12]
-        assert index.match(b"", spelled([1, 2, 3, 4])) == [10, 11, 12]
-        assert index.match(b"", spelled([1, 2, 9])) == [10, 11]
-        assert index.match(b"", spelled([2, 3])) == []
-        assert index.match(b"", b"") == []
+        assert self.find(index, spelled([1, 2, 3]), b"") == [10, 11, 12]
+        assert self.find(index, spelled([1, 2, 3, 4]), b"") == [10, 11, 12]
+        assert self.find(index, spelled([1, 2, 9]), b"") == [10, 11]
+        assert self.find(index, spelled([2, 3]), b"") == []
+        assert self.find(index, b"", b"") == []
         assert (len(index), index.idle) == (3, 0)
 
-    def test_only_full_blocks_count(self) -> None:
+    def test_only_full_blocks_are_taken_in(self) -> None:
         index = self.make()
         tokens = spelled([1, 2])
         assert index.insert(b"", tokens[:-4], [10, 11]) == [10]
-        assert index.match(b"", tokens) == [10]
-        assert index.match(b"", tokens[: 4 * BLOCK - 1]) == []
+        assert index.match(b"", tokens) == ([10], BLOCK)
+
+    def test_the_first_tokens_of_a_block_are_found_too(self) -> None:
+        index = self.make()
+        tails = [(5, 5, 5, 5), (5, 6, 7, 8), (5, 6, 9, 9), (256, 1, 1, 1), (-1, 4, 4, 4)]
+        for number, tail in enumerate(tails):
+            index.insert(b"", spelled([1]) + as_bytes(tail), [10, 20 + number])
+        for tail, block, common in [
+            ((5, 6, 7, 9), 21, 3),
+            ((5, 6, 9), 22, 3),
+            ((5, 5), 20, 2),
+            ((256, 2, 1, 1), 23, 1),
+            ((-1, 4), 24, 2),
+        ]:
+            found = index.match(b"", spelled([1]) + as_bytes(tail))
+            assert found == ([10, block], BLOCK + common)
+        assert index.match(b"", spelled([1]) + as_bytes([0, 6, 7, 8])) == ([10], BLOCK)
+        assert index.match(b"", as_bytes([1, 1, 2])) == ([10], 2)
+        assert index.match(b"", as_bytes([1])[:3]) == ([], 0)
 
     def test_the_same_tokens_elsewhere_are_another_block(self) -> None:
         index = self.make()
         index.insert(b"", spelled([1, 7]), [10, 11])
         index.insert(b"", spelled([2, 7]), [20, 21])
-        assert index.match(b"", spelled([2, 7])) == [20, 21]
-        assert index.match(b"", spelled([7])) == []
+        assert self.find(index, spelled([2, 7]), b"") == [20, 21]
+        assert self.find(index, spelled([7]), b"") == []
 
     def test_a_salt_sees_its_own_blocks_only(self) -> None:
         index = self.make()
         index.insert(b"a", spelled([1, 2]), [10, 11])
-        assert index.match(b"", spelled([1, 2])) == []
-        assert index.match(b"b", spelled([1, 2])) == []
+        assert self.find(index, spelled([1, 2]), b"") == []
+        assert self.find(index, spelled([1, 2]), b"b") == []
         index.insert(b"b", spelled([1]), [20])
-        assert index.match(b"a", spelled([1, 2])) == [10, 11]
-        assert index.match(b"b", spelled([1, 2])) == [20]
+        assert self.find(index, spelled([1, 2]), b"a") == [10, 11]
+        assert self.find(index, spelled([1, 2]), b"b") == [20]
 
     def test_what_is_known_is_not_taken_in_twice(self) -> None:
         index = self.make()
@@ -80,7 +103,7 @@ class TestTwin:
         index = self.make()
         index.insert(b"", spelled([1, 2]), [10, 11])
         assert index.insert(b"", spelled([1, 2, 3]), [10, 99, 98]) == []
-        assert index.match(b"", spelled([1, 2, 3])) == [10, 11]
+        assert self.find(index, spelled([1, 2, 3]), b"") == [10, 11]
 
     @pytest.mark.parametrize(
         ("blocks", "message"),
@@ -91,7 +114,7 @@ class TestTwin:
         index.insert(b"", spelled([1]), [10])
         with pytest.raises(ValueError, match=f"blocks: .*{message}|blocks: one is {message}"):
             index.insert(b"", spelled([5, 6]), blocks)
-        assert index.match(b"", spelled([5])) == []
+        assert self.find(index, spelled([5]), b"") == []
         index.check()
 
     def test_blocks_of_no_tokens_are_refused(self) -> None:
@@ -108,7 +131,7 @@ class TestTwin:
         index.release([15])
         assert index.idle == 5
         assert index.evict(2) == [19, 12]
-        assert index.match(b"", spelled([1, 2, 3])) == [10, 11]
+        assert self.find(index, spelled([1, 2, 3]), b"") == [10, 11]
         assert index.evict(10) == [11, 15, 10]
         assert (len(index), index.idle) == (0, 0)
 
@@ -121,7 +144,7 @@ class TestTwin:
         index.hold([11])
         assert index.idle == 1
         assert index.evict(3) == [12]
-        assert index.match(b"", spelled([1, 2, 3])) == [10, 11]
+        assert self.find(index, spelled([1, 2, 3]), b"") == [10, 11]
 
     def test_use_makes_a_block_recent(self) -> None:
         index = self.make()
@@ -155,7 +178,7 @@ class TestTwin:
         index.insert(b"", spelled([1, 2, 3]), [10, 11, 12])
         index.insert(b"", spelled([1, 5]), [10, 15])
         assert index.forget([10, 11, 12, 77]) == [12, 11]
-        assert index.match(b"", spelled([1, 2])) == [10]
+        assert self.find(index, spelled([1, 2]), b"") == [10]
         assert index.blocks() == {10: True, 15: True}
         index.check()
 
@@ -166,7 +189,7 @@ class TestTwin:
         with pytest.raises(ValueError, match="blocks: a known one is missing"):
             index.renumber([10, 11])
         index.renumber([10, 11, 12])
-        assert index.match(b"", spelled([1, 2])) == [0, 2]
+        assert self.find(index, spelled([1, 2]), b"") == [0, 2]
         index.check()
         assert index.evict(2) == [2, 0]
 
@@ -177,7 +200,7 @@ class TestTwin:
         blocks = list(range(10_000))
         chance.shuffle(blocks)
         assert index.insert(b"", tokens, blocks) == blocks
-        assert index.match(b"", tokens) == blocks
+        assert index.match(b"", tokens) == (blocks, 320_000)
         index.check()
         index.release(blocks)
         assert index.evict(10_000) == blocks[::-1]
@@ -207,6 +230,7 @@ class Model:
     clock: int = 0
 
     def match(self, salt: bytes, digits: tuple[int, ...]) -> list[int]:
+        """All tokens of a block are the same here: a block is known whole or not at all."""
         found = []
         for end in range(1, len(digits) + 1):
             block = self.paths.get((salt, digits[:end]))
@@ -253,8 +277,9 @@ class IndexMachine(RuleBasedStateMachine):
 
     @rule(salt=st.sampled_from(SALTS), digits=PATHS)
     def come(self, salt: bytes, digits: tuple[int, ...]) -> None:
-        blocks = self.index.match(salt, spelled(digits))
+        blocks, known = self.index.match(salt, spelled(digits))
         assert blocks == self.model.match(salt, digits)
+        assert known == len(blocks) * BLOCK
         self.index.hold(blocks)
         for block in blocks:
             self.model.released.pop(block, None)

@@ -63,7 +63,9 @@ def choose_cache(
         choice = paged_choice(model, ReferenceOps())
         if not choice.block_tokens:
             return choice
-        return replace(choice, report=AccelerationReport(PAGED_CACHE, "twin", "no kernels on a CPU"))
+        return replace(
+            choice, report=AccelerationReport(PAGED_CACHE, "twin", "no kernels on a CPU")
+        )
     if language is None:
         return CacheChoice(lambda: PaddedCache(model), 0, None)
     if not prefer_native:

@@ -59,8 +59,8 @@ class DecodeCache(Protocol):
     def use_prefixes(self, prefixes: PrefixCache) -> None:
         """Take blocks from there, and let what rows leave be found again."""
 
-    def gather(self, prompts: Sequence[Sequence[int]]) -> list[Any]:
-        """Do as `new_prompts`, with the same number of known blocks in front of each prompt."""
+    def gather(self, prompts: Sequence[Sequence[int]], tokens: int) -> list[Any]:
+        """Do as `new_prompts`, with so many tokens of each prompt taken from its known blocks."""
 
     def remember(self, row: int, key: PrefixKey | None) -> None:
         """Let a row that leaves be found by its tokens; None: and nothing that it alone used."""
@@ -119,7 +119,7 @@ class PaddedCache:
         """Refuse: there are no blocks."""
         raise NotImplementedError(type(self).__name__)
 
-    def gather(self, prompts: Sequence[Sequence[int]]) -> list[Any]:
+    def gather(self, prompts: Sequence[Sequence[int]], tokens: int) -> list[Any]:
         """Refuse: there are no blocks."""
         raise NotImplementedError(type(self).__name__)
 

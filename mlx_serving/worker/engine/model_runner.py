@@ -79,10 +79,10 @@ class ModelRunner:
         evaluate(kv_cache.states(self._prefill_cache))
 
     def _begin_prefill(self, chunk: PrefillChunk) -> list[Any]:
-        known = [row.prefix for row in chunk.leaders]
-        self._gathered = any(known) and chunk.length > 0
+        found = chunk.leaders[0].found
+        self._gathered = found > 0
         if self._gathered:
-            return self._cache.gather(known)
+            return self._cache.gather([row.prefix for row in chunk.leaders], found)
         return self._cache.new_prompts(len(chunk.groups))
 
     def drop_prefill(self) -> None:

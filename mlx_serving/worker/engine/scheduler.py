@@ -175,11 +175,20 @@ class Scheduler:
 
     def _look_up(self, row: Sequence) -> None:
         """Let a row that waits hold what is known of its context by now."""
-        if self._prefixes is not None:
-            held, row.prefix = row.prefix, self._prefixes.pin(row.context_key)
-            self._prefixes.unpin(held)
-            row.found = row.prefilled = len(row.prefix) * self.limits.kv_block_tokens
-            self._share(row, row.found)
+        if self._prefixes is None:
+            return
+        key, block = row.context_key, self.limits.kv_block_tokens
+        held = row.prefix
+        row.prefix, row.found = self._prefixes.pin(key)
+        self._prefixes.unpin(held)
+        whole = row.found // block * block
+        self._share(row, whole)
+        # A block that the row uses in part, it will have to have for itself too.
+        if row.found > whole and self.kv_tokens_used > self.limits.kv_capacity_tokens:
+            self._let_go(row)
+            whole_key = PrefixKey(key.salt, key.tokens[: whole * TOKEN_BYTES])
+            row.prefix, row.found = self._prefixes.pin(whole_key)
+        row.prefilled = row.found
 
     def _let_go(self, row: Sequence) -> None:
         if self._prefixes is not None:
@@ -284,24 +293,32 @@ class Scheduler:
             if taken and not self._go_together([*taken, self._waiting[0]]):
                 break
             taken.append(self._waiting.popleft())
+        rows = [row for group in taken for row in group]
+        found = min((row.found for row in rows), default=0)
+        for row in rows:
+            row.found = row.prefilled = found
         return taken
 
     def _go_together(self, groups: list[Group]) -> bool:
-        """Say whether the last group may share a chunk with those before it."""
+        """Say whether the last group may share a chunk with those before it.
+
+        Each begins where the least is known; more than a block is not given up for that.
+        """
         chunk = self.limits.prefill_chunk_tokens
         rows = [group[0] for group in groups]
-        *before, last = rows
+        least, most = (bound(row.found for row in rows) for bound in (min, max))
+        longest = max(row.context_length for row in rows)
         return (
-            last.found == rows[0].found
-            and len(rows) * max(map(_to_compute, rows)) <= chunk
-            and len(rows) * max(r.context_length for r in rows) <= PACKED_CONTEXT_CHUNKS * chunk
-            and not self._is_shared(last, before)
+            most - least <= self.limits.kv_block_tokens
+            and len(rows) * (longest - least) <= chunk
+            and len(rows) * longest <= PACKED_CONTEXT_CHUNKS * chunk
+            and not self._is_shared(rows[-1], rows[:-1])
         )
 
     def _is_shared(self, row: Sequence, others: list[Sequence]) -> bool:
-        """Say whether others are to compute the block that the row would compute first.
+        """Say whether others are to compute a block's worth of tokens that the row needs next.
 
-        Then it waits a step and finds it.
+        Then it waits a step and finds them.
         """
         if self._prefixes is None:
             return False

@@ -15,6 +15,13 @@ namespace mlx_serving {
 
 using BlockId = std::int64_t;
 
+// A known prefix: its blocks, in order, and how many tokens it has. Of the last block, it may be
+// that only the first tokens are the prefix's.
+struct Prefix {
+  std::vector<BlockId> blocks;
+  std::size_t tokens = 0;
+};
+
 // Not thread-safe.
 class PrefixIndex {
  public:
@@ -25,9 +32,8 @@ class PrefixIndex {
   [[nodiscard]] std::size_t idle() const noexcept { return idle_; }
   [[nodiscard]] std::size_t size() const noexcept { return by_block_.size(); }
 
-  // The blocks of the longest known prefix, in order. `tokens` are native int32s; what does not
-  // fill a block is not looked at.
-  [[nodiscard]] std::vector<BlockId> match(std::string_view salt, std::string_view tokens) const;
+  // The longest known prefix. `tokens` are native int32s.
+  [[nodiscard]] Prefix match(std::string_view salt, std::string_view tokens) const;
   // Takes in the blocks of a prefix, in order; returns those that are new, which are held. Ends
   // where the tokens or the blocks do, or where another block holds the same prefix. Throws
   // std::invalid_argument for a block that is known by other tokens, and changes nothing then.
@@ -56,36 +62,33 @@ class PrefixIndex {
   struct Node {
     BlockId block = -1;  // -1: a root, or free
     NodeId parent = kNone;
-    NodeId next = kNone;  // of the nodes with the same hash
-    std::uint32_t children = 0;
-    std::uint64_t hash = 0;
+    std::vector<NodeId> children;  // in the order of their digits' bytes
     std::uint64_t released_at = 0;
     bool held = true;
   };
 
   [[nodiscard]] std::string_view digit(NodeId node) const;
   [[nodiscard]] NodeId root(std::string_view salt) const;
-  [[nodiscard]] NodeId child(NodeId parent, std::string_view digit, std::uint64_t hash) const;
-  [[nodiscard]] std::uint64_t hash(NodeId parent, std::string_view digit) const;
+  // The place of the first child whose digit is not before these bytes.
+  [[nodiscard]] std::size_t place(const Node& parent, std::string_view bytes) const;
+  [[nodiscard]] NodeId child(NodeId parent, std::string_view digit) const;
+  void add_nearest(NodeId parent, std::string_view tokens, Prefix& prefix) const;
   [[nodiscard]] NodeId find(BlockId block) const;
   [[nodiscard]] bool is_idle_leaf(const Node& node) const {
-    return !node.held && node.children == 0;
+    return !node.held && node.children.empty();
   }
   void require_unknown(std::span<const BlockId> blocks) const;
   NodeId make_node();
   NodeId add_child(NodeId parent, std::string_view digit, BlockId block);
-  void unlink(NodeId node);
   void remove(NodeId node);
   void check_node(NodeId id) const;
 
   std::size_t block_bytes_;
-  std::uint64_t seed_;
   std::uint64_t clock_ = 0;
   std::size_t idle_ = 0;
   std::vector<Node> nodes_;
-  std::string digits_;                                 // of each node, end to end
-  std::vector<NodeId> free_;                           // nodes to use again
-  std::unordered_map<std::uint64_t, NodeId> by_hash_;  // first node of each hash
+  std::string digits_;        // of each node, end to end
+  std::vector<NodeId> free_;  // nodes to use again
   std::unordered_map<BlockId, NodeId> by_block_;
   std::unordered_map<std::string, NodeId> roots_;
   std::unordered_map<NodeId, std::string> salts_;  // of the roots

@@ -287,10 +287,10 @@ class PagedCache:
         """See `DecodeCache`; call it before any row joins."""
         self.allocator = self._prefixes = prefixes
 
-    def gather(self, prompts: Sequence[Sequence[int]]) -> list[Any]:
+    def gather(self, prompts: Sequence[Sequence[int]], tokens: int) -> list[Any]:
         """See `DecodeCache`."""
         pools = [(layer.keys, layer.values) for layer in self.layers]
-        return gather_blocks(pools, prompts, self._stored)
+        return gather_blocks(pools, prompts, tokens, self._stored)
 
     def remember(self, row: int, key: PrefixKey | None) -> None:
         """See `DecodeCache`."""

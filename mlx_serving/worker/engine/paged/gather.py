@@ -9,14 +9,17 @@ from mlx_lm.models.cache import KVCache
 Pools = Sequence[tuple[mx.array, mx.array]]  # a layer's keys and values: [blocks, KVH, T, D] each
 
 
-def gather_blocks(pools: Pools, prompts: Sequence[Sequence[int]], after: mx.array) -> list[Any]:
-    """Return a plain cache a layer, which begins with the blocks of each prompt.
+def gather_blocks(
+    pools: Pools, prompts: Sequence[Sequence[int]], tokens: int, after: mx.array
+) -> list[Any]:
+    """Return a plain cache a layer, which holds so many tokens of each prompt.
 
-    `prompts` have the same number of blocks each. `after`: int32 [1], 0; what it depends on
-    comes first.
+    `prompts` are each one's blocks, which hold that many at least. `after`: int32 [1], 0; what
+    it depends on comes first.
     """
-    table = mx.array([list(blocks) for blocks in prompts], dtype=mx.int32) + after
-    return [_layer(_take(keys, table), _take(values, table)) for keys, values in pools]
+    count = -(-tokens // pools[0][0].shape[2])
+    table = mx.array([list(blocks[:count]) for blocks in prompts], dtype=mx.int32) + after
+    return [_layer(_take(keys, table), _take(values, table), tokens) for keys, values in pools]
 
 
 def _take(pool: mx.array, table: mx.array) -> mx.array:
@@ -26,7 +29,7 @@ def _take(pool: mx.array, table: mx.array) -> mx.array:
     return blocks.reshape(prompts, heads, -1, head_dim)
 
 
-def _layer(keys: mx.array, values: mx.array) -> KVCache:
+def _layer(keys: mx.array, values: mx.array, tokens: int) -> KVCache:
     layer = KVCache()
-    layer.state = (keys, values, keys.shape[2])
+    layer.state = (keys, values, tokens)
     return layer

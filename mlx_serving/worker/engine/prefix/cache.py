@@ -14,10 +14,13 @@ from mlx_serving.worker.engine.prefix.index import PrefixIndexProtocol, PrefixKe
 class PrefixCache(BlockAllocator):
     """See `BlockAllocator`; here `used` counts idle blocks too, and `allocate` evicts them."""
 
-    def __init__(self, index: PrefixIndexProtocol, limit: int, idle_limit: int) -> None:
+    def __init__(
+        self, index: PrefixIndexProtocol, block_tokens: int, limit: int, idle_limit: int
+    ) -> None:
         """Start empty; at most `idle_limit` blocks are kept that no row uses."""
         super().__init__(limit)
         self._index = index
+        self._block_tokens = block_tokens
         self._idle_limit = idle_limit
         self._pins: dict[int, list[int]] = {}  # by the list's id
 
@@ -55,8 +58,9 @@ class PrefixCache(BlockAllocator):
         self._evict(self.idle - self._idle_limit)
 
     def find(self, key: PrefixKey) -> list[int]:
-        """Return the blocks of the longest known prefix."""
-        return self._index.match(*key)
+        """Return the whole blocks of the longest known prefix."""
+        blocks, tokens = self._index.match(*key)
+        return blocks[: tokens // self._block_tokens]
 
     def acquire(self, key: PrefixKey) -> list[int]:
         """Find, and give each block one more owner."""
@@ -64,11 +68,16 @@ class PrefixCache(BlockAllocator):
         self.share(blocks)
         return blocks
 
-    def pin(self, key: PrefixKey) -> list[int]:
-        """Acquire, until `unpin` is given the same list; `compact` renumbers what it holds."""
-        blocks = self.acquire(key)
+    def pin(self, key: PrefixKey) -> tuple[list[int], int]:
+        """Return the blocks of the longest known prefix, one more owner each, and its tokens.
+
+        Of the last block, only the first tokens may be the prefix's. `unpin` takes the same list
+        back; until then, `compact` renumbers what is in it.
+        """
+        blocks, tokens = self._index.match(*key)
+        self.share(blocks)
         self._pins[id(blocks)] = blocks
-        return blocks
+        return blocks, tokens
 
     def unpin(self, blocks: list[int]) -> None:
         """Let go of what `pin` returned. Any other list is ignored."""

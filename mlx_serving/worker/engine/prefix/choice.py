@@ -38,8 +38,8 @@ def make_prefix_cache(
     if idle_tokens is None:
         idle_tokens = int(capacity_tokens * DEFAULT_IDLE_FRACTION)
     make, report = choose_prefix_index(prefer_native=prefer_native)
-    limit = capacity_tokens // block_tokens
-    return PrefixCache(make(block_tokens), limit, idle_tokens // block_tokens), report
+    blocks = capacity_tokens // block_tokens, idle_tokens // block_tokens
+    return PrefixCache(make(block_tokens), block_tokens, *blocks), report
 
 
 def choose_prefix_index(*, prefer_native: bool) -> tuple[Make, AccelerationReport]:
@@ -82,10 +82,11 @@ def _check_run(make: Make) -> list[Any]:
         salt = chance.choice((b"", b"a"))
         size = _CHECK_BLOCK_TOKENS * chance.randrange(_CHECK_DEPTH)
         tokens = array("i", [chance.randrange(2) for _ in range(size)]).tobytes()
-        blocks = index.match(salt, tokens)
+        found, known = index.match(salt, tokens)
+        blocks = found[: known // _CHECK_BLOCK_TOKENS]
         index.hold(blocks)
         fresh = [step * _CHECK_DEPTH + n for n in range(size // _CHECK_BLOCK_TOKENS - len(blocks))]
-        seen += [blocks, index.insert(salt, tokens, blocks + fresh)]
+        seen += [found, known, index.insert(salt, tokens, blocks + fresh)]
         index.check()
         index.release(blocks + fresh)
         seen += [index.evict(chance.randrange(4)), index.idle, len(index)]

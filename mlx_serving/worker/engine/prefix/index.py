@@ -8,6 +8,7 @@ Blocks that a row holds are never evicted. What holds a block holds the path to 
 blocks nobody holds make up whole subtrees: each of them can be evicted, leaves first.
 """
 
+from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
@@ -33,10 +34,12 @@ class PrefixIndexProtocol(Protocol):
     def __len__(self) -> int:
         """Return the number of blocks."""
 
-    def match(self, salt: bytes, tokens: bytes) -> list[int]:
-        """Return the blocks of the longest known prefix, in order; looking changes nothing.
+    def match(self, salt: bytes, tokens: bytes) -> tuple[list[int], int]:
+        """Return the blocks of the longest known prefix, in order, and how many tokens it has.
 
-        `tokens` are native int32s; what does not fill a block is not looked at.
+        `tokens` are native int32s. Of the last block, it may be that only the first tokens are
+        the prefix's: where they are less than a block, or where it goes on otherwise. Looking
+        changes nothing.
         """
 
     def insert(self, salt: bytes, tokens: bytes, blocks: Sequence[int]) -> list[int]:
@@ -84,6 +87,7 @@ class _Node:
     parent: "_Node | None" = None
     digit: bytes = b""  # the block's tokens; a root's salt
     children: "dict[bytes, _Node]" = field(default_factory=dict)
+    order: list[bytes] = field(default_factory=list)  # of the children's digits
     held: bool = True
     released_at: int = 0
 
@@ -119,14 +123,22 @@ class PrefixIndex:
 
     def match(self, salt: bytes, tokens: bytes) -> list[int]:
         """See `PrefixIndexProtocol.match`."""
-        found = []
+        found: list[int] = []
         node = self._roots.get(salt)
+        if node is None:
+            return found, 0
         for digit in self._digits(tokens):
-            node = node and node.children.get(digit)
-            if node is None:
+            child = node.children.get(digit)
+            if child is None:
                 break
-            found.append(node.block)
-        return found
+            found.append(child.block)
+            node = child
+        known = len(found) * self._block_bytes
+        rest = tokens[known : known + self._block_bytes]
+        nearest, common = _nearest(node, rest)
+        if nearest is not None:
+            found.append(nearest.block)
+        return found, known // TOKEN_BYTES + common
 
     def insert(self, salt: bytes, tokens: bytes, blocks: Sequence[int]) -> list[int]:
         """See `PrefixIndexProtocol.insert`."""
@@ -144,6 +156,7 @@ class PrefixIndex:
         self._require_unknown(new)
         for digit, block in path[known:]:
             child = node.children[digit] = self._nodes[block] = _Node(block, node, digit)
+            insort(node.order, digit)
             node = child
         if new:
             self._roots[salt] = root
@@ -221,6 +234,7 @@ class PrefixIndex:
         problems = [
             (len(reached) != len(self._nodes), "a block is lost"),
             (any(self._nodes.get(n.block) is not n for n in reached), "a block is known twice"),
+            (any(n.order != sorted(n.children) for n in reached), "children are out of order"),
             (any(not root.children for root in self._roots.values()), "an empty tree is kept"),
             (sum(not n.held for n in reached) != self._idle, "the idle blocks are miscounted"),
             (any(map(_hangs, reached)), "a block is held and its path is not"),
@@ -252,11 +266,31 @@ class PrefixIndex:
         parent = node.parent
         assert parent is not None  # noqa: S101 - roots have no block
         del self._nodes[node.block], parent.children[node.digit]
+        del parent.order[bisect_left(parent.order, node.digit)]
         self._idle -= not node.held
         if parent.block >= 0:
             self._note(parent)
         elif not parent.children:
             del self._roots[parent.digit]
+
+
+def _nearest(node: _Node, tokens: bytes) -> tuple[_Node | None, int]:
+    """Return the child that has most first tokens in common with these, and how many."""
+    at = bisect_left(node.order, tokens)
+    best, most = None, 0
+    # In order, the nearest is one of two neighbours.
+    for digit in node.order[max(0, at - 1) : at + 1][::-1]:
+        common = _common_tokens(digit, tokens)
+        if common > most:
+            best, most = node.children[digit], common
+    return best, most
+
+
+def _common_tokens(one: bytes, other: bytes) -> int:
+    size = min(len(one), len(other)) // TOKEN_BYTES
+    places = range(0, size * TOKEN_BYTES, TOKEN_BYTES)
+    differing = (n for n in places if one[n : n + TOKEN_BYTES] != other[n : n + TOKEN_BYTES])
+    return next(differing, size * TOKEN_BYTES) // TOKEN_BYTES
 
 
 def _is_idle_leaf(node: _Node) -> bool:
