@@ -14,9 +14,8 @@ import random
 import statistics
 import time
 from array import array
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
@@ -26,49 +25,47 @@ from mlx_serving.worker.engine.cache_choice import choose_cache
 from mlx_serving.worker.engine.engine import Engine
 from mlx_serving.worker.engine.model_runner import ModelRunner
 from mlx_serving.worker.engine.models import EngineOptions, build_engine, warm_up
+from mlx_serving.worker.engine.paged.cache import BLOCK_TOKENS, PROMPT_TOKENS
 from mlx_serving.worker.engine.prefix import index as twin
 from mlx_serving.worker.engine.prefix.choice import choose_prefix_index
 from mlx_serving.worker.engine.scheduler import PrefillChunk
 from mlx_serving.worker.engine.sequence import ModelInfo, Request, SamplingParams
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 JOBS = 64
 TAIL_TOKENS = 32  # of each job, its own
-BLOCK_TOKENS = 32
 LOOKUP_BLOCKS = 10_000
-ROUNDS = 7
+LOOKUPS = 7
 
 
-def new_engine(shape: str, dtype: mx.Dtype, prefix_cache_bytes: int | None) -> Engine:
+class CountingRunner(ModelRunner):
+    """Counts the prompt tokens that it computes, without padding and with it."""
+
+    tokens = padded = 0
+
+    def prefill(self, chunk: PrefillChunk) -> None:
+        """Count, then compute."""
+        starts = [row.found + chunk.start for row in chunk.leaders]
+        for row, start in zip(chunk.leaders, starts, strict=True):
+            self.tokens += max(0, min(start + chunk.length, row.context_length) - start)
+        self.padded += len(chunk.groups) * -(-chunk.length // PROMPT_TOKENS) * PROMPT_TOKENS
+        super().prefill(chunk)
+
+
+def new_engine(
+    shape: str, dtype: mx.Dtype, prefix_cache_bytes: int | None
+) -> tuple[Engine, CountingRunner]:
     """An engine on random weights, with blocks on any device."""
     model = build_model(shape, dtype=dtype)
-    runner = ModelRunner(model, choose_cache(model, kind="paged"))
+    runner = CountingRunner(model, choose_cache(model, kind="paged"))
     vocabulary = SHAPES[shape]["vocab_size"]
     info = ModelInfo("synthetic", "r", "t", vocabulary, frozenset())
     options = EngineOptions(max_batch_rows=JOBS, prefix_cache_bytes=prefix_cache_bytes)
     engine = build_engine(runner, build_tokenizer(vocabulary), info, options)
     warm_up(engine)
-    return engine
-
-
-class Count:
-    """Prompt tokens that an engine computes, without padding and with it."""
-
-    def __init__(self, engine: Engine) -> None:
-        self.tokens = self.padded = 0
-        runner = cast("Any", engine._runner)
-        self._prefill, runner.prefill = runner.prefill, self._count
-        self._forward, runner._cache.forward_prompts = runner._cache.forward_prompts, self._pad
-
-    def _count(self, chunk: PrefillChunk) -> None:
-        ends = [min(r.found + chunk.start + chunk.length, r.context_length) for r in chunk.leaders]
-        starts = [row.found + chunk.start for row in chunk.leaders]
-        self.tokens += sum(max(0, e - s) for e, s in zip(ends, starts, strict=True))
-        self._prefill(chunk)
-
-    def _pad(self, contexts: list[list[int]], layers: list[Any]) -> None:
-        longest = max(map(len, contexts))
-        self.padded += len(contexts) * -(-longest // BLOCK_TOKENS) * BLOCK_TOKENS
-        self._forward(contexts, layers)
+    return engine, runner
 
 
 def jobs_of(prefix_tokens: int, seed: int) -> list[Request]:
@@ -96,25 +93,24 @@ def run(engine: Engine, jobs: list[Request]) -> float:
     return first
 
 
-def shared_prefix(shape: str, dtype: mx.Dtype) -> dict[str, float]:
+def shared_prefix(shape: str, dtype: mx.Dtype, rounds: int) -> dict[str, float]:
     """P5 and what it saves."""
     figures: dict[str, float] = {}
     for label, cache_bytes in (("with", None), ("without", 0)):
-        engine = new_engine(shape, dtype, cache_bytes)
+        engine, runner = new_engine(shape, dtype, cache_bytes)
         run(engine, jobs_of(1024, seed=1))  # shapes that a GPU's libraries see for the first time
-        count = Count(engine)
         for prefix_tokens in (1024, 1040):
-            unique = prefix_tokens + JOBS * TAIL_TOKENS
             seconds = []
-            for seed in (2, 3, 4):
-                count.tokens = count.padded = 0
+            for seed in range(2, rounds + 2):
+                runner.tokens = runner.padded = 0
                 seconds.append(run(engine, jobs_of(prefix_tokens, seed=seed + prefix_tokens)))
+            unique = prefix_tokens + JOBS * TAIL_TOKENS
             name = f"{label}_cache_{prefix_tokens}"
             # The last token of a prompt is computed too, in the decode batch.
-            figures[f"{name}_computed_over_unique"] = round((count.tokens + JOBS) / unique, 4)
-            figures[f"{name}_padded_over_unique"] = round((count.padded + JOBS) / unique, 4)
+            figures[f"{name}_computed_over_unique"] = round((runner.tokens + JOBS) / unique, 4)
+            figures[f"{name}_padded_over_unique"] = round((runner.padded + JOBS) / unique, 4)
             figures[f"{name}_all_first_tokens_ms"] = round(statistics.median(seconds) * 1e3, 1)
-            print(name, {k: v for k, v in figures.items() if k.startswith(name)}, flush=True)
+            print({k: v for k, v in figures.items() if k.startswith(name)}, flush=True)
     return figures
 
 
@@ -139,7 +135,7 @@ def lookup() -> dict[str, float]:
         short = keys[0][: 4 * 1024]
         for label, key in (("10000_blocks", keys[0]), ("1024_tokens", short)):
             milliseconds = []
-            for _ in range(ROUNDS):
+            for _ in range(LOOKUPS):
                 started = time.perf_counter()
                 index.match(b"", key)
                 milliseconds.append((time.perf_counter() - started) * 1e3)
@@ -177,12 +173,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
     parser.add_argument("--shape", choices=SHAPES, default="tiny")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default=None)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     dtype = options.dtype or ("bfloat16" if options.shape == "0.6b" else "float32")
     figures = {**lookup(), **churn()}
     print(figures, flush=True)
-    figures |= shared_prefix(options.shape, getattr(mx, dtype))
+    figures |= shared_prefix(options.shape, getattr(mx, dtype), options.rounds)
     report = {"shape": options.shape, "dtype": dtype, "device": str(mx.default_device()), **figures}
     print(json.dumps(report, indent=2))
     if options.output:

@@ -59,21 +59,24 @@ def choose_cache(
     language = dialect()
     if kind == "padded":
         return padded_choice(model, "switched off by the settings")
-    if language is None and kind == "paged":
-        choice = paged_choice(model, ReferenceOps())
-        if not choice.block_tokens:
-            return choice
-        return replace(
-            choice, report=AccelerationReport(PAGED_CACHE, "twin", "no kernels on a CPU")
-        )
     if language is None:
-        return CacheChoice(lambda: PaddedCache(model), 0, None)
+        return _choose_on_cpu(model, kind)
     if not prefer_native:
         return padded_choice(model, "switched off by the settings")
     try:
         return paged_choice(model, KernelOps(language))
     except Exception as error:  # noqa: BLE001 - whatever fails, mlx-lm's own caches work
         return padded_choice(model, f"{type(error).__name__}: {error}")
+
+
+def _choose_on_cpu(model: LanguageModel, kind: CacheKind) -> CacheChoice:
+    if kind != "paged":
+        return CacheChoice(lambda: PaddedCache(model), 0, None)
+    choice = paged_choice(model, ReferenceOps())
+    if not choice.block_tokens:
+        return choice
+    report = AccelerationReport(PAGED_CACHE, "twin", "asked for; MLX's CPU backend has no kernels")
+    return replace(choice, report=report)
 
 
 def paged_choice(model: LanguageModel, ops: PagedOps) -> CacheChoice:
