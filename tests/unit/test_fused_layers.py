@@ -11,7 +11,7 @@ from mlx.utils import tree_flatten
 
 from benchmarks.synthetic import build_model
 from mlx_serving.worker.engine.fused_layers import fuse
-from tests.engine_support import drive, tiny_engine
+from tests.engine_support import drive, greedy_by_mlx_lm, tiny_engine
 from tests.unit.test_engine_decode import random_requests
 
 
@@ -80,6 +80,16 @@ def test_a_model_gives_the_same_tokens() -> None:
     assert count == 2 * len(cast("Any", fused).layers)
     requests = random_requests(6, seed=9)
     assert drive(tiny_engine(fused), requests) == drive(tiny_engine(plain), requests)
+
+
+def test_a_quantised_model_is_joined_paged_and_gives_mlx_lms_tokens() -> None:
+    model = build_model()
+    quantize(cast("Any", model), group_size=32, bits=4)
+    requests = random_requests(6, seed=9)
+    expected = [greedy_by_mlx_lm(model, r.prompt, r.max_tokens) for r in requests]
+    assert fuse(model) == 2 * len(cast("Any", model).layers)
+    collected = drive(tiny_engine(model, paged=True), requests)
+    assert [collected[r.id].token_ids for r in requests] == expected
 
 
 def parameter_bytes(model: Any) -> int:

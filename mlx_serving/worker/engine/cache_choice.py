@@ -83,6 +83,7 @@ def paged_choice(model: LanguageModel, ops: PagedOps) -> CacheChoice:
     """Return the paged cache with these operations, where they and the model pass their checks."""
     shapes = layer_shapes(model)
     reason = _why_not(model, shapes) or check(model, shapes, ops)
+    mx.clear_cache()  # of the check's buffers
     if reason is not None:
         return padded_choice(model, reason)
     report = AccelerationReport(PAGED_CACHE, "native", "self-check passed")
