@@ -64,14 +64,14 @@ class TestTwin:
         tails = [(5, 5, 5, 5), (5, 6, 7, 8), (5, 6, 9, 9), (256, 1, 1, 1), (-1, 4, 4, 4)]
         for number, tail in enumerate(tails):
             index.insert(b"", spelled([1]) + as_bytes(tail), [10, 20 + number])
-        for tail, block, common in [
-            ((5, 6, 7, 9), 21, 3),
-            ((5, 6, 9), 22, 3),
-            ((5, 5), 20, 2),
-            ((256, 2, 1, 1), 23, 1),
-            ((-1, 4), 24, 2),
+        for tokens, block, common in [
+            ([5, 6, 7, 9], 21, 3),
+            ([5, 6, 9], 22, 3),
+            ([5, 5], 20, 2),
+            ([256, 2, 1, 1], 23, 1),
+            ([-1, 4], 24, 2),
         ]:
-            found = index.match(b"", spelled([1]) + as_bytes(tail))
+            found = index.match(b"", spelled([1]) + as_bytes(tokens))
             assert found == ([10, block], BLOCK + common)
         assert index.match(b"", spelled([1]) + as_bytes([0, 6, 7, 8])) == ([10], BLOCK)
         assert index.match(b"", as_bytes([1, 1, 2])) == ([10], 2)

@@ -121,7 +121,7 @@ class PrefixIndex:
         """See `PrefixIndexProtocol`."""
         return len(self._nodes)
 
-    def match(self, salt: bytes, tokens: bytes) -> list[int]:
+    def match(self, salt: bytes, tokens: bytes) -> tuple[list[int], int]:
         """See `PrefixIndexProtocol.match`."""
         found: list[int] = []
         node = self._roots.get(salt)
