@@ -14,6 +14,7 @@ from mlx_serving.worker.engine.kv_cache import LanguageModel
 from mlx_serving.worker.engine.model_runner import ModelRunner
 from mlx_serving.worker.engine.models import EngineOptions, build_engine
 from mlx_serving.worker.engine.paged.reference import ReferenceOps
+from mlx_serving.worker.engine.prefix.cache import PrefixCache
 from mlx_serving.worker.engine.sequence import ModelInfo, Output, Request, SamplingParams
 
 EOS = 256
@@ -29,6 +30,7 @@ class Collected:
     finish_reason: str | None = None
     error_code: str | None = None
     outputs: int = 0
+    cached_tokens: int = field(default=0, compare=False)
 
     def add(self, output: Output) -> None:
         assert self.finish_reason is None, "nothing follows the last output"
@@ -37,6 +39,7 @@ class Collected:
         self.finish_reason = output.finish_reason
         self.error_code = output.error.code if output.error else None
         self.outputs += 1
+        self.cached_tokens = output.cached_tokens
 
 
 def tiny_engine(
@@ -47,11 +50,15 @@ def tiny_engine(
     chunk: int = 64,
     kv_budget_bytes: int = 1 << 28,
     paged: bool = False,
+    prefix_cache_bytes: int | None = 0,
 ) -> Engine:
     """An engine over a tiny random model in memory; `paged`: on the paged cache's reference."""
     info = ModelInfo("tiny", "revision", "hash", TINY["vocab_size"], frozenset(eos))
     options = EngineOptions(
-        max_batch_rows=rows, kv_budget_bytes=kv_budget_bytes, prefill_chunk_tokens=chunk
+        max_batch_rows=rows,
+        kv_budget_bytes=kv_budget_bytes,
+        prefix_cache_bytes=prefix_cache_bytes,
+        prefill_chunk_tokens=chunk,
     )
     model = model if model is not None else build_model()
     choice = paged_choice(model, ReferenceOps()) if paged else None
@@ -84,6 +91,13 @@ def drive(
         assert step < 10_000, "the engine makes no progress"
     assert (engine.running, engine.waiting, engine.kv_tokens_used) == (0, 0, 0)
     return collected
+
+
+def prefixes_of(engine: Engine) -> PrefixCache:
+    """The engine's prefix cache."""
+    prefixes = engine._scheduler._prefixes
+    assert prefixes is not None
+    return prefixes
 
 
 def greedy_by_mlx_lm(

@@ -176,6 +176,7 @@ def build_requests(
         Request(
             id=claimed.request_id, prompt=prompt, sampling=sampling, max_tokens=job.max_tokens,
             stop=job.stop, committed=committed.of(index).token_ids, choice=index,
+            salt=job.tenant or "",
         )
         for index in range(job.n)
     ]  # fmt: skip

@@ -95,6 +95,8 @@ def _load_mlx(spec: EngineSpec, settings: Settings) -> tuple[InferenceEngine, En
     options = EngineOptions(
         max_batch_rows=settings.max_batch_rows,
         kv_budget_bytes=settings.kv_budget_bytes,
+        prefix_cache_bytes=settings.prefix_cache_bytes,
+        kv_cache=settings.kv_cache,
         prefill_chunk_tokens=settings.prefill_chunk_tokens,
         prefer_native=settings.native,
     )

@@ -1,4 +1,5 @@
-// Bindings only: Python objects in, Python objects out. The GIL is released around the work.
+// Bindings only: Python objects in, Python objects out. The GIL is released around work that
+// takes long enough; the prefix index, whose calls are short, counts on it instead of a lock.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -6,15 +7,19 @@
 #include <span>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 #include "mlx_serving/detokenizer.hpp"
+#include "mlx_serving/prefix_index.hpp"
 #include "mlx_serving/sampler.hpp"
 #include "mlx_serving/vocabulary.hpp"
 
 namespace py = pybind11;
+using mlx_serving::BlockId;
 using mlx_serving::Detokenizer;
 using mlx_serving::LogitsType;
+using mlx_serving::PrefixIndex;
 using mlx_serving::Release;
 using mlx_serving::Vocabulary;
 using mlx_serving::VocabularyKind;
@@ -144,6 +149,12 @@ void sample(const py::buffer& logits, const py::buffer& table, const py::buffer&
   by_groups ? mlx_serving::sample_by_groups(in, out) : mlx_serving::sample(in, out);
 }
 
+py::dict blocks(const PrefixIndex& self) {
+  py::dict held;
+  for (const auto& [block, is_held] : self.blocks()) held[py::int_(block)] = is_held;
+  return held;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, module) {
@@ -167,4 +178,28 @@ PYBIND11_MODULE(_native, module) {
   module.def("sample", &sample, py::arg("logits"), py::arg("table"), py::arg("state"),
              py::arg("inputs"), py::arg("lists"), py::arg("mask").none(true), py::arg("outputs"),
              py::arg("by_groups") = false);
+  using Blocks = std::vector<BlockId>;
+  py::class_<PrefixIndex>(module, "PrefixIndex")
+      .def(py::init<std::int64_t>(), py::arg("block_tokens"))
+      .def_property_readonly("idle", &PrefixIndex::idle)
+      .def("__len__", &PrefixIndex::size)
+      .def("match", [](const PrefixIndex& self, const py::bytes& salt, const py::bytes& tokens) {
+             auto prefix = self.match(salt, tokens);
+             return std::pair(std::move(prefix.blocks), prefix.tokens);
+           }, py::arg("salt"), py::arg("tokens"))
+      .def("insert", [](PrefixIndex& self, const py::bytes& salt, const py::bytes& tokens,
+                        const Blocks& blocks) {
+             return self.insert(salt, tokens, blocks);
+           }, py::arg("salt"), py::arg("tokens"), py::arg("blocks"))
+      .def("hold", [](PrefixIndex& self, const Blocks& blocks) { self.hold(blocks); },
+           py::arg("blocks"))
+      .def("release", [](PrefixIndex& self, const Blocks& blocks) { self.release(blocks); },
+           py::arg("blocks"))
+      .def("evict", &PrefixIndex::evict, py::arg("count"))
+      .def("forget", [](PrefixIndex& self, const Blocks& blocks) { return self.forget(blocks); },
+           py::arg("blocks"))
+      .def("renumber", [](PrefixIndex& self, const Blocks& blocks) { self.renumber(blocks); },
+           py::arg("blocks"))
+      .def("blocks", &blocks)
+      .def("check", &PrefixIndex::check);
 }

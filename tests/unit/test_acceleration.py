@@ -59,6 +59,7 @@ def test_the_setting_switches_native_off(monkeypatch: pytest.MonkeyPatch) -> Non
     assert found == [
         "detokenizer: twin (switched off by the settings)",
         "sampler: twin (switched off by the settings)",
+        "prefix index: twin (switched off by the settings)",
     ]
 
 

@@ -127,6 +127,13 @@ def test_a_request_carries_the_parameters_and_names_the_attempt() -> None:
     assert sampling == SamplingParams(0.5, 0.9, 7, 0.1, 11)
 
 
+@pytest.mark.parametrize(("tenant", "salt"), [(None, ""), ("acme", "acme")])
+def test_a_request_shares_prefixes_with_its_own_tenant(tenant: str | None, salt: str) -> None:
+    job = GenerationJob.build(model="tally", prompt="x", tenant=tenant)
+    (request,) = build_requests(claim_of(), job, Committed(), lambda _: (1,), 100)
+    assert request.salt == salt
+
+
 def test_an_unresolved_seed_is_the_same_for_every_attempt() -> None:
     job = GenerationJob.build(model="tally", prompt="x")
     seeds = {

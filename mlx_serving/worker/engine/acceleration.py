@@ -30,10 +30,10 @@ Make = Callable[[VocabularyTable], DetokenizerProtocol]
 
 @dataclass(frozen=True, slots=True)
 class AccelerationReport:
-    """One piece's choice. `reason` is a clause that can stand after a colon."""
+    """One piece's choice; "off": the engine goes without it. `reason` can stand after a colon."""
 
     piece: str
-    implementation: Literal["native", "twin"]
+    implementation: Literal["native", "twin", "off"]
     reason: str
 
     def __str__(self) -> str:
@@ -70,10 +70,11 @@ def make_detokenizer(
 
 def reports(*, prefer_native: bool) -> list[AccelerationReport]:
     """What an engine started now would use, piece by piece."""
-    return [
-        choose_detokenizer(prefer_native=prefer_native)[1],
-        choose_sampler(prefer_native=prefer_native)[1],
-    ]
+    # Imported here: it uses this module.
+    from mlx_serving.worker.engine.prefix.choice import choose_prefix_index
+
+    choices = (choose_detokenizer, choose_sampler, choose_prefix_index)
+    return [choose(prefer_native=prefer_native)[1] for choose in choices]
 
 
 def choose_sampler(

@@ -6,8 +6,8 @@ cache. Anything else keeps mlx-lm's batch caches, and the report says why.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Final
+from dataclasses import dataclass, replace
+from typing import Final, Literal
 
 import mlx.core as mx
 from mlx_lm.models.cache import KVCache
@@ -26,9 +26,11 @@ from mlx_serving.worker.engine.paged.cache import (
 )
 from mlx_serving.worker.engine.paged.kernel_ops import KernelOps, supports
 from mlx_serving.worker.engine.paged.layers import PagedOps
+from mlx_serving.worker.engine.paged.reference import ReferenceOps
 from mlx_serving.worker.engine.paged.self_check import check
 
 PAGED_CACHE: Final = "paged KV cache"
+CacheKind = Literal["auto", "paged", "padded"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,17 +49,34 @@ class CacheChoice:
         return LOOKAHEAD_TOKENS if self.block_tokens else cost.overhead_tokens
 
 
-def choose_cache(model: LanguageModel, *, prefer_native: bool = True) -> CacheChoice:
-    """Choose for this model on this device; runs a few tiny steps where a kernel might be used."""
+def choose_cache(
+    model: LanguageModel, *, prefer_native: bool = True, kind: CacheKind = "auto"
+) -> CacheChoice:
+    """Choose for this model on this device; runs a few tiny steps where a kernel might be used.
+
+    `kind` "paged" asks for blocks on a CPU too, where their reference is slower than padding.
+    """
     language = dialect()
+    if kind == "padded":
+        return padded_choice(model, "switched off by the settings")
     if language is None:
-        return CacheChoice(lambda: PaddedCache(model), 0, None)
+        return _choose_on_cpu(model, kind)
     if not prefer_native:
         return padded_choice(model, "switched off by the settings")
     try:
         return paged_choice(model, KernelOps(language))
     except Exception as error:  # noqa: BLE001 - whatever fails, mlx-lm's own caches work
         return padded_choice(model, f"{type(error).__name__}: {error}")
+
+
+def _choose_on_cpu(model: LanguageModel, kind: CacheKind) -> CacheChoice:
+    if kind != "paged":
+        return CacheChoice(lambda: PaddedCache(model), 0, None)
+    choice = paged_choice(model, ReferenceOps())
+    if not choice.block_tokens:
+        return choice
+    report = AccelerationReport(PAGED_CACHE, "twin", "asked for; MLX's CPU backend has no kernels")
+    return replace(choice, report=report)
 
 
 def paged_choice(model: LanguageModel, ops: PagedOps) -> CacheChoice:

@@ -13,6 +13,8 @@ import mlx.core as mx
 
 from mlx_serving.worker.engine import kv_cache
 from mlx_serving.worker.engine.kv_cache import LanguageModel
+from mlx_serving.worker.engine.prefix.cache import PrefixCache
+from mlx_serving.worker.engine.prefix.index import PrefixKey
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,12 +22,14 @@ class Prefilled:
     """Prompts that were computed, and the rows that go on from them.
 
     `layers` are what `new_prompts` of the same cache gave. `lengths` are the prompts' tokens,
-    `prompts` names each joining row's prompt.
+    `prompts` names each joining row's prompt. `keys` are what the prompts are found by in the
+    prefix cache; what it knows of them is not read.
     """
 
     layers: list[Any]
     lengths: Sequence[int]
     prompts: Sequence[int]
+    keys: Sequence[PrefixKey] = ()
 
 
 class DecodeCache(Protocol):
@@ -51,6 +55,15 @@ class DecodeCache(Protocol):
 
     def settle(self) -> None:
         """Note that no step runs that was launched before the last call of `keep`."""
+
+    def use_prefixes(self, prefixes: PrefixCache) -> None:
+        """Take blocks from there, and let what rows leave be found again."""
+
+    def gather(self, prompts: Sequence[Sequence[int]], tokens: int) -> list[Any]:
+        """Do as `new_prompts`, with so many tokens of each prompt taken from its known blocks."""
+
+    def remember(self, row: int, key: PrefixKey | None) -> None:
+        """Let a row that leaves be found by its tokens; None: and nothing that it alone used."""
 
 
 class PaddedCache:
@@ -101,3 +114,14 @@ class PaddedCache:
 
     def settle(self) -> None:
         """Do nothing: arrays that a running step reads are kept by MLX."""
+
+    def use_prefixes(self, prefixes: PrefixCache) -> None:
+        """Refuse: there are no blocks."""
+        raise NotImplementedError(type(self).__name__)
+
+    def gather(self, prompts: Sequence[Sequence[int]], tokens: int) -> list[Any]:
+        """Refuse: there are no blocks."""
+        raise NotImplementedError(type(self).__name__)
+
+    def remember(self, row: int, key: PrefixKey | None) -> None:
+        """Do nothing: what leaves is dropped."""

@@ -166,7 +166,7 @@ class Engine:
         error = self._try_prefill(chunk)
         if error is None:
             if self._scheduler.finish_prefill(chunk):
-                self._runner.join(chunk.groups)
+                self._join(chunk.groups)
             return
         # One of several prompts may be to blame for all: each is tried alone.
         alone = len(chunk.groups) > 1
@@ -188,12 +188,16 @@ class Engine:
         return None
 
     def _prefill_alone(self, group: Group) -> bool:
-        chunk = PrefillChunk((group,), 0, group[0].context_length)
+        chunk = PrefillChunk((group,), 0, group[0].context_length - group[0].found)
         if self._try_prefill(chunk) is not None:
             return False
         self._scheduler.finish_prefill(chunk)
-        self._runner.join([group])
+        self._join([group])
         return True
+
+    def _join(self, groups: Iterable[Group]) -> None:
+        self._runner.join(groups)
+        self._scheduler.joined(groups)
 
     def _collect(self, sampled: list[SampledToken], outputs: list[Output]) -> None:
         """Turn one step's tokens into outputs and take the rows that ended out of the batch."""
@@ -210,9 +214,11 @@ class Engine:
         ended = []
         for (row, token, logprobs), error in checked:
             if error is not None:
+                row.failed = True
                 output = self._output(row, FINISH_ERROR, error=error)
             else:
                 row.decoded += 1
+                row.tokens.append(token)
                 text, stopped = ("", False) if token in eos else next(pieces)
                 reason = self._finish_reason(row, token, stopped=stopped)
                 output = self._output(row, reason, text, [token])
@@ -243,7 +249,8 @@ class Engine:
     ) -> Output:
         request = row.request
         tokens = list(token_ids)
-        return Output(request.id, request.choice, tokens, text, reason, error, len(request.prompt))
+        counts = (len(request.prompt), row.cached_tokens)
+        return Output(request.id, request.choice, tokens, text, reason, error, *counts)
 
     def _forget(self, row: Sequence) -> None:
         self._scheduler.remove(row)

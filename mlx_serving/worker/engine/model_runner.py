@@ -22,6 +22,7 @@ from mlx_serving.worker.engine import kv_cache
 from mlx_serving.worker.engine.cache_choice import CacheChoice, choose_cache
 from mlx_serving.worker.engine.decode_cache import Prefilled
 from mlx_serving.worker.engine.kv_cache import LanguageModel
+from mlx_serving.worker.engine.prefix.cache import PrefixCache
 from mlx_serving.worker.engine.sampling import (
     BatchSampler,
     Logprobs,
@@ -59,6 +60,7 @@ class ModelRunner:
         self._words = token_words(self.cost.vocab_size)
         mx.eval(self._words)
         self._prefill_cache: list[Any] = []
+        self._gathered = False  # it reads blocks of the decode batch's cache
         self._cache = self.choice.make()
         self._rows: list[Sequence] = []
         # Launch number (may be negative) at which the row's position was 0.
@@ -89,22 +91,37 @@ class ModelRunner:
         """Bound what the decode batch's cache may hold, where it can tell."""
         self._cache.limit(tokens)
 
+    def use_prefixes(self, prefixes: PrefixCache) -> None:
+        """Let prompts begin with what `prefixes` knows of them; only for a cache of blocks."""
+        self._cache.use_prefixes(prefixes)
+
     def prefill(self, chunk: PrefillChunk) -> None:
         """Compute one chunk; several prompts are padded on the right to the longest."""
         if chunk.start == 0:
-            self._prefill_cache = self._cache.new_prompts(len(chunk.groups))
+            self._prefill_cache = self._begin_prefill(chunk)
         if chunk.length:
             end = chunk.start + chunk.length
-            contexts = [row.context(chunk.start, end) for row in chunk.leaders]
+            contexts = [
+                row.context(row.found + chunk.start, row.found + end) for row in chunk.leaders
+            ]
             self._cache.forward_prompts(contexts, self._prefill_cache)
         # With nothing to decode there is nothing to overlap with: wait, so that a step that
         # returns has done its work.
         evaluate = mx.async_eval if self._rows else mx.eval
         evaluate(kv_cache.states(self._prefill_cache))
 
+    def _begin_prefill(self, chunk: PrefillChunk) -> list[Any]:
+        found = chunk.leaders[0].found
+        self._gathered = found > 0
+        if self._gathered:
+            return self._cache.gather([row.prefix for row in chunk.leaders], found)
+        return self._cache.new_prompts(len(chunk.groups))
+
     def drop_prefill(self) -> None:
         """Forget the prompt being prefilled."""
         self._prefill_cache = []
+        if self._gathered:
+            mx.synchronize()  # the blocks that it reads may be given to others now
 
     def join(self, groups: Iterable[Group]) -> None:
         """Move the rows whose prefill is complete into the decode batch.
@@ -116,7 +133,8 @@ class ModelRunner:
         layers, self._prefill_cache = self._prefill_cache, []
         lengths = [group[0].context_length for group in prompts]
         copies = [index for index, group in enumerate(prompts) for _ in group]
-        self._cache.join(Prefilled(layers, lengths, copies))
+        keys = [group[0].context_key for group in prompts]
+        self._cache.join(Prefilled(layers, lengths, copies, keys))
         self._rows += joining
         self._origins += [self._launches - len(row.request.committed) for row in joining]
         last_tokens = mx.array([row.last_token for row in joining], dtype=mx.int32)
@@ -130,6 +148,9 @@ class ModelRunner:
         kept = [index for index, row in enumerate(self._rows) if row not in leaving]
         if len(kept) == len(self._rows):
             return
+        for index, row in enumerate(self._rows):
+            if row in leaving:
+                self._cache.remember(index, None if row.failed else row.known_key)
         self._joined = sum(index >= len(self._rows) - self._joined for index in kept)
         self._rows = [self._rows[index] for index in kept]
         self._origins = [self._origins[index] for index in kept]

@@ -8,12 +8,13 @@ import mlx.core as mx
 from mlx_lm.utils import load_model, load_tokenizer, maybe_set_recommended_wired_limit
 
 from mlx_serving.worker.engine.acceleration import choose_sampler, make_detokenizer
-from mlx_serving.worker.engine.cache_choice import choose_cache
+from mlx_serving.worker.engine.cache_choice import CacheKind, choose_cache
 from mlx_serving.worker.engine.engine import Attachments, Engine
 from mlx_serving.worker.engine.fused_layers import fuse
 from mlx_serving.worker.engine.marked_detokenizer import with_markers
 from mlx_serving.worker.engine.model_files import check_model_files, model_revision, tokenizer_hash
 from mlx_serving.worker.engine.model_runner import ModelRunner
+from mlx_serving.worker.engine.prefix.choice import make_prefix_cache
 from mlx_serving.worker.engine.scheduler import Scheduler, SchedulerLimits
 from mlx_serving.worker.engine.sequence import ModelInfo, Request, SamplingParams
 
@@ -25,10 +26,16 @@ KV_MEMORY_FRACTION: Final = 0.75
 
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
-    """How much of the device an engine takes. `kv_budget_bytes` None: derived from the device."""
+    """How much of the device an engine takes. `kv_budget_bytes` None: derived from the device.
+
+    `prefix_cache_bytes`: of the KV budget, what prefixes may keep that no row uses; None: half of
+    it, 0: every prompt is computed. `kv_cache`: see `cache_choice.choose_cache`.
+    """
 
     max_batch_rows: int = 64
     kv_budget_bytes: int | None = None
+    prefix_cache_bytes: int | None = None
+    kv_cache: CacheKind = "auto"
     prefill_chunk_tokens: int = 512
     prefer_native: bool = True
     warm_up: bool = True
@@ -60,7 +67,8 @@ def load_engine(
     tokenizer = load_tokenizer(
         path, {"trust_remote_code": False}, eos_token_ids=config.get("eos_token_id")
     )
-    runner = ModelRunner(model, choose_cache(model, prefer_native=options.prefer_native))
+    choice = choose_cache(model, prefer_native=options.prefer_native, kind=options.kv_cache)
+    runner = ModelRunner(model, choice)
     info = ModelInfo(
         name or path.resolve().name,
         model_revision(path),
@@ -90,6 +98,15 @@ def build_engine(
         kv_row_overhead_tokens=choice.row_overhead_tokens(cost),
         kv_block_tokens=choice.block_tokens,
     )
+    prefixes, prefix_report = make_prefix_cache(
+        limits.kv_block_tokens,
+        limits.kv_capacity_tokens,
+        None if options.prefix_cache_bytes is None
+        else options.prefix_cache_bytes // cost.bytes_per_token,
+        prefer_native=options.prefer_native,
+    )  # fmt: skip
+    if prefixes is not None:
+        runner.use_prefixes(prefixes)
     runner.limit_kv(limits.kv_capacity_tokens)
     native = options.prefer_native
     plain, report = make_detokenizer(tokenizer, prefer_native=native)
@@ -98,9 +115,9 @@ def build_engine(
         prefer_native=native, logits_dtype=runner.logits_dtype
     )
     runner.use_sampler(make_draw)
-    found = (report, sampler_report, choice.report)
+    found = (report, sampler_report, choice.report, prefix_report)
     attachments = Attachments(tokenizer, tuple(each for each in found if each is not None))
-    return Engine(runner, Scheduler(limits), detokenizer, info, attachments)
+    return Engine(runner, Scheduler(limits, prefixes), detokenizer, info, attachments)
 
 
 def default_kv_budget() -> int:

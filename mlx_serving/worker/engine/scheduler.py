@@ -2,12 +2,15 @@
 
 A row is admitted when the KV cache of all admitted rows, each as long as it can ever get, fits
 the budget. What a batch reserves is the cache's matter: mlx-lm's batch caches pad every row to
-the longest one, so it is rows x widest row; a paged cache takes the sum of the rows' blocks.
+the longest one, so it is rows x widest row; a paged cache takes the sum of the rows' blocks, where
+those that rows share in the prefix cache count once. Blocks that no row uses count as free.
 
 One engine step does at most one prefill chunk and one decode step. A chunk computes at most
 `prefill_chunk_tokens` tokens, padding included: either the next part of one long prompt or
 several whole prompts from the head of the queue. So decoding rows wait for one chunk at most,
 prompts are served first in, first out, and none starves: each step moves the oldest one on.
+What the prefix cache knows of a prompt is looked up when its turn comes, so that prompts which
+arrive together compute what they share once.
 
 Only where many rows decode, a prompt waits a few steps for others: a chunk of one short prompt
 costs the decoding rows much the same as a chunk of several.
@@ -18,8 +21,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
+from mlx_serving.worker.engine.prefix.cache import PrefixCache
+from mlx_serving.worker.engine.prefix.index import TOKEN_BYTES, PrefixKey
 from mlx_serving.worker.engine.sequence import Phase, Request, RequestRefusedError, Sequence
 
+# Of a chunk: what prompts that are computed at once may hold, known tokens included.
+PACKED_CONTEXT_CHUNKS: Final = 8
 ROWS_PER_PROMPT: Final = 16  # so many decoding rows make one more prompt worth waiting for
 PATIENCE_STEPS: Final = 4  # the most that a prompt waits for others
 
@@ -51,10 +58,11 @@ class SchedulerLimits:
 
 @dataclass(frozen=True, slots=True)
 class PrefillChunk:
-    """One forward pass of prefill: tokens [start, start + length) of every group's context.
+    """One forward pass of prefill: tokens [start, start + length) of what each group must compute.
 
-    Rows of a group have one context, which is computed once: they are choices of one request.
-    More than one group only where the whole context of each of them fits.
+    That is its context after what was `found` of it in the prefix cache, which is as much in each
+    group of a chunk. Rows of a group have one context, which is computed once: they are choices
+    of one request. More than one group only where all that each of them must compute fits.
     """
 
     groups: tuple[Group, ...]
@@ -74,22 +82,24 @@ class PrefillChunk:
     @property
     def completes(self) -> bool:
         """Whether the rows' contexts are in the cache after this chunk."""
-        return all(self.start + self.length >= row.context_length for row in self.leaders)
+        end = self.start + self.length
+        return all(row.found + end >= row.context_length for row in self.leaders)
 
 
 class Scheduler:
     """Admission, the FIFO of prompts, and the set of decoding rows."""
 
-    def __init__(self, limits: SchedulerLimits) -> None:
-        """Start empty."""
+    def __init__(self, limits: SchedulerLimits, prefixes: PrefixCache | None = None) -> None:
+        """Start empty; `prefixes` has the blocks of the decode batch's own cache."""
         self.limits = limits
+        self._prefixes = prefixes
         self._waiting: deque[Group] = deque()
         self._prefilling: tuple[Group, ...] = ()
         self._decoding: dict[Sequence, None] = {}  # an ordered set
         self._rows: dict[tuple[str, int], Sequence] = {}
         self._patience = PATIENCE_STEPS
         self._widest = 0  # of the admitted rows' widths
-        self._total = 0  # their sum
+        self._total = 0  # their sum, without what the prefix cache counts
 
     def fits(self, *choices: Request) -> bool:
         """Say whether the choices could run here if they were alone."""
@@ -100,8 +110,31 @@ class Scheduler:
         """Say whether the choices can be admitted now."""
         rows = len(self._rows) + len(choices)
         widest, total = self._widths(choices)
+        if rows > self.limits.max_rows:
+            return False
         needed = self._reserved(rows, max(self._widest, widest), self._total + total)
-        return rows <= self.limits.max_rows and needed <= self.limits.kv_capacity_tokens
+        over = needed + self._held - self.limits.kv_capacity_tokens
+        return over <= 0 or over <= self._savings(choices)
+
+    @property
+    def _held(self) -> int:
+        """KV tokens of the prefix cache that rows use, each counted once."""
+        return self._prefixes.held * self.limits.kv_block_tokens if self._prefixes else 0
+
+    def _savings(self, choices: tuple[Request, ...]) -> int:
+        """KV tokens that the choices need not have for themselves."""
+        if self._prefixes is None:
+            return 0
+        found = 0
+        newly_held: set[int] = set()
+        for request in choices:
+            try:
+                blocks = self._prefixes.find(Sequence(request).context_key)
+            except OverflowError:  # no such token; `add` refuses it by name
+                return 0
+            found += len(blocks)
+            newly_held |= {block for block in blocks if self._prefixes.owners(block) == 1}
+        return (found - len(newly_held)) * self.limits.kv_block_tokens
 
     def _widths(self, choices: Iterable[Request]) -> tuple[int, int]:
         """Return the widest and the sum."""
@@ -136,7 +169,36 @@ class Scheduler:
         widest, total = self._widths(choices)
         self._widest = max(self._widest, widest)
         self._total += total
+        for row in rows:
+            self._look_up(row)
         return rows
+
+    def _look_up(self, row: Sequence) -> None:
+        """Let a row that waits hold what is known of its context by now."""
+        if self._prefixes is None:
+            return
+        key, block = row.context_key, self.limits.kv_block_tokens
+        held = row.prefix
+        row.prefix, row.found = self._prefixes.pin(key)
+        self._prefixes.unpin(held)
+        whole = row.found // block * block
+        self._share(row, whole)
+        # A block that the row uses in part, it will have to have for itself too.
+        if row.found > whole and self.kv_tokens_used > self.limits.kv_capacity_tokens:
+            self._let_go(row)
+            whole_key = PrefixKey(key.salt, key.tokens[: whole * TOKEN_BYTES])
+            row.prefix, row.found = self._prefixes.pin(whole_key)
+        row.prefilled = row.found
+
+    def _let_go(self, row: Sequence) -> None:
+        if self._prefixes is not None:
+            held, row.prefix = row.prefix, []
+            self._prefixes.unpin(held)
+
+    def _share(self, row: Sequence, tokens: int) -> None:
+        """Leave so many of the row's tokens to the prefix cache to count."""
+        self._total += row.shared - tokens
+        row.shared = tokens
 
     def _why_too_large(self, choices: tuple[Request, ...]) -> str:
         if len(choices) > self.limits.max_rows:
@@ -176,6 +238,8 @@ class Scheduler:
             self._prefilling = tuple(_without(self._prefilling, sequence))
         else:
             del self._decoding[sequence]
+        self._share(sequence, 0)
+        self._let_go(sequence)
         self._total -= self._width(sequence.request)
         if self._width(sequence.request) == self._widest:
             widths = (self._width(row.request) for row in self._rows.values())
@@ -191,15 +255,15 @@ class Scheduler:
         if not self._prefilling:
             return None
         leaders = [group[0] for group in self._prefilling]
-        start = leaders[0].prefilled
-        remaining = max(row.context_length for row in leaders) - start
+        start = leaders[0].prefilled - leaders[0].found
+        remaining = max(map(_to_compute, leaders)) - start
         length = min(remaining, self.limits.prefill_chunk_tokens)
         return PrefillChunk(self._prefilling, start, length)
 
     def finish_prefill(self, chunk: PrefillChunk) -> bool:
         """Record that the chunk is computed; return whether its rows decode from now on."""
         for row in chunk.rows:
-            row.prefilled = min(chunk.start + chunk.length, row.context_length)
+            row.prefilled = min(row.found + chunk.start + chunk.length, row.context_length)
         if not chunk.completes:
             return False
         for row in chunk.rows:
@@ -214,21 +278,62 @@ class Scheduler:
         waits = 0 < len(self._waiting) < wanted and self._patience > 0
         if waits:
             # A prompt beside which no others fit into a chunk has nothing to wait for.
-            context = self._waiting[0][0].context_length
-            waits = wanted * context <= self.limits.prefill_chunk_tokens
+            head = self._waiting[0][0]
+            self._look_up(head)
+            waits = wanted * _to_compute(head) <= self.limits.prefill_chunk_tokens
         self._patience = self._patience - 1 if waits else PATIENCE_STEPS
         return waits
 
     def _take_waiting(self) -> list[Group]:
         """Take one prompt, or as many short ones as fit one chunk when padded alike."""
         taken: list[Group] = []
-        longest = 0
         while self._waiting:
-            longest = max(longest, self._waiting[0][0].context_length)
-            if taken and (len(taken) + 1) * longest > self.limits.prefill_chunk_tokens:
+            for row in self._waiting[0]:
+                self._look_up(row)
+            if taken and not self._go_together([*taken, self._waiting[0]]):
                 break
             taken.append(self._waiting.popleft())
+        rows = [row for group in taken for row in group]
+        found = min((row.found for row in rows), default=0)
+        for row in rows:
+            row.found = row.prefilled = found
         return taken
+
+    def _go_together(self, groups: list[Group]) -> bool:
+        """Say whether the last group may share a chunk with those before it.
+
+        Each begins where the least is known; more than a block is not given up for that.
+        """
+        chunk = self.limits.prefill_chunk_tokens
+        rows = [group[0] for group in groups]
+        least, most = (bound(row.found for row in rows) for bound in (min, max))
+        longest = max(row.context_length for row in rows)
+        return (
+            most - least <= self.limits.kv_block_tokens
+            and len(rows) * (longest - least) <= chunk
+            and len(rows) * longest <= PACKED_CONTEXT_CHUNKS * chunk
+            and not self._is_shared(rows[-1], rows[:-1])
+        )
+
+    def _is_shared(self, row: Sequence, others: list[Sequence]) -> bool:
+        """Say whether others are to compute a block's worth of tokens that the row needs next.
+
+        Then it waits a step and finds them.
+        """
+        if self._prefixes is None:
+            return False
+        end = (row.found + self.limits.kv_block_tokens) * TOKEN_BYTES
+        salt, tokens = row.context_key
+        firsts = [PrefixKey(key.salt, key.tokens[:end]) for key in (r.context_key for r in others)]
+        return end <= len(tokens) and (salt, tokens[:end]) in firsts
+
+    def joined(self, groups: Iterable[Group]) -> None:
+        """Note that rows have their own blocks, of which the prefix cache counts the full ones."""
+        if self._prefixes is not None:
+            block = self.limits.kv_block_tokens
+            for row in (row for group in groups for row in group):
+                self._let_go(row)
+                self._share(row, row.context_length // block * block)
 
     @property
     def running(self) -> int:
@@ -248,10 +353,14 @@ class Scheduler:
     @property
     def kv_tokens_used(self) -> int:
         """KV tokens reserved by admitted rows."""
-        return self._reserved(len(self._rows), self._widest, self._total)
+        return self._reserved(len(self._rows), self._widest, self._total) + self._held
 
 
 def _without(groups: Iterable[Group], leaving: Sequence) -> Iterator[Group]:
     for group in groups:
         if kept := tuple(row for row in group if row is not leaving):
             yield kept
+
+
+def _to_compute(row: Sequence) -> int:
+    return row.context_length - row.found

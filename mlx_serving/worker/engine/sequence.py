@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Final, NamedTuple, Protocol
 
+from mlx_serving.worker.engine.prefix.index import PrefixKey
+
 FINISH_STOP: Final = "stop"
 FINISH_LENGTH: Final = "length"
 FINISH_ERROR: Final = "error"
@@ -125,7 +127,8 @@ class Request:
 
     `committed` are tokens that earlier attempts decoded (resume): they are prefilled after the
     prompt, are not emitted again, and count towards `max_tokens`. `grammar` None: any text.
-    `format` None: all of it is text.
+    `format` None: all of it is text. `salt` names whose prefixes this row may share: those of
+    requests with the same salt, and no others.
     """
 
     id: str
@@ -137,6 +140,7 @@ class Request:
     choice: int = 0
     grammar: Grammar | None = None
     format: OutputFormat | None = None
+    salt: str = ""
 
     @property
     def kv_tokens(self) -> int:
@@ -167,7 +171,8 @@ class Output:
 
     `token_ids` name every token decoded since the row's last Output, the end-of-sequence token
     included; `text` is what the detokenizer released and may lag behind them. `logprobs` has an
-    entry a token of `token_ids` where the request asked for them, else none.
+    entry a token of `token_ids` where the request asked for them, else none. `cached_tokens` of
+    the prompt were found in the prefix cache.
     """
 
     request_id: str
@@ -218,6 +223,11 @@ class Sequence:
     matcher: TokenMatcher | None = None
     parser: OutputParser | None = None
     history: "array[int] | None" = None  # of rows with penalties: prompt, then known completion
+    tokens: list[int] = field(default_factory=list)  # decoded by this attempt, known to the host
+    failed: bool = False  # what it left in the KV cache is not to be used again
+    prefix: list[int] = field(default_factory=list)  # pinned blocks, until its own are complete
+    found: int = 0  # tokens of `context` that were in the prefix cache when prefill began
+    shared: int = 0  # KV tokens of the row that the prefix cache counts
 
     def __post_init__(self) -> None:
         """Start the history where the sampler needs one."""
@@ -233,6 +243,24 @@ class Sequence:
     def last_token(self) -> int:
         """The token that the row brings into the decode batch."""
         return (self.request.committed or self.request.prompt)[-1]
+
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens of the prompt that were not computed."""
+        return min(self.found, len(self.request.prompt))
+
+    @property
+    def context_key(self) -> PrefixKey:
+        """What `context` is found by in the prefix cache."""
+        return self._key(self.request.prompt + self.request.committed)
+
+    @property
+    def known_key(self) -> PrefixKey:
+        """The same with the tokens decoded since; the last one's keys may not be computed yet."""
+        return self._key((*self.request.prompt, *self.request.committed, *self.tokens))
+
+    def _key(self, tokens: tuple[int, ...]) -> PrefixKey:
+        return PrefixKey(self.request.salt.encode(), array("i", tokens[:-1]).tobytes())
 
     def context(self, start: int, stop: int) -> list[int]:
         """Return the tokens to prefill at [start, stop), never beyond `context_length`."""

@@ -18,6 +18,7 @@ from mlx_serving.worker.engine import kv_cache
 from mlx_serving.worker.engine.decode_cache import Prefilled
 from mlx_serving.worker.engine.kv_cache import LanguageModel
 from mlx_serving.worker.engine.paged.block_allocator import BlockAllocator
+from mlx_serving.worker.engine.paged.gather import gather_blocks
 from mlx_serving.worker.engine.paged.layers import PagedLayer, PagedOps, StepPlan, StoreEntry
 from mlx_serving.worker.engine.paged.step import (
     compiled_step,
@@ -25,6 +26,8 @@ from mlx_serving.worker.engine.paged.step import (
     round_up_rows,
     round_up_to_power,
 )
+from mlx_serving.worker.engine.prefix.cache import PrefixCache
+from mlx_serving.worker.engine.prefix.index import PrefixKey
 
 BLOCK_TOKENS: Final = 32
 # A row gets its next block when fewer free places than this are left, so that the rows' tables
@@ -57,6 +60,7 @@ class PagedCache:
     def __init__(self, model: LanguageModel, shapes: Sequence[LayerShape], ops: PagedOps) -> None:
         """Start without rows and without pools."""
         self.allocator = BlockAllocator(_END)
+        self._prefixes: PrefixCache | None = None
         self.layers: list[PagedLayer] = []
         self._model = model
         self._shapes = shapes
@@ -125,12 +129,15 @@ class PagedCache:
         """Allocate each prompt's full blocks, which its rows share."""
         shared = []
         for prompt, length in enumerate(prefilled.lengths):
-            blocks = self.allocator.allocate(length // BLOCK_TOKENS)
+            known = self._prefixes.acquire(prefilled.keys[prompt]) if self._prefixes else []
+            blocks = self.allocator.allocate(length // BLOCK_TOKENS - len(known))
             entries += [
                 StoreEntry(block, prompt, index * BLOCK_TOKENS, BLOCK_TOKENS)
-                for index, block in enumerate(blocks)
+                for index, block in enumerate(blocks, start=len(known))
             ]
-            shared.append(blocks)
+            shared.append(known + blocks)
+            if self._prefixes:
+                self._prefixes.insert(prefilled.keys[prompt], shared[-1])
         return shared
 
     def _row_of(
@@ -266,9 +273,31 @@ class PagedCache:
 
     def _drop(self) -> None:
         """Forget the pools: no row is left. A running step keeps them alive until it is done."""
+        if self._prefixes:
+            mx.synchronize()  # pools that stay are free to be written to
         self.settle()
         self.allocator.free(self._nobodys)
-        self._nobodys, self.layers = [], []
+        self._nobodys = []
+        if self.allocator.used:
+            self._shrink()
+        else:
+            self.layers = []
+
+    def use_prefixes(self, prefixes: PrefixCache) -> None:
+        """See `DecodeCache`; call it before any row joins."""
+        self.allocator = self._prefixes = prefixes
+
+    def gather(self, prompts: Sequence[Sequence[int]], tokens: int) -> list[Any]:
+        """See `DecodeCache`."""
+        pools = [(layer.keys, layer.values) for layer in self.layers]
+        return gather_blocks(pools, prompts, tokens, self._stored)
+
+    def remember(self, row: int, key: PrefixKey | None) -> None:
+        """See `DecodeCache`."""
+        if self._prefixes and key is not None:
+            self._prefixes.insert(key, self._rows[row])
+        elif self._prefixes:
+            self._prefixes.forget(self._rows[row])
 
 
 def _with_slack(blocks: int) -> int:

@@ -1,0 +1,1 @@
+"""The prefix cache: what prompts have in common is computed once."""
