@@ -10,6 +10,7 @@ from mlx.utils import tree_flatten, tree_map
 from mlx_lm.models import llama, qwen3
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from mlx_serving.worker.engine.fused_layers import fuse
 from mlx_serving.worker.engine.kv_cache import LanguageModel
 
 TINY: Final[dict[str, Any]] = {
@@ -76,7 +77,11 @@ def build_served_model(
 
     A benchmark's bare loop and peers run `build_model`'s, which the engine has not touched.
     """
-    return build_model(shape, architecture, dtype, seed)
+    model = build_model(shape, architecture, dtype, seed)
+    if mx.default_device() != mx.cpu:
+        fuse(model)
+        mx.eval(cast("Any", model).parameters())
+    return model
 
 
 def build_tokenizer(vocab_size: int = TINY["vocab_size"]) -> Tokenizer:

@@ -113,8 +113,8 @@ def _laps(load: Load, folder: str, steps: int) -> list[dict[str, float]]:
 def _watch(engine: Any, mx: Any) -> Stopwatches:  # noqa: ANN401 - private parts of the engine
     watches = Stopwatches()
     runner = engine._runner  # noqa: SLF001 - the timeline looks inside
-    runner._model = watches.around(runner._model, "model")  # noqa: SLF001
-    watches.time(type(runner._sampler), "__call__", "sampler")  # noqa: SLF001 - one a membership
+    watches.time(type(runner._cache), "step", "model")  # noqa: SLF001
+    watches.time(type(runner._sampler), "sample", "sampler")  # noqa: SLF001 - one a membership
     watches.time(mx, "async_eval", "launch")
     watches.time(runner, "decode", "decode")
     engine._detokenizer = TimedDetokenizer(engine._detokenizer, watches)  # noqa: SLF001

@@ -235,10 +235,10 @@ FAMILIES: Final[dict[str, dict[str, Any]]] = {
 }
 # Recurrent states that, with random weights, forget a token within some ten others.
 FORGETFUL: Final = frozenset({"mamba", "mamba2", "lfm2", "lfm2_moe", "olmo_hybrid"})
-# Families with a cache that mlx-lm can't batch, and that cache's name.
+# Families that mlx-lm can't batch, and what the refusal names.
 REFUSED: Final[dict[str, tuple[str, dict[str, Any]]]] = {
     "llama4": (
-        "ChunkedKVCache",
+        "model: layer 0 keeps a ChunkedKVCache",
         {
             "text_config": BASE
             | EXPERTS
@@ -251,6 +251,18 @@ REFUSED: Final[dict[str, tuple[str, dict[str, Any]]]] = {
                 "num_experts_per_tok": 1,
                 "use_qk_norm": True,
             }
+        },
+    ),
+    "gemma2": ("model: mlx-lm can't batch gemma2 with rows of different lengths", {}),
+    "gpt_bigcode": (
+        "model: mlx-lm can't batch gpt_bigcode with rows of different lengths",
+        {
+            "n_embd": 64,
+            "n_layer": 2,
+            "n_inner": 128,
+            "n_head": 4,
+            "n_positions": 4096,
+            "layer_norm_epsilon": 1e-5,
         },
     ),
 }

@@ -11,7 +11,10 @@ from typing import TYPE_CHECKING, Final
 
 import pytest
 
+from mlx_serving.worker.engine.cache_choice import paged_choice
+from mlx_serving.worker.engine.fused_layers import fuse
 from mlx_serving.worker.engine.kv_cache import UnsupportedModelError
+from mlx_serving.worker.engine.paged.reference import ReferenceOps
 from mlx_serving.worker.engine.sequence import Request
 from tests.engine_support import GREEDY, Collected, drive, tiny_engine
 from tests.figures import show
@@ -72,7 +75,15 @@ def test_greedy_tokens_are_mlx_lms_own(family: str) -> None:
     together = drive(tiny_engine(model, rows=4, chunk=CHUNK, eos=()), asked, every=2)
     parted = [f"alone: {row}" for row in near_ties(alone, expected)]
     parted += [f"in a batch: {row}" for row in near_ties(together, expected)]
-    show(f"{family}: {len(parted)} of {2 * len(asked)} rows part at a near-tie {parted or ''}")
+    fuse(model)
+    paged = bool(paged_choice(model, ReferenceOps()).block_tokens)
+    as_on_gpu = tiny_engine(model, rows=4, chunk=CHUNK, eos=(), paged=paged)
+    kind = "paged" if paged else "mlx-lm's caches"
+    parted += [
+        f"fused layers, {kind}: {row}"
+        for row in near_ties(drive(as_on_gpu, asked, every=2), expected)
+    ]
+    show(f"{family} ({kind}): {len(parted)} of {3 * len(asked)} rows part at a near-tie {parted}")
     assert len(parted) <= len(asked), "near-ties are rare"
 
 
@@ -87,7 +98,7 @@ def test_these_models_tell_a_wrong_cache(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", REFUSED)
-def test_a_family_that_can_not_be_batched_is_refused_by_its_cache(family: str) -> None:
-    cache, config = REFUSED[family]
-    with pytest.raises(UnsupportedModelError, match=f"model: layer 0 keeps a {cache}"):
+def test_a_family_that_can_not_be_batched_is_refused_by_name(family: str) -> None:
+    reason, config = REFUSED[family]
+    with pytest.raises(UnsupportedModelError, match=reason):
         tiny_engine(build(family, config))

@@ -108,7 +108,8 @@ def measure(model: LanguageModel) -> CacheCost:
     """Measure what a row costs from the shapes of two prefills that are never computed.
 
     Raises:
-        UnsupportedModelError: a layer's cache can't join a batch.
+        UnsupportedModelError: a layer's cache can't join a batch, or the model takes no batch of
+            rows of different lengths.
     """
     sizes = []
     vocab_size = 0
@@ -118,6 +119,7 @@ def measure(model: LanguageModel) -> CacheCost:
         vocab_size = logits.shape[-1]
         sizes.append(sum(layer.nbytes for layer in cache))
     _require_batching(_plain_cache(model))
+    _require_ragged_rows(model)
     per_token = max(1, (sizes[1] - sizes[0]) // GROWTH_TOKENS)
     return CacheCost(per_token, max(0, sizes[0] - per_token * GROWTH_TOKENS), vocab_size)
 
@@ -139,3 +141,20 @@ def _require_batching(cache: list[Any]) -> None:
                 f"model: layer {index} keeps a {missing[0]}, which mlx-lm can't batch with history"
             )
             raise UnsupportedModelError(message)
+
+
+def _require_ragged_rows(model: LanguageModel) -> None:
+    """Build, and never compute, batches of rows of different lengths and their next step.
+
+    Some of mlx-lm's models expect one offset for all rows (gpt_bigcode), or put a batch's mask on
+    the wrong axis (gemma2), which goes unnoticed where that has as many entries: so two sizes.
+    """
+    try:
+        for rows in (3, 5):
+            cache = new_cache(model, rows)
+            forward_prompts(model, [[0]] + [[0, 0]] * (rows - 1), cache)
+            model(mx.zeros((rows, 1), dtype=mx.int32), cache=cache)
+    except (TypeError, ValueError) as error:
+        name = getattr(model, "model_type", type(model).__name__)
+        message = f"model: mlx-lm can't batch {name} with rows of different lengths: {error}"
+        raise UnsupportedModelError(message) from error
