@@ -133,7 +133,7 @@ class Settings(BaseSettings):
     )
     prefix_cache_bytes: int = Field(
         default=0, ge=0,
-        description="of the KV budget, for prefixes that no row uses; 0: off, until a GPU has run it",
+        description="of the KV budget, for prefixes that no row uses; 0 is off",
     )  # fmt: skip
     kv_cache: Literal["auto", "paged", "padded"] = "auto"
     prefill_chunk_tokens: int = Field(default=512, ge=1, le=65_536)

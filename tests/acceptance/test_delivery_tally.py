@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from mlx_serving.common.events import Event
     from mlx_serving.common.local_redis import LocalRedis
+    from mlx_serving.common.results import GenerationResult
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
@@ -73,6 +74,16 @@ def openai_message(message: dict[str, Any]) -> dict[str, Any]:
     return message | {"tool_calls": calls} if calls else message
 
 
+def as_decoded(result: GenerationResult) -> str:
+    """What the model wrote, its tool calls included, as it spells them."""
+    bodies = [
+        {"name": call.function.name, "arguments": json.loads(call.function.arguments)}
+        for call in result.tool_calls
+    ]
+    calls = [f"<tool_call>\n{json.dumps(body)}\n</tool_call>" for body in bodies]
+    return "".join(calls) + result.text
+
+
 def produce(url: str, seed: int, jobs: int) -> list[tuple[str, str, str | None]]:
     """One producer process: submit, stream, and return what was wrong."""
     rng = random.Random(seed)
@@ -81,9 +92,9 @@ def produce(url: str, seed: int, jobs: int) -> list[tuple[str, str, str | None]]
         handles = client.submit_many([job for _, job in work])
         wrong = []
         for (example, _), handle in zip(work, handles, strict=True):
-            text = "".join(handle.text())
-            if not check(example, text) or handle.result().text != text:
-                wrong.append((example.key, text, example.answer))
+            text, result = "".join(handle.text()), handle.result()
+            if not check(example, as_decoded(result)) or result.text != text:
+                wrong.append((example.key, as_decoded(result), example.answer))
     return wrong
 
 

@@ -14,7 +14,7 @@ import pytest
 from mlx_serving import Client
 from mlx_serving.common.jobs import GenerationJob
 from mlx_serving.producer.envelope import seal
-from tests.figures import show
+from tests.figures import only_in_chaos, show
 from tests.helpers import wait_until
 from tests.worker_process import WorkerProcess, check_answers, quick_settings
 
@@ -127,7 +127,10 @@ def test_a_long_queue(
     redis_client: redis.Redis,
     client: Client,
     count: int,
+    request: pytest.FixtureRequest,
 ) -> None:
+    if count > SHORT:
+        only_in_chaos(request)
     url = settled_redis.url
     before = used(redis_client)
     queued = enqueue(client, count)
@@ -162,11 +165,10 @@ def test_a_long_queue(
 def test_events_of_a_stream_stay_small(
     settled_redis: LocalRedis, redis_client: redis.Redis, client: Client
 ) -> None:
-    """At a fast Mac's speed: an event holds what one flush gathers, two or three tokens."""
-    with WorkerProcess(settled_redis.url, "w", rate=200.0) as worker:
+    with WorkerProcess(settled_redis.url, "w", rate=1000.0) as worker:
         worker.serving()
-        handle = client.submit(job(tokens=800))
-        check_answers(client, [handle], 800)
+        handle = client.submit(job(tokens=2000))
+        check_answers(client, [handle], 2000)
     each = event_bytes(redis_client, [handle])
     show(f"{each:.0f} bytes an event beside its text")
     assert each <= EVENT_BYTES
