@@ -1,13 +1,13 @@
 """Redis's own ceiling: redis-benchmark on the protocol's scripts, with arguments as workers send.
 
-    python -m benchmarks.redis_ceiling --rows 64
+    python -m benchmarks.redis_ceiling --rows 15
 
 * enqueue: one job a call, an RQ hash with a payload of a 200-character prompt, ids at random.
 * claim: 32 jobs a call, of those just enqueued.
-* commit: one token event of each of 64 running jobs a call; jobs at random out of 100,000 that
+* commit: one token event of each of 15 running jobs a call; jobs at random out of 100,000 that
   have committed their first event. redis-benchmark can't count up, so a job that is drawn again
   gets DUP; the figure counts the events that were written.
-* renew: the leases of 64 running jobs a call.
+* renew: the leases of 15 running jobs a call.
 
 Nobody is subscribed: what delivering to consumers costs is in `benchmarks.scale`.
 """
@@ -35,6 +35,7 @@ QUEUE = queue_name(MODEL, "default")
 RUNNING = 100_000  # jobs that commits draw from
 RANDOM_ID = "__rand_int__"  # redis-benchmark puts 12 digits here
 CONNECTIONS = 16
+ROWS = 15  # of a commit and a renewal
 WORKER = "w"
 KEYS = Keys()
 PROMPT = ("The quick brown fox jumps over the lazy dog. " * 5)[:200]
@@ -61,8 +62,8 @@ def benchmark(client: redis.Redis, socket: str, call: Call[Any], requests: int, 
     sha = client.script_load(script_text(call.script))
     program = shutil.which("redis-benchmark")
     assert program is not None
-    words = [sha, "0", KEYS.prefix, KEYS.rq_prefix, *map(_word, call.arguments)]
-    command = [
+    words: list[str | bytes] = [sha, "0", KEYS.prefix, KEYS.rq_prefix, *map(_word, call.arguments)]
+    command: list[str | bytes] = [
         program, "-s", socket, "-c", str(CONNECTIONS), "-n", str(requests), "-r", str(r), "--csv",
         "evalsha", *words,
     ]  # fmt: skip
@@ -70,8 +71,8 @@ def benchmark(client: redis.Redis, socket: str, call: Call[Any], requests: int, 
     return float(done.stdout.splitlines()[-1].rsplit('","', 7)[1].strip('"'))
 
 
-def _word(argument: object) -> str:
-    return argument.decode() if isinstance(argument, bytes) else str(argument)
+def _word(argument: object) -> bytes:
+    return argument if isinstance(argument, bytes) else str(argument).encode()
 
 
 def enqueue_call() -> Call[Any]:
@@ -103,27 +104,27 @@ def commit_call(rows: int) -> Call[Any]:
     )
 
 
-def prepare_running(client: redis.Redis) -> None:
-    """Put 100,000 running jobs there."""
+def prepare_running(client: redis.Redis, running: int) -> None:
+    """Put so many running jobs there; a multiple of 1,000."""
     head = script_text("renew").partition("-- Renews leases")[0]
     event = events.encode(events.attempt_event(
         attempt=1, seq=1, worker=WORKER, model=MODEL, model_revision="r", tokenizer_hash="h",
     ))  # fmt: skip
-    for first in range(0, RUNNING, 1000):
+    for first in range(0, running, 1000):
         client.eval(
             head + PREPARE, 0, KEYS.prefix, KEYS.rq_prefix, WORKER, first, first + 999, QUEUE, event
         )
 
 
-def written(client: redis.Redis) -> int:
+def written(client: redis.Redis, running: int) -> int:
     """Events that the commits wrote."""
     reader = client.pipeline(transaction=False)
-    for number in range(RUNNING):
+    for number in range(running):
         reader.xlen(KEYS.events(f"{number:012d}"))
     return sum(length - 1 for length in reader.execute())
 
 
-def ceilings(rows: int = 64, jobs: int = 10_000) -> Iterator[Figure]:
+def ceilings(rows: int = ROWS, jobs: int = 10_000, running: int = RUNNING) -> Iterator[Figure]:
     """Each script's ceiling on a Redis of its own, over a unix socket."""
     with LocalRedis() as server, server.client() as client:
         path = str(server.socket)
@@ -133,21 +134,21 @@ def ceilings(rows: int = 64, jobs: int = 10_000) -> Iterator[Figure]:
         claimed = benchmark(client, path, claim_call(), there // 32, 1)
         yield Figure("claim, 32 jobs a call", 32 * claimed, "jobs/s")
         client.flushall()
-        prepare_running(client)
-        requests = RUNNING // 4 // rows
-        committed = benchmark(client, path, commit_call(rows), requests, RUNNING)
+        prepare_running(client, running)
+        requests = running // 4 // rows
+        committed = benchmark(client, path, commit_call(rows), requests, running)
         yield Figure(f"commit, {rows} rows a call, rows", rows * committed, "rows/s")
-        events_a_call = written(client) / requests
+        events_a_call = written(client, running) / requests
         yield Figure(f"commit, {rows} rows a call, written", events_a_call * committed, "events/s")
         renew = calls.renew(WORKER, [(RANDOM_ID, 1)] * rows, lease_ms=600_000)
-        renewed = benchmark(client, path, renew, 4 * requests, RUNNING)
+        renewed = benchmark(client, path, renew, 4 * requests, running)
         yield Figure(f"renew, {rows} leases a call", rows * renewed, "leases/s")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--rows", type=int, default=64)
+    parser.add_argument("--rows", type=int, default=ROWS)
     options = parser.parse_args(arguments)
     for figure in ceilings(options.rows):
         print(table({"redis-benchmark": [figure]}), flush=True)

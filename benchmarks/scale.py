@@ -277,7 +277,7 @@ def run_all(plan: Plan) -> Iterator[Point | list[Figure]]:
             yield from run_bulk(stage, client)
         stage.stop_workers()
     if plan.ceiling:
-        yield list(ceilings(plan.rows))
+        yield list(ceilings())
 
 
 def measure(plan: Plan, output: Path | None = None) -> list[Figure]:

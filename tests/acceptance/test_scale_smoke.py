@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from benchmarks.redis_ceiling import ceilings
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -36,3 +38,14 @@ def test_a_small_fleet(tmp_path: Path) -> None:
     assert streamed["events"] == pytest.approx(streamed["tokens"], rel=0.2)
     assert bulk["bytes_out"] < streamed["bytes_out"]  # nothing is published
     assert "P8 2 workers over linear" in done.stdout
+
+
+def test_redis_benchmark_runs_the_real_scripts() -> None:
+    figures = {f.name: f.value for f in ceilings(rows=5, jobs=320, running=2000)}
+    assert len(figures) == 5
+    assert min(figures.values()) > 0
+    rows, written = (
+        figures["commit, 5 rows a call, rows"],
+        figures["commit, 5 rows a call, written"],
+    )
+    assert 0.7 * rows < written <= rows  # most were new, each was written once
