@@ -14,7 +14,7 @@ import pytest
 from mlx_serving import Client
 from mlx_serving.common.jobs import GenerationJob
 from mlx_serving.producer.envelope import seal
-from tests.figures import only_in_chaos, show
+from tests.figures import show
 from tests.helpers import wait_until
 from tests.worker_process import WorkerProcess, check_answers, quick_settings
 
@@ -127,10 +127,7 @@ def test_a_long_queue(
     redis_client: redis.Redis,
     client: Client,
     count: int,
-    request: pytest.FixtureRequest,
 ) -> None:
-    if count > SHORT:
-        only_in_chaos(request)
     url = settled_redis.url
     before = used(redis_client)
     queued = enqueue(client, count)

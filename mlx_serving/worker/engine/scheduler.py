@@ -185,9 +185,10 @@ class Scheduler:
         self._share(row, whole)
         # A block that the row uses in part, it will have to have for itself too.
         if row.found > whole and self.kv_tokens_used > self.limits.kv_capacity_tokens:
-            self._let_go(row)
+            held = row.prefix
             whole_key = PrefixKey(key.salt, key.tokens[: whole * TOKEN_BYTES])
             row.prefix, row.found = self._prefixes.pin(whole_key)
+            self._prefixes.unpin(held)
         row.prefilled = row.found
 
     def _let_go(self, row: Sequence) -> None:
