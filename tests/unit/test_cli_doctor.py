@@ -81,15 +81,12 @@ def test_an_install_without_the_engine_is_a_producer(monkeypatch: pytest.MonkeyP
 
 def test_a_twin_that_was_asked_for_is_no_warning() -> None:
     checks = list(engine.check_acceleration(load_settings(native=False)))
-<<<<<<< HEAD
-    assert [check.name for check in checks] == ["native detokenizer", "native sampler"]
-    for check in checks:
-        assert check.level is Level.OK
-        assert "twin" in check.detail
-=======
-    assert [check.name for check in checks] == ["native detokenizer", "native prefix index"]
+    assert [check.name for check in checks] == [
+        "native detokenizer",
+        "native sampler",
+        "native prefix index",
+    ]
     assert all(check.level is Level.OK and "twin" in check.detail for check in checks)
->>>>>>> prefix
 
 
 def test_a_model_that_is_not_there_fails() -> None:
