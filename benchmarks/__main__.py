@@ -51,6 +51,15 @@ def module_figures(name: str, *arguments: str) -> list[Figure]:
         return [Figure.from_json(figure) for figure in json.loads(output.read_text())]
 
 
+def module_report(name: str, *arguments: str) -> dict[str, Any]:
+    """What a benchmark that imports MLX writes as one object of plain numbers."""
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "report.json"
+        run_module(name, *arguments, "--output", str(output))
+        report: dict[str, Any] = json.loads(output.read_text())
+        return report
+
+
 def engine(*, quick: bool) -> list[Figure]:
     """P1, P2, P3: the 0.6B shape on a GPU, a tiny one on a CPU."""
     if quick or not has_gpu():
@@ -85,10 +94,7 @@ def structured(*, quick: bool) -> list[Figure]:
     shape = "0.6b" if has_gpu() and not quick else "tiny"
     size = ["--batch", "8", "--steps", "10"] if quick else ["--batch", "64", "--steps", "100"]
     dtype = "bfloat16" if shape == "0.6b" else "float32"
-    with tempfile.TemporaryDirectory() as folder:
-        output = Path(folder) / "structured.json"
-        run_module("structured", "--shape", shape, "--dtype", dtype, *size, "--output", str(output))
-        report: dict[str, Any] = json.loads(output.read_text())
+    report = module_report("structured", "--shape", shape, "--dtype", dtype, *size)
     goals = {"all_over_free": Goal("≤", 1.2)}
     return [
         Figure(f"{name} [{shape}]", value, _unit(name), goals.get(name))
@@ -158,6 +164,17 @@ def scale_out(*, quick: bool) -> list[Figure]:
     return scale.measure(QUICK if quick else SMALL if scale.cores() < 16 else Plan())
 
 
+def prefixes(*, quick: bool) -> list[Figure]:
+    """P5: prompt tokens computed over unique ones."""
+    report = module_report("prefix", *(("--rounds", "1") if quick else ()))
+    goals = {"with_cache_1024_computed_over_unique": Goal("≤", 1.1)}
+    return [
+        Figure(name, value, _unit(name), goals.get(name))
+        for name, value in report.items()
+        if isinstance(value, float)
+    ]
+
+
 def detokenizer(*, quick: bool) -> list[Figure]:
     """Native and twin."""
     del quick
@@ -170,13 +187,9 @@ def sampler(*, quick: bool) -> list[Figure]:
     size = ["--rows", "4", "--vocabulary", "1000", "--calls", "2", "--rounds", "1"]
     if not quick:
         size = [] if has_gpu() else ["--rows", "8", "--vocabulary", "32000", "--dtype", "float32"]
-    with tempfile.TemporaryDirectory() as folder:
-        output = Path(folder) / "sampler.json"
-        run_module("sampler", *size, "--output", str(output))
-        report: dict[str, Any] = json.loads(output.read_text())
     return [
         Figure(name, value, "×" if name.endswith("over native") else "ms")
-        for name, value in report.items()
+        for name, value in module_report("sampler", *size).items()
         if isinstance(value, float)
     ]
 
@@ -194,6 +207,7 @@ BENCHMARKS: Final[dict[str, tuple[str, Callable[..., list[Figure]]]]] = {
     "p8": ("P8 simulated workers on one Redis, throughput over linear", scale_out),
     "detokenizer": ("Detokenizer, 64 rows", detokenizer),
     "sampler": ("Sampler alone", sampler),
+    "p5": ("P5 64 jobs that share a prefix, and the index of prefixes", prefixes),
     "structured": ("Structured output: 64 rows by schemas over 64 free ones", structured),
 }
 ALIASES: Final = {"p1": "engine", "p2": "engine", "p3": "engine"}

@@ -22,12 +22,12 @@ from mlx_serving.worker.conditions_mac import default_probe
 from mlx_serving.worker.crash import EXIT_CONFIGURATION, EXIT_ENGINE
 from mlx_serving.worker.dispatcher import Dispatcher, DispatcherOptions
 from mlx_serving.worker.fleet import Fleet
-from mlx_serving.worker.intake import Preparation
 from mlx_serving.worker.listener import Listener
 from mlx_serving.worker.loading import EngineSpec, describe, load, planner_of, speller_of
 from mlx_serving.worker.manifest import Manifest
 from mlx_serving.worker.measured_protocol import MeasuredProtocol, QueueWatch
 from mlx_serving.worker.measures import Measures
+from mlx_serving.worker.preparation import Preparation
 from mlx_serving.worker.presence import Presence, machine_facts
 from mlx_serving.worker.publisher import Publisher, PublisherOptions
 from mlx_serving.worker.runner import Runner
@@ -102,7 +102,7 @@ class Child:
         )  # fmt: skip
         self.dispatcher = Dispatcher(
             self._options(queues, lease_ms), self.protocol, self.runner, self.publisher,
-            sweeper, self.fleet, Preparation(self._encode_prompt, self._plan_output),
+            sweeper, self.fleet, self._preparation(),
         )  # fmt: skip
         self.listener = Listener(
             connect(endpoint, block_seconds=READ_SECONDS), endpoint.keys, spec.name, queues,
@@ -119,8 +119,15 @@ class Child:
         spec, settings = self._spec, self._spec.settings
         return DispatcherOptions(
             spec.name, spec.model, queues, settings.max_batch_rows, lease_ms,
-            settings.drain_grace_seconds, settings.max_payload_bytes,
-            Signer(key.get_secret_value() for key in settings.signing_keys), self.conditions,
+            settings.drain_grace_seconds, settings.max_payload_bytes, self.conditions,
+        )  # fmt: skip
+
+    def _preparation(self) -> Preparation:
+        settings = self._spec.settings
+        return Preparation(
+            self._encode_prompt, self._plan_output,
+            Signer(key.get_secret_value() for key in settings.signing_keys),
+            settings.max_payload_bytes,
         )  # fmt: skip
 
     def _load(self) -> InferenceEngine:

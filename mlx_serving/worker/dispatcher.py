@@ -19,20 +19,12 @@ import structlog
 from mlx_serving.common import calls
 from mlx_serving.common.errors import CorruptEvent, MlxServingError
 from mlx_serving.common.jobs import PROTOCOL
-from mlx_serving.common.telemetry import trace_id
-from mlx_serving.worker.choice import Committed
 from mlx_serving.worker.claim_ahead import ClaimAhead, Claimed
 from mlx_serving.worker.conditions import ANY_TIME, Conditions
 from mlx_serving.worker.crash import EXIT_ENGINE
 from mlx_serving.worker.held import HeldJob
 from mlx_serving.worker.intake import (
-    UNSIGNED,
     JobRefusedError,
-    build_requests,
-    can_continue,
-    open_payload,
-    plan_output,
-    read_committed,
 )
 from mlx_serving.worker.outage import Outage
 from mlx_serving.worker.strays import Strays
@@ -42,10 +34,9 @@ if TYPE_CHECKING:
 
     from mlx_serving.common.calls import Call, ClaimedJob, ClaimReply, Returned
     from mlx_serving.common.protocol import Protocol
-    from mlx_serving.common.signing import Signer
     from mlx_serving.worker.engine.sequence import InferenceEngine
     from mlx_serving.worker.fleet import Fleet
-    from mlx_serving.worker.intake import Preparation
+    from mlx_serving.worker.preparation import Preparation
     from mlx_serving.worker.publisher import Publisher
     from mlx_serving.worker.runner import Choices, Runner
     from mlx_serving.worker.sweeper import Sweeper
@@ -71,7 +62,6 @@ class DispatcherOptions:
     lease_ms: int = 10_000
     drain_grace_seconds: float = 30.0
     max_payload_bytes: int = 4 * 1024 * 1024
-    signer: Signer = UNSIGNED
     conditions: Conditions = ANY_TIME
 
 
@@ -236,7 +226,7 @@ class Dispatcher:
     def _take(self, claims: Sequence[ClaimedJob], *, more: bool = False) -> None:
         held = [HeldJob(claimed) for claimed in claims]
         self._publisher.hold(held)
-        if self.draining:  # claimed ahead of that
+        if self.draining or self._options.conditions.reasons:  # claimed ahead of that
             self._release({job: job.returned() for job in reversed(held)})
             return
         most = self._room(in_hand=len(held)) if more and not self._strays.expected else 0
@@ -270,27 +260,10 @@ class Dispatcher:
                  prompt_tokens=job.prompt_tokens, resumed_tokens=resumed)  # fmt: skip
 
     def _prepare(self, held: HeldJob) -> Choices:
-        """Read, resume and tokenize one claimed job: a request a choice that has not ended."""
-        claimed = held.claimed
-        committed = Committed()
+        claimed, payloads = held.claimed, []
         if claimed.seq:
             payloads = self._protocol.read_events(claimed.job_id, count=claimed.seq + 1)
-            committed = read_committed(payloads, claimed.seq)
-            held.resume(committed)  # first: also a job that is refused keeps what it has
-        job = open_payload(claimed, self._options.max_payload_bytes, self._options.signer)
-        held.trace_id = trace_id(job.traceparent) if job.traceparent else ""
-        if len(held.choices) > job.n:
-            raise CorruptEvent("the job's stream holds more choices than the job asks for")
-        held.expect(job.n)
-        if not can_continue(committed, self._engine.model_info, job):
-            committed = Committed()
-            held.restart()
-        info, model = self._engine.model_info, self._preparation
-        requests = build_requests(claimed, job, committed, model.encode, info.vocab_size)
-        held.prompt_tokens = len(requests[0].prompt)
-        held.model, held.model_name = info, job.model
-        left = [r for r in requests if not held.choices[r.choice].finish_reason]
-        return plan_output(model.plan, job, left)
+        return self._preparation.requests(held, payloads, self._engine.model_info)
 
     def _place(self, requests: Sequence[Choices]) -> None:
         """Hand what can ever fit to the engine; leave the rest for a bigger worker, or fail it."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -33,14 +32,6 @@ if TYPE_CHECKING:
     Plan = Callable[[GenerationJob, Sequence[Request]], list[Request]]
 
 UNSIGNED = Signer()
-
-
-@dataclass(frozen=True, slots=True)
-class Preparation:
-    """What a model makes of a job: `encode` its prompt, `plan` the form of its output."""
-
-    encode: Encode
-    plan: Plan
 
 
 class JobRefusedError(Exception):

@@ -4,7 +4,7 @@
 #include <thread>
 #include <vector>
 
-#include "../kernels/host.h"
+#include "../kernels/sampler/host.h"
 
 namespace mlx_serving {
 namespace {
@@ -39,7 +39,7 @@ void run_thread(const SamplerInputs& in, const SamplerOutputs& out, unsigned row
   const Shape logits_shape{{count, size}};
   const Shape state_shape{{count, columns}};
   const Shape mask_shape{{count, words}};
-#include "../kernels/main.inc"
+#include "../kernels/sampler/main.inc"
 }
 
 template <typename T>

@@ -6,7 +6,7 @@
 #include <random>
 #include <vector>
 
-#include "../kernels/host.h"
+#include "../kernels/sampler/host.h"
 #include "check.hpp"
 
 namespace {

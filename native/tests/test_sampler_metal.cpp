@@ -35,8 +35,8 @@ To as_type(From value) {
   return std::bit_cast<To>(value);
 }
 
-#include "../kernels/metal.h"
-#include "../kernels/sampler.h"
+#include "../kernels/sampler/metal.h"
+#include "../kernels/sampler/sampler.h"
 
 #include "check.hpp"
 
@@ -53,8 +53,8 @@ void kernel(const T* logits, const int* logits_shape, const int* rows, const int
             const int* mask_shape, int* tokens, float* chosen_logprobs, int* top_tokens,
             float* top_logprobs, int* state_after, float* scratch,
             Position thread_position_in_threadgroup, Position threadgroup_position_in_grid) {
-#include "../kernels/metal_threads.inc"
-#include "../kernels/main.inc"
+#include "../kernels/sampler/metal_threads.inc"
+#include "../kernels/sampler/main.inc"
 }
 
 void a_row_is_sampled() {

@@ -58,14 +58,14 @@ def script_texts(mutant: str) -> dict[str, str]:
 
 
 def _restart_from_zero() -> None:
-    from mlx_serving.worker.dispatcher import Dispatcher
+    from mlx_serving.worker.preparation import Preparation
 
-    source = textwrap.dedent(inspect.getsource(Dispatcher._prepare))
+    source = textwrap.dedent(inspect.getsource(Preparation.requests))
     changed = _replaced(source, {_RESUME: "committed = Committed()"})
-    module = vars(inspect.getmodule(Dispatcher))
+    module = vars(inspect.getmodule(Preparation))
     made: dict[str, object] = {}
     exec("from __future__ import annotations\n" + changed, module, made)  # noqa: S102 -- our own source
-    Dispatcher._prepare = made["_prepare"]  # type: ignore[method-assign, assignment]
+    Preparation.requests = made["requests"]  # type: ignore[method-assign, assignment]
 
 
 def _replaced(text: str, replacements: dict[str, str]) -> str:

@@ -116,9 +116,9 @@ def wrapped(shape: Shape, language: Dialect, *, split: bool) -> str:
         lanes=team_lanes(shape.head_dim),
         split=str(split).lower(),
         out="float" if split else dtype,
-        attention=kernel_source("paged_attention", language),
-        combine=kernel_source("paged_combine", language),
-        store=kernel_source("paged_store", language),
+        attention=kernel_source("attention", language),
+        combine=kernel_source("combine", language),
+        store=kernel_source("store", language),
     )
 
 
@@ -127,7 +127,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     """All kernels of both dialects in all shapes, built for the CPU."""
     folder = tmp_path_factory.mktemp("kernels")
     dialects: tuple[Dialect, ...] = ("cuda", "metal")
-    parts = ['#include "kernel_shim.hpp"', kernel_source("paged_attention_header", "cuda")]
+    parts = ['#include "kernel_shim.hpp"', kernel_source("attention_header", "cuda")]
     parts += [
         wrapped(shape, language, split=split)
         for shape in SHAPES

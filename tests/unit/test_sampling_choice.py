@@ -56,7 +56,7 @@ def test_a_kernel_that_agrees_with_the_reference_is_used(monkeypatch: pytest.Mon
     make, report = acceleration.choose_sampler(prefer_native=True)
     assert make is _Kernel
     assert str(report) == "sampler: native (the cuda kernel, self-check passed)"
-    assert str(acceleration.reports(prefer_native=True)[-1]) == str(report)
+    assert str(report) in map(str, acceleration.reports(prefer_native=True))
 
 
 @pytest.mark.parametrize(
@@ -180,6 +180,6 @@ METAL_WORDS = {
 
 def test_the_shared_source_uses_no_word_of_metals() -> None:
     """No Metal compiler runs here; these are plain names in every other dialect."""
-    for name in (*kernel._PARTS, "main.inc"):
-        code = re.sub(r"//.*", "", kernels.read_source(name))
+    for name in (*kernel.PARTS, kernel.BODY):
+        code = re.sub(r"//.*", "", kernels.read_source(kernel.FOLDER, name))
         assert METAL_WORDS & set(re.findall(r"[A-Za-z_]\w*", code)) == set()

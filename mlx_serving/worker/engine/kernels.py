@@ -30,13 +30,13 @@ def folder() -> Path:
     return installed if installed.is_dir() else package.parent / "native" / "kernels"
 
 
-def read_source(*files: str) -> str:
-    """Return the texts of these files of `native/kernels/`, one after the other.
+def read_source(room: str, *files: str) -> str:
+    """Return the texts of these files of `native/kernels/<room>/`, one after the other.
 
     Raises:
         FileNotFoundError: this install has no such kernel.
     """
-    text = "".join((folder() / file).read_text() for file in files)
+    text = "".join((folder() / room / file).read_text() for file in files)
     # MLX compiles one text: the files are given in the order in which they include each other.
     return _INCLUDES.sub("", text)
 

@@ -1,4 +1,4 @@
-// The batch sampler on the CPU: the source of the GPU kernel (native/kernels/sampler.h), compiled
+// The batch sampler on the CPU: the source of the GPU kernel (native/kernels/sampler/), compiled
 // for the host.
 #pragma once
 

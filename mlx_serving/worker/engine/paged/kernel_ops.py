@@ -1,4 +1,4 @@
-"""The kernels of the paged cache: `native/kernels/paged_*`, in the dialect of this device.
+"""The kernels of the paged cache: `native/kernels/paged/`, in the dialect of this device.
 
 They write to the pools in place. MLX knows the pools as inputs only, and so never copies them;
 what must come after a write takes something that the writing kernel made.
@@ -37,13 +37,14 @@ def supports(head_dim: int) -> bool:
 
 def kernel_source(name: str, language: Dialect) -> str:
     """Return the text of `name` in a dialect."""
-    return read_source(f"{name}.{_SUFFIXES[language]}")
+    return read_source("paged", f"{name}.{_SUFFIXES[language]}")
 
 
 def _make(
     name: str, arrays: tuple[list[str], list[str]], language: Dialect, header: str = ""
 ) -> Any:  # noqa: ANN401 - MLX's kernels are untyped callables
-    return make_kernel(name, arrays, language, source=kernel_source(name, language), header=header)
+    source = kernel_source(name, language)
+    return make_kernel(f"paged_{name}", arrays, language, source=source, header=header)
 
 
 class KernelOps:
@@ -54,12 +55,12 @@ class KernelOps:
     def __init__(self, language: Dialect) -> None:
         """Read the kernels' texts; MLX compiles them on first use."""
         inputs = ["q", "k", "v", "key_pool", "value_pool", "table", "lengths", "work", "scale"]
-        header = kernel_source("paged_attention_header", language)
-        self._attend = _make("paged_attention", (inputs, ["out", "stats"]), language, header)
+        header = kernel_source("attention_header", language)
+        self._attend = _make("attention", (inputs, ["out", "stats"]), language, header)
         parts = ["parts", "stats", "firsts"]
-        self._combine = _make("paged_combine", (parts, ["out"]), language)
+        self._combine = _make("combine", (parts, ["out"]), language)
         pools = ["keys", "values", "key_pool", "value_pool", "entries", "after"]
-        self._store = _make("paged_store", (pools, ["done"]), language)
+        self._store = _make("store", (pools, ["done"]), language)
         self._scales: dict[float, mx.array] = {}
 
     def store(

@@ -1,4 +1,4 @@
-"""The fused kernel on a GPU: `native/kernels/sampler.h` through MLX's custom kernels."""
+"""The fused kernel on a GPU: `native/kernels/sampler/` through MLX's custom kernels."""
 
 from collections.abc import Callable
 from functools import cache
@@ -10,7 +10,9 @@ from mlx_serving.worker.engine.kernels import Dialect, dialect, make_kernel, rea
 from mlx_serving.worker.engine.sampling.draws import Draws, Logprobs, StepInputs
 from mlx_serving.worker.engine.sampling.parameters import Parameters
 
-_PARTS: Final = ("row.h", "noise.h", "passes.h", "adjustments.h", "filters.h", "sampler.h")
+FOLDER: Final = "sampler"
+BODY: Final = "main.inc"
+PARTS: Final = ("row.h", "noise.h", "passes.h", "adjustments.h", "filters.h", "sampler.h")
 _INPUTS: Final = ["logits", "rows", "state", "inputs", "lists", "mask"]
 _OUTPUTS: Final = [
     "tokens", "chosen_logprobs", "top_tokens", "top_logprobs", "state_after", "scratch",
@@ -22,8 +24,8 @@ _UNUSED: Final = 8  # elements of an array that no row reads
 
 def kernel_source(language: Dialect) -> tuple[str, str]:
     """Return the kernel's header and body."""
-    header = read_source(f"{language}.h", *_PARTS)
-    return header, read_source(f"{language}_threads.inc", "main.inc")
+    header = read_source(FOLDER, f"{language}.h", *PARTS)
+    return header, read_source(FOLDER, f"{language}_threads.inc", BODY)
 
 
 @cache

@@ -1,4 +1,4 @@
-// Copies prefilled keys and values into the blocks of a paged KV cache; as paged_store.cu.
+// Copies prefilled keys and values into the blocks of a paged KV cache; as store.cu.
 
 const int entry = threadgroup_position_in_grid.z;
 const int head = threadgroup_position_in_grid.y;

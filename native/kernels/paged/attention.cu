@@ -1,5 +1,5 @@
 // Attention of one decode step over a paged KV cache: the body of a CUDA kernel, to which
-// mx.fast.cuda_kernel adds the signature. paged_attention.metal is the same algorithm.
+// mx.fast.cuda_kernel adds the signature. attention.metal is the same algorithm.
 //
 // Flash-decoding (Dao et al., 2023) over a block table (Kwon et al., 2023): a thread block takes
 // one work item, that is tokens [start, stop) of one row, for GROUP query heads of one KV head. A

@@ -5,7 +5,7 @@
 // after int32 [1], 0: made by what must come first.
 // Constants: T, D, BLOCK. Output: done int32 [1], 0: what must come after waits for it.
 //
-// Writes to its inputs, the pools, as paged_attention.cu does, and to free blocks only.
+// Writes to its inputs, the pools, as attention.cu does, and to free blocks only.
 
 const int entry = blockIdx.z;
 const int head = blockIdx.y;

@@ -1,4 +1,4 @@
-// Joins the parts that paged_attention.metal made of each row; as paged_combine.cu.
+// Joins the parts that attention.metal made of each row; as combine.cu.
 
 const int head = threadgroup_position_in_grid.y;
 const int heads = threadgroups_per_grid.y;

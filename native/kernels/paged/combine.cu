@@ -1,4 +1,4 @@
-// Joins the parts that paged_attention.cu made of each row: the body of a CUDA kernel.
+// Joins the parts that attention.cu made of each row: the body of a CUDA kernel.
 //
 // Inputs: parts float32 [W, H, D], stats float32 [W, H, 2], firsts int32 [B + 1]: row r has the
 // items [firsts[r], firsts[r + 1]). Constants: T, D. Output: out T [B, H, 1, D].

@@ -1,0 +1,1 @@
+// Nothing that attention.metal needs from outside.

@@ -1,1 +1,0 @@
-// Nothing that paged_attention.metal needs from outside.
