@@ -67,7 +67,9 @@ def benchmark(client: redis.Redis, socket: str, call: Call[Any], requests: int, 
         program, "-s", socket, "-c", str(CONNECTIONS), "-n", str(requests), "-r", str(r), "--csv",
         "evalsha", *words,
     ]  # fmt: skip
-    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        command, check=True, capture_output=True, text=True, errors="replace", timeout=60
+    )
     return float(done.stdout.splitlines()[-1].rsplit('","', 7)[1].strip('"'))
 
 

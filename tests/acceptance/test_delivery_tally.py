@@ -80,7 +80,9 @@ def as_decoded(result: GenerationResult) -> str:
         {"name": call.function.name, "arguments": json.loads(call.function.arguments)}
         for call in result.tool_calls
     ]
-    calls = [f"<tool_call>\n{json.dumps(body)}\n</tool_call>" for body in bodies]
+    calls = [
+        f"<tool_call>\n{json.dumps(body, ensure_ascii=False)}\n</tool_call>" for body in bodies
+    ]
     return "".join(calls) + result.text
 
 
