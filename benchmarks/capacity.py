@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from benchmarks.process_cpu import BUSY
 
-FLUSHES: Final = 50.0  # a second: the worker's flush_interval_ms of 20
+FLUSHES: Final = 100.0  # a second: the worker's flush_interval_ms of 10
 BULK_COMMITS: Final = 2.0  # a second and row: each 500 ms …
 BULK_TOKENS: Final = 16  # … or so many tokens
 
