@@ -139,6 +139,7 @@ def committed(client: redis.Redis, job_ids: list[str]) -> list[int]:
     return [int(client.hget(f"mlxs:job:{i}", "seq") or 0) for i in job_ids]
 
 
+@pytest.mark.chaos
 @pytest.mark.parametrize("how", ["kill -9", "TERM"])
 async def test_32_running_jobs_survive_the_loss_of_their_worker(
     local_redis: LocalRedis, redis_client: redis.Redis, worker: WorkerProcess, how: str

@@ -119,6 +119,7 @@ def test_a_cut_after_any_token_leaves_no_seam(
         assert assemble(handle.id, events).choices == handle.result(timeout=1).choices
 
 
+@pytest.mark.chaos
 @pytest.mark.parametrize("how", ["kill -9", "TERM"])
 def test_a_grammar_and_a_call_survive_the_loss_of_their_worker(
     local_redis: LocalRedis, how: str

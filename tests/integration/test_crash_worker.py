@@ -65,7 +65,7 @@ def code(client: Client, handle: JobHandle) -> str:
         pytest.param("abort", None, marks=pytest.mark.chaos),
         ("segfault", 6),
         pytest.param("hang", 6, marks=pytest.mark.chaos),
-        ("memory", 6),
+        pytest.param("memory", 6, marks=pytest.mark.chaos),
         pytest.param("exception", 6, marks=pytest.mark.chaos),
     ],
 )
@@ -103,7 +103,8 @@ def test_a_dead_job_raises_what_it_is(server: LocalRedis, client: Client) -> Non
             client.result(bad.id, timeout=20).raise_for_state()
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.chaos)])
+@pytest.mark.chaos
+@pytest.mark.parametrize("kills", [2, 10])
 def test_kill_9_charges_nobody_and_jobs_wait_for_no_lease(
     server: LocalRedis, client: Client, kills: int
 ) -> None:

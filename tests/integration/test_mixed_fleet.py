@@ -125,6 +125,7 @@ def test_workers_first(settled_redis: LocalRedis, client: Client) -> None:
         check_answers(client, rest, 40)
 
 
+@pytest.mark.chaos
 def test_a_roll_back_in_the_middle(
     settled_redis: LocalRedis, redis_client: redis.Redis, client: Client
 ) -> None:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from mlx_serving.producer.handles import AsyncJobHandle
 
 pytestmark = [
+    pytest.mark.chaos,
     pytest.mark.slow,
     pytest.mark.timeout(240),
     pytest.mark.may_leak(
