@@ -6,6 +6,7 @@ The test that holds ours beside each of them is named in the table of docs/deliv
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -38,6 +39,16 @@ pytestmark = pytest.mark.may_leak("RQ's own jobs stay where its defaults leave t
 
 JOB_ID = "stock"
 AHEAD = 600  # seconds that another Mac's clock is ahead
+
+
+@pytest.fixture(autouse=True)
+def _rqs_logger_as_it_was() -> Iterator[None]:
+    """A stock worker sets its logger's level and handlers for the whole process."""
+    logger = logging.getLogger("rq.worker")
+    level, handlers = logger.level, logger.handlers[:]
+    yield
+    logger.setLevel(level)
+    logger.handlers[:] = handlers
 
 
 @pytest.fixture
