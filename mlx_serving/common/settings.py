@@ -139,6 +139,11 @@ class Settings(BaseSettings):
     prefill_chunk_tokens: int = Field(default=512, ge=1, le=65_536)
     native: bool = True
 
+    # Planned replacement of the engine child, see docs/memory.md; 0: never for that
+    recycle_after_tokens: int = Field(default=20_000_000, ge=0, description="decoded by one child")
+    recycle_after_steps: int = Field(default=400_000, ge=0, description="of the engine")
+    recycle_after_hours: float = Field(default=24.0, ge=0, le=24 * 365)
+
     # When this worker claims: local times as `22:00-07:00`; what the machine must not be
     work_hours: Annotated[tuple[HoursOfDay, ...], NoDecode, BeforeValidator(_split)] = ()
     back_off_user_seconds: float = Field(

@@ -21,7 +21,7 @@ from mlx_serving.common.errors import CorruptEvent, MlxServingError
 from mlx_serving.common.jobs import PROTOCOL
 from mlx_serving.worker.claim_ahead import ClaimAhead, Claimed
 from mlx_serving.worker.conditions import ANY_TIME, Conditions
-from mlx_serving.worker.crash import EXIT_ENGINE
+from mlx_serving.worker.crash import EXIT_ENGINE, EXIT_RECYCLE
 from mlx_serving.worker.held import HeldJob
 from mlx_serving.worker.intake import (
     JobRefusedError,
@@ -48,6 +48,7 @@ UNADMITTED_SECONDS: Final = 1.0  # how long a claimed job may wait for room befo
 WRITTEN_SECONDS: Final = 1.0  # how long a hand-over of all waits for the publisher
 RELEASE_SECONDS: Final = 5.0  # how long a drain waits for Redis
 CRASH_SECONDS: Final = 1.0  # the same of a worker whose engine failed
+RECYCLE_SECONDS: Final = 5.0  # the most that jobs get to end in before a planned replacement
 CLAIM_MOST: Final = 32
 
 
@@ -88,6 +89,7 @@ class Dispatcher:
         self._unadmitted_since: float | None = None
         self._returning: dict[HeldJob, Returned] = {}  # to release
         self._drain_until: float | None = None
+        self._status = 0  # to end with
         self._suspended = False
         self._reserved = ""  # queue of a suspect that this worker makes room for
         self._outage = Outage(protocol.redis)
@@ -98,7 +100,9 @@ class Dispatcher:
         )  # fmt: skip
 
     def post(self, what: str, argument: str = "") -> None:
-        """Leave a message: 'wake', 'room', 'cancel' or 'stop_job' <id>, 'drain', 'hand_over'."""
+        """Leave a message: 'wake', 'room', 'cancel' or 'stop_job' <id>, 'drain', 'hand_over',
+        'recycle' <reason>.
+        """
         self._messages.put((what, argument))
 
     @property
@@ -157,10 +161,19 @@ class Dispatcher:
         elif what == "stop_job":
             self._stop_job(argument)
         elif what == "hand_over":
-            self._drain_until = time.monotonic()
-        elif what == "drain" and self._drain_until is None:
-            grace = self._options.drain_grace_seconds
-            log.info("draining", held=len(self._publisher.held()), grace_seconds=grace)
+            self._status, self._drain_until = 0, time.monotonic()
+        elif what == "drain":
+            self._status = 0  # whoever asks for the end does not want a fresh child
+            self._drain(self._options.drain_grace_seconds)
+        elif what == "recycle" and not self.draining and not self._publisher.failing:
+            self._status = EXIT_RECYCLE
+            self._measures.count("recycles", argument)
+            self._drain(min(RECYCLE_SECONDS, self._options.drain_grace_seconds), argument)
+
+    def _drain(self, grace: float, recycled_for: str = "") -> None:
+        if self._drain_until is None:
+            held = len(self._publisher.held())
+            log.info("draining", held=held, grace_seconds=grace, recycled_for=recycled_for)
             self._drain_until = time.monotonic() + grace
 
     def _stop_job(self, job_id: str) -> None:
@@ -371,4 +384,4 @@ class Dispatcher:
         except redis.RedisError as error:
             self._outage.note(error)
         log.info("drained", handed_over=len(left), all_written=written)
-        return 0
+        return self._status

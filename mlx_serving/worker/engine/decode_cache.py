@@ -35,8 +35,18 @@ class Prefilled:
 class DecodeCache(Protocol):
     """The KV cache of every row that decodes, in the batch's order."""
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all keys and values, of places that no row uses too."""
+
     def limit(self, tokens: int) -> None:
         """Bound the cache; the scheduler admits within it."""
+
+    def shrink(self) -> None:
+        """Give back the memory of what no row and no known prefix uses."""
+
+    def reset(self) -> None:
+        """Drop every row and all that is known, whatever became of the last step."""
 
     def new_prompts(self, prompts: int) -> list[Any]:
         """Return what the model takes as its cache while it computes so many prompts."""
@@ -75,8 +85,20 @@ class PaddedCache:
         self._layers: list[Any] = []
         self._lengths: list[int] = []
 
+    @property
+    def nbytes(self) -> int:
+        """See `DecodeCache`."""
+        return sum(layer.nbytes for layer in self._layers)
+
     def limit(self, tokens: int) -> None:
         """Do nothing: mlx-lm's caches hold what they are given."""
+
+    def shrink(self) -> None:
+        """Do nothing: what no row uses is gone already."""
+
+    def reset(self) -> None:
+        """See `DecodeCache`."""
+        self._layers, self._lengths = [], []
 
     def new_prompts(self, prompts: int) -> list[Any]:
         """Return mlx-lm's plain caches for one prompt, batch caches for several."""

@@ -14,6 +14,7 @@ is launched.
 """
 
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any, Final, cast
 
 import mlx.core as mx
@@ -87,6 +88,26 @@ class ModelRunner:
         self._make_draw = make_draw
         self._sampler = None
 
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of the decode batch's cache, and of the prompt's that is being prefilled."""
+        return self._cache.nbytes + sum(layer.nbytes for layer in self._prefill_cache)
+
+    def shrink(self) -> None:
+        """Give back memory that no row and no known prefix uses."""
+        self._cache.shrink()
+
+    def reset(self) -> None:
+        """Drop the decode batch and the prompt being prefilled, after a step that failed."""
+        self._prefill_cache, self._gathered = [], False
+        self._rows, self._origins, self._joined = [], [], 0
+        self._pending, self._logprobs = mx.array([], dtype=mx.int32), None
+        self._rows_changed()
+        with suppress(RuntimeError):  # what is left of the step may fail once more
+            mx.synchronize()
+        self._cache.reset()
+        mx.clear_cache()
+
     def limit_kv(self, tokens: int) -> None:
         """Bound what the decode batch's cache may hold, where it can tell."""
         self._cache.limit(tokens)
@@ -122,6 +143,7 @@ class ModelRunner:
         self._prefill_cache = []
         if self._gathered:
             mx.synchronize()  # the blocks that it reads may be given to others now
+        mx.clear_cache()
 
     def join(self, groups: Iterable[Group]) -> None:
         """Move the rows whose prefill is complete into the decode batch.

@@ -11,7 +11,9 @@ from mlx_serving.worker.engine.acceleration import choose_sampler, make_detokeni
 from mlx_serving.worker.engine.cache_choice import CacheKind, choose_cache
 from mlx_serving.worker.engine.engine import Attachments, Engine
 from mlx_serving.worker.engine.fused_layers import fuse
+from mlx_serving.worker.engine.kv_memory import KvMemory
 from mlx_serving.worker.engine.marked_detokenizer import with_markers
+from mlx_serving.worker.engine.memory_room import MemoryRoom
 from mlx_serving.worker.engine.model_files import check_model_files, model_revision, tokenizer_hash
 from mlx_serving.worker.engine.model_runner import ModelRunner
 from mlx_serving.worker.engine.prefix.choice import make_prefix_cache
@@ -116,7 +118,14 @@ def build_engine(
     )
     runner.use_sampler(make_draw)
     found = (report, sampler_report, choice.report, prefix_report)
-    attachments = Attachments(tokenizer, tuple(each for each in found if each is not None))
+    room = MemoryRoom(
+        block_tokens=limits.kv_block_tokens, overhead_tokens=limits.kv_row_overhead_tokens
+    )
+    attachments = Attachments(
+        tokenizer,
+        tuple(each for each in found if each is not None),
+        KvMemory(runner, room, cost.bytes_per_token, prefixes),
+    )
     return Engine(runner, Scheduler(limits, prefixes), detokenizer, info, attachments)
 
 
