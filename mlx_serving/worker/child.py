@@ -23,13 +23,16 @@ from mlx_serving.worker.crash import EXIT_CONFIGURATION, EXIT_ENGINE
 from mlx_serving.worker.dispatcher import Dispatcher, DispatcherOptions
 from mlx_serving.worker.fleet import Fleet
 from mlx_serving.worker.listener import Listener
-from mlx_serving.worker.loading import EngineSpec, describe, load, planner_of, speller_of
+from mlx_serving.worker.loading import EngineSpec, describe, load, memory_of, planner_of, speller_of
 from mlx_serving.worker.manifest import Manifest
 from mlx_serving.worker.measured_protocol import MeasuredProtocol, QueueWatch
 from mlx_serving.worker.measures import Measures
+from mlx_serving.worker.memory_keeper import MemoryKeeper
+from mlx_serving.worker.memory_pressure import AvailableMemory
 from mlx_serving.worker.preparation import Preparation
 from mlx_serving.worker.presence import Presence, machine_facts
 from mlx_serving.worker.publisher import Publisher, PublisherOptions
+from mlx_serving.worker.recycling import RecycleRules, Recycling
 from mlx_serving.worker.runner import Runner
 from mlx_serving.worker.sweeper import Sweeper
 from mlx_serving.worker.vitals import Reporter, Vitals
@@ -78,12 +81,19 @@ class Child:
         self._encode: Callable[[GenerationJob], tuple[int, ...]] | None = None
         self._plan: Plan | None = None
         self._description: dict[str, str] = {}
+        self.keeper = MemoryKeeper(
+            self.measures, Recycling(RecycleRules.of(settings, spec.name)),
+            on_due=lambda reason: self.dispatcher.post("recycle", reason),
+            steps=lambda: self.runner.steps,
+        )  # fmt: skip
+        self.available = AvailableMemory()
         self.runner = Runner(
             self._load,
             on_outputs=self._push,
             on_refused=self._refused,
             on_room=lambda: self.dispatcher.post("room"),
             paused=lambda: self.publisher.backlog >= settings.buffer_tokens,
+            tend=self.keeper.tend,
         )
         self.publisher = Publisher(
             MeasuredProtocol(connect(endpoint), endpoint.keys, self.measures),
@@ -111,7 +121,7 @@ class Child:
         self.vitals = Vitals(
             self.measures, self.runner, self.publisher,
             draining=lambda: self.dispatcher.draining, info=lambda: self._description,
-            paused=lambda: self.conditions.reasons,
+            paused=lambda: self.conditions.reasons, keeper=self.keeper,
         )  # fmt: skip
         self.fleet.numbers = Presence(self.vitals.snapshot).numbers
 
@@ -120,6 +130,7 @@ class Child:
         return DispatcherOptions(
             spec.name, spec.model, queues, settings.max_batch_rows, lease_ms,
             settings.drain_grace_seconds, settings.max_payload_bytes, self.conditions,
+            lambda: self.keeper.state.refuses,
         )  # fmt: skip
 
     def _preparation(self) -> Preparation:
@@ -141,6 +152,8 @@ class Child:
             "implementation": ("twin" if "twin" in pieces else "native") if pieces else "none",
         }
         engine.on_prefill = self._manifest.prefill
+        self.available.start()
+        self.keeper.watch(*memory_of(self._spec.engine, [engine], lambda: self.available.value))
         return engine
 
     def _encode_prompt(self, job: GenerationJob) -> tuple[int, ...]:
@@ -187,6 +200,7 @@ class Child:
         self.conditions.start()
         status = self.dispatcher.run()
         self.conditions.stop()
+        self.available.stop()
         self.vitals.stop()
         self.publisher.stop()
         self.listener.stop()

@@ -30,7 +30,7 @@ from mlx_serving.worker.outage import Outage
 from mlx_serving.worker.strays import Strays
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from mlx_serving.common.calls import Call, ClaimedJob, ClaimReply, Returned
     from mlx_serving.common.protocol import Protocol
@@ -64,6 +64,7 @@ class DispatcherOptions:
     drain_grace_seconds: float = 30.0
     max_payload_bytes: int = 4 * 1024 * 1024
     conditions: Conditions = ANY_TIME
+    memory_short: Callable[[], bool] = bool  # bool(): False
 
 
 class Dispatcher:
@@ -100,8 +101,9 @@ class Dispatcher:
         )  # fmt: skip
 
     def post(self, what: str, argument: str = "") -> None:
-        """Leave a message: 'wake', 'room', 'cancel' or 'stop_job' <id>, 'drain', 'hand_over',
-        'recycle' <reason>.
+        """Leave a message.
+
+        'wake', 'room', 'cancel' or 'stop_job' <id>, 'drain', 'hand_over', 'recycle' <reason>.
         """
         self._messages.put((what, argument))
 
@@ -196,7 +198,7 @@ class Dispatcher:
         waiting = self._runner.unadmitted()
         if self._drain_until is not None or self._publisher.failing or waiting is None or waiting:
             return 0
-        if self._options.conditions.reasons:
+        if self._options.conditions.reasons or self._options.memory_short():
             return 0
         rows = self._options.rows - self._engine.running - self._engine.waiting - in_hand
         return min(rows, self._claim_limit)

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Literal
 import structlog
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from mlx_serving.common.jobs import GenerationJob
     from mlx_serving.common.settings import Settings
+    from mlx_serving.worker.engine.device_memory import DeviceMemory
+    from mlx_serving.worker.engine.kv_memory import KvMemory
     from mlx_serving.worker.engine.sequence import InferenceEngine
     from mlx_serving.worker.intake import Plan
     from mlx_serving.worker.token_text import Spell
@@ -72,6 +74,21 @@ def planner_of(spec: EngineSpec, engine: InferenceEngine) -> Plan:
     planner = OutputPlanner(getattr(engine, "tokenizer", None), engine.model_info)
     planner.warm_up()
     return planner.plan
+
+
+def memory_of(
+    spec: EngineSpec, engines: Sequence[InferenceEngine], available: Callable[[], int | None]
+) -> tuple[DeviceMemory | None, list[KvMemory]]:
+    """What the memory keeper watches of these engines; nothing of simulated ones.
+
+    `available` says what the system could still give, in bytes.
+    """
+    if spec.kind == "simulated":
+        return None, []
+    from mlx_serving.worker.engine.device_memory import MlxMemory  # imports MLX
+
+    caches = [getattr(engine, "kv_memory", None) for engine in engines]
+    return MlxMemory(available), [cache for cache in caches if cache is not None]
 
 
 def describe(spec: EngineSpec, engine: InferenceEngine) -> dict[str, str]:

@@ -15,7 +15,13 @@ def paged(room: int | None = None) -> MemoryRoom:
     return made
 
 
-def admits(room: MemoryRoom, *choices: Request, used: int = 100, rows: int = 1, kept: int = 0) -> bool:
+def is_starved(room: MemoryRoom) -> bool:
+    return room.starved
+
+
+def admits(
+    room: MemoryRoom, *choices: Request, used: int = 100, rows: int = 1, kept: int = 0
+) -> bool:
     return room.admits(choices, used=used, rows=rows, kept=kept)
 
 
@@ -47,14 +53,14 @@ def test_idle_prefixes_take_memory_until_they_are_given_up() -> None:
     """They are free for rows, but not for the copy; the guard is told that they are in the way."""
     room = paged(300)
     assert admits(room, request(50), kept=250)
-    assert not room.starved
+    assert not is_starved(room)
     assert not admits(room, request(50), kept=251)
-    assert room.starved
+    assert is_starved(room)
     assert not admits(room, request(500), kept=251)
-    assert not room.starved  # it would not fit without them either
+    assert not is_starved(room)  # it would not fit without them either
     admits(room, request(50), kept=251)
     room.look(300)
-    assert not room.starved
+    assert not is_starved(room)
 
 
 def test_an_empty_engine_takes_what_its_budget_allows() -> None:
@@ -66,7 +72,7 @@ def test_an_empty_engine_takes_what_its_budget_allows() -> None:
 def test_idle_prefixes_of_an_empty_engine_make_room_first() -> None:
     room = paged(100)
     assert not admits(room, request(80), used=0, rows=0, kept=64)
-    assert room.starved
+    assert is_starved(room)
     assert admits(room, request(80), used=0, rows=0, kept=0)
 
 

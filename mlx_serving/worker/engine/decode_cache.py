@@ -88,7 +88,8 @@ class PaddedCache:
     @property
     def nbytes(self) -> int:
         """See `DecodeCache`."""
-        return sum(layer.nbytes for layer in self._layers)
+        nbytes: int = sum(layer.nbytes for layer in self._layers)
+        return nbytes
 
     def limit(self, tokens: int) -> None:
         """Do nothing: mlx-lm's caches hold what they are given."""

@@ -308,11 +308,6 @@ class Engine:
         return self._scheduler.waiting + len(self._recovery)
 
     @property
-    def memory_errors(self) -> int:
-        """Out-of-memory errors of the device so far."""
-        return self._recovery.errors
-
-    @property
     def kv_tokens_used(self) -> int:
         """KV tokens reserved by admitted rows."""
         return self._scheduler.kv_tokens_used

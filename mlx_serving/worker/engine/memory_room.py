@@ -23,6 +23,7 @@ class MemoryRoom:
         self._cap: int | None = None  # after an out-of-memory error
         self._quiet_looks = 0
         self.starved = False
+        self.errors = 0  # out-of-memory errors so far
 
     @property
     def tokens(self) -> int | None:
@@ -41,6 +42,7 @@ class MemoryRoom:
 
     def strike(self, used_tokens: int) -> None:
         """Note that the device ran out of memory with so many KV tokens reserved."""
+        self.errors += 1
         self._cap, self._quiet_looks = used_tokens // 2, 0
 
     def forgive(self) -> None:

@@ -91,7 +91,8 @@ class ModelRunner:
     @property
     def kv_bytes(self) -> int:
         """Bytes of the decode batch's cache, and of the prompt's that is being prefilled."""
-        return self._cache.nbytes + sum(layer.nbytes for layer in self._prefill_cache)
+        prompt: int = sum(layer.nbytes for layer in self._prefill_cache)
+        return self._cache.nbytes + prompt
 
     def shrink(self) -> None:
         """Give back memory that no row and no known prefix uses."""

@@ -29,7 +29,6 @@ class Recovery:
         self._scheduler, self._room = scheduler, room
         self._rows: deque[Sequence] = deque()
         self._alone: Place | None = None  # the last row that ran out of memory by itself
-        self.errors = 0  # out-of-memory errors so far
 
     def __len__(self) -> int:
         """Rows that wait for room."""
@@ -37,7 +36,6 @@ class Recovery:
 
     def take(self, rows: SequenceOf[Sequence]) -> list[Sequence]:
         """Take admitted rows out of the scheduler; return those that are to be ended instead."""
-        self.errors += 1
         scheduler = self._scheduler
         places = [(row.request.id, row.request.choice, row.decoded) for row in rows]
         alone = len(rows) == 1 == scheduler.running + scheduler.waiting
@@ -56,9 +54,7 @@ class Recovery:
         """Admit rows again, in their order, as far as there is room; one may always try."""
         while self._rows:
             lost = self._rows[0]
-            request = replace(
-                lost.request, committed=(*lost.request.committed, *lost.tokens)
-            )
+            request = replace(lost.request, committed=(*lost.request.committed, *lost.tokens))
             if self._scheduler.has_work and not self.has_room(request):
                 return
             self._rows.popleft()
