@@ -10,9 +10,10 @@ the same answer every time.
 
 The first fifth runs under `recycle_after_tokens`, so that the engine child is replaced by plan
 about four times in the middle of its work. The rest is one child's, so that no replacement hides
-what creeps. Its resident memory and MLX's active memory are read once a second. The slope is that
-of the least-squares line through the readings of the run's second half: its rise from end to end,
-in percent of their mean.
+what creeps. Twenty times in a run the window is let run empty: what the child holds then, resident
+and in MLX's arrays, is what nothing needs. The slope is that of the least-squares line through
+these idle readings of the run's second half: its rise from end to end, in percent of their mean.
+Memory is also read once a second while jobs run.
 """
 
 import argparse
@@ -54,6 +55,8 @@ from mlx_serving.worker.loading import EngineSpec
 RECYCLED_SHARE: Final = 0.2  # of the jobs, under recycling
 RECYCLES: Final = 4
 TOKENS_A_JOB: Final = 2.6  # the mean of 1 to 4, and of the choices
+IDLE_MOMENTS: Final = 20
+SETTLED_SECONDS: Final = 3.2  # until an idle worker has said so
 STUCK_SECONDS: Final = 60.0  # without one job that ends, those that are open count as lost
 LANE: Final = "bulk"
 ENDED: Final = {state.value for state in TERMINAL}
@@ -66,7 +69,7 @@ class Load:
 
     jobs: int = 50_000
     in_flight: int = 384
-    rows: int = 32
+    rows: int = 64
     kv_cache: str = "auto"
     prefix_mib: int = 0
     seed: int = 1
@@ -90,6 +93,7 @@ class Reading:
     rss: int
     active: int
     ended: int  # jobs, by then
+    idle: bool = False
 
 
 class Watch(threading.Thread):
@@ -105,10 +109,15 @@ class Watch(threading.Thread):
     def run(self) -> None:
         """Read until stopped."""
         while not self._stopping.wait(1.0):
-            said: dict[str, str] = self._redis.hgetall(Keys().worker("bench-worker"))  # type: ignore[assignment]
-            pid, active = int(said.get("pid", 0)), int(said.get("memory_active_bytes", 0))
-            if pid and active and (rss := resident(pid)):
-                self.readings.append(Reading(time.monotonic(), pid, rss, active, self.ended))
+            self.look()
+
+    def look(self, *, idle: bool = False) -> None:
+        """Read once."""
+        said: dict[str, str] = self._redis.hgetall(Keys().worker("bench-worker"))  # type: ignore[assignment]
+        pid, active = int(said.get("pid", 0)), int(said.get("memory_active_bytes", 0))
+        if pid and active and (rss := resident(pid)):
+            now = time.monotonic()
+            self.readings.append(Reading(now, pid, rss, active, self.ended, idle))
 
     def stop(self) -> None:
         """Stop reading."""
@@ -150,7 +159,7 @@ class Churn:
         if chance.random() < 0.5:  # of the pool
             text = f"{chance.choice(WORDS)} {chance.randrange(8)}"
         else:
-            text = "x" * chance.choice((1, 5, 20, 90, 300)) + str(chance.random())
+            text = "x" * chance.choice((1, 1, 5, 5, 20, 20, 60, 250)) + str(chance.random())
             job |= {"temperature": chance.choice((0.3, 1.0)), "seed": chance.randrange(1 << 30)}
             job |= {"n": chance.choice((1, 1, 2, 3)), "stop": chance.choice(([], ["q"]))}
             job |= chance.choice(({}, {"logprobs": True}, {"repetition_penalty": 1.2}))
@@ -190,11 +199,14 @@ class Run:
 def feed(load: Load, jobs: int, settings: Settings, run: Run) -> None:
     """Keep the window full until so many jobs have ended."""
     store, queue = JobStore(resolve(settings, MODEL)), queue_name(MODEL, LANE)
+    pause_every, paused_at = max(1, load.jobs // IDLE_MOMENTS), 0
     opened: dict[str, dict[str, Any]] = {}
     submitted, moved_at = 0, time.monotonic()
     with Client(settings=settings) as client:
         while submitted < jobs or opened:
-            room = min(load.in_flight - len(opened), jobs - submitted)
+            room = min(
+                load.in_flight - len(opened), jobs - submitted, paused_at + pause_every - submitted
+            )
             if room > 0:
                 new = [run.churn.job() for _ in range(room)]
                 handles = client.submit_many(new)
@@ -213,6 +225,10 @@ def feed(load: Load, jobs: int, settings: Settings, run: Run) -> None:
                 run.lost += len(opened)
                 break
             time.sleep(0.05)
+            if not opened and submitted >= paused_at + pause_every:
+                paused_at = submitted
+                time.sleep(SETTLED_SECONDS)
+                run.watch.look(idle=True)
     store.close()
 
 
@@ -243,9 +259,10 @@ def watching(url: str) -> Iterator[Watch]:
 
 
 def second_half(run: Run, load: Load) -> list[Reading]:
-    """Readings after half of the jobs had ended, all of one child."""
+    """Idle readings after half of the jobs had ended, all of one child."""
     last = run.children[-1]
-    return [r for r in run.watch.readings if r.pid == last and r.ended >= load.jobs / 2]
+    idle = [r for r in run.watch.readings if r.idle]
+    return [r for r in idle if r.pid == last and r.ended >= load.jobs / 2]
 
 
 def figures(run: Run, load: Load) -> list[Figure]:
@@ -265,33 +282,43 @@ def figures(run: Run, load: Load) -> list[Figure]:
     ):
         if len(of) > 1:
             mean = statistics.mean(of)
-            values.append(Figure(f"{name}, mean of the second half", mean / 1e6, "MB"))
+            values.append(Figure(f"{name} when idle, mean of the second half", mean / 1e6, "MB"))
             values.append(
-                Figure(f"{name} slope over the second half", slope_percent(of), "%", Goal("≤", 1))
+                Figure(
+                    f"{name} when idle, slope over the second half",
+                    slope_percent(of),
+                    "%",
+                    Goal("≤", 1),
+                )
             )
     return values
 
 
-def series(run: Run, load: Load) -> list[str]:
-    """Memory by tenth of the jobs."""
-    lines = ["jobs ended      child   RSS MB (min, mean, max)    MLX active MB (min, mean, max)"]
-    for tenth in range(10):
-        some = [r for r in run.watch.readings if int(10 * r.ended / (load.jobs + 1)) == tenth]
-        for pid in dict.fromkeys(r.pid for r in some):
-            of = [r for r in some if r.pid == pid]
-            rss, active = [r.rss / 1e6 for r in of], [r.active / 1e6 for r in of]
-            lines.append(
-                f"{of[0].ended:6d}-{of[-1].ended:<6d} {pid:7d}   "
-                f"{min(rss):7.1f} {statistics.mean(rss):7.1f} {max(rss):7.1f}   "
-                f"{min(active):9.2f} {statistics.mean(active):7.2f} {max(active):7.2f}"
-            )
+def series(run: Run) -> list[str]:
+    """Idle readings, and what was read since the one before, in MB."""
+    lines = [
+        "jobs ended   child   RSS idle  (min  mean  max between)  MLX active idle  (min  mean  max)"
+    ]
+    since: list[Reading] = []
+    for reading in run.watch.readings:
+        since.append(reading)
+        if not reading.idle:
+            continue
+        same = [r for r in since if r.pid == reading.pid]
+        rss, active = [r.rss / 1e6 for r in same], [r.active / 1e6 for r in same]
+        lines.append(
+            f"{reading.ended:10d} {reading.pid:7d}   {reading.rss / 1e6:8.2f}  ({min(rss):6.1f} "
+            f"{statistics.mean(rss):6.1f} {max(rss):6.1f})   {reading.active / 1e6:10.4f}  "
+            f"({min(active):6.2f} {statistics.mean(active):6.2f} {max(active):6.2f})"
+        )
+        since = []
     return lines
 
 
 def measure(load: Load) -> list[Figure]:
     """Run and print the series."""
     run = soak(load)
-    print("\n".join(series(run, load)))
+    print("\n".join(series(run)))
     return figures(run, load)
 
 
