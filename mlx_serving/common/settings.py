@@ -50,6 +50,11 @@ def _split(value: object) -> object:
     )
 
 
+def _number(value: object) -> object:
+    """Let the environment give a choice of numbers."""
+    return int(value) if isinstance(value, str) and value.isdecimal() else value
+
+
 def _known_scheme(value: object) -> object:
     if isinstance(value, str) and not value.startswith(("redis://", "rediss://", "unix://")):
         raise ValueError("must start with redis://, rediss:// or unix://")
@@ -136,6 +141,7 @@ class Settings(BaseSettings):
         description="of the KV budget, for prefixes that no row uses; 0 is off",
     )  # fmt: skip
     kv_cache: Literal["auto", "paged", "padded"] = "auto"
+    kv_bits: Annotated[Literal[4, 8] | None, BeforeValidator(_number)] = None
     prefill_chunk_tokens: int = Field(default=512, ge=1, le=65_536)
     native: bool = True
 
@@ -190,6 +196,8 @@ class Settings(BaseSettings):
             raise ValueError("lease_seconds must be longer than reap_interval_seconds")
         if (self.redis_tls_cert is None) != (self.redis_tls_key is None):
             raise ValueError("redis_tls_cert and redis_tls_key go together")
+        if self.kv_bits is not None and self.kv_cache == "paged":
+            raise ValueError("kv_bits needs a padded kv_cache: nothing reads blocks in few bits")
         return self
 
 

@@ -114,6 +114,7 @@ def _load_mlx(spec: EngineSpec, settings: Settings) -> tuple[InferenceEngine, En
         kv_budget_bytes=settings.kv_budget_bytes,
         prefix_cache_bytes=settings.prefix_cache_bytes,
         kv_cache=settings.kv_cache,
+        kv_bits=settings.kv_bits,
         prefill_chunk_tokens=settings.prefill_chunk_tokens,
         prefer_native=settings.native,
     )

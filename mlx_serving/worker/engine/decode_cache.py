@@ -15,6 +15,7 @@ from mlx_serving.worker.engine import kv_cache
 from mlx_serving.worker.engine.kv_cache import LanguageModel
 from mlx_serving.worker.engine.prefix.cache import PrefixCache
 from mlx_serving.worker.engine.prefix.index import PrefixKey
+from mlx_serving.worker.engine.quantized_cache import Quantization, quantized_layers
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,3 +149,16 @@ class PaddedCache:
 
     def remember(self, row: int, key: PrefixKey | None) -> None:
         """Do nothing: what leaves is dropped."""
+
+
+class QuantizedCache(PaddedCache):
+    """The same in few bits a value; see `quantized_cache`."""
+
+    def __init__(self, model: LanguageModel, how: Quantization) -> None:
+        """Start without rows."""
+        super().__init__(model)
+        self._how = how
+
+    def new_prompts(self, prompts: int) -> list[Any]:
+        """Return layers that are batches from the start."""
+        return quantized_layers(self._model, prompts, self._how)

@@ -55,8 +55,8 @@ class ModelRunner:
         Raises:
             UnsupportedModelError: a layer's cache can't join a batch.
         """
-        self.cost = kv_cache.measure(model)
         self.choice = choose_cache(model) if choice is None else choice
+        self.cost = self.choice.cost(model)
         self._model = model
         self._words = token_words(self.cost.vocab_size)
         mx.eval(self._words)

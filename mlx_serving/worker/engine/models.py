@@ -17,6 +17,7 @@ from mlx_serving.worker.engine.memory_room import MemoryRoom
 from mlx_serving.worker.engine.model_files import check_model_files, model_revision, tokenizer_hash
 from mlx_serving.worker.engine.model_runner import ModelRunner
 from mlx_serving.worker.engine.prefix.choice import make_prefix_cache
+from mlx_serving.worker.engine.quantized_cache import KvBits
 from mlx_serving.worker.engine.scheduler import Scheduler, SchedulerLimits
 from mlx_serving.worker.engine.sequence import ModelInfo, Request, SamplingParams
 
@@ -31,13 +32,15 @@ class EngineOptions:
     """How much of the device an engine takes. `kv_budget_bytes` None: derived from the device.
 
     `prefix_cache_bytes`: of the KV budget, what prefixes may keep that no row uses; None: half of
-    it, 0: every prompt is computed. `kv_cache`: see `cache_choice.choose_cache`.
+    it, 0: every prompt is computed. `kv_cache`, `kv_bits`: see
+    `cache_choice.choose_cache`.
     """
 
     max_batch_rows: int = 64
     kv_budget_bytes: int | None = None
     prefix_cache_bytes: int | None = None
     kv_cache: CacheKind = "auto"
+    kv_bits: KvBits | None = None
     prefill_chunk_tokens: int = 512
     prefer_native: bool = True
     warm_up: bool = True
@@ -69,7 +72,9 @@ def load_engine(
     tokenizer = load_tokenizer(
         path, {"trust_remote_code": False}, eos_token_ids=config.get("eos_token_id")
     )
-    choice = choose_cache(model, prefer_native=options.prefer_native, kind=options.kv_cache)
+    choice = choose_cache(
+        model, prefer_native=options.prefer_native, kind=options.kv_cache, bits=options.kv_bits
+    )
     runner = ModelRunner(model, choice)
     info = ModelInfo(
         name or path.resolve().name,
