@@ -67,16 +67,16 @@ def some_rows(chance: random.Random) -> list[RowSampling]:
 
 
 def some_row(chance: random.Random, kind: int) -> RowSampling:
-    settings: dict[str, Any] = [
+    kinds: list[dict[str, Any]] = [
         {"temperature": 0.0},
         {"top_p": chance.random(), "top_k": chance.randrange(VOCABULARY), "min_p": chance.random()},
         {"repetition_penalty": 1 + chance.random(), "presence_penalty": chance.random()},
         {"logit_bias": tuple((t, chance.random()) for t in range(chance.randrange(1, 9)))},
         {"logprobs": chance.randrange(6)},
         {},
-    ][kind]
-    params = SamplingParams(**{"temperature": 2 * chance.random(), "seed": chance.getrandbits(64)}
-                            | settings)  # fmt: skip
+    ]
+    anyhow = {"temperature": 2 * chance.random(), "seed": chance.getrandbits(64)}
+    params = SamplingParams(**anyhow | kinds[kind])
     position, prompt = chance.randrange(30), chance.randrange(1, 200)
     history = chance.choices(range(VOCABULARY), k=prompt + position)
     return RowSampling(params, chance.randrange(3), position, history, prompt, masked=kind == 5)
