@@ -14,7 +14,7 @@ from benchmarks.synthetic import build_model
 from mlx_serving.common.jobs import Lane
 from mlx_serving.worker.engine.engine import Engine
 from mlx_serving.worker.engine.sequence import Output, Request, SamplingParams
-from tests.engine_support import GREEDY, prefixes_of, tiny_engine
+from tests.engine_support import prefixes_of, tiny_engine
 from tests.unit.test_engine_caches import HYBRID, SLIDING, other_model
 
 SAMPLED = SamplingParams(1.0, top_p=0.95, seed=5, repetition_penalty=1.2, logprobs=2)
