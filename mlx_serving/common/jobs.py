@@ -240,6 +240,16 @@ def queue_name(model: str, lane: Lane) -> str:
     return f"{model}:{lane}"
 
 
+def lane_of(queue: str) -> Lane:
+    """Lane of an RQ queue of ours.
+
+    Raises:
+        ValueError: it is named otherwise.
+
+    """
+    return LANES[LANES.index(queue.rpartition(":")[2])]  # type: ignore[arg-type] -- it raises
+
+
 def _plain_fields(data: dict[Any, Any]) -> dict[Any, Any]:
     """Drop what is null, as in the OpenAI API; settle max_tokens against its alias."""
     fields = {key: value for key, value in data.items() if value is not None}
