@@ -26,8 +26,11 @@ _TEMPLATES: dict[str, tuple[str, str]] = {
     "tenants": ("own", ":tenants"),  # set of tenants that have open jobs
     "tenant_queued": ("own", ":tenant:<>:queued"),  # set of a tenant's queued jobs
     "tenant_running": ("own", ":tenant:<>:running"),  # set of a tenant's running jobs
-    "line": ("own", ":line:<>"),  # list of one tenant's queued jobs; argument: "<queue>:<tenant>"
-    "turns": ("own", ":turns:<>"),  # list of the tenants that have a line in a queue, next one first
+    "line": ("own", ":line:<>"),  # list of a tenant's queued jobs; argument: "<queue>:<tenant>"
+    "turns": (
+        "own",
+        ":turns:<>",
+    ),  # list of tenants with a line in a queue, next one first
     "worker": ("own", ":worker:<>"),  # hash: what a worker is and can hold; expires
     "batch": ("own", ":batch:<>"),  # hash: what a bulk file's runner says of it; expires
     "batches": ("own", ":batches"),  # zset of bulk files, by the time they were last heard of

@@ -1,7 +1,7 @@
 """The protocol's Lua scripts, as texts ready to register.
 
-A script is the generated key functions, ``tenants.lua``, ``prelude.lua``, then its own file; Redis caches it
-by hash, so the length costs nothing after the first call.
+A script is the generated key functions, then ``tenants.lua`` and ``prelude.lua``, then its own
+file; Redis caches it by hash, so the length costs nothing after the first call.
 """
 
 from __future__ import annotations

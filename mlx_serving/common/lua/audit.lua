@@ -4,12 +4,13 @@ local tenant = ARGV[3]
 local queued, running = k_tenant_queued(tenant), k_tenant_running(tenant)
 local done = {}
 
-local function is_in(set, id)
-  local found = redis.pcall('SISMEMBER', set, id)
-  if type(found) == 'number' then return found == 1 end
-  redis.call('DEL', set)  -- another type: nobody can count it
-  return false
+-- Nobody can count what is no set; the jobs come back into it as they move.
+for _, key in ipairs({queued, running}) do
+  local kind = redis.call('TYPE', key).ok
+  if kind ~= 'set' and kind ~= 'none' then redis.call('DEL', key) end
 end
+
+local function is_in(set, id) return redis.call('SISMEMBER', set, id) == 1 end
 
 local function audit(id)
   local c = redis.pcall('HMGET', k_job(id), 'st', 'tn')
