@@ -18,7 +18,7 @@ local STARVED_MS, RESERVED_MS = 5000, 3000
 local reserved = ''  -- queue of the suspect that this worker makes room for
 local PAGE, PAGES = 64, 16  -- how far past jobs that are not for this worker it looks
 local TENANTS, LINE = 64, 64  -- tenants of a queue asked in one claim; jobs of a line that may be not for this worker
-local WALK = 20000  -- list entries that a claim may walk to take jobs out of the middle
+local WALK = 200000  -- list entries that a claim may walk to take jobs out of the middle
 local FORBIDDEN = {'success_callback_name', 'failure_callback_name', 'stopped_callback_name', 'webhooks',
                    'dependency_ids', 'dependency_id', 'repeats_left', 'rate_limit_key'}
 local now = now_ms()
