@@ -1,22 +1,26 @@
 """The engine: admits requests, steps the batch, turns tokens into text, says why a row ended."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from mlx_serving.common.jobs import Lane
 from mlx_serving.worker.engine.acceleration import AccelerationReport
 from mlx_serving.worker.engine.detokenizer import DetokenizerProtocol
 from mlx_serving.worker.engine.kv_memory import KvMemory
 from mlx_serving.worker.engine.marked_detokenizer import MarkedDetokenizer
 from mlx_serving.worker.engine.memory_room import MemoryRoom
 from mlx_serving.worker.engine.out_of_memory import is_out_of_memory
+from mlx_serving.worker.engine.parking import Parking
+from mlx_serving.worker.engine.prefill_chunk import Group, PrefillChunk
 from mlx_serving.worker.engine.recovery import NO_MEMORY, OUT_OF_MEMORY, Recovery
 from mlx_serving.worker.engine.row_output import grammar_ended, parse_output, row_error
-from mlx_serving.worker.engine.scheduler import Group, PrefillChunk, Scheduler
+from mlx_serving.worker.engine.scheduler import Scheduler
 from mlx_serving.worker.engine.sequence import (
     FINISH_ERROR,
     FINISH_LENGTH,
     FINISH_STOP,
+    LaneRows,
     ModelInfo,
     Output,
     Phase,
@@ -49,14 +53,23 @@ class Runner(Protocol):
     def prefill(self, chunk: PrefillChunk) -> None:
         """Compute one chunk of prompts."""
 
-    def drop_prefill(self) -> None:
-        """Forget the prompt being prefilled."""
+    def drop_prefill(self, lane: Lane) -> None:
+        """Forget the prompt being prefilled for a lane."""
 
     def join(self, groups: Iterable[Group]) -> None:
         """Move the rows of the chunk that was prefilled last into the decode batch."""
 
     def remove(self, rows: Iterable[Sequence]) -> None:
-        """Take rows out of the decode batch; rows that are not in it are ignored."""
+        """Take rows out of the decode batch, or drop what is kept of them; others are ignored."""
+
+    def park(self, rows: Iterable[Sequence], keep: Container[Sequence]) -> list[SampledToken]:
+        """Take rows out of the decode batch; return the tokens that were on their way.
+
+        The keys and values of those in `keep` stay, for `resume` or `remove`.
+        """
+
+    def resume(self, row: Sequence) -> None:
+        """Put a row that was kept back into the decode batch."""
 
     def reset(self) -> None:
         """Drop the decode batch and the prompt being prefilled, after a step that failed."""
@@ -88,7 +101,7 @@ class Engine:
         self._runner = runner
         self._scheduler = scheduler
         self._detokenizer = detokenizer
-        self._finished_early: list[Output] = []
+        self._early: list[Output] = []  # for the next step to return
         self.kv_memory = attachments.kv_memory
         room = self.kv_memory.room if self.kv_memory else MemoryRoom()
         self._recovery = Recovery(scheduler, room)
@@ -98,13 +111,14 @@ class Engine:
         return self._scheduler.fits(*choices)
 
     def can_add(self, *choices: Request) -> bool:
-        """Say whether there is room for these choices of one request now."""
+        """Say whether there is room for these choices of one request now, or can be made."""
         return not self._recovery and self._recovery.has_room(*choices)
 
     def add(self, *choices: Request) -> None:
         """Admit choices of one request; see `InferenceEngine.add` for what it raises."""
         for request in choices:
             check_request(request, self.model_info.vocab_size)
+        self._park(self._scheduler.make_room(*choices))
         rows = self._scheduler.add(*choices)
         try:
             for row in rows:
@@ -149,23 +163,54 @@ class Engine:
             output = self._output(sequence, reason, held)
             itself = committed[-1] in self.model_info.eos_token_ids or grammar_ended(sequence)
             parse_output(sequence, output, ended_itself=itself)
-            self._finished_early.append(output)
+            self._early.append(output)
             self._forget(sequence)
+
+    def _park(self, parking: Parking) -> None:
+        """Let rows give way; what the device had decoded of them goes out with the next step."""
+        decoding = [row for row in parking.park if row.phase is Phase.DECODING]
+        keep = {*decoding}.difference(parking.drop)
+        if decoding:
+            self._collect(self._runner.park(decoding, keep), self._early)
+        for row in filter(self._scheduler.is_here, parking.park):  # the others have just ended
+            self._drop_prefill(row)
+            self._scheduler.park(row)
+        self._drop(parking.drop)
+
+    def _drop(self, rows: Iterable[Sequence]) -> None:
+        """Give the KV of parked rows back."""
+        leaving = list(filter(self._scheduler.is_here, rows))
+        self._runner.remove(leaving)
+        for row in leaving:
+            self._scheduler.drop(row)
+
+    def _drop_prefill(self, row: Sequence) -> None:
+        """Forget a prefill under way that a row leaves alone."""
+        if row.phase is Phase.PREFILLING and self._scheduler.is_alone_in_prefill(row):
+            self._runner.drop_prefill(row.request.lane)
+
+    def _resume(self) -> None:
+        """Let parked rows go on, as far as there is room."""
+        while (parking := self._scheduler.next_parked()) is not None:
+            self._drop(parking.drop)
+            for row in parking.park:
+                if self._scheduler.resume(row):
+                    self._runner.resume(row)
 
     def abort(self, request_id: str) -> None:
         """Forget every choice of the request; no Output follows. Unknown ids are ignored."""
-        self._finished_early = [o for o in self._finished_early if o.request_id != request_id]
+        self._early = [o for o in self._early if o.request_id != request_id]
         rows = self._scheduler.find(request_id)
-        if any(row.phase is Phase.PREFILLING for row in rows):
-            self._runner.drop_prefill()
         self._runner.remove(rows)
         for row in [*rows, *self._recovery.forget(request_id)]:
+            self._drop_prefill(row)
             self._forget(row)
 
     def step(self) -> list[Output]:
         """Do one prefill chunk and one decode step; return the rows that progressed."""
-        outputs, self._finished_early = self._finished_early, []
+        outputs, self._early = self._early, []
         self._recovery.readmit()
+        self._resume()
         chunk = self._scheduler.schedule_prefill()
         self._collect(self._advance(chunk, outputs), outputs)
         if chunk is not None:
@@ -215,7 +260,7 @@ class Engine:
         try:
             self._runner.prefill(chunk)
         except Exception as error:  # noqa: BLE001 - whatever a row's prefill raises ends that row
-            self._runner.drop_prefill()
+            self._runner.drop_prefill(chunk.lane)
             if is_out_of_memory(error):
                 return NO_MEMORY
             # The exception's own text may hold addresses or parts of the prompt.
@@ -295,7 +340,7 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether `step` would do anything."""
-        return self._scheduler.has_work or bool(self._finished_early or self._recovery)
+        return self._scheduler.has_work or bool(self._early or self._recovery)
 
     @property
     def running(self) -> int:
@@ -306,6 +351,16 @@ class Engine:
     def waiting(self) -> int:
         """Admitted rows that are not in the decode batch yet."""
         return self._scheduler.waiting + len(self._recovery)
+
+    @property
+    def parked(self) -> int:
+        """Rows that gave way to others and go on later."""
+        return self._scheduler.parked
+
+    @property
+    def lane_rows(self) -> LaneRows:
+        """Rows in the batch, and parked ones, by lane."""
+        return self._scheduler.lane_rows
 
     @property
     def kv_tokens_used(self) -> int:

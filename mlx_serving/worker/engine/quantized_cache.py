@@ -127,6 +127,18 @@ class QuantizedBatchCache:
         self._parts = [part[rows][..., unused:, :] for part in self._parts]
         self._end -= unused
 
+    def extract(self, row: int) -> Self:
+        """Return a copy of one row."""
+        copy = type(self)(1, Quantization(self.bits, self.group_size))
+        padding = int(self.left_padding[row].item())
+        copy.offset = self.offset[row : row + 1]
+        used = [part[row : row + 1, :, padding : self._end] for part in self._parts]
+        copy._hold([mx.contiguous(part) for part in used])  # noqa: SLF001 - its own kind
+        return copy
+
+    def _hold(self, parts: list[mx.array]) -> None:
+        self._parts, self._end = parts, parts[0].shape[2]
+
     @classmethod
     def merge(cls, caches: Sequence[Self]) -> Self:
         """Return the only one: it is a batch already."""

@@ -12,8 +12,9 @@ from dataclasses import replace
 from typing import Final
 
 from mlx_serving.worker.engine.memory_room import MemoryRoom
+from mlx_serving.worker.engine.parking import Parking
 from mlx_serving.worker.engine.scheduler import Scheduler
-from mlx_serving.worker.engine.sequence import Request, RowError, Sequence
+from mlx_serving.worker.engine.sequence import Request, RequestRefusedError, RowError, Sequence
 
 OUT_OF_MEMORY: Final = "out_of_memory"
 NO_MEMORY: Final = RowError(OUT_OF_MEMORY, "the device ran out of memory over this request")
@@ -38,7 +39,7 @@ class Recovery:
         """Take admitted rows out of the scheduler; return those that are to be ended instead."""
         scheduler = self._scheduler
         places = [(row.request.id, row.request.choice, row.decoded) for row in rows]
-        alone = len(rows) == 1 == scheduler.running + scheduler.waiting
+        alone = len(rows) == 1 == len(scheduler.rows)
         hopeless = alone and places[0] == self._alone
         self._alone = places[0] if alone else None
         self._room.strike(scheduler.kv_tokens_used)
@@ -55,11 +56,20 @@ class Recovery:
         while self._rows:
             lost = self._rows[0]
             request = replace(lost.request, committed=(*lost.request.committed, *lost.tokens))
-            if self._scheduler.has_work and not self.has_room(request):
+            if not self._goes_on(request):
                 return
             self._rows.popleft()
             (row,) = self._scheduler.add(request)
             _carry_over(lost, row)
+
+    def _goes_on(self, request: Request) -> bool:
+        """Say whether a row may go on now; it parks no other."""
+        if not self._scheduler.has_work:
+            return True
+        try:
+            return self.has_room(request) and self._scheduler.make_room(request) == Parking()
+        except RequestRefusedError:
+            return False
 
     def has_room(self, *choices: Request) -> bool:
         """Say whether scheduler and memory have room for choices of one request."""
@@ -67,7 +77,7 @@ class Recovery:
         return scheduler.can_add(*choices) and self._room.admits(
             choices,
             used=scheduler.kv_tokens_used,
-            rows=scheduler.running + scheduler.waiting,
+            rows=len(scheduler.rows),
             kept=scheduler.kv_tokens_kept,
         )
 
@@ -81,6 +91,7 @@ class Recovery:
 def _carry_over(lost: Sequence, row: Sequence) -> None:
     """Let the new row go on where the lost one stood; its text is out already."""
     row.slot, row.decoded, row.parser = lost.slot, lost.decoded, lost.parser
+    row.cached = lost.cached
     if row.request.grammar is not None:
         # Anew: the lost one may have taken a token that nobody was given.
         row.matcher = row.request.grammar.start()
