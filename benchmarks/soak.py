@@ -13,11 +13,13 @@ about four times in the middle of its work. The rest is one child's, so that no 
 what creeps. Twenty times in a run the window is let run empty: what the child holds then, resident
 and in MLX's arrays, is what nothing needs. The slope is that of the least-squares line through
 these idle readings of the run's second half: its rise from end to end, in percent of their mean.
-Memory is also read once a second while jobs run.
+Memory is also read once a second while jobs run. The worker runs with one fixed mmap threshold of
+glibc's malloc, so that freed arrays go back to the system and resident memory says what is held.
 """
 
 import argparse
 import json
+import os
 import random
 import statistics
 import threading
@@ -73,6 +75,7 @@ class Load:
     kv_cache: str = "auto"
     prefix_mib: int = 0
     seed: int = 1
+    seconds: float = 0.0  # stop submitting after so long, and report; 0: run all jobs
 
     def settings(self, url: str, *, recycled: bool) -> Settings:
         """A worker's; never replaced, or a few times within its share of the jobs."""
@@ -118,6 +121,13 @@ class Watch(threading.Thread):
         if pid and active and (rss := resident(pid)):
             now = time.monotonic()
             self.readings.append(Reading(now, pid, rss, active, self.ended, idle))
+
+    def last_line(self) -> str:
+        """The last reading, for people."""
+        if not self.readings:
+            return "no reading yet"
+        last = self.readings[-1]
+        return f"{last.ended} jobs, RSS {last.rss / 1e6:.1f} MB, MLX {last.active / 1e6:.4f} MB"
 
     def stop(self) -> None:
         """Stop reading."""
@@ -190,6 +200,7 @@ class Run:
 
     churn: Churn
     watch: Watch
+    began: float = field(default_factory=time.monotonic)
     lost: int = 0
     recycles: int = 0
     seconds: float = 0.0
@@ -229,6 +240,9 @@ def feed(load: Load, jobs: int, settings: Settings, run: Run) -> None:
                 paused_at = submitted
                 time.sleep(SETTLED_SECONDS)
                 run.watch.look(idle=True)
+                progress(run.watch.last_line())
+                if load.seconds and time.monotonic() - run.began > load.seconds:
+                    break
     store.close()
 
 
@@ -236,14 +250,13 @@ def soak(load: Load) -> Run:
     """Run both legs."""
     with LocalRedis() as server, server.client() as client, watching(server.url) as watch:
         run = Run(Churn(load), watch)
-        began = time.monotonic()
         first = int(RECYCLED_SHARE * load.jobs)
         for jobs, recycled in ((first, True), (load.jobs - first, False)):
             settings = load.settings(server.url, recycled=recycled)
             with running_worker(settings, EngineSpec("mlx", str(TALLY_PATH)), client):
                 feed(load, jobs, settings, run)
             progress(f"{run.watch.ended} jobs ended: {dict(run.churn.ends)}")
-        run.seconds = time.monotonic() - began
+        run.seconds = time.monotonic() - run.began
     run.children = list(dict.fromkeys(r.pid for r in run.watch.readings))
     run.recycles = len(run.children) - 2  # the two legs' first children are no replacements
     run.lost += run.churn.ends["gone"]
@@ -258,16 +271,16 @@ def watching(url: str) -> Iterator[Watch]:
     watch.stop()
 
 
-def second_half(run: Run, load: Load) -> list[Reading]:
+def second_half(run: Run) -> list[Reading]:
     """Idle readings after half of the jobs had ended, all of one child."""
     last = run.children[-1]
     idle = [r for r in run.watch.readings if r.idle]
-    return [r for r in idle if r.pid == last and r.ended >= load.jobs / 2]
+    return [r for r in idle if r.pid == last and r.ended >= run.watch.ended / 2]
 
 
-def figures(run: Run, load: Load) -> list[Figure]:
+def figures(run: Run) -> list[Figure]:
     """What the run is judged by."""
-    late = second_half(run, load)
+    late = second_half(run)
     values = [
         Figure("jobs that ended", float(sum(run.churn.ends.values())), ""),
         Figure("jobs/s", run.watch.ended / run.seconds, "1/s"),
@@ -319,11 +332,12 @@ def measure(load: Load) -> list[Figure]:
     """Run and print the series."""
     run = soak(load)
     print("\n".join(series(run)))
-    return figures(run, load)
+    return figures(run)
 
 
 def main() -> None:
     """Run, print, write."""
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(64 << 10)  # of the worker, which inherits it
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--jobs", type=int, default=Load.jobs)
     parser.add_argument("--in-flight", type=int, default=Load.in_flight)
@@ -331,6 +345,7 @@ def main() -> None:
     parser.add_argument("--kv-cache", choices=("auto", "paged", "padded"), default=Load.kv_cache)
     parser.add_argument("--prefix-mib", type=int, default=Load.prefix_mib)
     parser.add_argument("--seed", type=int, default=Load.seed)
+    parser.add_argument("--seconds", type=float, default=Load.seconds, help="stop after so long")
     parser.add_argument("--output", type=Path)
     options = vars(parser.parse_args())
     output = options.pop("output")
