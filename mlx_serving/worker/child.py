@@ -155,7 +155,7 @@ class Child:
         }
         engine.on_prefill = self._manifest.prefill
         self.available.start()
-        self.keeper.watch(*memory_of(self._spec.engine, [engine], lambda: self.available.value))
+        self.keeper.watch(*memory_of(self._spec.engine, engine, lambda: self.available.value))
         return engine
 
     def _encode_prompt(self, job: GenerationJob) -> tuple[int, ...]:

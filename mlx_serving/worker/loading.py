@@ -77,18 +77,17 @@ def planner_of(spec: EngineSpec, engine: InferenceEngine) -> Plan:
 
 
 def memory_of(
-    spec: EngineSpec, engines: Sequence[InferenceEngine], available: Callable[[], int | None]
-) -> tuple[DeviceMemory | None, list[KvMemory]]:
-    """What the memory keeper watches of these engines; nothing of simulated ones.
+    spec: EngineSpec, engine: InferenceEngine, available: Callable[[], int | None]
+) -> tuple[DeviceMemory | None, Callable[[], Sequence[KvMemory]]]:
+    """What the memory keeper watches of an engine; nothing of a simulated one.
 
     `available` says what the system could still give, in bytes.
     """
     if spec.kind == "simulated":
-        return None, []
+        return None, tuple
     from mlx_serving.worker.engine.device_memory import MlxMemory  # imports MLX
 
-    caches = [getattr(engine, "kv_memory", None) for engine in engines]
-    return MlxMemory(available), [cache for cache in caches if cache is not None]
+    return MlxMemory(available), lambda: engine.kv_memories
 
 
 def describe(spec: EngineSpec, engine: InferenceEngine) -> dict[str, str]:

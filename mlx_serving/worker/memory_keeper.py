@@ -57,7 +57,8 @@ class MemoryKeeper:
         self._measures, self._recycling, self._on_due = measures, recycling, on_due
         self._steps, self._clock = steps, clock
         self._device: DeviceMemory | None = None
-        self._caches: list[KvMemory] = []
+        self._caches: Callable[[], Sequence[KvMemory]] = tuple
+        self._seen: list[KvMemory] = []
         self._guard = MemoryGuard()
         self._floor = MemoryFloor()
         self._looked_at = float("-inf")
@@ -65,10 +66,11 @@ class MemoryKeeper:
         self.state = MemoryState()
         self.due = ""  # why the child is to be replaced
 
-    def watch(self, device: DeviceMemory | None, caches: Sequence[KvMemory]) -> None:
-        """Look after these caches from now on; no device: only the child's age is looked at."""
-        self._device, self._caches = device, list(caches)
-        self._floor.begin_again()
+    def watch(
+        self, device: DeviceMemory | None, caches: Callable[[], Sequence[KvMemory]] = tuple
+    ) -> None:
+        """Look after the caches that there are; no device: only the child's age is looked at."""
+        self._device, self._caches = device, caches
 
     def tend(self) -> None:
         """Look where the last look is half a second ago; between steps, for it may move blocks."""
@@ -87,14 +89,18 @@ class MemoryKeeper:
     def _look(self) -> bool:
         """Do as the guard says; True where memory stays high that nobody accounts for."""
         assert self._device is not None  # noqa: S101 -- `tend` asks
-        uses = [cache.use for cache in self._caches]
+        caches = list(self._caches())
+        if caches != self._seen:  # models came or went
+            self._floor.begin_again()
+        self._seen = caches
+        uses = [cache.use for cache in caches]
         kv_bytes = sum(use.nbytes for use in uses)
         reading = self._device.read()
         before = self._guard.relief
         judged = self._guard.judge(
             reading, KvUse(kv_bytes, starved=any(use.starved for use in uses))
         )
-        for cache, use in zip(self._caches, uses, strict=True):
+        for cache, use in zip(caches, uses, strict=True):
             # What there is beyond what all hold is anybody's.
             cache.allow(max(0, judged.room_bytes - kv_bytes + use.nbytes))
         self._relieve(before, judged.relief)
@@ -104,7 +110,7 @@ class MemoryKeeper:
         return self._floor.grown(reading.limit)
 
     def _count_errors(self) -> None:
-        errors = sum(cache.room.errors for cache in self._caches)
+        errors = sum(cache.room.errors for cache in self._seen)
         if errors > self._errors:
             log.warning("device_out_of_memory", errors=errors - self._errors)
             self._measures.count("memory_errors", by=errors - self._errors)
@@ -116,10 +122,10 @@ class MemoryKeeper:
             level("memory_relief", relief=now.name.lower(), before=before.name.lower())
             self._measures.count("memory_relief", now.name.lower())
         if now >= Relief.SHRINK > before:
-            for cache in self._caches:
+            for cache in self._seen:
                 cache.shrink()
         elif before >= Relief.SHRINK > now:
-            for cache in self._caches:
+            for cache in self._seen:
                 cache.restore()
         if now is not Relief.NONE:
             assert self._device is not None  # noqa: S101 -- `tend` asks

@@ -44,7 +44,8 @@ class Bench:
             lambda: self.steps,
             lambda: self.now,
         )
-        self.keeper.watch(self.device, caches or [])
+        self.caches = caches or []
+        self.keeper.watch(self.device, lambda: self.caches)
 
     def look(self, times: int = 1) -> Relief:
         for _ in range(times):
@@ -156,7 +157,7 @@ def test_a_child_that_is_old_enough_says_so() -> None:
 
 def test_without_a_device_the_age_alone_counts() -> None:
     bench = Bench(hours=1)
-    bench.keeper.watch(None, [])
+    bench.keeper.watch(None)
     bench.look()
     assert bench.due == []
     bench.now += 3600
@@ -175,3 +176,12 @@ def test_memory_that_no_cache_explains_and_no_trim_brings_down_is_an_age_too() -
     bench.device.active += max(LEAST_GROWTH_BYTES, LIMIT // 20) + 1
     bench.look(WINDOW_LOOKS)
     assert bench.due[:1] == ["memory"]
+
+
+def test_a_model_that_is_loaded_is_no_growth() -> None:
+    bench = Bench([KvMemory(Caches(), MemoryRoom(), 1000)])
+    bench.look(WINDOW_LOOKS)
+    bench.caches = [*bench.caches, KvMemory(Caches(), MemoryRoom(), 1000)]
+    bench.device.active += 10 * GIB
+    bench.look(2 * WINDOW_LOOKS)
+    assert bench.due == []

@@ -363,6 +363,11 @@ class Engine:
         return self._scheduler.lane_rows
 
     @property
+    def kv_memories(self) -> tuple[KvMemory, ...]:
+        """The memory guard's way to the KV caches."""
+        return () if self.kv_memory is None else (self.kv_memory,)
+
+    @property
     def kv_tokens_used(self) -> int:
         """KV tokens reserved by admitted rows."""
         return self._scheduler.kv_tokens_used
