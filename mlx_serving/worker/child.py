@@ -82,20 +82,9 @@ class Child:
         self._encode: Callable[[GenerationJob], tuple[int, ...]] | None = None
         self._plan: Plan | None = None
         self._description: dict[str, str] = {}
-        self.keeper = MemoryKeeper(
-            self.measures, Recycling(RecycleRules.of(settings, spec.name)),
-            on_due=lambda reason: self.dispatcher.post("recycle", reason),
-            steps=lambda: self.runner.steps,
-        )  # fmt: skip
         self.available = AvailableMemory()
-        self.runner = Runner(
-            self._load,
-            on_outputs=self._push,
-            on_refused=self._refused,
-            on_room=lambda: self.dispatcher.post("room"),
-            paused=lambda: self.publisher.backlog >= settings.buffer_tokens,
-            tend=self.keeper.tend,
-        )
+        self.keeper = self._keeper()
+        self.runner = self._runner()
         self.publisher = Publisher(
             MeasuredProtocol(connect(endpoint), endpoint.keys, self.measures),
             spec.name,
@@ -125,6 +114,24 @@ class Child:
             paused=lambda: self.conditions.reasons, keeper=self.keeper,
         )  # fmt: skip
         self.fleet.numbers = Presence(self.vitals.snapshot).numbers
+
+    def _keeper(self) -> MemoryKeeper:
+        return MemoryKeeper(
+            self.measures, Recycling(RecycleRules.of(self._spec.settings, self._spec.name)),
+            on_due=lambda reason: self.dispatcher.post("recycle", reason),
+            steps=lambda: self.runner.steps,
+        )  # fmt: skip
+
+    def _runner(self) -> Runner:
+        settings = self._spec.settings
+        return Runner(
+            self._load,
+            on_outputs=self._push,
+            on_refused=self._refused,
+            on_room=lambda: self.dispatcher.post("room"),
+            paused=lambda: self.publisher.backlog >= settings.buffer_tokens,
+            tend=self.keeper.tend,
+        )
 
     def _options(self, queues: tuple[str, ...], lease_ms: int) -> DispatcherOptions:
         spec, settings = self._spec, self._spec.settings
