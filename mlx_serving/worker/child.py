@@ -29,6 +29,7 @@ from mlx_serving.worker.measured_protocol import MeasuredProtocol, QueueWatch
 from mlx_serving.worker.measures import Measures
 from mlx_serving.worker.preparation import Preparation
 from mlx_serving.worker.presence import Presence, machine_facts
+from mlx_serving.worker.process_end import leave
 from mlx_serving.worker.publisher import Publisher, PublisherOptions
 from mlx_serving.worker.runner import Runner
 from mlx_serving.worker.sweeper import Sweeper
@@ -238,4 +239,4 @@ def run_child(spec: ChildSpec, lifeline: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C reaches the parent too
     signal.signal(signal.SIGTERM, lambda *_: child.dispatcher.post("drain"))
     threading.Thread(target=_follow_parent, args=(lifeline, child), daemon=True).start()
-    sys.exit(child.run())
+    leave(child.run())
