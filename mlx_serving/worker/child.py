@@ -32,6 +32,7 @@ from mlx_serving.worker.memory_keeper import MemoryKeeper
 from mlx_serving.worker.memory_pressure import AvailableMemory
 from mlx_serving.worker.preparation import Preparation
 from mlx_serving.worker.presence import Presence, machine_facts
+from mlx_serving.worker.process_end import leave
 from mlx_serving.worker.publisher import Publisher, PublisherOptions
 from mlx_serving.worker.recycling import RecycleRules, Recycling
 from mlx_serving.worker.runner import Runner
@@ -261,4 +262,4 @@ def run_child(spec: ChildSpec, lifeline: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C reaches the parent too
     signal.signal(signal.SIGTERM, lambda *_: child.dispatcher.post("drain"))
     threading.Thread(target=_follow_parent, args=(lifeline, child), daemon=True).start()
-    sys.exit(child.run())
+    leave(child.run())
