@@ -147,6 +147,8 @@ def spelled_engine(
     revision: str = "r1",
     tokenizer_hash: str = "h1",
     uneven: int = 0,
+    rows: int = 64,
+    capacity: int = 1 << 30,
 ) -> Engine:
     """An engine that says `text`, a byte a token, then ends: token n is its nth byte.
 
@@ -157,7 +159,7 @@ def spelled_engine(
     vocabulary = Vocabulary(tokens, kind, {EOS})  # type: ignore[arg-type]
     info = ModelInfo("spelled", revision, tokenizer_hash, len(tokens), frozenset({EOS}))
     options = SimulatedOptions(0.0, 0.0, answer_tokens=len(said))
-    limits = SchedulerLimits(64, 1 << 30, chunk)
+    limits = SchedulerLimits(rows, capacity, chunk)
     runner = UnevenRunner(options, len(said), uneven)
     return Engine(runner, Scheduler(limits), Detokenizer(vocabulary), info)
 
