@@ -27,8 +27,8 @@ def client(settled_redis: LocalRedis) -> Iterator[Client]:
         yield client
 
 
-def new_worker(settled_redis: LocalRedis, name: str = "w", **limits: int) -> SteppedWorker:
-    engine = spelled_engine(TEXT, rows=ROWS, **limits)
+def new_worker(settled_redis: LocalRedis, name: str = "w", capacity: int = 10_000) -> SteppedWorker:
+    engine = spelled_engine(TEXT, room=(ROWS, capacity))
     return SteppedWorker(settled_redis.url, engine, words, name, max_batch_rows=ROWS)
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from itertools import count
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import given, settings
@@ -11,9 +12,11 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from mlx_serving.common.jobs import LANES, Lane
 from mlx_serving.worker.engine.lane_turns import LaneTurns
 from mlx_serving.worker.engine.limits import SchedulerLimits, least_rows
-from mlx_serving.worker.engine.prefill_chunk import PrefillChunk
 from mlx_serving.worker.engine.scheduler import Scheduler
 from mlx_serving.worker.engine.sequence import Phase, Request, SamplingParams, Sequence
+
+if TYPE_CHECKING:
+    from mlx_serving.worker.engine.prefill_chunk import PrefillChunk
 
 ROWS, CHUNK = 6, 16
 _LAST = (Phase.PREFILLING, Phase.DECODING, Phase.WAITING)
