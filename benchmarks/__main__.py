@@ -12,11 +12,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
-from benchmarks import dispatch, latency, scale, server, streaming
+from benchmarks import dispatch, lanes, latency, scale, server, streaming
 from benchmarks.harness import Figure, Goal, machine, table
 from benchmarks.scale_report import QUICK, SMALL, Plan
 
@@ -175,6 +176,19 @@ def prefixes(*, quick: bool) -> list[Figure]:
     ]
 
 
+def lane_load(*, quick: bool) -> list[Figure]:
+    """Interactive jobs beside bulk: simulated, and on a model that fits the device."""
+    if quick:
+        return lanes.measure(lanes.Load(rows=8, bulk_tokens=24, seconds=2.0))
+    gpu = has_gpu()
+    real = lanes.Load("0.6b", bulk_tokens=256) if gpu else lanes.Load("tally", rows=16)
+    return [
+        replace(figure, name=f"{figure.name} [{load.model}]")
+        for load in (lanes.Load(), real)
+        for figure in lanes.measure(load)
+    ]
+
+
 def detokenizer(*, quick: bool) -> list[Figure]:
     """Native and twin."""
     del quick
@@ -205,6 +219,7 @@ BENCHMARKS: Final[dict[str, tuple[str, Callable[..., list[Figure]]]]] = {
     "p6": ("P6 dispatch of no-op jobs", dispatch_no_ops),
     "p7": ("P7 idle enqueue → started", wake_up),
     "p8": ("P8 simulated workers on one Redis, throughput over linear", scale_out),
+    "lanes": ("Interactive jobs beside a full bulk load", lane_load),
     "detokenizer": ("Detokenizer, 64 rows", detokenizer),
     "sampler": ("Sampler alone", sampler),
     "p5": ("P5 64 jobs that share a prefix, and the index of prefixes", prefixes),

@@ -215,12 +215,13 @@ class Dispatcher:
             claimed = self._ahead.take() or self._claim_now()
         except redis.RedisError:
             self._strays.expect()
+            self._news.note()
             raise
         if claimed is None:
             return False
         reply = claimed.reply
-        if not claimed.full:
-            self._news.found_all(claimed.asked)
+        if claimed.full:
+            self._news.found_more(claimed.asked)
         self._suspended, self._reserved = reply.suspended, reply.reserved
         if reply.dropped:
             log.info("claim_dropped", jobs=reply.dropped)
@@ -237,6 +238,7 @@ class Dispatcher:
 
     def _claim_call(self, room: LaneClaim) -> Call[ClaimReply]:
         options = self._options
+        self._news.ask(room)
         return calls.claim(
             options.worker, self._queues(room.lanes), most=room.most, lease_ms=options.lease_ms,
             protocol=PROTOCOL, capacity_tokens=self._engine.kv_tokens_capacity,
