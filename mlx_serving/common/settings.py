@@ -151,14 +151,18 @@ class Settings(BaseSettings):
     max_batch_rows: int = Field(
         default=64, ge=1, le=1024, description="choices that are decoded at once"
     )
+    lane_min_share: float = Field(
+        default=0.1, ge=0, lt=1,
+        description="of the batch's rows, what `default` and `bulk` each keep while they have jobs",
+    )  # fmt: skip
     kv_budget_bytes: int | None = Field(
         default=None,
         gt=0,
         description="bytes for keys and values of all rows; none: decided from the device",
     )
-    prefix_cache_bytes: int = Field(
-        default=0, ge=0,
-        description="of the KV budget, for prefixes that no row uses; 0 is off",
+    prefix_cache_bytes: int | None = Field(
+        default=None, ge=0,
+        description="of the KV budget, for prefixes that no row uses; None: half, 0: off",
     )  # fmt: skip
     kv_cache: Literal["auto", "paged", "padded"] = Field(
         default="auto", description="auto: paged where a kernel proved itself here"
