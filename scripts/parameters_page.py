@@ -158,7 +158,7 @@ def _kind(schema: dict[str, Any]) -> str:
     if "const" in schema or "enum" in schema:
         return ", ".join(map(_code, schema.get("enum", [schema.get("const")])))
     if "$ref" in schema:
-        return "object"
+        return "any JSON" if schema["$ref"].endswith("JsonValue") else "object"
     if schema.get("type") == "array":
         most = f", at most {schema['maxItems']}" if "maxItems" in schema else ""
         return f"list of {_kind(schema['items'])}{most}"
