@@ -169,14 +169,13 @@ class Dispatcher:
         elif what == "hand_over":
             self._status, self._drain_until = 0, time.monotonic()
         elif what == "drain":
-            self._status = 0  # whoever asks for the end does not want a fresh child
             self._drain(self._options.drain_grace_seconds)
         elif what == "recycle" and not self.draining and not self._publisher.failing:
-            self._status = EXIT_RECYCLE
             self._measures.count("recycles", argument)
             self._drain(min(RECYCLE_SECONDS, self._options.drain_grace_seconds), argument)
 
     def _drain(self, grace: float, recycled_for: str = "") -> None:
+        self._status = EXIT_RECYCLE if recycled_for else 0  # 0 also where both are asked for
         if self._drain_until is None:
             held = len(self._publisher.held())
             log.info("draining", held=held, grace_seconds=grace, recycled_for=recycled_for)
@@ -199,9 +198,8 @@ class Dispatcher:
 
     def _room(self, in_hand: Sequence[HeldJob] = ()) -> LaneClaim | None:
         """What to claim now, beside jobs in hand that the engine does not know yet."""
-        if self._drain_until is not None or self._publisher.failing:
-            return None
-        if self._options.conditions.reasons or self._options.memory_short():
+        short = self._publisher.failing or self._options.memory_short()
+        if self.draining or short or self._options.conditions.reasons:
             return None
         in_line = [choices[0].lane for choices in self._runner.in_line() for _ in choices]
         room = LaneRoom(self._options.rows, self._options.lane_min_rows)
