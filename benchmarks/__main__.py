@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
-from benchmarks import dispatch, lanes, latency, scale, server, streaming
+from benchmarks import dispatch, grouping, lanes, latency, scale, server, streaming, tenants
 from benchmarks.harness import Figure, Goal, machine, table
 from benchmarks.scale_report import QUICK, SMALL, Plan
 
@@ -208,6 +208,20 @@ def sampler(*, quick: bool) -> list[Figure]:
     ]
 
 
+def grouped(*, quick: bool) -> list[Figure]:
+    """Bulk lines by prefix and in the file's order: a big shape on a GPU, Tally elsewhere."""
+    if quick:
+        return grouping.measure(grouping.Bench("tiny", 60, 64, 8), grouping.CASES[2:3])
+    if has_gpu():
+        return grouping.measure(grouping.Bench("0.6b", prefix=1024, rows=64))
+    return grouping.measure()
+
+
+def tenants_in_the_lane(*, quick: bool) -> list[Figure]:
+    """Redis's time of a claim."""
+    return tenants.measure(500, 3) if quick else tenants.measure()
+
+
 BENCHMARKS: Final[dict[str, tuple[str, Callable[..., list[Figure]]]]] = {
     "engine": ("P1 P2 P3 decode step over a bare loop", engine),
     "8b": ("P1 P2 P3 of the 8B shape, on a GPU", engine_8b),
@@ -223,6 +237,8 @@ BENCHMARKS: Final[dict[str, tuple[str, Callable[..., list[Figure]]]]] = {
     "detokenizer": ("Detokenizer, 64 rows", detokenizer),
     "sampler": ("Sampler alone", sampler),
     "p5": ("P5 64 jobs that share a prefix, and the index of prefixes", prefixes),
+    "grouping": ("2,000 bulk lines with 20 beginnings, by prefix and as they stand", grouped),
+    "tenants": ("Claims of 32 with tenants in the lane", tenants_in_the_lane),
     "structured": ("Structured output: 64 rows by schemas over 64 free ones", structured),
 }
 ALIASES: Final = {"p1": "engine", "p2": "engine", "p3": "engine"}
