@@ -135,7 +135,7 @@ class Stage:
     def feed(self) -> None:
         """Keep more bulk jobs in the queue than the batch holds."""
         key = f"rq:queue:{queue_name(MODEL, 'bulk')}"
-        missing = QUEUED * self.load.rows - int(self.client.llen(key))  # type: ignore[arg-type]
+        missing = QUEUED * self.load.rows - int(self.client.llen(key))
         jobs = []
         for number in (next(self._numbers) for _ in range(missing)):
             tokens = self._chance.randrange(self.load.bulk_tokens // 2, self.load.bulk_tokens)

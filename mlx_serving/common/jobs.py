@@ -335,7 +335,11 @@ def lane_of(queue: str) -> Lane:
         ValueError: it is named otherwise.
 
     """
-    return LANES[LANES.index(queue.rpartition(":")[2])]  # type: ignore[arg-type] -- it raises
+    for lane in LANES:
+        if queue.endswith(f":{lane}"):
+            return lane
+    message = f"queue {queue} is no lane of a model"
+    raise ValueError(message)
 
 
 def _plain_fields(data: dict[Any, Any]) -> dict[Any, Any]:

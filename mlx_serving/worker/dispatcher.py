@@ -18,13 +18,13 @@ import structlog
 
 from mlx_serving.common import calls
 from mlx_serving.common.errors import CorruptEvent, MlxServingError
-from mlx_serving.common.jobs import PROTOCOL, lane_of
+from mlx_serving.common.jobs import PROTOCOL
 from mlx_serving.worker.claim_ahead import ClaimAhead, Claimed
 from mlx_serving.worker.conditions import ANY_TIME, Conditions
 from mlx_serving.worker.crash import EXIT_ENGINE, EXIT_RECYCLE
 from mlx_serving.worker.held import HeldJob
 from mlx_serving.worker.intake import JobRefusedError
-from mlx_serving.worker.lane_claims import LaneClaim, LaneNews, LaneRoom
+from mlx_serving.worker.lane_claims import LaneClaim, LaneNews, LaneRoom, queues_of
 from mlx_serving.worker.outage import Outage
 from mlx_serving.worker.strays import Strays
 
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from mlx_serving.common.calls import Call, ClaimedJob, ClaimReply, Returned
-    from mlx_serving.common.jobs import Lane
     from mlx_serving.common.protocol import Protocol
     from mlx_serving.worker.engine.sequence import InferenceEngine
     from mlx_serving.worker.fleet import Fleet
@@ -238,16 +237,12 @@ class Dispatcher:
         options = self._options
         self._news.ask(room)
         return calls.claim(
-            options.worker, self._queues(room.lanes), most=room.most, lease_ms=options.lease_ms,
+            options.worker, queues_of(options.queues, room.lanes, self._reserved),
+            most=room.most, lease_ms=options.lease_ms,
             protocol=PROTOCOL, capacity_tokens=self._engine.kv_tokens_capacity,
             max_payload_bytes=options.max_payload_bytes, capacity_rows=options.rows,
             held=self._publisher.held_rows(),
         )  # fmt: skip
-
-    def _queues(self, lanes: Sequence[Lane]) -> list[str]:
-        """The lanes' queues, but first the one whose suspect waits for us to have room."""
-        queues = [q for lane in lanes for q in self._options.queues if lane_of(q) == lane]
-        return list(dict.fromkeys(filter(None, [self._reserved, *queues])))
 
     def _take(self, claims: Sequence[ClaimedJob], *, more: bool = False) -> None:
         held = [HeldJob(claimed) for claimed in claims]

@@ -11,6 +11,7 @@ import pytest
 from mlx_serving.common.errors import InvalidJob
 from tests.output_support import decode_one, job, planner, request, tally
 
+pytestmark = pytest.mark.quiet  # the seconds are the contract
 SECONDS = 1.0
 
 

@@ -24,7 +24,7 @@ from mlx_serving.worker.engine.sequence import (
 from mlx_serving.worker.engine.tool_formats import ModelFormat, RequestFormat
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Container, Iterable
 
 TOOL: dict[str, Any] = {"type": "function", "function": {"name": "f", "parameters": {}}}
 MARKERS = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<|other|>", "<|end|>")
@@ -68,6 +68,14 @@ class Script:
 
     def reset(self) -> None:
         """Nothing to forget."""
+
+    def park(self, rows: Iterable[Any], keep: Container[Any]) -> list[SampledToken]:
+        del keep
+        self.remove(rows)
+        return []
+
+    def resume(self, row: Any) -> None:
+        self._rows[row] = None
 
     def decode(self) -> list[SampledToken]:
         return [SampledToken(row, self._tokens[row.decoded]) for row in self._rows]
