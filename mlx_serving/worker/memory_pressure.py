@@ -166,6 +166,7 @@ def darwin_available() -> int | None:
 def parse_vm_stat(text: str) -> int | None:
     """Bytes from the output of `vm_stat`; None where it reads otherwise than expected."""
     size = re.search(r"page size of (\d+) bytes", text)
-    kinds = "free|inactive|speculative|purgeable"
-    pages = re.findall(rf"^Pages (?:{kinds}):\s+(\d+)\.$", text, re.MULTILINE)
+    pages = re.findall(
+        r"^Pages (?:free|inactive|speculative|purgeable):\s+(\d+)\.$", text, re.MULTILINE
+    )
     return int(size[1]) * sum(map(int, pages)) if size and pages else None
