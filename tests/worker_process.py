@@ -257,10 +257,16 @@ def _command_line(pid: int) -> str:
 class InProcessWorker:
     """A child's parts in threads of this process: quick to start, nothing to kill."""
 
-    def __init__(self, url: str, name: str = "local", rate: float = 100.0, **settings: Any) -> None:
-        spec = ChildSpec(
-            quick_settings(url, **settings), "tally", name, EngineSpec("simulated", "", rate)
-        )
+    def __init__(
+        self,
+        url: str,
+        name: str = "local",
+        rate: float = 100.0,
+        others: Iterable[str] = (),
+        **settings: Any,
+    ) -> None:
+        engine = EngineSpec("simulated", "", rate, tuple((model, "") for model in others))
+        spec = ChildSpec(quick_settings(url, **settings), "tally", name, engine)
         self.name = name
         self.child = Child(spec)
         self._status: list[int] = []

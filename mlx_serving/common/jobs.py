@@ -240,6 +240,11 @@ def queue_name(model: str, lane: Lane) -> str:
     return f"{model}:{lane}"
 
 
+def model_of(queue: str) -> str:
+    """Return the alias of the model that a queue is for."""
+    return queue.rpartition(":")[0]
+
+
 def _plain_fields(data: dict[Any, Any]) -> dict[Any, Any]:
     """Drop what is null, as in the OpenAI API; settle max_tokens against its alias."""
     fields = {key: value for key, value in data.items() if value is not None}

@@ -116,6 +116,14 @@ class Settings(BaseSettings):
 
     # Models: alias → local path, or "organisation/name@revision" of the hub
     models: dict[ModelName, str] = {}
+    # A worker with several models: how many bytes of weights at once, what never leaves, and how
+    # long jobs may wait for a model that nobody has loaded while others have work
+    model_budget_bytes: int | None = Field(
+        default=None, gt=0, description="None: decided from the device"
+    )
+    pinned_models: Annotated[tuple[ModelName, ...], NoDecode, BeforeValidator(_split)] = ()
+    model_wait_seconds: PositiveSeconds = 15.0
+    model_load_seconds: PositiveSeconds = 300.0
 
     # Delivery
     lease_seconds: PositiveSeconds = 10.0

@@ -18,10 +18,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Claimed:
-    """What a claim of up to `most` jobs brought."""
+    """What a claim of up to `most` jobs brought; `others`: other models have jobs waiting too."""
 
     reply: ClaimReply
     most: int
+    others: bool = False
 
     @property
     def full(self) -> bool:

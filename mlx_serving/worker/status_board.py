@@ -40,6 +40,10 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     waiting: int = 0
     kv_used: int = 0
     kv_capacity: int = 0
+    resident: tuple[str, ...] = ()  # models in memory, see `residents.Standing`
+    loading: str = ""
+    capacities: dict[str, int] = msgspec.field(default_factory=dict)
+    failures: dict[str, str] = msgspec.field(default_factory=dict)
     backlog: int = 0
     info: dict[str, str] = msgspec.field(default_factory=dict)
     queues: dict[str, tuple[int, float]] = msgspec.field(default_factory=dict)

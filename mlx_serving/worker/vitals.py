@@ -8,6 +8,7 @@ import time
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
 
+from mlx_serving.worker.residents import Standing
 from mlx_serving.worker.status_board import Snapshot, encode
 
 if TYPE_CHECKING:
@@ -64,9 +65,11 @@ class Vitals:
         draining: Callable[[], bool],
         info: Callable[[], dict[str, str]],
         paused: Callable[[], tuple[str, ...]] = tuple,
+        standing: Callable[[], Standing] = Standing,
     ) -> None:
         self._measures, self._runner, self._publisher = measures, runner, publisher
         self._draining, self._info, self._paused = draining, info, paused
+        self._standing = standing
         self.facts: dict[str, str] = {}  # of the engine, once it is loaded
         self._failing_since: float | None = None
         self._stopping = False
@@ -81,6 +84,7 @@ class Vitals:
         measures, runner, publisher = self._measures, self._runner, self._publisher
         counts, histograms = measures.read()
         engine = runner.engine if runner.ready.is_set() else None
+        models = self._standing()
         started = publisher.ident is not None
         return Snapshot(
             phase=self._phase(),
@@ -98,6 +102,10 @@ class Vitals:
             waiting=engine.waiting + len(runner.unadmitted() or ()) if engine else 0,
             kv_used=engine.kv_tokens_used if engine else 0,
             kv_capacity=engine.kv_tokens_capacity if engine else 0,
+            resident=models.resident,
+            loading=models.loading,
+            capacities=dict(models.capacities),
+            failures=dict(models.failures),
             backlog=publisher.backlog,
             info=self._info() | self.facts,
             queues=measures.queues,

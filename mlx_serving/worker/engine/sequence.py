@@ -128,7 +128,8 @@ class Request:
     `committed` are tokens that earlier attempts decoded (resume): they are prefilled after the
     prompt, are not emitted again, and count towards `max_tokens`. `grammar` None: any text.
     `format` None: all of it is text. `salt` names whose prefixes this row may share: those of
-    requests with the same salt, and no others.
+    requests with the same salt, and no others. `model` is the alias of the model that is to decode
+    it, where an `EngineSet` has several.
     """
 
     id: str
@@ -141,6 +142,7 @@ class Request:
     grammar: Grammar | None = None
     format: OutputFormat | None = None
     salt: str = ""
+    model: str = ""
 
     @property
     def kv_tokens(self) -> int:
