@@ -62,6 +62,7 @@ class ChildSpec:
     engine: EngineSpec
     manifest: str = ""  # file that shows the parent what the child held; '': nobody looks
     reports: Connection | None = None  # pipe to the parent: how the child is; None: nobody asks
+    avoid: tuple[str, ...] = ()  # models over which a child died while it loaded them
 
 
 class Child:
@@ -84,6 +85,7 @@ class Child:
             tuple(self._paths), EngineSet(settings.max_batch_rows), self._load_model,
             lambda model: model_bytes(spec.engine, self._paths[model]), self._models_changed,
         )  # fmt: skip
+        self.residents.avoid(spec.avoid)
         self.runner = Runner(
             self._load,
             on_outputs=self._push,
@@ -152,7 +154,16 @@ class Child:
 
     def _load_model(self, model: str) -> Generator[None, None, LoadedModel]:
         spec = self._spec
-        return load(spec.engine, spec.settings, self._paths[model], self._kv_budget)
+        loading = load(spec.engine, spec.settings, self._paths[model], self._kv_budget)
+        while True:
+            with self._manifest.loading(model):
+                try:
+                    next(loading)
+                except StopIteration as end:
+                    loaded: LoadedModel = end.value
+                    break
+            yield
+        return loaded
 
     def _models_changed(self, model: str) -> None:
         """Describe what is in memory now, and have the main thread look."""

@@ -54,6 +54,8 @@ COUNTERS: Final[dict[str, tuple[str, str, tuple[str, ...]]]] = {
     "fenced_writes": ("", "Writes refused because the job is another worker's by now.", ()),
     "refused_writes": ("status", "Writes refused for another reason.", ("gap", "error")),
     "redis_errors": ("", "Calls to Redis that failed and are sent again.", ()),
+    "model_loads": ("model", "Models brought up, those before the first claim too.", ()),
+    "model_load_failures": ("model", "Models that could not be.", ()),
 }
 """Name → (label or '', help, the label's values that are always shown)."""
 

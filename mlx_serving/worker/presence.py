@@ -75,7 +75,7 @@ class Peer:
 
     def capacity(self, model: str) -> int | None:
         """KV tokens that it has for the model; None: it has not loaded it yet, 0: it can't."""
-        if model not in _names(self._facts.get("model", "")):
+        if model not in _names(self._facts.get("model", model)):
             return 0
         if "capacities" not in self._facts:
             return int(self._facts.get("kv_tokens_capacity") or 0)

@@ -12,7 +12,7 @@ from mlx_serving.worker.engine.residency import ModelBudget
 from mlx_serving.worker.loading import finish
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterator, Mapping
+    from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 
     from mlx_serving.worker.engine.engine_set import EngineSet
     from mlx_serving.worker.loading import LoadedModel
@@ -28,6 +28,10 @@ REASON_CHARS: Final = 200
 
 class ModelTooLargeError(ValueError):
     """There can be no room for the model beside those that never leave."""
+
+
+class ModelUnusableError(ValueError):
+    """None of a worker's models can be tried."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +107,9 @@ class Residents:
         failures = {model: failure.reason for model, failure in self._failures.items()}
         return Standing(self.models, self.resident(), self.loading, self._capacities, failures)
 
+    def _reasons(self) -> list[str]:
+        return [f"{model}: {failure.reason}" for model, failure in self._failures.items()]
+
     # What the main thread calls
 
     def touch(self, model: str) -> None:
@@ -124,6 +131,13 @@ class Residents:
         sizes = {**self.budget.sizes, model: self._size_of(model)}
         self.budget = replace(self.budget, sizes=sizes)
 
+    def avoid(self, models: Iterable[str]) -> None:
+        """Leave these alone for long: a process died over them. A single one is tried again."""
+        retry_at = time.monotonic() + RETRY_MOST_SECONDS
+        failure = Failure("the worker's process died while it loaded the model", 1, retry_at)
+        if self.several:
+            self._failures = self._failures | dict.fromkeys(models, failure)
+
     # What the engine thread calls
 
     def load_first(self, budget: ModelBudget) -> EngineSet:
@@ -135,14 +149,14 @@ class Residents:
         """
         self.budget = budget
         errors: list[Exception] = []
-        failed: set[str] = set()
+        failed = set(self._failures)
         while todo := [m for m in self._first(failed) if m not in self._loaded]:
             error = finish(self._bring_up(todo[0], ()))
             if error is not None:
                 errors.append(error)
                 failed.add(todo[0])
         if not self._loaded:
-            raise errors[0]
+            raise errors[0] if errors else ModelUnusableError("; ".join(self._reasons()))
         return self.engines
 
     def _first(self, failed: set[str]) -> tuple[str, ...]:
@@ -182,7 +196,8 @@ class Residents:
 
     def _note_failure(self, model: str, error: Exception) -> None:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:REASON_CHARS]
-        log.error("model_load_failed", model=model, reason=reason)
+        if self.several:  # of a single one the process says it, as its last word
+            log.error("model_load_failed", model=model, reason=reason)
         before = self._failures.get(model)
         times = before.times + 1 if before else 1
         pause = min(RETRY_SECONDS * 2 ** (times - 1), RETRY_MOST_SECONDS)

@@ -123,7 +123,11 @@ def test_a_load_that_is_longer_than_a_lease_costs_no_job_its_lease(
     client: Client, settled_redis: LocalRedis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("mlx_serving.worker.loading.SIMULATED_SLICES", 1)
-    times = {"lease_seconds": 0.5, "reap_interval_seconds": 0.1, "engine_stall_seconds": 0.8}
+    times: dict[str, Any] = {
+        "lease_seconds": 0.5,
+        "reap_interval_seconds": 0.1,
+        "engine_stall_seconds": 0.8,
+    }
     with (
         ModelsWorker(settled_redis.url, "w1", "big", "third", room=2, **times) as worker,
         InProcessWorker(settled_redis.url, "reaper", **times, work_hours=["00:00-00:01"]) as _,

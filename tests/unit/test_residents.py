@@ -16,7 +16,7 @@ from mlx_serving.worker.engine.simulated import (
     spell,
 )
 from mlx_serving.worker.loading import LoadedModel, finish
-from mlx_serving.worker.residents import ModelTooLargeError, Residents
+from mlx_serving.worker.residents import ModelTooLargeError, ModelUnusableError, Residents
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -131,6 +131,23 @@ def test_a_model_that_breaks_while_it_is_loaded_is_tried_ever_more_rarely(
         pauses.append(now - failed_at)
     assert pauses == [60, 120, 240, 480, 960, 1920, 3600, 3600]
     assert residents.resident() == ()
+
+
+def test_a_model_that_a_process_died_over_is_left_alone_while_there_are_others() -> None:
+    shelf = Shelf("a", "b")
+    shelf.residents.avoid(["a"])
+    assert shelf.first().resident() == ("b",)
+    assert not shelf.residents.loadable("a")
+    alone = Shelf("a")
+    alone.residents.avoid(["a"])
+    assert alone.first().resident() == ("a",)
+
+
+def test_where_all_are_to_be_left_alone_it_says_so() -> None:
+    shelf = Shelf("a", "b")
+    shelf.residents.avoid(["a", "b"])
+    with pytest.raises(ModelUnusableError, match=r"a: the worker's process died .*; b: "):
+        shelf.first()
 
 
 def test_what_is_leaving_is_not_claimed_for() -> None:
