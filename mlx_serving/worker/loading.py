@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 import structlog
 
+from mlx_serving.worker.engine.aside import aside
 from mlx_serving.worker.engine.residency import ModelBudget
 
 if TYPE_CHECKING:
@@ -147,12 +148,11 @@ def _load_mlx(
         log.info("acceleration", piece=report.piece, implementation=report.implementation,
                  reason=report.reason)  # fmt: skip
     encode = PromptEncoder(engine.tokenizer).encode
-    _warm_up(encode)
-    yield
+    yield from aside(lambda: _warm_up(encode))
     planner = OutputPlanner(engine.tokenizer, engine.model_info)
-    planner.warm_up()
-    yield
-    return LoadedModel(engine, encode, planner.plan, _speller(engine), planner.close)
+    yield from aside(planner.warm_up)
+    spell = yield from aside(lambda: _speller(engine))
+    return LoadedModel(engine, encode, planner.plan, spell, planner.close)
 
 
 def _speller(engine: Engine) -> Spell:

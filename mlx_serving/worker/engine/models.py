@@ -11,6 +11,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model, load_tokenizer, maybe_set_recommended_wired_limit
 
 from mlx_serving.worker.engine.acceleration import choose_sampler, make_detokenizer
+from mlx_serving.worker.engine.aside import aside
 from mlx_serving.worker.engine.cache_choice import CacheKind, choose_cache
 from mlx_serving.worker.engine.engine import Attachments, Engine
 from mlx_serving.worker.engine.fused_layers import fuse
@@ -80,8 +81,8 @@ def load_in_slices(
 ) -> Generator[None, None, Engine]:
     """Load as `load_engine` does, a slice at each `next`: a thread may step others in between.
 
-    A slice is one of the load's parts, or some 256 MiB of weights, or one step of the warm-up.
-    Closed before its end, it leaves nothing behind.
+    A slice is one of the load's parts, or some 256 MiB of weights, or one step of the warm-up; the
+    tokenizer is read aside. Closed before its end, it leaves nothing behind.
     """
     path = Path(model_path)
     check_model_files(path)
@@ -92,10 +93,8 @@ def load_in_slices(
     if options.prefer_native and mx.default_device() != mx.cpu:
         fuse(model)
     yield
-    tokenizer = load_tokenizer(
-        path, {"trust_remote_code": False}, eos_token_ids=config.get("eos_token_id")
-    )
-    yield
+    trusted, eos = {"trust_remote_code": False}, config.get("eos_token_id")
+    tokenizer = yield from aside(lambda: load_tokenizer(path, trusted, eos_token_ids=eos))
     choice = choose_cache(model, prefer_native=options.prefer_native, kind=options.kv_cache)
     yield
     runner = ModelRunner(model, choice)
