@@ -136,12 +136,16 @@ class Settings(BaseSettings):
 
     # Engine
     max_batch_rows: int = Field(default=64, ge=1, le=1024)
+    lane_min_share: float = Field(
+        default=0.1, ge=0, lt=1,
+        description="of the batch's rows, what `default` and `bulk` each keep while they have jobs",
+    )  # fmt: skip
     kv_budget_bytes: int | None = Field(
         default=None, gt=0, description="None: decided from the device"
     )
-    prefix_cache_bytes: int = Field(
-        default=0, ge=0,
-        description="of the KV budget, for prefixes that no row uses; 0 is off",
+    prefix_cache_bytes: int | None = Field(
+        default=None, ge=0,
+        description="of the KV budget, for prefixes that no row uses; None: half, 0: off",
     )  # fmt: skip
     kv_cache: Literal["auto", "paged", "padded"] = "auto"
     prefill_chunk_tokens: int = Field(default=512, ge=1, le=65_536)

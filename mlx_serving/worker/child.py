@@ -22,6 +22,7 @@ from mlx_serving.worker.conditions_mac import default_probe
 from mlx_serving.worker.crash import EXIT_CONFIGURATION, EXIT_ENGINE
 from mlx_serving.worker.dispatcher import Dispatcher, DispatcherOptions
 from mlx_serving.worker.engine.engine_set import EngineSet
+from mlx_serving.worker.engine.limits import least_rows
 from mlx_serving.worker.fleet import Fleet
 from mlx_serving.worker.listener import Listener
 from mlx_serving.worker.loading import EngineSpec, describe, load, model_bytes, plan_memory
@@ -117,7 +118,7 @@ class Child:
     def _residents(self) -> Residents:
         spec = self._spec
         residents = Residents(
-            tuple(self._paths), EngineSet(spec.settings.max_batch_rows), self._load_model,
+            tuple(self._paths), EngineSet(), self._load_model,
             lambda model: model_bytes(spec.engine, self._paths[model]), self._models_changed,
         )  # fmt: skip
         residents.avoid(spec.avoid)
@@ -137,8 +138,9 @@ class Child:
     def _options(self, lease_ms: int) -> DispatcherOptions:
         settings = self._spec.settings
         return DispatcherOptions(
-            self._spec.name, settings.max_batch_rows, lease_ms, settings.drain_grace_seconds,
-            settings.max_payload_bytes, self.conditions,
+            self._spec.name, settings.max_batch_rows,
+            least_rows(settings.max_batch_rows, settings.lane_min_share), lease_ms,
+            settings.drain_grace_seconds, settings.max_payload_bytes, self.conditions,
         )  # fmt: skip
 
     def _placement(self) -> Placement:

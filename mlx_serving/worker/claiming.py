@@ -8,15 +8,16 @@ from typing import TYPE_CHECKING
 import structlog
 
 from mlx_serving.common import calls
-from mlx_serving.common.jobs import PROTOCOL
+from mlx_serving.common.jobs import PROTOCOL, model_of
 from mlx_serving.worker.claim_ahead import ClaimAhead, Claimed
+from mlx_serving.worker.demand import Group
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from mlx_serving.common.calls import Call, ClaimReply, HeldRows
     from mlx_serving.common.protocol import Protocol
-    from mlx_serving.worker.demand import Group
+    from mlx_serving.worker.lane_claims import LaneClaim
     from mlx_serving.worker.placement import Placement
 
 log = structlog.get_logger(__name__)
@@ -53,7 +54,7 @@ class Claims:
         self.suspended = False
         self._reserved = ""  # queue of a suspect that this worker makes room for
 
-    def take(self, room: Callable[[], int]) -> Claimed | None:
+    def take(self, room: Callable[[], LaneClaim | None]) -> Claimed | None:
         """Return what the claim under way brings, else claim now; None where there is no room."""
         claimed = self._ahead.take() or self._claim(room())
         if claimed is not None:
@@ -71,21 +72,20 @@ class Claims:
         """
         return self._ahead.take(timeout)
 
-    def ahead(self, most: int) -> None:
+    def ahead(self, room: LaneClaim | None) -> None:
         """Claim more while the jobs of the last claim are read, where that is from one model."""
-        if most > 0 and not self._placement.residents.several:
-            self._ahead.begin(self._call(self._placement.groups()[0], most), most)
+        if room is not None and not self._placement.residents.several:
+            (group,) = self._placement.groups(room.lanes)
+            self._ahead.begin(self._call(group, room.most), room)
 
-    def _claim(self, most: int) -> Claimed | None:
-        if most <= 0:
+    def _claim(self, room: LaneClaim | None) -> Claimed | None:
+        if room is None:
             return None
         claimed = None
-        groups = self._placement.groups()
-        # First the model whose suspect waits for us to have room.
-        groups.sort(key=lambda group: self._reserved not in group.queues)
+        groups = self._groups(room)
         for left, group in enumerate(groups, 1 - len(groups)):
-            reply = self._protocol.run(self._call(group, most))
-            claimed = Claimed(reply, most, others=left < 0)
+            reply = self._protocol.run(self._call(group, room.most))
+            claimed = Claimed(reply, room, others=left < 0)
             if reply.suspended or reply.reserved:
                 break
             self._placement.claimed(group, len(reply.jobs))
@@ -93,11 +93,20 @@ class Claims:
                 break
         return claimed
 
+    def _groups(self, room: LaneClaim) -> list[Group]:
+        """What to look into: first the model whose suspect waits for us to have room."""
+        groups, model = self._placement.groups(room.lanes), model_of(self._reserved)
+        if model not in self._placement.residents.resident():
+            return groups
+        first = next((g for g in groups if g.model == model), Group(model, ()))
+        return [first, *(g for g in groups if g is not first)]
+
     def _call(self, group: Group, most: int) -> Call[ClaimReply]:
         terms = self._terms
         loaded = self._placement.residents.get(group.model)
         capacity = loaded.engine.kv_tokens_capacity if loaded else 0
-        queues = sorted(group.queues, key=lambda queue: queue != self._reserved)
+        waits = [self._reserved] if model_of(self._reserved) == group.model else []
+        queues = list(dict.fromkeys([*waits, *group.queues]))
         return calls.claim(
             terms.worker, queues, most=most, lease_ms=terms.lease_ms, protocol=PROTOCOL,
             capacity_tokens=capacity, max_payload_bytes=terms.max_payload_bytes,

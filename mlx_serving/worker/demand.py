@@ -10,6 +10,8 @@ from mlx_serving.common.jobs import LANES, queue_name
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
 
+    from mlx_serving.common.jobs import Lane
+
 
 @dataclass(frozen=True, slots=True)
 class Group:
@@ -35,13 +37,15 @@ class Wanted:
     victims_served: float | None = None
 
 
-def claim_order(models: Sequence[str], waiting: Mapping[str, int]) -> list[Group]:
-    """Groups of queues with jobs, by lane, within a lane by the order of `models`.
+def claim_order(
+    models: Sequence[str], waiting: Mapping[str, int], lanes: Sequence[Lane] = LANES
+) -> list[Group]:
+    """Groups of queues with jobs, by the order of `lanes`, within a lane by that of `models`.
 
     `waiting` is how many jobs each queue has.
     """
     groups: list[Group] = []
-    for lane in LANES:
+    for lane in lanes:
         for model in models:
             queue = queue_name(model, lane)
             if not waiting.get(queue):

@@ -26,6 +26,7 @@ from mlx_serving.worker.held import HeldJob
 from mlx_serving.worker.intake import (
     JobRefusedError,
 )
+from mlx_serving.worker.lane_claims import LaneClaim, LaneNews, LaneRoom
 from mlx_serving.worker.outage import Outage
 from mlx_serving.worker.strays import Strays
 
@@ -53,10 +54,14 @@ CLAIM_MOST: Final = 32
 
 @dataclass(frozen=True, slots=True)
 class DispatcherOptions:
-    """What the loop needs to know of the settings. `rows` is the batch's size."""
+    """What the loop needs to know of the settings.
+
+    `rows` is the batch's size, of which each lower lane keeps `lane_min_rows` while it has jobs.
+    """
 
     worker: str
     rows: int
+    lane_min_rows: int = 0
     lease_ms: int = 10_000
     drain_grace_seconds: float = 30.0
     max_payload_bytes: int = 4 * 1024 * 1024
@@ -91,6 +96,7 @@ class Dispatcher:
             options.worker, options.rows, options.lease_ms, options.max_payload_bytes
         )
         self._claims = Claims(terms, protocol, placement, publisher.held_rows)
+        self._news = LaneNews(POLL_SECONDS)
         self._strays = Strays(
             protocol, options.worker, lambda: [job.request_id for job in publisher.held()],
             seconds=options.lease_ms / 1000,
@@ -152,7 +158,9 @@ class Dispatcher:
             return
 
     def _handle(self, what: str, argument: str) -> None:
-        if what == "cancel":
+        if what == "wake":
+            self._news.note(argument)
+        elif what == "cancel":
             self._publisher.look()  # a hint: the control hash says whether, and why
         elif what == "stop_job":
             self._stop_job(argument)
@@ -178,15 +186,17 @@ class Dispatcher:
         assert engine is not None  # noqa: S101 -- run() starts after `ready`
         return engine
 
-    def _room(self, in_hand: int = 0) -> int:
-        """How many jobs to claim now, beside those claimed that the engine does not know yet."""
-        waiting = self._runner.unadmitted()
-        if self._drain_until is not None or self._publisher.failing or waiting is None or waiting:
-            return 0
+    def _room(self, in_hand: Sequence[HeldJob] = ()) -> LaneClaim | None:
+        """What to claim now, beside jobs in hand that the engine does not know yet."""
+        if self._drain_until is not None or self._publisher.failing:
+            return None
         if self._options.conditions.reasons:
-            return 0
-        rows = self._options.rows - self._engine.running - self._engine.waiting - in_hand
-        return min(rows, self._claim_limit)
+            return None
+        in_line = [choices[0].lane for choices in self._runner.in_line() for _ in choices]
+        room = LaneRoom(self._options.rows, self._options.lane_min_rows)
+        lanes = [job.lane for job in in_hand]
+        claim = room.next_claim(self._engine.lane_rows, lanes, in_line)
+        return self._news.worth(claim and claim.up_to(self._claim_limit))
 
     def _claim(self) -> bool:
         """Claim up to the room there is; True where there may be more."""
@@ -195,7 +205,11 @@ class Dispatcher:
         except redis.RedisError:
             self._strays.expect()
             raise
-        if claimed is None or not claimed.reply.jobs:
+        if claimed is None:
+            return False
+        if not (claimed.full or claimed.others):
+            self._news.found_all(claimed.asked)
+        if not claimed.reply.jobs:
             return False
         self._take(claimed.reply.jobs, more=claimed.full)
         return claimed.full or claimed.others
@@ -207,7 +221,7 @@ class Dispatcher:
             self._release({job: job.returned() for job in reversed(held)})
             return
         if more and not self._strays.expected:
-            self._claims.ahead(self._room(in_hand=len(held)))
+            self._claims.ahead(self._room(in_hand=held))
         requests = []
         for job in held:
             try:

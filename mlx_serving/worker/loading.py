@@ -141,6 +141,7 @@ def _load_mlx(
         prefix_cache_bytes=settings.prefix_cache_bytes,
         kv_cache=settings.kv_cache,
         prefill_chunk_tokens=settings.prefill_chunk_tokens,
+        lane_min_share=settings.lane_min_share,
         prefer_native=settings.native,
     )
     engine = yield from load_in_slices(path, options)
@@ -183,7 +184,9 @@ def _load_simulated(spec: EngineSpec, settings: Settings) -> Generator[None, Non
         yield
     rows = settings.max_batch_rows
     options = (
-        simulated.SimulatedOptions(tokens_per_second=spec.tokens_per_second, max_rows=rows)
+        simulated.SimulatedOptions(
+            spec.tokens_per_second, max_rows=rows, lane_min_share=settings.lane_min_share
+        )
         if spec.tokens_per_second
         else simulated.SimulatedOptions.zero_cost(rows)
     )

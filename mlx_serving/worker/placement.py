@@ -14,8 +14,9 @@ from mlx_serving.common.jobs import LANES, model_of, queue_name
 from mlx_serving.worker.demand import Group, Wanted, claim_order, next_to_load
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
+    from mlx_serving.common.jobs import Lane
     from mlx_serving.common.protocol import Protocol
     from mlx_serving.worker.fleet import Fleet
     from mlx_serving.worker.residents import Residents
@@ -60,15 +61,16 @@ class Placement:
 
     # Claiming
 
-    def groups(self) -> list[Group]:
-        """Queues to claim from now, those of one model in one claim, in order."""
+    def groups(self, lanes: Sequence[Lane]) -> list[Group]:
+        """Queues of these lanes to claim from now, those of one model in one claim, in order."""
         residents = self.residents
         if not residents.several:
             (model,) = residents.models
-            return [Group(model, tuple(queue_name(model, lane) for lane in LANES))]
+            return [Group(model, tuple(queue_name(model, lane) for lane in lanes))]
         self._look()
         here = residents.resident()
-        return claim_order([model for model in self._turn if model in here], self._depths)
+        turn = [model for model in self._turn if model in here]
+        return claim_order(turn, self._depths, lanes)
 
     def claimed(self, group: Group, jobs: int) -> None:
         """Note what a claim brought: the model's next turn comes after the others'."""

@@ -26,9 +26,9 @@ FACTS: Final = (
 """What changes at most with the models in memory; `model`: all that are served, comma between."""
 
 NUMBERS: Final = (
-    "state", "reasons", "held", "rows", "waiting", "kv_tokens_used", "kv_tokens_capacity",
-    "tokens_per_second", "lease_age_ms", "lease_failing", "resident", "loading", "unloadable",
-    "capacities",
+    "state", "reasons", "held", "rows", "waiting", "parked", "kv_tokens_used",
+    "kv_tokens_capacity", "tokens_per_second", "lease_age_ms", "lease_failing", "resident",
+    "loading", "unloadable", "capacities",
 )  # fmt: skip
 """What does any time; `lease_age_ms` is empty where nothing is held.
 
@@ -108,6 +108,7 @@ class Presence:
             "held": now.held,
             "rows": now.running,
             "waiting": now.waiting,
+            "parked": now.parked,
             "kv_tokens_used": now.kv_used,
             "kv_tokens_capacity": now.kv_capacity,
             "tokens_per_second": round(self._rate(sum(now.counts.get(TOKENS, {}).values())), 1),

@@ -42,7 +42,7 @@ def residents(copy: Path) -> Residents:
     paths = {"tally": str(TALLY_PATH), "copy": str(copy)}
     settings = load_settings(max_batch_rows=4)
     return Residents(
-        ("tally", "copy"), EngineSet(4), lambda m: load(SPEC, settings, paths[m], 1 << 26),
+        ("tally", "copy"), EngineSet(), lambda m: load(SPEC, settings, paths[m], 1 << 26),
         lambda m: weight_bytes(Path(paths[m])),
     )  # fmt: skip
 

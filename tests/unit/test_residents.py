@@ -33,7 +33,7 @@ class Shelf:
         self.changed: list[str] = []
         self.sizes = dict.fromkeys(models, 1)
         self.residents = Residents(
-            models, EngineSet(8), self.load, self.sizes.__getitem__, self.changed.append
+            models, EngineSet(), self.load, self.sizes.__getitem__, self.changed.append
         )
         self.budget = ModelBudget(self.sizes, budget, frozenset(pins.get("pinned", ())))
 

@@ -2,8 +2,10 @@
 
 from collections.abc import Callable, Iterable, Iterator
 
+from mlx_serving.common.jobs import LANES
 from mlx_serving.worker.engine.sequence import (
     InferenceEngine,
+    LaneRows,
     Output,
     Request,
     RequestRefusedError,
@@ -13,12 +15,12 @@ from mlx_serving.worker.engine.sequence import (
 class EngineSet:
     """The engines of the models in memory, by alias. Only the engine thread calls it.
 
-    `Request.model` says which one decodes a request. Each engine keeps to its own KV budget; the
-    rows of all together are bounded by `max_rows`.
+    `Request.model` says which one decodes a request. Each engine keeps to its own KV budget and its
+    own rows; a request makes way for itself among the rows of its own model only. How many rows
+    there are over all, whoever claims looks to.
     """
 
-    def __init__(self, max_rows: int) -> None:
-        self._max_rows = max_rows
+    def __init__(self) -> None:
         self._engines: dict[str, InferenceEngine] = {}  # replaced, never changed: others read it
         self.on_prefill: Callable[[Iterable[str]], None] = _ignore
 
@@ -43,10 +45,7 @@ class EngineSet:
     def can_add(self, *choices: Request) -> bool:
         """Say whether there is room for these choices now; True where `add` would refuse them."""
         engine = self._engines.get(choices[0].model)
-        if engine is None:
-            return True
-        rows = self.running + self.waiting + len(choices)
-        return rows <= self._max_rows and engine.can_add(*choices)
+        return engine is None or engine.can_add(*choices)
 
     def add(self, *choices: Request) -> None:
         """Admit choices of one request; see `InferenceEngine.add`.
@@ -90,6 +89,22 @@ class EngineSet:
     def waiting(self) -> int:
         """Admitted rows that are in no decode batch yet."""
         return sum(engine.waiting for engine in self._engines.values())
+
+    @property
+    def parked(self) -> int:
+        """Rows that left a batch in favour of others and go on when there is room."""
+        return sum(engine.parked for engine in self._engines.values())
+
+    @property
+    def lane_rows(self) -> LaneRows:
+        """Rows in the batches, and parked ones, by lane."""
+        rows = [engine.lane_rows for engine in self._engines.values()]
+        nothing = (0,) * len(LANES)
+        active, parked = (
+            tuple(map(sum, zip(nothing, *each, strict=True)))
+            for each in ([r.active for r in rows], [r.parked for r in rows])
+        )
+        return LaneRows(active, parked)
 
     @property
     def kv_tokens_used(self) -> int:
