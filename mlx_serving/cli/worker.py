@@ -79,24 +79,28 @@ def engine_spec(
     if kind == "simulated":
         return EngineSpec("simulated", "", tokens_per_second, tuple((m, "") for m in others))
     require_engine()
-    paths = {alias: known_path(settings, alias) for alias in (model, *others)}
-    _require_any(settings, list(paths))
+    paths = _paths(settings, {alias: known_path(settings, alias) for alias in (model, *others)})
     return EngineSpec("mlx", paths.pop(model), others=tuple(paths.items()))
 
 
-def _require_any(settings: Settings, models: Sequence[str]) -> None:
+def _paths(settings: Settings, known: dict[str, str]) -> dict[str, str]:
+    """Folder of each model, one of which is complete at least."""
+    from mlx_serving.cli.hub_models import found_path
     from mlx_serving.common.errors import UnknownModel
 
+    paths: dict[str, str] = {}
     problems: list[UnknownModel] = []
-    for model in models:
+    for model, path in known.items():
         try:
-            model_path(settings, model)
+            paths[model] = model_path(settings, model)
         except UnknownModel as error:
             problems.append(error)
-            if len(models) > 1:
+            paths[model] = found_path(settings, path)
+            if len(known) > 1:
                 typer.echo(f"warning: {error}; its jobs are left to other workers", err=True)
-    if len(problems) == len(models):
+    if len(problems) == len(known):
         raise problems[0]
+    return paths
 
 
 def require_redis(settings: Settings, model: str) -> None:
@@ -144,11 +148,13 @@ def model_path(settings: Settings, model: str) -> str:
     """
     from pathlib import Path
 
+    from mlx_serving.cli.hub_models import fetched_path
     from mlx_serving.common.errors import FieldError, UnknownModel
     from mlx_serving.worker.engine.model_files import ModelFilesError, check_model_files
 
     path = known_path(settings, model)
     try:
+        path = fetched_path(settings, path)
         check_model_files(Path(path))
     except ModelFilesError as error:
         raise UnknownModel([FieldError(f"models.{model}", str(error))]) from None

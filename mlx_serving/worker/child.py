@@ -25,14 +25,25 @@ from mlx_serving.worker.engine.engine_set import EngineSet
 from mlx_serving.worker.engine.limits import least_rows
 from mlx_serving.worker.fleet import Fleet
 from mlx_serving.worker.listener import Listener
-from mlx_serving.worker.loading import EngineSpec, describe, load, model_bytes, plan_memory
+from mlx_serving.worker.loading import (
+    EngineSpec,
+    describe,
+    load,
+    memory_of,
+    model_bytes,
+    plan_memory,
+)
 from mlx_serving.worker.manifest import Manifest
 from mlx_serving.worker.measured_protocol import MeasuredProtocol, QueueWatch
 from mlx_serving.worker.measures import Measures
+from mlx_serving.worker.memory_keeper import MemoryKeeper
+from mlx_serving.worker.memory_pressure import AvailableMemory
 from mlx_serving.worker.placement import Placement
 from mlx_serving.worker.preparation import Preparation
 from mlx_serving.worker.presence import Presence, machine_facts
+from mlx_serving.worker.process_end import leave
 from mlx_serving.worker.publisher import Publisher, PublisherOptions
+from mlx_serving.worker.recycling import RecycleRules, Recycling
 from mlx_serving.worker.residents import Residents
 from mlx_serving.worker.runner import Runner
 from mlx_serving.worker.sweeper import Sweeper
@@ -83,6 +94,8 @@ class Child:
         self._kv_budget: int | None = settings.kv_budget_bytes
         self._description: dict[str, str] = {}
         self.residents = self._residents()
+        self.available = AvailableMemory()
+        self.keeper = self._keeper()
         self.runner = self._runner()
         self.publisher = Publisher(
             MeasuredProtocol(connect(endpoint), endpoint.keys, self.measures),
@@ -111,9 +124,17 @@ class Child:
         self.vitals = Vitals(
             self.measures, self.runner, self.publisher,
             draining=lambda: self.dispatcher.draining, info=lambda: self._description,
-            paused=lambda: self.conditions.reasons, standing=self.residents.standing,
+            paused=lambda: self.conditions.reasons, keeper=self.keeper,
         )  # fmt: skip
+        self.vitals.standing = self.residents.standing
         self.fleet.numbers = Presence(self.vitals.snapshot).numbers
+
+    def _keeper(self) -> MemoryKeeper:
+        return MemoryKeeper(
+            self.measures, Recycling(RecycleRules.of(self._spec.settings, self._spec.name)),
+            on_due=lambda reason: self.dispatcher.post("recycle", reason),
+            steps=lambda: self.runner.steps,
+        )  # fmt: skip
 
     def _residents(self) -> Residents:
         spec = self._spec
@@ -133,6 +154,7 @@ class Child:
             on_room=lambda: self.dispatcher.post("room"),
             paused=lambda: self.publisher.backlog >= settings.buffer_tokens,
             slice_seconds=settings.model_load_seconds,
+            tend=self.keeper.tend,
         )
 
     def _options(self, lease_ms: int) -> DispatcherOptions:
@@ -141,6 +163,7 @@ class Child:
             self._spec.name, settings.max_batch_rows,
             least_rows(settings.max_batch_rows, settings.lane_min_share), lease_ms,
             settings.drain_grace_seconds, settings.max_payload_bytes, self.conditions,
+            lambda: self.keeper.state.refuses,
         )  # fmt: skip
 
     def _placement(self) -> Placement:
@@ -159,9 +182,13 @@ class Child:
         )  # fmt: skip
 
     def _load(self) -> EngineSet:
-        self.residents.engines.on_prefill = self._manifest.prefill
-        budget, self._kv_budget = plan_memory(self._spec.engine, self._spec.settings, self._paths)
-        return self.residents.load_first(budget)
+        spec, engines = self._spec, self.residents.engines
+        engines.on_prefill = self._manifest.prefill
+        budget, self._kv_budget = plan_memory(spec.engine, spec.settings, self._paths)
+        self.residents.load_first(budget)
+        self.available.start()
+        self.keeper.watch(*memory_of(spec.engine, engines, lambda: self.available.value))
+        return engines
 
     def _load_model(self, model: str) -> Generator[None, None, LoadedModel]:
         spec = self._spec
@@ -230,6 +257,7 @@ class Child:
         self.conditions.start()
         status = self.dispatcher.run()
         self.conditions.stop()
+        self.available.stop()
         self.vitals.stop()
         self.publisher.stop()
         self.listener.stop()
@@ -281,4 +309,4 @@ def run_child(spec: ChildSpec, lifeline: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C reaches the parent too
     signal.signal(signal.SIGTERM, lambda *_: child.dispatcher.post("drain"))
     threading.Thread(target=_follow_parent, args=(lifeline, child), daemon=True).start()
-    sys.exit(child.run())
+    leave(child.run())

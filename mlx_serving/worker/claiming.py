@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from mlx_serving.common.calls import Call, ClaimReply, HeldRows
     from mlx_serving.common.protocol import Protocol
-    from mlx_serving.worker.lane_claims import LaneClaim
+    from mlx_serving.worker.lane_claims import LaneClaim, LaneNews
     from mlx_serving.worker.placement import Placement
 
 log = structlog.get_logger(__name__)
@@ -47,9 +47,10 @@ class Claims:
         protocol: Protocol,
         placement: Placement,
         held_rows: Callable[[], HeldRows],
+        news: LaneNews,
     ) -> None:
         self._terms, self._protocol, self._placement = terms, protocol, placement
-        self._held_rows = held_rows
+        self._held_rows, self._news = held_rows, news
         self._ahead = ClaimAhead(protocol)
         self.suspended = False
         self._reserved = ""  # queue of a suspect that this worker makes room for
@@ -76,6 +77,7 @@ class Claims:
         """Claim more while the jobs of the last claim are read, where that is from one model."""
         if room is not None and not self._placement.residents.several:
             (group,) = self._placement.groups(room.lanes)
+            self._news.ask(room)
             self._ahead.begin(self._call(group, room.most), room)
 
     def _claim(self, room: LaneClaim | None) -> Claimed | None:
@@ -83,6 +85,7 @@ class Claims:
             return None
         claimed = None
         groups = self._groups(room)
+        self._news.ask(room)
         for left, group in enumerate(groups, 1 - len(groups)):
             reply = self._protocol.run(self._call(group, room.most))
             claimed = Claimed(reply, room, others=left < 0)

@@ -21,17 +21,15 @@ from mlx_serving.common.errors import CorruptEvent, MlxServingError
 from mlx_serving.common.jobs import model_of
 from mlx_serving.worker.claiming import Claims, ClaimTerms
 from mlx_serving.worker.conditions import ANY_TIME, Conditions
-from mlx_serving.worker.crash import EXIT_ENGINE
+from mlx_serving.worker.crash import EXIT_ENGINE, EXIT_RECYCLE
 from mlx_serving.worker.held import HeldJob
-from mlx_serving.worker.intake import (
-    JobRefusedError,
-)
+from mlx_serving.worker.intake import JobRefusedError
 from mlx_serving.worker.lane_claims import LaneClaim, LaneNews, LaneRoom
 from mlx_serving.worker.outage import Outage
 from mlx_serving.worker.strays import Strays
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from mlx_serving.common.calls import ClaimedJob, Returned
     from mlx_serving.common.protocol import Protocol
@@ -49,6 +47,7 @@ UNADMITTED_SECONDS: Final = 1.0  # how long a claimed job may wait for room befo
 WRITTEN_SECONDS: Final = 1.0  # how long a hand-over of all waits for the publisher
 RELEASE_SECONDS: Final = 5.0  # how long a drain waits for Redis
 CRASH_SECONDS: Final = 1.0  # the same of a worker whose engine failed
+RECYCLE_SECONDS: Final = 5.0  # the most that jobs get to end in before a planned replacement
 CLAIM_MOST: Final = 32
 
 
@@ -66,6 +65,7 @@ class DispatcherOptions:
     drain_grace_seconds: float = 30.0
     max_payload_bytes: int = 4 * 1024 * 1024
     conditions: Conditions = ANY_TIME
+    memory_short: Callable[[], bool] = bool  # bool(): False
 
 
 class Dispatcher:
@@ -91,19 +91,20 @@ class Dispatcher:
         self._unadmitted_since: float | None = None
         self._returning: dict[HeldJob, Returned] = {}  # to release
         self._drain_until: float | None = None
+        self._status = 0  # to end with
         self._outage = Outage(protocol.redis)
         terms = ClaimTerms(
             options.worker, options.rows, options.lease_ms, options.max_payload_bytes
         )
-        self._claims = Claims(terms, protocol, placement, publisher.held_rows)
         self._news = LaneNews(POLL_SECONDS)
+        self._claims = Claims(terms, protocol, placement, publisher.held_rows, self._news)
         self._strays = Strays(
             protocol, options.worker, lambda: [job.request_id for job in publisher.held()],
             seconds=options.lease_ms / 1000,
         )  # fmt: skip
 
     def post(self, what: str, argument: str = "") -> None:
-        """Leave a message: 'wake', 'room', 'cancel' or 'stop_job' <id>, 'drain', 'hand_over'."""
+        """Leave a message: 'wake', 'room', 'cancel' or 'stop_job' <id>, 'drain', 'recycle', …."""
         self._messages.put((what, argument))
 
     @property
@@ -165,10 +166,19 @@ class Dispatcher:
         elif what == "stop_job":
             self._stop_job(argument)
         elif what == "hand_over":
-            self._drain_until = time.monotonic()
-        elif what == "drain" and self._drain_until is None:
-            grace = self._options.drain_grace_seconds
-            log.info("draining", held=len(self._publisher.held()), grace_seconds=grace)
+            self._status, self._drain_until = 0, time.monotonic()
+        elif what == "drain":
+            self._status = 0  # whoever asks for the end does not want a fresh child
+            self._drain(self._options.drain_grace_seconds)
+        elif what == "recycle" and not self.draining and not self._publisher.failing:
+            self._status = EXIT_RECYCLE
+            self._measures.count("recycles", argument)
+            self._drain(min(RECYCLE_SECONDS, self._options.drain_grace_seconds), argument)
+
+    def _drain(self, grace: float, recycled_for: str = "") -> None:
+        if self._drain_until is None:
+            held = len(self._publisher.held())
+            log.info("draining", held=held, grace_seconds=grace, recycled_for=recycled_for)
             self._drain_until = time.monotonic() + grace
 
     def _stop_job(self, job_id: str) -> None:
@@ -190,7 +200,7 @@ class Dispatcher:
         """What to claim now, beside jobs in hand that the engine does not know yet."""
         if self._drain_until is not None or self._publisher.failing:
             return None
-        if self._options.conditions.reasons:
+        if self._options.conditions.reasons or self._options.memory_short():
             return None
         in_line = [choices[0].lane for choices in self._runner.in_line() for _ in choices]
         room = LaneRoom(self._options.rows, self._options.lane_min_rows)
@@ -204,11 +214,12 @@ class Dispatcher:
             claimed = self._claims.take(self._room)
         except redis.RedisError:
             self._strays.expect()
+            self._news.note()
             raise
         if claimed is None:
             return False
-        if not (claimed.full or claimed.others):
-            self._news.found_all(claimed.asked)
+        if claimed.full or claimed.others:
+            self._news.found_more(claimed.asked)
         if not claimed.reply.jobs:
             return False
         self._take(claimed.reply.jobs, more=claimed.full)
@@ -363,4 +374,4 @@ class Dispatcher:
         except redis.RedisError as error:
             self._outage.note(error)
         log.info("drained", handed_over=len(left), all_written=written)
-        return 0
+        return self._status

@@ -14,11 +14,14 @@ from mlx_serving.worker.engine.aside import aside
 from mlx_serving.worker.engine.residency import ModelBudget
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Mapping
+    from collections.abc import Callable, Generator, Mapping, Sequence
 
     from mlx_serving.common.jobs import GenerationJob
     from mlx_serving.common.settings import Settings
+    from mlx_serving.worker.engine.device_memory import DeviceMemory
     from mlx_serving.worker.engine.engine import Engine
+    from mlx_serving.worker.engine.engine_set import EngineSet
+    from mlx_serving.worker.engine.kv_memory import KvMemory
     from mlx_serving.worker.engine.sequence import InferenceEngine
     from mlx_serving.worker.intake import Plan
     from mlx_serving.worker.token_text import Spell
@@ -114,6 +117,20 @@ def plan_memory(
     return budget, kv if kv is None else kv // budget.most_at_once()
 
 
+def memory_of(
+    spec: EngineSpec, engine: EngineSet, available: Callable[[], int | None]
+) -> tuple[DeviceMemory | None, Callable[[], Sequence[KvMemory]]]:
+    """What the memory keeper watches of an engine; nothing of a simulated one.
+
+    `available` says what the system could still give, in bytes.
+    """
+    if spec.kind == "simulated":
+        return None, tuple
+    from mlx_serving.worker.engine.device_memory import MlxMemory  # imports MLX
+
+    return MlxMemory(available), lambda: engine.kv_memories
+
+
 def describe(spec: EngineSpec, engine: InferenceEngine) -> dict[str, str]:
     """Say what an engine runs on: its device, and native or twin for each accelerated piece.
 
@@ -140,6 +157,7 @@ def _load_mlx(
         kv_budget_bytes=kv_budget_bytes,
         prefix_cache_bytes=settings.prefix_cache_bytes,
         kv_cache=settings.kv_cache,
+        kv_bits=settings.kv_bits,
         prefill_chunk_tokens=settings.prefill_chunk_tokens,
         lane_min_share=settings.lane_min_share,
         prefer_native=settings.native,

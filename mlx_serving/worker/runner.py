@@ -31,7 +31,7 @@ class Runner(threading.Thread):
     the engine would not take; `on_room` is called when rows left the batch or requests entered it.
     `paused` is asked before each step: a deliberate pause is progress, a step that does not come
     back is not (`stalled_for`). `slice_seconds` is how much longer a slice of `interleave` may take
-    than a step.
+    than a step. `tend` is called between steps, twice a second at least.
     """
 
     def __init__(
@@ -43,10 +43,11 @@ class Runner(threading.Thread):
         on_room: Callable[[], None],
         paused: Callable[[], bool],
         slice_seconds: float = 0.0,
+        tend: Callable[[], None] = lambda: None,
     ) -> None:
         super().__init__(name="engine", daemon=True)
         self._load, self._on_outputs, self._on_refused = load, on_outputs, on_refused
-        self._paused, self._on_room = paused, on_room
+        self._paused, self._on_room, self._tend = paused, on_room, tend
         self._slices: deque[Iterator[None]] = deque()
         self._slice_seconds, self._in_slice = slice_seconds, False
         self._changed = threading.Condition()
@@ -54,6 +55,7 @@ class Runner(threading.Thread):
         self._aborts: deque[str] = deque()
         self._halting = False
         self._turns = self._submitted_at_turn = 0
+        self.steps = 0  # of the engine
         self._progress_at = time.monotonic()
         self.engine: EngineSet | None = None
         self.ready = threading.Event()
@@ -147,6 +149,7 @@ class Runner(threading.Thread):
             aborts, self._aborts = self._aborts, deque()
             if self._halting:
                 return False
+        self._tend()
         for request_id in aborts:
             engine.abort(request_id)
         self.withdraw(set(aborts))
@@ -154,6 +157,7 @@ class Runner(threading.Thread):
         ended = bool(aborts)
         if engine.has_work and not paused:
             outputs = engine.step()
+            self.steps += 1
             if outputs:
                 self._on_outputs(outputs)
                 ended = ended or any(o.finish_reason for o in outputs)

@@ -8,6 +8,7 @@ import time
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
 
+from mlx_serving.worker.memory_keeper import MemoryState
 from mlx_serving.worker.residents import Standing
 from mlx_serving.worker.status_board import Snapshot, encode
 
@@ -53,6 +54,13 @@ class PublisherView(Protocol):
         """Whether the thread runs."""
 
 
+class KeeperView(Protocol):
+    """What is read of `MemoryKeeper`."""
+
+    state: MemoryState
+    due: str
+
+
 class Vitals:
     """Takes snapshots of one child; nothing it does waits for the engine or for Redis."""
 
@@ -65,11 +73,12 @@ class Vitals:
         draining: Callable[[], bool],
         info: Callable[[], dict[str, str]],
         paused: Callable[[], tuple[str, ...]] = tuple,
-        standing: Callable[[], Standing] = Standing,
+        keeper: KeeperView | None = None,
     ) -> None:
         self._measures, self._runner, self._publisher = measures, runner, publisher
         self._draining, self._info, self._paused = draining, info, paused
-        self._standing = standing
+        self._keeper = keeper
+        self.standing: Callable[[], Standing] = Standing  # of the models
         self.facts: dict[str, str] = {}  # of the engine, once it is loaded
         self._failing_since: float | None = None
         self._stopping = False
@@ -84,8 +93,9 @@ class Vitals:
         measures, runner, publisher = self._measures, self._runner, self._publisher
         counts, histograms = measures.read()
         engine = runner.engine if runner.ready.is_set() else None
-        models = self._standing()
+        models = self.standing()
         started = publisher.ident is not None
+        memory = self._keeper.state if self._keeper else MemoryState()
         return Snapshot(
             phase=self._phase(),
             pid=os.getpid(),
@@ -108,6 +118,11 @@ class Vitals:
             capacities=dict(models.capacities),
             failures=dict(models.failures),
             backlog=publisher.backlog,
+            memory_active=memory.active,
+            memory_cached=memory.cached,
+            memory_limit=memory.limit,
+            memory_short=memory.refuses,
+            recycling=self._keeper.due if self._keeper and self._draining() else "",
             info=self._info() | self.facts,
             queues=measures.queues,
             counts=counts,

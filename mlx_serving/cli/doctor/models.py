@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from mlx_serving.cli.doctor.report import Check, Level
+from mlx_serving.cli.hub_models import found_path
+from mlx_serving.cli.models import BYTES_A_MB, model_view
 from mlx_serving.cli.overview import read_overview
-from mlx_serving.cli.worker import model_path
 from mlx_serving.common.errors import MlxServingError
 from mlx_serving.common.jobs import model_of
 
@@ -17,17 +18,16 @@ if TYPE_CHECKING:
     from mlx_serving.common.connection import Endpoint
     from mlx_serving.common.settings import Settings
 
-BYTES_A_MB: Final = 1_000_000
-
 
 def other_models(settings: Settings, model: str) -> Iterator[Check]:
     """Look at the files of every alias but the one that is loaded anyway."""
     for alias in sorted(settings.models.keys() - {model}):
-        try:
-            detail = f"{_weights(model_path(settings, alias)) / BYTES_A_MB:.1f} MB of weights"
-            yield Check(f"model {alias}", Level.OK, f"complete, not loaded here; {detail}")
-        except MlxServingError as error:
-            yield Check(f"model {alias}", Level.WARN, str(error))
+        view = model_view(alias, found_path(settings, settings.models[alias]))
+        if view.problem is not None or view.weight_bytes is None:
+            yield Check(f"model {alias}", Level.WARN, f"{view.problem}")
+            continue
+        detail = f"{view.weight_bytes / BYTES_A_MB:.1f} MB of weights"
+        yield Check(f"model {alias}", Level.OK, f"complete, not loaded here; {detail}")
 
 
 def fleet_checks(endpoint: Endpoint) -> Iterator[Check]:
@@ -54,11 +54,3 @@ def fleet_problems(overview: Overview) -> Iterator[str]:
         if queue.queued and model_of(queue.name) not in served:
             jobs = f"{queue.queued} jobs wait" if queue.queued > 1 else "a job waits"
             yield f"{jobs} in {queue.name}, and no live worker can load the model"
-
-
-def _weights(path: str) -> int:
-    from pathlib import Path
-
-    from mlx_serving.worker.engine.model_files import weight_bytes
-
-    return weight_bytes(Path(path))

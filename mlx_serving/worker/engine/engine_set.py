@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator
 
 from mlx_serving.common.jobs import LANES
+from mlx_serving.worker.engine.kv_memory import KvMemory
 from mlx_serving.worker.engine.sequence import (
     InferenceEngine,
     LaneRows,
@@ -115,6 +116,11 @@ class EngineSet:
     def kv_tokens_capacity(self) -> int:
         """KV tokens that rows may reserve, of all models."""
         return sum(engine.kv_tokens_capacity for engine in self._engines.values())
+
+    @property
+    def kv_memories(self) -> tuple[KvMemory, ...]:
+        """What the memory guard sees of the KV caches of all engines."""
+        return tuple(m for engine in self._engines.values() for m in engine.kv_memories)
 
     def _tell_prefill(self, request_ids: Iterable[str]) -> None:
         self.on_prefill(request_ids)
