@@ -103,9 +103,10 @@ class Run:
 
 def _bare_loop(connection: Connection, settings: Settings, spec: EngineSpec) -> None:
     from mlx_serving.worker.engine.sequence import Request, SamplingParams
-    from mlx_serving.worker.loading import load
+    from mlx_serving.worker.loading import finish, load
 
-    engine, encode = load(spec, settings)
+    loaded = finish(load(spec, settings, spec.model_path, settings.kv_budget_bytes))
+    engine, encode = loaded.engine, loaded.encode
     connection.send("ready")
     while (jobs := connection.recv()) is not None:
         run = Run([[] for _ in jobs], [[] for _ in jobs])

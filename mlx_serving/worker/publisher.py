@@ -22,7 +22,6 @@ from mlx_serving.common.events import ErrorInfo
 from mlx_serving.common.states import JobState
 from mlx_serving.worker.manifest import Manifest, RowState
 from mlx_serving.worker.measures import Measures
-from mlx_serving.worker.token_text import unspelled
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -31,7 +30,6 @@ if TYPE_CHECKING:
     from mlx_serving.common.protocol import Protocol
     from mlx_serving.worker.engine.sequence import Output
     from mlx_serving.worker.held import HeldJob
-    from mlx_serving.worker.token_text import Spell
 
 log = structlog.get_logger(__name__)
 
@@ -80,7 +78,6 @@ class Publisher(threading.Thread):
         self._log = log.bind()  # bound once: the module's own is looked up anew at each record
         self.manifest = manifest or Manifest()
         self.measures = measures or Measures()
-        self.spell: Spell = unspelled
         self._changed = threading.Condition()
         self._held: dict[str, HeldJob] = {}
         self._dirty: dict[str, HeldJob] = {}
@@ -264,7 +261,7 @@ class Publisher(threading.Thread):
                 del self._dirty[job.job_id]
                 job.committed_at = now
                 self.backlog -= job.unsent
-                rows += job.rows(self._worker, self.spell)
+                rows += job.rows(self._worker)
             return rows
 
     def _in_haste(self) -> bool:

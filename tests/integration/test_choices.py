@@ -115,7 +115,7 @@ def test_a_reset_takes_every_choice_back(client: Client, worker: SteppedWorker) 
     handle = submit(client, on_model_change="reset")
     worker.claim().decode(4)
     worker.die()
-    worker.engine = worker.child.runner.engine = spelled_engine("new", revision="r2")
+    worker.use(spelled_engine("new", revision="r2"))
     worker.claim().finish()
     assert [text for _, text, _ in told_by_choice(client, handle)] == ["new"] * CHOICES
 
