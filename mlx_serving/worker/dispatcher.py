@@ -23,9 +23,8 @@ from mlx_serving.worker.claim_ahead import ClaimAhead, Claimed
 from mlx_serving.worker.conditions import ANY_TIME, Conditions
 from mlx_serving.worker.crash import EXIT_ENGINE
 from mlx_serving.worker.held import HeldJob
-from mlx_serving.worker.intake import (
-    JobRefusedError,
-)
+from mlx_serving.worker.intake import JobRefusedError
+from mlx_serving.worker.job_log import JobLog
 from mlx_serving.worker.outage import Outage
 from mlx_serving.worker.strays import Strays
 
@@ -82,7 +81,7 @@ class Dispatcher:
         self._runner, self._publisher, self._sweeper = runner, publisher, sweeper
         self._fleet, self._preparation = fleet, preparation
         self._measures = publisher.measures
-        self._log = log.bind()  # bound once: the module's own is looked up anew at each record
+        self._log = JobLog()
         self._messages: queue.SimpleQueue[tuple[str, str]] = queue.SimpleQueue()
         self._claim_limit = CLAIM_MOST
         self._unadmitted_since: float | None = None
@@ -256,8 +255,7 @@ class Dispatcher:
         resumed = 0 if job.reset else job.resumed_at
         if resumed:
             self._measures.resumed(resumed)
-        self._log.info("job_started", **job.names(), queue=job.claimed.queue, age_ms=job.age_ms,
-                 prompt_tokens=job.prompt_tokens, resumed_tokens=resumed)  # fmt: skip
+        self._log.started(job, resumed)
 
     def _prepare(self, held: HeldJob) -> Choices:
         claimed, payloads = held.claimed, []

@@ -20,6 +20,7 @@ from mlx_serving.common import calls
 from mlx_serving.common.calls import HeldRows
 from mlx_serving.common.events import ErrorInfo
 from mlx_serving.common.states import JobState
+from mlx_serving.worker.job_log import JobLog
 from mlx_serving.worker.manifest import Manifest, RowState
 from mlx_serving.worker.measures import Measures
 from mlx_serving.worker.token_text import unspelled
@@ -59,7 +60,8 @@ class Publisher(threading.Thread):
     """Owner of the held jobs. Thread-safe.
 
     `on_gone(request_id)` is called, outside the lock, for every attempt that is not to be decoded
-    any further: it ended, was cancelled, or was taken over. `fresh` says whether the engine makes
+    any further: it failed, was cancelled, or was taken over; not where all its rows ended by
+    themselves, which the engine knows. `fresh` says whether the engine makes
     progress; leases are renewed only while it does.
     """
 
@@ -77,7 +79,7 @@ class Publisher(threading.Thread):
         super().__init__(name="publisher", daemon=True)
         self._protocol, self._worker, self._options = protocol, worker, options
         self._on_gone, self._fresh = on_gone, fresh
-        self._log = log.bind()  # bound once: the module's own is looked up anew at each record
+        self._log = JobLog()
         self.manifest = manifest or Manifest()
         self.measures = measures or Measures()
         self.spell: Spell = unspelled
@@ -155,7 +157,7 @@ class Publisher(threading.Thread):
             for job in gone:
                 self._forget(job.job_id)
         for job in gone:
-            log.info("job_handed_over", **job.names(), **job.report())
+            self._log.handed_over(job)
 
     def drain(self, timeout: float) -> bool:
         """Write all that is pending, bulk rows too; False where that took too long."""
@@ -316,7 +318,7 @@ class Publisher(threading.Thread):
                 elif row.state is not None:
                     self._forget(row.job_id)
                     ended.append((job, row.state))
-                    gone.append(job.request_id)
+                    gone += stopped(job, row.state)
                 elif reply.reason and job.ending is None:
                     self._cancel(job, reply.reason)
                     gone.append(job.request_id)
@@ -326,19 +328,13 @@ class Publisher(threading.Thread):
         for job, reply in lost:
             self._note_lost(job, reply)
         for job, state in ended:
-            self._note_end(job, state)
+            self.measures.ended(job, state)
+            self._log.ended(job, state)
         return [row for row in rows if row.job_id in again]
 
     def _note_lost(self, job: HeldJob, reply: RowReply) -> None:
         self.fenced += 1
-        log.warning("job_lost", **job.names(), status=reply.status, reason=reply.reason)
-
-    def _note_end(self, job: HeldJob, state: JobState) -> None:
-        self.measures.ended(job, state)
-        error = job.ending.error if job.ending else None
-        code = error.code if error else None
-        self._log.info("job_ended", **job.names(), state=state.value, code=code,
-                       finish_reason=job.finish_reason, **job.report())  # fmt: skip
+        self._log.lost(job, reply)
 
     def _forget(self, job_id: str) -> None:
         job = self._held.pop(job_id, None)
@@ -396,3 +392,8 @@ class Publisher(threading.Thread):
         for job in self.held():
             if now >= job.expires_at:
                 self.cancel(job.job_id, job.expiry_reason)
+
+
+def stopped(job: HeldJob, state: JobState) -> list[str]:
+    """Name of an attempt that ended, where its rows may not have ended by themselves."""
+    return [] if state is JobState.FINISHED else [job.request_id]
