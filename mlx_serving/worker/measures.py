@@ -99,12 +99,12 @@ class Measures:
 
     # What happens to jobs
 
-    def stepped(self, progress: Iterable[tuple[HeldJob, Output]]) -> None:
-        """Take a step's outputs; on the engine's thread, so it is kept cheap.
+    def stepped(self, progress: Iterable[tuple[HeldJob, Output]], at: float | None = None) -> None:
+        """Take the outputs of a step that was done `at` monotonic seconds; None: now.
 
         Rows that were in the same step before have the same gap: one look-up a step, not a row.
         """
-        now = time.monotonic()
+        now = time.monotonic() if at is None else at
         tokens = 0
         gaps: dict[float, int] = {}
         began: list[HeldJob] = []

@@ -10,7 +10,7 @@ import redis
 
 from mlx_serving.common.calls import RowReply
 from mlx_serving.worker.engine.sequence import Output, RowError
-from mlx_serving.worker.publisher import BULK_SECONDS
+from mlx_serving.worker.holdings import BULK_SECONDS
 from tests.helpers import wait_until
 from tests.publisher_bench import FLUSH, Bench
 from tests.worker_fakes import held, output
@@ -189,7 +189,7 @@ def test_the_answer_to_an_old_attempt_does_not_touch_the_new_one(bench: Bench) -
     bench.protocol.gate.clear()
     bench.protocol.answers["a"] = RowReply("FENCED")
     bench.publisher.push([output(old, [1], "1")])
-    wait_until(lambda: not bench.publisher._dirty)
+    wait_until(lambda: not bench.publisher.pending)
     bench.hold(new)
     bench.protocol.gate.set()
     wait_until(lambda: len(bench.protocol.sent) >= 1 and bench.gone)
