@@ -6,6 +6,8 @@ PYTEST_ARGS ?=
 BENCH_ARGS ?=
 CHAOS_ARGS ?=
 BIN := $(VENV)/bin
+# In the order of collection: what is long comes first, and the processes end together.
+SIDE_BY_SIDE := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 RUN := PATH="$(abspath $(BIN)):$$PATH" scripts/with_openblas.sh
 
 .DEFAULT_GOAL := help
@@ -23,8 +25,8 @@ native: ## build the native module again, with the compiler's output; fails wher
 demo: install ## eight jobs side by side out of one batch, through a real Redis
 	@$(RUN) mlx-serving demo
 
-test: install ## the whole test suite
-	@$(RUN) python -m pytest $(PYTEST_ARGS)
+test: install ## the whole test suite, in a process a core (at most four)
+	@$(RUN) python -m pytest $(SIDE_BY_SIDE) $(PYTEST_ARGS)
 
 chaos: install ## kills, stops, Redis restarts, lost replies: nothing lost, nothing twice
 	@$(RUN) python -m tests.chaos $(CHAOS_ARGS)

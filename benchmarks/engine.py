@@ -5,7 +5,8 @@
 All loops run in one process on the same model, prompts and device; each is timed several times
 in turn. Ratios are medians of the rounds' ratios. P1: every row greedy. P2: every row with its own
 temperature, top-p, top-k, min-p and seed. P3: the first steps of a batch whose settings nobody
-used before, worst of five.
+used before, worst of five; its control is the same with nothing swapped, and shows how much of it
+is the machine's own unrest.
 
 The floor is the time in which this device can read the weights that a step reads: their bytes
 over the bandwidth of a large copy, measured here.
@@ -160,22 +161,24 @@ def measure(
     return times
 
 
-def unseen_over_steady(case: Case, rounds: int = 5) -> float:
+def unseen_over_steady(case: Case, rounds: int = 5) -> tuple[float, float]:
     """P3: two steps right after every row got settings never seen, over two steps before it.
 
     The rows' settings are swapped in place, so that neither prefill nor joining is in the figure.
+    The second value is the control: the same where nothing is swapped.
     """
     engine = start_engine(case, distinct_settings(case.batch, seed=2))
     runner = cast("ModelRunner", engine._runner)  # noqa: SLF001 - see above
-    ratios = []
+    ratios, control = [], []
     for seed in range(3, 3 + rounds):
         steady = min(_two_steps(engine) for _ in range(3))
+        control.append(_two_steps(engine) / steady)
         settings = distinct_settings(case.batch, seed)
         for row, sampling in zip(runner._rows, settings, strict=True):  # noqa: SLF001
             row.request = replace(row.request, sampling=sampling)
         runner._sampler = None  # noqa: SLF001
         ratios.append(_two_steps(engine) / steady)
-    return max(ratios)
+    return max(ratios), max(control)
 
 
 def replaced_over_steady(case: Case, rounds: int = 5) -> float:
@@ -225,7 +228,7 @@ def run(case: Case, *, peer: bool) -> dict[str, float]:
     figures["floor_ms"] = floor_ms(case.model)
     figures["P1_greedy_over_bare"] = over_bare["engine_greedy"]
     figures["P2_mixed_over_bare"] = over_bare["engine_mixed"]
-    figures["P3_first_over_steady"] = unseen_over_steady(case)
+    figures["P3_first_over_steady"], figures["P3_control"] = unseen_over_steady(case)
     figures["first_of_new_rows_over_steady"] = replaced_over_steady(case)
     if peer:
         figures["batch_generator_greedy_over_bare"] = over_bare["batch_generator_greedy"]

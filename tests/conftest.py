@@ -11,9 +11,10 @@ from mlx_serving.common.connection import Endpoint, connect_async
 from mlx_serving.common.local_redis import LocalRedis
 from mlx_serving.common.settings import Settings, load_settings
 from tests.helpers import leaked_keys, wait_until
+from tests.quiet import turn
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
+    from collections.abc import AsyncIterator, Generator, Iterator
 
     import redis
     from redis.asyncio import Redis as AsyncRedis
@@ -43,6 +44,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         left_out = [item for item in items if item.get_closest_marker("chaos")]
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if not item.get_closest_marker("chaos")]
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)  # the wait for a turn is no part of a test's time
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Beside other pytest processes, run a `quiet` test alone."""
+    if not hasattr(item.config, "workerinput"):
+        return (yield)
+    assert item.config.cache is not None
+    folder = item.config.cache.mkdir("turns")
+    with turn(folder, alone=item.get_closest_marker("quiet") is not None):
+        return (yield)
 
 
 @pytest.fixture(scope="session")

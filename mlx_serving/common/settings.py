@@ -131,9 +131,9 @@ class Settings(BaseSettings):
     kv_budget_bytes: int | None = Field(
         default=None, gt=0, description="None: decided from the device"
     )
-    prefix_cache_bytes: int = Field(
-        default=0, ge=0,
-        description="of the KV budget, for prefixes that no row uses; 0 is off",
+    prefix_cache_bytes: int | None = Field(
+        default=None, ge=0,
+        description="of the KV budget, for prefixes that no row uses; None: half, 0: off",
     )  # fmt: skip
     kv_cache: Literal["auto", "paged", "padded"] = "auto"
     prefill_chunk_tokens: int = Field(default=512, ge=1, le=65_536)

@@ -196,8 +196,9 @@ async def check_dice(
             assert result.state is JobState.FINISHED
             return result.token_ids
 
-        alone = await tokens(dice(7))
-        batch = [dice(7), *(dice(100 + i) for i in range(20))]
+        ours = dice(7, 80)  # long enough to be still running when the worker is told to end
+        alone = await tokens(ours)
+        batch = [ours, *(dice(100 + i) for i in range(20))]
         batch += [count_job(1, 30 + i) for i in range(11)]
         random.Random(1).shuffle(batch)
         together = await asyncio.gather(*map(tokens, batch))
@@ -206,7 +207,7 @@ async def check_dice(
 
         # A hand-off in the middle: enough company that the job is still running at TERM.
         company = [await client.submit(**count_job(1, 400)) for _ in range(24)]
-        moved = await client.submit(**dice(7))
+        moved = await client.submit(**ours)
         await asyncio.to_thread(
             wait_until, lambda: min(committed(redis_client, [moved.id])) >= 3, timeout=60
         )
@@ -218,7 +219,7 @@ async def check_dice(
         with WorkerProcess(local_redis.url, "w2", None) as second:
             second.serving()
             events = await asyncio.wait_for(follow(client, moved.id), 60)
-            assert await tokens(dice(7)) == alone  # on a second worker
+            assert await tokens(ours) == alone  # on a second worker
     assert [t for e in events for c in e.choices for t in c.token_ids] == alone
     assert {e.worker for e in events if e.type == "attempt"} == {"w1", "w2"}
 

@@ -6,64 +6,16 @@ apart in log probability. Each such row is counted and shown (`pytest -s`).
 
 from __future__ import annotations
 
-import random
-from typing import TYPE_CHECKING, Final
-
 import pytest
 
 from mlx_serving.worker.engine.cache_choice import paged_choice
 from mlx_serving.worker.engine.fused_layers import fuse
 from mlx_serving.worker.engine.kv_cache import UnsupportedModelError
 from mlx_serving.worker.engine.paged.reference import ReferenceOps
-from mlx_serving.worker.engine.sequence import Request
-from tests.engine_support import GREEDY, Collected, drive, tiny_engine
+from tests.engine_support import drive, tiny_engine
+from tests.families_on_device import CHUNK, near_ties, requests
 from tests.figures import show
-from tests.model_families import (
-    FAMILIES,
-    FORGETFUL,
-    REFUSED,
-    VOCABULARY,
-    Reference,
-    build,
-    by_mlx_lm,
-)
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-NEAR_TIE: Final = 1e-4
-CHUNK: Final = 32  # tokens; prompts of the tests take up to four chunks
-# Prompt and completion lengths: rows that join and leave at different steps, one of one token,
-# some that outgrow the sliding window by prompt, some while they decode.
-LENGTHS: Final = [(1, 12), (5, 26), (20, 8), (33, 5), (70, 14), (120, 9)]
-
-
-def requests() -> list[Request]:
-    chance = random.Random(7)
-    return [
-        Request(f"{length}+{tokens}", tuple(chance.choices(range(VOCABULARY), k=length)), GREEDY,
-                tokens)
-        for length, tokens in LENGTHS
-    ]  # fmt: skip
-
-
-def near_ties(rows: Mapping[str, Collected], expected: Mapping[str, Reference]) -> list[str]:
-    """Compare rows; return those that part at a near-tie, fail on any that parts elsewhere."""
-    parted = []
-    for name, reference in expected.items():
-        tokens = rows[name].token_ids
-        if tokens == reference.tokens:
-            continue
-        assert len(tokens) == len(reference.tokens), name
-        first = next(
-            index
-            for index, pair in enumerate(zip(tokens, reference.tokens, strict=True))
-            if len(set(pair)) > 1
-        )
-        gap = reference.gaps[first]
-        assert gap < NEAR_TIE, f"{name}: token {first} differs where the gap is {gap:.2g}"
-        parted.append(f"{name} at token {first}, gap {gap:.1e}")
-    return parted
+from tests.model_families import FAMILIES, FORGETFUL, REFUSED, VOCABULARY, build, by_mlx_lm
 
 
 @pytest.mark.parametrize("family", FAMILIES)

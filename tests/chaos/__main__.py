@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from argparse import BooleanOptionalAction
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -29,6 +30,8 @@ def arguments() -> argparse.Namespace:
     forms.add_argument("--quick", action="store_true", help="the simulated engine, few faults")
     parser.add_argument("--engine", choices=("tally", "simulated"))
     parser.add_argument("--mutant", choices=MUTANTS, help="take one protection out")
+    for name in ("forms", "prefix_cache"):
+        parser.add_argument(f"--{name.replace('_', '-')}", action=BooleanOptionalAction)
     for name in NUMBERS:
         parser.add_argument(f"--{name.replace('_', '-')}", type=int)
     for name in ("lease", "reap", "limit", "drain"):
@@ -53,7 +56,8 @@ def show(report: Report) -> None:
 def main() -> int:
     given = arguments()
     plan = SHORT if given.short else QUICK if given.quick else FULL
-    changes = {f.name: getattr(given, f.name) for f in fields(plan) if getattr(given, f.name, None)}
+    asked = {f.name: getattr(given, f.name, None) for f in fields(plan)}
+    changes = {name: value for name, value in asked.items() if value not in (None, "")}
     report = chaos(replace(plan, **changes), say, given.keep)
     show(report)
     if given.output:

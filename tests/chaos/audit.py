@@ -8,15 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_serving.common import calls, events, results
 from mlx_serving.common.keys import Keys
+from tests.chaos import answers
 from tests.chaos.producer import digest, seen
-from tests.chaos.work import Work, is_right
 from tests.helpers import leaked_keys
 
 if TYPE_CHECKING:
     import redis
 
-    from mlx_serving.common.events import Event
+    from mlx_serving.common.events import Event, Usage
     from tests.chaos.trace import Trace
+    from tests.chaos.work import Work
 
 KEYS = Keys()
 
@@ -37,7 +38,12 @@ class Job:
 
     @property
     def token_ids(self) -> list[int]:
+        """Of all choices, as they came."""
         return [t for e in self.events for c in e.choices for t in c.token_ids]
+
+    @property
+    def usage(self) -> Usage | None:
+        return next((event.usage for event in self.events if event.usage), None)
 
     def committed(self, attempt: int) -> int:
         """Tokens that this attempt wrote."""
@@ -109,12 +115,14 @@ class Audit:
 
     def _answer(self, job: Job) -> None:
         result = results.decode_result(job.control[b"res"])
-        self.find(job.token_ids != job.work.token_ids, "wrong tokens", job.job_id,
-                  f"{job.work.kind}: {_difference(job.token_ids, job.work.token_ids)}")  # fmt: skip
-        text = "".join(event.text for event in job.events)
-        self.find(not is_right(job.work, text), "wrong answer", job.job_id, f"stream: {text!r}")
-        same = (result.text, result.token_ids) == (text, job.token_ids)
-        self.find(not same, "wrong answer", job.job_id, "the result is not the stream's")
+        told = answers.told(result.choices)
+        self.find(what := answers.difference(told, job.work.answer), "wrong tokens", job.job_id,
+                  f"{job.work.kind}: {what}")  # fmt: skip
+        self.find(what := answers.wrong(job.work, told), "wrong answer", job.job_id,
+                  f"{job.work.kind}: {what}")  # fmt: skip
+        streamed = results.assemble(job.job_id, job.events).choices
+        self.find(streamed != result.choices, "wrong answer", job.job_id,
+                  "the result is not the stream's")  # fmt: skip
         usage = result.usage
         self.find(usage is None or usage.completion_tokens != len(job.token_ids), "wrong answer",
                   job.job_id, f"usage {usage}")  # fmt: skip
@@ -157,9 +165,3 @@ class Audit:
                 ):
                     what = f"seq {c.seq} of {trace.worker}'s attempt {c.epoch} accepted"
                     self.add("zombie", c.job_id, what)
-
-
-def _difference(got: list[int], wanted: list[int]) -> str:
-    same = next((i for i, (a, b) in enumerate(zip(got, wanted, strict=False)) if a != b), None)
-    at = same if same is not None else min(len(got), len(wanted))
-    return f"{len(got)} tokens for {len(wanted)}, they part at {at}"

@@ -12,7 +12,10 @@ if TYPE_CHECKING:
     from tests.chaos.trace import Attempt, Trace
 
 Outages = list[tuple[int, int]]
+Moment = tuple[int, float, float]  # ns, ms that a sleep was late, ms of a PING; see `probe`
+Lateness = list[tuple[int, float]]  # ns at which the consumers' event loop was due, ms it was late
 Deaths = dict[int, tuple[int, str]]
+SLOW_RESUME_MS = 50
 SETTLED_NS = 1_000_000_000  # after a Redis restart, until things are as usual
 
 
@@ -140,3 +143,41 @@ def resumes(consumers: list[dict[str, Any]], outages: Outages) -> dict[str, dict
                 lossy = consumer["through_proxy"]
                 groups["Redis up, lossy link" if lossy else "Redis up"].append(ms)
     return {name: spread(values, 1) for name, values in sorted(groups.items())}
+
+
+def slow_resumes(
+    consumers: list[dict[str, Any]], outages: Outages, late: Lateness, moments: list[Moment]
+) -> dict[str, Any]:
+    """Where the time of slow resumes went, Redis up, over a link that loses nothing.
+
+    For each of them the longest wait of the consumers' event loop for its turn, and that of a
+    process that only sends PING (for its turn and for Redis), while the resume was under way.
+    """
+    slow = [
+        (start, start + int(ms * 1e6))
+        for consumer in consumers
+        if not consumer["through_proxy"]
+        for start, ms in consumer["resumes"]
+        if ms >= SLOW_RESUME_MS and not away(outages, start, start + int(ms * 1e6))
+    ]
+    pings = [(at, max(turn, ping)) for at, turn, ping in moments]
+    waits = [(_longest(late, *each), _longest(pings, *each)) for each in slow]
+    told = [((end - start) / 1e6, *wait) for (start, end), wait in zip(slow, waits, strict=True)]
+    return {
+        f"of >= {SLOW_RESUME_MS} ms": len(slow),
+        "at least half of it the event loop's": sum(loop >= ms / 2 for ms, loop, _ in told),
+        "at least half of it anybody's": sum(ping >= ms / 2 for ms, _, ping in told),
+        "ms, event loop, PING": [tuple(map(round, each)) for each in told],
+    }
+
+
+def _longest(waits: Iterable[tuple[int, float]], start: int, end: int) -> float:
+    """The longest wait that overlaps with a span."""
+    return max((ms for at, ms in waits if at < end and at + ms * 1e6 > start), default=0.0)
+
+
+def prompt_tokens(jobs: Iterable[Job]) -> dict[str, int]:
+    """How many there were, and how many of them the prefix cache knew."""
+    usages = [usage for job in jobs if (usage := job.usage)]
+    known = (u.prompt_tokens_details.cached_tokens for u in usages if u.prompt_tokens_details)
+    return {"all": sum(usage.prompt_tokens for usage in usages), "from the cache": sum(known)}

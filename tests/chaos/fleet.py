@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parents[2]
 CHILD_SECONDS = 15.0  # a parent without a child that serves for so long is replaced
 START_SECONDS = 60.0
+PREFIX_BYTES = 4 << 20  # less than all prompts and answers of a run: blocks are evicted too
 
 
 class Incarnation:
@@ -72,7 +73,8 @@ class Incarnation:
 
 
 def settings_of(plan: Plan) -> dict[str, Any]:
-    return {
+    cache = {"kv_cache": "paged", "prefix_cache_bytes": PREFIX_BYTES} if plan.prefix_cache else {}
+    return cache | {
         "lease_seconds": plan.lease,
         "reap_interval_seconds": plan.reap,
         "max_batch_rows": plan.rows,

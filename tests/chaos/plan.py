@@ -33,6 +33,8 @@ class Plan:
     drain: float = 120.0
     seed: int = 1
     mutant: str = ""
+    forms: bool = True  # schemas, regexes, grammars, tool calls, choices, log probabilities
+    prefix_cache: bool = True  # and with it the paged cache; the undisturbed run has neither
     long_tokens: int = 50
     patience: float = 6.0  # the longest pause between two kills, or two stops
     redis_pause: tuple[float, float] = (5.0, 13.0)  # between two Redis kills

@@ -11,10 +11,13 @@ import hashlib
 import json
 import random
 import sys
+from collections import defaultdict
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from mlx_serving.common.errors import MlxServingError, QueueUnavailable
 from mlx_serving.common.settings import load_settings
@@ -33,8 +36,7 @@ def digest(events: list[tuple[Any, ...]]) -> str:
 
 def seen(event: Event) -> tuple[Any, ...]:
     """What two readers of one event must agree on."""
-    choices = [[c.index, c.text, list(c.token_ids), c.finish_reason] for c in event.choices]
-    return (event.seq, event.attempt, event.type, choices, event.state)
+    return (event.seq, event.attempt, event.type, msgspec.to_builtins(event.choices), event.state)
 
 
 @dataclass
@@ -84,9 +86,13 @@ class Follower:
         if not self.ended:
             self.problems.append(f"the stream ended after seq {self.after} without an end event")
 
-    @property
-    def token_ids(self) -> list[int]:
-        return [t for event in self.events for choice in event[3] for t in choice[2]]
+    def token_ids(self) -> dict[int, list[int]]:
+        """Each choice's tokens."""
+        tokens: defaultdict[int, list[int]] = defaultdict(list)
+        for event in self.events:
+            for choice in event[3]:
+                tokens[choice["index"]] += choice.get("token_ids", [])
+        return tokens
 
     def _take(self, event: Event) -> None:
         if event.seq != self.after + 1:
@@ -96,7 +102,7 @@ class Follower:
 
 
 class Producer:
-    """`given`: url, proxy_url, folder, index, seed, in_flight, and work as (job, text, tokens)."""
+    """`given`: url, proxy_url, folder, index, seed, in_flight, and work as `work.Work`."""
 
     def __init__(self, given: dict[str, Any]) -> None:
         self._given = given
@@ -130,12 +136,12 @@ class Producer:
     async def _measure_lag(self) -> None:
         """How late this process runs what is due: a part of every time that it measures."""
         while True:
-            ms = []
+            late = []
             for _ in range(50):
                 due = now() + 20_000_000
                 await asyncio.sleep(0.02)
-                ms.append(round((now() - due) / 1e6, 1))
-            self._note(what="lag", ms=ms)
+                late.append((due, round((now() - due) / 1e6, 1)))
+            self._note(what="lag", late=late)
 
     async def _one(self, number: int) -> None:
         try:
@@ -143,12 +149,11 @@ class Producer:
             job_id = await self._submit(index, number)
             followers = [self._follower(job_id) for _ in range(self._rng.choice([1, 1, 1, 2]))]
             await asyncio.gather(*(f.run() for f in followers))
-            wanted = self._work[index]["token_ids"]
+            wanted = {c["index"]: c["token_ids"] for c in self._work[index]["answer"]}
             for follower in followers:
-                if follower.ended and follower.token_ids != wanted:
-                    follower.problems.append(
-                        f"other tokens: {len(follower.token_ids)} for {len(wanted)}"
-                    )
+                if follower.ended and (tokens := follower.token_ids()) != wanted:
+                    counts = [{i: len(ids) for i, ids in each.items()} for each in (tokens, wanted)]
+                    follower.problems.append(f"other tokens: {counts[0]} for {counts[1]}")
                 self._report(follower)
             self._note(what="done", job=job_id)
         finally:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_serving.common.local_redis import LocalRedis
 from mlx_serving.producer.client import Client
-from tests.chaos import audit, figures, trace, work
+from tests.chaos import answers, audit, figures, trace, work
 from tests.chaos.faults import Tormentors
 from tests.chaos.fleet import ROOT, Fleet
 from tests.lossy_proxy import LossyProxy
@@ -55,12 +55,13 @@ class Run:
         self.until = time.monotonic() + plan.limit
         self.server = LocalRedis(appendonly="always")
         self.producers: list[subprocess.Popen[bytes]] = []
+        self.probe: subprocess.Popen[bytes] | None = None
         self.seconds = 0.0
 
     def go(self) -> Report:
         with ExitStack() as stack:
             stack.enter_context(self.server)
-            works = self._measured(work.make(self.plan.engine, self.plan.answers, self.plan.seed))
+            works = self._measured(work.make(self.plan))
             client = stack.enter_context(self.server.client())
             client.flushall()
             to_workers = stack.enter_context(LossyProxy(self.server.socket))
@@ -84,22 +85,21 @@ class Run:
         """Run each job once with nothing in its way: its tokens are what chaos must not change."""
         if self.plan.engine == "simulated":
             return works
-        calm = replace(self.plan, workers=1, rows=8, mutant="", lease=10.0)
+        calm = replace(self.plan, workers=1, rows=8, mutant="", lease=10.0, prefix_cache=False)
         folder = self.folder / "calm"
         folder.mkdir()
         with Fleet(calm, self.server.url, folder), Client(self.server.url) as client:
             handles = client.submit_many([each.job for each in works])
-            answers = [handle.result(timeout=120) for handle in handles]
-        for answer in answers:
-            answer.raise_for_state()
+            results = [handle.result(timeout=120).raise_for_state() for handle in handles]
         known = [
-            replace(each, token_ids=answer.token_ids)
-            for each, answer in zip(works, answers, strict=True)
-            if work.is_right(each, answer.text)
+            replace(each, answer=answers.told(result.choices))
+            for each, result in zip(works, results, strict=True)
         ]
+        wrong = [each.kind for each in known if answers.wrong(each, each.answer)]
+        known = [each for each in known if not answers.wrong(each, each.answer)]
         # Tally is a model: it may get a long echo wrong by itself. Such a prompt is left out.
         assert len(known) > 0.8 * len(works), f"{len(known)} of {len(works)} right undisturbed"
-        self.say(f"undisturbed: {len(known)} of {len(works)} prompts answered right")
+        self.say(f"undisturbed: {len(known)} of {len(works)} prompts answered right; not: {wrong}")
         return known
 
     def _start_producers(self, works: list[Work], proxy_url: str) -> None:
@@ -111,13 +111,14 @@ class Run:
             }  # fmt: skip
             path = self.folder / f"producer-{index}.json"
             path.write_text(json.dumps(given))
-            with (self.folder / f"producer-{index}.log").open("wb") as log:
-                self.producers.append(
-                    subprocess.Popen(
-                        [sys.executable, "-m", "tests.chaos.producer", str(path)],
-                        cwd=ROOT, stdout=log, stderr=log,
-                    )
-                )  # fmt: skip
+            self.producers.append(self._run(f"producer-{index}", "producer", str(path)))
+        path = self.folder / "probe.jsonl"
+        self.probe = self._run("probe", "probe", self.server.url, str(path))
+
+    def _run(self, name: str, module: str, *arguments: str) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", f"tests.chaos.{module}", *arguments]
+        with (self.folder / f"{name}.log").open("wb") as log:
+            return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
 
     def _torment(self, tormentors: Tormentors) -> None:
         """Until all has happened that should; then until every job has ended."""
@@ -147,17 +148,17 @@ class Run:
         """Jobs to end: a few more than asked for, because echoes are short."""
         return self.plan.jobs * (1.3 if self.plan.engine == "tally" else 1.0)
 
-    def _facts(self) -> list[dict[str, Any]]:
-        lines = [
-            line
-            for path in sorted(self.folder.glob("producer-*.jsonl"))
-            for line in path.read_text().splitlines()
-        ]
-        facts = []
-        for line in lines:
-            with suppress(ValueError):  # the last line of one that was just killed
-                facts.append(json.loads(line))
-        return facts
+    def _facts(self) -> list[Any]:
+        return self._lines("producer-*.jsonl")
+
+    def _lines(self, names: str) -> list[Any]:
+        """What other processes wrote down, as far as its lines are whole."""
+        found = []
+        for path in sorted(self.folder.glob(names)):
+            for line in path.read_text().splitlines():
+                with suppress(ValueError):  # the last line of one that was just killed
+                    found.append(json.loads(line))
+        return found
 
     def _done(self) -> int:
         return sum(fact["what"] == "done" for fact in self._facts())
@@ -169,7 +170,7 @@ class Run:
         return any(fact.get("problems") for fact in self._facts())
 
     def _end_producers(self) -> None:
-        for process in self.producers:
+        for process in (*self.producers, *([self.probe] if self.probe else [])):
             process.kill()
             process.wait()
 
@@ -217,6 +218,8 @@ class Run:
     ) -> dict[str, Any]:  # fmt: skip
         consumers = [fact for fact in facts if fact["what"] == "consumer"]
         outages = tormentors.outages
+        late = [tuple(each) for fact in facts if fact["what"] == "lag" for each in fact["late"]]
+        moments = [tuple(each) for line in self._lines("probe.jsonl") for each in line]
         attempts = Counter(sum(e.type == "attempt" for e in job.events) for job in jobs.values())
         return {
             "seconds": round(self.seconds, 1),
@@ -225,6 +228,7 @@ class Run:
             "kinds": dict(Counter(job.work.kind for job in jobs.values())),
             "events": sum(len(job.events) for job in jobs.values()),
             "tokens": sum(len(job.token_ids) for job in jobs.values()),
+            "prompt tokens": figures.prompt_tokens(jobs.values()),
             "jobs/s": round(len(jobs) / max(self.seconds, 0.001), 1),
             "attempts a job": dict(sorted(attempts.items())),
             "rows killed in": figures.phases(traces, fleet.deaths),
@@ -235,9 +239,10 @@ class Run:
                 figures.redecoded(traces, fleet.deaths, outages, jobs)
             ),
             "resume ms": figures.resumes(consumers, outages),
-            "their event loop late by ms": figures.spread(
-                (ms for fact in facts if fact["what"] == "lag" for ms in fact["ms"]), 1
-            ),
+            "slow resumes": figures.slow_resumes(consumers, outages, late, moments),
+            "their event loop late by ms": figures.spread((ms for _, ms in late), 1),
+            "bare process late by ms": figures.spread((turn for _, turn, _ in moments), 1),
+            "bare PING ms": figures.spread((ping for *_, ping in moments), 1),
             "consumers": len(consumers),
             "connections of consumers": sum(c["connections"] for c in consumers),
             "consumers told to come back": sum(c["unavailable"] for c in consumers),

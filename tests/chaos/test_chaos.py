@@ -28,6 +28,7 @@ def test_nothing_is_lost_and_nothing_comes_twice() -> None:
     show(summary(report))
     assert report.violations == []
     assert report.missed == {}
+    assert report.figures["prompt tokens"]["from the cache"] > 0
 
 
 @pytest.mark.chaos

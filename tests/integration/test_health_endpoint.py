@@ -97,6 +97,7 @@ def _lives(pid: int) -> bool:
         return False
 
 
+@pytest.mark.quiet
 def test_a_stopped_engine_thread_is_red_and_its_process_gone_in_time(
     server: LocalRedis, client: Client
 ) -> None:
@@ -111,6 +112,7 @@ def test_a_stopped_engine_thread_with_the_default_of_10_s(
     assert _hangs(server, client, 10.0, Hacks(block_at_step=10)) <= 10.0
 
 
+@pytest.mark.quiet
 def test_an_engine_that_hangs_with_the_interpreters_lock(
     server: LocalRedis, client: Client
 ) -> None:
@@ -122,7 +124,7 @@ def test_an_engine_that_hangs_with_the_interpreters_lock(
 def test_redis_away_is_degraded_until_the_buffer_is_full(
     server: LocalRedis, client: Client
 ) -> None:
-    with worker(server, rate=100, buffer_tokens=3000) as process:
+    with worker(server, rate=100, buffer_tokens=1600) as process:  # 4 s of four rows
         probe = Probe(process).ok()
         handles = submit(client, 4, 2000)
         wait_until(lambda: begun(client, handles))
@@ -135,7 +137,7 @@ def test_redis_away_is_degraded_until_the_buffer_is_full(
         assert probe.health()["redis_failing_seconds"] > 2
         full = wait_until(lambda: (h := probe.health())["status"] == "red" and h, timeout=15)
         assert "buffer_full" in full["reasons"]
-        assert full["backlog_tokens"] >= 3000
+        assert full["backlog_tokens"] >= 1600
         assert full["engine_progress_age_seconds"] < 2  # it waits, and is not hung
         assert time.monotonic() - away > 3
         server.start()

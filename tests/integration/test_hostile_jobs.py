@@ -17,6 +17,7 @@ import pytest
 from mlx_serving import Client
 from mlx_serving.common import events
 from mlx_serving.common.jobs import JOB_FUNCTION
+from mlx_serving.worker import sweeper
 from tests.helpers import wait_until
 from tests.protocol_driver import QUEUE, Driver, rq_fields
 from tests.worker_process import InProcessWorker, check_answers, quick_settings, submit
@@ -43,7 +44,8 @@ def client(settled_redis: LocalRedis) -> Iterator[Client]:
 
 
 @pytest.fixture
-def worker(settled_redis: LocalRedis) -> Iterator[InProcessWorker]:
+def worker(settled_redis: LocalRedis, monkeypatch: pytest.MonkeyPatch) -> Iterator[InProcessWorker]:
+    monkeypatch.setattr(sweeper, "RECONCILE_SECONDS", 0.5)  # what is left over goes sooner
     with InProcessWorker(settled_redis.url, rate=100) as worker:
         yield worker
 

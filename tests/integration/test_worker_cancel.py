@@ -51,6 +51,7 @@ def worker(settled_redis: LocalRedis) -> Iterator[InProcessWorker]:
 
 @pytest.mark.usefixtures("worker")
 class TestCancel:
+    @pytest.mark.quiet
     def test_a_running_job_ends_within_two_steps_50_ms_and_a_flush(self, client: Client) -> None:
         handles = submit(client, 16, 5000)
         wait_until(lambda: min(decoded(client, handles)) > 2)

@@ -2,12 +2,16 @@
 
 import io
 import math
+import os
+import signal
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from mlx_serving.cli.demo.jobs import DEMO_JOBS, DemoJob
 from mlx_serving.cli.demo.measure import Track, figures, percentile
+from mlx_serving.cli.demo.process import DemoWorker, orderly_signals
 from mlx_serving.cli.demo.run import describe, summary
 from mlx_serving.cli.demo.view import LineView, TableView
 from mlx_serving.cli.overview import WorkerView
@@ -19,7 +23,9 @@ from mlx_serving.common.results import (
     GenerationResult,
     ToolCallResult,
 )
+from mlx_serving.common.settings import load_settings
 from mlx_serving.common.states import JobState
+from mlx_serving.worker.loading import EngineSpec
 
 
 def _tokens(seq: int, text: str, count: int) -> Event:
@@ -136,3 +142,19 @@ def test_the_worker_is_described_with_device_and_acceleration() -> None:
     line = describe(worker)
     assert "cpu: x" in line
     assert "detokenizer: twin (why)" in line
+
+
+def test_a_signal_waits_until_the_worker_is_told_what_to_run(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    worker = DemoWorker(load_settings(), "tally", EngineSpec("simulated"), tmp_path / "log")
+    told = []
+
+    def start() -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        told.append("all")
+
+    monkeypatch.setattr(worker._process, "start", start)
+    with orderly_signals(), pytest.raises(SystemExit) as ended:
+        worker.start()
+    assert (told, ended.value.code) == (["all"], 128 + signal.SIGTERM)

@@ -1,5 +1,6 @@
 """A row's tokens depend on its own seed, choice and positions: never on its batch-mates."""
 
+import functools
 import random
 
 import mlx.core as mx
@@ -37,6 +38,7 @@ ROWS = [
 ]
 
 
+@functools.cache  # each is asked for by many batches
 def logits_of(name: int, position: int) -> mx.array:
     """The logits that row `name` sees at a position, whoever is beside it."""
     return mx.random.normal((VOCAB,), key=mx.random.key(name * 1000 + position)) * 3.0

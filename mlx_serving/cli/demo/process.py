@@ -48,6 +48,26 @@ def orderly_signals() -> Iterator[None]:
             signal.signal(each, handler)
 
 
+@contextmanager
+def _signals_held() -> Iterator[None]:
+    """Let an ending signal wait: a process half told what to run ends with a traceback.
+
+    Blocking them would not do: a signal goes to any thread that takes it, and runs in this one.
+    """
+    held: list[int] = []
+    before = {
+        each: signal.signal(each, lambda number, _frame: held.append(number))
+        for each in ENDING_SIGNALS
+    }
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+    if held:
+        signal.raise_signal(held[0])
+
+
 def _serve(settings: Settings, model: str, spec: EngineSpec, name: str, log: Path) -> NoReturn:
     """Run a worker whose output, and its child's, goes to a file."""
     with log.open("ab", buffering=0) as file:
@@ -78,7 +98,8 @@ class DemoWorker:
         # ends when we say so.
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
-            self._process.start()
+            with _signals_held():
+                self._process.start()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 

@@ -8,9 +8,9 @@ Pipelining: step t + 1 is launched on the sampled tokens of step t while they ar
 device; only then does the host read step t. A row that turns out to have ended at t is taken
 out after the launch, and its token of t + 1 is dropped with it.
 
-A batch with constrained rows can't sample t + 1 before the host has read t: there the forward
-pass is launched, t is read and the masks are computed while the device works, then the sampling
-is launched.
+A batch with constrained rows can't sample t + 1 before the host has read t: there t is read
+first. Then the masks are computed while the forward pass is launched and the device works on it,
+and the sampling is launched at last.
 """
 
 from collections.abc import Iterable
@@ -186,13 +186,14 @@ class ModelRunner:
         logprobs: _LaunchLogprobs,
         logits: mx.array | None,
     ) -> list[SampledToken]:
-        """Decode a batch in which some rows follow a grammar; the device computes `logits`."""
-        if logits is not None:
-            mx.async_eval(logits)
+        """Decode a batch in which some rows follow a grammar; `logits` are built, not launched."""
         found = self._read(sampled, previous, logprobs)
-        advance_rows(found)
-        if logits is not None:
-            self._sample(logits, self._masks().compute())
+        if logits is None:
+            advance_rows(found)
+        else:
+            masks = self._masks().start(found)
+            mx.async_eval(logits)
+            self._sample(logits, masks.result())
         return found
 
     def _read(
@@ -216,7 +217,14 @@ class ModelRunner:
         return self._batch_masks
 
     def _forward(self) -> mx.array:
-        """Build the step's logits, [B, V]; the rows' sampling is read as it stands now."""
+        """Build the step's logits, [B, V]; the rows' sampling is read as it stands now.
+
+        What only a step after a change of rows has is launched by itself. MLX keeps what it
+        launched by its operations (CUDA graphs of some 30): one more in front of a step would
+        shift them all, and each would be built anew.
+        """
+        if self._sampler is None:
+            mx.async_eval(self._pending)
         if self._sampler is None or self._sampler.needs_rebuild:
             self._sampler = BatchSampler(self._sampling(), self._words, self._make_draw)
         return self._cache.step(self._pending)

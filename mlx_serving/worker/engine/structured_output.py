@@ -2,12 +2,14 @@
 
 The grammar engine is llguidance. A mask says which tokens the grammar allows next, one bit a
 token. It depends on the token before, which the device samples, so it can't be ready when a step
-is launched: `model_runner` launches the forward pass, then reads the last token, and the masks
-are computed here while the device is busy. They are needed only when the next token is sampled.
+is launched: `model_runner` builds the forward pass, reads the last token, and the masks are
+computed here, in a thread of their own, while the forward pass is launched and the device works
+on it. They are needed only when the next token is sampled.
 """
 
 from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 from typing import TYPE_CHECKING, Final
 
@@ -81,6 +83,17 @@ class BatchMasks:
             (len(matchers), words), ALLOW_ALL, dtype=np.int32
         )
 
+    def start(self, sampled: SequenceOf[SampledToken]) -> "Future[mx.array]":
+        """Tell the rows' grammars what was sampled and compute the next masks, in a thread.
+
+        Until the result is there, nobody else may use these rows' matchers.
+        """
+        return _masks_thread().submit(self._advance_and_compute, sampled)
+
+    def _advance_and_compute(self, sampled: SequenceOf[SampledToken]) -> mx.array:
+        advance_rows(sampled)
+        return self.compute()
+
     def compute(self) -> mx.array:
         """Return which tokens each row may get next: int32 [B, ceil(V / 32)].
 
@@ -99,6 +112,12 @@ def _executor() -> "LLExecutor":
     from llguidance import LLExecutor
 
     return LLExecutor()
+
+
+@cache
+def _masks_thread() -> ThreadPoolExecutor:
+    """Launching a step keeps the engine's thread busy as long as the device, or longer."""
+    return ThreadPoolExecutor(max_workers=1, thread_name_prefix="masks")
 
 
 def words_of(vocab_size: int) -> int:

@@ -221,9 +221,11 @@ class PagedCache:
         lengths, advance = np.zeros((2, batch), dtype=np.int32)
         lengths[:rows], advance[:rows] = self._lengths, 1
         work, firsts = plan_work([*self._lengths.tolist(), *[0] * (batch - rows)])
+        mx.async_eval(self._stored)  # by itself: see `ModelRunner._forward`
         return StepPlan(
             mx.array(table),
-            mx.array(lengths) + self._stored,  # so that a step comes after every store
+            # So that a step comes after every store, and begins with a sum as every other does.
+            mx.array(lengths) + self._stored,
             mx.array(advance),
             mx.array(work, dtype=mx.int32),
             mx.array(firsts, dtype=mx.int32),

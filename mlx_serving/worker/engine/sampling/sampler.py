@@ -1,9 +1,11 @@
 """One vectorised sampler for the whole batch: every parameter an element of an array."""
 
 from collections.abc import Callable, Iterable
+from functools import lru_cache
 from typing import Final
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_serving.worker.engine.sampling.draws import Draw, Draws, StepInputs
 from mlx_serving.worker.engine.sampling.parameters import Parameters, RowSampling, pack
@@ -11,6 +13,7 @@ from mlx_serving.worker.engine.sampling.reference import ReferenceDraw
 
 RECENT_TOKENS: Final = 64  # steps after which a batch with penalties is packed again
 _FEWEST_COLUMNS: Final = 8
+_REMEMBERED_SHAPES: Final = 256
 
 MakeDraw = Callable[[Parameters, mx.array], Draw]
 
@@ -30,7 +33,7 @@ class BatchSampler:
         self._draw = make(self._parameters, words)
         self._step = 0
         columns = 1 + RECENT_TOKENS if self._parameters.penalised else _FEWEST_COLUMNS
-        self._state = mx.zeros((self._parameters.size, columns), dtype=mx.int32)
+        self._state = _nothing_counted(self._parameters.size, columns)
 
     def __call__(self, logits: mx.array) -> mx.array:
         """Sample int32 [B] tokens from logits [B, V] of rows without penalties or masks."""
@@ -70,3 +73,13 @@ class BatchSampler:
     def needs_rebuild(self) -> bool:
         """Whether the tokens counted since the rows were packed fill their place."""
         return self._parameters.penalised and self._step >= RECENT_TOKENS
+
+
+@lru_cache(maxsize=_REMEMBERED_SHAPES)
+def _nothing_counted(rows: int, columns: int) -> mx.array:
+    """Return zeros int32 [rows, columns] that are there already.
+
+    Zeros made by the device would be an operation that only the first step after a change of
+    rows has. MLX keeps what it launches by its operations (a CUDA graph), and would build anew.
+    """
+    return mx.array(np.zeros((rows, columns), dtype=np.int32))
