@@ -41,6 +41,7 @@ if TYPE_CHECKING:
         StreamConflict,
         StreamGap,
         StreamReset,
+        TenantLimited,
         UnknownModel,
         UnsuccessfulJob,
     )
@@ -93,6 +94,7 @@ __all__ = [
     "StreamConflict",
     "StreamGap",
     "StreamReset",
+    "TenantLimited",
     "TextPart",
     "Timings",
     "Tool",

@@ -36,6 +36,7 @@ def generate(  # noqa: PLR0913, PLR0917 -- each is an option of the command line
     lane: Annotated[
         Literal["interactive", "default", "bulk"], typer.Option(help="Priority of the job.")
     ] = "interactive",
+    tenant: Annotated[str | None, typer.Option(help="Whose job it is.")] = None,
     events: AsJson = False,
     verbose: Annotated[
         bool, typer.Option("--verbose", "-v", help="Print usage and timings on stderr.")
@@ -53,6 +54,7 @@ def generate(  # noqa: PLR0913, PLR0917 -- each is an option of the command line
         text, raw=raw, system=system, model=model, lane=lane, temperature=temperature,
         max_tokens=max_tokens, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed, stop=stop,
         n=n, logprobs=None if logprobs is None else True, top_logprobs=logprobs or None,
+        tenant=tenant,
     )  # fmt: skip
     status = stream_job(job, read_settings(redis_url), as_json=events, verbose=verbose)
     raise typer.Exit(status)

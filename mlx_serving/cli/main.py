@@ -15,6 +15,7 @@ from mlx_serving.cli.doctor.command import doctor
 from mlx_serving.cli.generate import generate
 from mlx_serving.cli.jobs import cancel, status
 from mlx_serving.cli.models import models
+from mlx_serving.cli.tenants import app as tenants
 from mlx_serving.cli.top import top
 from mlx_serving.cli.worker import worker
 from mlx_serving.common.errors import MlxServingError
@@ -62,3 +63,4 @@ for command in (demo, worker, generate, status, top, cancel, doctor, models):
     app.command()(command)
 
 app.add_typer(batch, name="batch")
+app.add_typer(tenants, name="tenants")

@@ -41,8 +41,8 @@ class QueueView:
 class WorkerView:
     """What a live worker says of itself, a few seconds ago at most (`worker.presence`).
 
-    `held` are the jobs that it has claimed, `rows` those in its batch. `lease_age_ms` is None where
-    nothing is held.
+    `held` are the jobs that it has claimed, `rows` those in its batch, `parked` rows that gave way
+    to others. `lease_age_ms` is None where nothing is held.
     """
 
     name: str
@@ -58,6 +58,7 @@ class WorkerView:
     rows: int = 0
     batch_rows: int = 0
     waiting: int = 0
+    parked: int = 0
     kv_tokens_used: int = 0
     tokens_per_second: float = 0.0
     lease_age_ms: int | None = None
@@ -165,6 +166,7 @@ def _worker(name: str, raw: Any) -> WorkerView | None:  # noqa: ANN401 -- redis-
         rows=_count(facts, "rows"),
         batch_rows=_count(facts, "batch_rows"),
         waiting=_count(facts, "waiting"),
+        parked=_count(facts, "parked"),
         kv_tokens_used=_count(facts, "kv_tokens_used"),
         tokens_per_second=float(facts.get("tokens_per_second") or 0),
         lease_age_ms=int(age) if age else None,

@@ -71,7 +71,8 @@ def lease_of(worker: WorkerView) -> str:
 
 
 def _rows(worker: WorkerView) -> str:
-    return f"{worker.rows}/{worker.batch_rows}"
+    parked = f", {worker.parked} parked" if worker.parked else ""
+    return f"{worker.rows}/{worker.batch_rows}{parked}"
 
 
 def _kv(worker: WorkerView) -> str:

@@ -47,14 +47,23 @@ class EnqueueEntry:
     abandon_ms: int = 0
     result_ttl: int = 3600
     stream: bool = True
+    tenant: str = ""  # '': none
+
+
+class Refusal(NamedTuple):
+    """Why a job was not enqueued: its tenant has `queued` jobs waiting and may have `limit`."""
+
+    limit: int
+    queued: int
 
 
 @dataclass(frozen=True, slots=True)
 class EnqueueReply:
-    """Whether this call created the job, and the state that it has now."""
+    """Whether this call created the job, and the state that it has now; or its refusal."""
 
     created: bool
     state: JobState
+    refusal: Refusal | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,15 +236,21 @@ def enqueue_many(entries: Sequence[EnqueueEntry]) -> Call[list[EnqueueReply]]:
     for e in entries:
         arguments += (
             e.job_id, e.queue, e.max_attempts, e.min_protocol, e.deadline_ms, e.timeout_ms,
-            e.abandon_ms, e.result_ttl, int(e.stream), 2 * len(e.rq_fields),
+            e.abandon_ms, e.result_ttl, int(e.stream), e.tenant, 2 * len(e.rq_fields),
         )  # fmt: skip
         for pair in e.rq_fields.items():
             arguments += pair
 
     def parse(replies: Sequence[Any]) -> list[EnqueueReply]:
-        return [EnqueueReply(bool(created), _state(state)) for created, state in replies]
+        return [_enqueued(*reply) for reply in replies]
 
     return Call("enqueue", arguments, parse)
+
+
+def _enqueued(created: int, state: str | bytes, *refusal: int) -> EnqueueReply:
+    if refusal:
+        return EnqueueReply(created=False, state=JobState.QUEUED, refusal=Refusal(*refusal))
+    return EnqueueReply(bool(created), _state(state))
 
 
 def claim(  # noqa: PLR0913 -- each is a number that the script needs
@@ -342,3 +357,8 @@ def reconcile(queue: str, candidates: Sequence[str | bytes], *, lease_ms: int) -
     return Call(
         "reconcile", [iso_now(), queue, lease_ms, *candidates], lambda r: Swept(outcomes=_pairs(r))
     )
+
+
+def audit(tenant: str, job_ids: Sequence[str | bytes]) -> Call[list[tuple[str, str]]]:
+    """Put right where a tenant's sets of jobs disagree with the jobs; the reply names each."""
+    return Call("audit", [tenant, *job_ids], _pairs)

@@ -22,6 +22,7 @@
   * StreamConflict        the primary holds other events than those delivered (failover)
     * StreamReset         the job began anew; `.seq` is where its text starts over
   * QueueUnavailable      Redis can't be reached or can't answer now
+  * TenantLimited         the job's tenant has as many jobs queued as it may
   * LeaseLost             another worker owns the job now
   * JobTooLarge           the job can never fit this device's KV budget
   * EngineError           the engine failed while it ran this job
@@ -35,6 +36,7 @@ same call may succeed later (`retryable`).
 from __future__ import annotations
 
 # ruff: noqa: N818 -- named as what happened, as in JobNotFound; the base ends in Error
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 if TYPE_CHECKING:
@@ -230,6 +232,36 @@ class QueueUnavailable(MlxServingError):
 
     code = "queue_unavailable"
     retryable = True
+
+
+class TenantLimited(MlxServingError):
+    """The tenant has as many jobs queued as it may."""
+
+    code = "tenant_limited"
+    retryable = True
+
+    def __init__(
+        self,
+        message: str | None = None,
+        *,
+        tenant: str = "",
+        limit: int = 0,
+        queued: int = 0,
+        job_ids: Iterable[str | None] = (),
+    ) -> None:
+        """Carry whose limit it is, how high, and how many jobs were queued.
+
+        `job_ids`: where many were submitted, the id of each that was enqueued, None for the
+        others, in the order in which they were given.
+        """
+        self.tenant, self.limit, self.queued = tenant, limit, queued
+        self.job_ids = tuple(job_ids)
+        super().__init__(message)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle with all that it carries, which `Exception` would leave out."""
+        carried = {name: getattr(self, name) for name in ("tenant", "limit", "queued", "job_ids")}
+        return partial(type(self), self.message, **carried), ()
 
 
 class LeaseLost(MlxServingError):

@@ -58,7 +58,7 @@ Penalty = Annotated[float, Field(ge=-2, le=2)]
 TokenId = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,9})$")]
 Bias = Annotated[float, Field(ge=-limits.LOGIT_BIAS, le=limits.LOGIT_BIAS)]
 StopString = Annotated[str, Field(min_length=1, max_length=limits.STOP_CHARS)]
-Label = Annotated[str, Field(pattern=r"^[!-~]{1,128}$")]
+Label = Annotated[str, Field(pattern=limits.LABEL)]
 MetadataKey = Annotated[str, Field(min_length=1, max_length=limits.METADATA_KEY_CHARS)]
 MetadataValue = Annotated[str, Field(max_length=limits.METADATA_VALUE_CHARS)]
 
@@ -238,6 +238,16 @@ class GenerationJob(BaseModel):
 def queue_name(model: str, lane: Lane) -> str:
     """RQ queue of a model's lane."""
     return f"{model}:{lane}"
+
+
+def lane_of(queue: str) -> Lane:
+    """Lane of an RQ queue of ours.
+
+    Raises:
+        ValueError: it is named otherwise.
+
+    """
+    return LANES[LANES.index(queue.rpartition(":")[2])]  # type: ignore[arg-type] -- it raises
 
 
 def _plain_fields(data: dict[Any, Any]) -> dict[Any, Any]:

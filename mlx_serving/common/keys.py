@@ -22,6 +22,15 @@ _TEMPLATES: dict[str, tuple[str, str]] = {
     "wake": ("own", ":wake:<>"),  # pub/sub: something was enqueued
     "control": ("own", ":ctl:<>"),  # pub/sub to one worker: "cancel <id>"
     "reserved": ("own", ":reserved:<>"),  # worker that makes room for a queue's suspects
+    "limits": ("own", ":limits"),  # hash, an operator's: queued, running, queued:<tenant>, …
+    "tenants": ("own", ":tenants"),  # set of tenants that have open jobs
+    "tenant_queued": ("own", ":tenant:<>:queued"),  # set of a tenant's queued jobs
+    "tenant_running": ("own", ":tenant:<>:running"),  # set of a tenant's running jobs
+    "line": ("own", ":line:<>"),  # list of a tenant's queued jobs; argument: "<queue>:<tenant>"
+    "turns": (
+        "own",
+        ":turns:<>",
+    ),  # list of tenants with a line in a queue, next one first
     "worker": ("own", ":worker:<>"),  # hash: what a worker is and can hold; expires
     "batch": ("own", ":batch:<>"),  # hash: what a bulk file's runner says of it; expires
     "batches": ("own", ":batches"),  # zset of bulk files, by the time they were last heard of
@@ -99,6 +108,30 @@ class Keys:
     def worker(self, worker: str) -> str:
         """What a worker says of itself."""
         return self._spell("worker", worker)
+
+    def limits(self) -> str:
+        """Limits on tenants; see `tenancy`."""
+        return self._spell("limits")
+
+    def tenants(self) -> str:
+        """Index of the tenants that have open jobs."""
+        return self._spell("tenants")
+
+    def tenant_queued(self, tenant: str) -> str:
+        """Ids of the tenant's queued jobs."""
+        return self._spell("tenant_queued", tenant)
+
+    def tenant_running(self, tenant: str) -> str:
+        """Ids of the tenant's running jobs."""
+        return self._spell("tenant_running", tenant)
+
+    def line(self, queue: str, tenant: str) -> str:
+        """Ids of the tenant's jobs that wait in the queue, in their order."""
+        return self._spell("line", f"{queue}:{tenant}")
+
+    def turns(self, queue: str) -> str:
+        """Tenants that have jobs waiting in the queue; the first one is next."""
+        return self._spell("turns", queue)
 
     def rq_job(self, job_id: str) -> str:
         """RQ's hash of the job: payload, and the view that RQ's tools read."""

@@ -23,6 +23,9 @@ LOGIT_BIASES: Final = 1024
 SECONDS: Final = 30 * 24 * 3600
 """Longest deadline, timeout or time to keep a result: 30 days."""
 
+LABEL: Final = r"^[!-~]{1,128}$"
+"""A tenant's name or an idempotency key: printable ASCII without blanks."""
+
 STOP_STRINGS: Final = 16
 STOP_CHARS: Final = 256
 METADATA_ITEMS: Final = 16

@@ -1,7 +1,7 @@
 """The protocol's Lua scripts, as texts ready to register.
 
-A script is the generated key functions, then ``prelude.lua``, then its own file; Redis caches it
-by hash, so the length costs nothing after the first call.
+A script is the generated key functions, then ``tenants.lua`` and ``prelude.lua``, then its own
+file; Redis caches it by hash, so the length costs nothing after the first call.
 """
 
 from __future__ import annotations
@@ -11,7 +11,11 @@ from importlib.resources import files
 
 from mlx_serving.common.keys import Keys
 
-NAMES = ("enqueue", "claim", "commit", "renew", "release", "cancel", "reap", "reconcile", "crash")
+NAMES = (
+    "enqueue", "claim", "commit", "renew", "release", "cancel", "reap", "reconcile", "crash",
+    "audit",
+)  # fmt: skip
+_SHARED = ("tenants", "prelude")
 
 
 @cache
@@ -24,6 +28,5 @@ def script_text(name: str) -> str:
     if name not in NAMES:
         raise KeyError(name)
     folder = files("mlx_serving.common") / "lua"
-    prelude = (folder / "prelude.lua").read_text(encoding="utf-8")
-    body = (folder / f"{name}.lua").read_text(encoding="utf-8")
-    return Keys().lua_functions() + prelude + body
+    parts = [(folder / f"{part}.lua").read_text(encoding="utf-8") for part in (*_SHARED, name)]
+    return Keys().lua_functions() + "".join(parts)

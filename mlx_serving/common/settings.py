@@ -128,6 +128,10 @@ class Settings(BaseSettings):
 
     # Engine
     max_batch_rows: int = Field(default=64, ge=1, le=1024)
+    lane_min_share: float = Field(
+        default=0.1, ge=0, lt=1,
+        description="of the batch's rows, what `default` and `bulk` each keep while they have jobs",
+    )  # fmt: skip
     kv_budget_bytes: int | None = Field(
         default=None, gt=0, description="None: decided from the device"
     )

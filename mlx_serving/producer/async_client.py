@@ -18,6 +18,7 @@ from mlx_serving.producer.base import (
     CANCELLED_BY_CLIENT,
     BaseClient,
     batches,
+    check_admitted,
     not_found,
     text_of,
     wait_s,
@@ -89,6 +90,7 @@ class AsyncClient(BaseClient):
         """Enqueue one job; see :meth:`Client.submit`."""
         entry = self._seal(job, fields)
         reply = await self._answered(lambda: self._protocol.run(calls.enqueue(entry)))
+        check_admitted([entry], [reply])
         return AsyncJobHandle(entry.job_id, reply.created, reply.state, self)
 
     async def submit_many(self, jobs: Iterable[JobLike]) -> list[AsyncJobHandle]:
@@ -100,6 +102,7 @@ class AsyncClient(BaseClient):
             for some in await self._answered(partial(self._protocol.run_many, batch))
             for reply in some
         ]
+        check_admitted(entries, replies)
         return [
             AsyncJobHandle(entry.job_id, reply.created, reply.state, self)
             for entry, reply in zip(entries, replies, strict=True)

@@ -14,6 +14,7 @@ from mlx_serving.common.errors import (
     JobNotFound,
     ResultTimeout,
     StreamReset,
+    TenantLimited,
 )
 from mlx_serving.common.events import RESET, decode
 from mlx_serving.common.results import GenerationResult, Timings
@@ -156,6 +157,25 @@ def batches(entries: Sequence[EnqueueEntry]) -> Iterable[list[Call[list[EnqueueR
             calls.enqueue_many(batch[first : first + SCRIPT_BATCH])
             for first in range(0, len(batch), SCRIPT_BATCH)
         ]
+
+
+def check_admitted(entries: Sequence[EnqueueEntry], replies: Sequence[EnqueueReply]) -> None:
+    """Check that no job was refused.
+
+    Raises:
+        TenantLimited: some were; it says which are enqueued.
+
+    """
+    refused = [(e, r.refusal) for e, r in zip(entries, replies, strict=True) if r.refusal]
+    if not refused:
+        return
+    (first, why), tenants = refused[0], {entry.tenant for entry, _ in refused}
+    text = f"tenant {first.tenant!r} has {why.queued} jobs queued and may have {why.limit}"
+    if len(entries) > 1:
+        others = f", and {len(tenants) - 1} more tenants" if len(tenants) > 1 else ""
+        text += f": {len(refused)} of {len(entries)} jobs were not enqueued{others}"
+    ids = [None if r.refusal else e.job_id for e, r in zip(entries, replies, strict=True)]
+    raise TenantLimited(text, tenant=first.tenant, limit=why.limit, queued=why.queued, job_ids=ids)
 
 
 def text_of(event: Event) -> str:

@@ -19,6 +19,7 @@ from mlx_serving.producer.base import (
     CANCELLED_BY_CLIENT,
     BaseClient,
     batches,
+    check_admitted,
     not_found,
     text_of,
     wait_s,
@@ -92,12 +93,14 @@ class Client(BaseClient):
 
         Raises:
             InvalidJob: a field is wrong; the message names each one.
+            TenantLimited: the job's tenant has as many jobs queued as it may; nothing is written.
             QueueUnavailable: Redis is away. Whether the job was enqueued is not known:
                 give an ``idempotency_key`` to submit it again without a second one.
 
         """
         entry = self._seal(job, fields)
         reply = _answered(lambda: self._protocol.run(calls.enqueue(entry)))
+        check_admitted([entry], [reply])
         return JobHandle(entry.job_id, reply.created, reply.state, self)
 
     def submit_many(self, jobs: Iterable[JobLike]) -> list[JobHandle]:
@@ -105,6 +108,8 @@ class Client(BaseClient):
 
         Raises:
             InvalidJob: fields are wrong; paths begin with ``jobs[i].``; nothing is written.
+            TenantLimited: a tenant has as many jobs queued as it may. The others were enqueued:
+                the error's ``job_ids`` says which.
             QueueUnavailable: Redis is away; the first ones may have been enqueued.
 
         """
@@ -115,6 +120,7 @@ class Client(BaseClient):
             for some in _answered(partial(self._protocol.run_many, batch))
             for reply in some
         ]
+        check_admitted(entries, replies)
         return [
             JobHandle(entry.job_id, reply.created, reply.state, self)
             for entry, reply in zip(entries, replies, strict=True)

@@ -59,6 +59,7 @@ def seal(job: GenerationJob, *, max_payload_bytes: int, signer: Signer = UNSIGNE
         abandon_ms=_milliseconds(job.abandon_after),
         result_ttl=job.result_ttl,
         stream=job.stream,
+        tenant=job.tenant or "",
     )
 
 

@@ -21,6 +21,7 @@ from mlx_serving.worker.conditions import Conditions, Rules
 from mlx_serving.worker.conditions_mac import default_probe
 from mlx_serving.worker.crash import EXIT_CONFIGURATION, EXIT_ENGINE
 from mlx_serving.worker.dispatcher import Dispatcher, DispatcherOptions
+from mlx_serving.worker.engine.limits import least_rows
 from mlx_serving.worker.fleet import Fleet
 from mlx_serving.worker.listener import Listener
 from mlx_serving.worker.loading import EngineSpec, describe, load, planner_of, speller_of
@@ -118,7 +119,8 @@ class Child:
     def _options(self, queues: tuple[str, ...], lease_ms: int) -> DispatcherOptions:
         spec, settings = self._spec, self._spec.settings
         return DispatcherOptions(
-            spec.name, spec.model, queues, settings.max_batch_rows, lease_ms,
+            spec.name, spec.model, queues, settings.max_batch_rows,
+            least_rows(settings.max_batch_rows, settings.lane_min_share), lease_ms,
             settings.drain_grace_seconds, settings.max_payload_bytes, self.conditions,
         )  # fmt: skip
 

@@ -14,19 +14,20 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from mlx_serving.common.calls import Call, ClaimReply
     from mlx_serving.common.protocol import Protocol
+    from mlx_serving.worker.lane_claims import LaneClaim
 
 
 @dataclass(frozen=True, slots=True)
 class Claimed:
-    """What a claim of up to `most` jobs brought."""
+    """What a claim brought."""
 
     reply: ClaimReply
-    most: int
+    asked: LaneClaim
 
     @property
     def full(self) -> bool:
         """Whether it took all that it asked for."""
-        return len(self.reply.jobs) == self.most
+        return len(self.reply.jobs) == self.asked.most
 
 
 class ClaimAhead:
@@ -35,11 +36,11 @@ class ClaimAhead:
     def __init__(self, protocol: Protocol) -> None:
         self._protocol = protocol
         self._thread = ThreadPoolExecutor(1, "claim-ahead")
-        self._under_way: tuple[Future[ClaimReply], int] | None = None
+        self._under_way: tuple[Future[ClaimReply], LaneClaim] | None = None
 
-    def begin(self, call: Call[ClaimReply], most: int) -> None:
+    def begin(self, call: Call[ClaimReply], asked: LaneClaim) -> None:
         """Send a claim; `take` has its reply. No other may be under way."""
-        self._under_way = self._thread.submit(self._protocol.run, call), most
+        self._under_way = self._thread.submit(self._protocol.run, call), asked
 
     def take(self, timeout: float | None = None) -> Claimed | None:
         """Wait for the claim under way; None where there is none.
@@ -51,5 +52,5 @@ class ClaimAhead:
         """
         if self._under_way is None:
             return None
-        (future, most), self._under_way = self._under_way, None
-        return Claimed(future.result(timeout), most)
+        (future, asked), self._under_way = self._under_way, None
+        return Claimed(future.result(timeout), asked)

@@ -18,13 +18,14 @@ import structlog
 
 from mlx_serving.common import calls
 from mlx_serving.common.errors import CorruptEvent, MlxServingError
-from mlx_serving.common.jobs import PROTOCOL
+from mlx_serving.common.jobs import PROTOCOL, lane_of
 from mlx_serving.worker.claim_ahead import ClaimAhead, Claimed
 from mlx_serving.worker.conditions import ANY_TIME, Conditions
 from mlx_serving.worker.crash import EXIT_ENGINE
 from mlx_serving.worker.held import HeldJob
 from mlx_serving.worker.intake import JobRefusedError
 from mlx_serving.worker.job_log import JobLog
+from mlx_serving.worker.lane_claims import LaneClaim, LaneNews, LaneRoom
 from mlx_serving.worker.outage import Outage
 from mlx_serving.worker.strays import Strays
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from mlx_serving.common.calls import Call, ClaimedJob, ClaimReply, Returned
+    from mlx_serving.common.jobs import Lane
     from mlx_serving.common.protocol import Protocol
     from mlx_serving.worker.engine.sequence import InferenceEngine
     from mlx_serving.worker.fleet import Fleet
@@ -52,12 +54,16 @@ CLAIM_MOST: Final = 32
 
 @dataclass(frozen=True, slots=True)
 class DispatcherOptions:
-    """What the loop needs to know of the settings. `rows` is the batch's size."""
+    """What the loop needs to know of the settings.
+
+    `rows` is the batch's size, of which each lower lane keeps `lane_min_rows` while it has jobs.
+    """
 
     worker: str
     model: str
     queues: tuple[str, ...]
     rows: int
+    lane_min_rows: int = 0
     lease_ms: int = 10_000
     drain_grace_seconds: float = 30.0
     max_payload_bytes: int = 4 * 1024 * 1024
@@ -91,6 +97,7 @@ class Dispatcher:
         self._reserved = ""  # queue of a suspect that this worker makes room for
         self._outage = Outage(protocol.redis)
         self._ahead = ClaimAhead(protocol)
+        self._news = LaneNews(POLL_SECONDS)
         self._strays = Strays(
             protocol, options.worker, lambda: [job.request_id for job in publisher.held()],
             seconds=options.lease_ms / 1000,
@@ -151,7 +158,9 @@ class Dispatcher:
             return
 
     def _handle(self, what: str, argument: str) -> None:
-        if what == "cancel":
+        if what == "wake":
+            self._news.note(argument)
+        elif what == "cancel":
             self._publisher.look()  # a hint: the control hash says whether, and why
         elif what == "stop_job":
             self._stop_job(argument)
@@ -177,15 +186,17 @@ class Dispatcher:
         assert engine is not None  # noqa: S101 -- run() starts after `ready`
         return engine
 
-    def _room(self, in_hand: int = 0) -> int:
-        """How many jobs to claim now, beside those claimed that the engine does not know yet."""
-        waiting = self._runner.unadmitted()
-        if self._drain_until is not None or self._publisher.failing or waiting is None or waiting:
-            return 0
+    def _room(self, in_hand: Sequence[HeldJob] = ()) -> LaneClaim | None:
+        """What to claim now, beside jobs in hand that the engine does not know yet."""
+        if self._drain_until is not None or self._publisher.failing:
+            return None
         if self._options.conditions.reasons:
-            return 0
-        rows = self._options.rows - self._engine.running - self._engine.waiting - in_hand
-        return min(rows, self._claim_limit)
+            return None
+        in_line = [choices[0].lane for choices in self._runner.in_line() for _ in choices]
+        room = LaneRoom(self._options.rows, self._options.lane_min_rows)
+        lanes = [job.lane for job in in_hand]
+        claim = room.next_claim(self._engine.lane_rows, lanes, in_line)
+        return self._news.worth(claim and claim.up_to(self._claim_limit))
 
     def _claim(self) -> bool:
         """Claim up to the room there is; True where there may be more."""
@@ -197,6 +208,8 @@ class Dispatcher:
         if claimed is None:
             return False
         reply = claimed.reply
+        if not claimed.full:
+            self._news.found_all(claimed.asked)
         self._suspended, self._reserved = reply.suspended, reply.reserved
         if reply.dropped:
             log.info("claim_dropped", jobs=reply.dropped)
@@ -206,21 +219,24 @@ class Dispatcher:
         return claimed.full
 
     def _claim_now(self) -> Claimed | None:
-        most = self._room()
-        return Claimed(self._protocol.run(self._claim_call(most)), most) if most > 0 else None
+        room = self._room()
+        if room is None:
+            return None
+        return Claimed(self._protocol.run(self._claim_call(room)), room)
 
-    def _claim_call(self, most: int) -> Call[ClaimReply]:
+    def _claim_call(self, room: LaneClaim) -> Call[ClaimReply]:
         options = self._options
         return calls.claim(
-            options.worker, self._queues(), most=most, lease_ms=options.lease_ms,
+            options.worker, self._queues(room.lanes), most=room.most, lease_ms=options.lease_ms,
             protocol=PROTOCOL, capacity_tokens=self._engine.kv_tokens_capacity,
             max_payload_bytes=options.max_payload_bytes, capacity_rows=options.rows,
             held=self._publisher.held_rows(),
         )  # fmt: skip
 
-    def _queues(self) -> list[str]:
-        """Our queues by priority, but first the one whose suspect waits for us to have room."""
-        return sorted(self._options.queues, key=lambda queue: queue != self._reserved)
+    def _queues(self, lanes: Sequence[Lane]) -> list[str]:
+        """The lanes' queues, but first the one whose suspect waits for us to have room."""
+        queues = [q for lane in lanes for q in self._options.queues if lane_of(q) == lane]
+        return list(dict.fromkeys(filter(None, [self._reserved, *queues])))
 
     def _take(self, claims: Sequence[ClaimedJob], *, more: bool = False) -> None:
         held = [HeldJob(claimed) for claimed in claims]
@@ -228,9 +244,9 @@ class Dispatcher:
         if self.draining or self._options.conditions.reasons:  # claimed ahead of that
             self._release({job: job.returned() for job in reversed(held)})
             return
-        most = self._room(in_hand=len(held)) if more and not self._strays.expected else 0
-        if most > 0:
-            self._ahead.begin(self._claim_call(most), most)
+        room = self._room(in_hand=held) if more and not self._strays.expected else None
+        if room is not None:
+            self._ahead.begin(self._claim_call(room), room)
         requests = []
         for job in held:
             try:

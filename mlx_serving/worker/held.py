@@ -11,6 +11,7 @@ from mlx_serving.common import events
 from mlx_serving.common.calls import CommitRow, Returned
 from mlx_serving.common.errors import EngineError
 from mlx_serving.common.events import ErrorInfo, Usage
+from mlx_serving.common.jobs import lane_of
 from mlx_serving.common.results import GenerationResult, Timings, encode_result
 from mlx_serving.common.states import JobState
 from mlx_serving.worker.choice import Choice
@@ -20,6 +21,7 @@ from mlx_serving.worker.token_text import unspelled
 
 if TYPE_CHECKING:
     from mlx_serving.common.calls import ClaimedJob
+    from mlx_serving.common.jobs import Lane
     from mlx_serving.worker.choice import Committed
     from mlx_serving.worker.engine.sequence import ModelInfo, Output
     from mlx_serving.worker.token_text import Spell
@@ -95,6 +97,11 @@ class HeldJob:
         at = self.claimed_at + (at_ms - self.claimed.now_ms) / 1000
         if at_ms and at < self.expires_at:
             self.expires_at, self.expiry_reason = at, reason
+
+    @property
+    def lane(self) -> Lane:
+        """Lane that it was claimed from."""
+        return lane_of(self.claimed.queue)
 
     @property
     def over(self) -> bool:

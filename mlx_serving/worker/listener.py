@@ -36,7 +36,7 @@ class Listener(threading.Thread):
         self._redis, self._post = connection, post
         self._control = keys.control(worker).encode()
         self._commands = keys.rq_commands(worker).encode()
-        self._wakes = [keys.wake(q).encode() for q in queues]
+        self._wakes = {keys.wake(q).encode(): q for q in queues}
         self._stopping = threading.Event()
 
     def stop(self) -> None:
@@ -74,4 +74,4 @@ class Listener(threading.Thread):
             elif what == "shutdown":
                 self._post("drain", "")
         else:
-            self._post("wake", "")
+            self._post("wake", self._wakes.get(channel, ""))

@@ -98,6 +98,7 @@ def _load_mlx(spec: EngineSpec, settings: Settings) -> tuple[InferenceEngine, En
         prefix_cache_bytes=settings.prefix_cache_bytes,
         kv_cache=settings.kv_cache,
         prefill_chunk_tokens=settings.prefill_chunk_tokens,
+        lane_min_share=settings.lane_min_share,
         prefer_native=settings.native,
     )
     engine = load_engine(spec.model_path, options)
@@ -128,7 +129,9 @@ def _load_simulated(spec: EngineSpec, settings: Settings) -> tuple[InferenceEngi
 
     rows = settings.max_batch_rows
     options = (
-        SimulatedOptions(tokens_per_second=spec.tokens_per_second, max_rows=rows)
+        SimulatedOptions(
+            spec.tokens_per_second, max_rows=rows, lane_min_share=settings.lane_min_share
+        )
         if spec.tokens_per_second
         else SimulatedOptions.zero_cost(rows)
     )

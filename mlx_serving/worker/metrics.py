@@ -68,6 +68,10 @@ HISTOGRAMS: Final[dict[str, str]] = {
 GAUGES: Final[dict[str, tuple[str, Callable[[Snapshot], float]]]] = {
     "num_requests_running": ("Rows in the decode batch.", lambda s: s.running),
     "num_requests_waiting": ("Rows claimed, and not in the decode batch yet.", lambda s: s.waiting),
+    "num_requests_parked": (
+        "Rows that gave way to a higher lane's.",
+        lambda s: s.parked,
+    ),
     "kv_cache_usage_perc": (
         "KV tokens reserved over those there are; 1 is full.",
         lambda s: s.kv_used / s.kv_capacity if s.kv_capacity else 0.0,

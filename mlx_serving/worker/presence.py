@@ -26,8 +26,8 @@ FACTS: Final = (
 """What does not change while the worker lives."""
 
 NUMBERS: Final = (
-    "state", "reasons", "held", "rows", "waiting", "kv_tokens_used", "tokens_per_second",
-    "lease_age_ms", "lease_failing",
+    "state", "reasons", "held", "rows", "waiting", "parked", "kv_tokens_used",
+    "tokens_per_second", "lease_age_ms", "lease_failing",
 )  # fmt: skip
 """What does; `lease_age_ms` is empty where nothing is held."""
 
@@ -72,6 +72,7 @@ class Presence:
             "held": now.held,
             "rows": now.running,
             "waiting": now.waiting,
+            "parked": now.parked,
             "kv_tokens_used": now.kv_used,
             "tokens_per_second": round(self._rate(sum(now.counts.get(TOKENS, {}).values())), 1),
             "lease_age_ms": round(now.lease_age * 1000) if now.held else "",

@@ -56,9 +56,10 @@ class Runner(threading.Thread):
         self.failure: BaseException | None = None
 
     def submit(self, requests: Sequence[Choices]) -> None:
-        """Queue jobs' choices; the engine admits them in order, as it has room."""
+        """Queue jobs' choices; the engine admits them as it has room, the highest lane first."""
         with self._changed:
             self._requests.extend(requests)
+            self._requests = deque(sorted(self._requests, key=lambda choices: choices[0].rank))
             self._submitted_at_turn = self._turns
             self._changed.notify()
 
@@ -67,6 +68,11 @@ class Runner(threading.Thread):
         with self._changed:
             if self._requests and self._turns < self._submitted_at_turn + 2:
                 return None
+            return list(self._requests)
+
+    def in_line(self) -> list[Choices]:
+        """Jobs' choices that were submitted and not admitted, whether or not it has looked."""
+        with self._changed:
             return list(self._requests)
 
     def withdraw(self, request_ids: set[str]) -> set[str]:

@@ -38,6 +38,7 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     held: int = 0
     running: int = 0
     waiting: int = 0
+    parked: int = 0
     kv_used: int = 0
     kv_capacity: int = 0
     backlog: int = 0

@@ -12,6 +12,7 @@ import redis
 import structlog
 
 from mlx_serving.common import calls
+from mlx_serving.worker.tenant_audit import TenantAudit
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -47,6 +48,7 @@ class Sweeper:
         self._reap_seconds, self._watch = reap_seconds, watch
         self._reaped_at = self._reconciled_at = self._hold_until = 0.0
         self._answered_at: float | None = None  # when Redis last answered a sweep
+        self._audit = TenantAudit(protocol)
         self._suspicious: set[str] = set()  # queues whose counts did not add up last time
 
     def sweep(self) -> None:
@@ -62,6 +64,7 @@ class Sweeper:
             self._reconciled_at = now
             for queue in self._queues:
                 self.reconcile(queue)
+            self._audit.look()
 
     def _reap_or_wait(self, now: float) -> None:
         """Wait where an old lease proves nothing, because nobody may have been able to renew it.

@@ -96,6 +96,7 @@ class Vitals:
             held=len(publisher.held()),
             running=engine.running if engine else 0,
             waiting=engine.waiting + len(runner.unadmitted() or ()) if engine else 0,
+            parked=engine.parked if engine else 0,
             kv_used=engine.kv_tokens_used if engine else 0,
             kv_capacity=engine.kv_tokens_capacity if engine else 0,
             backlog=publisher.backlog,

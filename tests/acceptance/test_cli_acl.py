@@ -116,7 +116,7 @@ def test_the_file_is_one_that_redis_loads(tmp_path: Path) -> None:
     copy.write_text(USERS.read_text().replace("user default off", "user default on nopass +@all"))
     with LocalRedis(options={"aclfile": str(copy)}) as server, server.client() as client:
         users = json.loads(json.dumps(client.acl_users(), default=bytes.decode))
-    assert set(users) == {"default", "producer", "worker", "monitor"}
+    assert set(users) == {"default", "producer", "worker", "monitor", "operator"}
 
 
 def test_users_need_a_password(server: LocalRedis) -> None:

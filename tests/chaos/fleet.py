@@ -73,8 +73,9 @@ class Incarnation:
 
 
 def settings_of(plan: Plan) -> dict[str, Any]:
-    cache = {"kv_cache": "paged", "prefix_cache_bytes": PREFIX_BYTES} if plan.prefix_cache else {}
-    return cache | {
+    return {
+        "kv_cache": "paged" if plan.prefix_cache else "padded",
+        "prefix_cache_bytes": PREFIX_BYTES if plan.prefix_cache else 0,
         "lease_seconds": plan.lease,
         "reap_interval_seconds": plan.reap,
         "max_batch_rows": plan.rows,

@@ -88,7 +88,10 @@ class Sharing:
     def put_before(self, work: Work) -> Work:
         job = work.job | {"tenant": self._rng.choice(TENANTS)}
         if self._rng.random() < 0.5:
-            job["messages"] = [*self._rng.choice(self._histories), *job["messages"]]
+            before = self._rng.choice(self._histories)
+            if "dice" in job["messages"][-1]["content"]:  # after a count, Tally may count on
+                before = before[:1]
+            job["messages"] = [*before, *job["messages"]]
         return replace(work, job=job)
 
 

@@ -19,12 +19,13 @@ from pydantic import SecretStr
 from mlx_serving import AsyncClient, Client
 from mlx_serving.common import calls
 from mlx_serving.common.connection import connect, resolve
-from mlx_serving.common.errors import QueueUnavailable
+from mlx_serving.common.errors import QueueUnavailable, TenantLimited
 from mlx_serving.common.keys import Keys
 from mlx_serving.common.local_redis import LocalRedis
 from mlx_serving.common.protocol import Protocol
 from mlx_serving.common.scripts import NAMES, script_text
 from mlx_serving.common.states import JobState
+from mlx_serving.common.tenancy import Tenancy
 from mlx_serving.producer.batch.api import Batches
 from tests.bulk_files import simulated_line, write_lines
 from tests.helpers import wait_until
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 USERS = Path(__file__).parents[2] / "ops" / "redis" / "users.acl"
-UNTRUSTED = ("producer", "worker", "monitor")
+UNTRUSTED = ("producer", "worker", "monitor", "operator")
 
 
 def load_users(client: redis.Redis) -> None:
@@ -111,6 +112,27 @@ class TestTheWholePath:
             assert running.result(timeout=10).state is JobState.CANCELLED
             lost = client.submit(model="tally", prompt="x", max_tokens=5, result_ttl=60)
             assert lost.result(timeout=20).text == "1 2 3 4 5"
+        assert [denied for denied in denials(admin) if denied not in HARMLESS] == []
+
+    def test_limits_are_an_operators(self, server: LocalRedis, admin: redis.Redis) -> None:
+        """One sets them, a producer is refused by them, a monitor reads them."""
+        endpoints = {user: resolve(quick_settings(server.url, **login(user))) for user in UNTRUSTED}
+        with Tenancy(endpoints["operator"]) as tenancy:
+            tenancy.limit("acme", {"queued": 1})
+            tenancy.limit("acme", {"running": "default"})
+        fields = {"model": "tally", "prompt": "x", "result_ttl": 60, "tenant": "acme"}
+        with Client(settings=quick_settings(server.url, **login("producer"))) as client:
+            job = client.submit(fields)
+            with pytest.raises(TenantLimited):
+                client.submit(fields)
+            with Tenancy(endpoints["monitor"]) as tenancy:
+                (view,) = tenancy.view().tenants
+            assert (view.tenant, view.queued, view.queued_limit) == ("acme", 1, 1)
+            with InProcessWorker(server.url, rate=200, **login("worker")):
+                job.result(timeout=10)
+            cancelled = client.submit(fields)
+            assert cancelled.cancel() is JobState.CANCELLED
+        assert not admin.exists("mlxs:tenants")
         assert [denied for denied in denials(admin) if denied not in HARMLESS] == []
 
     def test_the_async_client(self, server: LocalRedis, admin: redis.Redis) -> None:
@@ -229,6 +251,9 @@ OWN = {
         ["ZRANGE", "mlxs:open:tally:default", "0", "-1"], ["XRANGE", "rq:results:x", "-", "+"],
         ["RENAME", "mlxs:job:x", "mlxs:job:y"], ["COPY", "mlxs:job:x", "mlxs:job:y"],
         ["PSUBSCRIBE", "mlxs:ch:*"], ["SMEMBERS", "rq:queues"], ["INFO"], ["MULTI"],
+        ["HSET", "mlxs:limits", "queued:x", "9"], ["DEL", "mlxs:limits"],
+        ["SMEMBERS", "mlxs:tenants"], ["SMEMBERS", "mlxs:tenant:x:queued"],
+        ["LRANGE", "mlxs:line:tally:default:x", "0", "-1"],
     ],
     "worker": [
         ["RENAME", "mlxs:job:x", "other"], ["COPY", "mlxs:job:x", "other"],
@@ -246,6 +271,12 @@ OWN = {
         ["ZREMRANGEBYSCORE", "rq:wip:tally:default", "0", "1"], ["SADD", "rq:workers", "x"],
         ["EVALSHA", "0" * 40, "0"], ["SCRIPT", "LOAD", "return 1"],
         ["PUBLISH", "mlxs:ctl:w", "cancel x"], ["XADD", "mlxs:ev:x", "*", "e", "x"],
+        ["HSET", "mlxs:limits", "queued", "9"],
+    ],
+    "operator": [
+        ["HGETALL", "mlxs:job:x"], ["HGETALL", "rq:job:x"], ["XRANGE", "mlxs:ev:x", "-", "+"],
+        ["HSET", "mlxs:job:x", "st", "x"], ["DEL", "mlxs:limits"], ["EVALSHA", "0" * 40, "0"],
+        ["SADD", "mlxs:tenant:x:queued", "a"], ["PUBLISH", "mlxs:ctl:w", "cancel x"],
     ],
 }  # fmt: skip
 

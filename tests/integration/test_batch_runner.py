@@ -20,7 +20,6 @@ from tests.bulk_driver import (
     QUEUE,
     errors,
     job_keys,
-    make_quick,
     output,
     run_and_crash,
     running,
@@ -39,16 +38,7 @@ if TYPE_CHECKING:
     from mlx_serving.common.settings import Settings
 
 
-@pytest.fixture
-def batches(settings: Settings, redis_client: redis.Redis) -> Batches:
-    """On an empty Redis, in which nothing may stay."""
-    del redis_client
-    return Batches(settings)
-
-
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    make_quick(monkeypatch)
+pytestmark = pytest.mark.usefixtures("quick_batches")
 
 
 class TestRun:

@@ -11,6 +11,7 @@ from mlx_serving import Client
 from mlx_serving.common import calls
 from mlx_serving.worker.claim_ahead import ClaimAhead
 from mlx_serving.worker.dispatcher import CLAIM_MOST
+from mlx_serving.worker.lane_claims import LaneClaim
 from tests.protocol_driver import LANES, Driver
 from tests.stepped_worker import SteppedWorker, spelled_engine, words
 from tests.worker_process import submit
@@ -83,7 +84,7 @@ def test_what_was_claimed_ahead_of_a_drain_goes_back_in_order_uncharged(
     assert worker.held == CLAIM_MOST
     assert driver.listed() == ids[CLAIM_MOST:]
     assert {driver.record(job_id).attempts for job_id in ids} == {0}
-    assert worker.child.dispatcher._room() == 0
+    assert worker.child.dispatcher._room() is None
 
 
 @pytest.mark.parametrize("engine", ["halted", "failed"])
@@ -114,11 +115,12 @@ def test_a_claim_ahead_that_fails_raises_where_it_is_taken(driver: Driver) -> No
     call = calls.claim(
         "w1", LANES, most=4, lease_ms=1000, protocol=1, capacity_tokens=1, max_payload_bytes=1
     )
-    ahead.begin(call, 4)
+    asked = LaneClaim(("default",), 4)
+    ahead.begin(call, asked)
     claimed = ahead.take()
     assert claimed is not None
     assert not claimed.full
-    ahead.begin(calls.Call("commit", ["w1", "", 1, b"\xc1"], call.parse), 4)  # it can't be read
+    ahead.begin(calls.Call("commit", ["w1", "", 1, b"\xc1"], call.parse), asked)  # it can't be read
     with pytest.raises(redis.RedisError):
         ahead.take()
     assert ahead.take() is None

@@ -30,7 +30,7 @@ def test_codes_are_unique() -> None:
 
 def test_only_these_may_succeed_when_they_are_tried_again() -> None:
     retryable = {kind.__name__ for kind in TREE if kind.retryable}
-    assert retryable == {"ResultTimeout", "QueueUnavailable", "EngineError"}
+    assert retryable == {"ResultTimeout", "QueueUnavailable", "TenantLimited", "EngineError"}
 
 
 def test_the_message_is_the_docstring_unless_one_is_given() -> None:
@@ -55,6 +55,13 @@ def test_errors_survive_a_pickle(kind: type[MlxServingError]) -> None:
     copy = pickle.loads(pickle.dumps(error))  # noqa: S301 -- our own bytes
     assert type(copy) is kind
     assert str(copy) == str(error)
+
+
+def test_a_limited_tenant_keeps_what_it_carries_over_a_pickle() -> None:
+    error = errors.TenantLimited("m", tenant="acme", limit=2, queued=3, job_ids=["a", None])
+    copy = pickle.loads(pickle.dumps(error))  # noqa: S301 -- our own bytes
+    assert vars(copy) == vars(error)
+    assert (copy.message, copy.tenant, copy.job_ids) == ("m", "acme", ("a", None))
 
 
 def test_an_unsuccessful_job_keeps_its_result_over_a_pickle() -> None:

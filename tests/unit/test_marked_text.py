@@ -11,8 +11,9 @@ from transformers import PreTrainedTokenizerFast
 
 from mlx_serving.worker.engine.acceleration import make_detokenizer
 from mlx_serving.worker.engine.engine import Engine
+from mlx_serving.worker.engine.limits import SchedulerLimits
 from mlx_serving.worker.engine.marked_detokenizer import MarkedDetokenizer, with_markers
-from mlx_serving.worker.engine.scheduler import Scheduler, SchedulerLimits
+from mlx_serving.worker.engine.scheduler import Scheduler
 from mlx_serving.worker.engine.sequence import (
     ModelInfo,
     Parts,
@@ -55,7 +56,7 @@ class Script:
     def prefill(self, chunk: Any) -> None:
         """Nothing to compute."""
 
-    def drop_prefill(self) -> None:
+    def drop_prefill(self, lane: str) -> None:
         """Nothing to forget."""
 
     def join(self, groups: Iterable[Any]) -> None:

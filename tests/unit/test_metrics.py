@@ -274,7 +274,7 @@ class Part:
 
 
 def vitals(measures: Measures, *, alive: bool = True, failing: bool = False) -> Vitals:
-    engine = Part(running=3, waiting=2, kv_tokens_used=10, kv_tokens_capacity=40)
+    engine = Part(running=3, waiting=2, parked=1, kv_tokens_used=10, kv_tokens_capacity=40)
     runner = Part(engine=engine, failure=None, stalled_for=0.25, ready=Part())
     publisher = Part(backlog=5, failing=failing, ident=1, alive=alive)
     parts: Any = runner, publisher
@@ -285,6 +285,7 @@ def test_a_snapshot_is_what_the_parts_say() -> None:
     told = decode(encode(vitals(Measures()).snapshot()))
     assert (told.phase, told.engine_age, told.held, told.running) == ("serving", 0.25, 2, 3)
     assert (told.waiting, told.kv_used, told.kv_capacity, told.backlog) == (3, 10, 40, 5)
+    assert told.parked == 1
     assert (told.engine_dead, told.publisher_dead, told.info) == (False, False, {"device": "cpu"})
     assert (told.redis_failing, told.redis_age < 1, told.main_age < 1) == (0.0, True, True)
 

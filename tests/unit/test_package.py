@@ -48,6 +48,7 @@ EXPORTED = [
     "StreamConflict",
     "StreamGap",
     "StreamReset",
+    "TenantLimited",
     "TextPart",
     "Timings",
     "Tool",

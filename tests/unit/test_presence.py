@@ -43,11 +43,12 @@ class Worker:
 
 def test_every_number_is_there() -> None:
     said = Worker().says(
-        held=3, running=2, waiting=1, kv_used=40, lease_age=0.25, redis_failing=0.0
+        held=3, running=2, waiting=1, parked=5, kv_used=40, lease_age=0.25, redis_failing=0.0
     )
     assert tuple(said) == NUMBERS
     assert (said["state"], said["reasons"]) == ("serving", "")
     assert [said[n] for n in ("held", "rows", "waiting", "kv_tokens_used")] == ["3", "2", "1", "40"]
+    assert said["parked"] == "5"
     assert (said["lease_age_ms"], said["lease_failing"]) == ("250", "0")
 
 

@@ -39,6 +39,7 @@ def submit(  # noqa: PLR0913, PLR0917 -- each is an option of the command line
     strict: options.Strict = False,
     depth: options.Depth = 512,
     in_flight: options.InFlight = 8192,
+    tenant: options.Tenant = None,
     folder: options.Folder = None,
     wait: options.Wait = False,
     as_json: AsJson = False,
@@ -60,7 +61,7 @@ def submit(  # noqa: PLR0913, PLR0917 -- each is an option of the command line
             sys.stdin.buffer if file == STDIN else file, folder=folder, progress=reading.show,
             model=model, model_map=options.model_map(model_map), max_tokens=max_tokens,
             temperature=temperature, raw=raw, order=order, completion_window=completion_window,
-            strict=strict, depth=depth, in_flight=in_flight,
+            strict=strict, depth=depth, in_flight=in_flight, tenant=tenant,
         )  # fmt: skip
     if as_json:
         print_json(batch)

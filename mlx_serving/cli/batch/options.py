@@ -39,6 +39,9 @@ CompletionWindow = Annotated[
 Strict = Annotated[bool, typer.Option("--strict", help="Run nothing where any line is wrong.")]
 Depth = Annotated[int, typer.Option(help="Lines of a model to keep waiting in its queue.")]
 InFlight = Annotated[int, typer.Option(help="Most lines of a model in Redis at once.")]
+Tenant = Annotated[
+    str | None, typer.Option(help="Whose jobs they are: its limits and its share hold.")
+]
 Folder = Annotated[
     Path | None, typer.Option(help="Where state and results go; else beside the file.")
 ]

@@ -1,4 +1,6 @@
 -- Takes up to `most` jobs from the queues in priority order; an id is never in neither place.
+-- Tenants take turns: a place on the list that is a tenant's goes to the first job in the line of the tenant whose turn it
+-- is, wherever on the list that job stands. A tenant that runs as many jobs as it may lets its turns pass.
 -- ARGV: P R worker iso lease_ms protocol capacity_tokens capacity_rows most max_payload_bytes rows unproven company queue …
 --   capacity: the most that one job may need here; rows: that the worker holds; unproven: those of them that have not shown yet that the engine survives them;
 --   company: the least of what these allow beside them, themselves included (0: any).
@@ -15,10 +17,14 @@ if company == 0 then company = ANY end
 local STARVED_MS, RESERVED_MS = 5000, 3000
 local reserved = ''  -- queue of the suspect that this worker makes room for
 local PAGE, PAGES = 64, 16  -- how far past jobs that are not for this worker it looks
+local TENANTS, LINE = 64, 64  -- tenants of a queue asked in one claim; jobs of a line that may be not for this worker
+local WALK = 200000  -- list entries that a claim may walk to take jobs out of the middle
 local FORBIDDEN = {'success_callback_name', 'failure_callback_name', 'stopped_callback_name', 'webhooks',
                    'dependency_ids', 'dependency_id', 'repeats_left', 'rate_limit_key'}
 local now = now_ms()
 local jobs, dropped = {}, {}
+local gone, walked = {}, 0  -- ids taken out of the list's middle, and what that cost
+local orders, passed, room = {}, {}, {}  -- by queue: tenants to ask; by line: jobs looked at; by tenant: jobs it may start
 shared, shown = gather, gather_view
 
 -- Jobs put on the list by RQ's own Queue.enqueue have no control hash yet.
@@ -50,6 +56,10 @@ local function take(id, queue, c)
   local epoch, started = int(c.ep + 1), c.sa or int(now)
   redis.call('HSET', k_job(id), 'st', 'running', 'ow', worker, 'ep', epoch, 'sa', started)
   shared('ZADD', k_leases(queue), int(now + lease), id)
+  if c.tn then
+    tolerantly(tenant_runs, id, queue, c.tn)
+    if room[c.tn] then room[c.tn] = room[c.tn] - 1 end
+  end
   local problem, data, signature = read_payload(id)
   show(view_start, id, queue, epoch, worker, iso, now)
   if #signature > 256 then signature = 'too long' end
@@ -75,9 +85,9 @@ local function reserve(queue, c)
   reserved = queue
 end
 
-local function is_over() return #jobs >= most or reserved ~= '' or unproven >= company end
+local function is_over() return #jobs >= most or reserved ~= '' or unproven >= company or walked > WALK end
 
--- 'take' and its control fields, 'skip' (leave it for a worker that can), or 'drop' (it has no business on the list)
+-- 'take' or 'skip' (leave it for a worker that can) and its control fields, or 'drop' (it has no business on the list)
 local function decide(id, queue)
   local c = sound_fields(id)
   if not c then
@@ -106,12 +116,95 @@ local function decide(id, queue)
     finalize_unowned(id, queue, 'expired', 'deadline_exceeded', 'the deadline passed while the job was queued', iso, now)
     return 'drop'
   end
-  if tonumber(c.mp) > protocol or tonumber(c.nd) > capacity or tonumber(c.nr or 0) > capacity_rows then return 'skip' end
+  if tonumber(c.mp) > protocol or tonumber(c.nd) > capacity or tonumber(c.nr or 0) > capacity_rows then return 'skip', c end
   if not has_room_for(c) then
     reserve(queue, c)
-    return 'skip'
+    return 'skip', c
   end
   return 'take', c
+end
+
+-- Takes an id off the list, from the end that is nearer: the index of open jobs has them in nearly the list's order.
+local function unlist(id, queue)
+  local rank, open = redis.call('ZRANK', k_open(queue), id), redis.call('ZCARD', k_open(queue))
+  local behind = rank and open - rank or open
+  walked = walked + math.min(rank or open, behind)
+  redis.call('LREM', k_rq_queue(queue), (rank and behind < rank) and -1 or 1, id)
+  gone[id] = true
+end
+
+local function may_run(tenant)
+  if not room[tenant] then
+    local limit = limit_of(tenant, 'running')
+    room[tenant] = limit and limit - members_of(k_tenant_running(tenant)) or ANY
+  end
+  return room[tenant] > 0
+end
+
+-- Takes the first job in a tenant's line that is for this worker; false where there is none.
+local function serve(queue, tenant)
+  local line = line_of(queue, tenant)
+  local at = passed[line] or 0
+  while at < LINE and not is_over() do
+    local id = redis.pcall('LINDEX', line, at)
+    if type(id) ~= 'string' then return false end
+    local verdict, c = decide(id, queue)
+    if verdict == 'skip' then at = at + 1
+    else
+      unlist(id, queue)
+      if verdict == 'take' then
+        take(id, queue, c)
+        passed[line] = at
+        return true
+      end
+      leave_line(id, queue, tenant)
+      dropped[#dropped + 1] = id
+    end
+  end
+  return false
+end
+
+local function pass_turn(queue, tenant)
+  if redis.call('LREM', k_turns(queue), 1, tenant) == 1 and redis.call('EXISTS', line_of(queue, tenant)) == 1 then
+    redis.call('RPUSH', k_turns(queue), tenant)
+  end
+end
+
+-- One job of the tenant whose turn it is; false where none of those asked has one that may run here.
+local function serve_turn(queue)
+  local order = orders[queue]
+  while #order > 0 and not is_over() do
+    local tenant = table.remove(order, 1)
+    local served = may_run(tenant) and serve(queue, tenant)
+    pass_turn(queue, tenant)
+    if served then
+      order[#order + 1] = tenant
+      return true
+    end
+  end
+  return false
+end
+
+-- Gives a tenant's place on the list away, until its own job has gone too or nobody may run another one.
+local function give_place(id, queue, verdict, c)
+  if not orders[queue] then
+    local found = redis.pcall('LRANGE', k_turns(queue), 0, TENANTS - 1)
+    orders[queue] = found.err and {} or found
+  end
+  while not gone[id] and serve_turn(queue) do end
+  if gone[id] or is_over() then return end
+  -- In no line, or behind more than are looked at, and yet it may run.
+  if verdict == 'take' and may_run(c.tn) and has_room_for(c) then
+    unlist(id, queue)
+    take(id, queue, c)
+  end
+end
+
+-- Whether the job is one of a tenant that was seen to run as many as it may: not worth a closer look.
+local function is_held_back(id)
+  if not next(room) then return false end
+  local tenant = redis.pcall('HGET', k_job(id), 'tn')
+  return type(tenant) == 'string' and room[tenant] ~= nil and room[tenant] <= 0
 end
 
 local function claim(queue)
@@ -123,16 +216,24 @@ local function claim(queue)
     if #ids == 0 then break end
     for _, id in ipairs(ids) do
       if is_over() then break end
-      local verdict, c = decide(id, queue)
-      if verdict == 'skip' then offset = offset + 1
+      if gone[id] then  -- no longer on the list
+      elseif is_held_back(id) then offset = offset + 1
       else
-        redis.call('LREM', list, 1, id)
-        if verdict == 'take' then take(id, queue, c) else dropped[#dropped + 1] = id end
+        local verdict, c = decide(id, queue)
+        if verdict ~= 'drop' and c.tn then give_place(id, queue, verdict, c)
+          if not gone[id] then offset = offset + 1 end
+        elseif verdict == 'skip' then offset = offset + 1
+        else
+          redis.call('LREM', list, 1, id)
+          if verdict == 'take' then take(id, queue, c) else dropped[#dropped + 1] = id end
+        end
       end
     end
   end
 end
 
-for i = 14, #ARGV do claim(ARGV[i]) end
+-- Whatever goes wrong at a job, those that were taken before it have their leases.
+local ok, problem = pcall(function() for i = 14, #ARGV do claim(ARGV[i]) end end)
 write_gathered()
+if not ok then error(problem, 0) end
 return {0, jobs, dropped, reserved}

@@ -1,7 +1,7 @@
 -- Enqueues jobs, each once: a resend finds the control hash and changes nothing.
 -- ARGV: P R iso, then a job: id queue max_attempts min_protocol deadline_ms timeout_ms abandon_ms result_ttl stream
---   n, and n of RQ's fields and values in turn.
--- Returns per job {created 0|1, state}.
+--   tenant ('': none) n, and n of RQ's fields and values in turn.
+-- Returns per job {created 0|1, state}, or {0, '', limit, queued} where its tenant has as many queued as it may.
 local iso = ARGV[3]
 local replies = {}
 local now = now_ms()
@@ -11,6 +11,12 @@ local function enqueue(at, fields, last)
   local id, queue = ARGV[at], ARGV[at + 1]
   local state = redis.call('HGET', k_job(id), 'st')
   if state then return {0, state} end
+  local tenant = ARGV[at + 9]
+  local limit = tenant ~= '' and limit_of(tenant, 'queued')
+  if limit then
+    local queued = members_of(k_tenant_queued(tenant))
+    if queued >= limit then return {0, '', limit, queued} end
+  end
   -- What an earlier life of this id, or a hand, left behind. Only where there is any: a write that
   -- frees memory would let the rest of the script pass a full Redis.
   if redis.call('EXISTS', k_rq_job(id), k_events(id), k_rq_results(id)) > 0 then
@@ -27,14 +33,18 @@ local function enqueue(at, fields, last)
   redis.call('HSET', k_rq_job(id), unpack(ARGV, fields, last))
   redis.call('SADD', k_rq_queues(), k_rq_queue(queue))
   redis.call('RPUSH', k_rq_queue(queue), id)
+  if tenant ~= '' then
+    redis.call('HSET', k_job(id), 'tn', tenant)
+    tolerantly(tenant_waits, id, queue, tenant, 'RPUSH')
+  end
   redis.call('PUBLISH', k_wake(queue), id)
   return {1, 'queued'}
 end
 
 local at = 4
 while at <= #ARGV do
-  local last = at + 9 + tonumber(ARGV[at + 9])
-  replies[#replies + 1] = enqueue(at, at + 10, last)
+  local last = at + 10 + tonumber(ARGV[at + 10])
+  replies[#replies + 1] = enqueue(at, at + 11, last)
   at = last + 1
 end
 return replies

@@ -1,4 +1,4 @@
--- Shared by every script; follows the generated k_<name>() functions.
+-- Shared by every script; follows the generated k_<name>() functions and tenants.lua.
 -- The control hash is the authority and is written first; RQ's hash and registries are a view
 -- of it, written in the same script, so they can never disagree through a crash.
 
@@ -29,12 +29,12 @@ local function is_job_id(id) return #id > 0 and #id <= 256 and not string.find(i
 -- A control hash by its fields' names, or nil where it does not read as one of ours: the scripts do arithmetic with it.
 local function sound_fields(id)
   if not is_job_id(id) then return nil end
-  local raw = redis.pcall('HMGET', k_job(id), 'st', 'q', unpack(NUMBERS))
+  local raw = redis.pcall('HMGET', k_job(id), 'st', 'q', 'tn', unpack(NUMBERS))
   if raw.err then return nil end
-  local c = {st = raw[1], q = raw[2]}
+  local c = {st = raw[1], q = raw[2], tn = raw[3] or nil}
   if not (OPEN[c.st] or TERMINAL[c.st]) or not c.q then return nil end
   for i, name in ipairs(NUMBERS) do
-    local value = raw[i + 2]
+    local value = raw[i + 3]
     -- up to 15 digits are exact as a Lua number
     if value and #value <= 15 and string.find(value, '^%d+$') then c[name] = value
     elseif value or not LATER[name] then return nil end
@@ -150,7 +150,8 @@ end
 -- Ends a job. The end event itself was appended by the caller; `fields`: what else its control hash is to say.
 local function finalize(id, queue, state, code, message, result, iso, now, owner, epoch, rq_result, fields)
   local key = k_job(id)
-  local ttl = tonumber(redis.call('HGET', key, 'ttl') or '') or 3600
+  local c = redis.call('HMGET', key, 'ttl', 'tn')
+  local ttl = tonumber(c[1] or '') or 3600
   fields = fields or {}
   fields.st, fields.fi, fields.err, fields.msg = state, int(now), code, message
   if result ~= '' then fields.res = result end
@@ -160,6 +161,7 @@ local function finalize(id, queue, state, code, message, result, iso, now, owner
   shared('ZREM', k_deadlines(), id)
   redis.call('EXPIRE', key, ttl)
   redis.call('EXPIRE', k_events(id), ttl)
+  if c[2] then tolerantly(tenant_ends, id, queue, c[2]) end
   show(view_drop_execution, id, queue, epoch, owner)
   show(view_end, id, queue, state, iso, ttl, now, owner, epoch, rq_result)
 end
@@ -202,6 +204,8 @@ local function requeue(id, queue, owner, epoch)
   redis.call('HSET', k_job(id), 'st', 'queued', 'ow', '')
   shared('ZREM', k_leases(queue), id)
   redis.call('LPUSH', k_rq_queue(queue), id)
+  local tenant = redis.call('HGET', k_job(id), 'tn')
+  if tenant then tolerantly(tenant_waits, id, queue, tenant, 'LPUSH') end
   show(view_drop_execution, id, queue, epoch, owner)
   if is_hash(k_rq_job(id)) then
     redis.call('HSET', k_rq_job(id), 'status', 'queued', 'worker_name', '')

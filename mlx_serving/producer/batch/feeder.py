@@ -7,7 +7,7 @@ from collections import deque
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from mlx_serving.common import limits
-from mlx_serving.common.errors import InvalidBatch, InvalidJob
+from mlx_serving.common.errors import InvalidBatch, InvalidJob, TenantLimited
 from mlx_serving.producer.batch.lines import LineReader, Request
 from mlx_serving.producer.batch.objects import LineError
 from mlx_serving.producer.batch.window import Flight, Window
@@ -60,6 +60,7 @@ class Feeder:
         self._window, self._results = window, results
         self._again: deque[Place] = deque()
         self._chunk: list[_Ready] = []
+        self._burst = CHUNK_LINES  # lines a submit; less where the tenant's limit is near
         self.exhausted = False
 
     def again(self, place: Place) -> None:
@@ -74,6 +75,8 @@ class Feeder:
     def feed(self, seconds_left: float) -> int:
         """Submit what there is room for; returns how many lines that were.
 
+        Where the batch's tenant may have no more queued, the other lines wait for the next call.
+
         Raises:
             QueueUnavailable: Redis is away; the next call goes on with the same lines.
             InvalidBatch: the input file is no longer what was validated.
@@ -85,9 +88,14 @@ class Feeder:
             if not self._chunk:
                 self.exhausted = True
                 break
+            before, wanted = len(self._chunk), min(len(self._chunk), self._burst)
             self._submit(min(max(seconds_left, 1.0), limits.SECONDS))
-            fed += len(self._chunk)
-            self._chunk = []
+            taken = before - len(self._chunk)
+            fed += taken
+            if taken < wanted:
+                self._burst = max(1, taken)  # what is refused travels in vain
+                break
+            self._burst = min(2 * self._burst, CHUNK_LINES)
         return fed
 
     def _read_chunk(self, most: int) -> list[_Ready]:
@@ -111,21 +119,36 @@ class Feeder:
         return _Ready(flight, job)
 
     def _submit(self, deadline_s: float) -> None:
-        jobs = [ready.job.model_copy(update={"deadline": deadline_s}) for ready in self._chunk]
+        """Submit a burst of the chunk; what is left of it was not taken."""
+        burst, rest = self._chunk[: self._burst], self._chunk[self._burst :]
+        jobs = [ready.job.model_copy(update={"deadline": deadline_s}) for ready in burst]
         try:
             self._client.submit_many(jobs)
         except InvalidJob:
-            self._submit_each(jobs)
+            refused = self._submit_each(burst, jobs)
+        except TenantLimited as error:
+            pairs = [*zip(burst, error.job_ids, strict=True)]
+            self._window.add(ready.flight for ready, job_id in pairs if job_id is not None)
+            refused = [ready for ready, job_id in pairs if job_id is None]
         else:
-            self._window.add(ready.flight for ready in self._chunk)
+            self._window.add(ready.flight for ready in burst)
+            refused = []
+        self._chunk = refused + rest
 
-    def _submit_each(self, jobs: list[GenerationJob]) -> None:
-        """Find the lines that the client refuses: too large for the settings, another Redis."""
-        for (flight, _), job in zip(self._chunk, jobs, strict=True):
+    def _submit_each(self, burst: list[_Ready], jobs: list[GenerationJob]) -> list[_Ready]:
+        """Find the lines that the client refuses: too large for the settings, another Redis.
+
+        Returns those that the tenant's limit keeps out for now.
+        """
+        for number, (ready, job) in enumerate(zip(burst, jobs, strict=True)):
+            flight = ready.flight
             try:
                 self._client.submit(job)
             except InvalidJob as error:
                 wrong = LineError(code=error.code, message=str(error), line=flight.line)
                 self._results.failed_line(flight.line, flight.custom_id, wrong)
+            except TenantLimited:
+                return burst[number:]
             else:
                 self._window.add([flight])
+        return []

@@ -51,7 +51,7 @@ class Lane:
         self._section, self._index, self._results = section, folder.index, results
         self._most, self._reader = options.in_flight, reader
         self._queue = queue_name(section.model, "bulk")
-        self._client = Client(settings=settings, model=section.model)
+        self._client = Client(settings=settings, model=section.model, tenant=options.tenant)
         self._store = JobStore(self._client.endpoint)
         self._feeder = Feeder(
             self._client, reader, source, self._open_places(), self.window, results

@@ -70,7 +70,8 @@ class LineReader:
 
     def job_id(self, line: int) -> str:
         """Id of a line's job, by what `GenerationJob` makes of its key."""
-        return GenerationJob.model_construct(idempotency_key=self.key(line)).job_id()
+        key, tenant = self.key(line), self._options.tenant
+        return GenerationJob.model_construct(idempotency_key=key, tenant=tenant).job_id()
 
     def read(self, raw: bytes, line: int) -> Request | BadLine:
         """Read a line; whatever is wrong with it is named, nothing is raised."""
@@ -141,7 +142,7 @@ class LineReader:
             "seed": int.from_bytes(digest[:8]), **defaults, **fields,
             **({"model": model} if model is not None else {}),
             "lane": "bulk", "stream": False, "result_ttl": options.result_ttl,
-            "idempotency_key": self.key(line),
+            "idempotency_key": self.key(line), "tenant": options.tenant,
         }  # fmt: skip
 
 

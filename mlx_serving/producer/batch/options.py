@@ -34,6 +34,7 @@ class BatchOptions(msgspec.Struct, frozen=True, kw_only=True):
         depth: lines of a model to keep waiting in its queue.
         in_flight: most lines of a model in Redis at once, waiting, running or uncollected.
         result_ttl: seconds that Redis keeps a result that nobody collects.
+        tenant: whose jobs they are; its limits and its share hold for them.
         metadata: up to 16 short texts that the batch object carries.
 
     """
@@ -49,6 +50,7 @@ class BatchOptions(msgspec.Struct, frozen=True, kw_only=True):
     depth: int = 512
     in_flight: int = 8192
     result_ttl: int = 86_400
+    tenant: str | None = None
     metadata: dict[str, str] | None = None
 
     @property
@@ -100,5 +102,7 @@ def _problems(options: BatchOptions) -> Iterator[FieldError]:
         value = getattr(options, name)
         if value is not None and not least <= value <= most:
             yield FieldError(name, f"must be from {least} to {most}")
+    if options.tenant is not None and not re.fullmatch(limits.LABEL, options.tenant):
+        yield FieldError("tenant", "must be 1 to 128 printable characters without blanks")
     if len(options.metadata or {}) > limits.METADATA_ITEMS:
         yield FieldError("metadata", f"has more than {limits.METADATA_ITEMS} items")

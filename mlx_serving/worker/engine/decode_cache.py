@@ -32,6 +32,17 @@ class Prefilled:
     keys: Sequence[PrefixKey] = ()
 
 
+@dataclass(eq=False, slots=True)
+class ParkedRow:
+    """A row's `length` tokens outside the batch, for the cache that they are of.
+
+    `state` is a plain cache a layer, or the ids of the row's blocks.
+    """
+
+    state: list[Any]
+    length: int
+
+
 class DecodeCache(Protocol):
     """The KV cache of every row that decodes, in the batch's order."""
 
@@ -64,6 +75,15 @@ class DecodeCache(Protocol):
 
     def remember(self, row: int, key: PrefixKey | None) -> None:
         """Let a row that leaves be found by its tokens; None: and nothing that it alone used."""
+
+    def park(self, row: int) -> ParkedRow:
+        """Set aside what a row has; `keep` is called next, without it. No step may be running."""
+
+    def resume(self, parked: ParkedRow) -> None:
+        """Append a row that was set aside."""
+
+    def release(self, parked: ParkedRow, key: PrefixKey | None) -> None:
+        """Drop a row that was set aside; it may be found again, as `remember` says."""
 
 
 class PaddedCache:
@@ -125,3 +145,16 @@ class PaddedCache:
 
     def remember(self, row: int, key: PrefixKey | None) -> None:
         """Do nothing: what leaves is dropped."""
+
+    def park(self, row: int) -> ParkedRow:
+        """Copy the row, so that nothing of the batch's arrays is kept alive."""
+        length = self._lengths[row]
+        layers = kv_cache.extract(self._model, self._layers, row if length else None)
+        return ParkedRow(layers, length)
+
+    def resume(self, parked: ParkedRow) -> None:
+        """Append the row; copies the batch."""
+        self.join(Prefilled(parked.state, [parked.length], [0]))
+
+    def release(self, parked: ParkedRow, key: PrefixKey | None) -> None:
+        """Do nothing: the row's copy goes with it."""

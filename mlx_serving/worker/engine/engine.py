@@ -1,18 +1,22 @@
 """The engine: admits requests, steps the batch, turns tokens into text, says why a row ended."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from mlx_serving.common.jobs import Lane
 from mlx_serving.worker.engine.acceleration import AccelerationReport
 from mlx_serving.worker.engine.detokenizer import DetokenizerProtocol
 from mlx_serving.worker.engine.marked_detokenizer import MarkedDetokenizer
+from mlx_serving.worker.engine.parking import Parking
+from mlx_serving.worker.engine.prefill_chunk import Group, PrefillChunk
 from mlx_serving.worker.engine.row_output import grammar_ended, parse_output, row_error
-from mlx_serving.worker.engine.scheduler import Group, PrefillChunk, Scheduler
+from mlx_serving.worker.engine.scheduler import Scheduler
 from mlx_serving.worker.engine.sequence import (
     FINISH_ERROR,
     FINISH_LENGTH,
     FINISH_STOP,
+    LaneRows,
     ModelInfo,
     Output,
     Phase,
@@ -43,14 +47,23 @@ class Runner(Protocol):
     def prefill(self, chunk: PrefillChunk) -> None:
         """Compute one chunk of prompts."""
 
-    def drop_prefill(self) -> None:
-        """Forget the prompt being prefilled."""
+    def drop_prefill(self, lane: Lane) -> None:
+        """Forget the prompt being prefilled for a lane."""
 
     def join(self, groups: Iterable[Group]) -> None:
         """Move the rows of the chunk that was prefilled last into the decode batch."""
 
     def remove(self, rows: Iterable[Sequence]) -> None:
-        """Take rows out of the decode batch; rows that are not in it are ignored."""
+        """Take rows out of the decode batch, or drop what is kept of them; others are ignored."""
+
+    def park(self, rows: Iterable[Sequence], keep: Container[Sequence]) -> list[SampledToken]:
+        """Take rows out of the decode batch; return the tokens that were on their way.
+
+        The keys and values of those in `keep` stay, for `resume` or `remove`.
+        """
+
+    def resume(self, row: Sequence) -> None:
+        """Put a row that was kept back into the decode batch."""
 
     def decode(self) -> list[SampledToken]:
         """Return one new token a row; rows without news are left out."""
@@ -79,20 +92,21 @@ class Engine:
         self._runner = runner
         self._scheduler = scheduler
         self._detokenizer = detokenizer
-        self._finished_early: list[Output] = []
+        self._early: list[Output] = []  # for the next step to return
 
     def fits(self, *choices: Request) -> bool:
         """Say whether this device's KV budget could ever hold these choices of one request."""
         return self._scheduler.fits(*choices)
 
     def can_add(self, *choices: Request) -> bool:
-        """Say whether there is room for these choices of one request now."""
+        """Say whether there is room for these choices of one request now, or can be made."""
         return self._scheduler.can_add(*choices)
 
     def add(self, *choices: Request) -> None:
         """Admit choices of one request; see `InferenceEngine.add` for what it raises."""
         for request in choices:
             check_request(request, self.model_info.vocab_size)
+        self._park(self._scheduler.make_room(*choices))
         rows = self._scheduler.add(*choices)
         try:
             for row in rows:
@@ -137,22 +151,53 @@ class Engine:
             output = self._output(sequence, reason, held)
             itself = committed[-1] in self.model_info.eos_token_ids or grammar_ended(sequence)
             parse_output(sequence, output, ended_itself=itself)
-            self._finished_early.append(output)
+            self._early.append(output)
             self._forget(sequence)
+
+    def _park(self, parking: Parking) -> None:
+        """Let rows give way; what the device had decoded of them goes out with the next step."""
+        decoding = [row for row in parking.park if row.phase is Phase.DECODING]
+        keep = {*decoding}.difference(parking.drop)
+        if decoding:
+            self._collect(self._runner.park(decoding, keep), self._early)
+        for row in filter(self._scheduler.is_here, parking.park):  # the others have just ended
+            self._drop_prefill(row)
+            self._scheduler.park(row)
+        self._drop(parking.drop)
+
+    def _drop(self, rows: Iterable[Sequence]) -> None:
+        """Give the KV of parked rows back."""
+        leaving = list(filter(self._scheduler.is_here, rows))
+        self._runner.remove(leaving)
+        for row in leaving:
+            self._scheduler.drop(row)
+
+    def _drop_prefill(self, row: Sequence) -> None:
+        """Forget a prefill under way that a row leaves alone."""
+        if row.phase is Phase.PREFILLING and self._scheduler.is_alone_in_prefill(row):
+            self._runner.drop_prefill(row.request.lane)
+
+    def _resume(self) -> None:
+        """Let parked rows go on, as far as there is room."""
+        while (parking := self._scheduler.next_parked()) is not None:
+            self._drop(parking.drop)
+            for row in parking.park:
+                if self._scheduler.resume(row):
+                    self._runner.resume(row)
 
     def abort(self, request_id: str) -> None:
         """Forget every choice of the request; no Output follows. Unknown ids are ignored."""
-        self._finished_early = [o for o in self._finished_early if o.request_id != request_id]
+        self._early = [o for o in self._early if o.request_id != request_id]
         rows = self._scheduler.find(request_id)
-        if any(row.phase is Phase.PREFILLING for row in rows):
-            self._runner.drop_prefill()
         self._runner.remove(rows)
         for row in rows:
+            self._drop_prefill(row)
             self._forget(row)
 
     def step(self) -> list[Output]:
         """Do one prefill chunk and one decode step; return the rows that progressed."""
-        outputs, self._finished_early = self._finished_early, []
+        outputs, self._early = self._early, []
+        self._resume()
         chunk = self._scheduler.schedule_prefill()
         if chunk is not None:
             self._prefill(chunk, outputs)
@@ -182,7 +227,7 @@ class Engine:
         try:
             self._runner.prefill(chunk)
         except Exception as error:  # noqa: BLE001 - whatever a row's prefill raises ends that row
-            self._runner.drop_prefill()
+            self._runner.drop_prefill(chunk.lane)
             # The exception's own text may hold addresses or parts of the prompt.
             return RowError("prefill_failed", f"prefill raised {type(error).__name__}")
         return None
@@ -260,7 +305,7 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether `step` would do anything."""
-        return self._scheduler.has_work or bool(self._finished_early)
+        return self._scheduler.has_work or bool(self._early)
 
     @property
     def running(self) -> int:
@@ -271,6 +316,16 @@ class Engine:
     def waiting(self) -> int:
         """Admitted rows that are not in the decode batch yet."""
         return self._scheduler.waiting
+
+    @property
+    def parked(self) -> int:
+        """Rows that gave way to others and go on later."""
+        return self._scheduler.parked
+
+    @property
+    def lane_rows(self) -> LaneRows:
+        """Rows in the batch, and parked ones, by lane."""
+        return self._scheduler.lane_rows
 
     @property
     def kv_tokens_used(self) -> int:

@@ -99,6 +99,18 @@ def _keep_kv_rows(layer: Any, indices: mx.array, unused: int) -> None:  # noqa: 
     layer._idx -= unused  # noqa: SLF001 - the cache offers no setter
 
 
+def extract(model: LanguageModel, cache: list[Any], row: int | None) -> list[Any]:
+    """Return a plain cache with a copy of one row of a batch; None: an empty one.
+
+    A batch may hold no arrays before its first step, of which no row can be taken.
+    """
+    if row is None:
+        return _plain_cache(model)
+    layers = [layer.extract(row) for layer in cache]
+    mx.eval(states(layers))
+    return layers
+
+
 def states(cache: list[Any]) -> list[Any]:
     """Return the arrays to evaluate after a forward pass."""
     return [layer.state for layer in cache]

@@ -13,15 +13,18 @@ first. Then the masks are computed while the forward pass is launched and the de
 and the sampling is launched at last.
 """
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
+from dataclasses import dataclass
 from typing import Any, Final, cast
 
 import mlx.core as mx
 
+from mlx_serving.common.jobs import Lane
 from mlx_serving.worker.engine import kv_cache
 from mlx_serving.worker.engine.cache_choice import CacheChoice, choose_cache
-from mlx_serving.worker.engine.decode_cache import Prefilled
+from mlx_serving.worker.engine.decode_cache import ParkedRow, Prefilled
 from mlx_serving.worker.engine.kv_cache import LanguageModel
+from mlx_serving.worker.engine.prefill_chunk import Group, PrefillChunk
 from mlx_serving.worker.engine.prefix.cache import PrefixCache
 from mlx_serving.worker.engine.sampling import (
     BatchSampler,
@@ -32,7 +35,6 @@ from mlx_serving.worker.engine.sampling import (
     read_logprobs,
     token_words,
 )
-from mlx_serving.worker.engine.scheduler import Group, PrefillChunk
 from mlx_serving.worker.engine.sequence import SampledToken, Sequence, TokenLogprobs
 from mlx_serving.worker.engine.structured_output import BatchMasks, Matcher, advance_rows
 
@@ -42,8 +44,16 @@ TRIM_EVERY_LAUNCHES: Final = 512  # freed buffers go back to the system, as in m
 _LaunchLogprobs = tuple[list[Sequence], Logprobs] | None
 
 
+@dataclass(frozen=True, slots=True)
+class _Prefill:
+    """A chunk's prompts under way: the model's cache; whether that reads the decode batch's."""
+
+    cache: list[Any]
+    gathered: bool
+
+
 class ModelRunner:
-    """Owns the model, the cache of the prompt being prefilled, and the decode batch.
+    """Owns the model, the caches of prompts being prefilled, the decode batch, and parked rows.
 
     Only one thread may call it: MLX binds unevaluated work to the thread that built it.
     """
@@ -59,10 +69,10 @@ class ModelRunner:
         self._model = model
         self._words = token_words(self.cost.vocab_size)
         mx.eval(self._words)
-        self._prefill_cache: list[Any] = []
-        self._gathered = False  # it reads blocks of the decode batch's cache
+        self._prefills: dict[Lane, _Prefill] = {}
         self._cache = self.choice.make()
         self._rows: list[Sequence] = []
+        self._parked: dict[Sequence, ParkedRow] = {}
         # Launch number (may be negative) at which the row's position was 0.
         self._origins: list[int] = []
         self._launches = 0
@@ -98,29 +108,30 @@ class ModelRunner:
     def prefill(self, chunk: PrefillChunk) -> None:
         """Compute one chunk; several prompts are padded on the right to the longest."""
         if chunk.start == 0:
-            self._prefill_cache = self._begin_prefill(chunk)
+            self._prefills[chunk.lane] = self._begin_prefill(chunk)
+        layers = self._prefills[chunk.lane].cache
         if chunk.length:
             end = chunk.start + chunk.length
             contexts = [
                 row.context(row.found + chunk.start, row.found + end) for row in chunk.leaders
             ]
-            self._cache.forward_prompts(contexts, self._prefill_cache)
+            self._cache.forward_prompts(contexts, layers)
         # With nothing to decode there is nothing to overlap with: wait, so that a step that
         # returns has done its work.
         evaluate = mx.async_eval if self._rows else mx.eval
-        evaluate(kv_cache.states(self._prefill_cache))
+        evaluate(kv_cache.states(layers))
 
-    def _begin_prefill(self, chunk: PrefillChunk) -> list[Any]:
+    def _begin_prefill(self, chunk: PrefillChunk) -> _Prefill:
         found = chunk.leaders[0].found
-        self._gathered = found > 0
-        if self._gathered:
-            return self._cache.gather([row.prefix for row in chunk.leaders], found)
-        return self._cache.new_prompts(len(chunk.groups))
+        if found:
+            blocks = [row.prefix for row in chunk.leaders]
+            return _Prefill(self._cache.gather(blocks, found), gathered=True)
+        return _Prefill(self._cache.new_prompts(len(chunk.groups)), gathered=False)
 
-    def drop_prefill(self) -> None:
-        """Forget the prompt being prefilled."""
-        self._prefill_cache = []
-        if self._gathered:
+    def drop_prefill(self, lane: Lane) -> None:
+        """Forget the prompt being prefilled for a lane."""
+        dropped = self._prefills.pop(lane, None)
+        if dropped is not None and dropped.gathered:
             mx.synchronize()  # the blocks that it reads may be given to others now
 
     def join(self, groups: Iterable[Group]) -> None:
@@ -130,27 +141,58 @@ class ModelRunner:
         """
         prompts = list(groups)
         joining = [row for group in prompts for row in group]
-        layers, self._prefill_cache = self._prefill_cache, []
+        layers = self._prefills.pop(joining[0].request.lane).cache
         lengths = [group[0].context_length for group in prompts]
         copies = [index for index, group in enumerate(prompts) for _ in group]
         keys = [group[0].context_key for group in prompts]
         self._cache.join(Prefilled(layers, lengths, copies, keys))
+        self._enter(joining)
+
+    def _enter(self, joining: list[Sequence]) -> None:
+        """Append rows to the batch whose cache has them; their last tokens are known."""
         self._rows += joining
-        self._origins += [self._launches - len(row.request.committed) for row in joining]
+        self._origins += [self._launches - row.decoded for row in joining]
         last_tokens = mx.array([row.last_token for row in joining], dtype=mx.int32)
         self._pending = mx.concatenate([self._pending, last_tokens])
         self._joined += len(joining)
         self._rows_changed()
 
     def remove(self, rows: Iterable[Sequence]) -> None:
-        """Take rows out of the decode batch; rows that are not in it are ignored."""
+        """Take rows out of the decode batch, or drop what is kept of them; others are ignored."""
         leaving = set(rows)
+        for row in leaving.intersection(self._parked):
+            self._cache.release(self._parked.pop(row), None if row.failed else row.context_key)
+        for index, row in enumerate(self._rows):
+            if row in leaving:
+                self._cache.remember(index, None if row.failed else row.context_key)
+        self._take_out(leaving)
+
+    def park(self, rows: Iterable[Sequence], keep: Container[Sequence]) -> list[SampledToken]:
+        """Take rows out of the decode batch; return the tokens that were on their way.
+
+        Waits for the launch under way, so that the rows' last tokens are known and nothing of
+        theirs runs. The keys and values of those in `keep` stay, for `resume` or `remove`.
+        """
+        leaving = set(rows)
+        launched = self._rows[: len(self._rows) - self._joined]
+        found = self._read(launched, self._pending, self._logprobs, leaving)
+        advance_rows(found)
+        for index, row in enumerate(self._rows):
+            if row in leaving and row in keep:
+                self._parked[row] = self._cache.park(index)
+        self._take_out(leaving.intersection(self._parked))
+        self.remove(leaving.difference(self._parked))
+        return found
+
+    def resume(self, row: Sequence) -> None:
+        """Put a row that was kept back into the decode batch."""
+        self._cache.resume(self._parked.pop(row))
+        self._enter([row])
+
+    def _take_out(self, leaving: set[Sequence]) -> None:
         kept = [index for index, row in enumerate(self._rows) if row not in leaving]
         if len(kept) == len(self._rows):
             return
-        for index, row in enumerate(self._rows):
-            if row in leaving:
-                self._cache.remember(index, None if row.failed else row.known_key)
         self._joined = sum(index >= len(self._rows) - self._joined for index in kept)
         self._rows = [self._rows[index] for index in kept]
         self._origins = [self._origins[index] for index in kept]
@@ -197,12 +239,18 @@ class ModelRunner:
         return found
 
     def _read(
-        self, sampled: list[Sequence], previous: mx.array, logprobs: _LaunchLogprobs
+        self,
+        sampled: list[Sequence],
+        previous: mx.array,
+        logprobs: _LaunchLogprobs,
+        only: Container[Sequence] | None = None,
     ) -> list[SampledToken]:
-        """Wait for the tokens of a launch, and for what goes with them."""
-        if not sampled:
+        """Wait for the tokens of a launch, and for what goes with them; `only` some rows'."""
+        wanted = [row for row in sampled if only is None or row in only]
+        if not wanted:
             return []
-        tokens = dict(zip(sampled, cast("list[int]", previous.tolist()), strict=False))
+        every = dict(zip(sampled, cast("list[int]", previous.tolist()), strict=False))
+        tokens = {row: every[row] for row in wanted}
         self._cache.settle()
         for row, token in tokens.items():
             if row.history is not None:

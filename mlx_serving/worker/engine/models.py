@@ -11,11 +11,12 @@ from mlx_serving.worker.engine.acceleration import choose_sampler, make_detokeni
 from mlx_serving.worker.engine.cache_choice import CacheKind, choose_cache
 from mlx_serving.worker.engine.engine import Attachments, Engine
 from mlx_serving.worker.engine.fused_layers import fuse
+from mlx_serving.worker.engine.limits import SchedulerLimits
 from mlx_serving.worker.engine.marked_detokenizer import with_markers
 from mlx_serving.worker.engine.model_files import check_model_files, model_revision, tokenizer_hash
 from mlx_serving.worker.engine.model_runner import ModelRunner
 from mlx_serving.worker.engine.prefix.choice import make_prefix_cache
-from mlx_serving.worker.engine.scheduler import Scheduler, SchedulerLimits
+from mlx_serving.worker.engine.scheduler import Scheduler
 from mlx_serving.worker.engine.sequence import ModelInfo, Request, SamplingParams
 
 CPU_KV_BUDGET_BYTES: Final = 1 << 30
@@ -37,6 +38,7 @@ class EngineOptions:
     prefix_cache_bytes: int | None = None
     kv_cache: CacheKind = "auto"
     prefill_chunk_tokens: int = 512
+    lane_min_share: float = 0.1
     prefer_native: bool = True
     warm_up: bool = True
 
@@ -97,6 +99,7 @@ def build_engine(
         prefill_chunk_tokens=options.prefill_chunk_tokens,
         kv_row_overhead_tokens=choice.row_overhead_tokens(cost),
         kv_block_tokens=choice.block_tokens,
+        lane_min_share=options.lane_min_share,
     )
     prefixes, prefix_report = make_prefix_cache(
         limits.kv_block_tokens,

@@ -7,7 +7,6 @@ before what the grammar is for.
 
 import json
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -15,18 +14,13 @@ from mlx_serving.common.errors import InvalidJob
 from mlx_serving.common.jobs import GenerationJob
 from mlx_serving.common.messages import Tool
 from mlx_serving.common.output_formats import chosen_tools, enforces_tools, must_call
+from mlx_serving.worker.engine.calls.formats import CallFormat, call_format
+from mlx_serving.worker.engine.calls.schema import ToolSchema, json_text
+from mlx_serving.worker.engine.calls.spelling import ANY_TEXT, Spelling, TokenOf, escaped
 from mlx_serving.worker.engine.tool_formats import ModelFormat
 
-JSON_CALLS: Final = "json_tools"
-"""mlx-lm's name of the one format of calls that can be enforced: a JSON object between markers."""
-
-_BLANKS: Final = r"[\x20\x0A\x0D\x09]{1,64}"
-"""So much at most between the parts of a JSON text: a model that only indents would never end."""
-_ANY_TEXT: Final = "/(?s:.*)/"
+_NO_FORCE: Final = "can't be enforced"
 _GAP: Final = r"GAP: /[ \t\r\n]{0,8}/"
-
-TokenOf = Callable[[str], int | None]
-"""From a marker to its token's id, where it is a token that no text spells."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,77 +68,94 @@ class _Writer:
     """Writes rules in the words of one model's markers."""
 
     def __init__(self, model: ModelFormat, token_of: TokenOf) -> None:
-        self._model, self._token_of = model, token_of
+        self._model, self._spelling = model, Spelling(token_of)
 
     def answer(self, job: GenerationJob) -> _Rules | None:
         """Rules of what the job asks for, reasoning aside."""
         form = _formatted(job.response_format) if job.response_format else None
         if not enforces_tools(job):
             return form
-        self._require_json_calls(job)
+        calls = self._call_format(job)
         tools = chosen_tools(job)
-        calls = self._calls(tools)
         path = _path_of(job, tools)
         if isinstance(job.tool_choice, dict):
-            return _Rules(["answer: call", *calls], path, blank_before=True)
-        several = "call (GAP call)*"
+            rules = self._calls(job, calls, tools, several=False)
+            return _Rules(["answer: call", *rules], path, blank_before=True)
+        rules = self._calls(job, calls, tools, several=True)
+        several = "call (GAP call)*" if calls.between is None else "call"
         if must_call(job):
-            return _Rules([f"answer: {several}", _GAP, *calls], path, blank_before=True)
+            return _Rules([f"answer: {several}", _GAP, *rules], path, blank_before=True)
         if form is None:
-            return _Rules([*self._free_text(), *calls], path, free=True)
+            return _Rules([*self._free_text(), *rules], path, free=True)
         form.lines = [line.replace("answer:", "formatted:", 1) for line in form.lines]
-        form.lines += [f"answer: formatted | {several}", _GAP, *calls]
+        form.lines += [f"answer: formatted | {several}", _GAP, *rules]
         return form
 
     def after_reasoning(self, rules: _Rules, *, opened: bool) -> list[str]:
         """Rules for the model's reasoning, and then the answer."""
         start, end = self._model.think_start or "", self._model.think_end or ""
-        token = self._token_of(end)
-        if token is None:
-            thought = [f"thought[lazy]: /(?s:.*){_escaped(end)}/"]
-        else:
-            thought = [f"thought: /(?s:.*)/ <[{token}]>"]
+        thought, lines = self._spelling.text_up_to("thought", [ANY_TEXT], end)
         gap = "BLANKS" if rules.blank_before else ""
-        first = f"thought {gap}" if opened else f"({self._marker(start)} thought {gap})?"
-        return [f"start: {first} answer", r"BLANKS: /[ \t\r\n]{0,8}/", *thought]
+        first = f"{thought} {gap}" if opened else f"({self._literal(start)} {thought} {gap})?"
+        return [f"start: {first} answer", r"BLANKS: /[ \t\r\n]{0,8}/", *lines]
 
-    def _require_json_calls(self, job: GenerationJob) -> None:
-        if self._model.parser_name == JSON_CALLS:
-            return
-        name = self._model.parser_name or "none that mlx-lm knows"
+    def _call_format(self, job: GenerationJob) -> CallFormat:
+        """How this model's calls are written. Raises InvalidJob where that is not known."""
+        found = call_format(self._model.parser_name, self._spelling)
+        if found is not None:
+            return found
         field = "tool_choice" if must_call(job) else "tools"
-        reason = f"this model's format of tool calls ({name}) can't be enforced"
-        raise InvalidJob([(field, reason)])
+        raise InvalidJob([(field, f"this model's format of tool calls ({self._name}) {_NO_FORCE}")])
 
-    def _calls(self, tools: tuple[Tool, ...]) -> list[str]:
-        """Rules of a call: as Qwen's and Hermes' templates write them."""
+    def _calls(
+        self, job: GenerationJob, form: CallFormat, tools: tuple[Tool, ...], *, several: bool
+    ) -> list[str]:
+        """Rules of a call, or of all calls that share their markers."""
         start, end = self._model.tool_start or "", self._model.tool_end or ""
         names = " | ".join(f"tool_{index}" for index in range(len(tools)))
+        more = f"({form.between} any_tool)*" if several and form.between is not None else ""
         rules = [
-            f"call: {self._marker(start)} rest_of_call",
-            f'rest_of_call: "\\n" ({names}) "\\n" {self._marker(end)}',
+            f"call: {self._literal(start)} rest_of_call",
+            f"rest_of_call: {form.opening} any_tool {more} {form.closing} {self._literal(end)}",
+            f"any_tool: {names}",
         ]
         for index, tool in enumerate(tools):
-            head = json.dumps(f'{{"name": {json.dumps(tool.function.name)}, "arguments": ')
-            rules.append(f'tool_{index}: {head} {_arguments(tool)} "}}"')
+            schema = ToolSchema(tool, (job.tools or ()).index(tool), self._name)
+            if not re.fullmatch(form.names, schema.name):
+                raise schema.refusal(schema.name_path, "the function's name can't be written")
+            rules += form.write(schema, f"tool_{index}", self._spelling, end)
         return rules
 
     def _free_text(self) -> list[str]:
         """Rules of any text with calls in it, which the call's marker begins and nothing else."""
         model = self._model
         start = model.tool_start or ""
-        text = f"TEXT: {_ANY_TEXT} & ~/(?s:.*){_escaped(start)}(?s:.*)/"
-        if self._token_of(start) is None:
+        text = f"TEXT: /{ANY_TEXT}/ & ~/{ANY_TEXT}{escaped(start)}{ANY_TEXT}/"
+        ends = not model.tool_end  # the one call, or all of them, are the end of the text
+        if not self._spelling.begins_with_token(start):
             # A call's first marker is a part of the text before it, matched up to there.
-            lead = f"lead[lazy]: /(?s:.*){_escaped(start)}/"
-            return ["answer: (lead rest_of_call)* TEXT", text, lead]
-        thinking = [m for m in (model.think_start, model.think_end) if m and self._token_of(m)]
-        others = " | ".join(["call", *map(self._marker, thinking)])
+            lead, rules = self._spelling.text_up_to("lead", [ANY_TEXT], start)
+            called = f"{lead} rest_of_call"
+            return [
+                f"answer: {called} | TEXT" if ends else f"answer: ({called})* TEXT",
+                text,
+                *rules,
+            ]
+        if ends:
+            return ["answer: TEXT call?", text]
+        thinking = [m for m in (model.think_start, model.think_end) if m and self._is_token(m)]
+        others = " | ".join(["call", *map(self._literal, thinking)])
         return [f"answer: TEXT (({others}) TEXT)*", text]
 
-    def _marker(self, marker: str) -> str:
-        token = self._token_of(marker)
-        return json.dumps(marker) if token is None else f"<[{token}]>"
+    @property
+    def _name(self) -> str:
+        return self._model.parser_name or "none that mlx-lm knows"
+
+    def _is_token(self, marker: str) -> bool:
+        return self._spelling.begins_with_token(marker)
+
+    def _literal(self, text: str) -> str:
+        return self._spelling.literal(text)
 
 
 def _formatted(form: dict[str, Any]) -> _Rules:
@@ -158,30 +169,13 @@ def _formatted(form: dict[str, Any]) -> _Rules:
         return _Rules([f"answer: /{regex_to_lark(form['regex'], '')}/"], "response_format.regex")
     if kind == "json_object":
         return _Rules(
-            [f"answer: {_json({'type': 'object'})}"], "response_format", blank_before=True
+            [f"answer: {json_text({'type': 'object'})}"], "response_format", blank_before=True
         )
     path = "response_format.json_schema.schema"
-    return _Rules([f"answer: {_json(form['json_schema']['schema'])}"], path, blank_before=True)
-
-
-def _arguments(tool: Tool) -> str:
-    """A tool's arguments: an object by its schema, to the letter where the tool is strict."""
-    schema = {"type": "object", **(tool.function.parameters or {})}
-    return _json(schema, lenient=not tool.function.strict)
-
-
-def _json(schema: dict[str, Any], *, lenient: bool = False) -> str:
-    """A JSON text by a schema. `lenient` ignores keywords that no grammar can express."""
-    options = {"whitespace_pattern": _BLANKS, "lenient": lenient}
-    return f"%json {json.dumps({**schema, 'x-guidance': options})}"
+    return _Rules([f"answer: {json_text(form['json_schema']['schema'])}"], path, blank_before=True)
 
 
 def _path_of(job: GenerationJob, tools: tuple[Tool, ...]) -> str:
     if len(tools) > 1 or not job.tools:
         return "tools"
     return f"tools[{job.tools.index(tools[0])}].function.parameters"
-
-
-def _escaped(text: str) -> str:
-    """Text for the inside of a /regex/."""
-    return re.escape(text).replace("/", "\\/")

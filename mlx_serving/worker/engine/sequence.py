@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Final, NamedTuple, Protocol
 
+from mlx_serving.common.jobs import LANES, Lane
 from mlx_serving.worker.engine.prefix.index import PrefixKey
 
 FINISH_STOP: Final = "stop"
@@ -128,7 +129,7 @@ class Request:
     `committed` are tokens that earlier attempts decoded (resume): they are prefilled after the
     prompt, are not emitted again, and count towards `max_tokens`. `grammar` None: any text.
     `format` None: all of it is text. `salt` names whose prefixes this row may share: those of
-    requests with the same salt, and no others.
+    requests with the same salt, and no others. `lane` says before whom it goes.
     """
 
     id: str
@@ -141,6 +142,12 @@ class Request:
     grammar: Grammar | None = None
     format: OutputFormat | None = None
     salt: str = ""
+    lane: Lane = "default"
+
+    @property
+    def rank(self) -> int:
+        """Place of its lane: 0 goes before all others."""
+        return LANES.index(self.lane)
 
     @property
     def kv_tokens(self) -> int:
@@ -200,19 +207,24 @@ class ModelInfo:
 
 
 class Phase(Enum):
-    """Where an admitted row stands; it only moves down this list."""
+    """Where an admitted row stands; it moves down this list, or from any place to PARKED.
+
+    A parked row goes on as DECODING where its keys and values were kept, else as WAITING.
+    """
 
     WAITING = "waiting"  # admitted, no prompt token computed
     PREFILLING = "prefilling"
     DECODING = "decoding"
+    PARKED = "parked"  # out of the batch, in favour of a row of a higher lane
 
 
 @dataclass(slots=True, eq=False)
 class Sequence:
     """One admitted row inside an engine: what the scheduler and the decode batch keep of it.
 
-    `context` is what is prefilled: prompt + committed without the last token. That one token
-    (`last_token`) enters the decode batch, where its logits give the row's first new token.
+    `context` is what is prefilled: prompt + committed, and what a parked row had decoded, without
+    the last token. That one token (`last_token`) enters the decode batch, where its logits give
+    the row's next token.
     """
 
     request: Request
@@ -228,6 +240,8 @@ class Sequence:
     prefix: list[int] = field(default_factory=list)  # pinned blocks, until its own are complete
     found: int = 0  # tokens of `context` that were in the prefix cache when prefill began
     shared: int = 0  # KV tokens of the row that the prefix cache counts
+    order: int = 0  # of admission
+    cached: int | None = None  # what was found at first, once the row has decoded
 
     def __post_init__(self) -> None:
         """Start the history where the sampler needs one."""
@@ -237,35 +251,33 @@ class Sequence:
     @property
     def context_length(self) -> int:
         """Tokens to prefill."""
-        return len(self.request.prompt) + len(self.request.committed) - 1
+        return len(self.request.prompt) + len(self.request.committed) + len(self.tokens) - 1
 
     @property
     def last_token(self) -> int:
         """The token that the row brings into the decode batch."""
-        return (self.request.committed or self.request.prompt)[-1]
+        return (self.tokens or self.request.committed or self.request.prompt)[-1]
 
     @property
     def cached_tokens(self) -> int:
         """Tokens of the prompt that were not computed."""
-        return min(self.found, len(self.request.prompt))
+        found = self.found if self.cached is None else self.cached
+        return min(found, len(self.request.prompt))
 
     @property
     def context_key(self) -> PrefixKey:
         """What `context` is found by in the prefix cache."""
-        return self._key(self.request.prompt + self.request.committed)
-
-    @property
-    def known_key(self) -> PrefixKey:
-        """The same with the tokens decoded since; the last one's keys may not be computed yet."""
-        return self._key((*self.request.prompt, *self.request.committed, *self.tokens))
-
-    def _key(self, tokens: tuple[int, ...]) -> PrefixKey:
-        return PrefixKey(self.request.salt.encode(), array("i", tokens[:-1]).tobytes())
+        tokens = array("i", self._known[:-1]).tobytes()
+        return PrefixKey(self.request.salt.encode(), tokens)
 
     def context(self, start: int, stop: int) -> list[int]:
         """Return the tokens to prefill at [start, stop), never beyond `context_length`."""
-        tokens = self.request.prompt + self.request.committed
-        return list(tokens[start : min(stop, self.context_length)])
+        return list(self._known[start : min(stop, self.context_length)])
+
+    @property
+    def _known(self) -> tuple[int, ...]:
+        """Prompt and completion; the last one's keys and values may not be computed yet."""
+        return (*self.request.prompt, *self.request.committed, *self.tokens)
 
 
 class SampledToken(NamedTuple):
@@ -284,8 +296,19 @@ class RequestRefusedError(ValueError):
         self.code = code
 
 
+class LaneRows(NamedTuple):
+    """Rows by lane, in the order of `LANES`; `active` ones decode, or wait for their prefill."""
+
+    active: tuple[int, ...]
+    parked: tuple[int, ...]
+
+
 class InferenceEngine(Protocol):
-    """One continuous batch. Only the engine thread calls it."""
+    """One continuous batch. Only the engine thread calls it; the counts, any thread may read.
+
+    A request of a higher lane parks rows of lower ones where there is no other room: they leave
+    the batch and go on later, as if nothing had happened.
+    """
 
     on_prefill: Callable[[Iterable[str]], None]
     """Told the ids of the requests whose prompts are computed from now on, then, when the step is
@@ -295,7 +318,7 @@ class InferenceEngine(Protocol):
         """Say whether this device's KV budget could ever hold these choices of one request."""
 
     def can_add(self, *choices: Request) -> bool:
-        """Say whether there is room for these choices of one request now."""
+        """Say whether there is room for these choices of one request now, or can be made."""
 
     def add(self, *choices: Request) -> None:
         """Admit the choices of one request, all or none, and reserve their KV tokens.
@@ -328,6 +351,14 @@ class InferenceEngine(Protocol):
     @property
     def waiting(self) -> int:
         """Admitted rows that are not in the decode batch yet (queued or prefilling)."""
+
+    @property
+    def parked(self) -> int:
+        """Rows that left the batch in favour of others and go on when there is room."""
+
+    @property
+    def lane_rows(self) -> LaneRows:
+        """Rows in the batch, and parked ones, by lane."""
 
     @property
     def kv_tokens_used(self) -> int:

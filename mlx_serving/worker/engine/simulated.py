@@ -6,16 +6,18 @@ sleeps instead of computing. Token n of a completion reads " n", so any output c
 """
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
 from typing import Final
 
 from mlx_serving.common.errors import InvalidJob
-from mlx_serving.common.jobs import GenerationJob
+from mlx_serving.common.jobs import GenerationJob, Lane
 from mlx_serving.common.output_formats import enforces_tools
 from mlx_serving.worker.engine.detokenizer import Detokenizer
 from mlx_serving.worker.engine.engine import Engine
-from mlx_serving.worker.engine.scheduler import Group, PrefillChunk, Scheduler, SchedulerLimits
+from mlx_serving.worker.engine.limits import SchedulerLimits
+from mlx_serving.worker.engine.prefill_chunk import Group, PrefillChunk
+from mlx_serving.worker.engine.scheduler import Scheduler
 from mlx_serving.worker.engine.sequence import (
     ModelInfo,
     Request,
@@ -45,6 +47,7 @@ class SimulatedOptions:
     max_rows: int = 64
     kv_capacity_tokens: int = 1_000_000
     prefill_chunk_tokens: int = 512
+    lane_min_share: float = 0.1
     name: str = "simulated"
 
     @classmethod
@@ -77,7 +80,7 @@ class SimulatedRunner:
             tokens = chunk.length * len(chunk.groups)
             self._sleep(tokens / self._options.prefill_tokens_per_second)
 
-    def drop_prefill(self) -> None:
+    def drop_prefill(self, lane: Lane) -> None:
         """Nothing is kept of a prompt."""
 
     def join(self, groups: Iterable[Group]) -> None:
@@ -88,6 +91,16 @@ class SimulatedRunner:
         """Stop to decode these rows."""
         for row in rows:
             self._rows.pop(row, None)
+
+    def park(self, rows: Iterable[Sequence], keep: Container[Sequence]) -> list[SampledToken]:
+        """Stop to decode these rows; a row counts on from where it was, kept or not."""
+        del keep
+        self.remove(rows)
+        return []
+
+    def resume(self, row: Sequence) -> None:
+        """Decode the row again."""
+        self._rows[row] = None
 
     def decode(self) -> list[SampledToken]:
         """Sleep for one token's time and return every row's next one."""
@@ -146,8 +159,9 @@ class SimulatedEngine(Engine):
     ) -> None:
         """Build the engine; `sleep` in seconds is for tests."""
         limits = SchedulerLimits(
-            options.max_rows, options.kv_capacity_tokens, options.prefill_chunk_tokens
-        )
+            options.max_rows, options.kv_capacity_tokens, options.prefill_chunk_tokens,
+            lane_min_share=options.lane_min_share,
+        )  # fmt: skip
         info = ModelInfo(options.name, "simulated", "simulated", VOCAB_SIZE, frozenset({EOS_TOKEN}))
         spelled = [f"{WORD_BOUNDARY}{number}".encode() for number in range(VOCAB_SIZE)]
         vocabulary = Vocabulary(spelled, "byte_fallback", {EOS_TOKEN}, strip_leading_space=True)

@@ -15,7 +15,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_serving.worker.engine import kv_cache
-from mlx_serving.worker.engine.decode_cache import Prefilled
+from mlx_serving.worker.engine.decode_cache import ParkedRow, Prefilled
 from mlx_serving.worker.engine.kv_cache import LanguageModel
 from mlx_serving.worker.engine.paged.block_allocator import BlockAllocator
 from mlx_serving.worker.engine.paged.gather import gather_blocks
@@ -66,6 +66,7 @@ class PagedCache:
         self._shapes = shapes
         self._ops = ops
         self._rows: list[list[int]] = []  # each row's blocks
+        self._parked: list[ParkedRow] = []
         self._lengths = np.zeros(0, dtype=np.int32)  # each row's tokens, as of the last step begun
         self._leaving: list[int] = []  # blocks of rows that left: a running step may write there
         self._steps_left = 0  # steps until a row is out of room
@@ -102,8 +103,7 @@ class PagedCache:
     def join(self, prefilled: Prefilled) -> None:
         """Append rows: each prompt is copied into blocks, its full ones once for all its rows."""
         needed = sum(self._blocks_of_prompt(prefilled, p) for p in range(len(prefilled.lengths)))
-        if not self._nobodys:
-            self._nobodys = self.allocator.allocate(1)
+        self._need_nobodys()
         self._make_room(needed)
         entries: list[StoreEntry] = []
         shared = self._store_full_blocks(prefilled, entries)
@@ -117,6 +117,10 @@ class PagedCache:
         if entries:
             self._store(prefilled, entries)
         self._plan = None
+
+    def _need_nobodys(self) -> None:
+        if not self._nobodys:
+            self._nobodys = self.allocator.allocate(1)
 
     def _blocks_of_prompt(self, prefilled: Prefilled, prompt: int) -> int:
         length = prefilled.lengths[prompt]
@@ -261,6 +265,8 @@ class PagedCache:
         self.settle()
         moved = self.allocator.compact()
         self._rows = [[moved[block] for block in row] for row in self._rows]
+        for parked in self._parked:
+            parked.state[:] = [moved[block] for block in parked.state]
         self._nobodys = [moved[block] for block in self._nobodys]
         for layer in self.layers:
             layer.resize(size, list(moved))
@@ -275,7 +281,7 @@ class PagedCache:
 
     def _drop(self) -> None:
         """Forget the pools: no row is left. A running step keeps them alive until it is done."""
-        if self._prefixes:
+        if self._prefixes or self._parked:
             mx.synchronize()  # pools that stay are free to be written to
         self.settle()
         self.allocator.free(self._nobodys)
@@ -296,10 +302,36 @@ class PagedCache:
 
     def remember(self, row: int, key: PrefixKey | None) -> None:
         """See `DecodeCache`."""
+        self._enter(self._rows[row], key)
+
+    def _enter(self, blocks: list[int], key: PrefixKey | None) -> None:
         if self._prefixes and key is not None:
-            self._prefixes.insert(key, self._rows[row])
+            self._prefixes.insert(key, blocks)
         elif self._prefixes:
-            self._prefixes.forget(self._rows[row])
+            self._prefixes.forget(blocks)
+
+    def park(self, row: int) -> ParkedRow:
+        """Keep the row's blocks: nothing is copied."""
+        parked = ParkedRow(self._rows[row], int(self._lengths[row]))
+        self._rows[row] = []  # for `keep` to find nothing to free
+        self._parked.append(parked)
+        return parked
+
+    def resume(self, parked: ParkedRow) -> None:
+        """Append the row by its blocks."""
+        self._need_nobodys()
+        self._parked.remove(parked)
+        self._rows.append(parked.state)
+        self._lengths = np.append(self._lengths, np.int32(parked.length))
+        self._plan = None
+
+    def release(self, parked: ParkedRow, key: PrefixKey | None) -> None:
+        """Give the row's blocks back, and the pools where they were the last ones."""
+        self._parked.remove(parked)
+        self._enter(parked.state, key)
+        self.allocator.free(parked.state)
+        if not self._rows:
+            self._drop()
 
 
 def _with_slack(blocks: int) -> int:

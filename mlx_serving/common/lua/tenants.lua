@@ -1,0 +1,56 @@
+-- Tenants: what each has queued and running, and who is next. Follows the generated k_<name>() functions; the prelude follows.
+-- A job's tenant is its control hash's 'tn'; jobs without one have nothing of what is here. Limits are held against two sets
+-- a tenant, of all its queued and all its running jobs. In each queue its queued jobs also stand in a line of their own, and
+-- the tenants that have a line there take turns (see claim.lua). A producer only ever writes these keys and counts.
+
+-- A stock tool or a hand may have left anything under one of these keys: that disturbs the shares, and stops nothing.
+local function tolerantly(f, ...) return pcall(f, ...) end
+
+local function line_of(queue, tenant) return k_line(queue .. ':' .. tenant) end
+
+-- A tenant's limit on its 'queued' or 'running' jobs: its own, else the one of all; nil where there is none.
+local function limit_of(tenant, what)
+  local found = redis.pcall('HMGET', k_limits(), what .. ':' .. tenant, what)
+  if found.err or found[1] == 'none' then return nil end
+  return tonumber(found[1] or '') or tonumber(found[2] or '')
+end
+
+local function members_of(set)
+  local count = redis.pcall('SCARD', set)
+  return type(count) == 'number' and count or 0
+end
+
+-- `push`: 'RPUSH' of a new job, 'LPUSH' of one that waited its turn before.
+local function tenant_waits(id, queue, tenant, push)
+  redis.call('SREM', k_tenant_running(tenant), id)
+  redis.call('SADD', k_tenant_queued(tenant), id)
+  redis.call('SADD', k_tenants(), tenant)
+  if redis.call(push, line_of(queue, tenant), id) == 1 then redis.call('RPUSH', k_turns(queue), tenant) end
+end
+
+local function leave_line(id, queue, tenant)
+  local line = line_of(queue, tenant)
+  if redis.call('LREM', line, 1, id) == 1 and redis.call('EXISTS', line) == 0 then
+    redis.call('LREM', k_turns(queue), 0, tenant)
+  end
+end
+
+local function tenant_runs(id, queue, tenant)
+  leave_line(id, queue, tenant)
+  redis.call('SREM', k_tenant_queued(tenant), id)
+  redis.call('SADD', k_tenant_running(tenant), id)
+end
+
+-- A set that is empty is no key.
+local function forget_idle(tenant)
+  if redis.call('EXISTS', k_tenant_queued(tenant), k_tenant_running(tenant)) == 0 then
+    redis.call('SREM', k_tenants(), tenant)
+  end
+end
+
+local function tenant_ends(id, queue, tenant)
+  -- A job that ran stands in no line: looking for it would take as long as the line.
+  if redis.call('SREM', k_tenant_queued(tenant), id) == 1 then leave_line(id, queue, tenant) end
+  redis.call('SREM', k_tenant_running(tenant), id)
+  forget_idle(tenant)
+end

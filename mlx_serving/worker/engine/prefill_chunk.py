@@ -1,0 +1,44 @@
+"""What one forward pass of prefill computes."""
+
+from dataclasses import dataclass
+
+from mlx_serving.common.jobs import Lane
+from mlx_serving.worker.engine.sequence import Sequence
+
+Group = tuple[Sequence, ...]  # rows with one context, never empty
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillChunk:
+    """One forward pass of prefill: tokens [start, start + length) of what each group must compute.
+
+    That is its context after what was `found` of it in the prefix cache, which is as much in each
+    group of a chunk. Rows of a group have one context, which is computed once: they are choices
+    of one request. More than one group only where all that each of them must compute fits.
+    All are of one lane, and each lane has at most one prefill under way.
+    """
+
+    groups: tuple[Group, ...]
+    start: int
+    length: int
+
+    @property
+    def rows(self) -> tuple[Sequence, ...]:
+        """Every row of the chunk, in order of arrival."""
+        return tuple(row for group in self.groups for row in group)
+
+    @property
+    def leaders(self) -> tuple[Sequence, ...]:
+        """One row of each group: the ones that are computed."""
+        return tuple(group[0] for group in self.groups)
+
+    @property
+    def lane(self) -> Lane:
+        """The rows' lane."""
+        return self.groups[0][0].request.lane
+
+    @property
+    def completes(self) -> bool:
+        """Whether the rows' contexts are in the cache after this chunk."""
+        end = self.start + self.length
+        return all(row.found + end >= row.context_length for row in self.leaders)

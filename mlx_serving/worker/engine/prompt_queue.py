@@ -1,0 +1,171 @@
+"""Whose prompt is prefilled next. Pure.
+
+One engine step does at most one prefill chunk and one decode step. A chunk computes at most
+`prefill_chunk_tokens` tokens, padding included: either the next part of one long prompt or
+several whole prompts of one lane, from the head of its queue. So decoding rows wait for one chunk
+at most, and a prompt of a higher lane for one chunk of a lower one: that is set aside where it
+stands, and goes on later. Within a lane prompts are served first in, first out; each lane has its
+share of the chunks (`lane_turns`), so that none starves.
+
+What the prefix cache knows of a prompt is looked up when its turn comes, so that prompts which
+arrive together compute what they share once.
+
+Only where many rows decode, a prompt waits a few steps for others, unless it is of the highest
+lane: a chunk of one short prompt costs the decoding rows much the same as a chunk of several.
+"""
+
+from bisect import insort
+from collections.abc import Iterable, Iterator
+from typing import Final
+
+from mlx_serving.common.jobs import LANES
+from mlx_serving.worker.engine.lane_turns import LaneTurns
+from mlx_serving.worker.engine.limits import SchedulerLimits
+from mlx_serving.worker.engine.prefill_chunk import Group, PrefillChunk
+from mlx_serving.worker.engine.prefix.cache import PrefixCache
+from mlx_serving.worker.engine.prefix.index import TOKEN_BYTES, PrefixKey
+from mlx_serving.worker.engine.reservation import Reservation
+from mlx_serving.worker.engine.sequence import Phase, Sequence
+
+# Of a chunk: what prompts that are computed at once may hold, known tokens included.
+PACKED_CONTEXT_CHUNKS: Final = 8
+ROWS_PER_PROMPT: Final = 16  # so many decoding rows make one more prompt worth waiting for
+PATIENCE_STEPS: Final = 4  # the most that a prompt waits for others
+
+
+class PromptQueue:
+    """Prompts that wait, and those of which a part is computed: at most one chunk's a lane."""
+
+    def __init__(
+        self,
+        limits: SchedulerLimits,
+        reservation: Reservation,
+        prefixes: PrefixCache | None = None,
+    ) -> None:
+        """Start empty."""
+        self._limits, self._reservation, self._prefixes = limits, reservation, prefixes
+        self._waiting: list[list[Group]] = [[] for _ in LANES]
+        self._begun: list[tuple[Group, ...]] = [()] * len(LANES)
+        self._turns = LaneTurns(limits.lane_min_share)
+        self._patience = PATIENCE_STEPS
+
+    def add(self, group: Group) -> None:
+        """Queue a prompt, in its lane's order of admission."""
+        insort(self._waiting[group[0].request.rank], group, key=lambda rows: rows[0].order)
+        for row in group:
+            row.phase = Phase.WAITING
+            self._reservation.look_up(row)
+
+    def remove(self, row: Sequence) -> None:
+        """Forget a row; one that is not here is ignored."""
+        rank = row.request.rank
+        if row.phase is Phase.WAITING:
+            self._waiting[rank] = list(_without(self._waiting[rank], row))
+        elif row.phase is Phase.PREFILLING:
+            self._begun[rank] = tuple(_without(self._begun[rank], row))
+        self._reservation.let_go(row)
+
+    def begun(self, rank: int) -> tuple[Group, ...]:
+        """Return the prompts of a lane of which a part is computed."""
+        return self._begun[rank]
+
+    def schedule(self, decoding: int) -> PrefillChunk | None:
+        """Choose the next chunk beside so many decoding rows; None where there is none."""
+        pending = [rank for rank in range(len(LANES)) if self._begun[rank] or self._waiting[rank]]
+        if not pending:
+            self._patience = PATIENCE_STEPS
+            return None
+        rank = self._turns.next(pending)
+        if not self._begun[rank]:
+            if rank == pending[0] and self._waits_for_more(self._waiting[rank], decoding):
+                return None
+            self._begin(rank)
+        self._turns.take(rank, pending)
+        groups = self._begun[rank]
+        leaders = [group[0] for group in groups]
+        start = leaders[0].prefilled - leaders[0].found
+        remaining = max(map(_to_compute, leaders)) - start
+        return PrefillChunk(groups, start, min(remaining, self._limits.prefill_chunk_tokens))
+
+    def finish(self, chunk: PrefillChunk) -> bool:
+        """Record that the chunk is computed; return whether that was all of its prompts."""
+        for row in chunk.rows:
+            row.prefilled = min(row.found + chunk.start + chunk.length, row.context_length)
+        if not chunk.completes:
+            return False
+        rank = chunk.leaders[0].request.rank
+        for row in chunk.rows:
+            row.phase = Phase.DECODING
+            row.cached = row.found if row.cached is None else row.cached
+        self._begun[rank] = ()
+        return True
+
+    def _begin(self, rank: int) -> None:
+        self._begun[rank] = tuple(self._take(self._waiting[rank]))
+        for group in self._begun[rank]:
+            for row in group:
+                row.phase = Phase.PREFILLING
+
+    def _waits_for_more(self, waiting: list[Group], decoding: int) -> bool:
+        """Say whether the next chunk is put off by a step, so that more prompts share it."""
+        head, wanted = waiting[0][0], decoding // ROWS_PER_PROMPT
+        waits = head.request.rank > 0 and len(waiting) < wanted and self._patience > 0
+        if waits:
+            # A prompt beside which no others fit into a chunk has nothing to wait for.
+            self._reservation.look_up(head)
+            waits = wanted * _to_compute(head) <= self._limits.prefill_chunk_tokens
+        self._patience = self._patience - 1 if waits else PATIENCE_STEPS
+        return waits
+
+    def _take(self, waiting: list[Group]) -> list[Group]:
+        """Take one prompt, or as many short ones as fit one chunk when padded alike."""
+        taken: list[Group] = []
+        while waiting:
+            for row in waiting[0]:
+                self._reservation.look_up(row)
+            if taken and not self._go_together([*taken, waiting[0]]):
+                break
+            taken.append(waiting.pop(0))
+        rows = [row for group in taken for row in group]
+        found = min((row.found for row in rows), default=0)
+        for row in rows:
+            row.found = row.prefilled = found
+        return taken
+
+    def _go_together(self, groups: list[Group]) -> bool:
+        """Say whether the last group may share a chunk with those before it.
+
+        Each begins where the least is known; more than a block is not given up for that.
+        """
+        chunk = self._limits.prefill_chunk_tokens
+        rows = [group[0] for group in groups]
+        least, most = (bound(row.found for row in rows) for bound in (min, max))
+        longest = max(row.context_length for row in rows)
+        return (
+            most - least <= self._limits.kv_block_tokens
+            and len(rows) * (longest - least) <= chunk
+            and len(rows) * longest <= PACKED_CONTEXT_CHUNKS * chunk
+            and not self._is_shared(rows[-1], rows[:-1])
+        )
+
+    def _is_shared(self, row: Sequence, others: list[Sequence]) -> bool:
+        """Say whether others are to compute a block's worth of tokens that the row needs next.
+
+        Then it waits a step and finds them.
+        """
+        if self._prefixes is None:
+            return False
+        end = (row.found + self._limits.kv_block_tokens) * TOKEN_BYTES
+        salt, tokens = row.context_key
+        firsts = [PrefixKey(key.salt, key.tokens[:end]) for key in (r.context_key for r in others)]
+        return end <= len(tokens) and (salt, tokens[:end]) in firsts
+
+
+def _without(groups: Iterable[Group], leaving: Sequence) -> Iterator[Group]:
+    for group in groups:
+        if kept := tuple(row for row in group if row is not leaving):
+            yield kept
+
+
+def _to_compute(row: Sequence) -> int:
+    return row.context_length - row.found

@@ -1,0 +1,112 @@
+"""Which lanes a worker claims from next, and how many jobs. Pure.
+
+Free rows are for all lanes, in their order; but the last ones go first to a lane that has less
+than its share (`lane_min_share`), so a batch that others filled gives it what they leave. Where no row is free, a higher lane may still claim as
+many jobs as there are rows of lower lanes that can give way in the engine. A lane of which rows
+are parked claims nothing: these go on first.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from mlx_serving.common.jobs import LANES, lane_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from mlx_serving.common.jobs import Lane
+    from mlx_serving.worker.engine.sequence import LaneRows
+
+
+@dataclass(frozen=True, slots=True)
+class LaneClaim:
+    """Lanes in the order to look into, and how many jobs to take at most."""
+
+    lanes: tuple[Lane, ...]
+    most: int
+
+    def up_to(self, limit: int) -> LaneClaim:
+        """Return the same for no more than `limit` jobs."""
+        return LaneClaim(self.lanes, min(self.most, limit))
+
+
+@dataclass(frozen=True, slots=True)
+class LaneRoom:
+    """The room of a batch of `max_rows`, of which each lane keeps `min_rows` while it has jobs."""
+
+    max_rows: int
+    min_rows: int
+
+    def next_claim(
+        self, rows: LaneRows, in_hand: Sequence[Lane] = (), in_line: Sequence[Lane] = ()
+    ) -> LaneClaim | None:
+        """Return the next claim, None where there is no room.
+
+        `in_hand` are lanes of jobs just claimed, `in_line` of those that the engine has not
+        admitted: of their lanes and below nothing more is claimed.
+        """
+        ranks = [LANES.index(lane) for lane in (*in_hand, *in_line)]
+        active = [count + ranks.count(rank) for rank, count in enumerate(rows.active)]
+        stops = [LANES.index(lane) for lane in in_line]
+        stops += [rank for rank, parked in enumerate(rows.parked) if parked]
+        allowed = range(min(stops, default=len(LANES)))
+        lacking = [max(0, self.min_rows - count) if rank else 0
+                   for rank, count in enumerate(active)]  # fmt: skip
+        due = sum(map(min, lacking, rows.parked))  # rows that parked ones take when they can
+        free = self.max_rows - sum(active) - due
+        wanted = sum(lacking[rank] for rank in allowed)
+        if free > wanted:
+            return _claim(allowed, free)
+        if free > 0:
+            return _claim(sorted(allowed, key=lambda rank: not lacking[rank]), free)
+        return self._claim_over(active, allowed, free, sum(rows.parked))
+
+    def _claim_over(
+        self, active: Sequence[int], allowed: range, free: int, parked: int
+    ) -> LaneClaim | None:
+        """Claim for lanes above rows that can give way."""
+        for rank in reversed(allowed):
+            beyond = sum(max(0, rows - self.min_rows) for rows in active[rank + 1 :])
+            most = min(beyond + free, self.max_rows - parked)
+            if most > 0:
+                return _claim(range(rank + 1), most)
+        return None
+
+
+class LaneNews:
+    """In which lanes there may be jobs that no claim has found.
+
+    A claim of all lanes looks whenever there is room. One of some lanes only is for what has come
+    in since: it is made where a wake-up says so, and now and then without one.
+    """
+
+    def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
+        """Look without a wake-up, which may be lost, every so many seconds."""
+        self._seconds, self._clock = seconds, clock
+        self._looked_at = clock()
+        self._lanes = set(LANES)
+
+    def note(self, queue: str = "") -> None:
+        """Take a wake-up of a queue; '': of any."""
+        self._lanes |= {lane_of(queue)} if queue else set(LANES)
+
+    def worth(self, claim: LaneClaim | None) -> LaneClaim | None:
+        """Return what of a claim is worth making."""
+        if claim is None or len(claim.lanes) == len(LANES):
+            return claim
+        if self._clock() - self._looked_at >= self._seconds:
+            self._looked_at = self._clock()
+            self.note()
+        lanes = tuple(lane for lane in claim.lanes if lane in self._lanes)
+        return LaneClaim(lanes, claim.most) if lanes else None
+
+    def found_all(self, claim: LaneClaim) -> None:
+        """Note that a claim took all that there was."""
+        self._lanes.difference_update(claim.lanes)
+
+
+def _claim(ranks: Sequence[int], most: int) -> LaneClaim | None:
+    return LaneClaim(tuple(LANES[rank] for rank in ranks), most) if ranks else None

@@ -1,0 +1,164 @@
+"""Tenants' limits, turns and sets under any order of messages, zombies' among them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from mlx_serving.common import calls
+from tests.protocol_driver import QUEUE, Attempt, Driver
+
+if TYPE_CHECKING:
+    import redis
+
+
+pytestmark = pytest.mark.may_leak(reason="jobs stay queued or running at the end of a test")
+
+EXAMPLES = 30
+TENANTS = ("", "a", "b", "c")
+CLIENT: list[redis.Redis] = []  # hypothesis builds the machine itself
+picks = st.integers(0, 1 << 16)
+
+
+class TenantMachine(RuleBasedStateMachine):
+    """Each rule is one message; the invariant compares every key with the control hashes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.driver = Driver(CLIENT[0])
+        self.driver.redis.flushall()
+        self.tenant_of: dict[str, str] = {}
+        self.limits: dict[str, int] = {}
+        self.attempts: list[Attempt] = []
+
+    def _texts(self, raw: object) -> list[str]:
+        assert isinstance(raw, list | set)
+        return [i.decode() for i in raw]
+
+    def _line(self, tenant: str) -> list[str]:
+        return self._texts(self.driver.redis.lrange(self.driver.keys.line(QUEUE, tenant), 0, -1))
+
+    def _ids(self, state: str, tenant: str) -> set[str]:
+        own = (i for i, t in self.tenant_of.items() if t == tenant)
+        return {i for i in own if self.driver.state(i) == state}
+
+    @rule(tenant=st.sampled_from(TENANTS), count=st.integers(1, 3))
+    def enqueue(self, tenant: str, count: int) -> None:
+        for _ in range(count):
+            job_id = f"j{len(self.tenant_of)}"
+            queued = len(self._ids("queued", tenant))
+            reply = self.driver.enqueue(job_id, tenant=tenant)
+            limit = self.limits.get(f"queued:{tenant}") if tenant else None
+            assert reply.created == (limit is None or queued < limit)
+            if reply.created:
+                self.tenant_of[job_id] = tenant
+
+    @rule(kind=st.sampled_from(["queued", "running"]), tenant=st.sampled_from(TENANTS[1:]),
+          limit=st.sampled_from([None, 0, 1, 2]))  # fmt: skip
+    def limit(self, kind: str, tenant: str, limit: int | None) -> None:
+        name = f"{kind}:{tenant}"
+        if limit is None:
+            self.limits.pop(name, None)
+            self.driver.redis.hdel(self.driver.keys.limits(), name)
+        else:
+            self.limits[name] = limit
+            self.driver.redis.hset(self.driver.keys.limits(), name, limit)
+
+    @rule(worker=st.sampled_from(["w1", "w2"]), most=st.integers(1, 5))
+    def claim(self, worker: str, most: int) -> None:
+        lines = {tenant: self._line(tenant) for tenant in TENANTS[1:]}
+        lines[""] = [i for i in self.driver.listed() if not self.tenant_of[i]]
+        room = {
+            t: self.limits.get(f"running:{t}", 1 << 30) - len(self._ids("running", t))
+            for t in TENANTS
+        }
+        taken = self.driver.claim(worker, most=most).jobs
+        self.attempts += [Attempt(job, worker) for job in taken]
+        counts = Counter(self.tenant_of[job.job_id] for job in taken)
+        for tenant, line in lines.items():
+            own = [j.job_id for j in taken if self.tenant_of[j.job_id] == tenant]
+            assert own == line[: len(own)]  # each tenant's in their order
+            assert len(own) <= max(0, room[tenant])
+        hungry = {t for t in TENANTS if counts[t] < min(len(lines[t]), room[t])}
+        if hungry:
+            assert len(taken) == most  # nobody who could run waits
+        for tenant in hungry - {""}:
+            assert all(counts[t] <= counts[tenant] + 1 for t in TENANTS[1:])
+
+    @precondition(lambda self: self.attempts)
+    @rule(pick=picks, message=st.sampled_from(["end", "release", "renew", "crash", "cancel"]))
+    def send(self, pick: int, message: str) -> None:
+        """Send for any attempt there ever was: most are zombies."""
+        attempt = self.attempts[pick % len(self.attempts)]
+        if message == "end":
+            self.driver.commit(attempt, attempt.end())
+        elif message == "release":
+            self.driver.release(attempt)
+        elif message == "renew":
+            self.driver.renew(attempt)
+        elif message == "crash":
+            blame = calls.Blame(attempt.job.job_id, attempt.job.epoch)
+            self.driver.protocol.run(calls.crash(attempt.worker, [blame]))
+        else:
+            self.driver.cancel(attempt.job.job_id)
+
+    @precondition(lambda self: self.tenant_of)
+    @rule(pick=picks)
+    def cancel(self, pick: int) -> None:
+        self.driver.cancel(list(self.tenant_of)[pick % len(self.tenant_of)])
+
+    @precondition(lambda self: self.attempts)
+    @rule(picked=st.sets(picks, min_size=1, max_size=3))
+    def time_passes(self, picked: set[int]) -> None:
+        self.driver.lapse(*(self.attempts[p % len(self.attempts)].job.job_id for p in picked))
+        self.driver.reap()
+
+    @precondition(lambda self: self.tenant_of)
+    @rule(pick=picks)
+    def stock_cancel(self, pick: int) -> None:
+        job_id = list(self.tenant_of)[pick % len(self.tenant_of)]
+        if self.driver.state(job_id) != "queued":
+            return
+        self.driver.redis.lrem(self.driver.keys.rq_queue(QUEUE), 1, job_id)
+        self.driver.redis.delete(f"rq:job:{job_id}")
+        self.driver.protocol.run(calls.reconcile(QUEUE, [job_id], lease_ms=60_000))
+
+    @invariant()
+    def the_keys_say_what_the_jobs_are(self) -> None:
+        redis, keys = self.driver.redis, self.driver.keys
+        listed = self.driver.listed()
+        waiting = {t: self._ids("queued", t) for t in TENANTS}
+        assert sorted(listed) == sorted(set().union(*waiting.values()))
+        busy = set()
+        for tenant in TENANTS[1:]:
+            queued, running = waiting[tenant], self._ids("running", tenant)
+            assert set(self._texts(redis.smembers(keys.tenant_queued(tenant)))) == queued
+            assert set(self._texts(redis.smembers(keys.tenant_running(tenant)))) == running
+            assert sorted(self._line(tenant)) == sorted(queued)
+            busy |= {tenant} if queued | running else set()
+        turns = self._texts(redis.lrange(keys.turns(QUEUE), 0, -1))
+        assert sorted(turns) == [t for t in TENANTS[1:] if waiting[t]]
+        assert set(self._texts(redis.smembers(keys.tenants()))) == busy
+
+
+@pytest.mark.usefixtures("settled_redis")
+def test_tenants_in_any_order(redis_client: redis.Redis) -> None:
+    CLIENT[:] = [redis_client]
+    run_state_machine_as_test(
+        TenantMachine,
+        settings=settings(
+            max_examples=EXAMPLES, stateful_step_count=30, deadline=None,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )  # fmt: skip
