@@ -12,11 +12,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
-from benchmarks import dispatch, latency, scale, server, streaming
+from benchmarks import dispatch, grouping, lanes, latency, scale, server, streaming, tenants
 from benchmarks.harness import Figure, Goal, machine, table
 from benchmarks.scale_report import QUICK, SMALL, Plan
 
@@ -175,6 +176,19 @@ def prefixes(*, quick: bool) -> list[Figure]:
     ]
 
 
+def lane_load(*, quick: bool) -> list[Figure]:
+    """Interactive jobs beside bulk: simulated, and on a model that fits the device."""
+    if quick:
+        return lanes.measure(lanes.Load(rows=8, bulk_tokens=24, seconds=2.0))
+    gpu = has_gpu()
+    real = lanes.Load("0.6b", bulk_tokens=256) if gpu else lanes.Load("tally", rows=16)
+    return [
+        replace(figure, name=f"{figure.name} [{load.model}]")
+        for load in (lanes.Load(), real)
+        for figure in lanes.measure(load)
+    ]
+
+
 def detokenizer(*, quick: bool) -> list[Figure]:
     """Native and twin."""
     del quick
@@ -194,6 +208,20 @@ def sampler(*, quick: bool) -> list[Figure]:
     ]
 
 
+def grouped(*, quick: bool) -> list[Figure]:
+    """Bulk lines by prefix and in the file's order: a big shape on a GPU, Tally elsewhere."""
+    if quick:
+        return grouping.measure(grouping.Bench("tiny", 60, 64, 8), grouping.CASES[2:3])
+    if has_gpu():
+        return grouping.measure(grouping.Bench("0.6b", prefix=1024, rows=64))
+    return grouping.measure()
+
+
+def tenants_in_the_lane(*, quick: bool) -> list[Figure]:
+    """Redis's time of a claim."""
+    return tenants.measure(500, 3) if quick else tenants.measure()
+
+
 BENCHMARKS: Final[dict[str, tuple[str, Callable[..., list[Figure]]]]] = {
     "engine": ("P1 P2 P3 decode step over a bare loop", engine),
     "8b": ("P1 P2 P3 of the 8B shape, on a GPU", engine_8b),
@@ -205,9 +233,12 @@ BENCHMARKS: Final[dict[str, tuple[str, Callable[..., list[Figure]]]]] = {
     "p6": ("P6 dispatch of no-op jobs", dispatch_no_ops),
     "p7": ("P7 idle enqueue → started", wake_up),
     "p8": ("P8 simulated workers on one Redis, throughput over linear", scale_out),
+    "lanes": ("Interactive jobs beside a full bulk load", lane_load),
     "detokenizer": ("Detokenizer, 64 rows", detokenizer),
     "sampler": ("Sampler alone", sampler),
     "p5": ("P5 64 jobs that share a prefix, and the index of prefixes", prefixes),
+    "grouping": ("2,000 bulk lines with 20 beginnings, by prefix and as they stand", grouped),
+    "tenants": ("Claims of 32 with tenants in the lane", tenants_in_the_lane),
     "structured": ("Structured output: 64 rows by schemas over 64 free ones", structured),
 }
 ALIASES: Final = {"p1": "engine", "p2": "engine", "p3": "engine"}

@@ -147,17 +147,18 @@ def spelled_engine(
     revision: str = "r1",
     tokenizer_hash: str = "h1",
     uneven: int = 0,
+    room: tuple[int, int] = (64, 1 << 30),
 ) -> Engine:
     """An engine that says `text`, a byte a token, then ends: token n is its nth byte.
 
-    Choice n ends `uneven` times n bytes earlier.
+    Choice n ends `uneven` times n bytes earlier. `room`: rows and KV tokens.
     """
     said = text.encode()
     tokens = [b"", *(_spelling(byte, kind) for byte in said)]
     vocabulary = Vocabulary(tokens, kind, {EOS})  # type: ignore[arg-type]
     info = ModelInfo("spelled", revision, tokenizer_hash, len(tokens), frozenset({EOS}))
     options = SimulatedOptions(0.0, 0.0, answer_tokens=len(said))
-    limits = SchedulerLimits(64, 1 << 30, chunk)
+    limits = SchedulerLimits(*room, chunk)
     runner = UnevenRunner(options, len(said), uneven)
     return Engine(runner, Scheduler(limits), Detokenizer(vocabulary), info)
 

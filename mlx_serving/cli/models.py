@@ -9,6 +9,7 @@ from typing import Annotated, Final
 import typer
 
 from mlx_serving.cli.console import print_json, print_table
+from mlx_serving.cli.hub_models import found_path, hub_problem, pull
 from mlx_serving.cli.options import AsJson, read_settings
 
 BYTES_A_MB: Final = 1_000_000
@@ -27,11 +28,24 @@ class ModelView:
 
 def models(
     as_json: AsJson = False,
-    alias: Annotated[str | None, typer.Argument(help="Only this alias.")] = None,
+    alias: Annotated[
+        str | None, typer.Argument(help="Only this alias; or `pull`, to download one.")
+    ] = None,
+    pulled: Annotated[str | None, typer.Argument(metavar="[ALIAS]", help="What to pull.")] = None,
 ) -> None:
-    """List the models of the settings. Reads their files, loads nothing."""
-    known = read_settings().models
-    views = [model_view(n, p) for n, p in sorted(known.items()) if alias in (None, n)]
+    """List the models of the settings, or download one. Reads their files, loads nothing."""
+    settings = read_settings()
+    if pulled is not None:
+        if alias != "pull":
+            raise typer.BadParameter("models takes one alias, or pull and one")
+        pull(settings, pulled)
+        alias = pulled
+    known = settings.models
+    views = [
+        model_view(n, found_path(settings, p))
+        for n, p in sorted(known.items())
+        if alias in (None, n)
+    ]
     if as_json:
         print_json(views)
     else:
@@ -51,6 +65,8 @@ def model_view(alias: str, path: str) -> ModelView:
         model_revision,
     )
 
+    if (problem := hub_problem(alias, path)) is not None:
+        return ModelView(alias, path, problem=problem)
     folder = Path(path)
     try:
         check_model_files(folder)

@@ -93,6 +93,7 @@ def model_path(settings: Settings, model: str) -> str:
     """
     from pathlib import Path
 
+    from mlx_serving.cli.hub_models import fetched_path
     from mlx_serving.common.errors import FieldError, UnknownModel
     from mlx_serving.worker.engine.model_files import ModelFilesError, check_model_files
 
@@ -102,6 +103,7 @@ def model_path(settings: Settings, model: str) -> str:
         reason = f"{model!r} is no alias of the settings (known: {known})"
         raise UnknownModel([FieldError("model", reason)])
     try:
+        path = fetched_path(settings, path)
         check_model_files(Path(path))
     except ModelFilesError as error:
         raise UnknownModel([FieldError(f"models.{model}", str(error))]) from None

@@ -72,23 +72,42 @@ class GenerationJob(BaseModel):
 
     model_config = STRICT
 
-    v: Literal[1] = 1
-    kind: str = "generate"
+    v: Literal[1] = Field(default=1, description="version of the job's form")
+    kind: str = Field(default="generate", description="what to do: only `generate` yet")
 
     # What to generate from: one of the two
-    model: ModelName
+    model: ModelName = Field(description="alias of the model, as the workers' settings name it")
     messages: (
         Annotated[
             tuple[Message, ...],
             Field(strict=False, min_length=1, max_length=limits.MESSAGES),
         ]
         | None
-    ) = Field(default=None, repr=False)  # a job that is printed shows nothing of what it says
-    prompt: Annotated[str, Field(min_length=1)] | None = Field(default=None, repr=False)
-    tools: Annotated[tuple[Tool, ...], Field(strict=False, max_length=limits.TOOLS)] | None = None
-    tool_choice: JsonValue = None
-    chat_template_kwargs: dict[str, JsonValue] | None = None
-    adapter: str | None = None
+    ) = Field(
+        default=None,
+        repr=False,  # a job that is printed shows nothing of what it says
+        description="the conversation, which the model's chat template renders: each with `role` "
+        "(system, developer, user, assistant, tool) and `content` (text, or text parts)",
+    )
+    prompt: Annotated[str, Field(min_length=1)] | None = Field(
+        default=None,
+        repr=False,
+        description="text that goes to the model as it is, instead of messages",
+    )
+    tools: Annotated[tuple[Tool, ...], Field(strict=False, max_length=limits.TOOLS)] | None = Field(
+        default=None,
+        description="functions that the model may call; those with `strict: true` are called with "
+        "arguments that follow their schema",
+    )
+    tool_choice: JsonValue = Field(
+        default=None,
+        description='`auto` (the default), `none`, `required`, or `{"type": "function", '
+        '"function": {"name": ...}}`: a call is then forced, in any format that mlx-lm knows',
+    )
+    chat_template_kwargs: dict[str, JsonValue] | None = Field(
+        default=None, description="more variables for the chat template, as `enable_thinking`"
+    )
+    adapter: str | None = Field(default=None, description="a LoRA adapter: refused yet")
 
     # How much
     max_tokens: int = Field(
@@ -96,55 +115,124 @@ class GenerationJob(BaseModel):
         ge=1,
         le=limits.TOKENS,
         validation_alias=AliasChoices("max_tokens", "max_completion_tokens"),
+        description="most tokens of each choice; the engine keeps room for all of them",
     )
     stop: Annotated[tuple[StopString, ...], Field(max_length=limits.STOP_STRINGS)] = Field(
-        default=(), strict=False
+        default=(),
+        strict=False,
+        description="a text or several that end a choice; none of them is in the result",
     )
-    n: int = Field(default=1, ge=1, le=limits.CHOICES, description="choices, one row each")
+    n: int = Field(
+        default=1, ge=1, le=limits.CHOICES, description="choices, one row of the batch each"
+    )
 
     # Sampling
-    temperature: float = Field(default=1.0, ge=0, le=2)
-    top_p: float = Field(default=1.0, gt=0, le=1)
-    top_k: int = Field(default=0, ge=0, le=2**31 - 1, description="0 is off")
-    min_p: float = Field(default=0.0, ge=0, le=1)
+    temperature: float = Field(
+        default=1.0, ge=0, le=2, description="what logits are divided by; 0 takes the likeliest"
+    )
+    top_p: float = Field(
+        default=1.0,
+        gt=0,
+        le=1,
+        description="only the likeliest tokens that together have this probability",
+    )
+    top_k: int = Field(
+        default=0, ge=0, le=2**31 - 1, description="only so many of the likeliest tokens; 0 is off"
+    )
+    min_p: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="only tokens with at least this part of the likeliest one's probability",
+    )
     seed: int | None = Field(
-        default=None, ge=0, lt=limits.SEED, description="drawn at submit when None"
+        default=None,
+        ge=0,
+        lt=limits.SEED,
+        description="of the random numbers: the same job with the same seed gives the same "
+        "tokens, where logits are the same; drawn at submit when None",
     )
-    repetition_penalty: float = Field(default=1.0, gt=0, le=10)
-    presence_penalty: Penalty = 0.0
-    frequency_penalty: Penalty = 0.0
+    repetition_penalty: float = Field(
+        default=1.0,
+        gt=0,
+        le=10,
+        description="divides positive logits of tokens of prompt and completion, multiplies "
+        "negative ones; 1 is off",
+    )
+    presence_penalty: Penalty = Field(
+        default=0.0, description="taken off the logits of tokens that the completion has"
+    )
+    frequency_penalty: Penalty = Field(
+        default=0.0, description="the same, times how often the completion has the token"
+    )
     logit_bias: Annotated[dict[TokenId, Bias], Field(max_length=limits.LOGIT_BIASES)] | None = (
-        Field(default=None, description="by token id, as decimal text")
+        Field(default=None, description="added to logits, by token id as decimal text")
     )
-    logprobs: bool = False
-    top_logprobs: Annotated[int, Field(ge=0, le=limits.TOP_LOGPROBS)] | None = None
-    response_format: dict[str, JsonValue] | None = None
+    logprobs: bool = Field(
+        default=False,
+        description="the log probability of each token, in the model's own distribution",
+    )
+    top_logprobs: Annotated[int, Field(ge=0, le=limits.TOP_LOGPROBS)] | None = Field(
+        default=None, description="how many of the likeliest tokens to tell at each place"
+    )
+    response_format: dict[str, JsonValue] | None = Field(
+        default=None,
+        description="what the text has to be, by `type`: `text`, `json_object`, `json_schema`, "
+        "`regex`, `grammar` (llguidance's Lark dialect)",
+    )
 
     # How the queue treats it; times in seconds
-    lane: Lane = "default"
-    stream: bool = True
+    lane: Lane = Field(
+        default="default", description="which queue of the model: claimed in this order"
+    )
+    stream: bool = Field(
+        default=True,
+        description="publish events as they come; without it they are committed every 16 tokens "
+        "or 500 ms, and nothing is published",
+    )
     deadline: Seconds | None = Field(
-        default=None, description="from enqueue, by Redis TIME, to its end"
+        default=None, description="seconds from enqueue, by Redis TIME, to its end"
     )
-    timeout: Seconds | None = Field(default=None, description="from the first claim to its end")
+    timeout: Seconds | None = Field(
+        default=None, description="seconds from the first claim to its end"
+    )
     abandon_after: Seconds | None = Field(
-        default=None, description="ends when nobody listened so long"
+        default=None, description="seconds without a listener that end it"
     )
-    result_ttl: int = Field(default=3600, ge=1, le=limits.SECONDS)
-    max_attempts: int = Field(default=2, ge=1, le=limits.ATTEMPTS)
+    result_ttl: int = Field(
+        default=3600,
+        ge=1,
+        le=limits.SECONDS,
+        description="seconds that result and events are kept after its end",
+    )
+    max_attempts: int = Field(
+        default=2,
+        ge=1,
+        le=limits.ATTEMPTS,
+        description="crashes of the engine that it may be charged with before it is `dead`",
+    )
     on_model_change: Literal["fail", "reset"] = Field(
         default="fail",
         description="what becomes of a job that has tokens of another revision of the model: it "
         "fails (`model_changed`), or begins anew after a `reset` event",
     )
-    idempotency_key: Label | None = None
-    tenant: Label | None = None
+    idempotency_key: Label | None = Field(
+        default=None, description="jobs of a tenant with one key are one job: enqueued once"
+    )
+    tenant: Label | None = Field(
+        default=None,
+        description="on whose behalf: tenants share no prefix cache and no idempotency keys",
+    )
     metadata: Annotated[
         dict[MetadataKey, MetadataValue], Field(max_length=limits.METADATA_ITEMS)
-    ] = {}
+    ] = Field(
+        default={}, description="kept with the job in Redis; no worker looks at it, no log shows it"
+    )
     traceparent: (
         Annotated[str, Field(pattern=r"^00-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}$")] | None
-    ) = None
+    ) = Field(
+        default=None, description="W3C trace context; its trace id is in the worker's log records"
+    )
 
     @model_validator(mode="before")
     @classmethod

@@ -50,6 +50,11 @@ def _split(value: object) -> object:
     )
 
 
+def _number(value: object) -> object:
+    """Let the environment give a choice of numbers."""
+    return int(value) if isinstance(value, str) and value.isdecimal() else value
+
+
 def _known_scheme(value: object) -> object:
     if isinstance(value, str) and not value.startswith(("redis://", "rediss://", "unix://")):
         raise ValueError("must start with redis://, rediss:// or unix://")
@@ -112,36 +117,73 @@ class Settings(BaseSettings):
     )
 
     # Signed jobs: the first key signs, all of them verify; with keys, workers run signed jobs only
-    signing_keys: Annotated[tuple[SigningSecret, ...], NoDecode, BeforeValidator(_split)] = ()
+    signing_keys: Annotated[tuple[SigningSecret, ...], NoDecode, BeforeValidator(_split)] = Field(
+        default=(), description="with keys, workers run only jobs that one of them signed"
+    )
 
     # Models: alias → local path, or "organisation/name@revision" of the hub
-    models: dict[ModelName, str] = {}
+    models: dict[ModelName, str] = Field(
+        default={},
+        description="alias → folder on this machine, or `organisation/name@commit` of a hub",
+    )
+    hub_endpoint: str | None = Field(
+        default=None,
+        pattern=r"^https?://[^\s]+$",
+        description="the hub's URL; none: as huggingface_hub has it",
+    )
+    hub_cache: Path | None = Field(
+        default=None,
+        description="folder for what a hub gave; none: as huggingface_hub has it",
+    )
 
     # Delivery
     lease_seconds: PositiveSeconds = 10.0
     reap_interval_seconds: PositiveSeconds = 2.0
     engine_stall_seconds: PositiveSeconds = 10.0
     drain_grace_seconds: float = Field(default=30.0, ge=0, le=24 * 3600)
-    flush_interval_ms: float = Field(default=10.0, ge=0, le=1000)
+    flush_interval_ms: float = Field(
+        default=10.0, ge=0, le=1000, description="between two commits of what was decoded"
+    )
     buffer_tokens: int = Field(default=65_536, ge=1, description="decoded but not yet in Redis")
-    max_payload_bytes: int = Field(default=limits.PAYLOAD_BYTES, ge=1024, le=limits.PAYLOAD_BYTES)
+    max_payload_bytes: int = Field(
+        default=limits.PAYLOAD_BYTES,
+        ge=1024,
+        le=limits.PAYLOAD_BYTES,
+        description="of a job, as JSON",
+    )
 
     # Engine
-    max_batch_rows: int = Field(default=64, ge=1, le=1024)
+    max_batch_rows: int = Field(
+        default=64, ge=1, le=1024, description="choices that are decoded at once"
+    )
     lane_min_share: float = Field(
         default=0.1, ge=0, lt=1,
         description="of the batch's rows, what `default` and `bulk` each keep while they have jobs",
     )  # fmt: skip
     kv_budget_bytes: int | None = Field(
-        default=None, gt=0, description="None: decided from the device"
+        default=None,
+        gt=0,
+        description="bytes for keys and values of all rows; none: decided from the device",
     )
     prefix_cache_bytes: int | None = Field(
         default=None, ge=0,
         description="of the KV budget, for prefixes that no row uses; None: half, 0: off",
     )  # fmt: skip
-    kv_cache: Literal["auto", "paged", "padded"] = "auto"
-    prefill_chunk_tokens: int = Field(default=512, ge=1, le=65_536)
+    kv_cache: Literal["auto", "paged", "padded"] = Field(
+        default="auto", description="auto: paged where a kernel proved itself here"
+    )
+    kv_bits: Annotated[Literal[4, 8] | None, BeforeValidator(_number)] = Field(
+        default=None, description="of a key or value in the padded KV cache; None: the model's own"
+    )
+    prefill_chunk_tokens: int = Field(
+        default=512, ge=1, le=65_536, description="of prompts, between two decode steps"
+    )
     native: bool = True
+
+    # Planned replacement of the engine child, see docs/memory.md; 0: never for that
+    recycle_after_tokens: int = Field(default=20_000_000, ge=0, description="decoded by one child")
+    recycle_after_steps: int = Field(default=400_000, ge=0, description="of the engine")
+    recycle_after_hours: float = Field(default=24.0, ge=0, le=24 * 365)
 
     # When this worker claims: local times as `22:00-07:00`; what the machine must not be
     work_hours: Annotated[tuple[HoursOfDay, ...], NoDecode, BeforeValidator(_split)] = ()
@@ -189,6 +231,8 @@ class Settings(BaseSettings):
             raise ValueError("lease_seconds must be longer than reap_interval_seconds")
         if (self.redis_tls_cert is None) != (self.redis_tls_key is None):
             raise ValueError("redis_tls_cert and redis_tls_key go together")
+        if self.kv_bits is not None and self.kv_cache == "paged":
+            raise ValueError("kv_bits needs a padded kv_cache: nothing reads blocks in few bits")
         return self
 
 

@@ -24,13 +24,17 @@ from mlx_serving.worker.dispatcher import Dispatcher, DispatcherOptions
 from mlx_serving.worker.engine.limits import least_rows
 from mlx_serving.worker.fleet import Fleet
 from mlx_serving.worker.listener import Listener
-from mlx_serving.worker.loading import EngineSpec, describe, load, planner_of, speller_of
+from mlx_serving.worker.loading import EngineSpec, describe, load, memory_of, planner_of, speller_of
 from mlx_serving.worker.manifest import Manifest
 from mlx_serving.worker.measured_protocol import MeasuredProtocol, QueueWatch
 from mlx_serving.worker.measures import Measures
+from mlx_serving.worker.memory_keeper import MemoryKeeper
+from mlx_serving.worker.memory_pressure import AvailableMemory
 from mlx_serving.worker.preparation import Preparation
 from mlx_serving.worker.presence import Presence, machine_facts
+from mlx_serving.worker.process_end import leave
 from mlx_serving.worker.publisher import Publisher, PublisherOptions
+from mlx_serving.worker.recycling import RecycleRules, Recycling
 from mlx_serving.worker.runner import Runner
 from mlx_serving.worker.sweeper import Sweeper
 from mlx_serving.worker.vitals import Reporter, Vitals
@@ -79,13 +83,9 @@ class Child:
         self._encode: Callable[[GenerationJob], tuple[int, ...]] | None = None
         self._plan: Plan | None = None
         self._description: dict[str, str] = {}
-        self.runner = Runner(
-            self._load,
-            on_outputs=self._push,
-            on_refused=self._refused,
-            on_room=lambda: self.dispatcher.post("room"),
-            paused=lambda: self.publisher.backlog >= settings.buffer_tokens,
-        )
+        self.available = AvailableMemory()
+        self.keeper = self._keeper()
+        self.runner = self._runner()
         self.publisher = Publisher(
             MeasuredProtocol(connect(endpoint), endpoint.keys, self.measures),
             spec.name,
@@ -112,9 +112,27 @@ class Child:
         self.vitals = Vitals(
             self.measures, self.runner, self.publisher,
             draining=lambda: self.dispatcher.draining, info=lambda: self._description,
-            paused=lambda: self.conditions.reasons,
+            paused=lambda: self.conditions.reasons, keeper=self.keeper,
         )  # fmt: skip
         self.fleet.numbers = Presence(self.vitals.snapshot).numbers
+
+    def _keeper(self) -> MemoryKeeper:
+        return MemoryKeeper(
+            self.measures, Recycling(RecycleRules.of(self._spec.settings, self._spec.name)),
+            on_due=lambda reason: self.dispatcher.post("recycle", reason),
+            steps=lambda: self.runner.steps,
+        )  # fmt: skip
+
+    def _runner(self) -> Runner:
+        settings = self._spec.settings
+        return Runner(
+            self._load,
+            on_outputs=self._push,
+            on_refused=self._refused,
+            on_room=lambda: self.dispatcher.post("room"),
+            paused=lambda: self.publisher.backlog >= settings.buffer_tokens,
+            tend=self.keeper.tend,
+        )
 
     def _options(self, queues: tuple[str, ...], lease_ms: int) -> DispatcherOptions:
         spec, settings = self._spec, self._spec.settings
@@ -122,6 +140,7 @@ class Child:
             spec.name, spec.model, queues, settings.max_batch_rows,
             least_rows(settings.max_batch_rows, settings.lane_min_share), lease_ms,
             settings.drain_grace_seconds, settings.max_payload_bytes, self.conditions,
+            lambda: self.keeper.state.refuses,
         )  # fmt: skip
 
     def _preparation(self) -> Preparation:
@@ -143,6 +162,8 @@ class Child:
             "implementation": ("twin" if "twin" in pieces else "native") if pieces else "none",
         }
         engine.on_prefill = self._manifest.prefill
+        self.available.start()
+        self.keeper.watch(*memory_of(self._spec.engine, engine, lambda: self.available.value))
         return engine
 
     def _encode_prompt(self, job: GenerationJob) -> tuple[int, ...]:
@@ -189,6 +210,7 @@ class Child:
         self.conditions.start()
         status = self.dispatcher.run()
         self.conditions.stop()
+        self.available.stop()
         self.vitals.stop()
         self.publisher.stop()
         self.listener.stop()
@@ -240,4 +262,4 @@ def run_child(spec: ChildSpec, lifeline: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C reaches the parent too
     signal.signal(signal.SIGTERM, lambda *_: child.dispatcher.post("drain"))
     threading.Thread(target=_follow_parent, args=(lifeline, child), daemon=True).start()
-    sys.exit(child.run())
+    leave(child.run())

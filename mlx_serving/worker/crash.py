@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from mlx_serving.worker.manifest import ManifestRow
 
 EXIT_ENGINE: Final = 70  # sysexits' EX_SOFTWARE: the engine is dead or hangs
+EXIT_RECYCLE: Final = 75  # sysexits' EX_TEMPFAIL: it made room for a fresh child, by plan
 EXIT_CONFIGURATION: Final = 78  # sysexits' EX_CONFIG: the engine can't come up, ever
 
 CRASH_SIGNALS: Final = frozenset(
@@ -30,6 +31,9 @@ class Cause(Enum):
 
     DRAINED = "drained"
     """It ended as it was asked to."""
+
+    RECYCLED = "recycled"
+    """It handed over what it held and ended by plan: a fresh one goes on."""
 
     CONFIGURATION = "configuration"
     """The engine could not be loaded, and would not be the next time."""
@@ -53,6 +57,8 @@ def classify(exit_code: int, *, memory_pressure: bool) -> Cause:
     """Read an exit code as `multiprocessing` gives it: -n for signal n."""
     if exit_code == 0:
         return Cause.DRAINED
+    if exit_code == EXIT_RECYCLE:
+        return Cause.RECYCLED
     if exit_code == EXIT_CONFIGURATION:
         return Cause.CONFIGURATION
     if exit_code > 0 or -exit_code in CRASH_SIGNALS:

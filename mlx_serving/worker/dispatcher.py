@@ -21,7 +21,7 @@ from mlx_serving.common.errors import CorruptEvent, MlxServingError
 from mlx_serving.common.jobs import PROTOCOL, lane_of
 from mlx_serving.worker.claim_ahead import ClaimAhead, Claimed
 from mlx_serving.worker.conditions import ANY_TIME, Conditions
-from mlx_serving.worker.crash import EXIT_ENGINE
+from mlx_serving.worker.crash import EXIT_ENGINE, EXIT_RECYCLE
 from mlx_serving.worker.held import HeldJob
 from mlx_serving.worker.intake import JobRefusedError
 from mlx_serving.worker.job_log import JobLog
@@ -30,7 +30,7 @@ from mlx_serving.worker.outage import Outage
 from mlx_serving.worker.strays import Strays
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from mlx_serving.common.calls import Call, ClaimedJob, ClaimReply, Returned
     from mlx_serving.common.jobs import Lane
@@ -49,6 +49,7 @@ UNADMITTED_SECONDS: Final = 1.0  # how long a claimed job may wait for room befo
 WRITTEN_SECONDS: Final = 1.0  # how long a hand-over of all waits for the publisher
 RELEASE_SECONDS: Final = 5.0  # how long a drain waits for Redis
 CRASH_SECONDS: Final = 1.0  # the same of a worker whose engine failed
+RECYCLE_SECONDS: Final = 5.0  # the most that jobs get to end in before a planned replacement
 CLAIM_MOST: Final = 32
 
 
@@ -68,6 +69,7 @@ class DispatcherOptions:
     drain_grace_seconds: float = 30.0
     max_payload_bytes: int = 4 * 1024 * 1024
     conditions: Conditions = ANY_TIME
+    memory_short: Callable[[], bool] = bool  # bool(): False
 
 
 class Dispatcher:
@@ -93,6 +95,7 @@ class Dispatcher:
         self._unadmitted_since: float | None = None
         self._returning: dict[HeldJob, Returned] = {}  # to release
         self._drain_until: float | None = None
+        self._status = 0  # to end with
         self._suspended = False
         self._reserved = ""  # queue of a suspect that this worker makes room for
         self._outage = Outage(protocol.redis)
@@ -104,7 +107,7 @@ class Dispatcher:
         )  # fmt: skip
 
     def post(self, what: str, argument: str = "") -> None:
-        """Leave a message: 'wake', 'room', 'cancel' or 'stop_job' <id>, 'drain', 'hand_over'."""
+        """Leave a message: 'wake', 'room', 'cancel' or 'stop_job' <id>, 'drain', 'recycle', …."""
         self._messages.put((what, argument))
 
     @property
@@ -165,10 +168,19 @@ class Dispatcher:
         elif what == "stop_job":
             self._stop_job(argument)
         elif what == "hand_over":
-            self._drain_until = time.monotonic()
-        elif what == "drain" and self._drain_until is None:
-            grace = self._options.drain_grace_seconds
-            log.info("draining", held=len(self._publisher.held()), grace_seconds=grace)
+            self._status, self._drain_until = 0, time.monotonic()
+        elif what == "drain":
+            self._status = 0  # whoever asks for the end does not want a fresh child
+            self._drain(self._options.drain_grace_seconds)
+        elif what == "recycle" and not self.draining and not self._publisher.failing:
+            self._status = EXIT_RECYCLE
+            self._measures.count("recycles", argument)
+            self._drain(min(RECYCLE_SECONDS, self._options.drain_grace_seconds), argument)
+
+    def _drain(self, grace: float, recycled_for: str = "") -> None:
+        if self._drain_until is None:
+            held = len(self._publisher.held())
+            log.info("draining", held=held, grace_seconds=grace, recycled_for=recycled_for)
             self._drain_until = time.monotonic() + grace
 
     def _stop_job(self, job_id: str) -> None:
@@ -190,7 +202,7 @@ class Dispatcher:
         """What to claim now, beside jobs in hand that the engine does not know yet."""
         if self._drain_until is not None or self._publisher.failing:
             return None
-        if self._options.conditions.reasons:
+        if self._options.conditions.reasons or self._options.memory_short():
             return None
         in_line = [choices[0].lane for choices in self._runner.in_line() for _ in choices]
         room = LaneRoom(self._options.rows, self._options.lane_min_rows)
@@ -204,12 +216,13 @@ class Dispatcher:
             claimed = self._ahead.take() or self._claim_now()
         except redis.RedisError:
             self._strays.expect()
+            self._news.note()
             raise
         if claimed is None:
             return False
         reply = claimed.reply
-        if not claimed.full:
-            self._news.found_all(claimed.asked)
+        if claimed.full:
+            self._news.found_more(claimed.asked)
         self._suspended, self._reserved = reply.suspended, reply.reserved
         if reply.dropped:
             log.info("claim_dropped", jobs=reply.dropped)
@@ -226,6 +239,7 @@ class Dispatcher:
 
     def _claim_call(self, room: LaneClaim) -> Call[ClaimReply]:
         options = self._options
+        self._news.ask(room)
         return calls.claim(
             options.worker, self._queues(room.lanes), most=room.most, lease_ms=options.lease_ms,
             protocol=PROTOCOL, capacity_tokens=self._engine.kv_tokens_capacity,
@@ -385,4 +399,4 @@ class Dispatcher:
         except redis.RedisError as error:
             self._outage.note(error)
         log.info("drained", handed_over=len(left), all_written=written)
-        return 0
+        return self._status

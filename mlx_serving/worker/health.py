@@ -55,17 +55,20 @@ class Verdict:
 
 def judge(view: View, limits: Limits) -> Verdict:
     """The worst that holds decides; all that is wrong is named."""
-    if view.child == "restarting":
-        return Verdict("red", ("child_restarting",))
-    if view.child == "gone":
-        return Verdict("red", ("child_gone",))
-    if view.child == "starting":
-        return Verdict("starting", ("loading",))
+    of_child = {
+        "restarting": Verdict("red", ("child_restarting",)),
+        "gone": Verdict("red", ("child_gone",)),
+        "recycling": Verdict("starting", ("recycling",)),
+        "starting": Verdict("starting", ("loading",)),
+    }.get(view.child)
+    if of_child is not None:
+        return of_child
     red, degraded = tuple(_red(view, limits)), tuple(_degraded(view))
     if red:
         return Verdict("red", red + degraded)
     if view.snapshot.phase == "draining":
-        return Verdict("draining", degraded)
+        planned = ("recycling",) if view.snapshot.recycling else ()
+        return Verdict("draining", planned + degraded)
     paused = view.snapshot.paused
     return Verdict("paused" if paused else "degraded" if degraded else "ok", paused + degraded)
 
@@ -90,5 +93,7 @@ def _degraded(view: View) -> Iterator[str]:
         yield "redis_unreachable"
     elif now.redis_failing >= WRITES_SECONDS:
         yield "redis_failing"
+    if now.memory_short:
+        yield "memory_short"
     if now.main_age >= MAIN_LOOP_SECONDS:
         yield "main_loop_late"

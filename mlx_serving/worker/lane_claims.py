@@ -1,9 +1,9 @@
 """Which lanes a worker claims from next, and how many jobs. Pure.
 
 Free rows are for all lanes, in their order; but the last ones go first to a lane that has less
-than its share (`lane_min_share`), so a batch that others filled gives it what they leave. Where no row is free, a higher lane may still claim as
-many jobs as there are rows of lower lanes that can give way in the engine. A lane of which rows
-are parked claims nothing: these go on first.
+than its share (`lane_min_share`), so a batch that others filled gives it what they leave. Where
+no row is free, a higher lane may still claim as many jobs as there are rows of lower lanes that
+can give way in the engine. A lane of which rows are parked claims nothing: these go on first.
 """
 
 from __future__ import annotations
@@ -103,9 +103,13 @@ class LaneNews:
         lanes = tuple(lane for lane in claim.lanes if lane in self._lanes)
         return LaneClaim(lanes, claim.most) if lanes else None
 
-    def found_all(self, claim: LaneClaim) -> None:
-        """Note that a claim took all that there was."""
+    def ask(self, claim: LaneClaim) -> None:
+        """Note that a claim is on its way: a wake-up from now on may be of a job that it misses."""
         self._lanes.difference_update(claim.lanes)
+
+    def found_more(self, claim: LaneClaim) -> None:
+        """Note that it did not take all that there may be."""
+        self._lanes.update(claim.lanes)
 
 
 def _claim(ranks: Sequence[int], most: int) -> LaneClaim | None:

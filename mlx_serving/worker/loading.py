@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Literal
 import structlog
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from mlx_serving.common.jobs import GenerationJob
     from mlx_serving.common.settings import Settings
+    from mlx_serving.worker.engine.device_memory import DeviceMemory
+    from mlx_serving.worker.engine.kv_memory import KvMemory
     from mlx_serving.worker.engine.sequence import InferenceEngine
     from mlx_serving.worker.intake import Plan
     from mlx_serving.worker.token_text import Spell
@@ -74,6 +76,20 @@ def planner_of(spec: EngineSpec, engine: InferenceEngine) -> Plan:
     return planner.plan
 
 
+def memory_of(
+    spec: EngineSpec, engine: InferenceEngine, available: Callable[[], int | None]
+) -> tuple[DeviceMemory | None, Callable[[], Sequence[KvMemory]]]:
+    """What the memory keeper watches of an engine; nothing of a simulated one.
+
+    `available` says what the system could still give, in bytes.
+    """
+    if spec.kind == "simulated":
+        return None, tuple
+    from mlx_serving.worker.engine.device_memory import MlxMemory  # imports MLX
+
+    return MlxMemory(available), lambda: engine.kv_memories
+
+
 def describe(spec: EngineSpec, engine: InferenceEngine) -> dict[str, str]:
     """Say what the engine runs on: its device, and native or twin for each accelerated piece.
 
@@ -97,6 +113,7 @@ def _load_mlx(spec: EngineSpec, settings: Settings) -> tuple[InferenceEngine, En
         kv_budget_bytes=settings.kv_budget_bytes,
         prefix_cache_bytes=settings.prefix_cache_bytes,
         kv_cache=settings.kv_cache,
+        kv_bits=settings.kv_bits,
         prefill_chunk_tokens=settings.prefill_chunk_tokens,
         lane_min_share=settings.lane_min_share,
         prefer_native=settings.native,

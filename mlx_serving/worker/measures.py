@@ -92,6 +92,11 @@ class Measures:
         with self._lock:
             self._counts[name][label] += by
 
+    def total(self, name: str) -> float:
+        """Sum of a counter, over its label."""
+        with self._lock:
+            return sum(self._counts[name].values())
+
     def observe(self, name: str, seconds: float) -> None:
         """Add to a histogram."""
         with self._lock:

@@ -1,14 +1,25 @@
-"""Signs that the system ran out of memory: they tell its SIGKILL from one that anybody sent."""
+"""What the system says of its memory: signs that it ran out of it, and how much there is.
+
+The signs tell the system's SIGKILL from one that anybody sent.
+"""
 
 from __future__ import annotations
 
 import re
 import subprocess
 import sys
+import threading
+from contextlib import suppress
 from pathlib import Path
-from typing import Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 CRITICAL_LEVEL: Final = 4  # of kern.memorystatus_vm_pressure_level: 1 normal, 2 warning, 4 critical
+
+
+LOOK_SECONDS: Final = 1.0
 
 
 class MemoryProbe(Protocol):
@@ -85,3 +96,76 @@ def _oom_kills(path: Path) -> int | None:
     except OSError:
         return None
     return int(found[1]) if found else None
+
+
+class AvailableMemory:
+    """How much memory the system could still give; asked in a thread, since a Mac's answer is slow.
+
+    `value` is in bytes; None: not known.
+    """
+
+    def __init__(self, ask: Callable[[], int | None] | None = None) -> None:
+        self._ask = ask or default_available()
+        self._stopping = threading.Event()
+        self.value: int | None = None
+
+    def start(self) -> None:
+        """Ask, then go on asking until `stop`."""
+        self.value = self._ask()
+        threading.Thread(target=self._watch, name="memory", daemon=True).start()
+
+    def stop(self) -> None:
+        """End the thread."""
+        self._stopping.set()
+
+    def _watch(self) -> None:
+        while not self._stopping.wait(LOOK_SECONDS):
+            self.value = self._ask()
+
+
+def default_available() -> Callable[[], int | None]:
+    """Return what tells this system's available memory."""
+    return darwin_available if sys.platform == "darwin" else linux_available
+
+
+def linux_available(root: Path = Path("/")) -> int | None:
+    """Bytes that can be had without swapping: the kernel's estimate, or what our cgroup leaves."""
+    with suppress(OSError):
+        found = re.search(
+            r"^MemAvailable:\s+(\d+) kB$", (root / "proc/meminfo").read_text(), re.MULTILINE
+        )
+        bounds = [int(found[1]) * 1024] if found else []
+        group = _left_in_cgroup(root / "sys/fs/cgroup")
+        return min([*bounds, *([] if group is None else [group])], default=None)
+    return None
+
+
+def _left_in_cgroup(group: Path) -> int | None:
+    """What a cgroup v2's limit leaves; files that nobody has used lately are given up first."""
+    try:
+        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
+        found = re.search(
+            r"^inactive_file (\d+)$", (group / "memory.stat").read_text(), re.MULTILINE
+        )
+    except (OSError, ValueError):  # not there, or "max"
+        return None
+    return max(0, limit - used + (int(found[1]) if found else 0))
+
+
+def darwin_available() -> int | None:
+    """What `vm_stat` calls free, inactive, speculative or purgeable. UNVERIFIED: never on a Mac."""
+    try:
+        done = subprocess.run(
+            ["/usr/bin/vm_stat"], capture_output=True, text=True, timeout=2, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return parse_vm_stat(done.stdout)
+
+
+def parse_vm_stat(text: str) -> int | None:
+    """Bytes from the output of `vm_stat`; None where it reads otherwise than expected."""
+    size = re.search(r"page size of (\d+) bytes", text)
+    kinds = "free|inactive|speculative|purgeable"
+    pages = re.findall(rf"^Pages (?:{kinds}):\s+(\d+)\.$", text, re.MULTILINE)
+    return int(size[1]) * sum(map(int, pages)) if size and pages else None

@@ -19,6 +19,7 @@ from prometheus_client.registry import Collector
 
 from mlx_serving.worker.health import STATUSES, Limits, judge
 from mlx_serving.worker.measures import BUCKETS, COMMIT, E2E, ITL, QUEUE_TIME, TTFT
+from mlx_serving.worker.recycling import REASONS as RECYCLE_REASONS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -53,6 +54,17 @@ COUNTERS: Final[dict[str, tuple[str, str, tuple[str, ...]]]] = {
     "resumed_tokens": ("", "Committed tokens that those attempts did not decode again.", ()),
     "fenced_writes": ("", "Writes refused because the job is another worker's by now.", ()),
     "refused_writes": ("status", "Writes refused for another reason.", ("gap", "error")),
+    "recycles": (
+        "reason",
+        "Planned replacements of the engine child that began.",
+        RECYCLE_REASONS,
+    ),
+    "memory_relief": (
+        "step",
+        "Steps of the memory guard; none: there is memory again.",
+        ("none", "trim", "shrink", "refuse"),
+    ),
+    "memory_errors": ("", "Out-of-memory errors of the device; what was decoded went on.", ()),
     "redis_errors": ("", "Calls to Redis that failed and are sent again.", ()),
 }
 """Name → (label or '', help, the label's values that are always shown)."""
@@ -77,6 +89,16 @@ GAUGES: Final[dict[str, tuple[str, Callable[[Snapshot], float]]]] = {
         lambda s: s.kv_used / s.kv_capacity if s.kv_capacity else 0.0,
     ),
     "leases_held": ("Jobs that this worker holds a lease of.", lambda s: s.held),
+    "memory_active_bytes": ("Bytes in the engine's arrays.", lambda s: s.memory_active),
+    "memory_cached_bytes": ("Freed buffers that MLX keeps.", lambda s: s.memory_cached),
+    "memory_limit_bytes": (
+        "What may be active now; less than the device's where others took the memory.",
+        lambda s: s.memory_limit,
+    ),
+    "memory_short": (
+        "1 while no request is admitted for lack of memory.",
+        lambda s: float(s.memory_short),
+    ),
     "backlog_tokens": ("Tokens decoded and not taken into a flush yet.", lambda s: s.backlog),
     "redis_failing_seconds": (
         "How long calls to Redis have failed; 0: the last one did not.",

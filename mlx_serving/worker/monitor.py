@@ -156,6 +156,8 @@ class Monitor:
             "held_jobs": now.held,
             "backlog_tokens": now.backlog,
             "backlog_bound_tokens": self._limits.buffer_tokens,
+            "memory_active_bytes": now.memory_active,
+            "memory_limit_bytes": now.memory_limit,
             "report_age_seconds": _rounded(view.silent_for, up=up),
             "child_pid": now.pid or None,
             "restarts": view.restarts,

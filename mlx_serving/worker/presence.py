@@ -27,7 +27,8 @@ FACTS: Final = (
 
 NUMBERS: Final = (
     "state", "reasons", "held", "rows", "waiting", "parked", "kv_tokens_used",
-    "tokens_per_second", "lease_age_ms", "lease_failing",
+    "tokens_per_second", "lease_age_ms", "lease_failing", "memory_active_bytes",
+    "memory_limit_bytes",
 )  # fmt: skip
 """What does; `lease_age_ms` is empty where nothing is held."""
 
@@ -66,9 +67,12 @@ class Presence:
         """All of `NUMBERS`."""
         now = self._snapshot()
         state = now.phase if now.phase != "serving" else "paused" if now.paused else "serving"
+        reasons = [*now.paused, *(["memory_short"] if now.memory_short else [])]
+        if now.recycling:
+            reasons.append("recycling")
         values = {
             "state": state,
-            "reasons": ",".join(now.paused),
+            "reasons": ",".join(reasons),
             "held": now.held,
             "rows": now.running,
             "waiting": now.waiting,
@@ -77,6 +81,8 @@ class Presence:
             "tokens_per_second": round(self._rate(sum(now.counts.get(TOKENS, {}).values())), 1),
             "lease_age_ms": round(now.lease_age * 1000) if now.held else "",
             "lease_failing": int(now.redis_failing > 0),
+            "memory_active_bytes": now.memory_active,
+            "memory_limit_bytes": now.memory_limit,
         }
         return {name: str(value) for name, value in values.items()}
 

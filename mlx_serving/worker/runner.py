@@ -29,7 +29,7 @@ class Runner(threading.Thread):
     `on_outputs` gets each step's outputs; `on_refused(request_id, code, message)` a request that
     the engine would not take; `on_room` is called when rows left the batch or requests entered it.
     `paused` is asked before each step: a deliberate pause is progress, a step that does not come
-    back is not (`stalled_for`).
+    back is not (`stalled_for`). `tend` is called between steps, twice a second at least.
     """
 
     def __init__(
@@ -40,15 +40,17 @@ class Runner(threading.Thread):
         on_refused: Callable[[str, str, str], None],
         on_room: Callable[[], None],
         paused: Callable[[], bool],
+        tend: Callable[[], None] = lambda: None,
     ) -> None:
         super().__init__(name="engine", daemon=True)
         self._load, self._on_outputs, self._on_refused = load, on_outputs, on_refused
-        self._paused, self._on_room = paused, on_room
+        self._paused, self._on_room, self._tend = paused, on_room, tend
         self._changed = threading.Condition()
         self._requests: deque[Choices] = deque()
         self._aborts: deque[str] = deque()
         self._halting = False
         self._turns = self._submitted_at_turn = 0
+        self.steps = 0  # of the engine
         self._progress_at = time.monotonic()
         self.engine: InferenceEngine | None = None
         self.ready = threading.Event()
@@ -135,6 +137,7 @@ class Runner(threading.Thread):
             aborts, self._aborts = self._aborts, deque()
             if self._halting:
                 return False
+        self._tend()
         for request_id in aborts:
             engine.abort(request_id)
         self.withdraw(set(aborts))
@@ -142,6 +145,7 @@ class Runner(threading.Thread):
         ended = bool(aborts)
         if engine.has_work and not paused:
             outputs = engine.step()
+            self.steps += 1
             if outputs:
                 self._on_outputs(outputs)
                 ended = ended or any(o.finish_reason for o in outputs)

@@ -10,7 +10,7 @@ import threading
 import time
 from collections import Counter, defaultdict
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Final, Literal
 
 import msgspec
 
@@ -19,7 +19,9 @@ from mlx_serving.worker.measures import BUCKETS, Counts, Histograms
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-ChildState = Literal["starting", "up", "restarting", "gone"]
+ChildState = Literal["starting", "up", "restarting", "recycling", "gone"]
+
+RECYCLED: Final = "recycled"  # how a child ended that is replaced by plan
 
 
 class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
@@ -42,6 +44,11 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     kv_used: int = 0
     kv_capacity: int = 0
     backlog: int = 0
+    memory_active: int = 0  # bytes in arrays
+    memory_cached: int = 0  # freed buffers that MLX keeps
+    memory_limit: int = 0  # what may be active now
+    memory_short: bool = False  # whether no request is admitted for lack of it
+    recycling: str = ""  # why this child is about to be replaced
     info: dict[str, str] = msgspec.field(default_factory=dict)
     queues: dict[str, tuple[int, float]] = msgspec.field(default_factory=dict)
     counts: Counts = msgspec.field(default_factory=dict)
@@ -104,12 +111,14 @@ class Board:
         self._exits: Counter[str] = Counter()
         self._verdicts: Counter[str] = Counter()
         self._started = 0
+        self._planned = False  # whether the last child ended to be replaced
 
     def begin(self) -> None:
         """Begin a new child's life."""
         with self._lock:
             self._started += 1
-            self._child = "starting" if self._started == 1 else "restarting"
+            again: ChildState = "recycling" if self._planned else "restarting"
+            self._child = "starting" if self._started == 1 else again
             self._snapshot = Snapshot()
             self._heard_at = self._clock()
 
@@ -127,7 +136,9 @@ class Board:
             # What it held and how it was is over; its queues and what it ran on are still true.
             self._snapshot = Snapshot(info=self._snapshot.info, queues=self._snapshot.queues)
             self._exits[verdict] += 1
-            self._child = "restarting" if restarts else "gone"
+            self._planned = verdict == RECYCLED
+            again: ChildState = "recycling" if self._planned else "restarting"
+            self._child = again if restarts else "gone"
 
     def judged(self, outcomes: dict[str, int]) -> None:
         """Count what a child's crash meant for its jobs."""

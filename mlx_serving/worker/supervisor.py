@@ -131,12 +131,15 @@ class Supervisor:
             child.close()
             over = cause in {Cause.DRAINED, Cause.CONFIGURATION} or self._signals > 0
             self._monitor.child_ended(cause.value, restarts=not over)
-            if cause is Cause.DRAINED or self._signals:
-                return code if code >= 0 else 128 - code
-            if cause is Cause.CONFIGURATION:
+            if cause is Cause.CONFIGURATION and not self._signals:
                 return EXIT_CONFIGURATION
-            pause = self._back_off.after(lived, held_jobs=held_jobs)
+            if over:
+                return _exit_status(code, cause)
             self.restarts += 1
+            if cause is Cause.RECYCLED:
+                log.info("child_recycled", lived_seconds=round(lived, 1), restarts=self.restarts)
+                continue
+            pause = self._back_off.after(lived, held_jobs=held_jobs)
             log.error(
                 "child_died", cause=cause.value, exit_code=code, lived_seconds=round(lived, 1),
                 restarts=self.restarts, pause_seconds=pause,
@@ -191,6 +194,13 @@ class Supervisor:
             if self._child is not None:
                 with suppress(OSError):  # the child has just ended
                     self._child.lifeline.send("drain" if self._signals == 1 else "hand_over")
+
+
+def _exit_status(code: int, cause: Cause) -> int:
+    """What the worker's own status is when its last child ended so."""
+    if cause is Cause.RECYCLED:  # told to end while it was about to be replaced: it drained
+        return 0
+    return code if code >= 0 else 128 - code
 
 
 def run_worker(settings: Settings, model: str, engine: EngineSpec, name: str | None = None) -> int:

@@ -8,6 +8,7 @@ import time
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
 
+from mlx_serving.worker.memory_keeper import MemoryState
 from mlx_serving.worker.status_board import Snapshot, encode
 
 if TYPE_CHECKING:
@@ -52,6 +53,13 @@ class PublisherView(Protocol):
         """Whether the thread runs."""
 
 
+class KeeperView(Protocol):
+    """What is read of `MemoryKeeper`."""
+
+    state: MemoryState
+    due: str
+
+
 class Vitals:
     """Takes snapshots of one child; nothing it does waits for the engine or for Redis."""
 
@@ -64,9 +72,11 @@ class Vitals:
         draining: Callable[[], bool],
         info: Callable[[], dict[str, str]],
         paused: Callable[[], tuple[str, ...]] = tuple,
+        keeper: KeeperView | None = None,
     ) -> None:
         self._measures, self._runner, self._publisher = measures, runner, publisher
         self._draining, self._info, self._paused = draining, info, paused
+        self._keeper = keeper
         self.facts: dict[str, str] = {}  # of the engine, once it is loaded
         self._failing_since: float | None = None
         self._stopping = False
@@ -82,6 +92,7 @@ class Vitals:
         counts, histograms = measures.read()
         engine = runner.engine if runner.ready.is_set() else None
         started = publisher.ident is not None
+        memory = self._keeper.state if self._keeper else MemoryState()
         return Snapshot(
             phase=self._phase(),
             pid=os.getpid(),
@@ -100,6 +111,11 @@ class Vitals:
             kv_used=engine.kv_tokens_used if engine else 0,
             kv_capacity=engine.kv_tokens_capacity if engine else 0,
             backlog=publisher.backlog,
+            memory_active=memory.active,
+            memory_cached=memory.cached,
+            memory_limit=memory.limit,
+            memory_short=memory.refuses,
+            recycling=self._keeper.due if self._keeper and self._draining() else "",
             info=self._info() | self.facts,
             queues=measures.queues,
             counts=counts,

@@ -96,6 +96,16 @@ class TestSubmit:
         last = client.submit(model="tally", prompt=PROMPT, idempotency_key="order-1")
         assert (last.created, last.state) == (False, JobState.FINISHED)
 
+    def test_a_result_is_kept_as_long_as_the_job_says(
+        self, client: Client, redis_client: redis.Redis
+    ) -> None:
+        for seconds in (7, 70):
+            job_id = client.submit(model="tally", prompt=PROMPT, result_ttl=seconds).id
+            client.cancel(job_id)
+            left = [redis_client.pttl(key) for key in redis_client.scan_iter(f"*{job_id}*")]
+            assert left
+            assert all((seconds - 5) * 1000 < each <= seconds * 1000 for each in left)
+
     def test_many_jobs_keep_their_order(self, client: Client, redis_client: redis.Redis) -> None:
         jobs = [{"model": "tally", "prompt": f"{i}", "result_ttl": 60} for i in range(600)]
         ids = [handle.id for handle in client.submit_many(jobs)]

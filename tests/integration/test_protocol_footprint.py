@@ -44,11 +44,14 @@ def memory(client: redis.Redis, *names: str) -> int:
 
 
 @pytest.mark.may_leak(reason="jobs stay queued")
-def test_a_queued_job_costs_at_most_2_5_kib_and_its_payload(driver: Driver) -> None:
+@pytest.mark.parametrize("tenant", [None, "acme"])
+def test_a_queued_job_costs_at_most_2_5_kib_and_its_payload(
+    driver: Driver, tenant: str | None
+) -> None:
     prompt = "count from 3 to 12, " * 10
     entries = [
         seal(
-            GenerationJob.build(model="tally", prompt=prompt, deadline=60),
+            GenerationJob.build(model="tally", prompt=prompt, deadline=60, tenant=tenant),
             max_payload_bytes=1 << 20,
         )
         for _ in range(JOBS)
@@ -59,9 +62,12 @@ def test_a_queued_job_costs_at_most_2_5_kib_and_its_payload(driver: Driver) -> N
     by_dataset = (used(driver.redis) - before) / JOBS
     one = entries[0].job_id
     own = memory(driver.redis, f"mlxs:job:{one}", f"rq:job:{one}")
-    shared = memory(
-        driver.redis, driver.keys.open(QUEUE), "rq:queue:tally:default", "mlxs:deadlines"
-    )
+    keys = [driver.keys.open(QUEUE), "rq:queue:tally:default", "mlxs:deadlines"]
+    if tenant:
+        keys += [driver.keys.tenant_queued(tenant), driver.keys.line(QUEUE, tenant)]
+    else:
+        assert not driver.redis.exists(driver.keys.turns(QUEUE), driver.keys.tenants())
+    shared = memory(driver.redis, *keys)
     by_keys = own + shared / JOBS
     assert by_keys - payload <= QUEUED_BYTES
     assert by_dataset - payload <= QUEUED_BYTES
@@ -114,6 +120,13 @@ def cancel_queued(driver: Driver) -> None:
     driver.cancel("a")
 
 
+def finish_a_tenants(driver: Driver) -> None:
+    attempt = driver.start("a", result_ttl=1, tenant="acme")
+    driver.release(attempt)
+    attempt = driver.take()
+    driver.commit(attempt, attempt.row(), attempt.end())
+
+
 def cancel_after_hand_over(driver: Driver) -> None:
     attempt = driver.start("a", result_ttl=1)
     driver.commit(attempt, attempt.row())
@@ -140,11 +153,20 @@ def stock_delete(driver: Driver) -> None:
         lambda driver: finish(driver, JobState.FINISHED),
         lambda driver: finish(driver, JobState.FAILED),
         cancel_queued,
+        finish_a_tenants,
         cancel_after_hand_over,
         die,
         stock_delete,
     ],
-    ids=["finished", "failed", "cancelled queued", "cancelled handed over", "dead", "deleted"],
+    ids=[
+        "finished",
+        "failed",
+        "cancelled queued",
+        "a tenant's",
+        "cancelled handed over",
+        "dead",
+        "deleted",
+    ],
 )
 def test_nothing_is_left_after_result_ttl(
     driver: Driver, settled_redis: LocalRedis, end: object

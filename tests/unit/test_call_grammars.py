@@ -95,7 +95,7 @@ def tokenizer(name: str, *, tokens: bool) -> tuple[Tokenizer, LLTokenizer]:
     return made, LLTokenizer(made.to_str(), eos_token=[len(alphabet) + len(markers)])
 
 
-def start(name: str, job: GenerationJob, *, tokens: bool) -> LLMatcher:
+def start(name: str, job: GenerationJob, *, tokens: bool, trial: bool = False) -> LLMatcher:
     encoder, inner = tokenizer(name, tokens=tokens)
 
     def token_of(marker: str) -> int | None:
@@ -103,8 +103,10 @@ def start(name: str, job: GenerationJob, *, tokens: bool) -> LLMatcher:
 
     spec = output_grammar(job, model(name), token_of, reasoning=False)
     assert spec is not None
-    assert try_grammar(inner, spec.text) == ""
-    matcher, _ = compile_grammar(inner, spec.text)
+    matcher, reason = compile_grammar(inner, spec.text)
+    assert reason == ""
+    if trial:
+        assert try_grammar(inner, spec.text) == ""
     return matcher
 
 
@@ -183,9 +185,9 @@ def test_whatever_is_forced_is_read_back_as_calls_by_their_schemas(
     name: str, *, tokens: bool, strict: bool
 ) -> None:
     tools = tools_of(name, strict=strict)
-    first = start(name, job(tools), tokens=tokens)
+    first = start(name, job(tools), tokens=tokens, trial=True)
     encoder, _ = tokenizer(name, tokens=tokens)
-    for seed in range(6):
+    for seed in range(4):
         text = walk(first.deep_copy(), encoder, Random(seed))
         valid(name, text, tools)
 

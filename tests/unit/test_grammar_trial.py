@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import io
 import json
+import random
 import signal
 import subprocess
 import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from llguidance import LLTokenizer
 
+from benchmarks.structured import grammars, word_tokenizer
 from benchmarks.synthetic import build_tokenizer
 from mlx_serving.common.errors import InvalidSchema
 from mlx_serving.worker.engine import grammar_compiler
 from mlx_serving.worker.engine.grammar_compiler import GrammarCompiler, tokenizer_source
-from mlx_serving.worker.engine.grammar_trial import GrammarTrial, serve
+from mlx_serving.worker.engine.grammar_trial import GrammarTrial, compile_grammar, serve
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -100,3 +103,20 @@ def test_a_tokenizer_that_llguidance_can_not_use_refuses_grammars_by_name() -> N
             compiler.compile('start: "a"', "response_format")
     finally:
         compiler.close()
+
+
+def test_masks_are_those_of_llguidances_own_classes_of_tokens() -> None:
+    source = tokenizer_source(word_tokenizer(2000), 2000, EOS)
+    plain = LLTokenizer(source.json, n_vocab=2000, eos_token=[256])
+    chance = random.Random(0)
+    seen = 0
+    for text in grammars():
+        ours, theirs = (compile_grammar(each, text)[0] for each in (source.build(), plain))
+        for _ in range(20):
+            mask = ours.compute_bitmask()
+            assert mask == theirs.compute_bitmask()
+            token = chance.choice([t for t in range(2000) if mask[t // 8] >> t % 8 & 1])
+            assert ours.consume_token(token)
+            assert theirs.consume_token(token)
+            seen += 1
+    assert seen == 20 * len(grammars())

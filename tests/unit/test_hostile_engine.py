@@ -31,16 +31,19 @@ class HostileModel:
 
 
 ERRORS = [
-    MemoryError("a prompt like 'top secret'"),
-    RuntimeError("[metal::malloc] Attempting to allocate 9 bytes, greater than the maximum"),
-    OverflowError(),
-    RecursionError(),
+    (MemoryError("a prompt like 'top secret'"), "out_of_memory"),
+    (
+        RuntimeError("[metal::malloc] Attempting to allocate 9 bytes, greater than the maximum"),
+        "out_of_memory",
+    ),
+    (OverflowError("a prompt like 'top secret'"), "prefill_failed"),
+    (RecursionError(), "prefill_failed"),
 ]
 
 
-@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize(("error", "code"), ERRORS, ids=lambda value: type(value).__name__)
 @pytest.mark.parametrize("padding", [0, 150], ids=["shared prefill", "long prompt"])
-def test_nan_memory_and_good_rows_in_one_batch(error: Exception, padding: int) -> None:
+def test_nan_memory_and_good_rows_in_one_batch(error: Exception, code: str, padding: int) -> None:
     model = HostileModel(error)
     hostile = [
         Request("nan", (3, 4, NAN), GREEDY, 12),
@@ -49,18 +52,24 @@ def test_nan_memory_and_good_rows_in_one_batch(error: Exception, padding: int) -
     ]
     collected = drive(tiny_engine(model), [*GOOD[:2], *hostile, *GOOD[2:]])
     codes = {name: collected[name].error_code for name in ("nan", "oom", "nan, sampled")}
-    assert codes == {"nan": "nan_logits", "oom": "prefill_failed", "nan, sampled": "nan_logits"}
+    assert codes == {"nan": "nan_logits", "oom": code, "nan, sampled": "nan_logits"}
     for request in GOOD:
         expected = greedy_by_mlx_lm(model.model, request.prompt, request.max_tokens)
         assert collected[request.id].token_ids == expected
 
 
-def test_the_errors_words_stay_inside() -> None:
-    engine = tiny_engine(HostileModel(ERRORS[0]))
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (ERRORS[0][0], "the device ran out of memory over this request"),
+        (ERRORS[2][0], "prefill raised OverflowError"),
+    ],
+)
+def test_the_errors_words_stay_inside(error: Exception, message: str) -> None:
+    engine = tiny_engine(HostileModel(error))
     engine.add(Request("oom", (OOM, 4), GREEDY, 12))
-    (output,) = engine.step()
-    assert output.error is not None
-    assert output.error.message == "prefill raised MemoryError"
+    outputs = [output for _ in range(2) for output in engine.step()]
+    assert [output.error and output.error.message for output in outputs] == [message]
 
 
 @pytest.mark.parametrize("token", [TINY["vocab_size"], 2**31, 2**63, 10**30, -1, -(2**63)])

@@ -66,6 +66,9 @@ class Script:
         for row in rows:
             self._rows.pop(row, None)
 
+    def reset(self) -> None:
+        """Nothing to forget."""
+
     def decode(self) -> list[SampledToken]:
         return [SampledToken(row, self._tokens[row.decoded]) for row in self._rows]
 

@@ -6,7 +6,14 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from mlx_serving.worker.memory_pressure import DarwinProbe, LinuxProbe, default_probe
+from mlx_serving.worker.memory_pressure import (
+    AvailableMemory,
+    DarwinProbe,
+    LinuxProbe,
+    default_probe,
+    linux_available,
+    parse_vm_stat,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -65,3 +72,53 @@ def test_a_mac_without_the_tool_shows_no_sign(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr("subprocess.run", missing)
     assert not DarwinProbe().pressed()
+
+
+MEMINFO = "MemTotal:       16000 kB\nMemFree:          100 kB\nMemAvailable:    8000 kB\n"
+VM_STAT = """Mach Virtual Memory Statistics: (page size of 16384 bytes)
+Pages free:                               10.
+Pages active:                            500.
+Pages inactive:                           20.
+Pages speculative:                         3.
+Pages throttled:                           0.
+Pages wired down:                        300.
+Pages purgeable:                           4.
+"Translation faults":                 123456.
+"""
+
+
+def cgroup(root: Path, limit: str, used: int, inactive: int) -> None:
+    write(root, "sys/fs/cgroup/memory.max", f"{limit}\n")
+    write(root, "sys/fs/cgroup/memory.current", f"{used}\n")
+    write(root, "sys/fs/cgroup/memory.stat", f"anon 5\ninactive_file {inactive}\nactive_file 7\n")
+
+
+def test_available_is_what_the_kernel_estimates(tmp_path: Path) -> None:
+    write(tmp_path, "proc/meminfo", MEMINFO)
+    assert linux_available(tmp_path) == 8000 * 1024
+    cgroup(tmp_path, "max", 5, 5)
+    assert linux_available(tmp_path) == 8000 * 1024
+
+
+def test_a_container_has_what_its_limit_leaves(tmp_path: Path) -> None:
+    write(tmp_path, "proc/meminfo", MEMINFO)
+    cgroup(tmp_path, "1000000", 900_000, 50_000)
+    assert linux_available(tmp_path) == 150_000
+    cgroup(tmp_path, "1000000", 1_100_000, 0)
+    assert linux_available(tmp_path) == 0
+
+
+def test_a_system_that_says_nothing_leaves_it_open(tmp_path: Path) -> None:
+    assert linux_available(tmp_path) is None
+
+
+def test_a_mac_counts_pages_that_can_be_had() -> None:
+    assert parse_vm_stat(VM_STAT) == (10 + 20 + 3 + 4) * 16384
+    assert parse_vm_stat("vm_stat: no such thing") is None
+
+
+def test_available_memory_is_asked_in_a_thread() -> None:
+    available = AvailableMemory()
+    available.start()
+    available.stop()
+    assert available.value is None or available.value > 0

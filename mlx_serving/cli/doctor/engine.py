@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 from mlx_serving.cli.doctor.report import Check, Level
 from mlx_serving.cli.extras import INSTALL, missing_engine
+from mlx_serving.cli.hub_models import found_path, hub_problem
 from mlx_serving.cli.worker import model_path
 from mlx_serving.common.errors import MlxServingError
 from mlx_serving.common.jobs import GenerationJob
@@ -87,6 +88,9 @@ def check_model(settings: Settings, model: str) -> Check:
 
     name = f"model {model}"
     try:
+        problem = hub_problem(model, found_path(settings, settings.models.get(model, "")))
+        if problem is not None:  # a look at this machine downloads nothing
+            return Check(name, Level.FAIL, problem)
         path = model_path(settings, model)
         began = time.perf_counter()
         options = EngineOptions(max_batch_rows=1, prefer_native=settings.native)

@@ -14,7 +14,7 @@ from mlx_lm.models.cache import KVCache
 
 from mlx_serving.worker.engine import kv_cache
 from mlx_serving.worker.engine.acceleration import AccelerationReport
-from mlx_serving.worker.engine.decode_cache import DecodeCache, PaddedCache
+from mlx_serving.worker.engine.decode_cache import DecodeCache, PaddedCache, QuantizedCache
 from mlx_serving.worker.engine.kernels import dialect
 from mlx_serving.worker.engine.kv_cache import CacheCost, LanguageModel
 from mlx_serving.worker.engine.paged import dispatch
@@ -28,6 +28,7 @@ from mlx_serving.worker.engine.paged.kernel_ops import KernelOps, supports
 from mlx_serving.worker.engine.paged.layers import PagedOps
 from mlx_serving.worker.engine.paged.reference import ReferenceOps
 from mlx_serving.worker.engine.paged.self_check import check
+from mlx_serving.worker.engine.quantized_cache import KvBits, bytes_per_token, quantization_of
 
 PAGED_CACHE: Final = "paged KV cache"
 CacheKind = Literal["auto", "paged", "padded"]
@@ -37,12 +38,25 @@ CacheKind = Literal["auto", "paged", "padded"]
 class CacheChoice:
     """A kind of cache. `block_tokens`: what rows are rounded up to; 0: padded to the longest.
 
-    `report` is None on a CPU, which has no kernel to choose.
+    `report` is None on a CPU, which has no kernel to choose. `bytes_per_token` None: what
+    mlx-lm's own caches take.
     """
 
     make: Callable[[], DecodeCache]
     block_tokens: int
     report: AccelerationReport | None
+    bytes_per_token: int | None = None
+
+    def cost(self, model: LanguageModel) -> CacheCost:
+        """Measure what a row costs.
+
+        Raises:
+            UnsupportedModelError: the model's rows can't be batched.
+        """
+        cost = kv_cache.measure(model)
+        if self.bytes_per_token is None:
+            return cost
+        return replace(cost, bytes_per_token=self.bytes_per_token, fixed_bytes=0)
 
     def row_overhead_tokens(self, cost: CacheCost) -> int:
         """KV tokens that a row may hold beyond its own."""
@@ -50,12 +64,22 @@ class CacheChoice:
 
 
 def choose_cache(
-    model: LanguageModel, *, prefer_native: bool = True, kind: CacheKind = "auto"
+    model: LanguageModel,
+    *,
+    prefer_native: bool = True,
+    kind: CacheKind = "auto",
+    bits: KvBits | None = None,
 ) -> CacheChoice:
     """Choose for this model on this device; runs a few tiny steps where a kernel might be used.
 
     `kind` "paged" asks for blocks on a CPU too, where their reference is slower than padding.
+    `bits`: keys and values are kept in so many; None: as the model computes them.
+
+    Raises:
+        UnsupportedModelError: the model's keys and values can't be kept in `bits`.
     """
+    if bits is not None:
+        return quantized_choice(model, bits)
     language = dialect()
     if kind == "padded":
         return padded_choice(model, "switched off by the settings")
@@ -88,6 +112,14 @@ def paged_choice(model: LanguageModel, ops: PagedOps) -> CacheChoice:
         return padded_choice(model, reason)
     report = AccelerationReport(PAGED_CACHE, "native", "self-check passed")
     return CacheChoice(lambda: PagedCache(model, shapes, ops), BLOCK_TOKENS, report)
+
+
+def quantized_choice(model: LanguageModel, bits: KvBits) -> CacheChoice:
+    """Return padded caches in so many bits; no kernel reads blocks of those."""
+    how = quantization_of(model, bits)
+    reason = f"kv_bits={bits}: padded, by mlx-lm's attention on groups of {how.group_size}"
+    report = AccelerationReport(PAGED_CACHE, "off", reason)
+    return CacheChoice(lambda: QuantizedCache(model, how), 0, report, bytes_per_token(model, how))
 
 
 def padded_choice(model: LanguageModel, reason: str) -> CacheChoice:

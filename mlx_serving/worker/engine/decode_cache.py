@@ -15,6 +15,7 @@ from mlx_serving.worker.engine import kv_cache
 from mlx_serving.worker.engine.kv_cache import LanguageModel
 from mlx_serving.worker.engine.prefix.cache import PrefixCache
 from mlx_serving.worker.engine.prefix.index import PrefixKey
+from mlx_serving.worker.engine.quantized_cache import Quantization, quantized_layers
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +47,18 @@ class ParkedRow:
 class DecodeCache(Protocol):
     """The KV cache of every row that decodes, in the batch's order."""
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all keys and values, of places that no row uses too."""
+
     def limit(self, tokens: int) -> None:
         """Bound the cache; the scheduler admits within it."""
+
+    def shrink(self) -> None:
+        """Give back the memory of what no row and no known prefix uses."""
+
+    def reset(self) -> None:
+        """Drop every row and all that is known, whatever became of the last step."""
 
     def new_prompts(self, prompts: int) -> list[Any]:
         """Return what the model takes as its cache while it computes so many prompts."""
@@ -95,8 +106,21 @@ class PaddedCache:
         self._layers: list[Any] = []
         self._lengths: list[int] = []
 
+    @property
+    def nbytes(self) -> int:
+        """See `DecodeCache`."""
+        nbytes: int = sum(layer.nbytes for layer in self._layers)
+        return nbytes
+
     def limit(self, tokens: int) -> None:
         """Do nothing: mlx-lm's caches hold what they are given."""
+
+    def shrink(self) -> None:
+        """Do nothing: what no row uses is gone already."""
+
+    def reset(self) -> None:
+        """See `DecodeCache`."""
+        self._layers, self._lengths = [], []
 
     def new_prompts(self, prompts: int) -> list[Any]:
         """Return mlx-lm's plain caches for one prompt, batch caches for several."""
@@ -158,3 +182,22 @@ class PaddedCache:
 
     def release(self, parked: ParkedRow, key: PrefixKey | None) -> None:
         """Do nothing: the row's copy goes with it."""
+
+
+class QuantizedCache(PaddedCache):
+    """The same in few bits a value; see `quantized_cache`."""
+
+    def __init__(self, model: LanguageModel, how: Quantization) -> None:
+        """Start without rows."""
+        super().__init__(model)
+        self._how = how
+
+    def new_prompts(self, prompts: int) -> list[Any]:
+        """Return layers that are batches from the start."""
+        return quantized_layers(self._model, prompts, self._how)
+
+    def park(self, row: int) -> ParkedRow:
+        """See `PaddedCache.park`."""
+        if self._lengths[row]:
+            return super().park(row)
+        return ParkedRow(self.new_prompts(1), 0)

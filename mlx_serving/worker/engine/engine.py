@@ -7,9 +7,13 @@ from typing import Any, Protocol
 from mlx_serving.common.jobs import Lane
 from mlx_serving.worker.engine.acceleration import AccelerationReport
 from mlx_serving.worker.engine.detokenizer import DetokenizerProtocol
+from mlx_serving.worker.engine.kv_memory import KvMemory
 from mlx_serving.worker.engine.marked_detokenizer import MarkedDetokenizer
+from mlx_serving.worker.engine.memory_room import MemoryRoom
+from mlx_serving.worker.engine.out_of_memory import is_out_of_memory
 from mlx_serving.worker.engine.parking import Parking
 from mlx_serving.worker.engine.prefill_chunk import Group, PrefillChunk
+from mlx_serving.worker.engine.recovery import NO_MEMORY, OUT_OF_MEMORY, Recovery
 from mlx_serving.worker.engine.row_output import grammar_ended, parse_output, row_error
 from mlx_serving.worker.engine.scheduler import Scheduler
 from mlx_serving.worker.engine.sequence import (
@@ -34,11 +38,13 @@ class Attachments:
     """What an engine carries for its owner and doesn't use itself.
 
     `tokenizer` is mlx-lm's wrapper (for `prompts.PromptEncoder`), None without a model;
-    `acceleration` says for each accelerated piece whether it is native or the twin.
+    `acceleration` says for each accelerated piece whether it is native or the twin; `kv_memory` is
+    the memory guard's way to the KV caches, None where there are none.
     """
 
     tokenizer: Any = None
     acceleration: tuple[AccelerationReport, ...] = ()
+    kv_memory: KvMemory | None = None
 
 
 class Runner(Protocol):
@@ -64,6 +70,9 @@ class Runner(Protocol):
 
     def resume(self, row: Sequence) -> None:
         """Put a row that was kept back into the decode batch."""
+
+    def reset(self) -> None:
+        """Drop the decode batch and the prompt being prefilled, after a step that failed."""
 
     def decode(self) -> list[SampledToken]:
         """Return one new token a row; rows without news are left out."""
@@ -93,6 +102,9 @@ class Engine:
         self._scheduler = scheduler
         self._detokenizer = detokenizer
         self._early: list[Output] = []  # for the next step to return
+        self.kv_memory = attachments.kv_memory
+        room = self.kv_memory.room if self.kv_memory else MemoryRoom()
+        self._recovery = Recovery(scheduler, room)
 
     def fits(self, *choices: Request) -> bool:
         """Say whether this device's KV budget could ever hold these choices of one request."""
@@ -100,7 +112,7 @@ class Engine:
 
     def can_add(self, *choices: Request) -> bool:
         """Say whether there is room for these choices of one request now, or can be made."""
-        return self._scheduler.can_add(*choices)
+        return not self._recovery and self._recovery.has_room(*choices)
 
     def add(self, *choices: Request) -> None:
         """Admit choices of one request; see `InferenceEngine.add` for what it raises."""
@@ -190,22 +202,43 @@ class Engine:
         self._early = [o for o in self._early if o.request_id != request_id]
         rows = self._scheduler.find(request_id)
         self._runner.remove(rows)
-        for row in rows:
+        for row in [*rows, *self._recovery.forget(request_id)]:
             self._drop_prefill(row)
             self._forget(row)
 
     def step(self) -> list[Output]:
         """Do one prefill chunk and one decode step; return the rows that progressed."""
         outputs, self._early = self._early, []
+        self._recovery.readmit()
         self._resume()
         chunk = self._scheduler.schedule_prefill()
-        if chunk is not None:
-            self._prefill(chunk, outputs)
-        # What the device still computes of the chunk is waited for in here.
-        self._collect(self._runner.decode(), outputs)
+        self._collect(self._advance(chunk, outputs), outputs)
         if chunk is not None:
             self.on_prefill(())
         return outputs
+
+    def _advance(self, chunk: PrefillChunk | None, outputs: list[Output]) -> list[SampledToken]:
+        """Prefill and launch a step; what the device still computes is waited for in here."""
+        try:
+            if chunk is not None:
+                self._prefill(chunk, outputs)
+            return self._runner.decode()
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            self._recover(self._scheduler.rows, outputs)
+            return []
+
+    def _recover(self, rows: list[Sequence], outputs: list[Output]) -> None:
+        """Let rows that the device had no memory for begin again; alone they may have to end."""
+        self._end(self._recovery.take(rows), NO_MEMORY, outputs)
+        if not self._scheduler.has_work:
+            self._runner.reset()
+
+    def _end(self, rows: Iterable[Sequence], error: RowError, outputs: list[Output]) -> None:
+        for row in rows:
+            outputs.append(self._output(row, FINISH_ERROR, error=error))
+            self._forget(row)
 
     def _prefill(self, chunk: PrefillChunk, outputs: list[Output]) -> None:
         error = self._try_prefill(chunk)
@@ -213,14 +246,14 @@ class Engine:
             if self._scheduler.finish_prefill(chunk):
                 self._join(chunk.groups)
             return
+        if error.code == OUT_OF_MEMORY:
+            self._recover(list(chunk.rows), outputs)
+            return
         # One of several prompts may be to blame for all: each is tried alone.
         alone = len(chunk.groups) > 1
         for group in chunk.groups:
-            if alone and self._prefill_alone(group):
-                continue
-            for row in group:
-                outputs.append(self._output(row, FINISH_ERROR, error=error))
-                self._forget(row)
+            if not (alone and self._prefill_alone(group)):
+                self._end(group, error, outputs)
 
     def _try_prefill(self, chunk: PrefillChunk) -> RowError | None:
         self.on_prefill([row.request.id for row in chunk.rows])
@@ -228,6 +261,8 @@ class Engine:
             self._runner.prefill(chunk)
         except Exception as error:  # noqa: BLE001 - whatever a row's prefill raises ends that row
             self._runner.drop_prefill(chunk.lane)
+            if is_out_of_memory(error):
+                return NO_MEMORY
             # The exception's own text may hold addresses or parts of the prompt.
             return RowError("prefill_failed", f"prefill raised {type(error).__name__}")
         return None
@@ -305,7 +340,7 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether `step` would do anything."""
-        return self._scheduler.has_work or bool(self._early)
+        return self._scheduler.has_work or bool(self._early or self._recovery)
 
     @property
     def running(self) -> int:
@@ -315,7 +350,7 @@ class Engine:
     @property
     def waiting(self) -> int:
         """Admitted rows that are not in the decode batch yet."""
-        return self._scheduler.waiting
+        return self._scheduler.waiting + len(self._recovery)
 
     @property
     def parked(self) -> int:
@@ -326,6 +361,11 @@ class Engine:
     def lane_rows(self) -> LaneRows:
         """Rows in the batch, and parked ones, by lane."""
         return self._scheduler.lane_rows
+
+    @property
+    def kv_memories(self) -> tuple[KvMemory, ...]:
+        """The memory guard's way to the KV caches."""
+        return () if self.kv_memory is None else (self.kv_memory,)
 
     @property
     def kv_tokens_used(self) -> int:

@@ -30,6 +30,11 @@ STEP_MAX_ITEMS: Final = 20_000
 
 WALKED_TOKENS: Final = 8
 _REASON_CHARS: Final = 300
+# Classes of tokens that a mask takes whole where a JSON string may go on for as many characters:
+# llguidance's own begin at 10, and towards a string's `maxLength` it looked at every token.
+_STRING_SLICES: Final = [
+    r'[^"\\\x00-\x1F\x7F]' + f"{{1,{length}}}" for length in (2, 3, 4, 5, 6, 8, 14, 20)
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +49,10 @@ class TokenizerSource:
         """Build it; up to a second for a large vocabulary. Raises ValueError."""
         from llguidance import LLTokenizer  # not before somebody asks for a grammar
 
-        return LLTokenizer(self.json, n_vocab=self.vocab_size, eos_token=list(self.eos))
+        return LLTokenizer(
+            self.json, n_vocab=self.vocab_size, eos_token=list(self.eos),
+            slices=[*_STRING_SLICES, *LLTokenizer.general_slices()],
+        )  # fmt: skip
 
 
 def parser_limits() -> LLParserLimits:

@@ -84,6 +84,8 @@ def keep_rows(cache: list[Any], rows: list[int], longest: int) -> None:
     for layer in cache:
         if type(layer) is BatchKVCache:
             _keep_kv_rows(layer, indices, layer.size() - longest)
+        elif hasattr(layer, "keep"):  # our own
+            layer.keep(indices, layer.size() - longest)
         else:
             layer.filter(indices)
 

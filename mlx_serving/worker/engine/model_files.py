@@ -1,7 +1,7 @@
 """What may be loaded from a model folder, and what identifies it. Needs no mlx.
 
 Only safetensors weights and mlx-lm's own architectures: nothing in the folder is ever imported
-or unpickled (mlx-lm CVE-2026-5843: remote code named by a config). Nothing is downloaded.
+or unpickled (mlx-lm CVE-2026-5843: remote code named by a config). What a hub gave is checked too.
 """
 
 import hashlib
@@ -36,7 +36,10 @@ def check_model_files(path: Path) -> None:
         ModelFilesError: a part is missing, weights are not safetensors, or a config names code.
     """
     if not path.is_dir():
-        message = f"model path: {path} is not a folder on this machine (nothing is downloaded)"
+        message = (
+            f"model path: {path} is not a folder on this machine (nothing is downloaded here; "
+            "organisation/name@commit names a model of a hub)"
+        )
         raise ModelFilesError(message)
     for name in ("config.json", "tokenizer.json"):
         if not (path / name).is_file():

@@ -14,6 +14,7 @@ and the sampling is launched at last.
 """
 
 from collections.abc import Container, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final, cast
 
@@ -64,8 +65,8 @@ class ModelRunner:
         Raises:
             UnsupportedModelError: a layer's cache can't join a batch.
         """
-        self.cost = kv_cache.measure(model)
         self.choice = choose_cache(model) if choice is None else choice
+        self.cost = self.choice.cost(model)
         self._model = model
         self._words = token_words(self.cost.vocab_size)
         mx.eval(self._words)
@@ -96,6 +97,29 @@ class ModelRunner:
         """Sample by another implementation than the reference from the next launch on."""
         self._make_draw = make_draw
         self._sampler = None
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of the decode batch's cache, of prompts being prefilled and of parked copies."""
+        layers = [layer for prefill in self._prefills.values() for layer in prefill.cache]
+        layers += [part for parked in self._parked.values() for part in parked.state]
+        beside: int = sum(getattr(layer, "nbytes", 0) for layer in layers)  # blocks: in the cache
+        return self._cache.nbytes + beside
+
+    def shrink(self) -> None:
+        """Give back memory that no row and no known prefix uses."""
+        self._cache.shrink()
+
+    def reset(self) -> None:
+        """Drop the decode batch and the prompt being prefilled, after a step that failed."""
+        self._prefills, self._parked = {}, {}
+        self._rows, self._origins, self._joined = [], [], 0
+        self._pending, self._logprobs = mx.array([], dtype=mx.int32), None
+        self._rows_changed()
+        with suppress(RuntimeError):  # what is left of the step may fail once more
+            mx.synchronize()
+        self._cache.reset()
+        mx.clear_cache()
 
     def limit_kv(self, tokens: int) -> None:
         """Bound what the decode batch's cache may hold, where it can tell."""
@@ -133,6 +157,7 @@ class ModelRunner:
         dropped = self._prefills.pop(lane, None)
         if dropped is not None and dropped.gathered:
             mx.synchronize()  # the blocks that it reads may be given to others now
+        mx.clear_cache()
 
     def join(self, groups: Iterable[Group]) -> None:
         """Move the rows whose prefill is complete into the decode batch.

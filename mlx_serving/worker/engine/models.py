@@ -11,11 +11,14 @@ from mlx_serving.worker.engine.acceleration import choose_sampler, make_detokeni
 from mlx_serving.worker.engine.cache_choice import CacheKind, choose_cache
 from mlx_serving.worker.engine.engine import Attachments, Engine
 from mlx_serving.worker.engine.fused_layers import fuse
+from mlx_serving.worker.engine.kv_memory import KvMemory
 from mlx_serving.worker.engine.limits import SchedulerLimits
 from mlx_serving.worker.engine.marked_detokenizer import with_markers
+from mlx_serving.worker.engine.memory_room import MemoryRoom
 from mlx_serving.worker.engine.model_files import check_model_files, model_revision, tokenizer_hash
 from mlx_serving.worker.engine.model_runner import ModelRunner
 from mlx_serving.worker.engine.prefix.choice import make_prefix_cache
+from mlx_serving.worker.engine.quantized_cache import KvBits
 from mlx_serving.worker.engine.scheduler import Scheduler
 from mlx_serving.worker.engine.sequence import ModelInfo, Request, SamplingParams
 
@@ -30,13 +33,15 @@ class EngineOptions:
     """How much of the device an engine takes. `kv_budget_bytes` None: derived from the device.
 
     `prefix_cache_bytes`: of the KV budget, what prefixes may keep that no row uses; None: half of
-    it, 0: every prompt is computed. `kv_cache`: see `cache_choice.choose_cache`.
+    it, 0: every prompt is computed. `kv_cache`, `kv_bits`: see
+    `cache_choice.choose_cache`.
     """
 
     max_batch_rows: int = 64
     kv_budget_bytes: int | None = None
     prefix_cache_bytes: int | None = None
     kv_cache: CacheKind = "auto"
+    kv_bits: KvBits | None = None
     prefill_chunk_tokens: int = 512
     lane_min_share: float = 0.1
     prefer_native: bool = True
@@ -69,7 +74,9 @@ def load_engine(
     tokenizer = load_tokenizer(
         path, {"trust_remote_code": False}, eos_token_ids=config.get("eos_token_id")
     )
-    choice = choose_cache(model, prefer_native=options.prefer_native, kind=options.kv_cache)
+    choice = choose_cache(
+        model, prefer_native=options.prefer_native, kind=options.kv_cache, bits=options.kv_bits
+    )
     runner = ModelRunner(model, choice)
     info = ModelInfo(
         name or path.resolve().name,
@@ -119,7 +126,14 @@ def build_engine(
     )
     runner.use_sampler(make_draw)
     found = (report, sampler_report, choice.report, prefix_report)
-    attachments = Attachments(tokenizer, tuple(each for each in found if each is not None))
+    room = MemoryRoom(
+        block_tokens=limits.kv_block_tokens, overhead_tokens=limits.kv_row_overhead_tokens
+    )
+    attachments = Attachments(
+        tokenizer,
+        tuple(each for each in found if each is not None),
+        KvMemory(runner, room, cost.bytes_per_token, prefixes),
+    )
     return Engine(runner, Scheduler(limits, prefixes), detokenizer, info, attachments)
 
 

@@ -199,6 +199,16 @@ class Scheduler:
         return LaneRows(self._reservation.by_lane, self._parked.by_lane)
 
     @property
+    def rows(self) -> list[Sequence]:
+        """Every admitted row, in order of arrival."""
+        return list(self._rows.values())
+
+    @property
+    def kv_tokens_kept(self) -> int:
+        """KV tokens of the blocks in use, those that only the prefix cache owns included."""
+        return self._prefixes.used * self.limits.kv_block_tokens if self._prefixes else 0
+
+    @property
     def has_work(self) -> bool:
         """Whether any row is admitted."""
         return bool(self._rows)

@@ -4,10 +4,13 @@ from array import array
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Final, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 from mlx_serving.common.jobs import LANES, Lane
 from mlx_serving.worker.engine.prefix.index import PrefixKey
+
+if TYPE_CHECKING:
+    from mlx_serving.worker.engine.kv_memory import KvMemory
 
 FINISH_STOP: Final = "stop"
 FINISH_LENGTH: Final = "length"
@@ -359,6 +362,10 @@ class InferenceEngine(Protocol):
     @property
     def lane_rows(self) -> LaneRows:
         """Rows in the batch, and parked ones, by lane."""
+
+    @property
+    def kv_memories(self) -> "tuple[KvMemory, ...]":
+        """What the memory guard sees of the KV caches; none where nothing is computed."""
 
     @property
     def kv_tokens_used(self) -> int:

@@ -102,6 +102,10 @@ class SimulatedRunner:
         """Decode the row again."""
         self._rows[row] = None
 
+    def reset(self) -> None:
+        """Forget all rows."""
+        self._rows = {}
+
     def decode(self) -> list[SampledToken]:
         """Sleep for one token's time and return every row's next one."""
         if self._rows and self._options.tokens_per_second:

@@ -7,6 +7,7 @@ computed here, in a thread of their own, while the forward pass is launched and 
 on it. They are needed only when the next token is sampled.
 """
 
+import os
 from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -108,10 +109,13 @@ class BatchMasks:
 
 @cache
 def _executor() -> "LLExecutor":
-    """Threads that compute masks: made when the first constrained row comes."""
+    """Threads that compute masks: made when the first constrained row comes.
+
+    Half of the cores: the engine's thread launches the forward pass meanwhile.
+    """
     from llguidance import LLExecutor
 
-    return LLExecutor()
+    return LLExecutor(max(1, (os.cpu_count() or 2) // 2))
 
 
 @cache

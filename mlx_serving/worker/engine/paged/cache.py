@@ -80,6 +80,11 @@ class PagedCache:
         """Blocks that exist in each pool."""
         return self.layers[0].keys.shape[0] if self.layers else 0
 
+    @property
+    def nbytes(self) -> int:
+        """See `DecodeCache`."""
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.layers)
+
     def limit(self, tokens: int) -> None:
         """Bound each pool to whole blocks of so many tokens, and the one of nobody."""
         self.allocator.limit = tokens // BLOCK_TOKENS + 1
@@ -259,8 +264,33 @@ class PagedCache:
     def _shrink(self) -> None:
         """Move what is used together where most of the pools is not."""
         size = _with_slack(self.allocator.used)
-        if self.blocks <= 2 * size:
-            return
+        if self.blocks > 2 * size:
+            self._compact(size)
+
+    def shrink(self) -> None:
+        """See `DecodeCache`."""
+        mx.synchronize()
+        self.settle()
+        if not self.allocator.used:
+            self.layers = []
+        elif self.blocks > self.allocator.used:
+            self._compact(self.allocator.used)
+            self._plan = None
+
+    def reset(self) -> None:
+        """See `DecodeCache`. Nobody may hold blocks but rows and the index."""
+        self.allocator.free([block for row in self._rows for block in row])
+        self.allocator.free([block for parked in self._parked for block in parked.state])
+        self.allocator.free([*self._leaving, *self._nobodys])
+        if self._prefixes:
+            self._prefixes.clear()
+        self._rows, self._leaving, self._nobodys, self.layers = [], [], [], []
+        self._parked = []
+        self._lengths = np.zeros(0, dtype=np.int32)
+        self._plan, self._stored = None, mx.zeros((1,), mx.int32)
+
+    def _compact(self, size: int) -> None:
+        """Move what is used to the beginning of pools of so many blocks."""
         mx.synchronize()
         self.settle()
         moved = self.allocator.compact()

@@ -25,6 +25,11 @@ class PrefixCache(BlockAllocator):
         self._pins: dict[int, list[int]] = {}  # by the list's id
 
     @property
+    def idle_limit(self) -> int:
+        """How many blocks are kept that no row uses."""
+        return self._idle_limit
+
+    @property
     def idle(self) -> int:
         """Blocks that only the index owns."""
         return self._index.idle
@@ -56,6 +61,11 @@ class PrefixCache(BlockAllocator):
         super().free(freed)
         self._index.release([block for block in freed if self.owners(block) == 1])
         self._evict(self.idle - self._idle_limit)
+
+    def keep_idle(self, blocks: int) -> None:
+        """Keep no more than so many blocks that no row uses, from now on."""
+        self._idle_limit = blocks
+        self._evict(self.idle - blocks)
 
     def find(self, key: PrefixKey) -> list[int]:
         """Return the whole blocks of the longest known prefix."""

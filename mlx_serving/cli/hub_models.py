@@ -1,0 +1,90 @@
+"""Models of a hub on the command line: where their files are, and how they come here."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mlx_serving.cli.console import note
+
+if TYPE_CHECKING:
+    from mlx_serving.common.settings import Settings
+    from mlx_serving.worker.engine.hub import Hub
+
+
+def hub_of(settings: Settings) -> Hub:
+    """The hub of the settings."""
+    from mlx_serving.worker.engine.hub import Hub
+
+    return Hub(settings.hub_endpoint, settings.hub_cache)
+
+
+def found_path(settings: Settings, path: str) -> str:
+    """Folder of a model of the settings, as far as it is here; downloads nothing."""
+    from mlx_serving.worker.engine.hub import hub_model, local_folder
+    from mlx_serving.worker.engine.model_files import ModelFilesError
+
+    model = hub_model(path)
+    if model is None:
+        return path
+    try:
+        found = local_folder(model, hub_of(settings))
+    except ModelFilesError:
+        return path  # the look at its files says why
+    return path if found is None else str(found)
+
+
+def hub_problem(alias: str, path: str) -> str | None:
+    """Why a hub's model is not here, where `found_path` found no folder; None for a folder."""
+    from mlx_serving.worker.engine.hub import hub_model, require_pinned
+    from mlx_serving.worker.engine.model_files import ModelFilesError
+
+    model = hub_model(path)
+    if model is None:
+        return None
+    try:
+        require_pinned(model)
+    except ModelFilesError as error:
+        return str(error)
+    return f"not downloaded, or not whole: mlx-serving models pull {alias}"
+
+
+def fetched_path(settings: Settings, path: str) -> str:
+    """Folder of a model of the settings, downloaded first where it is a hub's.
+
+    Raises:
+        ModelFilesError: it can't be downloaded; names model, host and reason.
+
+    """
+    from mlx_serving.worker.engine.hub import download, hub_model
+
+    model = hub_model(path)
+    return path if model is None else str(download(model, hub_of(settings), note))
+
+
+def pull(settings: Settings, alias: str) -> None:
+    """Download a model of the settings; of a branch, only say which commit it is.
+
+    Raises:
+        UnknownModel: there is no such alias, it can't be downloaded, or it is not pinned.
+
+    """
+    from mlx_serving.cli.extras import require_engine
+    from mlx_serving.common.errors import FieldError, UnknownModel
+    from mlx_serving.worker.engine.hub import hub_model, resolve
+    from mlx_serving.worker.engine.model_files import ModelFilesError
+
+    path = settings.models.get(alias)
+    if path is None:
+        raise UnknownModel([FieldError("model", f"{alias!r} is no alias of the settings")])
+    model = hub_model(path)
+    if model is None:
+        return  # a folder, which the list says more of
+    require_engine()
+    try:
+        if not model.pinned:
+            commit = resolve(model, hub_of(settings))
+            reason = f"{model} is not pinned; it is {commit} now: write that"
+            raise UnknownModel([FieldError(f"models.{alias}", reason)])
+        fetched_path(settings, path)
+    except ModelFilesError as error:
+        raise UnknownModel([FieldError(f"models.{alias}", str(error))]) from None

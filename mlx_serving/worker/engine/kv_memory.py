@@ -1,0 +1,53 @@
+"""What the memory guard sees of an engine's KV caches, and does to them. Pure."""
+
+from typing import Protocol
+
+from mlx_serving.worker.engine.memory_guard import KvUse
+from mlx_serving.worker.engine.memory_room import MemoryRoom
+from mlx_serving.worker.engine.prefix.cache import PrefixCache
+
+
+class Caches(Protocol):
+    """What is asked of `model_runner.ModelRunner`."""
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of all KV caches."""
+
+    def shrink(self) -> None:
+        """Give back memory that no row and no known prefix uses."""
+
+
+class KvMemory:
+    """Only the engine's thread calls it, between steps."""
+
+    def __init__(
+        self,
+        caches: Caches,
+        room: MemoryRoom,
+        bytes_per_token: int,
+        prefixes: PrefixCache | None = None,
+    ) -> None:
+        self.room = room
+        self._caches, self._bytes_per_token, self._prefixes = caches, bytes_per_token, prefixes
+        self._idle_limit = prefixes.idle_limit if prefixes else 0
+
+    @property
+    def use(self) -> KvUse:
+        """What they hold now."""
+        return KvUse(self._caches.kv_bytes, starved=self.room.starved)
+
+    def allow(self, nbytes: int) -> None:
+        """Let them grow to so many bytes in all."""
+        self.room.look(nbytes // self._bytes_per_token)
+
+    def shrink(self) -> None:
+        """Give up prefixes that no row uses, and keep no more of them until `restore`."""
+        if self._prefixes is not None:
+            self._prefixes.keep_idle(0)
+            self._caches.shrink()
+
+    def restore(self) -> None:
+        """Keep prefixes again."""
+        if self._prefixes is not None:
+            self._prefixes.keep_idle(self._idle_limit)

@@ -1,0 +1,106 @@
+"""Which lanes a worker claims from, and how much."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mlx_serving.common.jobs import LANES
+from mlx_serving.worker.engine.sequence import LaneRows
+from mlx_serving.worker.lane_claims import LaneClaim, LaneNews, LaneRoom
+
+ROOM = LaneRoom(max_rows=64, min_rows=7)
+NONE = (0, 0, 0)
+
+
+def claim(
+    active: tuple[int, ...], parked: tuple[int, ...] = NONE, **claimed: tuple[str, ...]
+) -> tuple[tuple[str, ...], int] | None:
+    found = ROOM.next_claim(LaneRows(active, parked), **claimed)  # type: ignore[arg-type]
+    return (found.lanes, found.most) if found else None
+
+
+def test_an_empty_batch_takes_from_all_lanes_in_their_order() -> None:
+    assert claim(NONE) == (LANES, 64)
+
+
+def test_the_last_rows_go_first_to_lanes_that_have_less_than_their_share() -> None:
+    assert claim((50, 0, 0)) == (("default", "bulk", "interactive"), 14)
+    assert claim((50, 7, 0)) == (("bulk", "interactive", "default"), 7)
+    assert claim((40, 7, 10)) == (LANES, 7)
+
+
+def test_a_batch_full_of_bulk_takes_from_the_lanes_above() -> None:
+    assert claim((0, 0, 64)) == (("interactive", "default"), 57)
+    assert claim((50, 7, 7)) is None
+    assert claim((20, 37, 7)) == (("interactive",), 30)
+
+
+def test_a_lane_with_parked_rows_claims_nothing_nor_does_one_below() -> None:
+    assert claim((10, 7, 40), (0, 0, 10)) == (("interactive", "default"), 7)
+    assert claim((10, 20, 20), (0, 3, 0)) == (("interactive",), 14)
+
+
+def test_rows_that_parked_ones_need_for_their_share_are_not_claimed() -> None:
+    assert claim((60, 0, 3), (0, 0, 10)) is None
+    assert claim((55, 0, 3), (0, 0, 10)) == (("default", "interactive"), 2)
+
+
+def test_no_more_parked_rows_than_the_batch_holds() -> None:
+    assert claim((0, 0, 64), (0, 0, 60)) == (("interactive", "default"), 4)
+
+
+def test_jobs_in_hand_take_rows() -> None:
+    assert claim((0, 0, 60), in_hand=("bulk", "bulk")) == (
+        ("default", "interactive", "bulk"), 2,
+    )  # fmt: skip
+    assert claim((0, 0, 64), in_hand=("interactive",) * 56) == (("interactive", "default"), 1)
+
+
+def test_while_a_job_waits_for_the_engine_only_higher_lanes_are_claimed() -> None:
+    assert claim((0, 0, 10), in_line=("default",)) == (("interactive",), 53)
+    assert claim((0, 0, 64), in_line=("bulk",)) == (("interactive", "default"), 57)
+    assert claim((0, 0, 10), in_line=("bulk", "interactive")) is None
+
+
+COUNTS = st.tuples(*[st.integers(0, 70)] * 3)
+HANDS = st.lists(st.sampled_from(LANES), max_size=70)
+
+
+@given(COUNTS, COUNTS, HANDS, st.lists(st.sampled_from(LANES), max_size=3))
+def test_a_claim_never_asks_for_more_than_can_be_had(
+    active: tuple[int, ...], parked: tuple[int, ...], in_hand: list[str], in_line: list[str]
+) -> None:
+    found = claim(active, parked, in_hand=tuple(in_hand), in_line=tuple(in_line))
+    if found is None:
+        return
+    lanes, most = found
+    assert most > 0
+    rows = [n + [*in_hand, *in_line].count(lane) for n, lane in zip(active, LANES, strict=True)]
+    lowest = max(LANES.index(lane) for lane in lanes)
+    free = max(0, 64 - sum(rows))
+    assert most <= free or most <= free + sum(max(0, n - 7) for n in rows[lowest + 1 :])
+    for lane in lanes:
+        assert not any(parked[: LANES.index(lane) + 1])
+        assert not any(LANES.index(other) <= LANES.index(lane) for other in in_line)
+
+
+def test_a_claim_of_some_lanes_is_made_for_news_only() -> None:
+    now = [0.0]
+    news = LaneNews(1.0, lambda: now[0])
+    some = LaneClaim(("interactive", "default"), 4)
+    assert news.worth(None) is None
+    assert news.worth(some) == some, "at first nothing is known"
+    news.ask(some)
+    assert news.worth(some) is None
+    assert news.worth(LaneClaim(LANES, 2)) == LaneClaim(LANES, 2)
+    news.note("tally:bulk")
+    assert news.worth(some) is None
+    news.note("tally:interactive")
+    assert news.worth(some) == LaneClaim(("interactive",), 4)
+    news.found_more(some)
+    assert news.worth(some) == some
+    news.ask(some)
+    news.note("tally:default")
+    assert news.worth(some) == LaneClaim(("default",), 4), "it came after the claim was sent"
+    news.ask(some)
+    now[0] = 1.0
+    assert news.worth(some) == some, "a wake-up may be lost"

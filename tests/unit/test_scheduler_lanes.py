@@ -1,0 +1,336 @@
+"""Lanes inside the batch: who gives way, what a lane keeps, and that everybody gets his turn."""
+
+from collections.abc import Iterable
+from itertools import count
+from typing import TYPE_CHECKING
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from mlx_serving.common.jobs import LANES, Lane
+from mlx_serving.worker.engine.lane_turns import LaneTurns
+from mlx_serving.worker.engine.limits import SchedulerLimits, least_rows
+from mlx_serving.worker.engine.scheduler import Scheduler
+from mlx_serving.worker.engine.sequence import Phase, Request, SamplingParams, Sequence
+
+if TYPE_CHECKING:
+    from mlx_serving.worker.engine.prefill_chunk import PrefillChunk
+
+ROWS, CHUNK = 6, 16
+_LAST = (Phase.PREFILLING, Phase.DECODING, Phase.WAITING)
+
+
+def request(name: str, lane: Lane, prompt: int = 4, tokens: int = 8, choice: int = 0) -> Request:
+    return Request(name, (1,) * prompt, SamplingParams(), tokens, choice=choice, lane=lane)
+
+
+class Batch:
+    """A scheduler and what an engine would do with it; no device."""
+
+    def __init__(self, limits: SchedulerLimits) -> None:
+        self.limits = limits
+        self.scheduler = Scheduler(limits)
+        self.rows: list[Sequence] = []
+        self.ended: list[str] = []
+        self.chunks: list[PrefillChunk] = []
+
+    def add(self, *choices: Request) -> bool:
+        if not self.scheduler.can_add(*choices):
+            return False
+        parking = self.scheduler.make_room(*choices)
+        for row in parking.park:
+            self.check_newest(row)
+            self.scheduler.park(row)
+        for row in parking.drop:
+            self.scheduler.drop(row)
+        self.rows += self.scheduler.add(*choices)
+        return True
+
+    def check_newest(self, row: Sequence) -> None:
+        """Of its lane, a row that loses as little and came later would have given way first."""
+        assert not [
+            other
+            for other in self.rows
+            if (other.request.lane, other.phase) == (row.request.lane, row.phase)
+            and other.order > row.order
+        ]
+
+    def step(self) -> None:
+        while (parking := self.scheduler.next_parked()) is not None:
+            for row in parking.drop:
+                self.scheduler.drop(row)
+            (row,) = parking.park
+            earlier = [p for p in self.parked(row.request.lane) if p.order < row.order]
+            assert not earlier, "within a lane, in the order of admission"
+            self.scheduler.resume(row)
+        chunk = self.scheduler.schedule_prefill()
+        if chunk is not None:
+            self.chunks.append(chunk)
+            if self.scheduler.finish_prefill(chunk):
+                self.scheduler.joined(chunk.groups)
+        for row in [row for row in self.rows if row.phase is Phase.DECODING]:
+            row.tokens.append(1)
+            if len(row.tokens) >= row.request.max_tokens:
+                self.remove(row)
+
+    def remove(self, row: Sequence) -> None:
+        self.rows.remove(row)
+        self.scheduler.remove(row)
+        self.ended.append(row.request.id)
+
+    def parked(self, lane: Lane) -> list[Sequence]:
+        return [r for r in self.rows if r.phase is Phase.PARKED and r.request.lane == lane]
+
+    def active(self, lane: Lane) -> list[Sequence]:
+        return [r for r in self.rows if r.phase is not Phase.PARKED and r.request.lane == lane]
+
+    def has_share(self, rows: Iterable[Sequence]) -> bool:
+        widths = [self.scheduler._reservation._width(row.request) for row in rows]
+        return self.limits.is_share(len(widths), sum(widths))
+
+
+def limits(
+    rows: int = ROWS, capacity: int = 10_000, *, share: float = 0.1, block: int = 0
+) -> SchedulerLimits:
+    return SchedulerLimits(rows, capacity, CHUNK, 2, block, share)
+
+
+def full(batch: Batch, lane: Lane = "bulk", prompt: int = 4, tokens: int = 50) -> Batch:
+    """A batch that one lane fills and that decodes."""
+    for number in count():
+        if not batch.add(request(f"{lane}{number}", lane, prompt, tokens)):
+            break
+    for _ in range(batch.limits.max_rows + 2):
+        batch.step()
+    return batch
+
+
+def test_a_row_of_the_lowest_lane_gives_way_the_newest_first() -> None:
+    batch = Batch(limits())
+    for number, lane in enumerate(("bulk", "default", "bulk", "default", "bulk", "default")):
+        assert batch.add(request(f"r{number}", lane, tokens=50))  # type: ignore[arg-type]
+    for _ in range(8):
+        batch.step()
+    given: list[str] = []
+    for number in range(4):
+        assert batch.add(request(f"i{number}", "interactive"))
+        lanes = (*batch.parked("bulk"), *batch.parked("default"))
+        given += [row.request.id for row in lanes if row.request.id not in given]
+    assert given == ["r4", "r2", "r5", "r3"], "and one row of each stays: its share"
+    assert not batch.add(request("i4", "interactive"))
+
+
+def test_none_gives_way_to_its_own_lane_or_a_lower_one() -> None:
+    for lane in LANES:
+        batch = full(Batch(limits()), lane)
+        for other in LANES[LANES.index(lane) :]:
+            assert not batch.add(request("other", other))
+
+
+def test_rows_that_wait_give_way_before_those_that_decode() -> None:
+    batch = Batch(limits())
+    for number in range(5):
+        batch.add(request(f"b{number}", "bulk", tokens=50))
+    for _ in range(6):
+        batch.step()
+    batch.add(request("waits", "bulk"))
+    assert batch.add(request("now", "interactive"))
+    assert [row.request.id for row in batch.parked("bulk")] == ["waits"]
+
+
+def test_nothing_new_of_a_lane_passes_its_parked_rows() -> None:
+    batch = full(Batch(limits()))
+    batch.add(request("now", "interactive", tokens=30))
+    assert batch.scheduler.parked == 1
+    batch.remove(batch.active("bulk")[0])
+    assert not batch.add(request("new", "bulk"))
+    batch.step()
+    assert batch.scheduler.parked == 0
+
+
+def test_kv_is_dropped_only_where_the_budget_asks_for_it() -> None:
+    batch = full(Batch(limits(capacity=6 * 56, block=1)))
+    assert batch.add(request("small", "interactive", 4, 30))
+    (kept,) = batch.parked("bulk")
+    assert batch.scheduler._reservation.keeps(kept)
+    assert batch.add(request("large", "interactive", 60, 40))
+    assert not batch.scheduler._reservation.keeps(kept)
+
+
+def test_a_lane_that_others_filled_gets_its_share_back_as_rows_end() -> None:
+    batch = full(Batch(limits(rows=30)))
+    added = [
+        batch.add(request(f"i{number}", "interactive", tokens=5 + number)) for number in range(40)
+    ]
+    assert sum(added) == 27, "three rows of thirty stay"
+    batch.remove(batch.active("bulk")[0])
+    assert not batch.add(request("late", "interactive")), "the free row is bulk's"
+    batch.step()
+    assert len(batch.active("bulk")) == 3
+
+
+def test_without_a_share_all_rows_give_way() -> None:
+    batch = full(Batch(limits(share=0.0)))
+    assert all(batch.add(request(f"i{number}", "interactive")) for number in range(ROWS))
+    assert batch.scheduler.parked == ROWS
+
+
+@pytest.mark.parametrize(("rows", "least"), [(1, 0), (2, 0), (3, 1), (10, 1), (64, 7)])
+def test_a_share_leaves_room_for_others(rows: int, least: int) -> None:
+    assert least_rows(rows, 0.1) == least
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.0])
+def test_a_share_that_is_none_is_refused(share: float) -> None:
+    with pytest.raises(ValueError, match="lane_min_share must be at least 0 and under 1"):
+        limits(share=share)
+
+
+def test_a_long_prompt_of_bulk_is_set_aside_for_a_prompt_of_a_higher_lane() -> None:
+    batch = Batch(limits())
+    batch.add(request("long", "bulk", prompt=100))
+    batch.step()
+    batch.add(request("now", "interactive", prompt=10))
+    for _ in range(3):
+        batch.step()
+    assert [(c.rows[0].request.id, c.start) for c in batch.chunks] == [
+        ("long", 0), ("now", 0), ("long", 16), ("long", 32),
+    ]  # fmt: skip
+
+
+@given(
+    st.lists(st.sets(st.sampled_from(range(3)), min_size=1), max_size=120),
+    st.sampled_from([0.1, 0.25, 0.4]),
+)
+def test_each_lane_that_waits_gets_its_share_of_the_turns(
+    waiting: list[set[int]], share: float
+) -> None:
+    turns = LaneTurns(share)
+    passed = [0, 0, 0]
+    for ranks in waiting:
+        turn = turns.next(ranks)
+        turns.take(turn, ranks)
+        assert turn in ranks
+        if turn != min(ranks):
+            assert passed[turn] >= 1 / share - 1, "a turn out of order is due"
+        for rank in range(3):
+            passed[rank] = passed[rank] + 1 if rank in ranks - {turn} else 0
+        for rank in (1, 2):
+            assert passed[rank] <= -(-1 // share) + 1, "one lane may be due before it"
+
+
+JOBS = st.lists(
+    st.tuples(st.sampled_from(LANES[1:]), st.integers(1, 40), st.integers(1, 12)),
+    min_size=1, max_size=8,
+)  # fmt: skip
+
+
+@settings(max_examples=40, deadline=None)
+@given(JOBS, st.integers(1, 40), st.integers(1, 8), st.sampled_from([0, 8]))
+def test_nobody_starves_under_endless_traffic_of_the_highest_lane(
+    jobs: list[tuple[Lane, int, int]], prompt: int, tokens: int, block: int
+) -> None:
+    batch = Batch(limits(capacity=400, block=block))
+    left = [request(f"b{n}", lane, size, length) for n, (lane, size, length) in enumerate(jobs)]
+    names = {job.id for job in left}
+    for step in count():
+        left = [job for job in left if not batch.add(job)]
+        while batch.add(request(f"i{step}-{len(batch.rows)}", "interactive", prompt, tokens)):
+            pass
+        batch.step()
+        if names <= set(batch.ended):
+            break
+        assert step < 2500
+
+
+class LanesMachine(RuleBasedStateMachine):
+    """Any order of jobs, steps and cut-offs."""
+
+    block = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.batch = Batch(limits(capacity=240, block=self.block))
+        self.count = 0
+
+    @rule(
+        lane=st.sampled_from(LANES),
+        prompt=st.integers(1, 40),
+        tokens=st.integers(1, 30),
+        choices=st.integers(1, 2),
+    )
+    def add(self, lane: Lane, prompt: int, tokens: int, choices: int) -> None:
+        self.count += 1
+        rows = [request(f"r{self.count}", lane, prompt, tokens, c) for c in range(choices)]
+        if not self.batch.scheduler.fits(*rows):
+            return
+        rank = LANES.index(lane)
+        before = {low: self.batch.has_share(self.batch.active(low)) for low in LANES[rank + 1 :]}
+        if self.batch.add(*rows):
+            for low, had_share in before.items():
+                assert not had_share or self.batch.has_share(self.batch.active(low))
+        else:
+            self.check_no_room(rows)
+
+    def check_no_room(self, rows: list[Request]) -> None:
+        """No inversion: with every lane below cut down to its share, there is no room either."""
+        rank, batch = rows[0].rank, self.batch
+        below = LANES[rank + 1 :]
+        owed = [
+            low for low in below if batch.parked(low) and not batch.has_share(batch.active(low))
+        ]
+        if any(map(batch.parked, LANES[: rank + 1])) or batch.scheduler.parked or owed:
+            return  # what is parked goes first, has its own bound, or comes back soon
+        left = [row for lane in LANES[: rank + 1] for row in batch.active(lane)]
+        for low in below:
+            kept = sorted(batch.active(low), key=lambda row: (_LAST.index(row.phase), row.order))
+            while kept and batch.has_share(kept[:-1]):
+                kept.pop()
+            left += kept
+        requests = [row.request for row in left] + rows
+        needed = batch.scheduler._reservation.alone(requests)
+        assert len(requests) > ROWS or needed > 240
+
+    @rule(steps=st.integers(1, 4))
+    def step(self, steps: int) -> None:
+        for _ in range(steps):
+            self.batch.step()
+
+    @precondition(lambda self: bool(self.batch.rows))
+    @rule(data=st.data())
+    def cut_off(self, data: st.DataObject) -> None:
+        self.batch.remove(data.draw(st.sampled_from(self.batch.rows)))
+
+    @invariant()
+    def within_bounds(self) -> None:
+        scheduler, rows = self.batch.scheduler, self.batch.rows
+        assert scheduler.kv_tokens_used <= 240
+        assert scheduler.running + scheduler.waiting <= ROWS
+        assert scheduler.parked <= ROWS
+        assert scheduler.running + scheduler.waiting + scheduler.parked == len(rows)
+        for rank, lane in enumerate(LANES):
+            assert scheduler.lane_rows.active[rank] == len(self.batch.active(lane))
+            assert scheduler.lane_rows.parked[rank] == len(self.batch.parked(lane))
+
+    def teardown(self) -> None:
+        """What is here comes to its end, parked or not, and leaves nothing behind."""
+        for _ in range(3000):
+            if not self.batch.rows:
+                break
+            self.batch.step()
+        assert not self.batch.rows
+        assert self.batch.scheduler.kv_tokens_used == 0
+
+
+class PagedLanesMachine(LanesMachine):
+    """The same over a paged cache."""
+
+    block = 8
+
+
+TestLanes = LanesMachine.TestCase
+TestLanes.settings = settings(max_examples=20, stateful_step_count=30, deadline=None)
+TestPagedLanes = PagedLanesMachine.TestCase
+TestPagedLanes.settings = settings(max_examples=20, stateful_step_count=30, deadline=None)
