@@ -276,16 +276,11 @@ class Dispatcher:
                 self._outage.note(error)
                 self._returning[job] = job.returned()
             else:
-                self._note_start(job)
+                self._measures.resumed(job.kept_tokens)
+                self._log.started(job)
                 if not self._publisher.conclude(job):
                     requests.append(choices)
         self._place(requests)
-
-    def _note_start(self, job: HeldJob) -> None:
-        resumed = 0 if job.reset else job.resumed_at
-        if resumed:
-            self._measures.resumed(resumed)
-        self._log.started(job, resumed)
 
     def _prepare(self, held: HeldJob) -> Choices:
         claimed, payloads = held.claimed, []

@@ -22,12 +22,12 @@ class JobLog:
         # Bound once: structlog looks a module's logger up anew at each record.
         self._log = structlog.get_logger(__name__).bind()
 
-    def started(self, job: HeldJob, resumed_tokens: int) -> None:
+    def started(self, job: HeldJob) -> None:
         """An attempt goes to the engine."""
         if says(self._log, logging.INFO):
             self._log.info(
                 "job_started", **job.names(), queue=job.claimed.queue, age_ms=job.age_ms,
-                prompt_tokens=job.prompt_tokens, resumed_tokens=resumed_tokens,
+                prompt_tokens=job.prompt_tokens, resumed_tokens=job.kept_tokens,
             )  # fmt: skip
 
     def ended(self, job: HeldJob, state: JobState) -> None:

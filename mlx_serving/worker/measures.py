@@ -140,7 +140,9 @@ class Measures:
             self._histograms[TTFT].observe(waited / 1000)
 
     def resumed(self, tokens: int) -> None:
-        """An attempt goes on after so many committed tokens."""
+        """An attempt goes on after so many committed tokens; 0: it is no resume."""
+        if not tokens:
+            return
         with self._lock:
             self._counts["resumes"][""] += 1
             self._counts["resumed_tokens"][""] += tokens
