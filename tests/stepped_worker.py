@@ -108,7 +108,7 @@ class SteppedWorker:
         """Run what is held to its end."""
         while self.held:
             self.step()
-            if self.child.publisher._dirty:
+            if self.child.publisher.pending:
                 self.flush()
 
     def forget(self) -> None:
@@ -121,7 +121,7 @@ class SteppedWorker:
 
     def hand_over(self) -> None:
         """As a drain ends: write what was decoded, then release."""
-        if self.child.publisher._dirty:
+        if self.child.publisher.pending:
             self.child.publisher.drain(0)
             self.flush()
         rows = [(job.job_id, job.claimed.epoch, 0) for job in self.child.publisher.held()]

@@ -24,6 +24,7 @@ from mlx_serving.worker.conditions import ANY_TIME, Conditions
 from mlx_serving.worker.crash import EXIT_ENGINE, EXIT_RECYCLE
 from mlx_serving.worker.held import HeldJob
 from mlx_serving.worker.intake import JobRefusedError
+from mlx_serving.worker.job_log import JobLog
 from mlx_serving.worker.lane_claims import LaneClaim, LaneNews, LaneRoom
 from mlx_serving.worker.outage import Outage
 from mlx_serving.worker.strays import Strays
@@ -85,7 +86,7 @@ class Dispatcher:
         self._runner, self._publisher, self._sweeper = runner, publisher, sweeper
         self._fleet, self._placement, self._preparation = placement.fleet, placement, preparation
         self._measures = publisher.measures
-        self._log = log.bind()  # bound once: the module's own is looked up anew at each record
+        self._log = JobLog()
         self._messages: queue.SimpleQueue[tuple[str, str]] = queue.SimpleQueue()
         self._claim_limit = CLAIM_MOST
         self._unadmitted_since: float | None = None
@@ -246,17 +247,11 @@ class Dispatcher:
                 self._outage.note(error)
                 self._returning[job] = job.returned()
             else:
-                self._note_start(job)
+                self._measures.resumed(job.kept_tokens)
+                self._log.started(job)
                 if not self._publisher.conclude(job):
                     requests.append(choices)
         self._place(requests)
-
-    def _note_start(self, job: HeldJob) -> None:
-        resumed = 0 if job.reset else job.resumed_at
-        if resumed:
-            self._measures.resumed(resumed)
-        self._log.info("job_started", **job.names(), queue=job.claimed.queue, age_ms=job.age_ms,
-                 prompt_tokens=job.prompt_tokens, resumed_tokens=resumed)  # fmt: skip
 
     def _prepare(self, held: HeldJob) -> Choices:
         claimed, payloads = held.claimed, []

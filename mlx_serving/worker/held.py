@@ -120,6 +120,11 @@ class HeldJob:
         return sum(len(choice.token_ids) for choice in self.choices)
 
     @property
+    def kept_tokens(self) -> int:
+        """Tokens of earlier attempts that this one goes on after."""
+        return 0 if self.reset else self.resumed_at
+
+    @property
     def finish_reason(self) -> str | None:
         """Why choice 0 ended."""
         return self.choices[0].finish_reason
