@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from benchmarks.process_cpu import BUSY
 
-FLUSHES: Final = 100.0  # a second: the worker's flush_interval_ms of 10
+FLUSHES: Final = 1000 / 7.5  # a second at most: three quarters of flush_interval_ms, 10
 BULK_COMMITS: Final = 2.0  # a second and row: each 500 ms …
 BULK_TOKENS: Final = 16  # … or so many tokens
 

@@ -38,6 +38,7 @@ from benchmarks.harness import (
     Goal,
     bench_settings,
     child_call,
+    progress,
     running_worker,
     table,
     wait_until,
@@ -192,11 +193,14 @@ def measure(jobs: int = 3000, simple_jobs: int = 500, rounds: int = 5) -> list[F
             running_worker(settings, EngineSpec("simulated"), client),
             Client(settings=settings) as producer,
         ):
+            progress("the worker is up")
             run_ours(bench, producer, 200)  # warm: scripts loaded, code paths run once
-            for _ in range(rounds):
+            for number in range(rounds):
                 speeds["simple"].append(run_simple(bench, simple_jobs))
                 speeds["ours"].append(run_ours(bench, producer, jobs))
                 speeds["bare"].append(run_bare(bench, BARE_FACTOR * jobs))
+                last = (f"{name} {values[-1]:,.0f}" for name, values in speeds.items())
+                progress(f"round {number + 1} of {rounds}: {', '.join(last)} jobs/s")
     return figures(speeds)
 
 

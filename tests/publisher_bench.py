@@ -39,7 +39,7 @@ class Bench:
         return [event.type for event in self.protocol.events]
 
     def idle(self) -> None:
-        wait_until(lambda: not self.publisher._dirty and self.protocol.gate.is_set())
+        wait_until(lambda: not self.publisher.pending and self.protocol.gate.is_set())
 
     def wait_for(self, *types: str) -> None:
         wait_until(lambda: self.types() == list(types), timeout=3, what=str(types))

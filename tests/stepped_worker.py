@@ -19,7 +19,8 @@ from mlx_serving.worker.engine.scheduler import Scheduler
 from mlx_serving.worker.engine.sequence import ModelInfo, Sequence
 from mlx_serving.worker.engine.simulated import SimulatedOptions, SimulatedRunner, plan
 from mlx_serving.worker.engine.vocabulary import Vocabulary
-from mlx_serving.worker.loading import EngineSpec
+from mlx_serving.worker.loading import EngineSpec, LoadedModel
+from mlx_serving.worker.token_text import unspelled
 from tests.worker_process import job_events, quick_settings
 
 if TYPE_CHECKING:
@@ -54,8 +55,9 @@ class SteppedWorker:
         settings = quick_settings(url, flush_interval_ms=0, lease_seconds=30, **changes)
         self.name = name
         self.child = Child(ChildSpec(settings, "tally", name, EngineSpec("simulated")))
-        self.child._encode, self.child._plan = encode, plan
-        self.engine = self.child.runner.engine = engine
+        self._encode, self._plan = encode, plan
+        self._engines = self.child.runner.engine = self.child.residents.engines
+        self.use(engine)
 
     def __enter__(self) -> Self:
         return self
@@ -64,6 +66,11 @@ class SteppedWorker:
         self.child.protocol.redis.close()
         self.child.publisher._protocol.redis.close()
 
+    def use(self, engine: Engine) -> None:
+        """Have this engine from now on."""
+        self.engine = engine
+        self.child.residents.put("tally", LoadedModel(engine, self._encode, self._plan, unspelled))
+
     def claim(self) -> Self:
         self.child.dispatcher._claim()
         return self
@@ -71,7 +78,7 @@ class SteppedWorker:
     def step(self, steps: int = 1) -> None:
         """Turn the engine's loop; nothing is written."""
         for _ in range(steps):
-            self.child.runner._turn(self.engine)
+            self.child.runner._turn(self._engines)
 
     def rows(self) -> list[CommitRow]:
         """Take what a flush would write."""
@@ -101,7 +108,7 @@ class SteppedWorker:
         """Run what is held to its end."""
         while self.held:
             self.step()
-            if self.child.publisher._dirty:
+            if self.child.publisher.pending:
                 self.flush()
 
     def forget(self) -> None:
@@ -114,7 +121,7 @@ class SteppedWorker:
 
     def hand_over(self) -> None:
         """As a drain ends: write what was decoded, then release."""
-        if self.child.publisher._dirty:
+        if self.child.publisher.pending:
             self.child.publisher.drain(0)
             self.flush()
         rows = [(job.job_id, job.claimed.epoch, 0) for job in self.child.publisher.held()]

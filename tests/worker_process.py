@@ -34,7 +34,7 @@ from tests.poison import Poison, die
 from tests.wrong_clock import WrongClock
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Mapping
     from multiprocessing.connection import Connection
 
     from mlx_serving.producer.client import Client
@@ -55,7 +55,8 @@ class Hacks:
     """`block_at_step` hangs the engine's step n for good; `protocol`: what the worker speaks.
 
     `hold_lock`: it hangs in native code that holds the interpreter's lock, so nothing else runs.
-    `poison`: what a marked prompt does to the simulated engine. `load`: how loading goes wrong.
+    `poison`: what a marked prompt does to the simulated engine. `load`: how loading goes wrong, of
+    all models or, "<how> <path>", of one.
     `memory_pressure`: the parent sees signs of it.
     `freeze`: where the worker stops for good, see `tests.freezing`. `clock_file` holds the
     seconds by which its wall clock is wrong, read at every look at the clock.
@@ -88,9 +89,9 @@ def hacked_child(hacks: Hacks, spec: ChildSpec, lifeline: Connection) -> None:
         WrongClock(Path(hacks.clock_file)).start()
     if hacks.protocol:
         from mlx_serving.common import jobs
-        from mlx_serving.worker import dispatcher
+        from mlx_serving.worker import claiming
 
-        for module in (jobs, dispatcher):
+        for module in (jobs, claiming):
             vars(module)["PROTOCOL"] = hacks.protocol
     run_child(spec, lifeline)
 
@@ -98,12 +99,22 @@ def hacked_child(hacks: Hacks, spec: ChildSpec, lifeline: Connection) -> None:
 def _break_load(how: str) -> None:
     from mlx_serving.worker import child
 
-    def load(*_: Any) -> Any:
-        if how == "missing":
-            raise FileNotFoundError("no such model")
-        die(how)
+    what, _, where = how.partition(" ")
+    load = vars(child)["load"]
 
-    vars(child)["load"] = load
+    def broken(spec: EngineSpec, settings: Settings, path: str, *rest: Any) -> Any:
+        if where and path != where:
+            return load(spec, settings, path, *rest)
+        if what == "missing":
+            raise FileNotFoundError("no such model")
+        return dying(what)
+
+    vars(child)["load"] = broken
+
+
+def dying(how: str) -> Iterator[None]:
+    die(how)
+    yield
 
 
 def _block_engine(at_step: int, *, hold_lock: bool) -> None:
@@ -140,11 +151,11 @@ def main(text: str) -> int:
         vars(supervisor)["default_probe"] = Pressed
     vars(supervisor)["run_child"] = partial(hacked_child, Hacks(**hacks))
     settings = quick_settings(given["url"], **given["settings"])
-    simulated = given["rate"] is not None
+    others = tuple(given["others"].items())
     engine = (
-        EngineSpec("simulated", "", given["rate"])
-        if simulated
-        else EngineSpec("mlx", settings.models["tally"])
+        EngineSpec("mlx", settings.models["tally"], others=others)
+        if given["rate"] is None
+        else EngineSpec("simulated", "", given["rate"], others)
     )
     return supervisor.run_worker(settings, "tally", engine, given["name"])
 
@@ -152,7 +163,8 @@ def main(text: str) -> int:
 class WorkerProcess:
     """A parent with its engine child.
 
-    `rate`: a simulated row's tokens a second; 0 costs no time; None runs Tally on MLX.
+    `rate`: a simulated row's tokens a second; 0 costs no time; None runs Tally on MLX. `others`:
+    alias and path of the models that it serves beside tally.
     """
 
     def __init__(
@@ -161,10 +173,12 @@ class WorkerProcess:
         name: str,
         rate: float | None = 100.0,
         hacks: Hacks = Hacks(),
+        others: Mapping[str, str] = {},
         **settings: Any,
     ) -> None:
         given = {
             "url": url, "name": name, "rate": rate, "hacks": asdict(hacks), "settings": settings,
+            "others": dict(others),
         }  # fmt: skip
         self.name = name
         self._log = tempfile.NamedTemporaryFile("w+", suffix=".log")  # noqa: SIM115 -- closed at the end
@@ -257,10 +271,16 @@ def _command_line(pid: int) -> str:
 class InProcessWorker:
     """A child's parts in threads of this process: quick to start, nothing to kill."""
 
-    def __init__(self, url: str, name: str = "local", rate: float = 100.0, **settings: Any) -> None:
-        spec = ChildSpec(
-            quick_settings(url, **settings), "tally", name, EngineSpec("simulated", "", rate)
-        )
+    def __init__(
+        self,
+        url: str,
+        name: str = "local",
+        rate: float = 100.0,
+        others: Iterable[str] = (),
+        **settings: Any,
+    ) -> None:
+        engine = EngineSpec("simulated", "", rate, tuple((model, "") for model in others))
+        spec = ChildSpec(quick_settings(url, **settings), "tally", name, engine)
         self.name = name
         self.child = Child(spec)
         self._status: list[int] = []

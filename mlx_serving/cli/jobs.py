@@ -18,7 +18,7 @@ def status(
 ) -> None:
     """Show a job, or without an id the queues and the workers."""
     from mlx_serving.cli.overview import job_view, read_overview
-    from mlx_serving.cli.top_view import span, state_of
+    from mlx_serving.cli.top_view import failures_of, models_of, span, state_of
     from mlx_serving.producer.client import Client
 
     with Client(settings=read_settings(redis_url), model=model) as client:
@@ -41,10 +41,20 @@ def status(
     print_table(
         ("worker", "model", "state", "held", "KV tokens", "device", "acceleration"),
         [
-            (w.name, w.model, state_of(w), w.held, w.kv_tokens_capacity, w.device, w.acceleration)
+            (
+                w.name,
+                models_of(w),
+                state_of(w),
+                w.held,
+                w.kv_tokens_capacity,
+                w.device,
+                w.acceleration,
+            )
             for w in overview.workers
         ],
     )
+    for failure in failures_of(overview):
+        typer.echo(f"\n{failure}")
     if overview.suspended:
         typer.echo("\nRQ is suspended: no worker takes a job until `rq resume`")
 

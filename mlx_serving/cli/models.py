@@ -17,12 +17,17 @@ BYTES_A_MB: Final = 1_000_000
 
 @dataclass(frozen=True, slots=True)
 class ModelView:
-    """One alias; `problem` says why it can't be loaded here, `size_bytes` counts its files."""
+    """One alias; `problem` says why it can't be loaded here.
+
+    `size_bytes` counts its files, `weight_bytes` what is loaded of them: that counts for
+    `model_budget_bytes`.
+    """
 
     alias: str
     path: str
     revision: str | None = None
     size_bytes: int | None = None
+    weight_bytes: int | None = None
     problem: str | None = None
 
 
@@ -50,8 +55,18 @@ def models(
         print_json(views)
     else:
         print_table(
-            ("alias", "state", "revision", "size", "path"),
-            [(v.alias, v.problem or "ready", v.revision or "", _size(v), v.path) for v in views],
+            ("alias", "state", "revision", "size", "weights", "path"),
+            [
+                (
+                    v.alias,
+                    v.problem or "ready",
+                    v.revision or "",
+                    _mb(v.size_bytes),
+                    _mb(v.weight_bytes),
+                    v.path,
+                )
+                for v in views
+            ],
         )
     if alias is not None and not views:
         raise typer.Exit(1)
@@ -63,6 +78,7 @@ def model_view(alias: str, path: str) -> ModelView:
         ModelFilesError,
         check_model_files,
         model_revision,
+        weight_bytes,
     )
 
     if (problem := hub_problem(alias, path)) is not None:
@@ -74,8 +90,8 @@ def model_view(alias: str, path: str) -> ModelView:
     except (ModelFilesError, OSError) as error:
         return ModelView(alias, path, problem=str(error))
     size = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
-    return ModelView(alias, path, revision, size)
+    return ModelView(alias, path, revision, size, weight_bytes(folder))
 
 
-def _size(view: ModelView) -> str:
-    return "" if view.size_bytes is None else f"{view.size_bytes / BYTES_A_MB:.1f} MB"
+def _mb(size: int | None) -> str:
+    return "" if size is None else f"{size / BYTES_A_MB:.1f} MB"

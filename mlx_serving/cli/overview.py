@@ -41,8 +41,9 @@ class QueueView:
 class WorkerView:
     """What a live worker says of itself, a few seconds ago at most (`worker.presence`).
 
-    `held` are the jobs that it has claimed, `rows` those in its batch, `parked` rows that gave way
-    to others. `lease_age_ms` is None where nothing is held.
+    `model` are all aliases that it serves, with commas between. `held` are the jobs that it has
+    claimed, `rows` those in its batch, `parked` rows that gave way to others. `lease_age_ms` is
+    None where nothing is held.
     """
 
     name: str
@@ -66,6 +67,15 @@ class WorkerView:
     memory_bytes: int = 0
     protocol: int = 0
     version: str = ""
+    resident: tuple[str, ...] = ()  # of its models, those in memory that it claims for
+    loading: str = ""
+    unloadable: tuple[str, ...] = ()  # "alias: reason" of those that it could not load
+
+    @property
+    def able(self) -> list[str]:
+        """Its models without those that it could not load."""
+        failed = {line.partition(":")[0] for line in self.unloadable}
+        return [model for model in self.model.split(",") if model not in failed]
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +184,9 @@ def _worker(name: str, raw: Any) -> WorkerView | None:  # noqa: ANN401 -- redis-
         memory_bytes=_count(facts, "memory_bytes"),
         protocol=_count(facts, "protocol"),
         version=facts.get("version", ""),
+        resident=tuple(filter(None, facts.get("resident", facts.get("model", "")).split(","))),
+        loading=facts.get("loading", ""),
+        unloadable=tuple(facts.get("unloadable", "").splitlines()),
     )
 
 

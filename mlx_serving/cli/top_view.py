@@ -64,6 +64,18 @@ def state_of(worker: WorkerView) -> str:
     return f"{worker.state}: {', '.join(worker.reasons)}" if worker.reasons else worker.state
 
 
+def models_of(worker: WorkerView) -> str:
+    """Its models: first those in memory, then the others in brackets, and what it loads now."""
+    away = [model for model in worker.model.split(",") if model not in worker.resident]
+    names = [*worker.resident, *(f"({model})" for model in away if model != worker.loading)]
+    return " ".join(names + ([f"{worker.loading}…"] if worker.loading else []))
+
+
+def failures_of(overview: Overview) -> list[str]:
+    """Models that workers could not load, a line each."""
+    return [f"{w.name} can't load {why}" for w in overview.workers for why in w.unloadable]
+
+
 def lease_of(worker: WorkerView) -> str:
     """Age of its last renewal, and whether renewals fail."""
     age = "" if worker.lease_age_ms is None else span(worker.lease_age_ms / 1000)
@@ -94,9 +106,10 @@ def lines(overview: Overview, at: str) -> Iterator[str]:
     yield f"{at} {Totals.of(overview)}" + (" SUSPENDED" if overview.suspended else "")
     for w in by_model(overview):
         yield (
-            f"worker {w.name} {w.model}: {state_of(w)}, rows {_rows(w)}, KV {_kv(w)}, "
+            f"worker {w.name} {models_of(w)}: {state_of(w)}, rows {_rows(w)}, KV {_kv(w)}, "
             f"{w.tokens_per_second:,.1f} tokens/s, lease {lease_of(w) or '-'}, {w.device}"
         )
+    yield from failures_of(overview)
     for q in overview.queues:
         oldest = span(q.oldest_seconds) or "-"
         yield f"queue {q.name}: {q.queued:,} queued, {q.running:,} running, oldest {oldest}"
@@ -113,6 +126,7 @@ def frame(overview: Overview, at: str, *, width: int, notice: str = "") -> Rende
         parts.append(Text("RQ is suspended: no worker takes a job until `rq resume`", "yellow"))
     if notice:
         parts.append(Text(harmless(notice), "bold red"))
+    parts += [Text(harmless(failure), "yellow") for failure in failures_of(overview)]
     parts += [Text(), _workers(by_model(overview), wide=width >= WIDE), Text()]
     return Group(*parts, _queues(overview.queues), Text("q ends", "dim"))
 
@@ -135,7 +149,7 @@ def _workers(workers: list[WorkerView], *, wide: bool) -> Table:
     for w in workers:
         late = w.lease_failing or (w.lease_age_ms or 0) > LATE_LEASE_MS
         cells = [
-            Text(harmless(w.name)), Text(harmless(w.model)),
+            Text(harmless(w.name)), Text(harmless(models_of(w))),
             Text(harmless(state_of(w)), STYLES.get(w.state, "")), Text(_rows(w)), Text(_kv(w)),
             Text(f"{w.tokens_per_second:,.1f}"), Text(lease_of(w), "bold red" if late else ""),
         ]  # fmt: skip

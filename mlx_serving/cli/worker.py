@@ -7,15 +7,22 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from mlx_serving.cli.extras import require_engine
-from mlx_serving.cli.options import Model, RedisUrl, read_settings
+from mlx_serving.cli.options import RedisUrl, read_settings
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from mlx_serving.common.settings import Settings
     from mlx_serving.worker.loading import EngineSpec
 
 
 def worker(
-    model: Model = "tally",
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--model", "-m", show_default="tally", help="Alias of a model; repeat it for several."
+        ),
+    ] = None,
     name: Annotated[
         str | None, typer.Option(help="Name of this worker; no two may share one.")
     ] = None,
@@ -27,7 +34,10 @@ def worker(
     ] = 0.0,
     redis_url: RedisUrl = None,
 ) -> None:
-    """Serve one model from its three queues until SIGTERM or Ctrl-C.
+    """Serve one or more models, each from its three queues, until SIGTERM or Ctrl-C.
+
+    Several are in memory together as far as model_budget_bytes allows; the others come and go as
+    there is work for them.
 
     The first signal drains: no new claims, what ends within the grace time ends, the rest is
     handed over. The second hands over at once.
@@ -36,12 +46,13 @@ def worker(
     from mlx_serving.worker.supervisor import default_name, run_worker
 
     settings = read_settings(redis_url)
-    spec = engine_spec(settings, model, engine, tokens_per_second)
-    require_redis(settings, model)
+    first, *others = models = list(dict.fromkeys(model or ["tally"]))
+    spec = engine_spec(settings, first, engine, tokens_per_second, others=others)
+    require_redis(settings, first)
     configure_logging(log_format=settings.log_format, level=settings.log_level)
     name = name or default_name()
-    get_logger(__name__).info("starting", worker=name, model=model, engine=engine)
-    raise typer.Exit(run_worker(settings, model, spec, name))
+    get_logger(__name__).info("starting", worker=name, model=",".join(models), engine=engine)
+    raise typer.Exit(run_worker(settings, first, spec, name))
 
 
 def engine_spec(
@@ -49,20 +60,47 @@ def engine_spec(
     model: str,
     kind: Literal["mlx", "simulated"] = "mlx",
     tokens_per_second: float = 0.0,
+    others: Sequence[str] = (),
 ) -> EngineSpec:
     """Say what to load, checked before a process is started for it.
 
+    Of several models one at least has to be complete: the worker serves what it can load.
+
     Raises:
-        UnknownModel: the settings know no such alias, or its files can't be loaded.
+        UnknownModel: the settings know no such alias, or the files of none can be loaded.
+        InvalidSettings: the models are not all on one Redis.
         MissingDependency: the engine is not installed.
 
     """
+    from mlx_serving.common.connection import resolve_shared
     from mlx_serving.worker.loading import EngineSpec
 
+    resolve_shared(settings, (model, *others))
     if kind == "simulated":
-        return EngineSpec("simulated", "", tokens_per_second)
+        return EngineSpec("simulated", "", tokens_per_second, tuple((m, "") for m in others))
     require_engine()
-    return EngineSpec("mlx", model_path(settings, model))
+    paths = _paths(settings, {alias: known_path(settings, alias) for alias in (model, *others)})
+    return EngineSpec("mlx", paths.pop(model), others=tuple(paths.items()))
+
+
+def _paths(settings: Settings, known: dict[str, str]) -> dict[str, str]:
+    """Folder of each model, one of which is complete at least."""
+    from mlx_serving.cli.hub_models import found_path
+    from mlx_serving.common.errors import UnknownModel
+
+    paths: dict[str, str] = {}
+    problems: list[UnknownModel] = []
+    for model, path in known.items():
+        try:
+            paths[model] = model_path(settings, model)
+        except UnknownModel as error:
+            problems.append(error)
+            paths[model] = found_path(settings, path)
+            if len(known) > 1:
+                typer.echo(f"warning: {error}; its jobs are left to other workers", err=True)
+    if len(problems) == len(known):
+        raise problems[0]
+    return paths
 
 
 def require_redis(settings: Settings, model: str) -> None:
@@ -84,6 +122,23 @@ def require_redis(settings: Settings, model: str) -> None:
             raise unavailable(error) from error
 
 
+def known_path(settings: Settings, model: str) -> str:
+    """Folder that the settings have for a model, whatever is in it.
+
+    Raises:
+        UnknownModel: they know no such alias.
+
+    """
+    from mlx_serving.common.errors import FieldError, UnknownModel
+
+    path = settings.models.get(model)
+    if path is None:
+        known = ", ".join(sorted(settings.models))
+        reason = f"{model!r} is no alias of the settings (known: {known})"
+        raise UnknownModel([FieldError("model", reason)])
+    return path
+
+
 def model_path(settings: Settings, model: str) -> str:
     """Folder of a model that is complete and safe to load.
 
@@ -97,11 +152,7 @@ def model_path(settings: Settings, model: str) -> str:
     from mlx_serving.common.errors import FieldError, UnknownModel
     from mlx_serving.worker.engine.model_files import ModelFilesError, check_model_files
 
-    path = settings.models.get(model)
-    if path is None:
-        known = ", ".join(sorted(settings.models))
-        reason = f"{model!r} is no alias of the settings (known: {known})"
-        raise UnknownModel([FieldError("model", reason)])
+    path = known_path(settings, model)
     try:
         path = fetched_path(settings, path)
         check_model_files(Path(path))

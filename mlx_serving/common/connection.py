@@ -16,9 +16,12 @@ from redis.connection import parse_url
 from redis.retry import Retry
 from redis.sentinel import Sentinel
 
+from mlx_serving.common.errors import InvalidSettings
 from mlx_serving.common.keys import Keys
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from redis.asyncio import Redis as AsyncRedis
 
     from mlx_serving.common.settings import Settings
@@ -83,6 +86,21 @@ def resolve(settings: Settings, model: str | None = None, tenant: str | None = N
         key_prefix=settings.key_prefix,
         rq_prefix=settings.rq_prefix,
     )
+
+
+def resolve_shared(settings: Settings, models: Sequence[str]) -> Endpoint:
+    """Return the Redis of a worker's models.
+
+    Raises:
+        InvalidSettings: they have not all the same one.
+
+    """
+    first = resolve(settings, models[0])
+    for model in models[1:]:
+        if resolve(settings, model) != first:
+            reason = f"a worker's models share one Redis, and {models[0]} has another"
+            raise InvalidSettings([(f"redis_by_model.{model}", reason)])
+    return first
 
 
 def connect(endpoint: Endpoint, *, block_seconds: float = 0.0) -> redis.Redis:

@@ -328,6 +328,11 @@ def queue_name(model: str, lane: Lane) -> str:
     return f"{model}:{lane}"
 
 
+def model_of(queue: str) -> str:
+    """Return the alias of the model that a queue is for."""
+    return queue.rpartition(":")[0]
+
+
 def lane_of(queue: str) -> Lane:
     """Lane of an RQ queue of ours.
 

@@ -22,6 +22,7 @@ _TEMPLATES: dict[str, tuple[str, str]] = {
     "wake": ("own", ":wake:<>"),  # pub/sub: something was enqueued
     "control": ("own", ":ctl:<>"),  # pub/sub to one worker: "cancel <id>"
     "reserved": ("own", ":reserved:<>"),  # worker that makes room for a queue's suspects
+    "bringing": ("own", ":bringing:<>"),  # worker that is about to load a model; expires
     "limits": ("own", ":limits"),  # hash, an operator's: queued, running, queued:<tenant>, …
     "tenants": ("own", ":tenants"),  # set of tenants that have open jobs
     "tenant_queued": ("own", ":tenant:<>:queued"),  # set of a tenant's queued jobs
@@ -104,6 +105,10 @@ class Keys:
     def control(self, worker: str) -> str:
         """Channel of hints to one worker."""
         return self._spell("control", worker)
+
+    def bringing(self, model: str) -> str:
+        """Worker that is about to load a model, so that no other does at the same time."""
+        return self._spell("bringing", model)
 
     def worker(self, worker: str) -> str:
         """What a worker says of itself."""

@@ -135,6 +135,21 @@ class Settings(BaseSettings):
         default=None,
         description="folder for what a hub gave; none: as huggingface_hub has it",
     )
+    model_budget_bytes: int | None = Field(
+        default=None,
+        gt=0,
+        description="of weights in memory at once; none: half of the device's, for several models",
+    )
+    pinned_models: Annotated[tuple[ModelName, ...], NoDecode, BeforeValidator(_split)] = Field(
+        default=(), description="aliases that never leave memory once they are loaded"
+    )
+    model_wait_seconds: PositiveSeconds = Field(
+        default=15.0,
+        description="how long jobs wait for a model that no worker has, while others have work",
+    )
+    model_load_seconds: PositiveSeconds = Field(
+        default=300.0, description="the most that a slice of a model's load may take"
+    )
 
     # Delivery
     lease_seconds: PositiveSeconds = 10.0

@@ -103,6 +103,12 @@ def get_logger(name: str) -> structlog.stdlib.BoundLogger:
     return logger
 
 
+def says(logger: WrappedLogger, level: int) -> bool:
+    """Whether a record of this level comes out: where not, its fields need not be gathered."""
+    is_enabled = getattr(logger, "isEnabledFor", None)  # not every structlog configuration has it
+    return is_enabled is None or bool(is_enabled(level))
+
+
 @contextlib.contextmanager
 def job_context(
     job_id: str, *, attempt: int | None = None, traceparent: str | None = None

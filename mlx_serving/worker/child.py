@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 import structlog
 
-from mlx_serving.common.connection import connect, resolve
+from mlx_serving.common.connection import connect, resolve_shared
 from mlx_serving.common.errors import MlxServingError
 from mlx_serving.common.jobs import LANES, queue_name
 from mlx_serving.common.signing import Signer
@@ -21,32 +21,41 @@ from mlx_serving.worker.conditions import Conditions, Rules
 from mlx_serving.worker.conditions_mac import default_probe
 from mlx_serving.worker.crash import EXIT_CONFIGURATION, EXIT_ENGINE
 from mlx_serving.worker.dispatcher import Dispatcher, DispatcherOptions
+from mlx_serving.worker.engine.engine_set import EngineSet
 from mlx_serving.worker.engine.limits import least_rows
 from mlx_serving.worker.fleet import Fleet
 from mlx_serving.worker.listener import Listener
-from mlx_serving.worker.loading import EngineSpec, describe, load, memory_of, planner_of, speller_of
+from mlx_serving.worker.loading import (
+    EngineSpec,
+    describe,
+    load,
+    memory_of,
+    model_bytes,
+    plan_memory,
+)
 from mlx_serving.worker.manifest import Manifest
 from mlx_serving.worker.measured_protocol import MeasuredProtocol, QueueWatch
 from mlx_serving.worker.measures import Measures
 from mlx_serving.worker.memory_keeper import MemoryKeeper
 from mlx_serving.worker.memory_pressure import AvailableMemory
+from mlx_serving.worker.placement import Placement
 from mlx_serving.worker.preparation import Preparation
 from mlx_serving.worker.presence import Presence, machine_facts
 from mlx_serving.worker.process_end import leave
 from mlx_serving.worker.publisher import Publisher, PublisherOptions
 from mlx_serving.worker.recycling import RecycleRules, Recycling
+from mlx_serving.worker.residents import Residents
 from mlx_serving.worker.runner import Runner
 from mlx_serving.worker.sweeper import Sweeper
 from mlx_serving.worker.vitals import Reporter, Vitals
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Generator, Sequence
     from multiprocessing.connection import Connection
 
-    from mlx_serving.common.jobs import GenerationJob
     from mlx_serving.common.settings import Settings
-    from mlx_serving.worker.engine.sequence import InferenceEngine, Output, Request
-    from mlx_serving.worker.intake import Plan
+    from mlx_serving.worker.engine.sequence import Output
+    from mlx_serving.worker.loading import LoadedModel
 
 log = structlog.get_logger(__name__)
 
@@ -65,6 +74,7 @@ class ChildSpec:
     engine: EngineSpec
     manifest: str = ""  # file that shows the parent what the child held; '': nobody looks
     reports: Connection | None = None  # pipe to the parent: how the child is; None: nobody asks
+    avoid: tuple[str, ...] = ()  # models over which a child died while it loaded them
 
 
 class Child:
@@ -72,17 +82,18 @@ class Child:
 
     def __init__(self, spec: ChildSpec) -> None:
         settings = spec.settings
-        endpoint = resolve(settings, spec.model)
+        self._paths = spec.engine.paths(spec.model)
+        endpoint = resolve_shared(settings, tuple(self._paths))
         lease_ms = int(settings.lease_seconds * 1000)
-        queues = tuple(queue_name(spec.model, lane) for lane in LANES)
+        queues = tuple(queue_name(model, lane) for model in self._paths for lane in LANES)
         self.stall_seconds = settings.engine_stall_seconds
         self.measures = Measures()
         self.protocol = MeasuredProtocol(connect(endpoint), endpoint.keys, self.measures)
         self._spec = spec
         self._manifest = Manifest.open(spec.manifest) if spec.manifest else Manifest()
-        self._encode: Callable[[GenerationJob], tuple[int, ...]] | None = None
-        self._plan: Plan | None = None
+        self._kv_budget: int | None = settings.kv_budget_bytes
         self._description: dict[str, str] = {}
+        self.residents = self._residents()
         self.available = AvailableMemory()
         self.keeper = self._keeper()
         self.runner = self._runner()
@@ -96,14 +107,15 @@ class Child:
             measures=self.measures,
         )
         self.fleet = Fleet(self.protocol, queues, spec.name)
+        self.fleet.resident = self.residents.resident
         self.conditions = Conditions(Rules.of(settings), default_probe())
         sweeper = Sweeper(
             self.protocol, queues, lease_ms=lease_ms, reap_seconds=settings.reap_interval_seconds,
             watch=QueueWatch(self.protocol, queues, self.measures),
         )  # fmt: skip
         self.dispatcher = Dispatcher(
-            self._options(queues, lease_ms), self.protocol, self.runner, self.publisher,
-            sweeper, self.fleet, self._preparation(),
+            self._options(lease_ms), self.protocol, self.runner, self.publisher, sweeper,
+            self._placement(), self._preparation(),
         )  # fmt: skip
         self.listener = Listener(
             connect(endpoint, block_seconds=READ_SECONDS), endpoint.keys, spec.name, queues,
@@ -114,6 +126,7 @@ class Child:
             draining=lambda: self.dispatcher.draining, info=lambda: self._description,
             paused=lambda: self.conditions.reasons, keeper=self.keeper,
         )  # fmt: skip
+        self.vitals.standing = self.residents.standing
         self.fleet.numbers = Presence(self.vitals.snapshot).numbers
 
     def _keeper(self) -> MemoryKeeper:
@@ -123,6 +136,15 @@ class Child:
             steps=lambda: self.runner.steps,
         )  # fmt: skip
 
+    def _residents(self) -> Residents:
+        spec = self._spec
+        residents = Residents(
+            tuple(self._paths), EngineSet(), self._load_model,
+            lambda model: model_bytes(spec.engine, self._paths[model]), self._models_changed,
+        )  # fmt: skip
+        residents.avoid(spec.avoid)
+        return residents
+
     def _runner(self) -> Runner:
         settings = self._spec.settings
         return Runner(
@@ -131,48 +153,79 @@ class Child:
             on_refused=self._refused,
             on_room=lambda: self.dispatcher.post("room"),
             paused=lambda: self.publisher.backlog >= settings.buffer_tokens,
+            slice_seconds=settings.model_load_seconds,
             tend=self.keeper.tend,
         )
 
-    def _options(self, queues: tuple[str, ...], lease_ms: int) -> DispatcherOptions:
-        spec, settings = self._spec, self._spec.settings
+    def _options(self, lease_ms: int) -> DispatcherOptions:
+        settings = self._spec.settings
         return DispatcherOptions(
-            spec.name, spec.model, queues, settings.max_batch_rows,
+            self._spec.name, settings.max_batch_rows,
             least_rows(settings.max_batch_rows, settings.lane_min_share), lease_ms,
             settings.drain_grace_seconds, settings.max_payload_bytes, self.conditions,
             lambda: self.keeper.state.refuses,
         )  # fmt: skip
 
+    def _placement(self) -> Placement:
+        return Placement(
+            self.residents, self.protocol, self.fleet, self._spec.name,
+            interleave=self.runner.interleave,
+            held=lambda: [job.claimed.queue for job in self.publisher.held()],
+            patience=self._spec.settings.model_wait_seconds,
+        )  # fmt: skip
+
     def _preparation(self) -> Preparation:
         settings = self._spec.settings
         return Preparation(
-            self._encode_prompt, self._plan_output,
             Signer(key.get_secret_value() for key in settings.signing_keys),
             settings.max_payload_bytes,
         )  # fmt: skip
 
-    def _load(self) -> InferenceEngine:
-        engine, self._encode = load(self._spec.engine, self._spec.settings)
-        self._plan = planner_of(self._spec.engine, engine)
-        self.publisher.spell = speller_of(self._spec.engine, engine)
-        self._description = describe(self._spec.engine, engine)
-        pieces = {report.implementation for report in getattr(engine, "acceleration", ())}
-        self.vitals.facts = {
-            "revision": engine.model_info.revision,
-            "implementation": ("twin" if "twin" in pieces else "native") if pieces else "none",
-        }
-        engine.on_prefill = self._manifest.prefill
+    def _load(self) -> EngineSet:
+        spec, engines = self._spec, self.residents.engines
+        engines.on_prefill = self._manifest.prefill
+        budget, self._kv_budget = plan_memory(spec.engine, spec.settings, self._paths)
+        self.residents.load_first(budget)
         self.available.start()
-        self.keeper.watch(*memory_of(self._spec.engine, engine, lambda: self.available.value))
-        return engine
+        self.keeper.watch(*memory_of(spec.engine, engines, lambda: self.available.value))
+        return engines
 
-    def _encode_prompt(self, job: GenerationJob) -> tuple[int, ...]:
-        assert self._encode is not None  # noqa: S101 -- the engine was ready before any claim
-        return self._encode(job)
+    def _load_model(self, model: str) -> Generator[None, None, LoadedModel]:
+        spec = self._spec
+        loading = load(spec.engine, spec.settings, self._paths[model], self._kv_budget)
+        while True:
+            with self._manifest.loading(model):
+                try:
+                    next(loading)
+                except StopIteration as end:
+                    loaded: LoadedModel = end.value
+                    break
+            yield
+        return loaded
 
-    def _plan_output(self, job: GenerationJob, requests: Sequence[Request]) -> list[Request]:
-        assert self._plan is not None  # noqa: S101 -- see above
-        return self._plan(job, requests)
+    def _models_changed(self, model: str) -> None:
+        """Describe what is in memory now, and have the main thread look."""
+        loaded = self.residents.get(model)
+        self.measures.count("model_loads" if loaded else "model_load_failures", model)
+        if loaded is not None:
+            self._description = describe(self._spec.engine, loaded.engine)
+            pieces = {r.implementation for r in getattr(loaded.engine, "acceleration", ())}
+            implementation = ("twin" if "twin" in pieces else "native") if pieces else "none"
+            self.vitals.facts = {"revision": self._revisions(), "implementation": implementation}
+            self.fleet.facts = {
+                "model": ",".join(self._paths), "revision": self._revisions(),
+                "batch_rows": str(self._spec.settings.max_batch_rows),
+                **machine_facts(), **self._description,
+            }  # fmt: skip
+        self.dispatcher.post("room")
+
+    def _revisions(self) -> str:
+        """Revision of the model in memory; of several, each after its alias."""
+        found = {m: self.residents.get(m) for m in self.residents.models}
+        revisions = {m: each.engine.model_info.revision for m, each in found.items() if each}
+        if len(self._paths) == 1:
+            return next(iter(revisions.values()), "")
+        return ", ".join(f"{model}={revision}" for model, revision in revisions.items())
 
     def _push(self, outputs: Sequence[Output]) -> None:
         self.publisher.push(outputs)
@@ -191,21 +244,15 @@ class Child:
         reporter.start()
         self.runner.start()
         self.runner.ready.wait()
-        engine = self.runner.engine
-        if engine is None:
+        if self.runner.engine is None:
             return load_failed(self.runner.failure)
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
-        self.fleet.facts = {
-            "model": self._spec.model, "revision": engine.model_info.revision,
-            "kv_tokens_capacity": str(engine.kv_tokens_capacity),
-            "batch_rows": str(self._spec.settings.max_batch_rows),
-            **machine_facts(), **self._description,
-        }  # fmt: skip
         self.publisher.start()
         self.listener.start()
         log.info(
             "serving", worker=self._spec.name, model=self._spec.model,
-            queues=[queue_name(self._spec.model, lane) for lane in LANES], **self._description,
+            queues=[queue_name(model, lane) for model in self._paths for lane in LANES],
+            **self._description,
         )  # fmt: skip
         self.conditions.start()
         status = self.dispatcher.run()

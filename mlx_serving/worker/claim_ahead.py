@@ -19,10 +19,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Claimed:
-    """What a claim brought."""
+    """What a claim brought; `others`: other models have jobs waiting too."""
 
     reply: ClaimReply
     asked: LaneClaim
+    others: bool = False
 
     @property
     def full(self) -> bool:

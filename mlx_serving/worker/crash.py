@@ -73,12 +73,14 @@ def judge(rows: Sequence[ManifestRow], cause: Cause) -> list[Blame]:
 
     Suspects are those whose prompt was in the works, else those that had not run for long, else
     all that ran. Each may run next beside half as many unproven rows as were suspect with it, so
-    that the next crash tells more; a row that was being prefilled by itself runs alone.
+    that the next crash tells more; a row that was being prefilled by itself runs alone. A death
+    while a model was loaded is the model's, and charges nobody.
     """
+    loading, rows = loaded_at_death(rows), [r for r in rows if r.state is not RowState.LOADING]
     entering = [row for row in rows if row.state is RowState.ENTERING]
     fresh = entering + [row for row in rows if row.state is RowState.RUNNING]
     ran = fresh + [row for row in rows if row.state is RowState.PROVEN]
-    if not cause.charges:
+    if not cause.charges or loading:
         return [Blame(row.job_id, row.epoch) for row in rows]
     company = dict.fromkeys(fresh or ran, _half(fresh or ran))
     company |= dict.fromkeys(entering, _half(entering))
@@ -86,6 +88,11 @@ def judge(rows: Sequence[ManifestRow], cause: Cause) -> list[Blame]:
         Blame(row.job_id, row.epoch, company.get(row, 0), alone=len(ran) == 1) for row in rows
     ]
     return sorted(blamed, key=lambda b: b.company or len(rows) + 1)
+
+
+def loaded_at_death(rows: Sequence[ManifestRow]) -> list[str]:
+    """Return the models that the child was loading just then: one at most."""
+    return [row.job_id for row in rows if row.state is RowState.LOADING]
 
 
 def _half(rows: Sequence[ManifestRow]) -> int:

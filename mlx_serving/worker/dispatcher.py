@@ -18,23 +18,24 @@ import structlog
 
 from mlx_serving.common import calls
 from mlx_serving.common.errors import CorruptEvent, MlxServingError
-from mlx_serving.common.jobs import PROTOCOL
-from mlx_serving.worker.claim_ahead import ClaimAhead, Claimed
+from mlx_serving.common.jobs import model_of
+from mlx_serving.worker.claiming import Claims, ClaimTerms
 from mlx_serving.worker.conditions import ANY_TIME, Conditions
 from mlx_serving.worker.crash import EXIT_ENGINE, EXIT_RECYCLE
 from mlx_serving.worker.held import HeldJob
 from mlx_serving.worker.intake import JobRefusedError
-from mlx_serving.worker.lane_claims import LaneClaim, LaneNews, LaneRoom, queues_of
+from mlx_serving.worker.job_log import JobLog
+from mlx_serving.worker.lane_claims import LaneClaim, LaneNews, LaneRoom
 from mlx_serving.worker.outage import Outage
 from mlx_serving.worker.strays import Strays
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from mlx_serving.common.calls import Call, ClaimedJob, ClaimReply, Returned
+    from mlx_serving.common.calls import ClaimedJob, Returned
     from mlx_serving.common.protocol import Protocol
-    from mlx_serving.worker.engine.sequence import InferenceEngine
-    from mlx_serving.worker.fleet import Fleet
+    from mlx_serving.worker.engine.engine_set import EngineSet
+    from mlx_serving.worker.placement import Placement
     from mlx_serving.worker.preparation import Preparation
     from mlx_serving.worker.publisher import Publisher
     from mlx_serving.worker.runner import Choices, Runner
@@ -59,8 +60,6 @@ class DispatcherOptions:
     """
 
     worker: str
-    model: str
-    queues: tuple[str, ...]
     rows: int
     lane_min_rows: int = 0
     lease_ms: int = 10_000
@@ -80,25 +79,26 @@ class Dispatcher:
         runner: Runner,
         publisher: Publisher,
         sweeper: Sweeper,
-        fleet: Fleet,
+        placement: Placement,
         preparation: Preparation,
     ) -> None:
         self._options, self._protocol = options, protocol
         self._runner, self._publisher, self._sweeper = runner, publisher, sweeper
-        self._fleet, self._preparation = fleet, preparation
+        self._fleet, self._placement, self._preparation = placement.fleet, placement, preparation
         self._measures = publisher.measures
-        self._log = log.bind()  # bound once: the module's own is looked up anew at each record
+        self._log = JobLog()
         self._messages: queue.SimpleQueue[tuple[str, str]] = queue.SimpleQueue()
         self._claim_limit = CLAIM_MOST
         self._unadmitted_since: float | None = None
         self._returning: dict[HeldJob, Returned] = {}  # to release
         self._drain_until: float | None = None
         self._status = 0  # to end with
-        self._suspended = False
-        self._reserved = ""  # queue of a suspect that this worker makes room for
         self._outage = Outage(protocol.redis)
-        self._ahead = ClaimAhead(protocol)
+        terms = ClaimTerms(
+            options.worker, options.rows, options.lease_ms, options.max_payload_bytes
+        )
         self._news = LaneNews(POLL_SECONDS)
+        self._claims = Claims(terms, protocol, placement, publisher.held_rows, self._news)
         self._strays = Strays(
             protocol, options.worker, lambda: [job.request_id for job in publisher.held()],
             seconds=options.lease_ms / 1000,
@@ -137,12 +137,13 @@ class Dispatcher:
         return time.monotonic() >= self._drain_until or not self._publisher.held()
 
     def _chores(self) -> None:
-        paused = bool(self._options.conditions.reasons)
-        self._fleet.beat(held=len(self._publisher.held()), suspended=self._suspended or paused)
+        idle = self._claims.suspended or bool(self._options.conditions.reasons)
+        self._fleet.beat(held=len(self._publisher.held()), suspended=idle)
         self._sweeper.sweep()
         self._release({})
         self._strays.give_back()
         self._settle_unadmitted()
+        self._placement.settle(claiming=not (idle or self.draining or self._publisher.failing))
         if self._options.conditions.hands_over:
             self._hand_over()
 
@@ -190,7 +191,7 @@ class Dispatcher:
     # Claiming
 
     @property
-    def _engine(self) -> InferenceEngine:
+    def _engine(self) -> EngineSet:
         engine = self._runner.engine
         assert engine is not None  # noqa: S101 -- run() starts after `ready`
         return engine
@@ -209,40 +210,19 @@ class Dispatcher:
     def _claim(self) -> bool:
         """Claim up to the room there is; True where there may be more."""
         try:
-            claimed = self._ahead.take() or self._claim_now()
+            claimed = self._claims.take(self._room)
         except redis.RedisError:
             self._strays.expect()
             self._news.note()
             raise
         if claimed is None:
             return False
-        reply = claimed.reply
-        if claimed.full:
+        if claimed.full or claimed.others:
             self._news.found_more(claimed.asked)
-        self._suspended, self._reserved = reply.suspended, reply.reserved
-        if reply.dropped:
-            log.info("claim_dropped", jobs=reply.dropped)
-        if not reply.jobs:
+        if not claimed.reply.jobs:
             return False
-        self._take(reply.jobs, more=claimed.full)
-        return claimed.full
-
-    def _claim_now(self) -> Claimed | None:
-        room = self._room()
-        if room is None:
-            return None
-        return Claimed(self._protocol.run(self._claim_call(room)), room)
-
-    def _claim_call(self, room: LaneClaim) -> Call[ClaimReply]:
-        options = self._options
-        self._news.ask(room)
-        return calls.claim(
-            options.worker, queues_of(options.queues, room.lanes, self._reserved),
-            most=room.most, lease_ms=options.lease_ms,
-            protocol=PROTOCOL, capacity_tokens=self._engine.kv_tokens_capacity,
-            max_payload_bytes=options.max_payload_bytes, capacity_rows=options.rows,
-            held=self._publisher.held_rows(),
-        )  # fmt: skip
+        self._take(claimed.reply.jobs, more=claimed.full)
+        return claimed.full or claimed.others
 
     def _take(self, claims: Sequence[ClaimedJob], *, more: bool = False) -> None:
         held = [HeldJob(claimed) for claimed in claims]
@@ -250,9 +230,8 @@ class Dispatcher:
         if self.draining or self._options.conditions.reasons:  # claimed ahead of that
             self._release({job: job.returned() for job in reversed(held)})
             return
-        room = self._room(in_hand=held) if more and not self._strays.expected else None
-        if room is not None:
-            self._ahead.begin(self._claim_call(room), room)
+        if more and not self._strays.expected:
+            self._claims.ahead(self._room(in_hand=held))
         requests = []
         for job in held:
             try:
@@ -268,23 +247,19 @@ class Dispatcher:
                 self._outage.note(error)
                 self._returning[job] = job.returned()
             else:
-                self._note_start(job)
+                self._measures.resumed(job.kept_tokens)
+                self._log.started(job)
                 if not self._publisher.conclude(job):
                     requests.append(choices)
         self._place(requests)
-
-    def _note_start(self, job: HeldJob) -> None:
-        resumed = 0 if job.reset else job.resumed_at
-        if resumed:
-            self._measures.resumed(resumed)
-        self._log.info("job_started", **job.names(), queue=job.claimed.queue, age_ms=job.age_ms,
-                 prompt_tokens=job.prompt_tokens, resumed_tokens=resumed)  # fmt: skip
 
     def _prepare(self, held: HeldJob) -> Choices:
         claimed, payloads = held.claimed, []
         if claimed.seq:
             payloads = self._protocol.read_events(claimed.job_id, count=claimed.seq + 1)
-        return self._preparation.requests(held, payloads, self._engine.model_info)
+        model = self._placement.residents.get(model_of(claimed.queue))
+        assert model is not None  # noqa: S101 -- a model with jobs in hand never leaves
+        return self._preparation.requests(held, payloads, model)
 
     def _place(self, requests: Sequence[Choices]) -> None:
         """Hand what can ever fit to the engine; leave the rest for a bigger worker, or fail it."""
@@ -303,7 +278,7 @@ class Dispatcher:
         """Give a job that is too big for this worker to another one, or fail it."""
         rows = len(choices)
         kv_tokens = rows * max(request.kv_tokens for request in choices)
-        if self._someone_holds(kv_tokens, rows):
+        if self._someone_holds(model_of(job.claimed.queue), kv_tokens, rows):
             self._release({job: job.returned(kv_tokens, rows if rows > 1 else 0)})
             return
         field = "n" if rows > self._options.rows else "max_tokens"
@@ -311,9 +286,9 @@ class Dispatcher:
         message = f"{field}: the job needs {needed}; no live worker has them"
         self._publisher.fail(job, "job_too_large", message)
 
-    def _someone_holds(self, kv_tokens: int, rows: int) -> bool:
+    def _someone_holds(self, model: str, kv_tokens: int, rows: int) -> bool:
         try:
-            return self._fleet.someone_holds(kv_tokens, rows)
+            return self._fleet.someone_holds(model, kv_tokens, rows)
         except redis.RedisError as error:
             self._outage.note(error)
             return True  # not known: whoever claims the job next looks again
@@ -374,7 +349,7 @@ class Dispatcher:
     def _finish(self) -> int:
         """Hand over what is left: commit every decoded token, then release."""
         with suppress(redis.RedisError, TimeoutError):
-            if claimed := self._ahead.take(CRASH_SECONDS):
+            if claimed := self._claims.last(CRASH_SECONDS):
                 self._publisher.hold(map(HeldJob, claimed.reply.jobs))
         if self._runner.failure is not None:
             self._publisher.drain(CRASH_SECONDS)  # what was decoded need not be again

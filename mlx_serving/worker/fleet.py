@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 
 import structlog
 
-from mlx_serving.worker.presence import bounded
+from mlx_serving.worker.presence import Peer, bounded
 from mlx_serving.worker.rq_worker import BatchWorker
 
 if TYPE_CHECKING:
@@ -34,18 +34,19 @@ class Fleet:
         self._protocol, self._queues, self.name = protocol, queues, name
         self._rq = BatchWorker(queues, name, protocol.redis)
         self._beaten_at = float("-inf")
-        self._shown: tuple[bool, bool] | None = None
+        self._shown: tuple[object, ...] | None = None
         self.facts: dict[str, str] = {}  # what this worker says of itself, see `presence`
         self.numbers: Callable[[], Mapping[str, str]] = dict
+        self.resident: Callable[[], tuple[str, ...]] = tuple  # models that jobs are claimed for
 
     def enter(self) -> None:
         """Register."""
         self._rq.enter()
 
     def beat(self, *, held: int, suspended: bool) -> None:
-        """Say that we live, every few seconds and whenever busy or suspended changes."""
+        """Say that we live, every few seconds and when that or the models in memory change."""
         now = time.monotonic()
-        shown = (held > 0, suspended)
+        shown = (held > 0, suspended, self.resident())
         if now - self._beaten_at < (BEAT_SECONDS if shown == self._shown else CHANGE_SECONDS):
             return
         self._beaten_at, self._shown = now, shown
@@ -59,15 +60,28 @@ class Fleet:
             pipe.expire(key, PRESENCE_SECONDS)
             pipe.execute()
 
-    def someone_holds(self, kv_tokens: int, rows: int = 1) -> bool:
-        """Whether another live worker of our queues could hold so many KV tokens and rows."""
-        redis, keys = self._protocol.redis, self._protocol.keys
-        for name in self._rq.peer_names():
-            facts = redis.hmget(keys.worker(name), "kv_tokens_capacity", "batch_rows")
-            capacity, most = (int(fact or 0) for fact in facts)
-            if capacity >= kv_tokens and (rows == 1 or most >= rows):
+    def someone_holds(self, model: str, kv_tokens: int, rows: int = 1) -> bool:
+        """Whether another live worker could hold so many KV tokens and rows of the model.
+
+        One that serves it and has not loaded it yet may: it finds out once it does.
+        """
+        for peer in self._peers():
+            capacity = peer.capacity(model)
+            roomy = capacity is None or capacity >= kv_tokens
+            if roomy and (rows == 1 or peer.batch_rows >= rows):
                 return True
         return False
+
+    def residents_elsewhere(self) -> set[str]:
+        """Models that other live workers have in memory and claim for."""
+        return {model for peer in self._peers() if peer.serving for model in peer.resident}
+
+    def _peers(self) -> list[Peer]:
+        redis, keys = self._protocol.redis, self._protocol.keys
+        with redis.pipeline(transaction=False) as pipe:
+            for name in self._rq.peer_names():
+                pipe.hgetall(keys.worker(name))
+            return [Peer(facts) for facts in pipe.execute() if facts]
 
     def leave(self) -> None:
         """Deregister."""

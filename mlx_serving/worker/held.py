@@ -81,6 +81,7 @@ class HeldJob:
     began: bool = False  # whether its first one was counted
     running_since: float = 0.0  # monotonic seconds of this attempt's first token
     trace_id: str = ""  # of the job's traceparent, once that is read
+    spell: Spell = unspelled  # of its model
 
     def __post_init__(self) -> None:
         """Start at what is committed, and fix when the job's time is over."""
@@ -117,6 +118,11 @@ class HeldJob:
     def completion_tokens(self) -> int:
         """Tokens decoded over all choices and attempts."""
         return sum(len(choice.token_ids) for choice in self.choices)
+
+    @property
+    def kept_tokens(self) -> int:
+        """Tokens of earlier attempts that this one goes on after."""
+        return 0 if self.reset else self.resumed_at
 
     @property
     def finish_reason(self) -> str | None:
@@ -221,7 +227,7 @@ class HeldJob:
         code = reason if state is JobState.EXPIRED else "cancelled"
         self.end(state, ErrorInfo(code, reason))
 
-    def rows(self, worker: str, spell: Spell = unspelled) -> list[CommitRow]:
+    def rows(self, worker: str) -> list[CommitRow]:
         """Take what is pending as rows to commit, in order of seq."""
         rows = []
         if self.model is not None:
@@ -231,7 +237,7 @@ class HeldJob:
             event = events.reset_event(attempt=self.claimed.epoch, seq=self._next_seq())
             rows.append(self._row(event))
             self.reset = False
-        deltas = [choice.delta(spell) for choice in self.choices if choice.pending]
+        deltas = [choice.delta(self.spell) for choice in self.choices if choice.pending]
         self.unsent = 0
         if deltas:
             event = events.tokens_event(

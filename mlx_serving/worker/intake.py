@@ -15,7 +15,7 @@ from mlx_serving.common.errors import (
     StreamGap,
 )
 from mlx_serving.common.events import ChoiceLogprobs
-from mlx_serving.common.jobs import lane_of
+from mlx_serving.common.jobs import lane_of, model_of
 from mlx_serving.common.signing import Signer
 from mlx_serving.worker.choice import Committed, CommittedChoice
 from mlx_serving.worker.engine.sequence import Request, SamplingParams
@@ -168,7 +168,7 @@ def build_requests(
         Request(
             id=claimed.request_id, prompt=prompt, sampling=sampling, max_tokens=job.max_tokens,
             stop=job.stop, committed=committed.of(index).token_ids, choice=index,
-            salt=job.tenant or "", lane=lane_of(claimed.queue),
+            salt=job.tenant or "", lane=lane_of(claimed.queue), model=model_of(claimed.queue),
         )
         for index in range(job.n)
     ]  # fmt: skip

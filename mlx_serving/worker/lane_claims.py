@@ -114,9 +114,3 @@ class LaneNews:
 
 def _claim(ranks: Sequence[int], most: int) -> LaneClaim | None:
     return LaneClaim(tuple(LANES[rank] for rank in ranks), most) if ranks else None
-
-
-def queues_of(queues: Sequence[str], lanes: Sequence[Lane], first: str = "") -> list[str]:
-    """Return the lanes' queues in their order, but `first` the one whose suspect waits for room."""
-    ours = [queue for lane in lanes for queue in queues if lane_of(queue) == lane]
-    return list(dict.fromkeys(filter(None, [first, *ours])))

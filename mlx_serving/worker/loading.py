@@ -1,19 +1,26 @@
-"""Which engine a worker runs, and how it comes up. Runs in the engine thread; imports MLX late."""
+"""Which engines a worker runs, and how one comes up, in the engine thread. Imports MLX late."""
 
 from __future__ import annotations
 
+import time
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import structlog
 
+from mlx_serving.worker.engine.aside import aside
+from mlx_serving.worker.engine.residency import ModelBudget
+
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Generator, Mapping, Sequence
 
     from mlx_serving.common.jobs import GenerationJob
     from mlx_serving.common.settings import Settings
     from mlx_serving.worker.engine.device_memory import DeviceMemory
+    from mlx_serving.worker.engine.engine import Engine
+    from mlx_serving.worker.engine.engine_set import EngineSet
     from mlx_serving.worker.engine.kv_memory import KvMemory
     from mlx_serving.worker.engine.sequence import InferenceEngine
     from mlx_serving.worker.intake import Plan
@@ -24,60 +31,94 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger(__name__)
 
+SIMULATED_BYTES: Final = 1 << 30  # what a simulated model counts for in a budget
+SIMULATED_SLICES: Final = 10  # of its load
+
 
 @dataclass(frozen=True, slots=True)
 class EngineSpec:
     """`mlx` runs the model at `model_path`; `simulated` costs time but no compute.
 
-    `tokens_per_second` is a simulated row's rate; 0: a job takes one step and no time.
+    `others` are further models that the same worker serves: alias and path. `tokens_per_second` is
+    a simulated row's rate; 0: a job takes one step and no time. `load_seconds` is what a simulated
+    load takes.
     """
 
     kind: Literal["mlx", "simulated"] = "mlx"
     model_path: str = ""
     tokens_per_second: float = 0.0
+    others: tuple[tuple[str, str], ...] = ()
+    load_seconds: float = 0.0
+
+    def paths(self, model: str) -> dict[str, str]:
+        """Alias → path of all models; `model` is the first one's alias."""
+        return {model: self.model_path, **dict(self.others)}
 
 
-def load(spec: EngineSpec, settings: Settings) -> tuple[InferenceEngine, Encode]:
-    """Bring the engine up, warm.
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model in memory: its engine, and what stands between jobs and the engine's tokens.
+
+    `encode` makes a prompt of a job, `plan` the form of its output, `spell` a token's bytes.
+    `close` ends what the model has outside of this process.
+    """
+
+    engine: InferenceEngine
+    encode: Encode
+    plan: Plan
+    spell: Spell
+    close: Callable[[], None] = lambda: None
+
+
+def load(
+    spec: EngineSpec, settings: Settings, path: str, kv_budget_bytes: int | None
+) -> Generator[None, None, LoadedModel]:
+    """Bring one model up, warm, a slice at each `next`; the first reads no weights.
 
     Raises:
         MlxServingError: the model can't be loaded; the message says why.
 
     """
     if spec.kind == "simulated":
-        return _load_simulated(spec, settings)
-    return _load_mlx(spec, settings)
+        return (yield from _load_simulated(spec, settings))
+    return (yield from _load_mlx(settings, path, kv_budget_bytes))
 
 
-def speller_of(spec: EngineSpec, engine: InferenceEngine) -> Spell:
-    """What spells the engine's token ids; some 0.3 s at 150,000 tokens, so before any claim."""
+def model_bytes(spec: EngineSpec, path: str) -> int:
+    """Size of a model's weights; 0 where it is not there."""
     if spec.kind == "simulated":
-        from mlx_serving.worker.engine.simulated import spell
+        return SIMULATED_BYTES
+    from mlx_serving.worker.engine.model_files import weight_bytes
 
-        return spell
-    # Imported here: the vocabulary's reader is for workers with a model.
-    from mlx_serving.worker.engine.vocabulary import read_vocabulary
-    from mlx_serving.worker.token_text import speller
-
-    return speller(read_vocabulary(getattr(engine, "tokenizer", None)))
+    try:
+        return weight_bytes(Path(path))
+    except OSError:
+        return 0
 
 
-def planner_of(spec: EngineSpec, engine: InferenceEngine) -> Plan:
-    """What plans the output of the engine's jobs: grammars and formats."""
-    if spec.kind == "simulated":
-        from mlx_serving.worker.engine.simulated import plan
+def plan_memory(
+    spec: EngineSpec, settings: Settings, paths: Mapping[str, str]
+) -> tuple[ModelBudget, int | None]:
+    """Return the budget for models, and the bytes that each has for its KV caches.
 
-        return plan
-    # Imported here: the planner imports MLX.
-    from mlx_serving.worker.engine.output_plan import OutputPlanner
+    The KV budget is shared equally by as many models as can be in memory at once. None: a single
+    model takes what its weights leave, once they are loaded.
+    """
+    sizes = {model: model_bytes(spec, path) for model, path in paths.items()}
+    pinned, bound, kv = (
+        frozenset(settings.pinned_models), settings.model_budget_bytes, settings.kv_budget_bytes,
+    )  # fmt: skip
+    if spec.kind == "mlx" and len(sizes) > 1 and (bound is None or kv is None):
+        from mlx_serving.worker.engine.models import default_budgets  # imports MLX
 
-    planner = OutputPlanner(getattr(engine, "tokenizer", None), engine.model_info)
-    planner.warm_up()
-    return planner.plan
+        model_bytes_, kv_bytes = default_budgets(sum(sizes.values()), bound)
+        bound, kv = bound or model_bytes_, kv or kv_bytes
+    budget = ModelBudget(sizes, bound, pinned & sizes.keys())
+    return budget, kv if kv is None else kv // budget.most_at_once()
 
 
 def memory_of(
-    spec: EngineSpec, engine: InferenceEngine, available: Callable[[], int | None]
+    spec: EngineSpec, engine: EngineSet, available: Callable[[], int | None]
 ) -> tuple[DeviceMemory | None, Callable[[], Sequence[KvMemory]]]:
     """What the memory keeper watches of an engine; nothing of a simulated one.
 
@@ -91,7 +132,7 @@ def memory_of(
 
 
 def describe(spec: EngineSpec, engine: InferenceEngine) -> dict[str, str]:
-    """Say what the engine runs on: its device, and native or twin for each accelerated piece.
+    """Say what an engine runs on: its device, and native or twin for each accelerated piece.
 
     Workers publish it with their presence; call it on the engine's thread.
     """
@@ -103,14 +144,17 @@ def describe(spec: EngineSpec, engine: InferenceEngine) -> dict[str, str]:
     return {"device": device_name(), "acceleration": "; ".join(map(str, reports))}
 
 
-def _load_mlx(spec: EngineSpec, settings: Settings) -> tuple[InferenceEngine, Encode]:
+def _load_mlx(
+    settings: Settings, path: str, kv_budget_bytes: int | None
+) -> Generator[None, None, LoadedModel]:
     # Imported here: the parent and the simulated engine must not load MLX.
-    from mlx_serving.worker.engine.models import EngineOptions, load_engine
+    from mlx_serving.worker.engine.models import EngineOptions, load_in_slices
+    from mlx_serving.worker.engine.output_plan import OutputPlanner
     from mlx_serving.worker.engine.prompts import PromptEncoder
 
     options = EngineOptions(
         max_batch_rows=settings.max_batch_rows,
-        kv_budget_bytes=settings.kv_budget_bytes,
+        kv_budget_bytes=kv_budget_bytes,
         prefix_cache_bytes=settings.prefix_cache_bytes,
         kv_cache=settings.kv_cache,
         kv_bits=settings.kv_bits,
@@ -118,13 +162,25 @@ def _load_mlx(spec: EngineSpec, settings: Settings) -> tuple[InferenceEngine, En
         lane_min_share=settings.lane_min_share,
         prefer_native=settings.native,
     )
-    engine = load_engine(spec.model_path, options)
+    engine = yield from load_in_slices(path, options)
     for report in engine.acceleration:
         log.info("acceleration", piece=report.piece, implementation=report.implementation,
                  reason=report.reason)  # fmt: skip
     encode = PromptEncoder(engine.tokenizer).encode
-    _warm_up(encode)
-    return engine, encode
+    yield from aside(lambda: _warm_up(encode))
+    planner = OutputPlanner(engine.tokenizer, engine.model_info)
+    yield from aside(planner.warm_up)
+    spell = yield from aside(lambda: _speller(engine))
+    return LoadedModel(engine, encode, planner.plan, spell, planner.close)
+
+
+def _speller(engine: Engine) -> Spell:
+    """What spells the engine's token ids; some 0.3 s at 150,000 tokens, so before any claim."""
+    # Imported here: the vocabulary's reader is for workers with a model.
+    from mlx_serving.worker.engine.vocabulary import read_vocabulary
+    from mlx_serving.worker.token_text import speller
+
+    return speller(read_vocabulary(engine.tokenizer))
 
 
 def _warm_up(encode: Encode) -> None:
@@ -137,19 +193,30 @@ def _warm_up(encode: Encode) -> None:
         encode(GenerationJob.from_wire(job.to_wire()))
 
 
-def _load_simulated(spec: EngineSpec, settings: Settings) -> tuple[InferenceEngine, Encode]:
-    from mlx_serving.worker.engine.simulated import (
-        SimulatedEngine,
-        SimulatedOptions,
-        SimulatedPromptEncoder,
-    )
+def _load_simulated(spec: EngineSpec, settings: Settings) -> Generator[None, None, LoadedModel]:
+    from mlx_serving.worker.engine import simulated
 
+    yield
+    for _ in range(SIMULATED_SLICES if spec.load_seconds else 0):
+        time.sleep(spec.load_seconds / SIMULATED_SLICES)
+        yield
     rows = settings.max_batch_rows
     options = (
-        SimulatedOptions(
+        simulated.SimulatedOptions(
             spec.tokens_per_second, max_rows=rows, lane_min_share=settings.lane_min_share
         )
         if spec.tokens_per_second
-        else SimulatedOptions.zero_cost(rows)
+        else simulated.SimulatedOptions.zero_cost(rows)
     )
-    return SimulatedEngine(options), SimulatedPromptEncoder().encode
+    encode = simulated.SimulatedPromptEncoder().encode
+    engine = simulated.SimulatedEngine(options)
+    return LoadedModel(engine, encode, simulated.plan, simulated.spell)
+
+
+def finish(loading: Generator[None, None, Any]) -> Any:  # noqa: ANN401 -- whatever is loaded
+    """Run a load to its end, where nobody waits meanwhile."""
+    try:
+        while True:
+            next(loading)
+    except StopIteration as loaded:
+        return loaded.value

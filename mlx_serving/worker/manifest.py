@@ -42,6 +42,9 @@ class RowState(IntEnum):
     PROVEN = 4
     """In the batch so long that a crash points to others first."""
 
+    LOADING = 5
+    """No job: a model of this name (epoch 0) that is being loaded."""
+
 
 @dataclass(frozen=True, slots=True)
 class ManifestRow:
@@ -124,6 +127,15 @@ class Manifest:
         yield
         self.mark(request_id, RowState.HELD)
 
+    @contextmanager
+    def loading(self, model: str) -> Iterator[None]:
+        """Say that a slice of the model's load is under way; the model may crash it."""
+        name = f"{model}:0"
+        self.hold(name)
+        self.mark(name, RowState.LOADING)
+        yield
+        self.drop(name)
+
     def prefill(self, request_ids: Iterable[str]) -> None:
         """Say whose prompts the engine computes from now on; none: the step is over."""
         with self._lock:
@@ -164,7 +176,7 @@ class ManifestFile:
         start = at + _HEAD.size
         request_id = self._memory[start : start + length].decode(errors="replace")
         job_id, _, epoch = request_id.rpartition(":")
-        if not RowState.FREE < state <= RowState.PROVEN or length > _ID_BYTES:
+        if not RowState.FREE < state <= RowState.LOADING or length > _ID_BYTES:
             return None
         if not job_id or not (epoch.isascii() and epoch.isdigit()):
             return None

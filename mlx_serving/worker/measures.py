@@ -104,12 +104,12 @@ class Measures:
 
     # What happens to jobs
 
-    def stepped(self, progress: Iterable[tuple[HeldJob, Output]]) -> None:
-        """Take a step's outputs; on the engine's thread, so it is kept cheap.
+    def stepped(self, progress: Iterable[tuple[HeldJob, Output]], at: float | None = None) -> None:
+        """Take the outputs of a step that was done `at` monotonic seconds; None: now.
 
         Rows that were in the same step before have the same gap: one look-up a step, not a row.
         """
-        now = time.monotonic()
+        now = time.monotonic() if at is None else at
         tokens = 0
         gaps: dict[float, int] = {}
         began: list[HeldJob] = []
@@ -140,7 +140,9 @@ class Measures:
             self._histograms[TTFT].observe(waited / 1000)
 
     def resumed(self, tokens: int) -> None:
-        """An attempt goes on after so many committed tokens."""
+        """An attempt goes on after so many committed tokens; 0: it is no resume."""
+        if not tokens:
+            return
         with self._lock:
             self._counts["resumes"][""] += 1
             self._counts["resumed_tokens"][""] += tokens

@@ -66,8 +66,10 @@ COUNTERS: Final[dict[str, tuple[str, str, tuple[str, ...]]]] = {
     ),
     "memory_errors": ("", "Out-of-memory errors of the device; what was decoded went on.", ()),
     "redis_errors": ("", "Calls to Redis that failed and are sent again.", ()),
+    "model_loads": ("model", "Models brought up, those before the first claim too.", ()),
+    "model_load_failures": ("model", "Models that could not be.", ()),
 }
-"""Name → (label or '', help, the label's values that are always shown)."""
+"""Name → (label or '', help, the label's values that are always shown; of `model`: all served)."""
 
 HISTOGRAMS: Final[dict[str, str]] = {
     TTFT: "From enqueue to a job's first token, waiting in the queue included; first attempts.",
@@ -139,7 +141,8 @@ class WorkerCollector(Collector):
         for name, (label, text, values) in COUNTERS.items():
             counts = view.counts.get(name, {})
             family = self._counter(name, text, *([label] if label else []))
-            for value in sorted({*values, *counts} if label else {""}):
+            shown = self._model.split(",") if label == "model" else values
+            for value in sorted({*shown, *counts} if label else {""}):
                 labels = [self._model, *([value] if label else [])]
                 family.add_metric(labels, counts.get(value, 0))
             yield family

@@ -20,23 +20,20 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from mlx_serving.common.signing import Signer
-    from mlx_serving.worker.engine.sequence import ModelInfo
     from mlx_serving.worker.held import HeldJob
-    from mlx_serving.worker.intake import Encode, Plan
+    from mlx_serving.worker.loading import LoadedModel
     from mlx_serving.worker.runner import Choices
 
 
 @dataclass(frozen=True, slots=True)
 class Preparation:
-    """What is made of a job: `encode` its prompt, `plan` the form of its output."""
+    """How a job is read: whose signature it needs, how large it may be."""
 
-    encode: Encode
-    plan: Plan
     signer: Signer
     max_payload_bytes: int
 
-    def requests(self, held: HeldJob, payloads: Sequence[bytes], model: ModelInfo) -> Choices:
-        """A request for each choice that has not ended.
+    def requests(self, held: HeldJob, payloads: Sequence[bytes], loaded: LoadedModel) -> Choices:
+        """A request for each choice that has not ended, to be decoded by its model.
 
         `payloads` are the events that earlier attempts wrote.
 
@@ -46,7 +43,8 @@ class Preparation:
             StreamGap: it does not hold all of it.
 
         """
-        claimed, committed = held.claimed, Committed()
+        claimed, committed, model = held.claimed, Committed(), loaded.engine.model_info
+        held.spell = loaded.spell
         if claimed.seq:
             committed = read_committed(payloads, claimed.seq)
             held.resume(committed)  # first: also a job that is refused keeps what it has
@@ -58,8 +56,8 @@ class Preparation:
         if not can_continue(committed, model, job):
             committed = Committed()
             held.restart()
-        requests = build_requests(claimed, job, committed, self.encode, model.vocab_size)
+        requests = build_requests(claimed, job, committed, loaded.encode, model.vocab_size)
         held.prompt_tokens = len(requests[0].prompt)
         held.model, held.model_name = model, job.model
         left = [r for r in requests if not held.choices[r.choice].finish_reason]
-        return plan_output(self.plan, job, left)
+        return plan_output(loaded.plan, job, left)

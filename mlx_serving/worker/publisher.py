@@ -20,9 +20,10 @@ from mlx_serving.common import calls
 from mlx_serving.common.calls import HeldRows
 from mlx_serving.common.events import ErrorInfo
 from mlx_serving.common.states import JobState
-from mlx_serving.worker.manifest import Manifest, RowState
+from mlx_serving.worker.holdings import Holdings
+from mlx_serving.worker.job_log import JobLog
+from mlx_serving.worker.manifest import Manifest
 from mlx_serving.worker.measures import Measures
-from mlx_serving.worker.token_text import unspelled
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -31,13 +32,12 @@ if TYPE_CHECKING:
     from mlx_serving.common.protocol import Protocol
     from mlx_serving.worker.engine.sequence import Output
     from mlx_serving.worker.held import HeldJob
-    from mlx_serving.worker.token_text import Spell
 
 log = structlog.get_logger(__name__)
 
 ROWS_A_CALL: Final = 128  # a longer script would hold up Redis's other clients
-BULK_TOKENS: Final = 16  # a job without `stream` commits every so many tokens a choice …
-BULK_SECONDS: Final = 0.5  # … or so often
+WITH_A_STEP: Final = 0.75  # of the interval: a flush goes with the first step after it …
+WITHOUT_STEP: Final = 1.25  # … or by the clock, where the engine is busy with a prompt
 TRANSIENT: Final = (
     "OOM", "MISCONF", "READONLY", "NOREPLICAS", "LOADING", "MASTERDOWN", "BUSY", "NOPERM",
     "ERR The user executing the script", "The user executing the script",  # Redis 7.0's NOPERM
@@ -59,7 +59,8 @@ class Publisher(threading.Thread):
     """Owner of the held jobs. Thread-safe.
 
     `on_gone(request_id)` is called, outside the lock, for every attempt that is not to be decoded
-    any further: it ended, was cancelled, or was taken over. `fresh` says whether the engine makes
+    any further: it failed, was cancelled, or was taken over; not where all its rows ended by
+    themselves, which the engine knows. `fresh` says whether the engine makes
     progress; leases are renewed only while it does.
     """
 
@@ -77,20 +78,27 @@ class Publisher(threading.Thread):
         super().__init__(name="publisher", daemon=True)
         self._protocol, self._worker, self._options = protocol, worker, options
         self._on_gone, self._fresh = on_gone, fresh
-        self._log = log.bind()  # bound once: the module's own is looked up anew at each record
+        self._log = JobLog()
         self.manifest = manifest or Manifest()
         self.measures = measures or Measures()
-        self.spell: Spell = unspelled
         self._changed = threading.Condition()
-        self._held: dict[str, HeldJob] = {}
-        self._dirty: dict[str, HeldJob] = {}
-        self._urgent = self._draining = self._looking = self._resting = False
+        self._holdings = Holdings(self.manifest, self.measures)
+        self._urgent = self._due = self._draining = self._looking = self._resting = False
         self._idle = threading.Event()
         self._stopping = threading.Event()
         self._flushed_at = self._renewed_at = 0.0
-        self.backlog = 0  # tokens that no flush has taken yet
         self.fenced = 0  # jobs lost to another worker
         self.failing = False  # whether the last write failed
+
+    @property
+    def backlog(self) -> int:
+        """Tokens that no flush has taken yet."""
+        return self._holdings.backlog
+
+    @property
+    def pending(self) -> bool:
+        """Whether anything waits to be written."""
+        return self._holdings.pending
 
     # What the main thread calls
 
@@ -99,11 +107,10 @@ class Publisher(threading.Thread):
         replaced = []
         with self._changed:
             for job in jobs:
-                if job.job_id in self._held:
-                    replaced.append(self._held[job.job_id].request_id)
-                    self._forget(job.job_id)
-                self._held[job.job_id] = job
-                self.manifest.hold(job.request_id)
+                if job.job_id in self._holdings.jobs:
+                    replaced.append(self._holdings.jobs[job.job_id].request_id)
+                    self._holdings.forget(job.job_id)
+                self._holdings.hold(job)
         for request_id in replaced:
             self._on_gone(request_id)
 
@@ -124,7 +131,7 @@ class Publisher(threading.Thread):
     def cancel(self, job_id: str, reason: str) -> None:
         """End a held job; unknown ids are ignored."""
         with self._changed:
-            job = self._held.get(job_id)
+            job = self._holdings.jobs.get(job_id)
             if job is None or job.ending is not None:
                 return
             self._cancel(job, reason)
@@ -137,31 +144,34 @@ class Publisher(threading.Thread):
             self._changed.notify()
 
     def held(self) -> list[HeldJob]:
-        """Jobs that are held now."""
+        """Jobs that are held now, with all that was decoded of them."""
         with self._changed:
-            return list(self._held.values())
+            self._give()
+            return list(self._holdings.jobs.values())
 
     def held_rows(self) -> HeldRows:
         """What the batch holds, for the claim's rule on suspects."""
         with self._changed:
-            rows = [job for job in self._held.values() if job.ending is None]
+            self._give()
+            rows = [job for job in self._holdings.jobs.values() if job.ending is None]
             unproven = [job.claimed.company for job in rows if not job.proven]
         return HeldRows(len(rows), len(unproven), min(filter(None, unproven), default=0))
 
     def let_go(self, jobs: Iterable[HeldJob]) -> None:
         """Forget jobs that were released: their leases are not renewed any more."""
         with self._changed:
-            gone = [job for job in jobs if self._held.get(job.job_id) is job]
+            gone = [job for job in jobs if self._holdings.jobs.get(job.job_id) is job]
             for job in gone:
-                self._forget(job.job_id)
+                self._holdings.forget(job.job_id)
         for job in gone:
-            log.info("job_handed_over", **job.names(), **job.report())
+            self._log.handed_over(job)
 
     def drain(self, timeout: float) -> bool:
         """Write all that is pending, bulk rows too; False where that took too long."""
         with self._changed:
             self._draining = True
-            for job in self._held.values():
+            self._give()
+            for job in self._holdings.jobs.values():
                 if job.pending:
                     self._mark(job, urgent=True)
             self._idle.clear()
@@ -178,42 +188,23 @@ class Publisher(threading.Thread):
 
     def push(self, outputs: Sequence[Output]) -> None:
         """Take a step's outputs. Rows of jobs that are gone are dropped."""
-        now = time.monotonic()
-        progress: list[tuple[HeldJob, Output]] = []
-        urgent = False
+        now, failed = time.monotonic(), []
         with self._changed:
-            for output in outputs:
-                job = self._live(output.request_id)
-                if job is not None:
-                    self.backlog += len(output.token_ids)
-                    urgent |= job.add(output)
-                    self._dirty[job.job_id] = job
-                    progress.append((job, output))
-                    if job.proves(now):
-                        self.manifest.mark(job.request_id, RowState.PROVEN)
-            if progress:
-                self._idle.clear()
-            self._urgent |= urgent
-            # Every wake-up takes the interpreter from the engine: none while a flush is due anyway.
-            if urgent or (self._resting and progress):
+            self._idle.clear()
+            if self._holdings.add(outputs, now):
+                failed = self._give()
+            # A flush that goes with a step runs while the engine waits for the device.
+            self._due |= now - self._flushed_at >= WITH_A_STEP * self._options.flush_seconds
+            if self._urgent or self._due or self._resting:
                 self._changed.notify()
-        self.measures.stepped(progress)
-        if urgent:
-            self._note_ends(progress)
+        for request_id in failed:
+            self._on_gone(request_id)
 
-    def _note_ends(self, progress: Sequence[tuple[HeldJob, Output]]) -> None:
-        for job, output in progress:
-            if job.ending is not None:
-                self.manifest.mark(job.request_id, RowState.HELD)
-                if output.error is not None:  # its other choices stop
-                    self._on_gone(job.request_id)
-
-    def _live(self, request_id: str) -> HeldJob | None:
-        """The held attempt of this name, while its end is open."""
-        job = self._held.get(request_id.partition(":")[0])
-        if job is None or job.request_id != request_id or job.ending is not None:
-            return None
-        return job
+    def _give(self) -> list[str]:
+        """Give the engine's steps to their jobs; returns attempts of which a row failed."""
+        urgent, failed = self._holdings.give()
+        self._urgent |= urgent
+        return failed
 
     # The thread
 
@@ -224,12 +215,12 @@ class Publisher(threading.Thread):
             self._renew()
             self._expire()
             with self._changed:
-                if not self._dirty:
+                if not self._holdings.pending:
                     self._idle.set()
 
     def _mark(self, job: HeldJob, *, urgent: bool) -> None:
         self._idle.clear()
-        self._dirty[job.job_id] = job
+        self._holdings.mark(job)
         if urgent and not self._urgent:
             self._urgent = True
             self._changed.notify()
@@ -240,35 +231,27 @@ class Publisher(threading.Thread):
         for start in range(0, len(rows), ROWS_A_CALL):
             self._commit(rows[start : start + ROWS_A_CALL])
 
-    def _due(self, job: HeldJob, now: float) -> bool:
-        if job.claimed.stream or job.ending or job.model or self._draining:
-            return True
-        waited = now - job.committed_at
-        return job.unsent >= BULK_TOKENS * len(job.choices) or waited >= BULK_SECONDS
-
     def _collect(self) -> list[CommitRow]:
         """Wait until a flush is due; take its rows."""
-        options = self._options
+        options, holdings = self._options, self._holdings
         with self._changed:
-            if not self._dirty:
+            looked = self._looking
+            rest = self._flushed_at + WITHOUT_STEP * options.flush_seconds - time.monotonic()
+            if rest > 0:
+                self._changed.wait_for(self._in_haste, rest)
+            if not holdings.pending and self._looking == looked:
                 self._resting = True
                 self._changed.wait(options.idle_seconds)
                 self._resting = False
-            rest = self._flushed_at + options.flush_seconds - time.monotonic()
-            if rest > 0:
-                self._changed.wait_for(self._in_haste, rest)
-            self._urgent = False
-            now = self._flushed_at = time.monotonic()
-            rows: list[CommitRow] = []
-            for job in [j for j in self._dirty.values() if self._due(j, now)]:
-                del self._dirty[job.job_id]
-                job.committed_at = now
-                self.backlog -= job.unsent
-                rows += job.rows(self._worker, self.spell)
+            self._give()
+            self._urgent = self._due = False
+            rows = holdings.rows(self._worker, everything=self._draining)
+            if rows:
+                self._flushed_at = time.monotonic()
             return rows
 
     def _in_haste(self) -> bool:
-        return self._urgent or self._looking or self._stopping.is_set()
+        return self._urgent or self._due or self._looking or self._stopping.is_set()
 
     def _commit(self, rows: list[CommitRow]) -> None:
         """Send rows until each is settled: the same rows, so that a lost reply does no harm."""
@@ -303,20 +286,20 @@ class Publisher(threading.Thread):
         lost: list[tuple[HeldJob, RowReply]] = []
         with self._changed:
             for row, reply in zip(rows, replies, strict=True):
-                job = self._held.get(row.job_id)
+                job = self._holdings.jobs.get(row.job_id)
                 if job is None or job.claimed.epoch != row.epoch or row.job_id in again:
                     continue
                 if reply.status == "ERROR" and reply.reason.lstrip("-").startswith(TRANSIENT):
                     self._note_failure(reply.reason.split(" ", 1)[0])
                     again[row.job_id] = None
                 elif reply.status not in {"OK", "DUP"}:
-                    self._forget(row.job_id)
+                    self._holdings.forget(row.job_id)
                     lost.append((job, reply))
                     gone.append(job.request_id)
                 elif row.state is not None:
-                    self._forget(row.job_id)
+                    self._holdings.forget(row.job_id)
                     ended.append((job, row.state))
-                    gone.append(job.request_id)
+                    gone += stopped(job, row.state)
                 elif reply.reason and job.ending is None:
                     self._cancel(job, reply.reason)
                     gone.append(job.request_id)
@@ -326,28 +309,16 @@ class Publisher(threading.Thread):
         for job, reply in lost:
             self._note_lost(job, reply)
         for job, state in ended:
-            self._note_end(job, state)
+            self.measures.ended(job, state)
+            self._log.ended(job, state)
         return [row for row in rows if row.job_id in again]
 
     def _note_lost(self, job: HeldJob, reply: RowReply) -> None:
         self.fenced += 1
-        log.warning("job_lost", **job.names(), status=reply.status, reason=reply.reason)
-
-    def _note_end(self, job: HeldJob, state: JobState) -> None:
-        self.measures.ended(job, state)
-        error = job.ending.error if job.ending else None
-        code = error.code if error else None
-        self._log.info("job_ended", **job.names(), state=state.value, code=code,
-                       finish_reason=job.finish_reason, **job.report())  # fmt: skip
-
-    def _forget(self, job_id: str) -> None:
-        job = self._held.pop(job_id, None)
-        self._dirty.pop(job_id, None)
-        if job is not None:
-            self.manifest.drop(job.request_id)
-            self.backlog -= job.unsent
+        self._log.lost(job, reply)
 
     def _cancel(self, job: HeldJob, reason: str) -> None:
+        self._give()  # what was decoded before is kept
         job.cancel(reason)
         self._mark(job, urgent=True)
 
@@ -382,9 +353,9 @@ class Publisher(threading.Thread):
         for job, reply in zip(jobs, replies, strict=True):
             if reply.status == "FENCED":
                 with self._changed:
-                    mine = self._held.get(job.job_id) is job
+                    mine = self._holdings.jobs.get(job.job_id) is job
                     if mine:
-                        self._forget(job.job_id)
+                        self._holdings.forget(job.job_id)
                 if mine:
                     self._note_lost(job, reply)
                 self._on_gone(job.request_id)
@@ -396,3 +367,8 @@ class Publisher(threading.Thread):
         for job in self.held():
             if now >= job.expires_at:
                 self.cancel(job.job_id, job.expiry_reason)
+
+
+def stopped(job: HeldJob, state: JobState) -> list[str]:
+    """Name of an attempt that ended, where its rows may not have ended by themselves."""
+    return [] if state is JobState.FINISHED else [job.request_id]

@@ -12,9 +12,10 @@ import structlog
 from mlx_serving.worker.engine.sequence import RequestRefusedError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
-    from mlx_serving.worker.engine.sequence import InferenceEngine, Output, Request
+    from mlx_serving.worker.engine.engine_set import EngineSet
+    from mlx_serving.worker.engine.sequence import Output, Request
 
     Choices = Sequence[Request]  # of one job: admitted together, or not at all
 
@@ -24,27 +25,31 @@ IDLE_SECONDS = 0.5
 
 
 class Runner(threading.Thread):
-    """Loads the engine, then steps it while there is work.
+    """Loads the first models, then steps their engines while there is work.
 
     `on_outputs` gets each step's outputs; `on_refused(request_id, code, message)` a request that
     the engine would not take; `on_room` is called when rows left the batch or requests entered it.
     `paused` is asked before each step: a deliberate pause is progress, a step that does not come
-    back is not (`stalled_for`). `tend` is called between steps, twice a second at least.
+    back is not (`stalled_for`). `slice_seconds` is how much longer a slice of `interleave` may take
+    than a step. `tend` is called between steps, twice a second at least.
     """
 
     def __init__(
         self,
-        load: Callable[[], InferenceEngine],
+        load: Callable[[], EngineSet],
         *,
         on_outputs: Callable[[Sequence[Output]], None],
         on_refused: Callable[[str, str, str], None],
         on_room: Callable[[], None],
         paused: Callable[[], bool],
+        slice_seconds: float = 0.0,
         tend: Callable[[], None] = lambda: None,
     ) -> None:
         super().__init__(name="engine", daemon=True)
         self._load, self._on_outputs, self._on_refused = load, on_outputs, on_refused
         self._paused, self._on_room, self._tend = paused, on_room, tend
+        self._slices: deque[Iterator[None]] = deque()
+        self._slice_seconds, self._in_slice = slice_seconds, False
         self._changed = threading.Condition()
         self._requests: deque[Choices] = deque()
         self._aborts: deque[str] = deque()
@@ -52,7 +57,7 @@ class Runner(threading.Thread):
         self._turns = self._submitted_at_turn = 0
         self.steps = 0  # of the engine
         self._progress_at = time.monotonic()
-        self.engine: InferenceEngine | None = None
+        self.engine: EngineSet | None = None
         self.ready = threading.Event()
         self.halted = threading.Event()
         self.failure: BaseException | None = None
@@ -90,6 +95,12 @@ class Runner(threading.Thread):
             self._aborts.append(request_id)
             self._changed.notify()
 
+    def interleave(self, slices: Iterator[None]) -> None:
+        """Have work done in the engine thread, a slice after each step; it must not raise."""
+        with self._changed:
+            self._slices.append(slices)
+            self._changed.notify()
+
     def halt(self) -> None:
         """Stop stepping for good; `halted` is set once the last outputs were handed over."""
         with self._changed:
@@ -98,10 +109,11 @@ class Runner(threading.Thread):
 
     @property
     def stalled_for(self) -> float:
-        """Seconds since the loop last came round; 0 before the engine is loaded."""
+        """Seconds since the loop should have come round; 0 before the first models are loaded."""
         if not self.ready.is_set() or self.halted.is_set():
             return 0.0
-        return time.monotonic() - self._progress_at
+        allowed = self._slice_seconds if self._in_slice else 0.0
+        return max(0.0, time.monotonic() - self._progress_at - allowed)
 
     def run(self) -> None:
         """Load, then loop; a failure of the engine itself is kept and ends the thread."""
@@ -114,7 +126,7 @@ class Runner(threading.Thread):
             return
         self._serve(self.engine)
 
-    def _serve(self, engine: InferenceEngine) -> None:
+    def _serve(self, engine: EngineSet) -> None:
         try:
             self._progress_at = time.monotonic()
             self.ready.set()
@@ -127,12 +139,12 @@ class Runner(threading.Thread):
             self.halted.set()
             self.ready.set()
 
-    def _turn(self, engine: InferenceEngine) -> bool:
+    def _turn(self, engine: EngineSet) -> bool:
         with self._changed:
             paused = self._paused()
             self._turns += 1
             busy = self._aborts or self._admissible(engine) or (engine.has_work and not paused)
-            if not busy and not self._halting:
+            if not (busy or self._slices or self._halting):
                 self._changed.wait(0.01 if paused else IDLE_SECONDS)
             aborts, self._aborts = self._aborts, deque()
             if self._halting:
@@ -151,12 +163,24 @@ class Runner(threading.Thread):
                 ended = ended or any(o.finish_reason for o in outputs)
         if ended or admitted:
             self._on_room()
+        if self._slices:
+            self._do_slice(self._slices[0])
         return True
 
-    def _admissible(self, engine: InferenceEngine) -> bool:
+    def _do_slice(self, slices: Iterator[None]) -> None:
+        self._progress_at = time.monotonic()  # the step before it was in time
+        self._in_slice = True
+        try:
+            next(slices)
+        except StopIteration:
+            self._slices.popleft()
+        finally:
+            self._progress_at, self._in_slice = time.monotonic(), False
+
+    def _admissible(self, engine: EngineSet) -> bool:
         return bool(self._requests) and engine.can_add(*self._requests[0])
 
-    def _admit(self, engine: InferenceEngine) -> int:
+    def _admit(self, engine: EngineSet) -> int:
         """Hand requests over in order, as far as there is room; returns how many."""
         admitted = 0
         while True:

@@ -43,6 +43,10 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     parked: int = 0
     kv_used: int = 0
     kv_capacity: int = 0
+    resident: tuple[str, ...] = ()  # models in memory, see `residents.Standing`
+    loading: str = ""
+    capacities: dict[str, int] = msgspec.field(default_factory=dict)
+    failures: dict[str, str] = msgspec.field(default_factory=dict)
     backlog: int = 0
     memory_active: int = 0  # bytes in arrays
     memory_cached: int = 0  # freed buffers that MLX keeps

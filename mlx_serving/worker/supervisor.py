@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Final
 import structlog
 
 from mlx_serving.worker.child import ChildSpec, run_child
-from mlx_serving.worker.crash import EXIT_CONFIGURATION, Cause, classify, judge
+from mlx_serving.worker.crash import EXIT_CONFIGURATION, Cause, classify, judge, loaded_at_death
 from mlx_serving.worker.manifest import ManifestFile
 from mlx_serving.worker.memory_pressure import default_probe
 from mlx_serving.worker.monitor import Monitor
@@ -97,12 +97,13 @@ class Supervisor:
     ) -> None:
         """Start nothing yet."""
         self._spec = ChildSpec(settings, model, name, engine)
-        self._monitor = Monitor(settings, model, name)
+        self._monitor = Monitor(settings, ",".join(engine.paths(model)), name)
         self._verdicts = VerdictWriter(settings, model, name, self._monitor.board.judged)
         self._probe = probe or default_probe()
         self._back_off = back_off or BackOff()
         self._context = multiprocessing.get_context("spawn")
         self._child: EngineChild | None = None
+        self._avoid: dict[str, None] = {}  # models that a child died over while it loaded them
         self._signals = 0
         self._telling = threading.Lock()
         self._stopped = threading.Event()
@@ -152,7 +153,7 @@ class Supervisor:
         theirs, ours = self._context.Pipe(duplex=False)
         spec = ChildSpec(
             self._spec.settings, self._spec.model, self._spec.name, self._spec.engine,
-            manifest.path, self._monitor.pipe(self._context),
+            manifest.path, self._monitor.pipe(self._context), tuple(self._avoid),
         )  # fmt: skip
         process = self._context.Process(
             target=run_child, args=(spec, theirs), name="mlx-serving-engine"
@@ -168,7 +169,10 @@ class Supervisor:
 
     def _judge(self, child: EngineChild, cause: Cause) -> bool:
         """Have the jobs handed back that it held; True where there are any."""
-        blamed = judge(child.manifest.read(), cause)
+        rows = child.manifest.read()
+        if cause.charges:
+            self._avoid |= dict.fromkeys(loaded_at_death(rows))
+        blamed = judge(rows, cause)
         self._verdicts.write(blamed)
         return bool(blamed)
 

@@ -9,6 +9,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
 
 from mlx_serving.worker.memory_keeper import MemoryState
+from mlx_serving.worker.residents import Standing
 from mlx_serving.worker.status_board import Snapshot, encode
 
 if TYPE_CHECKING:
@@ -39,8 +40,11 @@ class RunnerView(Protocol):
 class PublisherView(Protocol):
     """What is read of `Publisher`."""
 
-    backlog: int
     failing: bool
+
+    @property
+    def backlog(self) -> int:
+        """Decoded tokens that no flush has taken."""
 
     @property
     def ident(self) -> int | None:
@@ -77,6 +81,7 @@ class Vitals:
         self._measures, self._runner, self._publisher = measures, runner, publisher
         self._draining, self._info, self._paused = draining, info, paused
         self._keeper = keeper
+        self.standing: Callable[[], Standing] = Standing  # of the models
         self.facts: dict[str, str] = {}  # of the engine, once it is loaded
         self._failing_since: float | None = None
         self._stopping = False
@@ -91,6 +96,7 @@ class Vitals:
         measures, runner, publisher = self._measures, self._runner, self._publisher
         counts, histograms = measures.read()
         engine = runner.engine if runner.ready.is_set() else None
+        models = self.standing()
         started = publisher.ident is not None
         memory = self._keeper.state if self._keeper else MemoryState()
         return Snapshot(
@@ -110,6 +116,10 @@ class Vitals:
             parked=engine.parked if engine else 0,
             kv_used=engine.kv_tokens_used if engine else 0,
             kv_capacity=engine.kv_tokens_capacity if engine else 0,
+            resident=models.resident,
+            loading=models.loading,
+            capacities=dict(models.capacities),
+            failures=dict(models.failures),
             backlog=publisher.backlog,
             memory_active=memory.active,
             memory_cached=memory.cached,

@@ -71,7 +71,7 @@ def test_a_cut_after_any_step_leaves_no_seam_in_any_choice(
         worker.claim()
         for _ in range(cut + 1):
             worker.step()
-            if worker.child.publisher._dirty:
+            if worker.child.publisher.pending:
                 worker.flush()
         if worker.held:
             worker.leave(how)
@@ -88,7 +88,7 @@ def test_an_attempt_a_step_leaves_no_seam_either(client: Client, worker: Stepped
         worker.claim()
         for _ in range(2):
             worker.step()
-            if worker.child.publisher._dirty:
+            if worker.child.publisher.pending:
                 worker.flush()
         if not worker.held:
             break
@@ -115,7 +115,7 @@ def test_a_reset_takes_every_choice_back(client: Client, worker: SteppedWorker) 
     handle = submit(client, on_model_change="reset")
     worker.claim().decode(4)
     worker.die()
-    worker.engine = worker.child.runner.engine = spelled_engine("new", revision="r2")
+    worker.use(spelled_engine("new", revision="r2"))
     worker.claim().finish()
     assert [text for _, text, _ in told_by_choice(client, handle)] == ["new"] * CHOICES
 

@@ -68,7 +68,7 @@ def test_it_claims_nothing_ahead_while_it_looks_for_strays(
     worker.child.dispatcher._strays.expect()
     worker.claim()
     worker.child.dispatcher._strays.give_back()
-    assert worker.child.dispatcher._ahead.take() is None
+    assert worker.child.dispatcher._claims._ahead.take() is None
     assert worker.held == CLAIM_MOST
     assert driver.listed() == ids[CLAIM_MOST:]
 

@@ -14,6 +14,7 @@ import pytest
 from mlx_serving import Client
 from mlx_serving.common.errors import UnsuccessfulJob
 from mlx_serving.common.local_redis import LocalRedis
+from mlx_serving.worker.loading import SIMULATED_BYTES
 from tests.figures import show
 from tests.helpers import wait_until
 from tests.poison import POISON, Poison
@@ -214,3 +215,24 @@ def test_no_child_outlives_its_parent_during_a_restart(server: LocalRedis) -> No
         os.kill(worker.process.pid, signal.SIGKILL)
         worker.process.wait()
         wait_until(lambda: not worker.child_lives(), timeout=10)
+
+
+@pytest.mark.chaos
+def test_a_model_that_kills_the_process_that_loads_it_charges_no_job_and_is_left_alone(
+    server: LocalRedis, client: Client
+) -> None:
+    hacks = Hacks(load="abort bad")
+    others = {"big": "", "bad": "bad"}
+    with WorkerProcess(
+        server.url, "w", 50, hacks, others, model_budget_bytes=2 * SIMULATED_BYTES
+    ) as worker:
+        worker.serving()
+        running = submit(client, 3, 60)
+        wait_until(lambda: min(decoded(client, running)) > 0)
+        (left,) = submit(client, 1, 5, model="bad")
+        worker.next_child()
+        check_answers(client, running, 60)
+        check_answers(client, submit(client, 2, 5, model="big"), 5)
+        assert {client.result(job.id).attempts for job in running} == {2}
+        assert client.status(left.id).state.value == "queued"
+        assert worker.whole_log().count("child_died") == 1

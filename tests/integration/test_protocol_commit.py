@@ -67,6 +67,18 @@ class TestRows:
         ]  # fmt: skip
         assert seqs(driver) == [1, 2]
 
+    def test_an_event_that_could_not_be_published_is_written_once(self, driver: Driver) -> None:
+        """The channel is the fast path alone: its refusal takes nothing from the stream."""
+        attempt = driver.start("a")
+        rows = [attempt.row(), attempt.row()]
+        driver.redis.acl_setuser("default", reset_channels=True, enabled=True, nopass=True)
+        try:
+            assert driver.commit(attempt, *rows) == ["ERROR", "ERROR"]
+        finally:
+            driver.redis.acl_setuser("default", channels=["*"], enabled=True, nopass=True)
+        assert driver.commit(attempt, *rows, attempt.row()) == ["DUP", "DUP", "OK"]
+        assert (seqs(driver), driver.record("a").seq) == ([1, 2, 3], 3)
+
     def test_each_row_of_a_flush_stands_for_itself(self, driver: Driver) -> None:
         good, stolen, odd = (driver.start(job_id) for job_id in "abc")
         driver.lapse("b")

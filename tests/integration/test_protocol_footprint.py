@@ -12,7 +12,7 @@ from mlx_serving.common.states import JobState
 from mlx_serving.producer.envelope import seal
 from mlx_serving.worker.sweeper import Sweeper
 from tests.helpers import wait_until
-from tests.protocol_driver import LANES, QUEUE, Driver
+from tests.protocol_driver import LANES, QUEUE, Attempt, Driver
 
 if TYPE_CHECKING:
     import redis
@@ -23,6 +23,10 @@ JOBS = 2_000
 EVENTS = 2_000
 QUEUED_BYTES = 2.5 * 1024
 EVENT_BYTES = 100
+MANY = 32
+CLAIM_COMMANDS = 11  # a job, of a claim of many
+EVENT_COMMANDS = 6  # an event, of a flush of many rows
+END_COMMANDS = 14  # a job's last event and its end
 
 
 @pytest.fixture
@@ -80,6 +84,30 @@ def test_an_event_costs_at_most_100_bytes_and_its_text(driver: Driver) -> None:
         driver.commit(attempt, *rows[start : start + 100])
     each = (memory(driver.redis, "mlxs:ev:a") - before) / EVENTS
     assert each - len(text) <= EVENT_BYTES
+
+
+def commands(client: redis.Redis) -> int:
+    """Commands that Redis has run, those of scripts included."""
+    stats: dict[str, dict[str, int]] = client.info("commandstats")
+    return sum(s["calls"] for name, s in stats.items() if name != "cmdstat_info")
+
+
+@pytest.mark.may_leak(reason="RQ's view of ended jobs stays")
+def test_a_job_costs_few_commands_and_a_live_event_fewer(driver: Driver) -> None:
+    """Redis runs every script on one core: what it does there bounds how many Macs it carries."""
+    for number in range(MANY):
+        driver.enqueue(f"job{number}")
+    before = commands(driver.redis)
+    attempts = [Attempt(job, "w1") for job in driver.claim(most=MANY).jobs]
+    assert len(attempts) == MANY
+    claimed = commands(driver.redis)
+    assert claimed - before <= CLAIM_COMMANDS * MANY
+    driver.commit(attempts[0], *(attempt.row() for attempt in attempts))
+    driver.commit(attempts[0], *(attempt.row() for attempt in attempts))
+    streamed = commands(driver.redis)
+    assert streamed - claimed <= 2 * EVENT_COMMANDS * MANY
+    driver.commit(attempts[0], *(row for a in attempts for row in (a.row(), a.end())))
+    assert commands(driver.redis) - streamed <= END_COMMANDS * MANY
 
 
 def finish(driver: Driver, state: JobState) -> None:

@@ -151,7 +151,7 @@ def test_a_cut_between_the_last_tokens_event_and_the_end_event(
     assert {reply.status for reply in worker.child.protocol.run(call)} == {"OK"}
     worker.leave(how)
     assert client.status(handle.id).state.value == "queued"
-    worker.engine = worker.child.runner.engine = spelled_engine(TEXT, revision="r2")
+    worker.use(spelled_engine(TEXT, revision="r2"))
     worker.claim().finish()  # not even the model matters now
     assert told(client, handle) == expected
 

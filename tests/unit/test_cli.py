@@ -15,7 +15,7 @@ from mlx_serving.cli.generate import build_job
 from mlx_serving.cli.main import app
 from mlx_serving.cli.streaming import Printer
 from mlx_serving.cli.worker import engine_spec, model_path
-from mlx_serving.common.errors import InvalidJob, MissingDependency, UnknownModel
+from mlx_serving.common.errors import InvalidJob, InvalidSettings, MissingDependency, UnknownModel
 from mlx_serving.common.events import (
     ChoiceDelta,
     ChoiceLogprobs,
@@ -186,6 +186,24 @@ def test_the_simulated_engine_needs_no_install(monkeypatch: pytest.MonkeyPatch) 
     assert (spec.kind, spec.tokens_per_second) == ("simulated", 50.0)
 
 
+def test_a_worker_may_serve_several_models(tmp_path: Path) -> None:
+    settings = load_settings(models={"gone": str(tmp_path / "gone")})
+    spec = engine_spec(settings, "tally", others=["gone"])
+    assert spec.paths("tally") == {"tally": str(TALLY_PATH), "gone": str(tmp_path / "gone")}
+    spec = engine_spec(settings, "gone", others=["tally"])
+    assert list(spec.paths("gone")) == ["gone", "tally"]
+    with pytest.raises(UnknownModel, match="no alias"):
+        engine_spec(settings, "tally", others=["tolly"])
+    with pytest.raises(UnknownModel, match="not a folder"):
+        engine_spec(settings, "gone")
+
+
+def test_a_worker_s_models_share_one_redis() -> None:
+    settings = load_settings(redis_by_model={"b": "redis://elsewhere/0"})
+    with pytest.raises(InvalidSettings, match=r"redis_by_model\.b: .*share one Redis"):
+        engine_spec(settings, "tally", "simulated", others=["b"])
+
+
 def test_model_path_is_the_settings_folder() -> None:
     assert model_path(load_settings(), "tally") == str(TALLY_PATH)
 
@@ -207,7 +225,7 @@ def test_models_lists_what_loads_and_what_does_not(
     broken, tally = json.loads(result.stdout)
     assert (broken["alias"], broken["problem"].split(":")[0]) == ("broken", "config.json")
     assert (tally["alias"], tally["problem"]) == ("tally", None)
-    assert tally["size_bytes"] > 1_000_000
+    assert tally["size_bytes"] > tally["weight_bytes"] > 1_000_000
     assert len(tally["revision"]) == 16
 
 

@@ -1,5 +1,6 @@
 """The doctor's judgements, from faked servers and machines."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,9 +9,12 @@ import redis
 from mlx_serving.cli.doctor import engine, redis_server
 from mlx_serving.cli.doctor.conditions import condition_checks
 from mlx_serving.cli.doctor.mac import UNVERIFIED, mac_checks
+from mlx_serving.cli.doctor.models import fleet_problems, other_models
 from mlx_serving.cli.doctor.report import Check, Level, failed
+from mlx_serving.cli.overview import Overview, QueueView
 from mlx_serving.common.settings import load_settings
 from mlx_serving.worker.conditions_mac import MacProbe
+from tests.unit.test_cli_top import worker
 from tests.unit.test_conditions import FakeProbe
 
 
@@ -171,3 +175,24 @@ def test_a_mac_that_tells_nothing_is_warned_of() -> None:
     by_name = {check.name: check.level for check in mac_checks(FakeMac())}
     assert by_name["mac sleep"] is Level.WARN
     assert by_name["mac wired limit"] is Level.WARN
+
+
+def test_other_models_are_looked_at_and_not_loaded(tmp_path: Path) -> None:
+    settings = load_settings(models={"gone": str(tmp_path / "gone")})
+    gone, tally = other_models(settings, "none of them")
+    assert (gone.name, gone.level) == ("model gone", Level.WARN)
+    assert "is not a folder" in gone.detail
+    assert (tally.level, tally.detail.partition(";")[0]) == (Level.OK, "complete, not loaded here")
+    assert [check.name for check in other_models(settings, "tally")] == ["model gone"]
+
+
+def test_a_fleet_says_what_it_can_not_load_and_which_jobs_nobody_takes() -> None:
+    able = worker("w1", "tally,big")
+    unable = worker("w2", "big", unloadable=("big: ModelFilesError: config.json: missing",))
+    waits = [QueueView("big:bulk", 2, 0, 2), QueueView("old:default", 1, 0, 1)]
+    assert list(fleet_problems(Overview(waits, [able, unable]))) == [
+        "worker w2 can't load big: ModelFilesError: config.json: missing",
+        "a job waits in old:default, and no live worker can load the model",
+    ]
+    lines = list(fleet_problems(Overview(waits, [unable])))
+    assert "2 jobs wait in big:bulk, and no live worker can load the model" in lines

@@ -7,7 +7,7 @@ from rich.console import Console
 
 from mlx_serving.cli.overview import Overview, QueueView, WorkerView
 from mlx_serving.cli.top import _looks
-from mlx_serving.cli.top_view import Totals, frame, lease_of, lines, span, state_of
+from mlx_serving.cli.top_view import Totals, frame, lease_of, lines, models_of, span, state_of
 from mlx_serving.common.errors import QueueUnavailable
 
 
@@ -16,7 +16,7 @@ def worker(name: str, model: str = "tally", **fields: object) -> WorkerView:
         "revision": "r", "device": "gpu: Apple M4 Max", "acceleration": "", "held": 13,
         "kv_tokens_capacity": 1000, "pid": 1, "state": "serving", "rows": 12, "batch_rows": 64,
         "kv_tokens_used": 450, "tokens_per_second": 812.5, "lease_age_ms": 300,
-        "memory_bytes": 64 << 30, "protocol": 2, "version": "0.1.0",
+        "memory_bytes": 64 << 30, "protocol": 2, "version": "0.1.0", "resident": (model,),
     }  # fmt: skip
     return WorkerView(name, model, **(given | fields))  # type: ignore[arg-type]
 
@@ -46,6 +46,16 @@ def test_a_line_a_worker_with_what_it_does() -> None:
         assert word in line
     (paused,) = [line for line in text.splitlines() if "laptop" in line]
     assert "paused: on_battery, hot" in paused
+
+
+def test_a_worker_with_several_models_shows_which_are_in_memory() -> None:
+    several = worker("studio", "tally,big,third", resident=("big",), loading="third",
+                     unloadable=("tally: FileNotFoundError: gone",))  # fmt: skip
+    fleet = Overview([], [several])
+    assert models_of(several) == "big (tally) third…"
+    assert "studio can't load tally: FileNotFoundError: gone" in shown(140, fleet)
+    assert "studio can't load tally: FileNotFoundError: gone" in list(lines(fleet, "t"))
+    assert several.able == ["big", "third"]
 
 
 def test_totals_and_queues() -> None:

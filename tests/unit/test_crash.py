@@ -7,7 +7,7 @@ import signal
 import pytest
 
 from mlx_serving.common.calls import Blame
-from mlx_serving.worker.crash import Cause, classify, judge
+from mlx_serving.worker.crash import Cause, classify, judge, loaded_at_death
 from mlx_serving.worker.manifest import ManifestRow, RowState
 
 
@@ -43,7 +43,7 @@ def test_only_deaths_of_the_engines_own_doing_charge() -> None:
 
 
 def rows(states: str) -> list[ManifestRow]:
-    """One row a letter: Held, Entering, Running, Proven; the ids are their places."""
+    """One row a letter: Held, Entering, Running, Proven, Loading; the ids are their places."""
     letters = {state.name[0]: state for state in RowState}
     return [ManifestRow(f"{n}:1", letters[letter], n) for n, letter in enumerate(states)]
 
@@ -100,3 +100,14 @@ def test_any_batch_comes_down_to_one_row_in_seven_crashes(size: int) -> None:
         crashes += 1
     assert crashes <= 6
     assert companies("R") == [1]
+
+
+def test_a_death_while_a_model_was_loaded_charges_nobody() -> None:
+    given = [*rows("HERP"), ManifestRow("org/big:0", RowState.LOADING, 9)]
+    assert loaded_at_death(given) == ["org/big"]
+    assert loaded_at_death(rows("HERP")) == []
+    for cause in Cause:
+        blamed = judge(given, cause)
+        assert [(b.job_id, b.company, b.alone) for b in blamed] == [
+            (str(n), 0, False) for n in range(4)
+        ]

@@ -228,14 +228,15 @@ def scored(job: HeldJob, tokens: list[int], reason: str | None = None) -> Output
 
 def test_log_probabilities_go_with_their_tokens_and_into_the_result() -> None:
     job = held()
+    job.spell = spell
     job.resume(Committed({0: CommittedChoice((9,), "x", None, (TokenLogprob("x", -2.0),))}))
     job.add(scored(job, [1, 3]))
-    first = decoded(job.rows("w1", spell))[1].choices[0]
+    first = decoded(job.rows("w1"))[1].choices[0]
     assert first.logprobs is not None
     assert [entry.raw for entry in first.logprobs.content] == [b"a", b"\xf0\x9f"]
     assert [t.token for t in first.logprobs.content[1].top_logprobs] == ["\ufffd", " é"]
     job.add(scored(job, [2], "stop"))
-    rows = job.rows("w1", spell)
+    rows = job.rows("w1")
     (choice,) = result(rows[-1]).choices
     assert choice.logprobs is not None
     assert [entry.token for entry in choice.logprobs.content] == ["x", "a", "\ufffd", " é"]

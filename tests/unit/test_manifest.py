@@ -78,6 +78,14 @@ def test_rendering_a_prompt_counts_as_entering_only_meanwhile(file: ManifestFile
     assert states(file) == {"a:1": "HELD"}
 
 
+def test_a_model_is_listed_while_a_slice_of_its_load_runs(file: ManifestFile) -> None:
+    child = Manifest.open(file.path)
+    child.hold(f"{ID}:1")
+    with child.loading("org/big"):
+        assert states(file) == {f"{ID}:1": "HELD", "org/big:0": "LOADING"}
+    assert states(file) == {f"{ID}:1": "HELD"}
+
+
 def test_slots_are_used_again_and_the_order_of_claims_is_kept(file: ManifestFile) -> None:
     child = Manifest.open(file.path)
     names = [f"job{n}:1" for n in range(100)]

@@ -204,8 +204,8 @@ def test_what_a_dead_child_held_is_not_held_any_more() -> None:
 def test_every_series_is_there_before_anything_happens() -> None:
     """An alert on a counter that appears with its first count would miss that one."""
     samples = exposition(Board())
-    for name, (_, _, values) in COUNTERS.items():
-        for label in values or ("",):
+    for name, (kind, _, values) in COUNTERS.items():
+        for label in values or (("tally",) if kind == "model" else ("",)):
             key = f"{name}_total{{{label}}}" if label else f"{name}_total"
             assert samples[key] == 0
     for name in HISTOGRAMS:

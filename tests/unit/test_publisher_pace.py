@@ -118,7 +118,7 @@ def test_a_kill_loses_no_more_than_the_flush_under_way_and_what_was_decoded_mean
         bench.publisher.push([output(job, [token], "x") for job in jobs])
         pushed.append(time.monotonic())
         time.sleep(0.002)
-    wait_until(lambda: bench.publisher.backlog == 0 and not bench.publisher._dirty)
+    wait_until(lambda: bench.publisher.backlog == 0 and not bench.publisher.pending)
     bench.publisher.stop()
     bench.publisher.join(5)
     first, *others = protocol.spans

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+import time
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import pytest
@@ -64,7 +66,7 @@ class FakeEngine:
 
 
 class Bench:
-    def __init__(self) -> None:
+    def __init__(self, slice_seconds: float = 0.0) -> None:
         self.engine = FakeEngine()
         self.outputs: list[Output] = []
         self.refused: list[tuple[str, str, str]] = []
@@ -76,6 +78,7 @@ class Bench:
             on_refused=lambda *what: self.refused.append(what),
             on_room=self._room,
             paused=lambda: self.paused,
+            slice_seconds=slice_seconds,
         )
 
     def _take(self, outputs: Sequence[Output]) -> None:
@@ -199,3 +202,54 @@ def test_a_load_that_fails_is_ready_with_the_failure() -> None:
     assert runner.ready.wait(5)
     assert isinstance(runner.failure, FileNotFoundError)
     assert runner.engine is None
+
+
+def test_slices_of_other_work_alternate_with_steps(bench: Bench) -> None:
+    steps: list[int] = []
+
+    def slices() -> Iterator[None]:
+        for _ in range(5):
+            steps.append(bench.engine.steps)
+            yield
+
+    bench.runner.submit([request("a")])
+    wait_until(lambda: bench.engine.steps > 2)
+    bench.runner.interleave(slices())
+    wait_until(lambda: len(steps) == 5)
+    assert [after - before for before, after in pairwise(steps)] == [1] * 4
+
+
+def test_slices_go_on_where_nothing_decodes(bench: Bench) -> None:
+    turns: list[int] = []
+    bench.runner.interleave(iter_slices(turns, 100))
+    wait_until(lambda: len(turns) == 100, timeout=1)
+
+
+def iter_slices(turns: list[int], count: int) -> Iterator[None]:
+    for turn in range(count):
+        turns.append(turn)
+        yield
+
+
+def test_a_slice_has_a_longer_deadline_than_a_step() -> None:
+    bench = Bench(slice_seconds=0.5)
+    bench.runner.start()
+    assert bench.runner.ready.wait(5)
+    gate = threading.Event()
+    stalls: list[float] = []
+
+    def slices() -> Iterator[None]:
+        gate.wait(10)
+        yield
+
+    bench.runner.interleave(slices())
+    began = time.monotonic()
+    wait_until(lambda: bench.runner._in_slice)
+    while time.monotonic() < began + 0.4:
+        stalls.append(bench.runner.stalled_for)
+    assert max(stalls) == 0.0
+    wait_until(lambda: bench.runner.stalled_for > 0.1)
+    gate.set()
+    wait_until(lambda: bench.runner.stalled_for < 0.1)
+    bench.runner.halt()
+    assert bench.runner.halted.wait(5)

@@ -42,11 +42,14 @@ def run_checks(settings: Settings, model: str) -> Iterator[Check]:
     from mlx_serving.cli.doctor.conditions import condition_checks
     from mlx_serving.cli.doctor.engine import engine_checks
     from mlx_serving.cli.doctor.mac import mac_checks
+    from mlx_serving.cli.doctor.models import fleet_checks, other_models
     from mlx_serving.cli.doctor.redis_server import redis_checks
     from mlx_serving.common.connection import resolve
 
     yield from redis_checks(resolve(settings, model))
     yield from engine_checks(settings, model)
+    yield from other_models(settings, model)
+    yield from fleet_checks(resolve(settings, model))
     yield from condition_checks(settings)
     yield from mac_checks()
 

@@ -25,6 +25,7 @@ local now = now_ms()
 local jobs, dropped = {}, {}
 local gone, walked = {}, 0  -- ids taken out of the list's middle, and what that cost
 local orders, passed, room = {}, {}, {}  -- by queue: tenants to ask; by line: jobs looked at; by tenant: jobs it may start
+shared, shown = gather, gather_view
 
 -- Jobs put on the list by RQ's own Queue.enqueue have no control hash yet.
 local function adopt(id, queue)
@@ -34,29 +35,33 @@ local function adopt(id, queue)
   redis.call('ZADD', k_open(queue), int(now), id)
 end
 
-local function problem_of(id)
+-- What is wrong with a job's RQ hash ('' if nothing), its payload, which is read only where it is not too large, and
+-- its signature.
+local function read_payload(id)
   local key = k_rq_job(id)
-  for i, value in ipairs(redis.call('HMGET', key, unpack(FORBIDDEN))) do
-    if value and value ~= '' and value ~= '[]' then return 'forbidden_field:' .. FORBIDDEN[i] end
-  end
   local size = redis.call('HSTRLEN', key, 'data')
-  if size == 0 then return 'corrupt_job:data' end
-  if size > max_payload then return 'payload_too_large:data' end
-  return ''
+  local fits = size > 0 and size <= max_payload
+  local values = redis.call('HMGET', key, 'mlxs_sig', fits and 'data' or 'mlxs_sig', unpack(FORBIDDEN))
+  local signature = values[1] or ''
+  for i, name in ipairs(FORBIDDEN) do
+    local value = values[i + 2]
+    if value and value ~= '' and value ~= '[]' then return 'forbidden_field:' .. name, '', signature end
+  end
+  if size == 0 then return 'corrupt_job:data', '', signature end
+  if not fits then return 'payload_too_large:data', '', signature end
+  return '', values[2], signature
 end
 
 local function take(id, queue, c)
   local epoch, started = int(c.ep + 1), c.sa or int(now)
   redis.call('HSET', k_job(id), 'st', 'running', 'ow', worker, 'ep', epoch, 'sa', started)
-  redis.call('ZADD', k_leases(queue), int(now + lease), id)
+  shared('ZADD', k_leases(queue), int(now + lease), id)
   if c.tn then
     tolerantly(tenant_runs, id, queue, c.tn)
     if room[c.tn] then room[c.tn] = room[c.tn] - 1 end
   end
-  local problem = problem_of(id)
+  local problem, data, signature = read_payload(id)
   show(view_start, id, queue, epoch, worker, iso, now)
-  local data = problem == '' and redis.call('HGET', k_rq_job(id), 'data') or ''
-  local signature = redis.call('HGET', k_rq_job(id), 'mlxs_sig') or ''
   if #signature > 256 then signature = 'too long' end
   jobs[#jobs + 1] = {id, queue, epoch, c.seq, data, problem, signature, c.dl, c.to, c.sm, c.ttl, c.en, started, c.ft or '0', int(now), c.co or '0'}
   rows, unproven = rows + 1, unproven + 1
@@ -202,8 +207,8 @@ local function is_held_back(id)
   return type(tenant) == 'string' and room[tenant] ~= nil and room[tenant] <= 0
 end
 
-for i = 14, #ARGV do
-  local queue, offset = ARGV[i], 0
+local function claim(queue)
+  local offset = 0
   local list = k_rq_queue(queue)
   for _ = 1, PAGES do
     if is_over() then break end
@@ -226,4 +231,9 @@ for i = 14, #ARGV do
     end
   end
 end
+
+-- Whatever goes wrong at a job, those that were taken before it have their leases.
+local ok, problem = pcall(function() for i = 14, #ARGV do claim(ARGV[i]) end end)
+write_gathered()
+if not ok then error(problem, 0) end
 return {0, jobs, dropped, reserved}

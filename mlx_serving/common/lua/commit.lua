@@ -9,6 +9,8 @@ local now = now_ms()
 local replies = {}
 local OK = {'OK', ''}
 local known = {}  -- control fields of jobs, as the rows so far left them: a flush often holds several rows of a job
+local ends = {}  -- jobs that end in this flush: nothing of theirs is renewed
+shared, shown = gather, gather_view
 local ended = {}  -- RQ's counter of its worker → jobs of this flush
 
 -- A resend is told from a zombie's row by the event itself: the script that ended a job that its
@@ -18,33 +20,39 @@ local function is_written(id, seq, payload)
   return entry ~= nil and table.concat(entry[2], '\0') == table.concat(entry_fields(payload), '\0')
 end
 
+-- `changes`: fields that the rows so far changed, written once a job and flush.
+local function read(id)
+  local c = redis.call('HMGET', k_job(id), 'st', 'ep', 'ow', 'seq', 'ca', 'q', 'ab', 'ls', 'sa', 'ft')
+  c.changes = {}
+  known[id] = c
+  return c
+end
+
 local function wanted(c, epoch) return c[1] == 'running' and c[2] == epoch and c[3] == worker end
 
 -- Nobody has listened for abandon_after: the row should end.
-local function note_listeners(id, c, receivers)
+local function note_listeners(c)
   local limit = tonumber(c[7]) or 0
   if limit == 0 then return end
-  if receivers > 0 then redis.call('HSET', k_job(id), 'ls', int(now))
+  if c.receivers > 0 then c.changes.ls = int(now)
   elseif c[5] == '' and now - (tonumber(c[8]) or tonumber(c[9]) or now) > limit then
-    redis.call('HSET', k_job(id), 'ca', 'abandoned')
-    c[5] = 'abandoned'
+    c[5], c.changes.ca = 'abandoned', 'abandoned'
   end
 end
 
 -- Once a flush: keep the lease, and see what stock tools did to the job.
 local function renew(id, c)
-  if c.renewed then return end
+  if c.renewed or ends[id] then return end
   c.renewed = true
-  redis.call('ZADD', k_leases(c[6]), int(now + lease), id)
+  shared('ZADD', k_leases(c[6]), int(now + lease), id)
   if c[5] == '' then
     c[5] = stock_verdict(id)
-    if c[5] ~= '' then redis.call('HSET', k_job(id), 'ca', c[5]) end
+    if c[5] ~= '' then c.changes.ca = c[5] end
   end
 end
 
 local function commit(id, epoch, seq, publish, payload, state, result, rq_result, code, message)
-  local c = known[id] or redis.call('HMGET', k_job(id), 'st', 'ep', 'ow', 'seq', 'ca', 'q', 'ab', 'ls', 'sa', 'ft')
-  known[id] = nil  -- until this row is through
+  local c = known[id] or read(id)
   if not wanted(c, epoch) then
     -- The reply to the flush that ended the job was lost.
     if TERMINAL[c[1]] and c[2] == epoch and c[3] == worker and is_written(id, seq, payload) then return {'DUP', ''} end
@@ -53,21 +61,21 @@ local function commit(id, epoch, seq, publish, payload, state, result, rq_result
   local committed = tonumber(c[4])
   if seq <= committed then return {'DUP', c[5] or ''} end
   if seq ~= committed + 1 then return {'GAP', c[5] or ''} end
-  local receivers = append_event(id, seq, payload, publish)
-  if not c[10] and string.find(payload, '"token_ids"', 1, true) then
-    redis.call('HSET', k_job(id), 'ft', int(now))
-    c[10] = now
-  end
+  append_event(id, seq, payload)
+  c[4], c.changes.seq = seq, int(seq)
+  if not c[10] and string.find(payload, '"token_ids"', 1, true) then c[10], c.changes.ft = now, int(now) end
+  -- Nobody can subscribe while the script runs: where the job's first event found no listener, no other will.
+  if publish and c.receivers ~= 0 then c.receivers = redis.call('PUBLISH', k_channel(id), payload) end
   if state then
+    known[id] = nil
     local kind = state == 'finished' and {1, rq_result, ''} or {2, '', rq_result}
-    finalize(id, c[6], state, code, message, result, iso, now, worker, epoch, kind)
+    finalize(id, c[6], state, code, message, result, iso, now, worker, epoch, kind, c.changes)
     local counter = state == 'finished' and 'successful_job_count' or 'failed_job_count'
     ended[counter] = (ended[counter] or 0) + 1
     return OK
   end
-  if publish then note_listeners(id, c, receivers) end
+  if publish then note_listeners(c) end
   renew(id, c)
-  c[4], known[id] = seq, c
   if not c[5] or c[5] == '' then return OK end
   return {'OK', c[5]}
 end
@@ -78,14 +86,29 @@ local function condemn(id, message)
   bury(id, redis.call('HGET', k_job(id), 'q') or '', iso, now)
 end
 
-for i, row in ipairs(cmsgpack.unpack(ARGV[6])) do
+-- What its rows so far left of a job, before anything else is done to it.
+local function let_go(id)
+  local c = known[id]
+  known[id] = nil
+  if c then set_fields(id, c.changes) end
+end
+
+local rows = cmsgpack.unpack(ARGV[6])
+for _, row in ipairs(rows) do
+  if row[6] then ends[row[1]] = true end
+end
+for i, row in ipairs(rows) do
   local ok, reply = pcall(commit, unpack(row))
   if not ok then
+    pcall(let_go, row[1])
     reply = {'ERROR', type(reply) == 'table' and reply.err or tostring(reply)}
     pcall(condemn, row[1], reply[2])
   end
   if reply ~= OK then replies[#replies + 1] = {i, reply[1], reply[2]} end
 end
+
+for id, c in pairs(known) do set_fields(id, c.changes) end
+write_gathered()
 
 local function view_count()
   if not next(ended) or redis.call('EXISTS', k_rq_worker(worker)) == 0 then return end

@@ -47,6 +47,33 @@ local function is_sound(id) return sound_fields(id) ~= nil end
 -- RQ's view decides nothing, so an odd key of it stops nothing.
 local function show(view, ...) pcall(view, ...) end
 
+-- Writes to keys that many jobs share, ours and RQ's. A script that handles many jobs at once gathers them
+-- (`shared, shown = gather, gather_view`) and writes each key once, at its end (`write_gathered`): a call from a script
+-- costs Redis more than what most of them do.
+local shared, shown = redis.call, redis.call
+local gathered, groups = {}, {}
+
+local function gather(command, key, first, second)
+  local name = command == 'DEL' and command or command .. key
+  local group = groups[name]
+  if not group then
+    group = command == 'DEL' and {command} or {command, key}
+    groups[name], gathered[#gathered + 1] = group, group
+  end
+  if command == 'DEL' then group[#group + 1] = key end
+  group[#group + 1] = first
+  group[#group + 1] = second
+  return group
+end
+
+local function gather_view(...) gather(...).view = true end
+
+local function write_gathered()
+  for _, group in ipairs(gathered) do
+    if group.view then show(redis.call, unpack(group)) else redis.call(unpack(group)) end
+  end
+end
+
 -- Which terminal state a cancel reason leads to.
 local function state_for(reason)
   if reason == 'deadline_exceeded' or reason == 'timeout' or reason == 'abandoned' then return 'expired' end
@@ -56,9 +83,9 @@ end
 -- RQ's execution of one attempt is named by the job and its epoch.
 local function view_drop_execution(id, queue, epoch, owner)
   local composite = id .. ':' .. epoch
-  redis.call('DEL', k_rq_execution(composite), k_rq_executions(id))
-  redis.call('ZREM', k_rq_started(queue), composite)
-  if owner and owner ~= '' then redis.call('SREM', k_rq_worker_executions(owner), composite) end
+  shown('DEL', k_rq_execution(composite), k_rq_executions(id))
+  shown('ZREM', k_rq_started(queue), composite)
+  if owner and owner ~= '' then shown('SREM', k_rq_worker_executions(owner), composite) end
 end
 
 local function view_start(id, queue, epoch, worker, iso, now)
@@ -70,8 +97,8 @@ local function view_start(id, queue, epoch, worker, iso, now)
              'created_at', now / 1000, 'last_heartbeat', now / 1000, 'worker_name', worker)
   -- Scored +inf: stock maintenance, by whatever wall clock, never ends a lease.
   redis.call('ZADD', k_rq_executions(id), '+inf', epoch)
-  redis.call('ZADD', k_rq_started(queue), '+inf', composite)
-  redis.call('SADD', k_rq_worker_executions(worker), composite)
+  shown('ZADD', k_rq_started(queue), '+inf', composite)
+  shown('SADD', k_rq_worker_executions(worker), composite)
 end
 
 local REGISTRY = {finished = k_rq_finished, failed = k_rq_failed, canceled = k_rq_canceled}
@@ -84,8 +111,8 @@ local function view_end(id, queue, state, iso, ttl, now, worker, epoch, rq_resul
   redis.call('HSET', key, 'status', status, 'ended_at', iso)
   redis.call('EXPIRE', key, ttl)
   for name, registry in pairs(REGISTRY) do
-    if name == status then redis.call('ZADD', registry(queue), int(math.floor(now / 1000) + ttl), id)
-    else redis.call('ZREM', registry(queue), id) end
+    if name == status then shown('ZADD', registry(queue), int(math.floor(now / 1000) + ttl), id)
+    else shown('ZREM', registry(queue), id) end
   end
   if rq_result then
     local fields = {'type', rq_result[1], 'worker_name', worker, 'execution_id', epoch}
@@ -109,23 +136,29 @@ local function entry_fields(payload)
   return {'e', payload}
 end
 
-local function append_event(id, seq, payload, publish)
+local function append_event(id, seq, payload)
   redis.call('XADD', k_events(id), int(seq) .. '-0', unpack(entry_fields(payload)))
-  redis.call('HSET', k_job(id), 'seq', int(seq))
-  if publish then return redis.call('PUBLISH', k_channel(id), payload) end
-  return 0
 end
 
--- Ends a job. The end event itself was appended by the caller.
-local function finalize(id, queue, state, code, message, result, iso, now, owner, epoch, rq_result)
+-- Fields of a control hash and their values, all in one call.
+local function set_fields(id, fields)
+  local flat = {}
+  for name, value in pairs(fields) do flat[#flat + 1] = name; flat[#flat + 1] = value end
+  if #flat > 0 then redis.call('HSET', k_job(id), unpack(flat)) end
+end
+
+-- Ends a job. The end event itself was appended by the caller; `fields`: what else its control hash is to say.
+local function finalize(id, queue, state, code, message, result, iso, now, owner, epoch, rq_result, fields)
   local key = k_job(id)
   local c = redis.call('HMGET', key, 'ttl', 'tn')
   local ttl = tonumber(c[1] or '') or 3600
-  redis.call('HSET', key, 'st', state, 'fi', int(now), 'err', code, 'msg', message)
-  if result ~= '' then redis.call('HSET', key, 'res', result) end
-  redis.call('ZREM', k_leases(queue), id)
-  redis.call('ZREM', k_open(queue), id)
-  redis.call('ZREM', k_deadlines(), id)
+  fields = fields or {}
+  fields.st, fields.fi, fields.err, fields.msg = state, int(now), code, message
+  if result ~= '' then fields.res = result end
+  set_fields(id, fields)
+  shared('ZREM', k_leases(queue), id)
+  shared('ZREM', k_open(queue), id)
+  shared('ZREM', k_deadlines(), id)
   redis.call('EXPIRE', key, ttl)
   redis.call('EXPIRE', k_events(id), ttl)
   if c[2] then tolerantly(tenant_ends, id, queue, c[2]) end
@@ -142,7 +175,10 @@ local function finalize_unowned(id, queue, state, code, message, iso, now)
     cjson.encode(message) .. ',"retryable":false}}'
   local kind = redis.call('TYPE', k_events(id)).ok
   if kind ~= 'stream' and kind ~= 'none' then redis.call('DEL', k_events(id)) end
-  pcall(append_event, id, seq, payload, c[3] ~= '0')  -- fails where the stream is ahead of the hash
+  if pcall(append_event, id, seq, payload) then  -- fails where the stream is ahead of the hash
+    redis.call('HSET', k_job(id), 'seq', int(seq))
+    if c[3] ~= '0' then redis.pcall('PUBLISH', k_channel(id), payload) end
+  end
   finalize(id, queue, state, code, message, '', iso, now, c[4] or '', c[2] or '0', nil)
 end
 
@@ -157,16 +193,16 @@ local function bury(id, queue, iso, now)
     finalize_unowned(id, queue, 'failed', 'corrupt_job', 'the job\'s control hash can\'t be read', iso, now)
     return
   end
-  redis.call('ZREM', k_leases(queue), id)
-  redis.call('ZREM', k_open(queue), id)
-  redis.call('ZREM', k_deadlines(), id)
+  shared('ZREM', k_leases(queue), id)
+  shared('ZREM', k_open(queue), id)
+  shared('ZREM', k_deadlines(), id)
   show(view_end, id, queue, 'failed', iso, 3600, now, '', '0', nil)
 end
 
 -- running → queued, at the front: the job has waited its turn already.
 local function requeue(id, queue, owner, epoch)
   redis.call('HSET', k_job(id), 'st', 'queued', 'ow', '')
-  redis.call('ZREM', k_leases(queue), id)
+  shared('ZREM', k_leases(queue), id)
   redis.call('LPUSH', k_rq_queue(queue), id)
   local tenant = redis.call('HGET', k_job(id), 'tn')
   if tenant then tolerantly(tenant_waits, id, queue, tenant, 'LPUSH') end

@@ -101,6 +101,11 @@ def weight_files(path: Path) -> list[Path]:
     return sorted(path.glob("model*.safetensors"))
 
 
+def weight_bytes(path: Path) -> int:
+    """Return the size of the files that mlx-lm loads: what the weights take in memory."""
+    return sum(file.stat().st_size for file in weight_files(path))
+
+
 def _refuse_escapes(path: Path) -> None:
     """Refuse links out of the folder: a model that was unpacked here could name any file.
 

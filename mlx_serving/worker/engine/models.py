@@ -1,13 +1,17 @@
 """From a model folder to a warm engine."""
 
+import os
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import mlx.core as mx
+from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model, load_tokenizer, maybe_set_recommended_wired_limit
 
 from mlx_serving.worker.engine.acceleration import choose_sampler, make_detokenizer
+from mlx_serving.worker.engine.aside import aside
 from mlx_serving.worker.engine.cache_choice import CacheKind, choose_cache
 from mlx_serving.worker.engine.engine import Attachments, Engine
 from mlx_serving.worker.engine.fused_layers import fuse
@@ -26,6 +30,8 @@ CPU_KV_BUDGET_BYTES: Final = 1 << 30
 # Of the memory that the weights leave. The rest is for activations, logits, the copy of one
 # layer's cache while rows join or leave, and the system.
 KV_MEMORY_FRACTION: Final = 0.75
+MODEL_MEMORY_FRACTION: Final = 0.5  # of the device's, for the weights of several models
+SLICE_BYTES: Final = 1 << 28  # of weights that are read at once, while other models' rows wait
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,18 +71,41 @@ def load_engine(
         UnsupportedVocabularyError: the tokenizer's text can't be streamed exactly.
         ValueError: mlx-lm doesn't know the architecture, or an option is out of range.
     """
+    loading = load_in_slices(model_path, options, name=name)
+    try:
+        while True:
+            next(loading)
+    except StopIteration as loaded:
+        engine: Engine = loaded.value
+        return engine
+
+
+def load_in_slices(
+    model_path: str | Path,
+    options: EngineOptions = EngineOptions(),
+    *,
+    name: str | None = None,
+) -> Generator[None, None, Engine]:
+    """Load as `load_engine` does, a slice at each `next`: a thread may step others in between.
+
+    A slice is one of the load's parts, or some 256 MiB of weights, or one step of the warm-up; the
+    tokenizer is read aside. Closed before its end, it leaves nothing behind.
+    """
     path = Path(model_path)
     check_model_files(path)
     maybe_set_recommended_wired_limit()
-    model, config = load_model(path, trust_remote_code=False)
+    model, config = load_model(path, lazy=True, trust_remote_code=False)
+    yield
+    yield from _read_weights(model)
     if options.prefer_native and mx.default_device() != mx.cpu:
         fuse(model)
-    tokenizer = load_tokenizer(
-        path, {"trust_remote_code": False}, eos_token_ids=config.get("eos_token_id")
-    )
+    yield
+    trusted, eos = {"trust_remote_code": False}, config.get("eos_token_id")
+    tokenizer = yield from aside(lambda: load_tokenizer(path, trusted, eos_token_ids=eos))
     choice = choose_cache(
         model, prefer_native=options.prefer_native, kind=options.kv_cache, bits=options.kv_bits
     )
+    yield
     runner = ModelRunner(model, choice)
     info = ModelInfo(
         name or path.resolve().name,
@@ -86,9 +115,25 @@ def load_engine(
         frozenset(tokenizer.eos_token_ids),
     )
     engine = build_engine(runner, tokenizer, info, options)
+    yield
     if options.warm_up:
-        warm_up(engine)
+        yield from _warm_up(engine)
     return engine
+
+
+def _read_weights(model: Any) -> Iterator[None]:  # noqa: ANN401 - a model of mlx-lm
+    """Read the weights of a model that was loaded lazily."""
+    some: list[mx.array] = []
+    size = 0
+    named: Any = tree_flatten(model.parameters())
+    for _, weights in named:
+        some.append(weights)
+        size += weights.nbytes
+        if size >= SLICE_BYTES:
+            mx.eval(some)
+            some, size = [], 0
+            yield
+    mx.eval(some)
 
 
 def build_engine(
@@ -141,15 +186,39 @@ def default_kv_budget() -> int:
     """Bytes for KV caches on this device; call it when the weights are loaded."""
     if mx.default_device() == mx.cpu:
         return CPU_KV_BUDGET_BYTES
+    return max(0, int((_device_memory() - mx.get_active_memory()) * KV_MEMORY_FRACTION))
+
+
+def default_budgets(all_weights: int, model_budget: int | None) -> tuple[int, int]:
+    """Bytes for the weights and for the KV caches of several models; call it before any is loaded.
+
+    Weights get half of the device's memory where no `model_budget` says otherwise. `all_weights`
+    is the size of all models together: what they leave is for KV caches.
+    """
+    memory = _device_memory()
+    for_models = model_budget or int(memory * MODEL_MEMORY_FRACTION)
+    if mx.default_device() == mx.cpu:
+        return for_models, CPU_KV_BUDGET_BYTES
+    return for_models, max(0, int((memory - min(all_weights, for_models)) * KV_MEMORY_FRACTION))
+
+
+def _device_memory() -> int:
+    """Bytes that MLX may use on this device: on a CPU, the machine's."""
+    if mx.default_device() == mx.cpu:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     device = mx.device_info()
     memory = device.get("max_recommended_working_set_size") or device.get("total_memory")
-    if memory is None:
-        memory = device["memory_size"]
-    return max(0, int((int(memory) - mx.get_active_memory()) * KV_MEMORY_FRACTION))
+    return int(device["memory_size"] if memory is None else memory)
 
 
 def warm_up(engine: Engine) -> None:
     """Run each path of a step once (kernels load or compile on first use): greedy, then mixed."""
+    for _ in _warm_up(engine):
+        pass
+
+
+def _warm_up(engine: Engine) -> Iterator[None]:
+    """Yield after each step of it."""
     token = min(1, engine.model_info.vocab_size - 1)
     mixed = SamplingParams(temperature=0.8, top_p=0.9, top_k=8, min_p=0.05, seed=1)
     plain = SamplingParams(temperature=0.8, seed=1)
@@ -163,3 +232,4 @@ def warm_up(engine: Engine) -> None:
                 engine.add(request)
         while engine.has_work:
             engine.step()
+            yield

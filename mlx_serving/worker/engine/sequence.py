@@ -132,7 +132,8 @@ class Request:
     `committed` are tokens that earlier attempts decoded (resume): they are prefilled after the
     prompt, are not emitted again, and count towards `max_tokens`. `grammar` None: any text.
     `format` None: all of it is text. `salt` names whose prefixes this row may share: those of
-    requests with the same salt, and no others. `lane` says before whom it goes.
+    requests with the same salt, and no others. `lane` says before whom it goes. `model` is the
+    alias of the model that is to decode it, where an `EngineSet` has several.
     """
 
     id: str
@@ -146,6 +147,7 @@ class Request:
     format: OutputFormat | None = None
     salt: str = ""
     lane: Lane = "default"
+    model: str = ""
 
     @property
     def rank(self) -> int:

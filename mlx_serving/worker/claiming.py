@@ -1,0 +1,117 @@
+"""Takes jobs from the queues of the models that are in memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import structlog
+
+from mlx_serving.common import calls
+from mlx_serving.common.jobs import PROTOCOL, model_of
+from mlx_serving.worker.claim_ahead import ClaimAhead, Claimed
+from mlx_serving.worker.demand import Group
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from mlx_serving.common.calls import Call, ClaimReply, HeldRows
+    from mlx_serving.common.protocol import Protocol
+    from mlx_serving.worker.lane_claims import LaneClaim, LaneNews
+    from mlx_serving.worker.placement import Placement
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class ClaimTerms:
+    """What every claim of a worker says of it."""
+
+    worker: str
+    rows: int
+    lease_ms: int
+    max_payload_bytes: int
+
+
+class Claims:
+    """One claim at a time, of one model's queues. For the thread that claims.
+
+    Raises:
+        redis.RedisError: from every method that asks Redis.
+
+    """
+
+    def __init__(
+        self,
+        terms: ClaimTerms,
+        protocol: Protocol,
+        placement: Placement,
+        held_rows: Callable[[], HeldRows],
+        news: LaneNews,
+    ) -> None:
+        self._terms, self._protocol, self._placement = terms, protocol, placement
+        self._held_rows, self._news = held_rows, news
+        self._ahead = ClaimAhead(protocol)
+        self.suspended = False
+        self._reserved = ""  # queue of a suspect that this worker makes room for
+
+    def take(self, room: Callable[[], LaneClaim | None]) -> Claimed | None:
+        """Return what the claim under way brings, else claim now; None where there is no room."""
+        claimed = self._ahead.take() or self._claim(room())
+        if claimed is not None:
+            self.suspended, self._reserved = claimed.reply.suspended, claimed.reply.reserved
+            if claimed.reply.dropped:
+                log.info("claim_dropped", jobs=claimed.reply.dropped)
+        return claimed
+
+    def last(self, timeout: float) -> Claimed | None:
+        """Return what a claim under way brings, before the worker ends.
+
+        Raises:
+            TimeoutError: it is not back in time.
+
+        """
+        return self._ahead.take(timeout)
+
+    def ahead(self, room: LaneClaim | None) -> None:
+        """Claim more while the jobs of the last claim are read, where that is from one model."""
+        if room is not None and not self._placement.residents.several:
+            (group,) = self._placement.groups(room.lanes)
+            self._news.ask(room)
+            self._ahead.begin(self._call(group, room.most), room)
+
+    def _claim(self, room: LaneClaim | None) -> Claimed | None:
+        if room is None:
+            return None
+        claimed = None
+        groups = self._groups(room)
+        self._news.ask(room)
+        for left, group in enumerate(groups, 1 - len(groups)):
+            reply = self._protocol.run(self._call(group, room.most))
+            claimed = Claimed(reply, room, others=left < 0)
+            if reply.suspended or reply.reserved:
+                break
+            self._placement.claimed(group, len(reply.jobs))
+            if reply.jobs:
+                break
+        return claimed
+
+    def _groups(self, room: LaneClaim) -> list[Group]:
+        """What to look into: first the model whose suspect waits for us to have room."""
+        groups, model = self._placement.groups(room.lanes), model_of(self._reserved)
+        if model not in self._placement.residents.resident():
+            return groups
+        first = next((g for g in groups if g.model == model), Group(model, ()))
+        return [first, *(g for g in groups if g is not first)]
+
+    def _call(self, group: Group, most: int) -> Call[ClaimReply]:
+        terms = self._terms
+        loaded = self._placement.residents.get(group.model)
+        capacity = loaded.engine.kv_tokens_capacity if loaded else 0
+        waits = [self._reserved] if model_of(self._reserved) == group.model else []
+        queues = list(dict.fromkeys([*waits, *group.queues]))
+        return calls.claim(
+            terms.worker, queues, most=most, lease_ms=terms.lease_ms, protocol=PROTOCOL,
+            capacity_tokens=capacity, max_payload_bytes=terms.max_payload_bytes,
+            capacity_rows=terms.rows, held=self._held_rows(),
+        )  # fmt: skip

@@ -1,0 +1,130 @@
+"""Several engines, each with a model of its own, as one: what the engine thread steps."""
+
+from collections.abc import Callable, Iterable, Iterator
+
+from mlx_serving.common.jobs import LANES
+from mlx_serving.worker.engine.kv_memory import KvMemory
+from mlx_serving.worker.engine.sequence import (
+    InferenceEngine,
+    LaneRows,
+    Output,
+    Request,
+    RequestRefusedError,
+)
+
+
+class EngineSet:
+    """The engines of the models in memory, by alias. Only the engine thread calls it.
+
+    `Request.model` says which one decodes a request. Each engine keeps to its own KV budget and its
+    own rows; a request makes way for itself among the rows of its own model only. How many rows
+    there are over all, whoever claims looks to.
+    """
+
+    def __init__(self) -> None:
+        self._engines: dict[str, InferenceEngine] = {}  # replaced, never changed: others read it
+        self.on_prefill: Callable[[Iterable[str]], None] = _ignore
+
+    def put(self, model: str, engine: InferenceEngine) -> None:
+        """Take an engine in; one of the same model is replaced."""
+        engine.on_prefill = self._tell_prefill
+        self._engines = self._engines | {model: engine}
+
+    def drop(self, model: str) -> None:
+        """Forget a model's engine, which must have no work."""
+        self._engines = {name: e for name, e in self._engines.items() if name != model}
+
+    def has(self, model: str) -> bool:
+        """Whether the model's engine is here."""
+        return model in self._engines
+
+    def fits(self, *choices: Request) -> bool:
+        """Say whether the model's KV budget could ever hold these choices of one request."""
+        engine = self._engines.get(choices[0].model)
+        return engine is not None and engine.fits(*choices)
+
+    def can_add(self, *choices: Request) -> bool:
+        """Say whether there is room for these choices now; True where `add` would refuse them."""
+        engine = self._engines.get(choices[0].model)
+        return engine is None or engine.can_add(*choices)
+
+    def add(self, *choices: Request) -> None:
+        """Admit choices of one request; see `InferenceEngine.add`.
+
+        Raises:
+            RequestRefusedError: as there, and with `code` "model_not_loaded".
+
+        """
+        model = choices[0].model
+        engine = self._engines.get(model)
+        if engine is None:
+            raise RequestRefusedError("model_not_loaded", f"{model}: is not loaded any more")
+        engine.add(*choices)
+
+    def abort(self, request_id: str) -> None:
+        """Forget every choice of the request; unknown ids are ignored."""
+        for engine in self._engines.values():
+            engine.abort(request_id)
+
+    def step(self) -> list[Output]:
+        """Step each engine that has work, once."""
+        outputs: list[Output] = []
+        for engine in self._working():
+            outputs += engine.step()
+        return outputs
+
+    def _working(self) -> Iterator[InferenceEngine]:
+        return (engine for engine in self._engines.values() if engine.has_work)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `step` would do anything."""
+        return any(True for _ in self._working())
+
+    @property
+    def running(self) -> int:
+        """Rows in the decode batches."""
+        return sum(engine.running for engine in self._engines.values())
+
+    @property
+    def waiting(self) -> int:
+        """Admitted rows that are in no decode batch yet."""
+        return sum(engine.waiting for engine in self._engines.values())
+
+    @property
+    def parked(self) -> int:
+        """Rows that left a batch in favour of others and go on when there is room."""
+        return sum(engine.parked for engine in self._engines.values())
+
+    @property
+    def lane_rows(self) -> LaneRows:
+        """Rows in the batches, and parked ones, by lane."""
+        rows = [engine.lane_rows for engine in self._engines.values()]
+        nothing = (0,) * len(LANES)
+        active, parked = (
+            tuple(map(sum, zip(nothing, *each, strict=True)))
+            for each in ([r.active for r in rows], [r.parked for r in rows])
+        )
+        return LaneRows(active, parked)
+
+    @property
+    def kv_tokens_used(self) -> int:
+        """KV tokens reserved by admitted rows, of all models."""
+        return sum(engine.kv_tokens_used for engine in self._engines.values())
+
+    @property
+    def kv_tokens_capacity(self) -> int:
+        """KV tokens that rows may reserve, of all models."""
+        return sum(engine.kv_tokens_capacity for engine in self._engines.values())
+
+    @property
+    def kv_memories(self) -> tuple[KvMemory, ...]:
+        """What the memory guard sees of the KV caches of all engines."""
+        return tuple(m for engine in self._engines.values() for m in engine.kv_memories)
+
+    def _tell_prefill(self, request_ids: Iterable[str]) -> None:
+        self.on_prefill(request_ids)
+
+
+def _ignore(_request_ids: Iterable[str]) -> None:
+    """Nobody asked to be told."""

@@ -1,0 +1,129 @@
+"""The jobs that a worker holds, and what of them no flush has taken. Its owner's lock guards it.
+
+The engine's thread leaves its steps here as they are, at little cost; they are given to their jobs
+where somebody asks, which is mostly the next flush, while the device computes.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Final
+
+from mlx_serving.worker.held import EVENT_TOKENS
+from mlx_serving.worker.manifest import RowState
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from mlx_serving.common.calls import CommitRow
+    from mlx_serving.worker.engine.sequence import Output
+    from mlx_serving.worker.held import HeldJob
+    from mlx_serving.worker.manifest import Manifest
+    from mlx_serving.worker.measures import Measures
+
+BULK_TOKENS: Final = 16  # a job without `stream` commits every so many tokens a choice …
+BULK_SECONDS: Final = 0.5  # … or so often
+
+
+class Holdings:
+    """Held jobs by id, steps that no job has been given, and jobs with something to write."""
+
+    def __init__(self, manifest: Manifest, measures: Measures) -> None:
+        self._manifest, self._measures = manifest, measures
+        self.jobs: dict[str, HeldJob] = {}
+        self._dirty: dict[str, HeldJob] = {}
+        self._steps: list[tuple[float, Sequence[Output]]] = []
+        self._waited = 0  # steps since rows were taken
+        self._unbegun: set[str] = set()  # attempts without a token
+        self.backlog = 0  # tokens that no flush has taken yet
+
+    @property
+    def pending(self) -> bool:
+        """Whether a flush may find anything."""
+        return bool(self._dirty or self._steps)
+
+    def hold(self, job: HeldJob) -> None:
+        """Keep a job."""
+        self.jobs[job.job_id] = job
+        self._unbegun.add(job.request_id)
+        self._manifest.hold(job.request_id)
+
+    def forget(self, job_id: str) -> None:
+        """Drop a job and what is pending of it; unknown ids are ignored."""
+        job = self.jobs.pop(job_id, None)
+        self._dirty.pop(job_id, None)
+        if job is not None:
+            self._manifest.drop(job.request_id)
+            self._unbegun.discard(job.request_id)
+            self.backlog -= job.unsent
+
+    def mark(self, job: HeldJob) -> None:
+        """Say that a job has something to write."""
+        self._dirty[job.job_id] = job
+
+    # Steps of the engine
+
+    def add(self, outputs: Sequence[Output], now: float) -> bool:
+        """Keep a step's outputs; True where they can't wait to be given to their jobs."""
+        self._steps.append((now, outputs))
+        self._waited += 1
+        self.backlog += sum(len(output.token_ids) for output in outputs)
+        return (
+            self._waited >= EVENT_TOKENS
+            or any(output.finish_reason for output in outputs)
+            or (bool(self._unbegun) and any(o.request_id in self._unbegun for o in outputs))
+        )
+
+    def give(self) -> tuple[bool, list[str]]:
+        """Give all steps to their jobs, outputs of attempts that are gone to nobody.
+
+        Returns whether a consumer should not wait, and the attempts of which a row failed.
+        """
+        urgent, failed = False, []
+        steps, self._steps = self._steps, []
+        for now, outputs in steps:
+            progress = [(job, o) for o in outputs if (job := self._live(o)) is not None]
+            for job, output in progress:
+                urgent |= self._give(job, output, now)
+                if output.error is not None:  # its other choices stop
+                    failed.append(job.request_id)
+            self._measures.stepped(progress, now)
+        return urgent, failed
+
+    def _live(self, output: Output) -> HeldJob | None:
+        """The held attempt that decoded it, while its end is open."""
+        job = self.jobs.get(output.request_id.partition(":")[0])
+        if job is None or job.request_id != output.request_id or job.ending is not None:
+            self.backlog -= len(output.token_ids)
+            return None
+        return job
+
+    def _give(self, job: HeldJob, output: Output, now: float) -> bool:
+        urgent = job.add(output)
+        self._unbegun.discard(job.request_id)
+        self._dirty[job.job_id] = job
+        if job.ending is not None:
+            self._manifest.mark(job.request_id, RowState.HELD)
+        elif job.proves(now):
+            self._manifest.mark(job.request_id, RowState.PROVEN)
+        return urgent
+
+    # What a flush takes
+
+    def rows(self, worker: str, *, everything: bool) -> list[CommitRow]:
+        """Rows of all jobs that are due; bulk jobs too where `everything` is."""
+        self._waited, now = 0, time.monotonic()
+        rows: list[CommitRow] = []
+        for job in [j for j in self._dirty.values() if everything or _is_due(j, now)]:
+            del self._dirty[job.job_id]
+            job.committed_at = now
+            self.backlog -= job.unsent
+            rows += job.rows(worker)
+        return rows
+
+
+def _is_due(job: HeldJob, now: float) -> bool:
+    if job.claimed.stream or job.ending or job.model:
+        return True
+    waited = now - job.committed_at
+    return job.unsent >= BULK_TOKENS * len(job.choices) or waited >= BULK_SECONDS

@@ -1,0 +1,191 @@
+"""Which of its models a worker claims for, and which one it brings up, beside the other workers.
+
+For the main thread. A worker with a single model never asks: it has it, or it would not run.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Final, cast
+
+import structlog
+
+from mlx_serving.common.jobs import LANES, model_of, queue_name
+from mlx_serving.worker.demand import Group, Wanted, claim_order, next_to_load
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+
+    from mlx_serving.common.jobs import Lane
+    from mlx_serving.common.protocol import Protocol
+    from mlx_serving.worker.fleet import Fleet
+    from mlx_serving.worker.residents import Residents
+
+log = structlog.get_logger(__name__)
+
+DECIDE_SECONDS: Final = 0.25
+BRINGING_MS: Final = 6000  # longer than presence takes to say that the model is here
+FRUITLESS_SECONDS: Final = 60.0
+
+
+class Placement:
+    """The main thread's side of `Residents`.
+
+    `interleave` has the engine thread do slices; `held` names the queues of the jobs held now.
+
+    Raises:
+        redis.RedisError: from `groups` and `settle`; they look again when next called.
+
+    """
+
+    def __init__(
+        self,
+        residents: Residents,
+        protocol: Protocol,
+        fleet: Fleet,
+        worker: str,
+        *,
+        interleave: Callable[[Iterator[None]], None],
+        held: Callable[[], Iterable[str]],
+        patience: float,
+    ) -> None:
+        self.residents, self.fleet = residents, fleet
+        self._protocol, self._worker = protocol, worker
+        self._interleave, self._held, self._patience = interleave, held, patience
+        self._turn = list(residents.models)  # who comes first among equals, the longest ago first
+        self._coming = ""  # the model that is to be brought up
+        self._decided_at = float("-inf")
+        self._depths: dict[str, int] = {}
+        # Queue → its depth when a claim got nothing from it, and when that was.
+        self._fruitless: dict[str, tuple[int, float]] = {}
+
+    # Claiming
+
+    def groups(self, lanes: Sequence[Lane]) -> list[Group]:
+        """Queues of these lanes to claim from now, those of one model in one claim, in order."""
+        residents = self.residents
+        if not residents.several:
+            (model,) = residents.models
+            return [Group(model, tuple(queue_name(model, lane) for lane in lanes))]
+        self._look()
+        here = residents.resident()
+        turn = [model for model in self._turn if model in here]
+        return claim_order(turn, self._depths, lanes)
+
+    def claimed(self, group: Group, jobs: int) -> None:
+        """Note what a claim brought: the model's next turn comes after the others'."""
+        if jobs:
+            self.residents.touch(group.model)
+            self._turn.remove(group.model)
+            self._turn.append(group.model)
+            return
+        for queue in group.queues:
+            self._fruitless[queue] = (self._depths.get(queue, 0), time.monotonic())
+
+    def _look(self) -> None:
+        keys = self._protocol.keys
+        queues = [queue_name(model, lane) for model in self.residents.models for lane in LANES]
+        with self._protocol.redis.pipeline(transaction=False) as pipe:
+            for queue in queues:
+                pipe.llen(keys.rq_queue(queue))
+            # A key of another type says nothing of the others.
+            replies = pipe.execute(raise_on_error=False)
+        self._depths = {
+            queue: depth if isinstance(depth, int) else 0
+            for queue, depth in zip(queues, replies, strict=True)
+        }
+
+    # Bringing up
+
+    def settle(self, *, claiming: bool) -> None:
+        """Go on with what is to be brought up, or see whether there is any; call it often.
+
+        `claiming`: whether this worker takes jobs at all now.
+        """
+        now = time.monotonic()
+        if not self.residents.several or now - self._decided_at < DECIDE_SECONDS:
+            return
+        self._decided_at = now
+        if self.residents.loading:
+            self._reserve(self.residents.loading)
+            return
+        self._coming = self._choose() if claiming else ""
+        if not self._coming or not self._reserve(self._coming):
+            self._coming, self.residents.leaving = "", frozenset()
+            return
+        victims = self.residents.victims(self._coming) or ()
+        self.residents.leaving = frozenset(victims)
+        if not self._busy(victims):
+            self.residents.loading = self._coming
+            self._interleave(self.residents.bring_up(self._coming, victims))
+
+    def _choose(self) -> str:
+        """Return the model to bring up, which is the one we are at while it is still wanted; ''."""
+        self._look()
+        here = self.residents.resident()
+        away = [
+            model for model in self.residents.models
+            if self.residents.get(model) is None and self._waiting(model)
+            and self.residents.loadable(model)
+        ]  # fmt: skip
+        if not away:
+            return ""
+        elsewhere = self.fleet.residents_elsewhere()
+        if self._coming in away and self._coming not in elsewhere:
+            return self._coming
+        ages = self._ages(away)
+        wanted = [self._wanted(m, ages[m], elsewhere=m in elsewhere) for m in away if m in ages]
+        idle = not any(self._waiting(model) for model in here)
+        return next_to_load(wanted, idle=idle, patience=self._patience) or ""
+
+    def _wanted(self, model: str, seconds: float, *, elsewhere: bool) -> Wanted:
+        victims = self.residents.victims(model) or ()
+        served = min(map(self.residents.served_for, victims), default=None)
+        return Wanted(model, seconds, elsewhere, self._busy(victims), served)
+
+    def _busy(self, models: Iterable[str]) -> bool:
+        """Whether any of the models has a job in hand."""
+        return not {model_of(queue) for queue in self._held()}.isdisjoint(models)
+
+    def _waiting(self, model: str) -> bool:
+        """Whether jobs wait that we could take: not those that a claim left where they are."""
+        now = time.monotonic()
+        for queue in (queue_name(model, lane) for lane in LANES):
+            depth, (left, at) = self._depths.get(queue, 0), self._fruitless.get(queue, (0, 0.0))
+            if depth and not (depth == left and now - at < FRUITLESS_SECONDS):
+                return True
+        return False
+
+    def _ages(self, models: Iterable[str]) -> dict[str, float]:
+        """Seconds since the enqueue of each model's oldest waiting job."""
+        keys, redis = self._protocol.keys, self._protocol.redis
+        queues = [queue_name(m, lane) for m in models for lane in LANES]
+        queues = [queue for queue in queues if self._depths.get(queue)]
+        with redis.pipeline(transaction=False) as pipe:
+            for queue in queues:
+                pipe.lindex(keys.rq_queue(queue), 0)
+            heads = pipe.execute(raise_on_error=False)
+            pipe.time()
+            for head in heads:
+                name = head.decode(errors="replace") if isinstance(head, bytes) else ""
+                pipe.hget(keys.job(name), "en")
+            (seconds, micros), *times = pipe.execute(raise_on_error=False)
+        ages: dict[str, float] = {}
+        for queue, enqueued in zip(queues, times, strict=True):
+            known = isinstance(enqueued, bytes) and enqueued.isdigit()
+            age = seconds + micros / 1e6 - int(enqueued) / 1000 if known else 0.0
+            ages[model_of(queue)] = max(age, ages.get(model_of(queue), 0.0))
+        return ages
+
+    def _reserve(self, model: str) -> bool:
+        """Say that we bring the model up; False where another worker does."""
+        key, redis = self._protocol.keys.bringing(model), self._protocol.redis
+        owner = cast(
+            "bytes | None", redis.set(key, self._worker, nx=True, get=True, px=BRINGING_MS)
+        )
+        if owner is None:
+            return True
+        if owner != self._worker.encode():
+            return False
+        redis.pexpire(key, BRINGING_MS)
+        return True
