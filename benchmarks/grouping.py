@@ -112,8 +112,10 @@ def run(bench: Bench, case: Case, spec: EngineSpec, path: Path) -> tuple[Batch, 
             stack.enter_context(running_worker(settings, spec, client, name=f"grouping-{n}"))
         batches = Batches(settings)
         folder = path.with_suffix(f".{time.monotonic_ns()}")
-        options = {"model": MODEL, "raw": True, "max_tokens": DECODED, "temperature": 0}
-        batch = batches.submit(path, folder=folder, start=False, order=case.order, **options)
+        batch = batches.submit(
+            path, folder=folder, start=False, order=case.order, model=MODEL, raw=True,
+            max_tokens=DECODED, temperature=0,
+        )  # fmt: skip
         started = time.perf_counter()
         return batches.run(batch.id), time.perf_counter() - started
 

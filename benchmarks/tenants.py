@@ -24,7 +24,12 @@ from mlx_serving.common.states import JobState
 QUEUE: Final = "tally:bulk"
 MOST: Final = 32
 ENQUEUE: Final = 500
-FIELDS: Final = {"status": "queued", "data": b"x" * 300, "origin": QUEUE, "timeout": 180}
+FIELDS: Final[dict[str, str | bytes | int]] = {
+    "status": "queued",
+    "data": b"x" * 300,
+    "origin": QUEUE,
+    "timeout": 180,
+}
 
 
 class Lane:
@@ -75,7 +80,7 @@ class Lane:
             self.protocol.run(calls.commit("w", rows, lease_ms=60_000))
 
 
-def measure(queued: int, claims: int) -> list[Figure]:
+def measure(queued: int = 10_000, claims: int = 30) -> list[Figure]:
     """Cases by what stands in the lane."""
     figures: list[Figure] = []
 
