@@ -15,7 +15,7 @@ from benchmarks.capacity import (
     table,
 )
 from mlx_serving.common.settings import Settings
-from mlx_serving.worker.publisher import BULK_SECONDS, BULK_TOKENS
+from mlx_serving.worker.holdings import BULK_SECONDS, BULK_TOKENS
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "scale.md").read_text()
