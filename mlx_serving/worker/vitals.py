@@ -40,8 +40,11 @@ class RunnerView(Protocol):
 class PublisherView(Protocol):
     """What is read of `Publisher`."""
 
-    backlog: int
     failing: bool
+
+    @property
+    def backlog(self) -> int:
+        """Tokens that no flush has taken yet."""
 
     @property
     def ident(self) -> int | None:
