@@ -26,7 +26,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from tokenizers import Tokenizer
 
@@ -112,7 +112,12 @@ def run(bench: Bench, case: Case, spec: EngineSpec, path: Path) -> tuple[Batch, 
             stack.enter_context(running_worker(settings, spec, client, name=f"grouping-{n}"))
         batches = Batches(settings)
         folder = path.with_suffix(f".{time.monotonic_ns()}")
-        options = {"model": MODEL, "raw": True, "max_tokens": DECODED, "temperature": 0}
+        options: dict[str, Any] = {
+            "model": MODEL,
+            "raw": True,
+            "max_tokens": DECODED,
+            "temperature": 0,
+        }
         batch = batches.submit(path, folder=folder, start=False, order=case.order, **options)
         started = time.perf_counter()
         return batches.run(batch.id), time.perf_counter() - started

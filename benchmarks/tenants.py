@@ -24,7 +24,14 @@ from mlx_serving.common.states import JobState
 QUEUE: Final = "tally:bulk"
 MOST: Final = 32
 ENQUEUE: Final = 500
-FIELDS: Final = {"status": "queued", "data": b"x" * 300, "origin": QUEUE, "timeout": 180}
+QUEUED: Final = 10_000
+CLAIMS: Final = 30
+FIELDS: Final[dict[str, str | bytes | int]] = {
+    "status": "queued",
+    "data": b"x" * 300,
+    "origin": QUEUE,
+    "timeout": 180,
+}
 
 
 class Lane:
@@ -75,7 +82,7 @@ class Lane:
             self.protocol.run(calls.commit("w", rows, lease_ms=60_000))
 
 
-def measure(queued: int, claims: int) -> list[Figure]:
+def measure(queued: int = QUEUED, claims: int = CLAIMS) -> list[Figure]:
     """Cases by what stands in the lane."""
     figures: list[Figure] = []
 
@@ -112,8 +119,8 @@ def measure(queued: int, claims: int) -> list[Figure]:
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--queued", type=int, default=10_000)
-    parser.add_argument("--claims", type=int, default=30)
+    parser.add_argument("--queued", type=int, default=QUEUED)
+    parser.add_argument("--claims", type=int, default=CLAIMS)
     options = parser.parse_args()
     print(table({f"Claims of {MOST}, {options.queued} jobs queued": measure(**vars(options))}))
 

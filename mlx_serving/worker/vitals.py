@@ -44,7 +44,7 @@ class PublisherView(Protocol):
 
     @property
     def backlog(self) -> int:
-        """Tokens that no flush has taken yet."""
+        """Decoded tokens that no flush has taken."""
 
     @property
     def ident(self) -> int | None:

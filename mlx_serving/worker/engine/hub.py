@@ -10,6 +10,7 @@ import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urlsplit
@@ -142,7 +143,7 @@ def _fetch(model: HubModel, hub: Hub, say: Say) -> Path:
     _require_space(model, hub, sum(sizes[name] for name in names))
     for n, name in enumerate(names, 1):
         say(f"{model}: {name}, {sizes[name] / 1e6:.1f} MB ({n} of {len(names)})")
-        path = _asked(model, hub, lambda name=name: _fetch_file(model, hub, name))
+        path = _asked(model, hub, partial(_fetch_file, model, hub, name))
     folder = Path(path).parent
     missing = _missing_weights(folder)
     if missing:

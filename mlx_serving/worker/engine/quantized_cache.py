@@ -9,7 +9,7 @@ computed anew, resumed, alone or in another batch, has the same keys and values.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Literal, Self
+from typing import Any, Final, Literal, Self, cast
 
 import mlx.core as mx
 from mlx_lm.models.base import create_causal_mask
@@ -69,7 +69,7 @@ class QuantizedBatchCache:
             self._parts = room
         else:
             pairs = zip(self._parts, room, strict=True)
-            self._parts = [mx.concatenate(pair, axis=2) for pair in pairs]
+            self._parts = [mx.concatenate(list(pair), axis=2) for pair in pairs]
 
     def make_mask(
         self,
@@ -87,7 +87,7 @@ class QuantizedBatchCache:
     def prepare(self, *, lengths: Sequence[int], right_padding: Sequence[int]) -> None:
         """Note that what comes is padded on the right."""
         del lengths
-        self._right_padding = mx.array(right_padding, dtype=mx.int32)
+        self._right_padding = mx.array(list(right_padding), dtype=mx.int32)
 
     def finalize(self) -> None:
         """Turn padding on the right into padding on the left."""
@@ -107,7 +107,7 @@ class QuantizedBatchCache:
         if end:
             like = self._parts or other._parts
             pairs = zip(self._justified(end, like), other._justified(end, like), strict=True)
-            self._parts = [mx.concatenate(pair, axis=0) for pair in pairs]
+            self._parts = [mx.concatenate(list(pair), axis=0) for pair in pairs]
         paddings = [each.left_padding + (end - each.size()) for each in (self, other)]
         self.left_padding = mx.concatenate(paddings)
         self.offset = mx.concatenate([self.offset, other.offset])
@@ -130,7 +130,7 @@ class QuantizedBatchCache:
     def extract(self, row: int) -> Self:
         """Return a copy of one row."""
         copy = type(self)(1, Quantization(self.bits, self.group_size))
-        padding = int(self.left_padding[row].item())
+        padding = cast("int", self.left_padding[row].item())
         copy.offset = self.offset[row : row + 1]
         used = [part[row : row + 1, :, padding : self._end] for part in self._parts]
         copy._hold([mx.contiguous(part) for part in used])  # noqa: SLF001 - its own kind
