@@ -22,6 +22,13 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 PACKAGE = Path(mlx_serving.__file__).parent
+# Regexes of how models write tool calls, matched where `names`, `plain` and `null` are asked.
+FORMS = {
+    "worker/engine/calls/parameters.py",
+    "worker/engine/calls/schema.py",
+    "worker/engine/output_grammar.py",
+}
+FORM_FIELDS = {"names", "plain", "null", "nullable_null"}
 CALLS = {"compile", "match", "search", "fullmatch", "sub", "subn", "split", "findall", "finditer"}
 REPEATS = {codes.MAX_REPEAT, codes.MIN_REPEAT, codes.POSSESSIVE_REPEAT}
 HOSTILE_CHARS = 20_000
@@ -37,9 +44,31 @@ def patterns() -> Iterator[tuple[str, str | None]]:
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.Call):
                 for argument in _regex_arguments(node):
-                    literal = isinstance(argument, ast.Constant) and isinstance(argument.value, str)
-                    where = f"{file.relative_to(PACKAGE)}:{argument.lineno}"
-                    yield where, argument.value if literal else None  # type: ignore[attr-defined]
+                    yield f"{file.relative_to(PACKAGE)}:{argument.lineno}", _text(argument)
+
+
+def _text(argument: ast.expr) -> str | None:
+    """What a literal or a name of `CONSTANTS` stands for."""
+    match argument:
+        case ast.Constant(value=str(text)):
+            return text
+        case ast.Name(id=name) | ast.Attribute(attr=name):
+            return CONSTANTS.get(name)
+    return None
+
+
+def _constants() -> dict[str, str]:
+    """Texts that modules give a name, by that name in capitals."""
+    found = {}
+    for file in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.parse(file.read_text()).body:
+            match node:
+                case ast.AnnAssign(target=ast.Name(id=name), value=ast.Constant(value=str(text))):
+                    found[name] = text
+    return found
+
+
+CONSTANTS = _constants()
 
 
 def _regex_arguments(call: ast.Call) -> Iterator[ast.expr]:
@@ -50,7 +79,9 @@ def _regex_arguments(call: ast.Call) -> Iterator[ast.expr]:
         and (function.value.id, function.attr in CALLS) == ("re", True)
     ):
         yield call.args[0]
-    yield from (keyword.value for keyword in call.keywords if keyword.arg == "pattern")
+    for keyword in call.keywords:
+        if keyword.arg == "pattern" or (keyword.arg in FORM_FIELDS and _text(keyword.value)):
+            yield keyword.value
 
 
 LITERALS = {where: text for where, text in patterns() if text is not None}
@@ -83,7 +114,7 @@ def _children(operation: Any, argument: Any) -> Iterator[Any]:
 def test_all_are_found() -> None:
     """The package's own are known: a new one is looked at, here."""
     assert len(LITERALS) >= 10
-    assert {where.partition(":")[0] for where in BUILT} <= {"tally/tokenizer.py"}
+    assert {where.partition(":")[0] for where in BUILT} <= {"tally/tokenizer.py", *FORMS}
 
 
 @pytest.mark.parametrize("pattern", ["(a+)+b", "(a|b*)*", "(?:x{1,9})+", "((a+b)c)*"])

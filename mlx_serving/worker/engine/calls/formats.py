@@ -16,7 +16,7 @@ WriteTool = Callable[[ToolSchema, str, Spelling, str], list[str]]
 
 _WORD: Final = r"\w+"
 _DASHED: Final = r"[\w-]+"
-_DOTTED: Final = r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*"
+_DOTTED: Final = r"[A-Za-z_](?:\w|\.(?=[A-Za-z_]))*"
 _ANY_NAME: Final = r"[\w.-]+"
 
 
