@@ -296,8 +296,12 @@ def figures(pairs: Sequence[tuple[Run, Run]]) -> list[Figure]:
         Figure.median("streams equal to in-process, token by token", same, "streams"),
         Figure.median("inter-token gap, p50 in steps", in_steps[50], "steps"),
         Figure.median("P4 inter-token gap, p99 in steps", in_steps[99], "steps", Goal("≤", 3.0)),
-        Figure("through Redis over in-process, lowest round", min(ratios), "×"),
-        Figure("through Redis over in-process, highest round", max(ratios), "×"),
+        Figure(
+            "through Redis over in-process, lowest round", min(ratios), "×", None, tuple(ratios)
+        ),
+        Figure(
+            "through Redis over in-process, highest round", max(ratios), "×", None, tuple(ratios)
+        ),
         Figure.median("the same while all streams run", steady, "×"),
         Figure.median("P4 through Redis over in-process", ratios, "×", Goal("≥", 0.95)),
     ]

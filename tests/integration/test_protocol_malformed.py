@@ -9,6 +9,7 @@ import redis
 
 from mlx_serving.common import calls
 from mlx_serving.common.states import JobState
+from tests.helpers import wait_until
 from tests.protocol_driver import LANES, QUEUE, Driver
 
 if TYPE_CHECKING:
@@ -183,10 +184,20 @@ def test_one_that_can_be_read_ends_as_failed_with_an_end_event(driver: Driver) -
     assert driver.redis.ttl("mlxs:job:odd") > 0
 
 
+def clock(driver: Driver) -> int:
+    """Redis's time in microseconds."""
+    seconds, microseconds = driver.redis.time()
+    return seconds * 1_000_000 + microseconds
+
+
 def test_a_full_redis_loses_no_job(driver: Driver) -> None:
     """Writes are refused: a script must not take a good job off its list for that."""
     driver.enqueue("late", deadline_ms=1)
     driver.enqueue("a")
+    enqueued = driver.redis.time()
+    wait_until(
+        lambda: driver.redis.time() > (enqueued[0], enqueued[1] + 2000), what="deadline passed"
+    )
     driver.redis.config_set("maxmemory", driver.redis.info("memory")["used_memory"] // 2)
     try:
         for call in (driver.claim, driver.reap, lambda: driver.enqueue("b")):
