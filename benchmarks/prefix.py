@@ -26,9 +26,9 @@ from mlx_serving.worker.engine.engine import Engine
 from mlx_serving.worker.engine.model_runner import ModelRunner
 from mlx_serving.worker.engine.models import EngineOptions, build_engine, warm_up
 from mlx_serving.worker.engine.paged.cache import BLOCK_TOKENS, PROMPT_TOKENS
-from mlx_serving.worker.engine.prefill_chunk import PrefillChunk
 from mlx_serving.worker.engine.prefix import index as twin
 from mlx_serving.worker.engine.prefix.choice import choose_prefix_index
+from mlx_serving.worker.engine.scheduling.prefill_chunk import PrefillChunk
 from mlx_serving.worker.engine.sequence import ModelInfo, Request, SamplingParams
 
 if TYPE_CHECKING:

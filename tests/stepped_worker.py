@@ -14,8 +14,8 @@ from mlx_serving.common.results import assemble
 from mlx_serving.worker.child import Child, ChildSpec
 from mlx_serving.worker.engine.detokenizer import Detokenizer
 from mlx_serving.worker.engine.engine import Engine
-from mlx_serving.worker.engine.limits import SchedulerLimits
-from mlx_serving.worker.engine.scheduler import Scheduler
+from mlx_serving.worker.engine.scheduling.limits import SchedulerLimits
+from mlx_serving.worker.engine.scheduling.scheduler import Scheduler
 from mlx_serving.worker.engine.sequence import ModelInfo, Sequence
 from mlx_serving.worker.engine.simulated import SimulatedOptions, SimulatedRunner, plan
 from mlx_serving.worker.engine.vocabulary import Vocabulary

@@ -22,7 +22,7 @@ from mlx_serving.worker.conditions_mac import default_probe
 from mlx_serving.worker.crash import EXIT_CONFIGURATION, EXIT_ENGINE
 from mlx_serving.worker.dispatcher import Dispatcher, DispatcherOptions
 from mlx_serving.worker.engine.engine_set import EngineSet
-from mlx_serving.worker.engine.limits import least_rows
+from mlx_serving.worker.engine.scheduling.limits import least_rows
 from mlx_serving.worker.fleet import Fleet
 from mlx_serving.worker.listener import Listener
 from mlx_serving.worker.loading import (

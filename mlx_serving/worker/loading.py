@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
     from mlx_serving.common.jobs import GenerationJob
     from mlx_serving.common.settings import Settings
-    from mlx_serving.worker.engine.device_memory import DeviceMemory
     from mlx_serving.worker.engine.engine import Engine
     from mlx_serving.worker.engine.engine_set import EngineSet
-    from mlx_serving.worker.engine.kv_memory import KvMemory
+    from mlx_serving.worker.engine.memory.device_memory import DeviceMemory
+    from mlx_serving.worker.engine.memory.kv_caches import KvMemory
     from mlx_serving.worker.engine.sequence import InferenceEngine
     from mlx_serving.worker.intake import Plan
     from mlx_serving.worker.token_text import Spell
@@ -126,7 +126,7 @@ def memory_of(
     """
     if spec.kind == "simulated":
         return None, tuple
-    from mlx_serving.worker.engine.device_memory import MlxMemory  # imports MLX
+    from mlx_serving.worker.engine.memory.device_memory import MlxMemory  # imports MLX
 
     return MlxMemory(available), lambda: engine.kv_memories
 

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Final
 
 import structlog
 
-from mlx_serving.worker.engine.memory_guard import KvUse, MemoryGuard, Relief
+from mlx_serving.worker.engine.memory.guard import KvUse, MemoryGuard, Relief
 from mlx_serving.worker.recycling import MemoryFloor, Recycling
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from mlx_serving.worker.engine.device_memory import DeviceMemory
-    from mlx_serving.worker.engine.kv_memory import KvMemory
+    from mlx_serving.worker.engine.memory.device_memory import DeviceMemory
+    from mlx_serving.worker.engine.memory.kv_caches import KvMemory
     from mlx_serving.worker.measures import Measures
 
 log = structlog.get_logger(__name__)

@@ -7,7 +7,7 @@ from typing import Any, cast
 import pytest
 
 from mlx_serving.worker.engine.paged.cache import BLOCK_TOKENS
-from mlx_serving.worker.engine.prefill_chunk import PrefillChunk
+from mlx_serving.worker.engine.scheduling.prefill_chunk import PrefillChunk
 from mlx_serving.worker.engine.sequence import Request, SamplingParams
 from tests.engine_support import GREEDY, drive, prefixes_of, tiny_engine
 

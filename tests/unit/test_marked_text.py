@@ -11,9 +11,9 @@ from transformers import PreTrainedTokenizerFast
 
 from mlx_serving.worker.engine.acceleration import make_detokenizer
 from mlx_serving.worker.engine.engine import Engine
-from mlx_serving.worker.engine.limits import SchedulerLimits
 from mlx_serving.worker.engine.marked_detokenizer import MarkedDetokenizer, with_markers
-from mlx_serving.worker.engine.scheduler import Scheduler
+from mlx_serving.worker.engine.scheduling.limits import SchedulerLimits
+from mlx_serving.worker.engine.scheduling.scheduler import Scheduler
 from mlx_serving.worker.engine.sequence import (
     ModelInfo,
     Parts,

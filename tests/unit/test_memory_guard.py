@@ -4,7 +4,7 @@ from typing import Final
 
 import pytest
 
-from mlx_serving.worker.engine.memory_guard import (
+from mlx_serving.worker.engine.memory.guard import (
     MARGIN,
     SPIKE_LOOKS,
     KvUse,

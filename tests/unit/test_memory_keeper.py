@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from mlx_serving.worker.engine.kv_memory import KvMemory
-from mlx_serving.worker.engine.memory_guard import MemoryReading, Relief
-from mlx_serving.worker.engine.memory_room import MemoryRoom
+from mlx_serving.worker.engine.memory.guard import MemoryReading, Relief
+from mlx_serving.worker.engine.memory.kv_caches import KvMemory
+from mlx_serving.worker.engine.memory.room import MemoryRoom
 from mlx_serving.worker.engine.sequence import Request
 from mlx_serving.worker.measures import Measures
 from mlx_serving.worker.memory_keeper import LOOK_SECONDS, MemoryKeeper

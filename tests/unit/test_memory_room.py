@@ -1,6 +1,6 @@
 """Which requests the device has memory for now: their keys and values, and their prompt twice."""
 
-from mlx_serving.worker.engine.memory_room import RELAX_LOOKS, MemoryRoom
+from mlx_serving.worker.engine.memory.room import RELAX_LOOKS, MemoryRoom
 from mlx_serving.worker.engine.sequence import Request, SamplingParams
 
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from mlx_serving.worker.engine.limits import SchedulerLimits
-from mlx_serving.worker.engine.scheduler import Scheduler
+from mlx_serving.worker.engine.scheduling.limits import SchedulerLimits
+from mlx_serving.worker.engine.scheduling.scheduler import Scheduler
 from mlx_serving.worker.engine.sequence import Request, RequestRefusedError, SamplingParams
 
 

@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from mlx_serving.common.jobs import LANES, Lane
-from mlx_serving.worker.engine.lane_turns import LaneTurns
-from mlx_serving.worker.engine.limits import SchedulerLimits, least_rows
-from mlx_serving.worker.engine.scheduler import Scheduler
+from mlx_serving.worker.engine.scheduling.lane_turns import LaneTurns
+from mlx_serving.worker.engine.scheduling.limits import SchedulerLimits, least_rows
+from mlx_serving.worker.engine.scheduling.scheduler import Scheduler
 from mlx_serving.worker.engine.sequence import Phase, Request, SamplingParams, Sequence
 
 if TYPE_CHECKING:
-    from mlx_serving.worker.engine.prefill_chunk import PrefillChunk
+    from mlx_serving.worker.engine.scheduling.prefill_chunk import PrefillChunk
 
 ROWS, CHUNK = 6, 16
 _LAST = (Phase.PREFILLING, Phase.DECODING, Phase.WAITING)

@@ -4,8 +4,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from mlx_serving.worker.engine.limits import SchedulerLimits
-from mlx_serving.worker.engine.scheduler import Scheduler
+from mlx_serving.worker.engine.scheduling.limits import SchedulerLimits
+from mlx_serving.worker.engine.scheduling.scheduler import Scheduler
 from mlx_serving.worker.engine.sequence import Phase, Request, SamplingParams, Sequence
 
 ROWS, CAPACITY, CHUNK, OVERHEAD = 6, 400, 16, 3

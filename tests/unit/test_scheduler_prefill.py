@@ -1,9 +1,9 @@
 """Which tokens a prefill chunk takes."""
 
-from mlx_serving.worker.engine.limits import SchedulerLimits
-from mlx_serving.worker.engine.prefill_chunk import PrefillChunk
-from mlx_serving.worker.engine.prompt_queue import PATIENCE_STEPS, ROWS_PER_PROMPT
-from mlx_serving.worker.engine.scheduler import Scheduler
+from mlx_serving.worker.engine.scheduling.limits import SchedulerLimits
+from mlx_serving.worker.engine.scheduling.prefill_chunk import PrefillChunk
+from mlx_serving.worker.engine.scheduling.prompt_queue import PATIENCE_STEPS, ROWS_PER_PROMPT
+from mlx_serving.worker.engine.scheduling.scheduler import Scheduler
 from mlx_serving.worker.engine.sequence import Phase, Request, SamplingParams
 
 

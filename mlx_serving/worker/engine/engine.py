@@ -7,15 +7,15 @@ from typing import Any, Protocol
 from mlx_serving.common.jobs import Lane
 from mlx_serving.worker.engine.acceleration import AccelerationReport
 from mlx_serving.worker.engine.detokenizer import DetokenizerProtocol
-from mlx_serving.worker.engine.kv_memory import KvMemory
 from mlx_serving.worker.engine.marked_detokenizer import MarkedDetokenizer
-from mlx_serving.worker.engine.memory_room import MemoryRoom
-from mlx_serving.worker.engine.out_of_memory import is_out_of_memory
-from mlx_serving.worker.engine.parking import Parking
-from mlx_serving.worker.engine.prefill_chunk import Group, PrefillChunk
-from mlx_serving.worker.engine.recovery import NO_MEMORY, OUT_OF_MEMORY, Recovery
+from mlx_serving.worker.engine.memory.kv_caches import KvMemory
+from mlx_serving.worker.engine.memory.out_of_memory import is_out_of_memory
+from mlx_serving.worker.engine.memory.recovery import NO_MEMORY, OUT_OF_MEMORY, Recovery
+from mlx_serving.worker.engine.memory.room import MemoryRoom
 from mlx_serving.worker.engine.row_output import grammar_ended, parse_output, row_error
-from mlx_serving.worker.engine.scheduler import Scheduler
+from mlx_serving.worker.engine.scheduling.parking import Parking
+from mlx_serving.worker.engine.scheduling.prefill_chunk import Group, PrefillChunk
+from mlx_serving.worker.engine.scheduling.scheduler import Scheduler
 from mlx_serving.worker.engine.sequence import (
     FINISH_ERROR,
     FINISH_LENGTH,

@@ -25,7 +25,6 @@ from mlx_serving.worker.engine import kv_cache
 from mlx_serving.worker.engine.cache_choice import CacheChoice, choose_cache
 from mlx_serving.worker.engine.decode_cache import ParkedRow, Prefilled
 from mlx_serving.worker.engine.kv_cache import LanguageModel
-from mlx_serving.worker.engine.prefill_chunk import Group, PrefillChunk
 from mlx_serving.worker.engine.prefix.cache import PrefixCache
 from mlx_serving.worker.engine.sampling import (
     BatchSampler,
@@ -36,6 +35,7 @@ from mlx_serving.worker.engine.sampling import (
     read_logprobs,
     token_words,
 )
+from mlx_serving.worker.engine.scheduling.prefill_chunk import Group, PrefillChunk
 from mlx_serving.worker.engine.sequence import SampledToken, Sequence, TokenLogprobs
 from mlx_serving.worker.engine.structured_output import BatchMasks, Matcher, advance_rows
 

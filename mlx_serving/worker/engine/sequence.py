@@ -10,7 +10,7 @@ from mlx_serving.common.jobs import LANES, Lane
 from mlx_serving.worker.engine.prefix.index import PrefixKey
 
 if TYPE_CHECKING:
-    from mlx_serving.worker.engine.kv_memory import KvMemory
+    from mlx_serving.worker.engine.memory.kv_caches import KvMemory
 
 FINISH_STOP: Final = "stop"
 FINISH_LENGTH: Final = "length"

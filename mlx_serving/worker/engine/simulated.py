@@ -15,9 +15,9 @@ from mlx_serving.common.jobs import GenerationJob, Lane
 from mlx_serving.common.output_formats import enforces_tools
 from mlx_serving.worker.engine.detokenizer import Detokenizer
 from mlx_serving.worker.engine.engine import Engine
-from mlx_serving.worker.engine.limits import SchedulerLimits
-from mlx_serving.worker.engine.prefill_chunk import Group, PrefillChunk
-from mlx_serving.worker.engine.scheduler import Scheduler
+from mlx_serving.worker.engine.scheduling.limits import SchedulerLimits
+from mlx_serving.worker.engine.scheduling.prefill_chunk import Group, PrefillChunk
+from mlx_serving.worker.engine.scheduling.scheduler import Scheduler
 from mlx_serving.worker.engine.sequence import (
     ModelInfo,
     Request,

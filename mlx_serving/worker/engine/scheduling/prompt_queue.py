@@ -19,12 +19,12 @@ from collections.abc import Iterable, Iterator
 from typing import Final
 
 from mlx_serving.common.jobs import LANES
-from mlx_serving.worker.engine.lane_turns import LaneTurns
-from mlx_serving.worker.engine.limits import SchedulerLimits
-from mlx_serving.worker.engine.prefill_chunk import Group, PrefillChunk
 from mlx_serving.worker.engine.prefix.cache import PrefixCache
 from mlx_serving.worker.engine.prefix.index import TOKEN_BYTES, PrefixKey
-from mlx_serving.worker.engine.reservation import Reservation
+from mlx_serving.worker.engine.scheduling.lane_turns import LaneTurns
+from mlx_serving.worker.engine.scheduling.limits import SchedulerLimits
+from mlx_serving.worker.engine.scheduling.prefill_chunk import Group, PrefillChunk
+from mlx_serving.worker.engine.scheduling.reservation import Reservation
 from mlx_serving.worker.engine.sequence import Phase, Sequence
 
 # Of a chunk: what prompts that are computed at once may hold, known tokens included.

@@ -10,9 +10,9 @@ from collections import Counter
 from collections.abc import Iterable
 
 from mlx_serving.common.jobs import LANES
-from mlx_serving.worker.engine.limits import SchedulerLimits
 from mlx_serving.worker.engine.prefix.cache import PrefixCache
 from mlx_serving.worker.engine.prefix.index import TOKEN_BYTES, PrefixKey
+from mlx_serving.worker.engine.scheduling.limits import SchedulerLimits
 from mlx_serving.worker.engine.sequence import Phase, Request, Sequence
 
 

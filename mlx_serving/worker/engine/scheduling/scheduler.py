@@ -8,12 +8,12 @@ the budget (`reservation`). A request of a higher lane may park rows of lower on
 
 from collections.abc import Iterable
 
-from mlx_serving.worker.engine.limits import SchedulerLimits
-from mlx_serving.worker.engine.parking import Parking, ParkingLot
-from mlx_serving.worker.engine.prefill_chunk import Group, PrefillChunk
 from mlx_serving.worker.engine.prefix.cache import PrefixCache
-from mlx_serving.worker.engine.prompt_queue import PromptQueue
-from mlx_serving.worker.engine.reservation import Reservation
+from mlx_serving.worker.engine.scheduling.limits import SchedulerLimits
+from mlx_serving.worker.engine.scheduling.parking import Parking, ParkingLot
+from mlx_serving.worker.engine.scheduling.prefill_chunk import Group, PrefillChunk
+from mlx_serving.worker.engine.scheduling.prompt_queue import PromptQueue
+from mlx_serving.worker.engine.scheduling.reservation import Reservation
 from mlx_serving.worker.engine.sequence import (
     LaneRows,
     Phase,

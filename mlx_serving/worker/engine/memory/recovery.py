@@ -11,9 +11,9 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
 from typing import Final
 
-from mlx_serving.worker.engine.memory_room import MemoryRoom
-from mlx_serving.worker.engine.parking import Parking
-from mlx_serving.worker.engine.scheduler import Scheduler
+from mlx_serving.worker.engine.memory.room import MemoryRoom
+from mlx_serving.worker.engine.scheduling.parking import Parking
+from mlx_serving.worker.engine.scheduling.scheduler import Scheduler
 from mlx_serving.worker.engine.sequence import Request, RequestRefusedError, RowError, Sequence
 
 OUT_OF_MEMORY: Final = "out_of_memory"

@@ -13,8 +13,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from mlx_serving.common.jobs import LANES
-from mlx_serving.worker.engine.limits import SchedulerLimits
-from mlx_serving.worker.engine.reservation import Reservation, Trial
+from mlx_serving.worker.engine.scheduling.limits import SchedulerLimits
+from mlx_serving.worker.engine.scheduling.reservation import Reservation, Trial
 from mlx_serving.worker.engine.sequence import Phase, Request, Sequence
 
 # Which rows of a lane give way first: those that lose nothing, last the one that loses most.

@@ -5,7 +5,7 @@ from typing import Final, Protocol
 
 import mlx.core as mx
 
-from mlx_serving.worker.engine.memory_guard import MemoryReading
+from mlx_serving.worker.engine.memory.guard import MemoryReading
 
 CACHE_FRACTION: Final = 0.1  # of the limit: freed buffers that MLX keeps for the next use
 LEAST_CACHE_BYTES: Final = 256 << 20

@@ -2,8 +2,8 @@
 
 from typing import Protocol
 
-from mlx_serving.worker.engine.memory_guard import KvUse
-from mlx_serving.worker.engine.memory_room import MemoryRoom
+from mlx_serving.worker.engine.memory.guard import KvUse
+from mlx_serving.worker.engine.memory.room import MemoryRoom
 from mlx_serving.worker.engine.prefix.cache import PrefixCache
 
 

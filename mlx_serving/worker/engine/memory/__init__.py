@@ -1,0 +1,1 @@
+"""What there is memory for, and what happens where there is not."""
