@@ -192,6 +192,10 @@ class Runner(threading.Thread):
             try:
                 engine.add(*choices)
             except RequestRefusedError as error:
+                if error.code == "no_room":  # less room could be made than there seemed to be
+                    with self._changed:
+                        self._requests.appendleft(choices)
+                    return admitted - 1
                 self._on_refused(choices[0].id, error.code, str(error))
             except Exception as error:  # noqa: BLE001 -- a failing job fails alone
                 self._on_refused(choices[0].id, "engine_error", type(error).__name__)

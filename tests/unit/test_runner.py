@@ -42,6 +42,8 @@ class FakeEngine:
 
     def add(self, *choices: Request) -> None:
         name = choices[0].id
+        if name == "crowded" and self.steps < 2:
+            raise RequestRefusedError("no_room", "no room after all")
         if name == "refused":
             raise RequestRefusedError("too_large", "too large")
         if name == "broken":
@@ -138,6 +140,15 @@ def test_the_choices_of_a_job_enter_together_or_not_at_all(bench: Bench) -> None
     wait_until(lambda: bench.engine.rows == ["b"] * 3)
     bench.runner.abort("b")
     wait_until(lambda: bench.engine.rows == ["c"])
+
+
+def test_a_request_that_finds_less_room_than_it_seemed_waits_in_its_place(bench: Bench) -> None:
+    bench.runner.submit([request("a")])
+    wait_until(lambda: bench.engine.added == ["a"])
+    bench.runner.submit([request("crowded"), request("b")])
+    wait_until(lambda: "crowded" in bench.engine.added)
+    assert bench.engine.added[:2] == ["a", "crowded"]
+    assert bench.refused == []
 
 
 @pytest.mark.parametrize(("name", "code"), [("refused", "too_large"), ("broken", "engine_error")])

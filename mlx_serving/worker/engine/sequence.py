@@ -334,8 +334,9 @@ class InferenceEngine(Protocol):
         where each choice is added alone.
 
         Raises:
-            RequestRefusedError: with `code` "no_room" where `can_add` is false, "too_large"
-                where `fits` is false, "token_out_of_vocabulary", "duplicate_request" or
+            RequestRefusedError: with `code` "no_room" where `can_add` is false or rows that gave
+                way left less than was expected of them (try again later), "too_large" where
+                `fits` is false, "token_out_of_vocabulary", "duplicate_request" or
                 "invalid_parameter". No choice is admitted then.
         """
 
