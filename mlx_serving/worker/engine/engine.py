@@ -118,7 +118,7 @@ class Engine:
         """Admit choices of one request; see `InferenceEngine.add` for what it raises."""
         for request in choices:
             check_request(request, self.model_info.vocab_size)
-        # What the prefix cache knows changes as rows leave: more of them may have to than it seemed.
+        # What the prefix cache knows changes as rows leave: more may have to than it seemed.
         while (parking := self._scheduler.make_room(*choices)) != Parking():
             self._park(parking)
         rows = self._scheduler.add(*choices)
