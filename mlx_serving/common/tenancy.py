@@ -15,8 +15,8 @@ from redis.exceptions import RedisError
 
 from mlx_serving.common.connection import connect
 from mlx_serving.common.errors import FieldError, InvalidSettings
-from mlx_serving.common.limits import LABEL
 from mlx_serving.common.retrying import retry_idempotent, unavailable
+from mlx_serving.common.validation import tenant_problems
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -132,9 +132,7 @@ class Tenancy:
 
 
 def _problems(tenant: str | None, limits: Mapping[str, int | str]) -> list[FieldError]:
-    errors = []
-    if tenant is not None and not re.fullmatch(LABEL, tenant):
-        errors.append(FieldError("tenant", "must be 1 to 128 printable characters without blanks"))
+    errors = [*tenant_problems(tenant)]
     words = {NONE} if tenant is None else {NONE, DEFAULT}
     for kind, value in limits.items():
         if kind not in KINDS:

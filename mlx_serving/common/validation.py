@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from itertools import chain
 from math import inf, isfinite
@@ -164,3 +165,9 @@ def field_path(loc: Iterable[Any]) -> str:
         elif part not in _NO_FIELDS:
             path = _join(path, part)
     return path
+
+
+def tenant_problems(tenant: str | None) -> Iterator[FieldError]:
+    """Yield what is wrong with a tenant's name; None names none."""
+    if tenant is not None and not re.fullmatch(limits.LABEL, tenant):
+        yield FieldError("tenant", "must be 1 to 128 printable characters without blanks")

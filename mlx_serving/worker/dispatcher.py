@@ -105,7 +105,10 @@ class Dispatcher:
         )  # fmt: skip
 
     def post(self, what: str, argument: str = "") -> None:
-        """Leave a message: 'wake', 'room', 'cancel' or 'stop_job' <id>, 'drain', 'recycle', …."""
+        """Leave a message.
+
+        'wake' <queue>, 'room', 'cancel' or 'stop_job' <id>, 'drain', 'recycle' <why>, 'hand_over'.
+        """
         self._messages.put((what, argument))
 
     @property

@@ -9,6 +9,7 @@ import msgspec
 
 from mlx_serving.common import limits
 from mlx_serving.common.errors import FieldError, InvalidBatch
+from mlx_serving.common.validation import tenant_problems
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -102,7 +103,6 @@ def _problems(options: BatchOptions) -> Iterator[FieldError]:
         value = getattr(options, name)
         if value is not None and not least <= value <= most:
             yield FieldError(name, f"must be from {least} to {most}")
-    if options.tenant is not None and not re.fullmatch(limits.LABEL, options.tenant):
-        yield FieldError("tenant", "must be 1 to 128 printable characters without blanks")
+    yield from tenant_problems(options.tenant)
     if len(options.metadata or {}) > limits.METADATA_ITEMS:
         yield FieldError("metadata", f"has more than {limits.METADATA_ITEMS} items")
