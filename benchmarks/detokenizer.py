@@ -15,8 +15,8 @@ from functools import partial
 from typing import Any
 
 from mlx_serving.worker.engine.acceleration import choose_detokenizer
-from mlx_serving.worker.engine.detokenizer import DetokenizerProtocol
-from mlx_serving.worker.engine.vocabulary import VocabularyTable, byte_alphabet
+from mlx_serving.worker.engine.text.detokenizer import DetokenizerProtocol
+from mlx_serving.worker.engine.text.vocabulary import VocabularyTable, byte_alphabet
 
 BATCH = 64
 STEPS = 400

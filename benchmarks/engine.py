@@ -31,8 +31,8 @@ from mlx_lm.models.cache import BatchKVCache, make_prompt_cache
 from mlx_lm.sample_utils import make_sampler
 
 from benchmarks.synthetic import SHAPES, build_model, build_served_model, build_tokenizer
+from mlx_serving.worker.engine.cache.kv_cache import LanguageModel
 from mlx_serving.worker.engine.engine import Engine
-from mlx_serving.worker.engine.kv_cache import LanguageModel
 from mlx_serving.worker.engine.model_runner import ModelRunner
 from mlx_serving.worker.engine.models import EngineOptions, build_engine
 from mlx_serving.worker.engine.sequence import ModelInfo, Request, SamplingParams

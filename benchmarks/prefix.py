@@ -21,7 +21,7 @@ import mlx.core as mx
 
 from benchmarks.synthetic import SHAPES, build_model, build_tokenizer
 from mlx_serving.worker.engine.acceleration import load_native
-from mlx_serving.worker.engine.cache_choice import choose_cache
+from mlx_serving.worker.engine.cache.cache_choice import choose_cache
 from mlx_serving.worker.engine.engine import Engine
 from mlx_serving.worker.engine.model_runner import ModelRunner
 from mlx_serving.worker.engine.models import EngineOptions, build_engine, warm_up

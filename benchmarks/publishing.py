@@ -19,11 +19,11 @@ from mlx_serving.common import calls
 from mlx_serving.common.connection import connect, resolve
 from mlx_serving.common.local_redis import LocalRedis
 from mlx_serving.producer.client import Client
+from mlx_serving.worker.delivery.held import HeldJob
+from mlx_serving.worker.delivery.measured_protocol import MeasuredProtocol
+from mlx_serving.worker.delivery.publisher import Publisher, PublisherOptions
 from mlx_serving.worker.engine.sequence import ModelInfo, Output
-from mlx_serving.worker.held import HeldJob
-from mlx_serving.worker.measured_protocol import MeasuredProtocol
 from mlx_serving.worker.measures import Measures
-from mlx_serving.worker.publisher import Publisher, PublisherOptions
 
 T = TypeVar("T")
 LEASE_MS = 600_000

@@ -30,7 +30,7 @@ from mlx_lm.generate import BatchGenerator
 
 from benchmarks.harness import Figure, Goal, progress, report
 from benchmarks.synthetic import SHAPES, build_model, build_served_model, build_tokenizer
-from mlx_serving.worker.engine.kv_cache import LanguageModel
+from mlx_serving.worker.engine.cache.kv_cache import LanguageModel
 from mlx_serving.worker.engine.model_runner import ModelRunner
 from mlx_serving.worker.engine.models import EngineOptions, build_engine
 from mlx_serving.worker.engine.sequence import ModelInfo, Request, SamplingParams

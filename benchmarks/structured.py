@@ -25,7 +25,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from benchmarks.engine import Case, device_name, measure, start_engine, time_calls
 from benchmarks.synthetic import SHAPES, build_served_model
 from mlx_serving.worker.engine.engine import Engine
-from mlx_serving.worker.engine.grammar_compiler import GrammarCompiler, tokenizer_source
+from mlx_serving.worker.engine.output.grammar_compiler import GrammarCompiler, tokenizer_source
 from mlx_serving.worker.engine.sequence import SamplingParams
 
 if TYPE_CHECKING:

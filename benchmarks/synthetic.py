@@ -10,8 +10,8 @@ from mlx.utils import tree_flatten, tree_map
 from mlx_lm.models import llama, qwen3
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from mlx_serving.worker.engine.cache.kv_cache import LanguageModel
 from mlx_serving.worker.engine.fused_layers import fuse
-from mlx_serving.worker.engine.kv_cache import LanguageModel
 
 TINY: Final[dict[str, Any]] = {
     "hidden_size": 64,

@@ -4,7 +4,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_serving.worker.engine.vocabulary import VocabularyKind
+from mlx_serving.worker.engine.text.vocabulary import VocabularyKind
 
 class Vocabulary:
     def __init__(

@@ -8,9 +8,9 @@ import mlx.core as mx
 from mlx_lm.generate import generate_step
 
 from benchmarks.synthetic import TINY, build_model, build_tokenizer
-from mlx_serving.worker.engine.cache_choice import paged_choice
+from mlx_serving.worker.engine.cache.cache_choice import paged_choice
+from mlx_serving.worker.engine.cache.kv_cache import LanguageModel
 from mlx_serving.worker.engine.engine import Engine
-from mlx_serving.worker.engine.kv_cache import LanguageModel
 from mlx_serving.worker.engine.model_runner import ModelRunner
 from mlx_serving.worker.engine.models import EngineOptions, build_engine
 from mlx_serving.worker.engine.paged.reference import ReferenceOps

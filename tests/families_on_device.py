@@ -15,7 +15,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Final
 
-from mlx_serving.worker.engine.cache_choice import PAGED_CACHE
+from mlx_serving.worker.engine.cache.cache_choice import PAGED_CACHE
 from mlx_serving.worker.engine.fused_layers import fuse
 from mlx_serving.worker.engine.sequence import Request
 from tests.engine_support import GREEDY, Collected, drive, tiny_engine

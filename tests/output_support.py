@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 from mlx_serving.common.jobs import GenerationJob
 from mlx_serving.tally.tasks import MODEL_PATH
 from mlx_serving.worker.engine.models import EngineOptions, load_engine
-from mlx_serving.worker.engine.output_plan import OutputPlanner
-from mlx_serving.worker.engine.prompts import PromptEncoder
+from mlx_serving.worker.engine.output.output_plan import OutputPlanner
 from mlx_serving.worker.engine.sequence import Request, RowError, SamplingParams, ToolCall
+from mlx_serving.worker.engine.text.prompts import PromptEncoder
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Self
 
-from mlx_serving.worker.publisher import Publisher, PublisherOptions
+from mlx_serving.worker.delivery.publisher import Publisher, PublisherOptions
 from tests.helpers import wait_until
 from tests.worker_fakes import FakeProtocol
 
 if TYPE_CHECKING:
-    from mlx_serving.worker.held import HeldJob
+    from mlx_serving.worker.delivery.held import HeldJob
 
 FLUSH = 0.1
 

@@ -10,8 +10,8 @@ import redis
 
 from mlx_serving.common import events
 from mlx_serving.common.calls import Call, ClaimedJob, RowReply
+from mlx_serving.worker.delivery.held import HeldJob
 from mlx_serving.worker.engine.sequence import ModelInfo, Output
-from mlx_serving.worker.held import HeldJob
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -89,7 +89,7 @@ def hacked_child(hacks: Hacks, spec: ChildSpec, lifeline: Connection) -> None:
         WrongClock(Path(hacks.clock_file)).start()
     if hacks.protocol:
         from mlx_serving.common import jobs
-        from mlx_serving.worker import claiming
+        from mlx_serving.worker.claims import claiming
 
         for module in (jobs, claiming):
             vars(module)["PROTOCOL"] = hacks.protocol
@@ -143,7 +143,7 @@ class Pressed:
 
 def main(text: str) -> int:
     given = json.loads(text)
-    from mlx_serving.worker import supervisor
+    from mlx_serving.worker.supervision import supervisor
 
     hacks = given["hacks"]
     hacks["poison"] = hacks["poison"] and Poison(**hacks["poison"])

@@ -43,7 +43,7 @@ def worker(
     handed over. The second hands over at once.
     """
     from mlx_serving.common.telemetry import configure_logging, get_logger
-    from mlx_serving.worker.supervisor import default_name, run_worker
+    from mlx_serving.worker.supervision.supervisor import default_name, run_worker
 
     settings = read_settings(redis_url)
     first, *others = models = list(dict.fromkeys(model or ["tally"]))

@@ -17,9 +17,13 @@ from mlx_serving.common.errors import MlxServingError
 from mlx_serving.common.jobs import LANES, queue_name
 from mlx_serving.common.signing import Signer
 from mlx_serving.common.telemetry import configure_logging
+from mlx_serving.worker.claims.placement import Placement
+from mlx_serving.worker.claims.preparation import Preparation
 from mlx_serving.worker.conditions import Conditions, Rules
 from mlx_serving.worker.conditions_mac import default_probe
-from mlx_serving.worker.crash import EXIT_CONFIGURATION, EXIT_ENGINE
+from mlx_serving.worker.delivery.measured_protocol import MeasuredProtocol, QueueWatch
+from mlx_serving.worker.delivery.publisher import Publisher, PublisherOptions
+from mlx_serving.worker.delivery.sweeper import Sweeper
 from mlx_serving.worker.dispatcher import Dispatcher, DispatcherOptions
 from mlx_serving.worker.engine.engine_set import EngineSet
 from mlx_serving.worker.engine.scheduling.limits import least_rows
@@ -33,20 +37,16 @@ from mlx_serving.worker.loading import (
     model_bytes,
     plan_memory,
 )
-from mlx_serving.worker.manifest import Manifest
-from mlx_serving.worker.measured_protocol import MeasuredProtocol, QueueWatch
 from mlx_serving.worker.measures import Measures
 from mlx_serving.worker.memory_keeper import MemoryKeeper
-from mlx_serving.worker.memory_pressure import AvailableMemory
-from mlx_serving.worker.placement import Placement
-from mlx_serving.worker.preparation import Preparation
 from mlx_serving.worker.presence import Presence, machine_facts
-from mlx_serving.worker.process_end import leave
-from mlx_serving.worker.publisher import Publisher, PublisherOptions
-from mlx_serving.worker.recycling import RecycleRules, Recycling
 from mlx_serving.worker.residents import Residents
 from mlx_serving.worker.runner import Runner
-from mlx_serving.worker.sweeper import Sweeper
+from mlx_serving.worker.supervision.crash import EXIT_CONFIGURATION, EXIT_ENGINE
+from mlx_serving.worker.supervision.manifest import Manifest
+from mlx_serving.worker.supervision.memory_pressure import AvailableMemory
+from mlx_serving.worker.supervision.process_end import leave
+from mlx_serving.worker.supervision.recycling import RecycleRules, Recycling
 from mlx_serving.worker.vitals import Reporter, Vitals
 
 if TYPE_CHECKING:

@@ -19,27 +19,27 @@ import structlog
 from mlx_serving.common import calls
 from mlx_serving.common.errors import CorruptEvent, MlxServingError
 from mlx_serving.common.jobs import model_of
-from mlx_serving.worker.claiming import Claims, ClaimTerms
+from mlx_serving.worker.claims.claiming import Claims, ClaimTerms
+from mlx_serving.worker.claims.intake import JobRefusedError
+from mlx_serving.worker.claims.lane_claims import LaneClaim, LaneNews, LaneRoom
+from mlx_serving.worker.claims.strays import Strays
 from mlx_serving.worker.conditions import ANY_TIME, Conditions
-from mlx_serving.worker.crash import EXIT_ENGINE, EXIT_RECYCLE
-from mlx_serving.worker.held import HeldJob
-from mlx_serving.worker.intake import JobRefusedError
-from mlx_serving.worker.job_log import JobLog
-from mlx_serving.worker.lane_claims import LaneClaim, LaneNews, LaneRoom
-from mlx_serving.worker.outage import Outage
-from mlx_serving.worker.strays import Strays
+from mlx_serving.worker.delivery.held import HeldJob
+from mlx_serving.worker.delivery.job_log import JobLog
+from mlx_serving.worker.delivery.outage import Outage
+from mlx_serving.worker.supervision.crash import EXIT_ENGINE, EXIT_RECYCLE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from mlx_serving.common.calls import ClaimedJob, Returned
     from mlx_serving.common.protocol import Protocol
+    from mlx_serving.worker.claims.placement import Placement
+    from mlx_serving.worker.claims.preparation import Preparation
+    from mlx_serving.worker.delivery.publisher import Publisher
+    from mlx_serving.worker.delivery.sweeper import Sweeper
     from mlx_serving.worker.engine.engine_set import EngineSet
-    from mlx_serving.worker.placement import Placement
-    from mlx_serving.worker.preparation import Preparation
-    from mlx_serving.worker.publisher import Publisher
     from mlx_serving.worker.runner import Choices, Runner
-    from mlx_serving.worker.sweeper import Sweeper
 
 log = structlog.get_logger(__name__)
 

@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 
     from mlx_serving.common.jobs import GenerationJob
     from mlx_serving.common.settings import Settings
+    from mlx_serving.worker.claims.intake import Plan
+    from mlx_serving.worker.delivery.token_text import Spell
     from mlx_serving.worker.engine.engine import Engine
     from mlx_serving.worker.engine.engine_set import EngineSet
     from mlx_serving.worker.engine.memory.device_memory import DeviceMemory
     from mlx_serving.worker.engine.memory.kv_caches import KvMemory
     from mlx_serving.worker.engine.sequence import InferenceEngine
-    from mlx_serving.worker.intake import Plan
-    from mlx_serving.worker.token_text import Spell
 
     Encode = Callable[[GenerationJob], tuple[int, ...]]
 
@@ -149,8 +149,8 @@ def _load_mlx(
 ) -> Generator[None, None, LoadedModel]:
     # Imported here: the parent and the simulated engine must not load MLX.
     from mlx_serving.worker.engine.models import EngineOptions, load_in_slices
-    from mlx_serving.worker.engine.output_plan import OutputPlanner
-    from mlx_serving.worker.engine.prompts import PromptEncoder
+    from mlx_serving.worker.engine.output.output_plan import OutputPlanner
+    from mlx_serving.worker.engine.text.prompts import PromptEncoder
 
     options = EngineOptions(
         max_batch_rows=settings.max_batch_rows,
@@ -177,8 +177,8 @@ def _load_mlx(
 def _speller(engine: Engine) -> Spell:
     """What spells the engine's token ids; some 0.3 s at 150,000 tokens, so before any claim."""
     # Imported here: the vocabulary's reader is for workers with a model.
-    from mlx_serving.worker.engine.vocabulary import read_vocabulary
-    from mlx_serving.worker.token_text import speller
+    from mlx_serving.worker.delivery.token_text import speller
+    from mlx_serving.worker.engine.text.vocabulary import read_vocabulary
 
     return speller(read_vocabulary(engine.tokenizer))
 

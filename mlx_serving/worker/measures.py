@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from mlx_serving.common.calls import ClaimedJob, RowReply
+    from mlx_serving.worker.delivery.held import HeldJob
     from mlx_serving.worker.engine.sequence import Output
-    from mlx_serving.worker.held import HeldJob
 
 _TO_FIRST_TOKEN: Final = (
     0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 0.75, 1, 2, 5, 10, 20, 40, 80, 160, 640, 2560,

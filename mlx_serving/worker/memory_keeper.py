@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 import structlog
 
 from mlx_serving.worker.engine.memory.guard import KvUse, MemoryGuard, Relief
-from mlx_serving.worker.recycling import MemoryFloor, Recycling
+from mlx_serving.worker.supervision.recycling import MemoryFloor, Recycling
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
 
 from mlx_serving.worker.memory_keeper import MemoryState
 from mlx_serving.worker.residents import Standing
-from mlx_serving.worker.status_board import Snapshot, encode
+from mlx_serving.worker.supervision.status_board import Snapshot, encode
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -12,7 +12,7 @@ import pytest
 from mlx_serving import Client
 from mlx_serving.common.results import assemble
 from mlx_serving.tally.tasks import tool_schema
-from mlx_serving.worker.engine.prompts import PromptEncoder
+from mlx_serving.worker.engine.text.prompts import PromptEncoder
 from tests.helpers import wait_until
 from tests.output_support import planner, tally
 from tests.stepped_worker import SteppedWorker, told

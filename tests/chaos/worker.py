@@ -76,9 +76,9 @@ class Observer:
 
     def install(self) -> None:
         from mlx_serving.common.protocol import Protocol
+        from mlx_serving.worker.delivery.publisher import Publisher
         from mlx_serving.worker.dispatcher import Dispatcher
         from mlx_serving.worker.engine.engine import Engine
-        from mlx_serving.worker.publisher import Publisher
 
         _wrap(Protocol, "run", self._around_call)
         _wrap(Publisher, "push", self._around_push)
@@ -178,7 +178,7 @@ def chaos_child(given: dict[str, Any], spec: ChildSpec, *args: Any) -> None:
 
 def main(text: str) -> int:
     given = json.loads(text)
-    from mlx_serving.worker import supervisor
+    from mlx_serving.worker.supervision import supervisor
 
     assert "run_child" in vars(supervisor)
     vars(supervisor)["run_child"] = partial(chaos_child, given)

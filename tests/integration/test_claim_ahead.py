@@ -9,9 +9,9 @@ import redis
 
 from mlx_serving import Client
 from mlx_serving.common import calls
-from mlx_serving.worker.claim_ahead import ClaimAhead
+from mlx_serving.worker.claims.claim_ahead import ClaimAhead
+from mlx_serving.worker.claims.lane_claims import LaneClaim
 from mlx_serving.worker.dispatcher import CLAIM_MOST
-from mlx_serving.worker.lane_claims import LaneClaim
 from tests.protocol_driver import LANES, Driver
 from tests.stepped_worker import SteppedWorker, spelled_engine, words
 from tests.worker_process import submit

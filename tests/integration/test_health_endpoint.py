@@ -14,7 +14,7 @@ import pytest
 from mlx_serving import Client
 from mlx_serving.common.errors import InvalidSettings
 from mlx_serving.common.local_redis import LocalRedis
-from mlx_serving.worker.monitor import Monitor
+from mlx_serving.worker.supervision.monitor import Monitor
 from tests.helpers import wait_until
 from tests.monitoring import Probe
 from tests.worker_process import (

@@ -17,7 +17,7 @@ import pytest
 from mlx_serving import Client
 from mlx_serving.common import events
 from mlx_serving.common.jobs import JOB_FUNCTION
-from mlx_serving.worker import sweeper
+from mlx_serving.worker.delivery import sweeper
 from tests.helpers import wait_until
 from tests.protocol_driver import QUEUE, Driver, rq_fields
 from tests.worker_process import InProcessWorker, check_answers, quick_settings, submit

@@ -62,7 +62,7 @@ def enqueue(driver: Driver, job_id: str, *, queue: str = "tally:default", **chan
 
 
 def _payload(fields: Any) -> bytes:
-    from mlx_serving.worker.payload import inflate
+    from mlx_serving.worker.claims.payload import inflate
 
     return inflate(fields["data"], 1 << 20)
 

@@ -13,7 +13,7 @@ from mlx_serving import Client
 from mlx_serving.common.keys import Keys
 from mlx_serving.common.local_redis import LocalRedis
 from mlx_serving.common.protocol import Protocol
-from mlx_serving.worker.measured_protocol import QueueWatch
+from mlx_serving.worker.delivery.measured_protocol import QueueWatch
 from mlx_serving.worker.measures import Measures
 from tests.helpers import wait_until
 from tests.monitoring import Probe

@@ -10,7 +10,7 @@ from mlx_serving.common import calls
 from mlx_serving.common.jobs import GenerationJob
 from mlx_serving.common.states import JobState
 from mlx_serving.producer.envelope import seal
-from mlx_serving.worker.sweeper import Sweeper
+from mlx_serving.worker.delivery.sweeper import Sweeper
 from tests.helpers import wait_until
 from tests.protocol_driver import LANES, QUEUE, Attempt, Driver
 

@@ -9,8 +9,8 @@ import pytest
 import redis
 
 from mlx_serving.common import calls
-from mlx_serving.worker.strays import Strays
-from mlx_serving.worker.sweeper import Sweeper
+from mlx_serving.worker.claims.strays import Strays
+from mlx_serving.worker.delivery.sweeper import Sweeper
 from tests.helpers import wait_until
 from tests.protocol_driver import LANES, Driver
 

@@ -231,7 +231,7 @@ def test_a_job_whose_stream_is_gone_fails_and_begins_nothing_anew(
 
 def mutations() -> dict[str, Callable[[pytest.MonkeyPatch], None]]:
     """Ways to break the resume; each has to be caught."""
-    from mlx_serving.worker import intake, preparation
+    from mlx_serving.worker.claims import intake, preparation
     from mlx_serving.worker.engine.engine import Engine
 
     def restart(patch: pytest.MonkeyPatch) -> None:

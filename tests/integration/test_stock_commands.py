@@ -22,7 +22,7 @@ from rq.serializers import JSONSerializer
 from rq.suspension import resume, suspend
 
 from mlx_serving import Client
-from mlx_serving.worker.sweeper import Sweeper
+from mlx_serving.worker.delivery.sweeper import Sweeper
 from tests.helpers import wait_until
 from tests.protocol_driver import LANES, QUEUE, Driver, rq_fields
 from tests.worker_process import (

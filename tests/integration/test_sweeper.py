@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from mlx_serving.common.local_redis import LocalRedis
-from mlx_serving.worker.sweeper import Sweeper
+from mlx_serving.worker.delivery.sweeper import Sweeper
 from tests.helpers import wait_until
 from tests.protocol_driver import LANES, QUEUE, Attempt, Driver, rq_fields
 

@@ -15,7 +15,7 @@ from mlx_serving.common.errors import InvalidSettings
 from mlx_serving.common.tenancy import Tenancy
 from mlx_serving.producer.batch.api import Batches
 from mlx_serving.producer.batch.feeder import Feeder
-from mlx_serving.worker.sweeper import Sweeper
+from mlx_serving.worker.delivery.sweeper import Sweeper
 from tests.bulk_driver import make_quick, output, submitted
 from tests.bulk_files import check_simulated
 from tests.protocol_driver import LANES, Driver

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from mlx_serving.worker.engine import acceleration
-from mlx_serving.worker.engine.detokenizer import Detokenizer
-from mlx_serving.worker.engine.vocabulary import Vocabulary
+from mlx_serving.worker.engine.text.detokenizer import Detokenizer
+from mlx_serving.worker.engine.text.vocabulary import Vocabulary
 from tests.unit.tokenizers_for_tests import BYTE_LEVEL
 
 

@@ -14,9 +14,9 @@ from typer.testing import CliRunner
 from mlx_serving.cli.main import app
 from mlx_serving.common.connection import resolve
 from mlx_serving.common.settings import load_settings
-from mlx_serving.worker.crash import EXIT_CONFIGURATION
 from mlx_serving.worker.dispatcher import RELEASE_SECONDS
-from mlx_serving.worker.supervisor import VERDICT_SECONDS
+from mlx_serving.worker.supervision.crash import EXIT_CONFIGURATION
+from mlx_serving.worker.supervision.supervisor import VERDICT_SECONDS
 
 OPS = Path(__file__).parents[2] / "ops"
 UNIT = "mlx-serving-worker@.service"

@@ -7,8 +7,8 @@ import signal
 import pytest
 
 from mlx_serving.common.calls import Blame
-from mlx_serving.worker.crash import Cause, classify, judge, loaded_at_death
-from mlx_serving.worker.manifest import ManifestRow, RowState
+from mlx_serving.worker.supervision.crash import Cause, classify, judge, loaded_at_death
+from mlx_serving.worker.supervision.manifest import ManifestRow, RowState
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from mlx_lm.models import gemma3_text, lfm2, mamba
 from mlx_lm.models.cache import BatchKVCache, ChunkedKVCache, KVCache
 
 from benchmarks.synthetic import TINY, build_model
-from mlx_serving.worker.engine import kv_cache
+from mlx_serving.worker.engine.cache import kv_cache
 from mlx_serving.worker.engine.sequence import Request
 from tests.engine_support import GREEDY, drive, greedy_by_mlx_lm, tiny_engine
 

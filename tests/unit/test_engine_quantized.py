@@ -10,12 +10,16 @@ from mlx_lm.models import gemma3_text, mamba
 from benchmarks.synthetic import TINY, build_model, build_tokenizer
 from mlx_serving.common.errors import InvalidSettings
 from mlx_serving.common.settings import load_settings
-from mlx_serving.worker.engine.cache_choice import choose_cache, padded_choice, quantized_choice
+from mlx_serving.worker.engine.cache.cache_choice import (
+    choose_cache,
+    padded_choice,
+    quantized_choice,
+)
+from mlx_serving.worker.engine.cache.kv_cache import LanguageModel, UnsupportedModelError
+from mlx_serving.worker.engine.cache.quantized_cache import KvBits
 from mlx_serving.worker.engine.engine import Engine
-from mlx_serving.worker.engine.kv_cache import LanguageModel, UnsupportedModelError
 from mlx_serving.worker.engine.model_runner import ModelRunner
 from mlx_serving.worker.engine.models import EngineOptions, build_engine
-from mlx_serving.worker.engine.quantized_cache import KvBits
 from mlx_serving.worker.engine.sequence import ModelInfo, Request, SamplingParams
 from tests.engine_support import GREEDY, Collected, drive
 from tests.unit.test_engine_caches import RECURRENT, SLIDING, other_model

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from benchmarks.synthetic import build_model
-from mlx_serving.worker.engine.kv_cache import LanguageModel, new_cache
+from mlx_serving.worker.engine.cache.kv_cache import LanguageModel, new_cache
 from mlx_serving.worker.engine.sampling.sampler import RECENT_TOKENS
 from mlx_serving.worker.engine.sequence import Request, SamplingParams
 from mlx_serving.worker.engine.simulated import SimulatedEngine

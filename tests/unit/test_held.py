@@ -9,9 +9,9 @@ import pytest
 from mlx_serving.common import events, results
 from mlx_serving.common.events import TokenLogprob
 from mlx_serving.common.states import JobState
-from mlx_serving.worker.choice import Committed, CommittedChoice
+from mlx_serving.worker.delivery.choice import Committed, CommittedChoice
+from mlx_serving.worker.delivery.held import HeldJob
 from mlx_serving.worker.engine.sequence import Output, RowError, TokenLogprobs
-from mlx_serving.worker.held import HeldJob
 from tests.worker_fakes import claim_of, held, output
 
 if TYPE_CHECKING:

@@ -10,15 +10,15 @@ from mlx_serving.common import events, limits
 from mlx_serving.common.errors import CorruptEvent, StreamGap
 from mlx_serving.common.events import ChoiceDelta, ChoiceLogprobs, TokenLogprob
 from mlx_serving.common.jobs import GenerationJob
-from mlx_serving.worker.choice import Committed, CommittedChoice
-from mlx_serving.worker.engine.sequence import ModelInfo, SamplingParams
-from mlx_serving.worker.intake import (
+from mlx_serving.worker.claims.intake import (
     JobRefusedError,
     build_requests,
     can_continue,
     open_payload,
     read_committed,
 )
+from mlx_serving.worker.delivery.choice import Committed, CommittedChoice
+from mlx_serving.worker.engine.sequence import ModelInfo, SamplingParams
 from tests.worker_fakes import MODEL, claim_of
 
 

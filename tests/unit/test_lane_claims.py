@@ -4,8 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_serving.common.jobs import LANES
+from mlx_serving.worker.claims.lane_claims import LaneClaim, LaneNews, LaneRoom
 from mlx_serving.worker.engine.sequence import LaneRows
-from mlx_serving.worker.lane_claims import LaneClaim, LaneNews, LaneRoom
 
 ROOM = LaneRoom(max_rows=64, min_rows=7)
 NONE = (0, 0, 0)

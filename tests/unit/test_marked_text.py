@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from mlx_serving.worker.engine.acceleration import make_detokenizer
 from mlx_serving.worker.engine.engine import Engine
-from mlx_serving.worker.engine.marked_detokenizer import MarkedDetokenizer, with_markers
+from mlx_serving.worker.engine.output.tool_formats import ModelFormat, RequestFormat
 from mlx_serving.worker.engine.scheduling.limits import SchedulerLimits
 from mlx_serving.worker.engine.scheduling.scheduler import Scheduler
 from mlx_serving.worker.engine.sequence import (
@@ -21,7 +21,7 @@ from mlx_serving.worker.engine.sequence import (
     SampledToken,
     SamplingParams,
 )
-from mlx_serving.worker.engine.tool_formats import ModelFormat, RequestFormat
+from mlx_serving.worker.engine.text.marked_detokenizer import MarkedDetokenizer, with_markers
 
 if TYPE_CHECKING:
     from collections.abc import Container, Iterable

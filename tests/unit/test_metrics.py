@@ -12,11 +12,11 @@ from prometheus_client import CollectorRegistry, generate_latest
 from mlx_serving.common.calls import ClaimReply, RowReply, Swept
 from mlx_serving.common.protocol import Protocol
 from mlx_serving.common.states import JobState
-from mlx_serving.worker.health import Limits
-from mlx_serving.worker.measured_protocol import MeasuredProtocol
+from mlx_serving.worker.delivery.measured_protocol import MeasuredProtocol
 from mlx_serving.worker.measures import BUCKETS, COMMIT, E2E, ITL, QUEUE_TIME, TTFT, Measures
-from mlx_serving.worker.metrics import COUNTERS, GAUGES, HISTOGRAMS, WorkerCollector
-from mlx_serving.worker.status_board import Board, Snapshot, decode, encode
+from mlx_serving.worker.supervision.health import Limits
+from mlx_serving.worker.supervision.metrics import COUNTERS, GAUGES, HISTOGRAMS, WorkerCollector
+from mlx_serving.worker.supervision.status_board import Board, Snapshot, decode, encode
 from mlx_serving.worker.vitals import Vitals
 from tests.monitoring import parse
 from tests.worker_fakes import claim_of, held, output

@@ -14,9 +14,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from mlx_serving.common.errors import InvalidJob
 from mlx_serving.common.jobs import GenerationJob
-from mlx_serving.worker.engine.grammar_trial import compile_grammar, try_grammar
-from mlx_serving.worker.engine.output_grammar import output_grammar
-from mlx_serving.worker.engine.tool_formats import ModelFormat
+from mlx_serving.worker.engine.output.grammar_trial import compile_grammar, try_grammar
+from mlx_serving.worker.engine.output.output_grammar import output_grammar
+from mlx_serving.worker.engine.output.tool_formats import ModelFormat
 
 MARKERS = ("<think>", "</think>", "<tool_call>", "</tool_call>")
 CITY = {"type": "object", "properties": {"city": {"enum": ["Oslo", "Rome"]}}, "required": ["city"],

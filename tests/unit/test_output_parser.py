@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mlx_lm.generate import TextStateMachine
 
-from mlx_serving.worker.engine.output_parser import (
+from mlx_serving.worker.engine.output.output_parser import (
     CALL,
     REASONING,
     TEXT,

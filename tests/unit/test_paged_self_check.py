@@ -8,9 +8,9 @@ import pytest
 from mlx_lm.models import gemma2, gemma3_text, lfm2
 
 from benchmarks.synthetic import TINY, build_model
-from mlx_serving.worker.engine import cache_choice
-from mlx_serving.worker.engine.cache_choice import CacheChoice, choose_cache, paged_choice
-from mlx_serving.worker.engine.decode_cache import PaddedCache
+from mlx_serving.worker.engine.cache import cache_choice
+from mlx_serving.worker.engine.cache.cache_choice import CacheChoice, choose_cache, paged_choice
+from mlx_serving.worker.engine.cache.decode_cache import PaddedCache
 from mlx_serving.worker.engine.paged import dispatch
 from mlx_serving.worker.engine.paged.cache import PagedCache
 from mlx_serving.worker.engine.paged.layers import (

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.synthetic import build_model
-from mlx_serving.worker.engine.decode_cache import Prefilled
+from mlx_serving.worker.engine.cache.decode_cache import Prefilled
 from mlx_serving.worker.engine.paged import dispatch
 from mlx_serving.worker.engine.paged.cache import (
     CHUNK_TOKENS,

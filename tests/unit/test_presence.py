@@ -15,7 +15,7 @@ from mlx_serving.worker.presence import (
     machine_facts,
     memory_bytes,
 )
-from mlx_serving.worker.status_board import Snapshot
+from mlx_serving.worker.supervision.status_board import Snapshot
 
 MOST_BYTES = 3 * 1024
 

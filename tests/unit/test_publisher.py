@@ -9,8 +9,8 @@ import pytest
 import redis
 
 from mlx_serving.common.calls import RowReply
+from mlx_serving.worker.delivery.holdings import BULK_SECONDS
 from mlx_serving.worker.engine.sequence import Output, RowError
-from mlx_serving.worker.holdings import BULK_SECONDS
 from tests.helpers import wait_until
 from tests.publisher_bench import FLUSH, Bench
 from tests.worker_fakes import held, output

@@ -10,8 +10,8 @@ import pytest
 import redis
 
 from mlx_serving.common.calls import RowReply
-from mlx_serving.worker.held import EVENT_TOKENS
-from mlx_serving.worker.publisher import BACK_OFF_SECONDS
+from mlx_serving.worker.delivery.held import EVENT_TOKENS
+from mlx_serving.worker.delivery.publisher import BACK_OFF_SECONDS
 from tests.helpers import wait_until
 from tests.publisher_bench import FLUSH, Bench
 from tests.worker_fakes import FakeProtocol, held, output

@@ -26,7 +26,7 @@ PACKAGE = Path(mlx_serving.__file__).parent
 FORMS = {
     "worker/engine/calls/parameters.py",
     "worker/engine/calls/schema.py",
-    "worker/engine/output_grammar.py",
+    "worker/engine/output/output_grammar.py",
 }
 FORM_FIELDS = {"names", "plain", "null", "nullable_null"}
 CALLS = {"compile", "match", "search", "fullmatch", "sub", "subn", "split", "findall", "finditer"}

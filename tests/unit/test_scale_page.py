@@ -15,8 +15,8 @@ from benchmarks.capacity import (
     table,
 )
 from mlx_serving.common.settings import Settings
-from mlx_serving.worker.holdings import BULK_SECONDS, BULK_TOKENS
-from mlx_serving.worker.publisher import WITH_A_STEP
+from mlx_serving.worker.delivery.holdings import BULK_SECONDS, BULK_TOKENS
+from mlx_serving.worker.delivery.publisher import WITH_A_STEP
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "scale.md").read_text()

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 
 from mlx_serving.common.settings import load_settings
-from mlx_serving.worker import monitor
-from mlx_serving.worker.supervisor import BackOff, default_name
+from mlx_serving.worker.supervision import monitor
+from mlx_serving.worker.supervision.supervisor import BackOff, default_name
 
 
 def test_it_doubles_from_half_a_second_to_thirty() -> None:

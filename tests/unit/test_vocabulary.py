@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models
 
-from mlx_serving.worker.engine.vocabulary import (
+from mlx_serving.worker.engine.text.vocabulary import (
     UnsupportedVocabularyError,
     byte_alphabet,
     read_vocabulary,

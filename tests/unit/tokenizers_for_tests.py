@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from mlx_serving.worker.engine.vocabulary import byte_alphabet
+from mlx_serving.worker.engine.text.vocabulary import byte_alphabet
 
 _TEXT_TOKENS = ["▁", "a", "b", "é", "你", "▁a", "▁ab", "ab", "x▁", "\ufffd", "<0x4>", "<0xABC>"]
 

@@ -15,7 +15,7 @@ import redis
 from mlx_serving.cli.overview import WorkerView, read_worker
 from mlx_serving.common.connection import connect, resolve
 from mlx_serving.common.errors import EngineError
-from mlx_serving.worker.supervisor import run_worker
+from mlx_serving.worker.supervision.supervisor import run_worker
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

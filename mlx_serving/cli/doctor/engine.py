@@ -113,8 +113,8 @@ def check_model(settings: Settings, model: str) -> Check:
 
 def _answer(engine: Engine, model: str) -> tuple[str, int]:
     """Decode the probe's answer, greedy; returns its text and its count of tokens."""
-    from mlx_serving.worker.engine.prompts import PromptEncoder
     from mlx_serving.worker.engine.sequence import Request, SamplingParams
+    from mlx_serving.worker.engine.text.prompts import PromptEncoder
 
     job = GenerationJob.build(model=model, messages=[{"role": "user", "content": PROBE[0]}])
     prompt = PromptEncoder(engine.tokenizer).encode(job)

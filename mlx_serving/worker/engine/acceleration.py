@@ -12,9 +12,9 @@ from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-from mlx_serving.worker.engine import detokenizer as twin
-from mlx_serving.worker.engine.detokenizer import DetokenizerProtocol
-from mlx_serving.worker.engine.vocabulary import Vocabulary, VocabularyTable, read_vocabulary
+from mlx_serving.worker.engine.text import detokenizer as twin
+from mlx_serving.worker.engine.text.detokenizer import DetokenizerProtocol
+from mlx_serving.worker.engine.text.vocabulary import Vocabulary, VocabularyTable, read_vocabulary
 
 if TYPE_CHECKING:
     import mlx.core as mx

@@ -6,13 +6,11 @@ from typing import Any, Protocol
 
 from mlx_serving.common.jobs import Lane
 from mlx_serving.worker.engine.acceleration import AccelerationReport
-from mlx_serving.worker.engine.detokenizer import DetokenizerProtocol
-from mlx_serving.worker.engine.marked_detokenizer import MarkedDetokenizer
 from mlx_serving.worker.engine.memory.kv_caches import KvMemory
 from mlx_serving.worker.engine.memory.out_of_memory import is_out_of_memory
 from mlx_serving.worker.engine.memory.recovery import NO_MEMORY, OUT_OF_MEMORY, Recovery
 from mlx_serving.worker.engine.memory.room import MemoryRoom
-from mlx_serving.worker.engine.row_output import grammar_ended, parse_output, row_error
+from mlx_serving.worker.engine.output.row_output import grammar_ended, parse_output, row_error
 from mlx_serving.worker.engine.scheduling.parking import Parking
 from mlx_serving.worker.engine.scheduling.prefill_chunk import Group, PrefillChunk
 from mlx_serving.worker.engine.scheduling.scheduler import Scheduler
@@ -30,6 +28,8 @@ from mlx_serving.worker.engine.sequence import (
     SampledToken,
     Sequence,
 )
+from mlx_serving.worker.engine.text.detokenizer import DetokenizerProtocol
+from mlx_serving.worker.engine.text.marked_detokenizer import MarkedDetokenizer
 from mlx_serving.worker.engine.validation import check_request
 
 

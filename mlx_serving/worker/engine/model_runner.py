@@ -21,10 +21,11 @@ from typing import Any, Final, cast
 import mlx.core as mx
 
 from mlx_serving.common.jobs import Lane
-from mlx_serving.worker.engine import kv_cache
-from mlx_serving.worker.engine.cache_choice import CacheChoice, choose_cache
-from mlx_serving.worker.engine.decode_cache import ParkedRow, Prefilled
-from mlx_serving.worker.engine.kv_cache import LanguageModel
+from mlx_serving.worker.engine.cache import kv_cache
+from mlx_serving.worker.engine.cache.cache_choice import CacheChoice, choose_cache
+from mlx_serving.worker.engine.cache.decode_cache import ParkedRow, Prefilled
+from mlx_serving.worker.engine.cache.kv_cache import LanguageModel
+from mlx_serving.worker.engine.output.structured_output import BatchMasks, Matcher, advance_rows
 from mlx_serving.worker.engine.prefix.cache import PrefixCache
 from mlx_serving.worker.engine.sampling import (
     BatchSampler,
@@ -37,7 +38,6 @@ from mlx_serving.worker.engine.sampling import (
 )
 from mlx_serving.worker.engine.scheduling.prefill_chunk import Group, PrefillChunk
 from mlx_serving.worker.engine.sequence import SampledToken, Sequence, TokenLogprobs
-from mlx_serving.worker.engine.structured_output import BatchMasks, Matcher, advance_rows
 
 TRIM_EVERY_LAUNCHES: Final = 512  # freed buffers go back to the system, as in mlx-lm
 

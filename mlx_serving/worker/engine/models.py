@@ -12,19 +12,19 @@ from mlx_lm.utils import load_model, load_tokenizer, maybe_set_recommended_wired
 
 from mlx_serving.worker.engine.acceleration import choose_sampler, make_detokenizer
 from mlx_serving.worker.engine.aside import aside
-from mlx_serving.worker.engine.cache_choice import CacheKind, choose_cache
+from mlx_serving.worker.engine.cache.cache_choice import CacheKind, choose_cache
+from mlx_serving.worker.engine.cache.quantized_cache import KvBits
 from mlx_serving.worker.engine.engine import Attachments, Engine
 from mlx_serving.worker.engine.fused_layers import fuse
-from mlx_serving.worker.engine.marked_detokenizer import with_markers
 from mlx_serving.worker.engine.memory.kv_caches import KvMemory
 from mlx_serving.worker.engine.memory.room import MemoryRoom
 from mlx_serving.worker.engine.model_files import check_model_files, model_revision, tokenizer_hash
 from mlx_serving.worker.engine.model_runner import ModelRunner
 from mlx_serving.worker.engine.prefix.choice import make_prefix_cache
-from mlx_serving.worker.engine.quantized_cache import KvBits
 from mlx_serving.worker.engine.scheduling.limits import SchedulerLimits
 from mlx_serving.worker.engine.scheduling.scheduler import Scheduler
 from mlx_serving.worker.engine.sequence import ModelInfo, Request, SamplingParams
+from mlx_serving.worker.engine.text.marked_detokenizer import with_markers
 
 CPU_KV_BUDGET_BYTES: Final = 1 << 30
 # Of the memory that the weights leave. The rest is for activations, logits, the copy of one

@@ -13,7 +13,6 @@ from typing import Final
 from mlx_serving.common.errors import InvalidJob
 from mlx_serving.common.jobs import GenerationJob, Lane
 from mlx_serving.common.output_formats import enforces_tools
-from mlx_serving.worker.engine.detokenizer import Detokenizer
 from mlx_serving.worker.engine.engine import Engine
 from mlx_serving.worker.engine.scheduling.limits import SchedulerLimits
 from mlx_serving.worker.engine.scheduling.prefill_chunk import Group, PrefillChunk
@@ -25,7 +24,8 @@ from mlx_serving.worker.engine.sequence import (
     Sequence,
     TokenLogprobs,
 )
-from mlx_serving.worker.engine.vocabulary import WORD_BOUNDARY, Vocabulary
+from mlx_serving.worker.engine.text.detokenizer import Detokenizer
+from mlx_serving.worker.engine.text.vocabulary import WORD_BOUNDARY, Vocabulary
 
 VOCAB_SIZE: Final = 10_000
 EOS_TOKEN: Final = 0

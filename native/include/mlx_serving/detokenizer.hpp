@@ -3,7 +3,7 @@
 // A token passes three stages: bytes to whole characters, the leading space that Llama's decoder
 // strips, stop strings. The released text, joined, equals what the tokenizer's own decode gives
 // for all tokens, special ones skipped, up to the stop string. The Python twin, with the reasons,
-// is mlx_serving/worker/engine/detokenizer.py.
+// is mlx_serving/worker/engine/text/detokenizer.py.
 #pragma once
 
 #include <cstddef>

@@ -14,9 +14,9 @@ from typing import Any, Final
 import mlx.core as mx
 import numpy as np
 
-from mlx_serving.worker.engine import kv_cache
-from mlx_serving.worker.engine.decode_cache import ParkedRow, Prefilled
-from mlx_serving.worker.engine.kv_cache import LanguageModel
+from mlx_serving.worker.engine.cache import kv_cache
+from mlx_serving.worker.engine.cache.decode_cache import ParkedRow, Prefilled
+from mlx_serving.worker.engine.cache.kv_cache import LanguageModel
 from mlx_serving.worker.engine.paged.block_allocator import BlockAllocator
 from mlx_serving.worker.engine.paged.gather import gather_blocks
 from mlx_serving.worker.engine.paged.layers import PagedLayer, PagedOps, StepPlan, StoreEntry

@@ -11,8 +11,8 @@ from typing import Any, Final, cast
 import mlx.core as mx
 from mlx_lm.models.cache import KVCache
 
-from mlx_serving.worker.engine.decode_cache import DecodeCache, PaddedCache, Prefilled
-from mlx_serving.worker.engine.kv_cache import LanguageModel
+from mlx_serving.worker.engine.cache.decode_cache import DecodeCache, PaddedCache, Prefilled
+from mlx_serving.worker.engine.cache.kv_cache import LanguageModel
 from mlx_serving.worker.engine.paged.cache import (
     BLOCK_TOKENS,
     SPLIT_ABOVE_TOKENS,

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import mlx.core as mx
 
-from mlx_serving.worker.engine.kv_cache import LanguageModel
+from mlx_serving.worker.engine.cache.kv_cache import LanguageModel
 from mlx_serving.worker.engine.paged.layers import PagedLayer, PagedOps, StepPlan
 
 STEP_ROWS: Final = 8  # batch sizes are multiples of it, or a smaller power of two

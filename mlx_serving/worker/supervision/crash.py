@@ -7,12 +7,12 @@ from enum import Enum
 from typing import TYPE_CHECKING, Final
 
 from mlx_serving.common.calls import Blame
-from mlx_serving.worker.manifest import RowState
+from mlx_serving.worker.supervision.manifest import RowState
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from mlx_serving.worker.manifest import ManifestRow
+    from mlx_serving.worker.supervision.manifest import ManifestRow
 
 EXIT_ENGINE: Final = 70  # sysexits' EX_SOFTWARE: the engine is dead or hangs
 EXIT_RECYCLE: Final = 75  # sysexits' EX_TEMPFAIL: it made room for a fresh child, by plan

@@ -17,7 +17,7 @@ from mlx_serving.common.output_formats import chosen_tools, enforces_tools, must
 from mlx_serving.worker.engine.calls.formats import CallFormat, call_format
 from mlx_serving.worker.engine.calls.schema import ToolSchema, json_text
 from mlx_serving.worker.engine.calls.spelling import ANY_TEXT, Spelling, TokenOf, escaped
-from mlx_serving.worker.engine.tool_formats import ModelFormat
+from mlx_serving.worker.engine.output.tool_formats import ModelFormat
 
 _NO_FORCE: Final = "can't be enforced"
 _GAP: Final = r"GAP: /[ \t\r\n]{0,8}/"

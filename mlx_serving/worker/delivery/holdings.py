@@ -9,17 +9,17 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Final
 
-from mlx_serving.worker.held import EVENT_TOKENS
-from mlx_serving.worker.manifest import RowState
+from mlx_serving.worker.delivery.held import EVENT_TOKENS
+from mlx_serving.worker.supervision.manifest import RowState
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from mlx_serving.common.calls import CommitRow
+    from mlx_serving.worker.delivery.held import HeldJob
     from mlx_serving.worker.engine.sequence import Output
-    from mlx_serving.worker.held import HeldJob
-    from mlx_serving.worker.manifest import Manifest
     from mlx_serving.worker.measures import Measures
+    from mlx_serving.worker.supervision.manifest import Manifest
 
 BULK_TOKENS: Final = 16  # a job without `stream` commits every so many tokens a choice …
 BULK_SECONDS: Final = 0.5  # … or so often

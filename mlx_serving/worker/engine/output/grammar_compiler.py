@@ -8,13 +8,13 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any, Final
 
 from mlx_serving.common.errors import InvalidSchema
-from mlx_serving.worker.engine.grammar_trial import (
+from mlx_serving.worker.engine.output.grammar_trial import (
     COMPILE_SECONDS,
     GrammarTrial,
     TokenizerSource,
     compile_grammar,
 )
-from mlx_serving.worker.engine.structured_output import CompiledGrammar
+from mlx_serving.worker.engine.output.structured_output import CompiledGrammar
 
 if TYPE_CHECKING:
     from llguidance import LLTokenizer

@@ -11,11 +11,11 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 
-from mlx_serving.worker.engine import kv_cache
-from mlx_serving.worker.engine.kv_cache import LanguageModel
+from mlx_serving.worker.engine.cache import kv_cache
+from mlx_serving.worker.engine.cache.kv_cache import LanguageModel
+from mlx_serving.worker.engine.cache.quantized_cache import Quantization, quantized_layers
 from mlx_serving.worker.engine.prefix.cache import PrefixCache
 from mlx_serving.worker.engine.prefix.index import PrefixKey
-from mlx_serving.worker.engine.quantized_cache import Quantization, quantized_layers
 
 
 @dataclass(frozen=True, slots=True)

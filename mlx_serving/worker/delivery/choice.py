@@ -13,11 +13,11 @@ from mlx_serving.common.events import (
     ToolCallDelta,
 )
 from mlx_serving.common.results import ChoiceResult, joined_calls
-from mlx_serving.worker.token_text import render
+from mlx_serving.worker.delivery.token_text import render
 
 if TYPE_CHECKING:
+    from mlx_serving.worker.delivery.token_text import Spell
     from mlx_serving.worker.engine.sequence import Output, TokenLogprobs, ToolCall
-    from mlx_serving.worker.token_text import Spell
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,9 +17,9 @@ from mlx_serving.common.errors import (
 from mlx_serving.common.events import ChoiceLogprobs
 from mlx_serving.common.jobs import lane_of, model_of
 from mlx_serving.common.signing import Signer
-from mlx_serving.worker.choice import Committed, CommittedChoice
+from mlx_serving.worker.claims.payload import read_job
+from mlx_serving.worker.delivery.choice import Committed, CommittedChoice
 from mlx_serving.worker.engine.sequence import Request, SamplingParams
-from mlx_serving.worker.payload import read_job
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

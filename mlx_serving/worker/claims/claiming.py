@@ -9,16 +9,16 @@ import structlog
 
 from mlx_serving.common import calls
 from mlx_serving.common.jobs import PROTOCOL, model_of
-from mlx_serving.worker.claim_ahead import ClaimAhead, Claimed
-from mlx_serving.worker.demand import Group
+from mlx_serving.worker.claims.claim_ahead import ClaimAhead, Claimed
+from mlx_serving.worker.claims.demand import Group
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from mlx_serving.common.calls import Call, ClaimReply, HeldRows
     from mlx_serving.common.protocol import Protocol
-    from mlx_serving.worker.lane_claims import LaneClaim, LaneNews
-    from mlx_serving.worker.placement import Placement
+    from mlx_serving.worker.claims.lane_claims import LaneClaim, LaneNews
+    from mlx_serving.worker.claims.placement import Placement
 
 log = structlog.get_logger(__name__)
 

@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from mlx_serving.worker.engine.output_parser import (
+from mlx_serving.worker.engine.output.output_parser import (
     CALL,
     REASONING,
     TEXT,

@@ -12,11 +12,12 @@ from typing import Final, Literal
 import mlx.core as mx
 from mlx_lm.models.cache import KVCache
 
-from mlx_serving.worker.engine import kv_cache
 from mlx_serving.worker.engine.acceleration import AccelerationReport
-from mlx_serving.worker.engine.decode_cache import DecodeCache, PaddedCache, QuantizedCache
+from mlx_serving.worker.engine.cache import kv_cache
+from mlx_serving.worker.engine.cache.decode_cache import DecodeCache, PaddedCache, QuantizedCache
+from mlx_serving.worker.engine.cache.kv_cache import CacheCost, LanguageModel
+from mlx_serving.worker.engine.cache.quantized_cache import KvBits, bytes_per_token, quantization_of
 from mlx_serving.worker.engine.kernels import dialect
-from mlx_serving.worker.engine.kv_cache import CacheCost, LanguageModel
 from mlx_serving.worker.engine.paged import dispatch
 from mlx_serving.worker.engine.paged.cache import (
     BLOCK_TOKENS,
@@ -28,7 +29,6 @@ from mlx_serving.worker.engine.paged.kernel_ops import KernelOps, supports
 from mlx_serving.worker.engine.paged.layers import PagedOps
 from mlx_serving.worker.engine.paged.reference import ReferenceOps
 from mlx_serving.worker.engine.paged.self_check import check
-from mlx_serving.worker.engine.quantized_cache import KvBits, bytes_per_token, quantization_of
 
 PAGED_CACHE: Final = "paged KV cache"
 CacheKind = Literal["auto", "paged", "padded"]

@@ -14,17 +14,17 @@ from mlx_serving.common.events import ErrorInfo, Usage
 from mlx_serving.common.jobs import lane_of
 from mlx_serving.common.results import GenerationResult, Timings, encode_result
 from mlx_serving.common.states import JobState
-from mlx_serving.worker.choice import Choice
+from mlx_serving.worker.delivery.choice import Choice
+from mlx_serving.worker.delivery.token_text import unspelled
 from mlx_serving.worker.engine.sequence import FINISH_ERROR
 from mlx_serving.worker.rq_worker import rq_failure, rq_success
-from mlx_serving.worker.token_text import unspelled
 
 if TYPE_CHECKING:
     from mlx_serving.common.calls import ClaimedJob
     from mlx_serving.common.jobs import Lane
-    from mlx_serving.worker.choice import Committed
+    from mlx_serving.worker.delivery.choice import Committed
+    from mlx_serving.worker.delivery.token_text import Spell
     from mlx_serving.worker.engine.sequence import ModelInfo, Output
-    from mlx_serving.worker.token_text import Spell
 
 PROVEN_SECONDS: Final = 2.0
 PROVEN_TOKENS: Final = 32

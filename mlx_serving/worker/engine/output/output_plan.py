@@ -6,11 +6,11 @@ from typing import Any
 
 from mlx_serving.common.errors import InvalidJob
 from mlx_serving.common.jobs import GenerationJob
-from mlx_serving.worker.engine.grammar_compiler import GrammarCompiler, tokenizer_source
-from mlx_serving.worker.engine.output_grammar import output_grammar
-from mlx_serving.worker.engine.output_parser import REASONING, TEXT
+from mlx_serving.worker.engine.output.grammar_compiler import GrammarCompiler, tokenizer_source
+from mlx_serving.worker.engine.output.output_grammar import output_grammar
+from mlx_serving.worker.engine.output.output_parser import REASONING, TEXT
+from mlx_serving.worker.engine.output.tool_formats import ModelFormat, RequestFormat
 from mlx_serving.worker.engine.sequence import Grammar, ModelInfo, OutputFormat, Request
-from mlx_serving.worker.engine.tool_formats import ModelFormat, RequestFormat
 
 
 class OutputPlanner:

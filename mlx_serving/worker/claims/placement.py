@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final, cast
 import structlog
 
 from mlx_serving.common.jobs import LANES, model_of, queue_name
-from mlx_serving.worker.demand import Group, Wanted, claim_order, next_to_load
+from mlx_serving.worker.claims.demand import Group, Wanted, claim_order, next_to_load
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence

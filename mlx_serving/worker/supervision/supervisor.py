@@ -20,11 +20,17 @@ from typing import TYPE_CHECKING, Final
 import structlog
 
 from mlx_serving.worker.child import ChildSpec, run_child
-from mlx_serving.worker.crash import EXIT_CONFIGURATION, Cause, classify, judge, loaded_at_death
-from mlx_serving.worker.manifest import ManifestFile
-from mlx_serving.worker.memory_pressure import default_probe
-from mlx_serving.worker.monitor import Monitor
-from mlx_serving.worker.verdicts import VerdictWriter
+from mlx_serving.worker.supervision.crash import (
+    EXIT_CONFIGURATION,
+    Cause,
+    classify,
+    judge,
+    loaded_at_death,
+)
+from mlx_serving.worker.supervision.manifest import ManifestFile
+from mlx_serving.worker.supervision.memory_pressure import default_probe
+from mlx_serving.worker.supervision.monitor import Monitor
+from mlx_serving.worker.supervision.verdicts import VerdictWriter
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
@@ -33,7 +39,7 @@ if TYPE_CHECKING:
 
     from mlx_serving.common.settings import Settings
     from mlx_serving.worker.loading import EngineSpec
-    from mlx_serving.worker.memory_pressure import MemoryProbe
+    from mlx_serving.worker.supervision.memory_pressure import MemoryProbe
 
 log = structlog.get_logger(__name__)
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from mlx_serving.common.calls import Call, ClaimReply
     from mlx_serving.common.protocol import Protocol
-    from mlx_serving.worker.lane_claims import LaneClaim
+    from mlx_serving.worker.claims.lane_claims import LaneClaim
 
 
 @dataclass(frozen=True, slots=True)

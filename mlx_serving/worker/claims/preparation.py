@@ -7,20 +7,20 @@ from typing import TYPE_CHECKING
 
 from mlx_serving.common.errors import CorruptEvent
 from mlx_serving.common.telemetry import trace_id
-from mlx_serving.worker.choice import Committed
-from mlx_serving.worker.intake import (
+from mlx_serving.worker.claims.intake import (
     build_requests,
     can_continue,
     open_payload,
     plan_output,
     read_committed,
 )
+from mlx_serving.worker.delivery.choice import Committed
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from mlx_serving.common.signing import Signer
-    from mlx_serving.worker.held import HeldJob
+    from mlx_serving.worker.delivery.held import HeldJob
     from mlx_serving.worker.loading import LoadedModel
     from mlx_serving.worker.runner import Choices
 

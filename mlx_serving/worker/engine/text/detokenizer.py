@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
-from mlx_serving.worker.engine.vocabulary import Vocabulary
+from mlx_serving.worker.engine.text.vocabulary import Vocabulary
 
 REPLACEMENT: Final = "\N{REPLACEMENT CHARACTER}"
 

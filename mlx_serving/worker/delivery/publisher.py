@@ -20,18 +20,18 @@ from mlx_serving.common import calls
 from mlx_serving.common.calls import HeldRows
 from mlx_serving.common.events import ErrorInfo
 from mlx_serving.common.states import JobState
-from mlx_serving.worker.holdings import Holdings
-from mlx_serving.worker.job_log import JobLog
-from mlx_serving.worker.manifest import Manifest
+from mlx_serving.worker.delivery.holdings import Holdings
+from mlx_serving.worker.delivery.job_log import JobLog
 from mlx_serving.worker.measures import Measures
+from mlx_serving.worker.supervision.manifest import Manifest
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from mlx_serving.common.calls import CommitRow, RowReply
     from mlx_serving.common.protocol import Protocol
+    from mlx_serving.worker.delivery.held import HeldJob
     from mlx_serving.worker.engine.sequence import Output
-    from mlx_serving.worker.held import HeldJob
 
 log = structlog.get_logger(__name__)
 

@@ -12,13 +12,13 @@ import redis
 import structlog
 
 from mlx_serving.common import calls
-from mlx_serving.worker.tenant_audit import TenantAudit
+from mlx_serving.worker.delivery.tenant_audit import TenantAudit
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from mlx_serving.common.protocol import Protocol
-    from mlx_serving.worker.measured_protocol import QueueWatch
+    from mlx_serving.worker.delivery.measured_protocol import QueueWatch
 
 log = structlog.get_logger(__name__)
 

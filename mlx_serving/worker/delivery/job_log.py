@@ -12,7 +12,7 @@ from mlx_serving.common.telemetry import says
 if TYPE_CHECKING:
     from mlx_serving.common.calls import RowReply
     from mlx_serving.common.states import JobState
-    from mlx_serving.worker.held import HeldJob
+    from mlx_serving.worker.delivery.held import HeldJob
 
 
 class JobLog:

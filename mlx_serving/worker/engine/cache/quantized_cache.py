@@ -15,8 +15,8 @@ import mlx.core as mx
 from mlx_lm.models.base import create_causal_mask
 from mlx_lm.models.cache import BatchKVCache, KVCache, dynamic_roll
 
-from mlx_serving.worker.engine import kv_cache
-from mlx_serving.worker.engine.kv_cache import LanguageModel, UnsupportedModelError
+from mlx_serving.worker.engine.cache import kv_cache
+from mlx_serving.worker.engine.cache.kv_cache import LanguageModel, UnsupportedModelError
 
 KvBits = Literal[4, 8]
 GROUP_SIZES: Final = (64, 32)  # elements that share a scale; the larger one that fits

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from mlx_serving.worker.engine.sequence import TokenLogprobs
-    from mlx_serving.worker.engine.vocabulary import VocabularyTable
+    from mlx_serving.worker.engine.text.vocabulary import VocabularyTable
 
     Spell = Callable[[int], bytes]
 
@@ -32,7 +32,7 @@ def unspelled(token_id: int) -> bytes:
 def speller(table: VocabularyTable) -> Spell:
     """Return what spells a token id of this vocabulary; `b""` for an id that it lacks."""
     # Imported here: whoever only renders needs no vocabulary.
-    from mlx_serving.worker.engine.vocabulary import Vocabulary
+    from mlx_serving.worker.engine.text.vocabulary import Vocabulary
 
     # Without special ids: those have pieces too, their names.
     vocabulary = Vocabulary(table.tokens, table.kind, set())

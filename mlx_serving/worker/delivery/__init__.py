@@ -1,0 +1,1 @@
+"""From the engine to Redis: what is held, committed, kept alive, and swept up."""
