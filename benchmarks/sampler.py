@@ -11,10 +11,10 @@ import random
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
+from msgspec.structs import replace
 
 from benchmarks.engine import device_name, distinct_settings
 from mlx_serving.worker.engine.acceleration import choose_sampler

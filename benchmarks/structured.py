@@ -14,12 +14,12 @@ import random
 import statistics
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, cast
 
 import mlx.core as mx
 import numpy as np
+from msgspec.structs import replace
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from benchmarks.engine import Case, device_name, measure, start_engine, time_calls

@@ -111,7 +111,8 @@ def _row(name: str, schema: dict[str, Any]) -> tuple[str, ...]:
     also = "".join(f" (or `{alias}`)" for alias in aliases if alias != name)
     later = FEATURE_PROTOCOL.get(name)
     protocol = f" (protocol {later})" if later else ""
-    default = "needed" if field.is_required() else _code(field.default)
+    whole = field.get_default(call_default_factory=True)
+    default = "needed" if field.is_required() else _code(whole)
     meaning = f"{field.description}{protocol}"
     return f"`{name}`{also}", meaning, _kind(schema), default, _link(SHOWN_BY[name])
 

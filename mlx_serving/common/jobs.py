@@ -17,6 +17,7 @@ from pydantic import (
     Field,
     JsonValue,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -61,6 +62,10 @@ StopString = Annotated[str, Field(min_length=1, max_length=limits.STOP_CHARS)]
 Label = Annotated[str, Field(pattern=limits.LABEL)]
 MetadataKey = Annotated[str, Field(min_length=1, max_length=limits.METADATA_KEY_CHARS)]
 MetadataValue = Annotated[str, Field(max_length=limits.METADATA_VALUE_CHARS)]
+
+
+MODEST: Final[dict[str, Any]] = {}
+"""Validation context of data in which `check_data` has nothing to find."""
 
 
 class GenerationJob(BaseModel):
@@ -226,7 +231,8 @@ class GenerationJob(BaseModel):
     metadata: Annotated[
         dict[MetadataKey, MetadataValue], Field(max_length=limits.METADATA_ITEMS)
     ] = Field(
-        default={}, description="kept with the job in Redis; no worker looks at it, no log shows it"
+        default_factory=dict,
+        description="kept with the job in Redis; no worker looks at it, no log shows it",
     )
     traceparent: (
         Annotated[str, Field(pattern=r"^00-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}$")] | None
@@ -236,8 +242,9 @@ class GenerationJob(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _before(cls, data: Any) -> Any:  # noqa: ANN401 -- anything may come in
-        check_data(data)
+    def _before(cls, data: Any, info: ValidationInfo) -> Any:  # noqa: ANN401 -- anything may come in
+        if info.context is not MODEST:
+            check_data(data)
         return _plain_fields(data) if isinstance(data, dict) else data
 
     @field_validator("stop", mode="before")
@@ -256,18 +263,22 @@ class GenerationJob(BaseModel):
         return cls.parse(fields)
 
     @classmethod
-    def parse(cls, data: object) -> Self:
-        """Build from plain data, as JSON gives it. Raises InvalidJob with each wrong path."""
+    def parse(cls, data: object, *, modest: bool = False) -> Self:
+        """Build from plain data, as JSON gives it. Raises InvalidJob with each wrong path.
+
+        `modest`: msgspec read it from JSON that `validation.is_modest`.
+        """
         try:
-            return cls.model_validate(data)
+            return cls.model_validate(data, context=MODEST if modest else None)
         except ValidationError as error:
             raise invalid_job(error) from None
 
     @classmethod
-    def from_wire(cls, wire: object) -> Self:
+    def from_wire(cls, wire: object, *, modest: bool = False) -> Self:
         """Read what a producer sent. Raises CorruptJob for no object, InvalidJob for a wrong one.
 
-        A worker checks it all again: who can write to Redis is not always our producer.
+        A worker checks it all again: who can write to Redis is not always our producer. `modest`
+        as in `parse`.
         """
         if not isinstance(wire, dict):
             raise CorruptJob("the job's payload is not an object")
@@ -275,7 +286,9 @@ class GenerationJob(BaseModel):
         if type(needed) is not int or not 1 <= needed <= PROTOCOL:
             reason = f"is not a protocol from 1 to {PROTOCOL}, which this worker speaks"
             raise InvalidJob([FieldError("min_protocol", reason)])
-        return cls.parse({key: value for key, value in wire.items() if key != "min_protocol"})
+        fields = wire.copy()
+        fields.pop("min_protocol", None)
+        return cls.parse(fields, modest=modest)
 
     def to_wire(self) -> dict[str, Any]:
         """Plain JSON data without defaults: what the RQ job carries."""

@@ -5,13 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from redis import exceptions
+
 from mlx_serving.common import calls
 from mlx_serving.common.errors import CorruptJob
 from mlx_serving.common.scripts import NAMES, script_text
 from mlx_serving.common.states import JobState
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     import redis
     import redis.asyncio
@@ -101,6 +103,35 @@ class Protocol(_Base):
     def run(self, call: Call[T]) -> T:
         """Run one call."""
         return call.parse(self._scripts[call.script](args=self._prefixes + call.arguments))
+
+    def send(self, call: Call[T]) -> Callable[[float | None], T]:
+        """Send one call on a connection of its own, and return what reads its reply, once.
+
+        Redis works on it meanwhile. What goes wrong, the sending included, is raised by the
+        reading, which waits as long as any call does, or so many seconds.
+        """
+        pool, script = self.redis.connection_pool, self._scripts[call.script]
+        connection: Any = None
+        failure: exceptions.RedisError | None = None
+        try:
+            connection = pool.get_connection()
+            connection.send_command("EVALSHA", script.sha, 0, *self._prefixes, *call.arguments)
+        except exceptions.RedisError as error:
+            failure = error
+
+        def receive(timeout: float | None = None) -> T:
+            try:
+                if failure is not None:
+                    raise failure
+                wait = {} if timeout is None else {"timeout": timeout}
+                return call.parse(connection.read_response(**wait))
+            except exceptions.NoScriptError:  # a Redis that does not know it ran nothing
+                return Protocol.run(self, call)
+            finally:
+                if connection is not None:
+                    pool.release(connection)
+
+        return receive
 
     def run_many(self, calls: Sequence[Call[T]]) -> list[T]:
         """Run calls in one round trip, outside a transaction: each is atomic by itself."""

@@ -47,6 +47,16 @@ def check_data(data: object) -> None:
         raise rules_error(errors)
 
 
+def is_modest(text: bytes) -> bool:
+    """Whether `check_data` can find nothing in what JSON text of this size holds, once parsed.
+
+    Each value takes a byte of the text at least, each byte of a string one more, each level of
+    nesting a bracket. Numbers that are not finite and lone surrogates, msgspec does not read.
+    """
+    brackets = text.count(b"{") + text.count(b"[")
+    return len(text) <= limits.PAYLOAD_BYTES and brackets <= limits.JSON_DEPTH
+
+
 def _size(values: Iterable[object], depth: int) -> float:
     """Size of plain data, as `scan` counts it; infinite where `scan` is needed to judge it.
 

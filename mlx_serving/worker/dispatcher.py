@@ -351,7 +351,7 @@ class Dispatcher:
 
     def _finish(self) -> int:
         """Hand over what is left: commit every decoded token, then release."""
-        with suppress(redis.RedisError, TimeoutError):
+        with suppress(redis.RedisError):
             if claimed := self._claims.last(CRASH_SECONDS):
                 self._publisher.hold(map(HeldJob, claimed.reply.jobs))
         if self._runner.failure is not None:

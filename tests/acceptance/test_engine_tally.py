@@ -3,10 +3,10 @@
 import json
 import random
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from mlx_serving.common.jobs import GenerationJob
 from mlx_serving.tally.tasks import MODEL_PATH, TASKS, Example, check

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from random import Random
 from typing import Any
 
 import jsonschema
 import pytest
+from msgspec.structs import replace
 
 from mlx_serving.common.errors import InvalidJob
 from mlx_serving.tally.tasks import TASKS, tool_schema

@@ -1,10 +1,10 @@
 """A failing row fails alone; an aborted one leaves no trace."""
 
-from dataclasses import replace
 from typing import Any, cast
 
 import mlx.core as mx
 import pytest
+from msgspec.structs import replace
 
 from benchmarks.synthetic import TINY, build_model
 from mlx_serving.worker.engine.sequence import Phase, Request, RequestRefusedError, SamplingParams

@@ -2,13 +2,13 @@
 
 import random
 from collections.abc import Iterable
-from dataclasses import replace
 from typing import Any, cast
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx_lm.models import gemma3_text, lfm2
+from msgspec.structs import replace
 
 from benchmarks.synthetic import build_model
 from mlx_serving.common.jobs import Lane

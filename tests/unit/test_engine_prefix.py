@@ -1,10 +1,10 @@
 """The engine with a prefix cache, on the paged cache's reference: same tokens, less computed."""
 
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any, cast
 
 import pytest
+from msgspec.structs import replace
 
 from mlx_serving.worker.engine.paged.cache import BLOCK_TOKENS
 from mlx_serving.worker.engine.scheduling.prefill_chunk import PrefillChunk

@@ -1,12 +1,12 @@
 """The engine honours penalties, bias and log probabilities, whoever shares the batch."""
 
 import random
-from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
 from benchmarks.synthetic import build_model
 from mlx_serving.worker.engine.cache.kv_cache import LanguageModel, new_cache

@@ -1,13 +1,13 @@
 """Prefixes under churn: rows that come, go, fail and are cut off; blocks that are evicted."""
 
 import random
-from dataclasses import replace
 from typing import Any, cast
 
 import mlx.core as mx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from mlx_serving.worker.engine.engine import Engine
 from mlx_serving.worker.engine.paged.cache import BLOCK_TOKENS

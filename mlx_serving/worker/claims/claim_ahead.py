@@ -1,17 +1,20 @@
 """A claim that runs while the jobs of the one before it are read.
 
 Redis takes its time for a claim, and may be busy with a commit; reading what it gave takes as long.
+The claim is sent, and its reply is read when it is wanted: no thread waits for it, which would have
+to wait for the interpreter, too, before it could send anything.
 Only where a claim took all that it asked for is there likely to be more, so an idle worker never
 claims ahead.
 """
 
 from __future__ import annotations
 
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from mlx_serving.common.calls import Call, ClaimReply
     from mlx_serving.common.protocol import Protocol
     from mlx_serving.worker.claims.lane_claims import LaneClaim
@@ -32,26 +35,24 @@ class Claimed:
 
 
 class ClaimAhead:
-    """At most one claim under way, in a thread of its own. For the thread that claims."""
+    """At most one claim under way, on a connection of its own. For the thread that claims."""
 
     def __init__(self, protocol: Protocol) -> None:
         self._protocol = protocol
-        self._thread = ThreadPoolExecutor(1, "claim-ahead")
-        self._under_way: tuple[Future[ClaimReply], LaneClaim] | None = None
+        self._under_way: tuple[Callable[[float | None], ClaimReply], LaneClaim] | None = None
 
     def begin(self, call: Call[ClaimReply], asked: LaneClaim) -> None:
         """Send a claim; `take` has its reply. No other may be under way."""
-        self._under_way = self._thread.submit(self._protocol.run, call), asked
+        self._under_way = self._protocol.send(call), asked
 
     def take(self, timeout: float | None = None) -> Claimed | None:
         """Wait for the claim under way; None where there is none.
 
         Raises:
-            redis.RedisError: it failed.
-            TimeoutError: it is not back within `timeout` seconds.
+            redis.RedisError: it failed, or is not back within `timeout` seconds.
 
         """
         if self._under_way is None:
             return None
-        (future, asked), self._under_way = self._under_way, None
-        return Claimed(future.result(timeout), asked)
+        (receive, asked), self._under_way = self._under_way, None
+        return Claimed(receive(timeout), asked)

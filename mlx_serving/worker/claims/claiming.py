@@ -65,12 +65,7 @@ class Claims:
         return claimed
 
     def last(self, timeout: float) -> Claimed | None:
-        """Return what a claim under way brings, before the worker ends.
-
-        Raises:
-            TimeoutError: it is not back in time.
-
-        """
+        """Return what a claim under way brings in time, before the worker ends."""
         return self._ahead.take(timeout)
 
     def ahead(self, room: LaneClaim | None) -> None:

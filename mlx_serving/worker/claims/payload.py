@@ -9,6 +9,7 @@ import msgspec
 
 from mlx_serving.common.errors import CorruptJob, ForeignFunction, PayloadTooLarge
 from mlx_serving.common.jobs import JOB_FUNCTION, GenerationJob
+from mlx_serving.common.validation import is_modest
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -64,4 +65,4 @@ def read_job(
     if not isinstance(arguments, list) or len(arguments) != 1:
         message = "data: the job's function takes one argument"
         raise CorruptJob(message)
-    return GenerationJob.from_wire(arguments[0])
+    return GenerationJob.from_wire(arguments[0], modest=is_modest(payload))

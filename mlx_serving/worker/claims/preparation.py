@@ -53,7 +53,7 @@ class Preparation:
         if len(held.choices) > job.n:
             raise CorruptEvent("the job's stream holds more choices than the job asks for")
         held.expect(job.n)
-        if not can_continue(committed, model, job):
+        if claimed.seq and not can_continue(committed, model, job):
             committed = Committed()
             held.restart()
         requests = build_requests(claimed, job, committed, loaded.encode, model.vocab_size)

@@ -168,7 +168,8 @@ class HeldJob:
 
     def expect(self, count: int) -> None:
         """Have so many choices at least."""
-        self.choices += map(Choice, range(len(self.choices), count))
+        if len(self.choices) < count:
+            self.choices += map(Choice, range(len(self.choices), count))
 
     def restart(self) -> None:
         """Take back what earlier attempts committed: decoding begins anew."""

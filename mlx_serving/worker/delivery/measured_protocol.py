@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import redis
@@ -11,7 +12,7 @@ from mlx_serving.common.protocol import Protocol
 from mlx_serving.worker.measures import COMMIT
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from mlx_serving.common.calls import Call
     from mlx_serving.common.keys import Keys
@@ -31,9 +32,17 @@ class MeasuredProtocol(Protocol):
 
     def run(self, call: Call[T]) -> T:
         """Run one call, and count what came of it."""
+        return self._measured(call, partial(super().run, call))
+
+    def send(self, call: Call[T]) -> Callable[[float | None], T]:
+        """Send one call; what came of it is counted when its reply is read."""
+        receive = super().send(call)
+        return lambda timeout: self._measured(call, partial(receive, timeout))
+
+    def _measured(self, call: Call[T], reply_of: Callable[[], T]) -> T:
         started = time.monotonic()
         try:
-            reply = super().run(call)
+            reply = reply_of()
         except redis.RedisError:
             self._measures.redis_failed = True
             self._measures.count("redis_errors")

@@ -11,7 +11,7 @@ from mlx_serving.worker.engine.memory.out_of_memory import is_out_of_memory
 from mlx_serving.worker.engine.memory.recovery import NO_MEMORY, OUT_OF_MEMORY, Recovery
 from mlx_serving.worker.engine.memory.room import MemoryRoom
 from mlx_serving.worker.engine.output.row_output import grammar_ended, parse_output, row_error
-from mlx_serving.worker.engine.scheduling.parking import Parking
+from mlx_serving.worker.engine.scheduling.parking import NOBODY, Parking
 from mlx_serving.worker.engine.scheduling.prefill_chunk import Group, PrefillChunk
 from mlx_serving.worker.engine.scheduling.scheduler import Scheduler
 from mlx_serving.worker.engine.sequence import (
@@ -119,9 +119,9 @@ class Engine:
         for request in choices:
             check_request(request, self.model_info.vocab_size)
         # What the prefix cache knows changes as rows leave: more may have to than it seemed.
-        while (parking := self._scheduler.make_room(*choices)) != Parking():
+        while (parking := self._scheduler.make_room(*choices)) != NOBODY:
             self._park(parking)
-        rows = self._scheduler.add(*choices)
+        rows = self._scheduler.admit(*choices)
         try:
             for row in rows:
                 row.slot = self._open(row.request)

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
+from msgspec import Struct
+
 from mlx_serving.common.jobs import LANES, Lane
 from mlx_serving.worker.engine.prefix.index import PrefixKey
 
@@ -20,8 +22,7 @@ FINISH_TOOL_CALLS: Final = "tool_calls"
 INVALID_TOKEN: Final = -1  # sampled from logits with NaN or +inf, or with nothing but -inf
 
 
-@dataclass(frozen=True, slots=True)
-class SamplingParams:
+class SamplingParams(Struct, frozen=True):
     """How one row's tokens are chosen; every field is data in an array on the device.
 
     `temperature` 0 is greedy (the other filters then change nothing). `top_p` in (0, 1], 1 is
@@ -125,8 +126,7 @@ class OutputFormat(Protocol):
         """Return a parser for a new row; calls get ids from the job's id and the choice."""
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
+class Request(Struct, frozen=True):
     """One row to decode: `choice` of a job, prompt and sampling already resolved.
 
     `committed` are tokens that earlier attempts decoded (resume): they are prefilled after the

@@ -30,6 +30,7 @@ from mlx_serving.worker.engine.text.vocabulary import WORD_BOUNDARY, Vocabulary
 VOCAB_SIZE: Final = 10_000
 EOS_TOKEN: Final = 0
 _UNBOUNDED: Final = 1 << 40
+_PROMPT: Final = tuple(range(1, VOCAB_SIZE))
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,9 +137,11 @@ class SimulatedPromptEncoder:
 
     def encode(self, job: GenerationJob) -> tuple[int, ...]:
         """Return as many tokens as the job's prompt or messages have words, at least one."""
-        texts = [str(message.get("content") or "") for message in job.template_messages()]
-        words = sum(len(text.split()) for text in [job.prompt or "", *texts])
-        return tuple(index % VOCAB_SIZE for index in range(1, max(words, 1) + 1))
+        texts = [message.text for message in job.messages or ()]
+        words = max(1, sum(len(text.split()) for text in [job.prompt or "", *texts]))
+        if words < VOCAB_SIZE:
+            return _PROMPT[:words]
+        return tuple(index % VOCAB_SIZE for index in range(1, words + 1))
 
 
 def plan(job: GenerationJob, requests: Iterable[Request]) -> list[Request]:

@@ -51,16 +51,21 @@ def _check_adjustments(sampling: SamplingParams, vocab_size: int) -> None:
         value = getattr(sampling, name)
         if not abs(value) <= _MOST_PENALTY:
             _refuse(f"{name}: must be in [-{_MOST_PENALTY}, {_MOST_PENALTY}], got {value}")
-    tokens = [token for token, _ in sampling.logit_bias]
-    if len(tokens) != len(set(tokens)):
-        _refuse("logit_bias: names a token twice")
-    if tokens and not (min(tokens) >= 0 and max(tokens) < vocab_size):
-        message = f"logit_bias: holds a token outside the vocabulary of {vocab_size}"
-        raise RequestRefusedError("token_out_of_vocabulary", message)
-    if not all(abs(value) <= _MOST_BIAS for _, value in sampling.logit_bias):
-        _refuse(f"logit_bias: a value is not in [-{_MOST_BIAS}, {_MOST_BIAS}]")
+    if sampling.logit_bias:
+        _check_bias(sampling.logit_bias, vocab_size)
     if sampling.logprobs is not None and not 0 <= sampling.logprobs <= _MOST_LOGPROBS:
         _refuse(f"logprobs: must be in [0, {_MOST_LOGPROBS}], got {sampling.logprobs}")
+
+
+def _check_bias(bias: tuple[tuple[int, float], ...], vocab_size: int) -> None:
+    tokens = [token for token, _ in bias]
+    if len(tokens) != len(set(tokens)):
+        _refuse("logit_bias: names a token twice")
+    if not (min(tokens) >= 0 and max(tokens) < vocab_size):
+        message = f"logit_bias: holds a token outside the vocabulary of {vocab_size}"
+        raise RequestRefusedError("token_out_of_vocabulary", message)
+    if not all(abs(value) <= _MOST_BIAS for _, value in bias):
+        _refuse(f"logit_bias: a value is not in [-{_MOST_BIAS}, {_MOST_BIAS}]")
 
 
 def _refuse(message: str) -> None:

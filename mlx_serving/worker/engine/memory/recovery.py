@@ -8,11 +8,12 @@ The one row that runs out of memory by itself, twice at the same token, is ended
 
 from collections import deque
 from collections.abc import Sequence as SequenceOf
-from dataclasses import replace
 from typing import Final
 
+from msgspec.structs import replace
+
 from mlx_serving.worker.engine.memory.room import MemoryRoom
-from mlx_serving.worker.engine.scheduling.parking import Parking
+from mlx_serving.worker.engine.scheduling.parking import NOBODY
 from mlx_serving.worker.engine.scheduling.scheduler import Scheduler
 from mlx_serving.worker.engine.sequence import Request, RequestRefusedError, RowError, Sequence
 
@@ -67,7 +68,7 @@ class Recovery:
         if not self._scheduler.has_work:
             return True
         try:
-            return self.has_room(request) and self._scheduler.make_room(request) == Parking()
+            return self.has_room(request) and self._scheduler.make_room(request) == NOBODY
         except RequestRefusedError:
             return False
 

@@ -1,8 +1,9 @@
 """From a job to how its rows are decoded: the grammar that they follow, how their text is read."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
+
+from msgspec.structs import replace
 
 from mlx_serving.common.errors import InvalidJob
 from mlx_serving.common.jobs import GenerationJob

@@ -11,6 +11,7 @@ Parked rows go on in the order of lanes and admission, before anything new of th
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Final
 
 from mlx_serving.common.jobs import LANES
 from mlx_serving.worker.engine.scheduling.limits import SchedulerLimits
@@ -27,6 +28,10 @@ class Parking:
 
     park: tuple[Sequence, ...] = ()
     drop: tuple[Sequence, ...] = ()
+
+
+NOBODY: Final = Parking()
+"""There is room as it is."""
 
 
 class ParkingLot:
@@ -59,7 +64,7 @@ class ParkingLot:
     def make_room(self, choices: tuple[Request, ...], rows: Iterable[Sequence]) -> Parking | None:
         """Say who of all rows gives way to choices of one lane; None: not enough of them can."""
         if not len(self) and self._reservation.can_add(choices):
-            return Parking()
+            return NOBODY
         rank = choices[0].rank
         if any(self._parked[: rank + 1]):
             return None
@@ -68,7 +73,7 @@ class ParkingLot:
             trial.add(Sequence(request))
         self._reserve_shares(trial, below=rank)
         if trial.fits:
-            return Parking()
+            return NOBODY
         return self._give_way(trial, rank, rows)
 
     def _give_way(self, trial: Trial, rank: int, rows: Iterable[Sequence]) -> Parking | None:

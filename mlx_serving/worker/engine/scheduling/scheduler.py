@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 from mlx_serving.worker.engine.prefix.cache import PrefixCache
 from mlx_serving.worker.engine.scheduling.limits import SchedulerLimits
-from mlx_serving.worker.engine.scheduling.parking import Parking, ParkingLot
+from mlx_serving.worker.engine.scheduling.parking import NOBODY, Parking, ParkingLot
 from mlx_serving.worker.engine.scheduling.prefill_chunk import Group, PrefillChunk
 from mlx_serving.worker.engine.scheduling.prompt_queue import PromptQueue
 from mlx_serving.worker.engine.scheduling.reservation import Reservation
@@ -67,8 +67,12 @@ class Scheduler:
             RequestRefusedError: with `code` "duplicate_request", "too_large", "no_room" or
                 "invalid_parameter".
         """
-        if self.make_room(*choices) != Parking():
+        if self.make_room(*choices) != NOBODY:
             raise RequestRefusedError("no_room", "others are to be parked first")
+        return self.admit(*choices)
+
+    def admit(self, *choices: Request) -> list[Sequence]:
+        """Admit choices for which `make_room` has just asked nobody to give way; see `add`."""
         rows = [Sequence(request, order=self._admitted) for request in choices]
         self._admitted += 1
         for row in rows:
@@ -92,7 +96,9 @@ class Scheduler:
 
     def _check_choices(self, choices: tuple[Request, ...]) -> None:
         first = choices[0]
-        if any((c.id, c.prompt, c.lane) != (first.id, first.prompt, first.lane) for c in choices):
+        if len(choices) > 1 and any(
+            (c.id, c.prompt, c.lane) != (first.id, first.prompt, first.lane) for c in choices
+        ):
             message = "prompt: choices that are added together must share id and prompt, and lane"
             raise RequestRefusedError("invalid_parameter", message)
         numbers = [request.choice for request in choices]
