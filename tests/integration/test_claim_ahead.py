@@ -6,9 +6,13 @@ from typing import TYPE_CHECKING
 
 import pytest
 import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 from mlx_serving import Client
 from mlx_serving.common import calls
+from mlx_serving.common.keys import Keys
+from mlx_serving.common.protocol import Protocol
 from mlx_serving.worker.claims.claim_ahead import ClaimAhead
 from mlx_serving.worker.claims.lane_claims import LaneClaim
 from mlx_serving.worker.dispatcher import CLAIM_MOST
@@ -124,3 +128,29 @@ def test_a_claim_ahead_that_fails_raises_where_it_is_taken(driver: Driver) -> No
     with pytest.raises(redis.RedisError):
         ahead.take()
     assert ahead.take() is None
+
+
+def test_a_redis_that_forgot_the_script_is_told_it_again(
+    driver: Driver, redis_client: redis.Redis
+) -> None:
+    redis_client.script_flush()
+    assert driver.protocol.send(calls.reap(lease_ms=1000))(None).outcomes == []
+
+
+def test_a_reply_that_is_late_is_not_waited_for_nor_taken_for_another(
+    driver: Driver, redis_client: redis.Redis
+) -> None:
+    receive = driver.protocol.send(calls.cancel("nobody", "x"))
+    assert receive(1.0) is None
+    redis_client.client_pause(300)
+    late = driver.protocol.send(calls.reap(lease_ms=1000))
+    with pytest.raises(redis.TimeoutError):
+        late(0.01)
+    assert driver.protocol.run(calls.cancel("nobody", "x")) is None
+
+
+def test_a_call_that_can_not_be_sent_fails_where_its_reply_is_read() -> None:
+    away = redis.Redis(port=1, retry=Retry(NoBackoff(), 0))
+    receive = Protocol(away, Keys()).send(calls.reap(lease_ms=1000))
+    with pytest.raises(redis.ConnectionError):
+        receive(None)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,7 +15,7 @@ from mlx_serving.common import limits
 from mlx_serving.common.errors import InvalidJob, PayloadTooLarge
 from mlx_serving.common.job_checks import UNSUPPORTED
 from mlx_serving.common.jobs import GenerationJob
-from mlx_serving.common.validation import _size, scan
+from mlx_serving.common.validation import _size, check_data, is_modest, scan
 
 USER = {"role": "user", "content": "hi"}
 TOOL = {"type": "function", "function": {"name": "f"}}
@@ -249,3 +251,28 @@ def test_the_quick_look_passes_only_what_the_thorough_one_does(data: list[Any]) 
 @given(PLAIN)
 def test_the_quick_look_passes_whatever_is_plain_and_right(data: Any) -> None:
     assert (_size((data,), 1) < math.inf) == (list(scan(data)) == [])
+
+
+@given(st.lists(PLAIN | st.sampled_from([nested(30), nested(31), nested(40), "\ud800", math.inf])))
+def test_what_is_read_from_modest_json_the_quick_look_passes(data: list[Any]) -> None:
+    text = json.dumps(data).encode()
+    if is_modest(text):
+        try:
+            read = msgspec.json.decode(text)
+        except msgspec.MsgspecError:  # numbers that are not finite, lone surrogates
+            return
+        check_data(read)
+
+
+def test_json_that_is_large_or_may_be_deep_is_not_modest() -> None:
+    assert is_modest(b"[" * limits.JSON_DEPTH)
+    assert not is_modest(b"[" * limits.JSON_DEPTH + b"{")
+    assert is_modest(b" " * limits.PAYLOAD_BYTES)
+    assert not is_modest(b" " * (limits.PAYLOAD_BYTES + 1))
+
+
+def test_modest_data_is_checked_for_all_else() -> None:
+    with pytest.raises(InvalidJob, match="top_p"):
+        GenerationJob.parse(prompt(top_p=3), modest=True)
+    with pytest.raises(InvalidJob, match="nested deeper"):
+        GenerationJob.parse(prompt(chat_template_kwargs={"x": nested(40)}))

@@ -1,10 +1,14 @@
 """Which tokens a prefill chunk takes."""
 
+from hypothesis import given
+from hypothesis import strategies as st
+
 from mlx_serving.worker.engine.scheduling.limits import SchedulerLimits
+from mlx_serving.worker.engine.scheduling.packing import PACKED_CONTEXT_CHUNKS, Packing
 from mlx_serving.worker.engine.scheduling.prefill_chunk import PrefillChunk
 from mlx_serving.worker.engine.scheduling.prompt_queue import PATIENCE_STEPS, ROWS_PER_PROMPT
 from mlx_serving.worker.engine.scheduling.scheduler import Scheduler
-from mlx_serving.worker.engine.sequence import Phase, Request, SamplingParams
+from mlx_serving.worker.engine.sequence import Phase, Request, SamplingParams, Sequence
 
 
 def chunks_of(contexts: list[int], chunk_tokens: int = 16) -> list[tuple[int, int, int]]:
@@ -135,3 +139,33 @@ def test_a_prompt_that_has_begun_does_not_wait_between_its_chunks() -> None:
         assert chunk is not None
         scheduler.finish_prefill(chunk)
     assert scheduler.running == 3 * ROWS_PER_PROMPT + 1
+
+
+def go_together(rows: list[Sequence], limits: SchedulerLimits) -> bool:
+    """Say, from all of them at once, whether the last one may share a chunk with the others."""
+    chunk, block = limits.prefill_chunk_tokens, limits.kv_block_tokens
+    least, most = min(row.found for row in rows), max(row.found for row in rows)
+    longest = max(row.context_length for row in rows)
+    *firsts, needed = (row.context(0, rows[-1].found + block) for row in rows)
+    return (
+        most - least <= block
+        and len(rows) * (longest - least) <= chunk
+        and len(rows) * longest <= PACKED_CONTEXT_CHUNKS * chunk
+        and not (len(needed) == rows[-1].found + block and needed in firsts)
+    )
+
+
+@given(st.lists(st.tuples(st.integers(2, 14), st.integers(0, 9), st.booleans()), min_size=1))
+def test_each_prompt_is_judged_as_if_all_were_looked_at_anew(
+    prompts: list[tuple[int, int, bool]],
+) -> None:
+    limits = SchedulerLimits(64, 100_000, 24, kv_block_tokens=4)
+    packing, packed = Packing(limits, shares_blocks=True), []
+    for number, (length, found, own) in enumerate(prompts):
+        tokens = (number if own else 7,) * length
+        row = Sequence(Request(str(number), tokens, SamplingParams(), 4))
+        row.found = min(found, row.context_length)
+        assert packing.has_room_for((row,)) == (not packed or go_together([*packed, row], limits))
+        if packing.has_room_for((row,)):
+            packing.add((row,))
+            packed.append(row)

@@ -21,15 +21,13 @@ from typing import Final
 
 from mlx_serving.common.jobs import LANES
 from mlx_serving.worker.engine.prefix.cache import PrefixCache
-from mlx_serving.worker.engine.prefix.index import TOKEN_BYTES, PrefixKey
 from mlx_serving.worker.engine.scheduling.lane_turns import LaneTurns
 from mlx_serving.worker.engine.scheduling.limits import SchedulerLimits
+from mlx_serving.worker.engine.scheduling.packing import Packing
 from mlx_serving.worker.engine.scheduling.prefill_chunk import Group, PrefillChunk
 from mlx_serving.worker.engine.scheduling.reservation import Reservation
 from mlx_serving.worker.engine.sequence import Phase, Sequence
 
-# Of a chunk: what prompts that are computed at once may hold, known tokens included.
-PACKED_CONTEXT_CHUNKS: Final = 8
 ROWS_PER_PROMPT: Final = 16  # so many decoding rows make one more prompt worth waiting for
 PATIENCE_STEPS: Final = 4  # the most that a prompt waits for others
 RIDING_CHUNKS: Final = 0.5  # of a chunk: what it may come to hold by prompts that ride along
@@ -130,11 +128,13 @@ class PromptQueue:
     def _take(self, waiting: list[Group]) -> list[Group]:
         """Take one prompt, or as many short ones as fit one chunk when padded alike."""
         taken: list[Group] = []
+        packing = self._packing()
         while waiting:
             for row in waiting[0]:
                 self._reservation.look_up(row)
-            if taken and not self._go_together([*taken, waiting[0]]):
+            if not packing.has_room_for(waiting[0]):
                 break
+            packing.add(waiting[0])
             taken.append(waiting.pop(0))
         rows = [row for group in taken for row in group]
         found = min((row.found for row in rows), default=0)
@@ -148,44 +148,21 @@ class PromptQueue:
         longest = max(_to_compute(group[0]) for group in taken)
         length = max(1, -(-longest // RIDING_TOKENS)) * RIDING_TOKENS
         found = taken[0][0].found
+        packing = self._packing(taken)
         while waiting and (len(taken) + 1) * length <= most:
             for row in waiting[0]:
                 self._reservation.look_up(row)
             head = waiting[0][0]
             rides = head.found >= found and head.context_length - found <= length
-            if not rides or not self._go_together([*taken, waiting[0]]):
+            if not rides or not packing.has_room_for(waiting[0]):
                 return
             taken.append(waiting.pop(0))
             for row in taken[-1]:
                 row.found = row.prefilled = found
+            packing.add(taken[-1])
 
-    def _go_together(self, groups: list[Group]) -> bool:
-        """Say whether the last group may share a chunk with those before it.
-
-        Each begins where the least is known; more than a block is not given up for that.
-        """
-        chunk = self._limits.prefill_chunk_tokens
-        rows = [group[0] for group in groups]
-        least, most = (bound(row.found for row in rows) for bound in (min, max))
-        longest = max(row.context_length for row in rows)
-        return (
-            most - least <= self._limits.kv_block_tokens
-            and len(rows) * (longest - least) <= chunk
-            and len(rows) * longest <= PACKED_CONTEXT_CHUNKS * chunk
-            and not self._is_shared(rows[-1], rows[:-1])
-        )
-
-    def _is_shared(self, row: Sequence, others: list[Sequence]) -> bool:
-        """Say whether others are to compute a block's worth of tokens that the row needs next.
-
-        Then it waits a step and finds them.
-        """
-        if self._prefixes is None:
-            return False
-        end = (row.found + self._limits.kv_block_tokens) * TOKEN_BYTES
-        salt, tokens = row.context_key
-        firsts = [PrefixKey(key.salt, key.tokens[:end]) for key in (r.context_key for r in others)]
-        return end <= len(tokens) and (salt, tokens[:end]) in firsts
+    def _packing(self, groups: Iterable[Group] = ()) -> Packing:
+        return Packing(self._limits, groups, shares_blocks=self._prefixes is not None)
 
 
 def _without(groups: Iterable[Group], leaving: Container[Sequence]) -> Iterator[Group]:
