@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import redis
 
 from mlx_serving.common.calls import RowReply
+from mlx_serving.worker.delivery import publisher
 from mlx_serving.worker.delivery.held import EVENT_TOKENS
 from mlx_serving.worker.delivery.publisher import BACK_OFF_SECONDS
 from tests.helpers import wait_until
@@ -148,3 +150,26 @@ def test_a_fast_rows_events_stay_small(bench: Bench) -> None:
     wait_until(lambda: len(bench.protocol.commits) == 2)
     assert time.monotonic() - began < FLUSH
     assert len(bench.protocol.events[-1].choices[0].token_ids) == EVENT_TOKENS
+
+
+@pytest.mark.parametrize(
+    ("step", "steps"),
+    [(0.003, 3), (0.0049, 2), (0.006, 2), (0.007, 1), (0.0083, 1), (0.02, 1)],
+)
+def test_flushes_go_with_the_steps_that_end_nearest_to_the_interval(
+    monkeypatch: pytest.MonkeyPatch, step: float, steps: int
+) -> None:
+    """However late the interpreter lets the flush take its rows."""
+    now = [100.0]
+    monkeypatch.setattr(publisher, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    bench, job = Bench(lease_ms=10_000, flush_seconds=0.01), held()
+    bench.hold(job)
+    flushed = []
+    for number in range(40):
+        now[0] = 100 + number * step
+        bench.publisher.push([output(job, [number], "x")])
+        if bench.publisher._in_haste():
+            flushed.append(number)
+            now[0] += 0.6 * step
+            assert bench.publisher._collect()
+    assert {after - before for before, after in pairwise(flushed)} == {steps}

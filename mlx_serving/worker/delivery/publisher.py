@@ -36,8 +36,7 @@ if TYPE_CHECKING:
 log = structlog.get_logger(__name__)
 
 ROWS_A_CALL: Final = 128  # a longer script would hold up Redis's other clients
-WITH_A_STEP: Final = 0.75  # of the interval: a flush goes with the first step after it …
-WITHOUT_STEP: Final = 1.25  # … or by the clock, where the engine is busy with a prompt
+WITHOUT_STEP: Final = 1.25  # of the interval: a flush goes by the clock, where no step comes
 TRANSIENT: Final = (
     "OOM", "MISCONF", "READONLY", "NOREPLICAS", "LOADING", "MASTERDOWN", "BUSY", "NOPERM",
     "ERR The user executing the script", "The user executing the script",  # Redis 7.0's NOPERM
@@ -87,6 +86,9 @@ class Publisher(threading.Thread):
         self._idle = threading.Event()
         self._stopping = threading.Event()
         self._flushed_at = self._renewed_at = 0.0
+        self._stepped_at = self._paced_at = (
+            0.0  # the last step; the last one that a flush went with
+        )
         self.fenced = 0  # jobs lost to another worker
         self.failing = False  # whether the last write failed
 
@@ -193,12 +195,21 @@ class Publisher(threading.Thread):
             self._idle.clear()
             if self._holdings.add(outputs, now):
                 failed = self._give()
-            # A flush that goes with a step runs while the engine waits for the device.
-            self._due |= now - self._flushed_at >= WITH_A_STEP * self._options.flush_seconds
+            self._pace(now)
             if self._urgent or self._due or self._resting:
                 self._changed.notify()
         for request_id in failed:
             self._on_gone(request_id)
+
+    def _pace(self, now: float) -> None:
+        """Let a flush go with the step that ends nearest to the interval after the last one's.
+
+        It then runs while the engine waits for the device. Counted from step to step: when a flush
+        comes to take its rows, the interpreter decides.
+        """
+        step, self._stepped_at = now - self._stepped_at, now
+        if self._urgent or now - self._paced_at + step / 2 >= self._options.flush_seconds:
+            self._due, self._paced_at = True, now
 
     def _give(self) -> list[str]:
         """Give the engine's steps to their jobs; returns attempts of which a row failed."""
@@ -244,10 +255,11 @@ class Publisher(threading.Thread):
                 self._changed.wait(options.idle_seconds)
                 self._resting = False
             self._give()
-            self._urgent = self._due = False
+            with_step, self._urgent, self._due = self._due, False, False
             rows = holdings.rows(self._worker, everything=self._draining)
             if rows:
                 self._flushed_at = time.monotonic()
+                self._paced_at = self._paced_at if with_step else self._flushed_at
             return rows
 
     def _in_haste(self) -> bool:
