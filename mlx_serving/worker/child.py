@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -247,6 +248,8 @@ class Child:
         self.runner.ready.wait()
         if self.runner.engine is None:
             return load_failed(self.runner.failure)
+        if not self.residents.several:  # one that could leave must stay in the collector's sight
+            keep_for_good()
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
         self.publisher.start()
         self.listener.start()
@@ -282,6 +285,15 @@ class Child:
             if self.runner.stalled_for >= HUNG * self.stall_seconds:
                 log.critical("engine_stalled", seconds=round(self.runner.stalled_for, 1))
                 os._exit(EXIT_ENGINE)
+
+
+def keep_for_good() -> None:
+    """Spare the garbage collector all that is there now, which lives as long as the process.
+
+    Else each full collection stops every thread while it looks at libraries, tokenizer and model.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def load_failed(error: BaseException | None) -> int:
