@@ -46,6 +46,7 @@ from mlx_serving.common.settings import Settings
 from mlx_serving.producer.client import Client
 
 QUEUED = 3  # bulk jobs that wait, in batches
+WARM_SECONDS = 4.0
 SHARE = 0.05  # of interactive tokens in what bulk decodes alone
 
 
@@ -199,6 +200,9 @@ def measure(load: Load) -> list[Figure]:
         alone = [stage.bulk_rate(time.monotonic() + load.seconds / 2)]
         rate = SHARE * alone[0] / load.tokens
         progress(f"bulk alone: {alone[0]:.0f} tokens/s; {rate:.1f} interactive jobs/s follow")
+        stage.ask(rate, WARM_SECONDS)  # what a batch of these rows meets for the first time
+        stage.bulk_rate(time.monotonic() + WARM_SECONDS)
+        stage.seen()
         stage.ask(rate, load.seconds)
         beside = stage.bulk_rate(time.monotonic() + load.seconds)
         loaded = stage.seen()
