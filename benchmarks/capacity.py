@@ -9,6 +9,7 @@ least squares; the bulk stage gives what a commit costs that nobody listens to.
 
 import argparse
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any, Final
 
 from benchmarks.process_cpu import BUSY
 
-FLUSHES: Final = 1000 / 7.5  # a second at most: three quarters of flush_interval_ms, 10
+FLUSH_SECONDS: Final = 0.01  # flush_interval_ms: a flush goes with the step nearest to it
 BULK_COMMITS: Final = 2.0  # a second and row: each 500 ms …
 BULK_TOKENS: Final = 16  # … or so many tokens
 
@@ -53,8 +54,8 @@ def _least_squares(rows: Sequence[tuple[float, float, float]]) -> tuple[float, f
 
 
 def events_a_row(row_rate: float) -> float:
-    """Events a second of a live stream at so many tokens a second: one a flush at most."""
-    return min(row_rate, FLUSHES)
+    """Events a second of a live stream at so many tokens a second: one a flush."""
+    return row_rate / max(1, math.ceil(row_rate * FLUSH_SECONDS - 0.5))
 
 
 def commits_a_row(row_rate: float) -> float:

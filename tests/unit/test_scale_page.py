@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.capacity import (
+    FLUSH_SECONDS,
     Cost,
     Mac,
     commits_a_row,
@@ -16,7 +17,7 @@ from benchmarks.capacity import (
 )
 from mlx_serving.common.settings import Settings
 from mlx_serving.worker.delivery.holdings import BULK_SECONDS, BULK_TOKENS
-from mlx_serving.worker.delivery.publisher import WITH_A_STEP
+from tests.publisher_bench import Bench
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "scale.md").read_text()
@@ -39,9 +40,15 @@ def test_tests_that_the_page_names_exist() -> None:
 
 
 def test_the_model_flushes_as_the_worker_does() -> None:
-    interval_ms = Settings.model_fields["flush_interval_ms"].default
-    flushes = 1000 / (WITH_A_STEP * interval_ms)  # at most: a flush goes with a step
-    assert [events_a_row(rate) for rate in (5.0, 10.0 * flushes)] == [5.0, flushes]
+    interval = Settings.model_fields["flush_interval_ms"].default / 1000
+    assert interval == FLUSH_SECONDS
+    for rate in (5.0, 99.0, 149.0, 151.0, 240.0, 260.0):
+        worker = Bench(flush_seconds=interval).publisher
+        flushes = 0
+        for step in range(121):
+            worker._pace(100 + step / rate)
+            flushes, worker._due = flushes + worker._due, False
+        assert (flushes - 1) / 120 * rate == pytest.approx(events_a_row(rate))
     assert commits_a_row(1.0) == 1.0
     assert commits_a_row(20.0) == 1 / BULK_SECONDS
     assert commits_a_row(100.0) == 100.0 / BULK_TOKENS
