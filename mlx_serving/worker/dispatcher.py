@@ -255,7 +255,7 @@ class Dispatcher:
             else:
                 self._measures.resumed(job.kept_tokens)
                 self._log.started(job)
-                if not self._publisher.conclude(job):
+                if not (job.claimed.seq and self._publisher.conclude(job)):
                     requests.append(choices)
         self._place(requests)
 
