@@ -43,6 +43,7 @@ from benchmarks.harness import (
     table,
     wait_until,
 )
+from benchmarks.process_cpu import children, cpu_seconds
 from mlx_serving.common.connection import Endpoint, connect
 from mlx_serving.common.jobs import GenerationJob
 from mlx_serving.common.local_redis import LocalRedis
@@ -186,22 +187,31 @@ def run_bare(bench: Bench, jobs: int) -> float:
 def measure(jobs: int = 3000, simple_jobs: int = 500, rounds: int = 5) -> list[Figure]:
     """All three in turn; medians of the rounds' jobs/s and of the rounds' ratios."""
     speeds: dict[str, list[float]] = {"ours": [], "simple": [], "bare": []}
+    costs: list[float] = []
     with LocalRedis() as server, server.client() as client:
         settings = bench_settings(server.url)
         bench = Bench(server.url, client)
         with (
-            running_worker(settings, EngineSpec("simulated"), client),
+            running_worker(settings, EngineSpec("simulated"), client) as pid,
             Client(settings=settings) as producer,
         ):
             progress("the worker is up")
             run_ours(bench, producer, 200)  # warm: scripts loaded, code paths run once
             for number in range(rounds):
                 speeds["simple"].append(run_simple(bench, simple_jobs))
+                before = _cpu_seconds(pid)
                 speeds["ours"].append(run_ours(bench, producer, jobs))
+                costs.append((_cpu_seconds(pid) - before) / jobs * 1e6)
                 speeds["bare"].append(run_bare(bench, BARE_FACTOR * jobs))
                 last = (f"{name} {values[-1]:,.0f}" for name, values in speeds.items())
                 progress(f"round {number + 1} of {rounds}: {', '.join(last)} jobs/s")
-    return figures(speeds)
+    cost = [Figure.median("CPU of the worker's engine process, a job", costs, "µs")]
+    return figures(speeds) + (cost if all(costs) else [])
+
+
+def _cpu_seconds(pid: int) -> float:
+    """CPU time of a worker's engine child; 0 where the system has no /proc."""
+    return sum(map(cpu_seconds, children(pid)))
 
 
 def figures(speeds: dict[str, list[float]]) -> list[Figure]:

@@ -13,6 +13,8 @@ import pytest
 from benchmarks.__main__ import BENCHMARKS, chosen
 from benchmarks.dispatch import figures as dispatch_figures
 from benchmarks.harness import Figure, Goal
+from benchmarks.job_cost import PHASES
+from benchmarks.job_cost import measure as job_cost
 from benchmarks.latency import Samples
 from benchmarks.latency import figures as latency_figures
 from benchmarks.server import Bout, Heard, Pass, requests
@@ -87,6 +89,13 @@ def test_dispatch_ratios_are_taken_within_a_round() -> None:
     assert figures["P6 worker over SimpleWorker"].rounds == (10.0, 20.0, 10.0)
     assert figures["P6 worker over SimpleWorker"].value == 10.0
     assert figures["P6 worker over bare BLMPOP"].value == 0.5
+
+
+def test_a_job_costs_something_in_each_phase() -> None:
+    figures = by_name(job_cost(jobs=64, rounds=1))
+    phases = [figures[f"{phase}, p50"].value for phase in PHASES]
+    assert min(phases) > 0
+    assert figures["all, p50"].value > max(phases)
 
 
 def test_latency_compares_medians_of_a_round() -> None:
