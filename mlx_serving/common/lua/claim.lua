@@ -1,16 +1,21 @@
 -- Takes up to `most` jobs from the queues in priority order; an id is never in neither place.
 -- Tenants take turns: a place on the list that is a tenant's goes to the first job in the line of the tenant whose turn it
 -- is, wherever on the list that job stands. A tenant that runs as many jobs as it may lets its turns pass.
--- ARGV: P R worker iso lease_ms protocol capacity_tokens capacity_rows most max_payload_bytes rows unproven company queue …
+-- A young job is left for a moment to another worker that likely has its prompt's beginning and room (see affinity.lua).
+-- ARGV: P R worker iso lease_ms protocol capacity_tokens capacity_rows most max_payload_bytes rows unproven company affinity_ms
+--   keeps_prefixes queue …
 --   capacity: the most that one job may need here; rows: that the worker holds; unproven: those of them that have not shown yet that the engine survives them;
---   company: the least of what these allow beside them, themselves included (0: any).
--- Returns {suspended 0|1, {job …}, {dropped id …}, queue to look into first the next time or ''}; a job is
+--   company: the least of what these allow beside them, themselves included (0: any);
+--   affinity_ms: how young (0: none is left); keeps_prefixes: 1 where this worker has a prefix cache.
+-- Returns {suspended 0|1, {job …}, {dropped id …}, queue to look into first the next time or '',
+--   ms after which a job that was left is anybody's (0: none was)}; a job is
 --   {id, queue, epoch, seq, data, problem, signature, deadline_ms, timeout_ms, stream, result_ttl, enqueued_ms, started_ms, first_token_ms, now_ms, company}.
 local worker, iso, lease = ARGV[3], ARGV[4], tonumber(ARGV[5])
 local protocol, capacity, capacity_rows = tonumber(ARGV[6]), tonumber(ARGV[7]), tonumber(ARGV[8])
 local most, max_payload = tonumber(ARGV[9]), tonumber(ARGV[10])
 local rows, unproven, company = tonumber(ARGV[11]), tonumber(ARGV[12]), tonumber(ARGV[13])
-if redis.call('EXISTS', k_rq_suspended()) == 1 then return {1, {}, {}, ''} end
+local patience, keeps_prefixes = tonumber(ARGV[14]), ARGV[15] == '1'
+if redis.call('EXISTS', k_rq_suspended()) == 1 then return {1, {}, {}, '', 0} end
 
 local ANY = 2 ^ 31
 if company == 0 then company = ANY end
@@ -23,6 +28,8 @@ local FORBIDDEN = {'success_callback_name', 'failure_callback_name', 'stopped_ca
                    'dependency_ids', 'dependency_id', 'repeats_left', 'rate_limit_key'}
 local now = now_ms()
 local jobs, dropped = {}, {}
+local LEFT = 64  -- jobs that a claim leaves to others at most: what lies behind more of them waits for nobody
+local left, lefts, again = {}, 0, 0  -- ids, their number, and when the first of them is anybody's
 local gone, walked = {}, 0  -- ids taken out of the list's middle, and what that cost
 local orders, passed, room = {}, {}, {}  -- by queue: tenants to ask; by line: jobs looked at; by tenant: jobs it may start
 shared, shown = gather, gather_view
@@ -66,6 +73,9 @@ local function take(id, queue, c)
   jobs[#jobs + 1] = {id, queue, epoch, c.seq, data, problem, signature, c.dl, c.to, c.sm, c.ttl, c.en, started, c.ft or '0', int(now), c.co or '0'}
   rows, unproven = rows + 1, unproven + 1
   if tonumber(c.co or 0) > 0 then company = math.min(company, tonumber(c.co)) end
+  if c.af and patience > 0 and keeps_prefixes then
+    for _, mark in ipairs({marks_of(c)}) do note_holder(mark, worker) end
+  end
 end
 
 -- Suspects of a crash run in small company, so that another crash tells more; the last step is to run truly alone.
@@ -83,6 +93,19 @@ local function reserve(queue, c)
   if holder and holder ~= worker then return end
   redis.call('SET', k_reserved(queue), worker, 'PX', RESERVED_MS)
   reserved = queue
+end
+
+-- Leaves a young job to the worker that has its prefix. Whoever looks after the bound takes it: nobody waits longer.
+-- One that was claimed before has waited, and its worker could not keep it.
+local function is_left(id, queue, c)
+  local over = c.en + patience - now
+  if not c.af or over <= 0 or over > patience or c.ep ~= '0' then return false end
+  if left[id] then return true end
+  local place = lefts < LEFT and better_place(c, queue, worker, rows)
+  if not place then return false end
+  left[id], lefts, place.held = true, lefts + 1, place.held + 1
+  again = again == 0 and over or math.min(again, over)
+  return true
 end
 
 local function is_over() return #jobs >= most or reserved ~= '' or unproven >= company or walked > WALK end
@@ -121,7 +144,7 @@ local function decide(id, queue)
     reserve(queue, c)
     return 'skip', c
   end
-  return 'take', c
+  return is_left(id, queue, c) and 'skip' or 'take', c
 end
 
 -- Takes an id off the list, from the end that is nearer: the index of open jobs has them in nearly the list's order.
@@ -174,9 +197,9 @@ end
 local function serve_turn(queue)
   local order = orders[queue]
   while #order > 0 and not is_over() do
-    local tenant = table.remove(order, 1)
+    local tenant, before = table.remove(order, 1), lefts
     local served = may_run(tenant) and serve(queue, tenant)
-    pass_turn(queue, tenant)
+    if served or lefts == before then pass_turn(queue, tenant) end  -- what is left for a moment costs no turn
     if served then
       order[#order + 1] = tenant
       return true
@@ -233,7 +256,7 @@ local function claim(queue)
 end
 
 -- Whatever goes wrong at a job, those that were taken before it have their leases.
-local ok, problem = pcall(function() for i = 14, #ARGV do claim(ARGV[i]) end end)
+local ok, problem = pcall(function() for i = 16, #ARGV do claim(ARGV[i]) end end)
 write_gathered()
 if not ok then error(problem, 0) end
-return {0, jobs, dropped, reserved}
+return {0, jobs, dropped, reserved, math.ceil(again)}
