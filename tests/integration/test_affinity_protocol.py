@@ -38,12 +38,8 @@ def say(driver: Driver, worker: str, **facts: Any) -> None:
 
 
 def claim(driver: Driver, worker: str, rows: int = 0, **given: Any) -> ClaimReply:
-    options: dict[str, Any] = {
-        "affinity_ms": LONG,
-        "keeps_prefixes": True,
-        "held": HeldRows(rows),
-    } | given
-    return driver.claim(worker, **options)
+    options: dict[str, Any] = {"affinity_ms": LONG, "keeps_prefixes": True}
+    return driver.claim(worker, **options | {"held": HeldRows(rows)} | given)
 
 
 def ids(reply: ClaimReply) -> list[str]:
@@ -78,7 +74,8 @@ def test_nobody_waits_longer_than_the_bound(driver: Driver) -> None:
     assert taken == ["second"]
     record = driver.record("second")
     assert SHORT <= record.started_ms - record.enqueued_ms < SHORT + 50
-    assert driver.redis.get(driver.keys.warm(TALK)) == b"\nb\na\n"
+    assert driver.redis.get(driver.keys.warm(TALK)) == b"\nb\n", "it moved"
+    assert driver.redis.get(driver.keys.warm(SYSTEM)) == b"\nb\na\n", "it is in two places"
 
 
 def test_what_is_old_is_left_to_nobody(driver: Driver) -> None:
@@ -191,10 +188,10 @@ def test_a_mark_is_forgotten_after_minutes(driver: Driver) -> None:
         assert 60 <= driver.redis.ttl(driver.keys.warm(mark)) <= 600
 
 
-def test_a_mark_knows_a_few_workers_the_last_first(driver: Driver) -> None:
+def test_a_beginning_knows_a_few_workers_the_last_first(driver: Driver) -> None:
     for n in range(12):
         begin(driver, f"job{n}", worker=f"w{n}")
-    names = driver.redis.get(driver.keys.warm(TALK)).decode().split()  # type: ignore[union-attr]
+    names = driver.redis.get(driver.keys.warm(SYSTEM)).decode().split()  # type: ignore[union-attr]
     assert names == [f"w{n}" for n in range(11, 3, -1)]
 
 

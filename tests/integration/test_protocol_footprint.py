@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
@@ -25,9 +25,7 @@ QUEUED_BYTES = 2.5 * 1024
 EVENT_BYTES = 100
 MANY = 32
 CLAIM_COMMANDS = 11  # a job, of a claim of many
-MARKED_COMMANDS = (
-    2  # more for a job with a mark of its own; one that jobs share costs as many a claim
-)
+MARKED_COMMANDS = 2  # more a mark: of a job, or of a claim where the jobs share it
 LEFT_COMMANDS = 3  # a job that is left to the worker that has its prefix
 EVENT_COMMANDS = 6  # an event, of a flush of many rows
 END_COMMANDS = 14  # a job's last event and its end
@@ -130,7 +128,7 @@ def test_marks_cost_few_commands(driver: Driver, taken: str) -> None:
 
 @pytest.mark.may_leak(reason="jobs stay queued")
 def test_a_job_that_is_left_costs_few_commands(driver: Driver) -> None:
-    facts = {"state": "serving", "resident": "tally", "batch_rows": 2 * MANY}
+    facts: dict[Any, Any] = {"state": "serving", "resident": "tally", "batch_rows": 8 * MANY}
     driver.redis.hset(driver.keys.worker("w1"), mapping=facts)
     driver.enqueue("first", marks=f"{'c' * 16},{'b' * 16}")
     driver.claim(affinity_ms=150, keeps_prefixes=True)

@@ -1,4 +1,4 @@
--- Which workers likely have the beginning of a job's prompt computed: those that took a job of one of its marks lately.
+-- Which workers likely have the beginning of a job's prompt computed: those that took a job with one of its marks lately.
 -- Follows the prelude, before claim.lua. A job's marks are its control hash's 'af', "<conversation>,<beginning>", either may be
 -- empty. Nothing here decides more than who goes first: whatever is lost or odd under these keys delays a job by the bound.
 
@@ -8,10 +8,15 @@ local NAME = '[^\n]+'
 
 local holders, noted, peers = {}, {}, {}  -- what this claim has read: by mark, by mark, by worker
 
+-- 16 hex digits each; what is odd is no mark.
 local function marks_of(c)
-  if not c.af or #c.af > 64 then return '', '' end
-  local conversation, beginning = string.match(c.af, '^(%x*),(%x*)$')
-  return conversation or '', beginning or ''
+  local af = c.af
+  if #af == 33 then return string.sub(af, 1, 16), string.sub(af, 18) end
+  if #af == 17 then
+    if string.byte(af) == 44 then return '', string.sub(af, 2) end
+    return string.sub(af, 1, 16), ''
+  end
+  return '', ''
 end
 
 -- A line each, with one before the first and one after the last.
@@ -25,17 +30,27 @@ end
 
 local function holds(mark, worker) return string.find(holders_of(mark), '\n' .. worker .. '\n', 1, true) ~= nil end
 
-local function note_holder(mark, worker)
-  if mark == '' or noted[mark] then return end
+local function set_holders(mark, names)
+  holders[mark] = names
+  redis.pcall('SET', k_warm(mark), names, 'PX', MARK_MS)
+end
+
+local function note_beginning(mark, worker)
   local names, count = {'', worker}, 1
   for name in string.gmatch(holders_of(mark), NAME) do
     if name ~= worker and count < HOLDERS then
       names[#names + 1], count = name, count + 1
     end
   end
-  names[#names + 1] = ''
-  noted[mark], holders[mark] = true, table.concat(names, '\n')
-  redis.pcall('SET', k_warm(mark), holders[mark], 'PX', MARK_MS)
+  names[#names + 1], noted[mark] = '', true
+  set_holders(mark, table.concat(names, '\n'))
+end
+
+-- A conversation is where its last turn was; a beginning where any of the last jobs that have it were.
+local function note_holder(c, worker)
+  local conversation, beginning = marks_of(c)
+  if conversation ~= '' then set_holders(conversation, '\n' .. worker .. '\n') end
+  if beginning ~= '' and not noted[beginning] then note_beginning(beginning, worker) end
 end
 
 -- What another worker says of itself, and how many jobs it holds; false where it takes none.
@@ -49,26 +64,27 @@ local function peer(name)
   return peers[name]
 end
 
--- One of the mark's workers that serves the model and holds fewer jobs than it has rows and than `most`; nil where none does.
-local function roomy_holder(mark, model, most)
+-- One of the mark's workers that serves the queue's model, has a row free and holds no more jobs than `rows` and a part of
+-- its own rows (nil: however many); nil where none does.
+local function roomy_holder(mark, queue, rows)
   for name in string.gmatch(holders_of(mark), NAME) do
     local p = peer(name)
-    if p and p.held < p.rows and p.held <= most(p) and string.find(p.models, ',' .. model .. ',', 1, true) then return p end
+    if p and p.held < p.rows and (not rows or p.held <= rows + p.rows / SPREAD) then
+      local model = ',' .. string.match(queue, '^(.*):') .. ','
+      if string.find(p.models, model, 1, true) then return p end
+    end
   end
 end
-
-local function any(p) return p.rows end
 
 -- The worker that should have the job rather than this one, which holds `rows`; nil where this one should.
 -- A conversation goes where it is while there is room. A beginning is soon everywhere: it spreads as the load does.
 local function better_place(c, queue, worker, rows)
-  local model = string.match(queue, '^(.*):') or ''
   local conversation, beginning = marks_of(c)
-  if conversation ~= '' then
+  if conversation ~= '' and holders_of(conversation) ~= '' then
     if holds(conversation, worker) then return nil end
-    local p = roomy_holder(conversation, model, any)
+    local p = roomy_holder(conversation, queue, nil)
     if p then return p end
   end
-  if beginning == '' or holds(beginning, worker) then return nil end
-  return roomy_holder(beginning, model, function(p) return rows + p.rows / SPREAD end)
+  if beginning == '' or holders_of(beginning) == '' or holds(beginning, worker) then return nil end
+  return roomy_holder(beginning, queue, rows)
 end

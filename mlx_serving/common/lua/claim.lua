@@ -73,9 +73,7 @@ local function take(id, queue, c)
   jobs[#jobs + 1] = {id, queue, epoch, c.seq, data, problem, signature, c.dl, c.to, c.sm, c.ttl, c.en, started, c.ft or '0', int(now), c.co or '0'}
   rows, unproven = rows + 1, unproven + 1
   if tonumber(c.co or 0) > 0 then company = math.min(company, tonumber(c.co)) end
-  if c.af and patience > 0 and keeps_prefixes then
-    for _, mark in ipairs({marks_of(c)}) do note_holder(mark, worker) end
-  end
+  if c.af and patience > 0 and keeps_prefixes then note_holder(c, worker) end
 end
 
 -- Suspects of a crash run in small company, so that another crash tells more; the last step is to run truly alone.
