@@ -59,6 +59,7 @@ class Load:
     tokens: int = 16  # of an interactive answer
     seconds: float = 20.0
     rate: float = 100.0  # simulated steps/s
+    headroom: float = 0.125  # `lane_headroom`
     folder: str | None = None
 
     def job(self, number: int, lane: str, tokens: int) -> GenerationJob:
@@ -173,7 +174,8 @@ def staged(load: Load) -> Iterator[Stage]:
     with ExitStack() as stack:
         server = stack.enter_context(LocalRedis())
         client = stack.enter_context(server.client())
-        settings = bench_settings(server.url, max_batch_rows=load.rows, drain_grace_seconds=1)
+        settings = bench_settings(server.url, max_batch_rows=load.rows, drain_grace_seconds=1,
+                                  lane_headroom=load.headroom)  # fmt: skip
         streams = Streams(load.model, rate=load.rate, folder=load.folder)
         spec = stack.enter_context(engine_spec(streams))
         probe = child_call(_probe, settings, load)
@@ -249,6 +251,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=16, help="of an interactive answer")
     parser.add_argument("--seconds", type=float, default=20.0, help="of each part")
     parser.add_argument("--rate", type=float, default=100.0, help="simulated steps/s")
+    parser.add_argument("--headroom", type=float, default=0.125, help="0: all park")
     parser.add_argument("--folder", help="keep the synthetic model here, or use the one there")
     parser.add_argument("--output", type=Path)
     options = vars(parser.parse_args())
