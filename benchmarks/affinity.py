@@ -3,14 +3,14 @@
     python -m benchmarks.affinity                               # two workers
     python -m benchmarks.affinity --workers 4 --rounds 2
 
-Conversations of several turns begin at a set rate, each with one of a few long system prompts; every
-turn sends all that was said before, reads the whole answer, and waits a moment. Real workers with
-Tally, paged KV blocks and a prefix cache; each run has a Redis, workers and empty caches of its own,
-off and on in turn. Where MLX has no GPU the paged cache's pure-MLX path runs: times compare with each
-other only.
+Conversations of several turns begin at a set rate, each with one of a few long system prompts;
+every turn sends all that was said before, reads the whole answer, and waits a moment. Real workers
+with Tally, paged KV blocks and a prefix cache; each run has a Redis, workers and empty caches of
+its own, off and on in turn. Where MLX has no GPU the paged cache's pure-MLX path runs: times compare
+with each other only.
 
-*Computed* are the prompt tokens that no cache gave (`usage`); *later turns found* is the part of the
-prompt tokens of second and later turns that one did.
+*Computed* are the prompt tokens that no cache gave (`usage`), *later* the second turns and those
+after them; *queued* is from enqueue to claim.
 """
 
 import argparse
@@ -144,7 +144,7 @@ def figures(name: str, runs: Sequence[Sequence[Turn]]) -> list[Figure]:
     return [
         Figure.median(f"{name}: computed", computed, "tokens"),
         Figure.median(f"{name}: prompt tokens found", [found(turns, 0) for turns in runs]),
-        Figure.median(f"{name}: later turns found", [found(turns, 1) for turns in runs]),
+        Figure.median(f"{name}: prompt tokens found, later", [found(turns, 1) for turns in runs]),
         Figure.median(f"{name}: queued p50", [queued(turns, 50) for turns in runs], "ms"),
         Figure.median(f"{name}: queued p95", [queued(turns, 95) for turns in runs], "ms"),
         Figure.median(f"{name}: TTFT p50", [to_first(turns, 0) for turns in runs], "ms"),

@@ -19,6 +19,7 @@ pytestmark = pytest.mark.may_leak(reason="jobs stay queued or running")
 
 TALK, OTHER_TALK, SYSTEM = "00000000000000c1", "00000000000000c2", "00000000000000b0"
 FIRST, SECOND = f"{TALK},{SYSTEM}", f"{OTHER_TALK},{SYSTEM}"
+BULK = "tally:bulk"
 ROWS = 8
 SHORT, LONG = 60, 10_000  # ms
 SERVING: dict[str, Any] = {"state": "serving", "resident": "other,tally", "batch_rows": ROWS}
@@ -250,6 +251,66 @@ def test_what_comes_back_is_left_to_nobody(driver: Driver, how: str) -> None:
     else:
         driver.protocol.run(crash("a", [Blame("second", job.epoch, company=2)]))
     assert ids(claim(driver, "b")) == ["second"]
+
+
+def bulk(driver: Driver, *names: str, marks: str = f",{SYSTEM}", **fields: Any) -> None:
+    """Lines that have waited longer than anybody leaves them."""
+    for name in names:
+        driver.enqueue(name, BULK, marks=marks, **fields)
+        driver.redis.hincrby(driver.keys.job(name), "en", -LONG)
+
+
+def test_a_bulk_line_of_anothers_beginning_goes_after_others(driver: Driver) -> None:
+    """The worker that has it may be full: it goes on with these lines as its rows end."""
+    begin(driver)
+    say(driver, "a", batch_rows=1)
+    bulk(driver, "line0", "line1")
+    bulk(driver, "new0", "new1", marks=",00000000000000b1")
+    bulk(driver, "plain", marks="")
+    assert ids(claim(driver, "b", most=2)) == ["new0", "new1"]
+    assert ids(claim(driver, "a", most=1)) == ["line0"]
+    assert ids(claim(driver, "b")) == ["plain", "line1"], "nobody is idle for it"
+
+
+def test_a_bulk_line_is_overtaken_for_a_bounded_time(driver: Driver) -> None:
+    begin(driver)
+    bulk(driver, "line0", "line1")
+    bulk(driver, "plain0", "plain1", "plain2", marks="")
+    bulk(driver, "line2")
+    assert ids(claim(driver, "b", most=1)) == ["plain0"]
+    assert [driver.redis.hexists(driver.keys.job(f"line{n}"), "po") for n in range(3)] == [1, 1, 0]
+    first = driver.redis.hget(driver.keys.job("line0"), "po")
+    assert ids(claim(driver, "b", most=1)) == ["plain1"]
+    assert driver.redis.hget(driver.keys.job("line0"), "po") == first, "since the first time"
+    driver.redis.hincrby(driver.keys.job("line0"), "po", -60_000)
+    assert ids(claim(driver, "b", most=1)) == ["line0"]
+    assert ids(claim(driver, "b")) == ["line1", "plain2", "line2"], "it has the beginning now"
+
+
+def test_a_claim_passes_a_bounded_number_of_lines(driver: Driver) -> None:
+    begin(driver)
+    bulk(driver, *(f"line{n}" for n in range(40)))
+    bulk(driver, "plain", marks="")
+    assert ids(claim(driver, "b", most=1)) == ["line32"]
+
+
+def test_other_lanes_and_tenants_keep_their_order(driver: Driver) -> None:
+    begin(driver)
+    say(driver, "a", batch_rows=1)
+    driver.enqueue("line", marks=FIRST)
+    driver.enqueue("plain")
+    assert ids(claim(driver, "b", most=1)) == ["line"]
+    bulk(driver, "x1", tenant="x")
+    bulk(driver, "x2", tenant="x", marks="")
+    assert ids(claim(driver, "c", most=2)) == ["plain", "x1"]
+
+
+def test_a_bulk_line_whose_worker_is_gone_keeps_its_place(driver: Driver) -> None:
+    begin(driver)
+    driver.redis.delete(driver.keys.worker("a"))
+    bulk(driver, "line")
+    bulk(driver, "plain", marks="")
+    assert ids(claim(driver, "b", most=1)) == ["line"]
 
 
 def test_the_order_is_kept_but_for_what_is_left(driver: Driver) -> None:

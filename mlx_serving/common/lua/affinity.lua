@@ -64,17 +64,17 @@ local function peer(name)
   return peers[name]
 end
 
--- One of the mark's workers that serves the queue's model, has a row free and holds no more jobs than `rows` and a part of
--- its own rows (nil: however many); nil where none does.
-local function roomy_holder(mark, queue, rows)
+-- One of the mark's workers that serves the queue's model and suits; nil where none does.
+local function find_holder(mark, queue, suits)
   for name in string.gmatch(holders_of(mark), NAME) do
     local p = peer(name)
-    if p and p.held < p.rows and (not rows or p.held <= rows + p.rows / SPREAD) then
-      local model = ',' .. string.match(queue, '^(.*):') .. ','
-      if string.find(p.models, model, 1, true) then return p end
-    end
+    if p and suits(p) and string.find(p.models, ',' .. string.match(queue, '^(.*):') .. ',', 1, true) then return p end
   end
 end
+
+local function has_row(p) return p.held < p.rows end
+
+local function any() return true end
 
 -- The worker that should have the job rather than this one, which holds `rows`; nil where this one should.
 -- A conversation goes where it is while there is room. A beginning is soon everywhere: it spreads as the load does.
@@ -82,9 +82,16 @@ local function better_place(c, queue, worker, rows)
   local conversation, beginning = marks_of(c)
   if conversation ~= '' and holders_of(conversation) ~= '' then
     if holds(conversation, worker) then return nil end
-    local p = roomy_holder(conversation, queue, nil)
+    local p = find_holder(conversation, queue, has_row)
     if p then return p end
   end
   if beginning == '' or holders_of(beginning) == '' or holds(beginning, worker) then return nil end
-  return roomy_holder(beginning, queue, rows)
+  return find_holder(beginning, queue, function(p) return has_row(p) and p.held <= rows + p.rows / SPREAD end)
+end
+
+-- Whether the job's beginning is another live worker's and not this one's, with room or without.
+local function is_elsewhere(c, queue, worker)
+  local _, beginning = marks_of(c)
+  if beginning == '' or holders_of(beginning) == '' or holds(beginning, worker) then return false end
+  return find_holder(beginning, queue, any) ~= nil
 end

@@ -1,7 +1,8 @@
 -- Takes up to `most` jobs from the queues in priority order; an id is never in neither place.
 -- Tenants take turns: a place on the list that is a tenant's goes to the first job in the line of the tenant whose turn it
 -- is, wherever on the list that job stands. A tenant that runs as many jobs as it may lets its turns pass.
--- A young job is left for a moment to another worker that likely has its prompt's beginning and room (see affinity.lua).
+-- A young job is left for a moment to another worker that likely has its prompt's beginning and room (see affinity.lua); one
+-- of the lane bulk that another worker has the beginning of is taken after those further back that none or this one has.
 -- ARGV: P R worker iso lease_ms protocol capacity_tokens capacity_rows most max_payload_bytes rows unproven company affinity_ms
 --   keeps_prefixes queue …
 --   capacity: the most that one job may need here; rows: that the worker holds; unproven: those of them that have not shown yet that the engine survives them;
@@ -30,6 +31,7 @@ local now = now_ms()
 local jobs, dropped = {}, {}
 local LEFT = 64  -- jobs that a claim leaves to others at most: what lies behind more of them waits for nobody
 local left, lefts, again = {}, 0, 0  -- ids, their number, and when the first of them is anybody's
+local PASSED, PASSED_MS = 32, 30000  -- bulk jobs that a claim takes others before, and how long others may go before one
 local gone, walked = {}, 0  -- ids taken out of the list's middle, and what that cost
 local orders, passed, room = {}, {}, {}  -- by queue: tenants to ask; by line: jobs looked at; by tenant: jobs it may start
 shared, shown = gather, gather_view
@@ -228,8 +230,29 @@ local function is_held_back(id)
   return type(tenant) == 'string' and room[tenant] ~= nil and room[tenant] <= 0
 end
 
+-- Bulk waits anyway: others may go first, but nobody is idle for that.
+local function is_passed(queue, c, passed)
+  if not c.af or c.tn or patience == 0 or c.ep ~= '0' or #passed >= PASSED then return false end
+  local since = c.po and now - c.po or 0
+  if since < 0 or since >= PASSED_MS or string.sub(queue, -5) ~= ':bulk' then return false end
+  return is_elsewhere(c, queue, worker)
+end
+
+-- Takes those that were passed while there is room; notes when one was first overtaken.
+local function take_passed(queue, passed)
+  local overtakers = #jobs
+  for _, p in ipairs(passed) do
+    if not is_over() and has_room_for(p.c) then
+      redis.call('LREM', k_rq_queue(queue), 1, p.id)
+      take(p.id, queue, p.c)
+    elseif p.jobs < overtakers and not p.c.po then
+      redis.call('HSET', k_job(p.id), 'po', int(now))
+    end
+  end
+end
+
 local function claim(queue)
-  local offset = 0
+  local offset, passed = 0, {}
   local list = k_rq_queue(queue)
   for _ = 1, PAGES do
     if is_over() then break end
@@ -244,6 +267,9 @@ local function claim(queue)
         if verdict ~= 'drop' and c.tn then give_place(id, queue, verdict, c)
           if not gone[id] then offset = offset + 1 end
         elseif verdict == 'skip' then offset = offset + 1
+        elseif verdict == 'take' and is_passed(queue, c, passed) then
+          passed[#passed + 1] = {id = id, c = c, jobs = #jobs}
+          offset = offset + 1
         else
           redis.call('LREM', list, 1, id)
           if verdict == 'take' then take(id, queue, c) else dropped[#dropped + 1] = id end
@@ -251,6 +277,7 @@ local function claim(queue)
       end
     end
   end
+  take_passed(queue, passed)
 end
 
 -- Whatever goes wrong at a job, those that were taken before it have their leases.

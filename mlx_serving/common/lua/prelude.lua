@@ -19,8 +19,8 @@ local RQ_STATUS = {queued = 'queued', running = 'started', finished = 'finished'
 local TERMINAL = {finished = true, failed = true, dead = true, expired = true, cancelled = true}
 local OPEN = {queued = true, running = true}
 
-local NUMBERS = {'ep', 'seq', 'at', 'ma', 'mp', 'dl', 'to', 'ab', 'ttl', 'sm', 'en', 'nd', 'sa', 'ft', 'co', 'su', 'nr'}
-local LATER = {sa = true, ft = true, co = true, su = true, nr = true}  -- not there from the start
+local NUMBERS = {'ep', 'seq', 'at', 'ma', 'mp', 'dl', 'to', 'ab', 'ttl', 'sm', 'en', 'nd', 'sa', 'ft', 'co', 'su', 'nr', 'po'}
+local LATER = {sa = true, ft = true, co = true, su = true, nr = true, po = true}  -- not there from the start
 
 -- RQ's own rule for ids. Anybody may have pushed anything: bytes that are no text, a ':' (which
 -- would read as another attempt's name), a line break for a log.
