@@ -6,8 +6,8 @@
 Conversations of several turns begin at a set rate, each with one of a few long system prompts;
 every turn sends all that was said before, reads the whole answer, and waits a moment. Real workers
 with Tally, paged KV blocks and a prefix cache; each run has a Redis, workers and empty caches of
-its own, off and on in turn. Where MLX has no GPU the paged cache's pure-MLX path runs: times compare
-with each other only.
+its own, off and on in turn. Where MLX has no GPU the pure-MLX path of the paged cache runs: times
+compare with each other only.
 
 *Computed* are the prompt tokens that no cache gave (`usage`), *later* the second turns and those
 after them; *queued* is from enqueue to claim.

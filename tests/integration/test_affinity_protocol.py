@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import random
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from mlx_serving.common.calls import Blame, HeldRows, crash
 from tests.helpers import wait_until
-from tests.protocol_driver import QUEUE, Attempt, Driver
+from tests.protocol_driver import LANES, QUEUE, Attempt, Driver
 
 if TYPE_CHECKING:
     import redis
@@ -311,6 +312,31 @@ def test_a_bulk_line_whose_worker_is_gone_keeps_its_place(driver: Driver) -> Non
     bulk(driver, "line")
     bulk(driver, "plain", marks="")
     assert ids(claim(driver, "b", most=1)) == ["line"]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_every_job_is_claimed_once_and_what_is_unmarked_in_order(driver: Driver, seed: int) -> None:
+    chance = random.Random(seed)
+    beginnings = [f"{n:016x}" for n in range(3)]
+    plain: dict[str, list[str]] = {queue: [] for queue in LANES}
+    names = [f"job{n}" for n in range(120)]
+    for name in names:
+        queue, marks = chance.choice(LANES), f",{chance.choice(beginnings)}"
+        tenant, marks = chance.choice([("", ""), ("", marks), ("", marks), ("acme", marks)])
+        if not marks:
+            plain[queue].append(name)
+        driver.enqueue(name, queue, marks=marks, tenant=tenant)
+    claimed = []
+    while driver.redis.exists(*map(driver.keys.rq_queue, LANES)):
+        worker = chance.choice("abc")
+        rows = int(driver.redis.scard(driver.keys.rq_worker_executions(worker)))
+        say(driver, worker, batch_rows=rows + chance.randrange(9))
+        reply = claim(driver, worker, most=chance.randrange(1, 9), rows=rows, affinity_ms=20)
+        claimed += reply.jobs
+    assert sorted(job.job_id for job in claimed) == sorted(names)
+    for queue, expected in plain.items():
+        found = [job.job_id for job in claimed if job.queue == queue and job.job_id in expected]
+        assert found == expected
 
 
 def test_the_order_is_kept_but_for_what_is_left(driver: Driver) -> None:

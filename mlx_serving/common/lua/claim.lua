@@ -230,22 +230,38 @@ local function is_held_back(id)
   return type(tenant) == 'string' and room[tenant] ~= nil and room[tenant] <= 0
 end
 
--- Bulk waits anyway: others may go first, but nobody is idle for that.
+local function unlist_front(id, queue, verdict, c)
+  redis.call('LREM', k_rq_queue(queue), 1, id)
+  if verdict == 'take' then take(id, queue, c) else dropped[#dropped + 1] = id end
+end
+
+-- Whether others may go before a job: in bulk, which waits anyway, and where another worker has its beginning. Nobody is idle for that.
 local function is_passed(queue, c, passed)
-  if not c.af or c.tn or patience == 0 or c.ep ~= '0' or #passed >= PASSED then return false end
-  local since = c.po and now - c.po or 0
-  if since < 0 or since >= PASSED_MS or string.sub(queue, -5) ~= ':bulk' then return false end
-  return is_elsewhere(c, queue, worker)
+  if not c.af or c.tn or patience == 0 or c.ep ~= '0' or #passed >= PASSED or string.sub(queue, -5) ~= ':bulk' then return false end
+  local since = now - (tonumber(c.po or '') or now)
+  return since >= 0 and since < PASSED_MS and is_elsewhere(c, queue, worker)
+end
+
+local function pass(id, c, passed) passed[#passed + 1] = {id = id, jobs = #jobs, noted = c.po} end
+
+-- The same at a glance: behind one that was passed there are likely more.
+local function is_passed_too(id, queue, passed)
+  if #passed == 0 then return false end
+  local f = redis.pcall('HMGET', k_job(id), 'af', 'tn', 'ep', 'po')
+  local c = not f.err and {af = f[1], tn = f[2], ep = f[3], po = f[4] or nil}
+  if not c or not is_passed(queue, c, passed) then return false end
+  pass(id, c, passed)
+  return true
 end
 
 -- Takes those that were passed while there is room; notes when one was first overtaken.
 local function take_passed(queue, passed)
   local overtakers = #jobs
   for _, p in ipairs(passed) do
-    if not is_over() and has_room_for(p.c) then
-      redis.call('LREM', k_rq_queue(queue), 1, p.id)
-      take(p.id, queue, p.c)
-    elseif p.jobs < overtakers and not p.c.po then
+    if not is_over() then
+      local verdict, c = decide(p.id, queue)
+      if verdict ~= 'skip' then unlist_front(p.id, queue, verdict, c) end
+    elseif p.jobs < overtakers and not p.noted then
       redis.call('HSET', k_job(p.id), 'po', int(now))
     end
   end
@@ -262,18 +278,16 @@ local function claim(queue)
       if is_over() then break end
       if gone[id] then  -- no longer on the list
       elseif is_held_back(id) then offset = offset + 1
+      elseif is_passed_too(id, queue, passed) then offset = offset + 1
       else
         local verdict, c = decide(id, queue)
         if verdict ~= 'drop' and c.tn then give_place(id, queue, verdict, c)
           if not gone[id] then offset = offset + 1 end
         elseif verdict == 'skip' then offset = offset + 1
         elseif verdict == 'take' and is_passed(queue, c, passed) then
-          passed[#passed + 1] = {id = id, c = c, jobs = #jobs}
+          pass(id, c, passed)
           offset = offset + 1
-        else
-          redis.call('LREM', list, 1, id)
-          if verdict == 'take' then take(id, queue, c) else dropped[#dropped + 1] = id end
-        end
+        else unlist_front(id, queue, verdict, c) end
       end
     end
   end
