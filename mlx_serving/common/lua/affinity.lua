@@ -8,7 +8,7 @@ local NAME = '[^\n]+'
 
 local holders, noted, peers = {}, {}, {}  -- what this claim has read: by mark, by mark, by worker
 
--- 16 hex digits each; what is odd is no mark.
+-- 16 hex digits each; what has another length is none.
 local function marks_of(c)
   local af = c.af
   if #af == 33 then return string.sub(af, 1, 16), string.sub(af, 18) end
