@@ -79,7 +79,7 @@ SHOWN_BY: Final[dict[str, str]] = {
 SETTINGS: Final = (
     "models", "hub_endpoint", "hub_cache", "max_payload_bytes", "max_batch_rows",
     "kv_budget_bytes", "prefix_cache_bytes", "kv_cache", "prefill_chunk_tokens", "buffer_tokens",
-    "flush_interval_ms", "signing_keys",
+    "flush_interval_ms", "prefix_affinity_ms", "signing_keys",
 )  # fmt: skip
 """What a worker, or a producer, is told about the jobs it takes."""
 
