@@ -186,3 +186,38 @@ def test_each_prompt_is_judged_as_if_all_were_looked_at_anew(
         if packing.has_room_for((row,)):
             packing.add((row,))
             packed.append(row)
+
+
+def chunk_of(scheduler: Scheduler) -> list[str]:
+    chunk = scheduler.schedule_prefill()
+    assert chunk is not None
+    scheduler.finish_prefill(chunk)
+    return [row.request.id for row in chunk.rows]
+
+
+def test_short_prompts_of_lower_lanes_ride_along_in_a_chunk_of_a_higher_one() -> None:
+    scheduler = Scheduler(SchedulerLimits(40, 10_000, 512))
+    add_prompt(scheduler, "b", 8, "bulk")
+    add_prompt(scheduler, "long", 39, "bulk")
+    add_prompt(scheduler, "behind", 3, "bulk")
+    add_prompt(scheduler, "d", 32)
+    add_prompt(scheduler, "i", 11, "interactive")
+    assert chunk_of(scheduler) == ["i", "d", "b"]
+    assert chunk_of(scheduler) == ["long", "behind"]
+
+
+def test_no_more_ride_along_than_half_a_chunk_holds() -> None:
+    scheduler = Scheduler(SchedulerLimits(40, 10_000, 512))
+    for number in range(20):
+        add_prompt(scheduler, f"b{number}", 7, "bulk")
+    add_prompt(scheduler, "i", 63, "interactive")
+    assert chunk_of(scheduler) == ["i", "b0", "b1", "b2"]
+
+
+def test_nothing_rides_along_that_a_prompt_under_way_of_its_lane_comes_before() -> None:
+    scheduler = Scheduler(SchedulerLimits(40, 10_000, 512))
+    add_prompt(scheduler, "long", 600, "bulk")
+    assert chunk_of(scheduler) == ["long"]
+    add_prompt(scheduler, "b", 5, "bulk")
+    add_prompt(scheduler, "i", 5, "interactive")
+    assert chunk_of(scheduler) == ["i"]
