@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import subprocess
 import tempfile
 from contextlib import ExitStack, suppress
@@ -12,20 +11,13 @@ from typing import TYPE_CHECKING, Any, Self
 import redis
 
 from mlx_serving.common.local_redis import LocalRedis
-from tests.helpers import wait_until
+from tests.helpers import free_port, wait_until
 
 if TYPE_CHECKING:
     from types import TracebackType
 
 SERVICE = "main"
 DOWN_MS = 2000
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 class SentinelFleet:

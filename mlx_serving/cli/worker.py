@@ -110,16 +110,11 @@ def require_redis(settings: Settings, model: str) -> None:
         QueueUnavailable: it can't be reached, or refuses us.
 
     """
-    import redis
-
     from mlx_serving.common.connection import connect, resolve
-    from mlx_serving.common.retrying import retry_idempotent, unavailable
+    from mlx_serving.common.retrying import answered
 
     with connect(resolve(settings, model)) as client:
-        try:
-            retry_idempotent(client.ping)
-        except redis.RedisError as error:
-            raise unavailable(error) from error
+        answered(client.ping)
 
 
 def known_path(settings: Settings, model: str) -> str:

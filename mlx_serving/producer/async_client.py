@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypeVar, overload
 from mlx_serving.common import calls
 from mlx_serving.common.connection import connect_async
 from mlx_serving.common.protocol import AsyncProtocol
-from mlx_serving.common.retrying import retry_idempotent_async, unavailable
+from mlx_serving.common.retrying import FAULTS, retry_idempotent_async, unavailable
 from mlx_serving.common.states import TERMINAL
 from mlx_serving.producer.base import (
     CANCELLED_BY_CLIENT,
@@ -25,7 +25,7 @@ from mlx_serving.producer.base import (
 )
 from mlx_serving.producer.handles import AsyncJobHandle
 from mlx_serving.producer.hub import Mailbox, StreamHub
-from mlx_serving.producer.outage import FAULTS, Outage
+from mlx_serving.producer.outage import Outage
 from mlx_serving.producer.stream import StreamAssembler
 
 if TYPE_CHECKING:

@@ -6,25 +6,17 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from mlx_serving import Client
 from tests.helpers import wait_until
 from tests.monitoring import Probe
-from tests.worker_process import WorkerProcess, check_answers, job_events, quick_settings, submit
+from tests.worker_process import WorkerProcess, check_answers, job_events, submit
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
+    from mlx_serving import Client
     from mlx_serving.common.local_redis import LocalRedis
 
 pytestmark = pytest.mark.may_leak(
     reason="a worker that is killed at the end leaves its name in RQ's sets"
 )
-
-
-@pytest.fixture
-def client(settled_redis: LocalRedis) -> Iterator[Client]:
-    with Client(settings=quick_settings(settled_redis.url)) as client:
-        yield client
 
 
 def test_a_child_that_decoded_enough_is_replaced_and_its_jobs_go_on(
