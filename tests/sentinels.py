@@ -6,15 +6,12 @@ import subprocess
 import tempfile
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import redis
 
 from mlx_serving.common.local_redis import LocalRedis
 from tests.helpers import free_port, wait_until
-
-if TYPE_CHECKING:
-    from types import TracebackType
 
 SERVICE = "main"
 DOWN_MS = 2000
@@ -42,12 +39,7 @@ class SentinelFleet:
         wait_until(self._is_complete, timeout=20, what="Sentinels that know everybody")
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._stack.close()
 
     @property

@@ -15,7 +15,7 @@ from mlx_serving.producer.client import Client
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from types import FrameType, TracebackType
+    from types import FrameType
 
     from mlx_serving.common.events import Event, TokenLogprob
     from mlx_serving.common.jobs import GenerationJob
@@ -39,12 +39,7 @@ class Canceller:
         self._before = signal.signal(signal.SIGINT, self._on_interrupt)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         signal.signal(signal.SIGINT, self._before)
 
     def watch(self, job_id: str) -> None:

@@ -30,7 +30,6 @@ from mlx_serving.producer.stream import StreamAssembler
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
-    from types import TracebackType
 
     from mlx_serving.common.events import Event
     from mlx_serving.common.protocol import JobRecord
@@ -66,12 +65,7 @@ class AsyncClient(BaseClient):
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self.aclose()
 
     async def aclose(self) -> None:

@@ -31,7 +31,6 @@ from mlx_serving.producer.stream import StreamAssembler
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterable
-    from types import TracebackType
 
     from mlx_serving.common.events import Event
     from mlx_serving.common.protocol import JobRecord
@@ -68,12 +67,7 @@ class Client(BaseClient):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:

@@ -22,9 +22,9 @@ pytestmark = pytest.mark.may_leak(
 def test_a_child_that_decoded_enough_is_replaced_and_its_jobs_go_on(
     settled_redis: LocalRedis, client: Client
 ) -> None:
-    tokens = 150
+    tokens = 240  # 0.9 s from the limit to the last token, and age is looked at twice a second
     with WorkerProcess(
-        settled_redis.url, "w", rate=100, metrics_port=0, recycle_after_tokens=800,
+        settled_redis.url, "w", rate=100, metrics_port=0, recycle_after_tokens=1000,
         drain_grace_seconds=0.2,
     ) as worker:  # fmt: skip
         first = worker.serving().child_pid

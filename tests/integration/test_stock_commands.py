@@ -40,7 +40,6 @@ if TYPE_CHECKING:
     from mlx_serving.common.local_redis import LocalRedis
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "stock_commands.md"
-STATES = ("queued", "running", "finished", "failed", "cancelled")
 LONG = 5000
 JSON = "rq.serializers.JSONSerializer"
 

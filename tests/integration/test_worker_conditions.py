@@ -11,7 +11,7 @@ from mlx_serving.worker.conditions import Conditions, Rules
 from mlx_serving.worker.presence import FACTS, NUMBERS
 from tests.helpers import wait_until
 from tests.monitoring import Probe
-from tests.unit.test_conditions import FakeProbe
+from tests.worker_fakes import FakeProbe
 from tests.worker_process import (
     InProcessWorker,
     WorkerProcess,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import structlog
@@ -13,27 +13,7 @@ from mlx_serving.common.settings import load_settings
 from mlx_serving.worker.conditions import REASONS, Conditions, Hours, Rules
 from mlx_serving.worker.conditions_mac import MacProbe
 from tests.helpers import wait_until
-
-if TYPE_CHECKING:
-    from mlx_serving.worker.conditions import Pressure
-
-
-@dataclass
-class FakeProbe:
-    """A Mac as the test wants it; None: it can't tell."""
-
-    idle: float | None = 3600.0
-    pressure: Pressure | None = "nominal"
-    battery: bool | None = False
-
-    def idle_seconds(self) -> float | None:
-        return self.idle
-
-    def thermal_pressure(self) -> Pressure | None:
-        return self.pressure
-
-    def on_battery(self) -> bool | None:
-        return self.battery
+from tests.worker_fakes import FakeProbe
 
 
 @dataclass
