@@ -2,7 +2,8 @@
 
 * MlxServingError
   * InvalidJob            a field of a job is wrong; `.errors` names each one
-    * UnknownModel        no worker setting or alias names this model
+    * UnknownModel        no worker setting or alias names this model, or its files can't be loaded
+      * ModelUnreachable  they are a hub's, which does not answer now
     * PayloadTooLarge     the job is larger than the limit on its bytes
     * InvalidSchema       a schema, regex or grammar that the worker can't keep the model to
   * CorruptJob            what Redis holds is no job of ours
@@ -91,6 +92,13 @@ class UnknownModel(InvalidJob):
     """No worker serves this model: it is neither an alias nor a name in the settings."""
 
     code = "unknown_model"
+
+
+class ModelUnreachable(UnknownModel):
+    """The model's files are a hub's, which does not answer now."""
+
+    code = "model_unreachable"
+    retryable = True
 
 
 class PayloadTooLarge(InvalidJob):
