@@ -3,13 +3,14 @@
 import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, cast
 
 import mlx.core as mx
 from mlx_lm.generate import generate_step
 
 from benchmarks.synthetic import TINY, build_model, build_tokenizer
-from mlx_serving.worker.engine.cache.cache_choice import paged_choice
+from mlx_serving.worker.engine.cache.cache_choice import CacheChoice, paged_choice
 from mlx_serving.worker.engine.cache.kv_cache import LanguageModel
 from mlx_serving.worker.engine.engine import Engine
 from mlx_serving.worker.engine.model_runner import ModelRunner
@@ -120,12 +121,25 @@ def tiny_engine(
         prefix_cache_bytes=prefix_cache_bytes,
         prefill_chunk_tokens=chunk,
     )
-    model = model if model is not None else build_model()
-    choice = paged_choice(model, ReferenceOps()) if paged else None
-    if choice is not None:
-        assert choice.block_tokens, choice.report
+    choice = None
+    if paged:
+        model, choice = _checked() if model is None else _check(model)
+    elif model is None:
+        model = build_model()
     runner = ModelRunner(model, choice)
     return build_engine(runner, build_tokenizer(), info, options)
+
+
+@cache
+def _checked() -> tuple[LanguageModel, CacheChoice]:
+    """The model that most engines share; its check runs ten steps, so once is enough."""
+    return _check(build_model())
+
+
+def _check(model: LanguageModel) -> tuple[LanguageModel, CacheChoice]:
+    choice = paged_choice(model, ReferenceOps())
+    assert choice.block_tokens, choice.report
+    return model, choice
 
 
 def random_requests(count: int, seed: int, sampling: SamplingParams = GREEDY) -> list[Request]:
