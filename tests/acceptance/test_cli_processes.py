@@ -103,6 +103,17 @@ def test_ctrl_c_before_any_worker_cancels_the_queued_job(server: LocalRedis) -> 
     assert "Traceback" not in err
 
 
+def test_a_job_that_nobody_takes_does_not_wait_in_silence(server: LocalRedis) -> None:
+    process = generate(server, "--model", "tolly", "hello")
+    assert process.stderr is not None
+    said = process.stderr.readline()
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=20)
+    assert said.startswith("waits in tolly:interactive: ")
+    assert "mlx-serving status" in said
+    assert process.returncode == 130
+
+
 def test_a_reader_that_goes_away_cancels_the_job(server: LocalRedis) -> None:
     with worker(server, "--engine", "simulated", "--tokens-per-second", "50"):
         process, job_id = _streaming(server)

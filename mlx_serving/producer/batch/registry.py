@@ -93,7 +93,7 @@ class Registry:
         def send(pipe: Any) -> None:  # noqa: ANN401 -- redis has no type
             pipe.hset(key, "report", msgspec.json.encode(report))
             pipe.expire(key, KEEP_SECONDS)
-            pipe.zadd(index, {report.batch.id: report.at_ms})
+            pipe.zadd(index, {report.batch.id: report.at_ms}, nx=True)  # by the first report
             pipe.zremrangebyscore(index, "-inf", report.at_ms - KEEP_SECONDS * 1000)
             pipe.expire(index, KEEP_SECONDS)
             pipe.hget(key, "cancel")
@@ -110,7 +110,7 @@ class Registry:
         return report
 
     def reports(self) -> list[Report]:
-        """Last reports on all batches, the one heard of last first."""
+        """Last reports on all batches, the newest batch first."""
         ids: list[Any] = answered(lambda: self._redis.zrange(self._keys.batches(), 0, -1))
         found = []
         for batch_id in reversed(ids):
