@@ -147,6 +147,16 @@ def test_a_wrong_url_names_the_setting() -> None:
     assert result.stderr.startswith("error: invalid_settings: redis_url: ")
 
 
+def test_a_misspelt_setting_of_the_environment_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A typo in a service file would else be a default that nobody asked for."""
+    monkeypatch.setenv("MLX_SERVING_METRIC_PORT", "9109")
+    monkeypatch.setenv("MLX_SERVING_METRICS_PORT", "9109")
+    monkeypatch.setenv("MLX_SERVING_NO_NATIVE_BUILD", "1")  # the build's
+    result = runner.invoke(app, ["models"])
+    assert result.exit_code == 0
+    assert result.stderr == "warning: MLX_SERVING_METRIC_PORT is no setting, and without effect\n"
+
+
 @pytest.mark.parametrize("control", ["\x1b", "\x07", "\r", "\x00", "\x7f", "\x9b"])
 def test_a_model_can_not_drive_the_terminal(control: str) -> None:
     assert harmless(f"a{control}[2Jb") == "a\ufffd[2Jb"
