@@ -327,7 +327,9 @@ def load_settings(**overrides: Any) -> Settings:
 
 def unknown_variables() -> list[str]:
     """Names in the environment that look like settings and are none: misspelt, or newer than us."""
-    known = {ENV_PREFIX + name.upper() for name in Settings.model_fields} | OTHER_VARIABLES
+    fields = Settings.model_fields.items()  # but the one that has RQ's name
+    known = {ENV_PREFIX + name.upper() for name, field in fields if not field.validation_alias}
+    known |= OTHER_VARIABLES
     given = (name for name in os.environ if name.upper().startswith(ENV_PREFIX))
     return sorted(name for name in given if name.upper() not in known)
 

@@ -152,9 +152,13 @@ def test_a_misspelt_setting_of_the_environment_is_named(monkeypatch: pytest.Monk
     monkeypatch.setenv("MLX_SERVING_METRIC_PORT", "9109")
     monkeypatch.setenv("MLX_SERVING_METRICS_PORT", "9109")
     monkeypatch.setenv("MLX_SERVING_NO_NATIVE_BUILD", "1")  # the build's
+    monkeypatch.setenv("MLX_SERVING_RQ_PREFIX", "rq")  # RQ's own name is RQ_KEY_PREFIX
     result = runner.invoke(app, ["models"])
     assert result.exit_code == 0
-    assert result.stderr == "warning: MLX_SERVING_METRIC_PORT is no setting, and without effect\n"
+    names = ("MLX_SERVING_METRIC_PORT", "MLX_SERVING_RQ_PREFIX")
+    assert result.stderr.splitlines() == [
+        f"warning: {name} is no setting, and without effect" for name in names
+    ]
 
 
 @pytest.mark.parametrize("control", ["\x1b", "\x07", "\r", "\x00", "\x7f", "\x9b"])
