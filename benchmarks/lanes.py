@@ -46,6 +46,7 @@ from mlx_serving.common.settings import Settings
 from mlx_serving.producer.client import Client
 
 QUEUED = 3  # bulk jobs that wait, in batches
+WARM_SECONDS = 4.0
 SHARE = 0.05  # of interactive tokens in what bulk decodes alone
 
 
@@ -59,6 +60,7 @@ class Load:
     tokens: int = 16  # of an interactive answer
     seconds: float = 20.0
     rate: float = 100.0  # simulated steps/s
+    headroom: float = 0.125  # `lane_headroom`
     folder: str | None = None
 
     def job(self, number: int, lane: str, tokens: int) -> GenerationJob:
@@ -172,7 +174,8 @@ def staged(load: Load) -> Iterator[Stage]:
     with ExitStack() as stack:
         server = stack.enter_context(LocalRedis())
         client = stack.enter_context(server.client())
-        settings = bench_settings(server.url, max_batch_rows=load.rows, drain_grace_seconds=1)
+        settings = bench_settings(server.url, max_batch_rows=load.rows, drain_grace_seconds=1,
+                                  lane_headroom=load.headroom)  # fmt: skip
         streams = Streams(load.model, rate=load.rate, folder=load.folder)
         spec = stack.enter_context(engine_spec(streams))
         probe = child_call(_probe, settings, load)
@@ -196,6 +199,9 @@ def measure(load: Load) -> list[Figure]:
         alone = [stage.bulk_rate(time.monotonic() + load.seconds / 2)]
         rate = SHARE * alone[0] / load.tokens
         progress(f"bulk alone: {alone[0]:.0f} tokens/s; {rate:.1f} interactive jobs/s follow")
+        stage.ask(rate, WARM_SECONDS)  # what a batch of these rows meets for the first time
+        stage.bulk_rate(time.monotonic() + WARM_SECONDS)
+        stage.seen()
         stage.ask(rate, load.seconds)
         beside = stage.bulk_rate(time.monotonic() + load.seconds)
         loaded = stage.seen()
@@ -248,6 +254,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=16, help="of an interactive answer")
     parser.add_argument("--seconds", type=float, default=20.0, help="of each part")
     parser.add_argument("--rate", type=float, default=100.0, help="simulated steps/s")
+    parser.add_argument("--headroom", type=float, default=0.125, help="0: all park")
     parser.add_argument("--folder", help="keep the synthetic model here, or use the one there")
     parser.add_argument("--output", type=Path)
     options = vars(parser.parse_args())

@@ -208,6 +208,11 @@ class Settings(BaseSettings):
         default=0.1, ge=0, lt=1,
         description="of the batch's rows, what `default` and `bulk` each keep while they have jobs",
     )  # fmt: skip
+    lane_headroom: float = Field(
+        default=0.125, ge=0, le=1,
+        description="rows beyond max_batch_rows, as a part of it: for `interactive` jobs, and for "
+        "what a lane lacks of its share",
+    )  # fmt: skip
     kv_budget_bytes: int | None = Field(
         default=None,
         gt=0,

@@ -56,12 +56,14 @@ CLAIM_MOST: Final = 32
 class DispatcherOptions:
     """What the loop needs to know of the settings.
 
-    `rows` is the batch's size, of which each lower lane keeps `lane_min_rows` while it has jobs.
+    `rows` is the batch's size, of which each lower lane keeps `lane_min_rows` while it has jobs;
+    `headroom_rows` are beyond it, see `LaneRoom`.
     """
 
     worker: str
     rows: int
     lane_min_rows: int = 0
+    headroom_rows: int = 0
     lease_ms: int = 10_000
     drain_grace_seconds: float = 30.0
     max_payload_bytes: int = 4 * 1024 * 1024
@@ -205,7 +207,8 @@ class Dispatcher:
         if self.draining or short or self._options.conditions.reasons:
             return None
         in_line = [choices[0].lane for choices in self._runner.in_line() for _ in choices]
-        room = LaneRoom(self._options.rows, self._options.lane_min_rows)
+        options = self._options
+        room = LaneRoom(options.rows, options.lane_min_rows, options.headroom_rows)
         lanes = [job.lane for job in in_hand]
         claim = room.next_claim(self._engine.lane_rows, lanes, in_line)
         return self._news.worth(claim and claim.up_to(self._claim_limit))

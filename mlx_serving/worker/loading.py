@@ -12,6 +12,7 @@ import structlog
 
 from mlx_serving.worker.engine.aside import aside
 from mlx_serving.worker.engine.residency import ModelBudget
+from mlx_serving.worker.engine.scheduling.limits import headroom_rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Mapping, Sequence
@@ -160,6 +161,7 @@ def _load_mlx(
         kv_bits=settings.kv_bits,
         prefill_chunk_tokens=settings.prefill_chunk_tokens,
         lane_min_share=settings.lane_min_share,
+        lane_headroom=settings.lane_headroom,
         prefer_native=settings.native,
     )
     engine = yield from load_in_slices(path, options)
@@ -203,7 +205,10 @@ def _load_simulated(spec: EngineSpec, settings: Settings) -> Generator[None, Non
     rows = settings.max_batch_rows
     options = (
         simulated.SimulatedOptions(
-            spec.tokens_per_second, max_rows=rows, lane_min_share=settings.lane_min_share
+            spec.tokens_per_second,
+            max_rows=rows,
+            lane_min_share=settings.lane_min_share,
+            headroom_rows=headroom_rows(rows, settings.lane_headroom),
         )
         if spec.tokens_per_second
         else simulated.SimulatedOptions.zero_cost(rows)

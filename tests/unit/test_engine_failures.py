@@ -6,6 +6,8 @@ from typing import Any, cast
 import pytest
 
 from benchmarks.synthetic import TINY, build_model
+from mlx_serving.common.jobs import Lane
+from mlx_serving.worker.engine.engine import Engine
 from mlx_serving.worker.engine.sequence import Phase, Request, RequestRefusedError, SamplingParams
 from tests.engine_support import GREEDY, POISON, PoisonedModel, drive, greedy_by_mlx_lm, tiny_engine
 
@@ -39,6 +41,27 @@ def test_an_exception_in_one_prompt_of_a_shared_prefill_ends_that_row_alone() ->
     collected = drive(engine, [*GOOD[:2], poisoned, *GOOD[2:]])
     assert collected["bad"].error_code == "prefill_failed"
     assert_good_rows_are_right(collected, model.model)
+
+
+@pytest.mark.parametrize("lane", ["interactive", "bulk"])
+def test_an_exception_in_one_prompt_ends_no_row_of_another_lane_in_its_chunk(lane: Lane) -> None:
+    model = PoisonedModel(raises=True)
+    engine = tiny_engine(model, chunk=512)
+    first = [replace(request, lane="interactive") for request in GOOD[:2]]
+    riding = [replace(request, lane="bulk") for request in GOOD[2:4]]
+    seen = watch_prefills(engine)
+    poisoned = Request("bad", (3, POISON, 4), GREEDY, 12, lane=lane)
+    collected = drive(engine, [*first, poisoned, *riding, *GOOD[4:]])
+    assert collected["bad"].error_code == "prefill_failed"
+    assert {"bad", *(request.id for request in (*first, *riding))} in seen, "one chunk for both"
+    assert_good_rows_are_right(collected, model.model)
+
+
+def watch_prefills(engine: Engine) -> list[set[str]]:
+    """Requests of each chunk, as the engine tells of them."""
+    seen: list[set[str]] = []
+    engine.on_prefill = lambda names: seen.append(set(names))
+    return seen
 
 
 def test_an_exception_in_a_long_prompt_ends_that_row_alone() -> None:

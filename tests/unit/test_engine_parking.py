@@ -91,6 +91,21 @@ def test_a_row_that_gave_way_goes_on_where_it_was(paged: bool, steps: int) -> No
 
 
 @CACHES
+def test_a_prompt_that_rides_along_with_another_lanes_gets_what_it_gets_alone(
+    paged: bool,  # noqa: FBT001
+) -> None:
+    engine = tiny_engine(eos=(), rows=6, chunk=512, paged=paged)
+    seen: list[list[str]] = []
+    engine.on_prefill = lambda names: seen.append(list(names))
+    jobs = [bulk("a", 20), bulk("b", 32), bulk("long", 60), urgent("now", 25)]
+    for job in jobs:
+        engine.add(job)
+    rows = run(engine)
+    assert seen[0] == ["now", "a", "b"]
+    assert rows == alone(jobs)
+
+
+@CACHES
 def test_rows_whose_kv_is_dropped_are_computed_again(paged: bool) -> None:  # noqa: FBT001
     """One row has its lane's share, and stays; beside it and the new one there is no room."""
     budget = BYTES_PER_TOKEN * (1000 if paged else 1750)

@@ -12,9 +12,12 @@ NONE = (0, 0, 0)
 
 
 def claim(
-    active: tuple[int, ...], parked: tuple[int, ...] = NONE, **claimed: tuple[str, ...]
+    active: tuple[int, ...],
+    parked: tuple[int, ...] = NONE,
+    room: LaneRoom = ROOM,
+    **claimed: tuple[str, ...],
 ) -> tuple[tuple[str, ...], int] | None:
-    found = ROOM.next_claim(LaneRows(active, parked), **claimed)  # type: ignore[arg-type]
+    found = room.next_claim(LaneRows(active, parked), **claimed)  # type: ignore[arg-type]
     return (found.lanes, found.most) if found else None
 
 
@@ -61,15 +64,39 @@ def test_while_a_job_waits_for_the_engine_only_higher_lanes_are_claimed() -> Non
     assert claim((0, 0, 10), in_line=("bulk", "interactive")) is None
 
 
+def test_headroom_is_for_the_highest_lane_and_for_what_another_lacks_of_its_share() -> None:
+    room = LaneRoom(max_rows=64, min_rows=7, headroom=8)
+    assert claim((0, 7, 57), room=room) == (("interactive", "default"), 50)
+    assert claim((40, 17, 7), room=room) == (("interactive",), 18)
+    assert claim((50, 7, 7), room=room) == (("interactive",), 8)
+    assert claim((58, 7, 7), room=room) is None
+    assert claim((64, 0, 0), room=room) == (LANES, 8)
+    assert claim((67, 0, 3), room=room) == (LANES, 2)
+    assert claim((0, 0, 64), room=room) == (("interactive", "default"), 7)
+    assert claim((0, 7, 60), room=room) == (("interactive", "default"), 50), "one may give way"
+
+
+def test_headroom_is_no_room_for_more_of_a_lane_that_has_its_share() -> None:
+    room = LaneRoom(max_rows=64, min_rows=0, headroom=8)
+    assert claim((0, 0, 64), (0, 0, 3), room=room) == (("interactive", "default"), 61)
+    assert claim((64, 0, 0), room=room) == (("interactive",), 8)
+    assert claim((0, 64, 0), (0, 1, 0), room=room) == (("interactive",), 63)
+
+
 COUNTS = st.tuples(*[st.integers(0, 70)] * 3)
 HANDS = st.lists(st.sampled_from(LANES), max_size=70)
 
 
-@given(COUNTS, COUNTS, HANDS, st.lists(st.sampled_from(LANES), max_size=3))
+@given(COUNTS, COUNTS, HANDS, st.lists(st.sampled_from(LANES), max_size=3), st.integers(0, 9))
 def test_a_claim_never_asks_for_more_than_can_be_had(
-    active: tuple[int, ...], parked: tuple[int, ...], in_hand: list[str], in_line: list[str]
+    active: tuple[int, ...],
+    parked: tuple[int, ...],
+    in_hand: list[str],
+    in_line: list[str],
+    headroom: int,
 ) -> None:
-    found = claim(active, parked, in_hand=tuple(in_hand), in_line=tuple(in_line))
+    room = LaneRoom(64, 7, headroom)
+    found = claim(active, parked, room, in_hand=tuple(in_hand), in_line=tuple(in_line))
     if found is None:
         return
     lanes, most = found
@@ -77,6 +104,8 @@ def test_a_claim_never_asks_for_more_than_can_be_had(
     rows = [n + [*in_hand, *in_line].count(lane) for n, lane in zip(active, LANES, strict=True)]
     lowest = max(LANES.index(lane) for lane in lanes)
     free = max(0, 64 - sum(rows))
+    if "interactive" in lanes or all(n < 7 for n in rows[1:]):
+        free = max(0, 64 + headroom - sum(rows))
     assert most <= free or most <= free + sum(max(0, n - 7) for n in rows[lowest + 1 :])
     for lane in lanes:
         assert not any(parked[: LANES.index(lane) + 1])

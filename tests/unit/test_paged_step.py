@@ -18,7 +18,7 @@ from mlx_serving.worker.engine.paged.cache import (
     PagedCache,
     plan_work,
 )
-from mlx_serving.worker.engine.paged.layers import PagedLayer, StepPlan
+from mlx_serving.worker.engine.paged.layers import PagedLayer, StepPlan, materialize, resize
 from mlx_serving.worker.engine.paged.reference import ReferenceOps
 from mlx_serving.worker.engine.paged.step import compiled_step, plain_step, round_up_rows
 
@@ -73,14 +73,31 @@ class Forgetful(ReferenceOps):
         return mx.repeat(values, repeats, axis=1) * weights.astype(values.dtype)
 
 
+@pytest.mark.parametrize("at_once", [0, 1 << 30], ids=["layer by layer", "at once"])
+@pytest.mark.parametrize("kept", [None, [2, 0]])
+def test_resized_pools_hold_what_they_held(at_once: int, kept: list[int] | None) -> None:
+    pools = [mx.random.normal((3, 2, 32, 16), key=mx.random.key(n)) for n in range(6)]
+    layers = [
+        PagedLayer(Forgetful(), keys, values)
+        for keys, values in zip(pools[::2], pools[1::2], strict=True)
+    ]
+    resize(layers, 5, kept, at_once=at_once)
+    for layer, keys, values in zip(layers, pools[::2], pools[1::2], strict=True):
+        for new, old in ((layer.keys, keys), (layer.values, values)):
+            held = old if kept is None else old[mx.array(kept)]
+            assert new.shape == (5, 2, 32, 16)
+            assert mx.array_equal(new[: len(held)], held)
+            assert not new[len(held) :].any()
+        assert mx.array_equal(layer.views[0], layer.keys[:1])
+
+
 def test_a_compiled_step_is_the_plain_one() -> None:
     model = build_model()
     dispatch.install(model)
     ops = Forgetful()
     pool = mx.zeros((7, 2, 32, 16))
     layers = [PagedLayer(ops, pool, pool) for _ in range(2)]
-    for layer in layers:
-        layer.materialize()
+    materialize(layers)
     views = [PagedLayer(ops, *layer.views) for layer in layers]
     compiled, plain = compiled_step(model, ops), plain_step(model)
     for rows, base, split in ((4, 3, False), (4, 9, False), (4, 3, True), (2, 5, False)):

@@ -92,9 +92,14 @@ class Batch:
 
 
 def limits(
-    rows: int = ROWS, capacity: int = 10_000, *, share: float = 0.1, block: int = 0
+    rows: int = ROWS,
+    capacity: int = 10_000,
+    *,
+    share: float = 0.1,
+    block: int = 0,
+    headroom: int = 0,
 ) -> SchedulerLimits:
-    return SchedulerLimits(rows, capacity, CHUNK, 2, block, share)
+    return SchedulerLimits(rows, capacity, CHUNK, 2, block, share, headroom)
 
 
 def full(batch: Batch, lane: Lane = "bulk", prompt: int = 4, tokens: int = 50) -> Batch:
@@ -148,6 +153,73 @@ def test_nothing_new_of_a_lane_passes_its_parked_rows() -> None:
     assert not batch.add(request("new", "bulk"))
     batch.step()
     assert batch.scheduler.parked == 0
+
+
+def test_the_highest_lane_goes_into_the_headroom_before_anybody_gives_way() -> None:
+    batch = full(Batch(limits(headroom=2)))
+    assert len(batch.active("bulk")) == ROWS
+    assert all(batch.add(request(f"i{number}", "interactive")) for number in range(2))
+    assert batch.scheduler.parked == 0
+    assert batch.add(request("i2", "interactive"))
+    assert batch.scheduler.parked == 1
+
+
+def test_a_batch_beyond_its_rows_takes_nothing_of_lower_lanes_until_it_is_back() -> None:
+    batch = full(Batch(limits(headroom=2)))
+    batch.add(request("i0", "interactive", tokens=60))
+    batch.remove(batch.active("bulk")[0])
+    assert not batch.add(request("b", "bulk"))
+    batch.remove(batch.active("bulk")[0])
+    assert batch.add(request("b", "bulk"))
+
+
+def test_what_a_lane_lacks_of_its_share_may_go_into_the_headroom() -> None:
+    batch = full(Batch(limits(rows=30, headroom=4)), "interactive")
+    assert len(batch.active("interactive")) == 34
+    batch = full(Batch(limits(rows=30, headroom=4)), "default")
+    assert all(batch.add(request(f"b{number}", "bulk")) for number in range(3))
+    assert not batch.add(request("b3", "bulk"))
+    assert batch.add(request("i", "interactive"))
+    assert batch.scheduler.parked == 0
+
+
+def test_headroom_is_no_memory() -> None:
+    batch = full(Batch(limits(capacity=6 * 56, headroom=2)))
+    assert batch.add(request("i", "interactive", 4, 50))
+    assert batch.scheduler.parked == 1
+
+
+def test_short_prompts_of_lower_lanes_ride_along_in_a_chunk_of_a_higher_one() -> None:
+    batch = Batch(SchedulerLimits(40, 10_000, 512, 2))
+    assert batch.add(request("b", "bulk", prompt=9))
+    assert batch.add(request("long", "bulk", prompt=40))
+    assert batch.add(request("behind", "bulk", prompt=4))
+    assert batch.add(request("i", "interactive", prompt=12))
+    batch.step()
+    assert [row.request.id for row in batch.chunks[-1].rows] == ["i", "b"]
+    assert batch.chunks[-1].length < 12
+    batch.step()
+    assert [row.request.id for row in batch.chunks[-1].rows] == ["long", "behind"]
+
+
+def test_no_more_ride_along_than_half_a_chunk_holds() -> None:
+    batch = Batch(SchedulerLimits(40, 10_000, 512, 2))
+    for number in range(20):
+        batch.add(request(f"b{number}", "bulk", prompt=8))
+    batch.add(request("i", "interactive", prompt=64))
+    batch.step()
+    names = [row.request.id for row in batch.chunks[-1].rows]
+    assert names == ["i", "b0", "b1", "b2"]
+
+
+def test_nothing_rides_along_that_a_prompt_under_way_of_its_lane_comes_before() -> None:
+    batch = Batch(SchedulerLimits(40, 10_000, 512, 2))
+    batch.add(request("long", "bulk", prompt=600))
+    batch.step()
+    batch.add(request("b", "bulk"))
+    batch.add(request("i", "interactive"))
+    batch.step()
+    assert [row.request.id for row in batch.chunks[-1].rows] == ["i"]
 
 
 def test_kv_is_dropped_only_where_the_budget_asks_for_it() -> None:
@@ -228,11 +300,11 @@ JOBS = st.lists(
 
 
 @settings(max_examples=40, deadline=None)
-@given(JOBS, st.integers(1, 40), st.integers(1, 8), st.sampled_from([0, 8]))
+@given(JOBS, st.integers(1, 40), st.integers(1, 8), st.sampled_from([0, 8]), st.integers(0, 2))
 def test_nobody_starves_under_endless_traffic_of_the_highest_lane(
-    jobs: list[tuple[Lane, int, int]], prompt: int, tokens: int, block: int
+    jobs: list[tuple[Lane, int, int]], prompt: int, tokens: int, block: int, headroom: int
 ) -> None:
-    batch = Batch(limits(capacity=400, block=block))
+    batch = Batch(limits(capacity=400, block=block, headroom=headroom))
     left = [request(f"b{n}", lane, size, length) for n, (lane, size, length) in enumerate(jobs)]
     names = {job.id for job in left}
     for step in count():
@@ -249,10 +321,11 @@ class LanesMachine(RuleBasedStateMachine):
     """Any order of jobs, steps and cut-offs."""
 
     block = 0
+    headroom = 0
 
     def __init__(self) -> None:
         super().__init__()
-        self.batch = Batch(limits(capacity=240, block=self.block))
+        self.batch = Batch(limits(capacity=240, block=self.block, headroom=self.headroom))
         self.count = 0
 
     @rule(
@@ -291,7 +364,9 @@ class LanesMachine(RuleBasedStateMachine):
             left += kept
         requests = [row.request for row in left] + rows
         needed = batch.scheduler._reservation.alone(requests)
-        assert len(requests) > ROWS or needed > 240
+        lacks = rank > 0 and not batch.has_share(batch.active(LANES[rank]))
+        most = ROWS + self.headroom if rank == 0 or lacks else ROWS
+        assert len(requests) > most or needed > 240
 
     @rule(steps=st.integers(1, 4))
     def step(self, steps: int) -> None:
@@ -307,7 +382,7 @@ class LanesMachine(RuleBasedStateMachine):
     def within_bounds(self) -> None:
         scheduler, rows = self.batch.scheduler, self.batch.rows
         assert scheduler.kv_tokens_used <= 240
-        assert scheduler.running + scheduler.waiting <= ROWS
+        assert scheduler.running + scheduler.waiting <= ROWS + self.headroom
         assert scheduler.parked <= ROWS
         assert scheduler.running + scheduler.waiting + scheduler.parked == len(rows)
         for rank, lane in enumerate(LANES):
@@ -330,6 +405,14 @@ class PagedLanesMachine(LanesMachine):
     block = 8
 
 
+class HeadroomMachine(PagedLanesMachine):
+    """The same with headroom."""
+
+    headroom = 2
+
+
+TestHeadroom = HeadroomMachine.TestCase
+TestHeadroom.settings = settings(max_examples=20, stateful_step_count=30, deadline=None)
 TestLanes = LanesMachine.TestCase
 TestLanes.settings = settings(max_examples=20, stateful_step_count=30, deadline=None)
 TestPagedLanes = PagedLanesMachine.TestCase

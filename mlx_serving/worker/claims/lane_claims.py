@@ -2,8 +2,9 @@
 
 Free rows are for all lanes, in their order; but the last ones go first to a lane that has less
 than its share (`lane_min_share`), so a batch that others filled gives it what they leave. Where
-no row is free, a higher lane may still claim as many jobs as there are rows of lower lanes that
-can give way in the engine. A lane of which rows are parked claims nothing: these go on first.
+no row is free, the headroom is for the highest lane and for what another lacks of its share; and a
+higher lane may claim as many jobs as there are rows of lower lanes that can give way in the engine.
+A lane of which rows are parked claims nothing: these go on first.
 """
 
 from __future__ import annotations
@@ -35,10 +36,14 @@ class LaneClaim:
 
 @dataclass(frozen=True, slots=True)
 class LaneRoom:
-    """The room of a batch of `max_rows`, of which each lane keeps `min_rows` while it has jobs."""
+    """The room of a batch of `max_rows`, of which each lane keeps `min_rows` while it has jobs.
+
+    `headroom` rows beyond that: see `SchedulerLimits`.
+    """
 
     max_rows: int
     min_rows: int
+    headroom: int = 0
 
     def next_claim(
         self, rows: LaneRows, in_hand: Sequence[Lane] = (), in_line: Sequence[Lane] = ()
@@ -62,15 +67,19 @@ class LaneRoom:
             return _claim(allowed, free)
         if free > 0:
             return _claim(sorted(allowed, key=lambda rank: not lacking[rank]), free)
+        beyond = min(wanted, free + self.headroom)
+        if beyond > 0:
+            return _claim([rank for rank in allowed if lacking[rank] or not rank], beyond)
         return self._claim_over(active, allowed, free, sum(rows.parked))
 
     def _claim_over(
         self, active: Sequence[int], allowed: range, free: int, parked: int
     ) -> LaneClaim | None:
-        """Claim for lanes above rows that can give way."""
+        """Claim for lanes above rows that can give way, and for the highest what is left."""
         for rank in reversed(allowed):
             beyond = sum(max(0, rows - self.min_rows) for rows in active[rank + 1 :])
-            most = min(beyond + free, self.max_rows - parked)
+            room = free if rank else free + self.headroom
+            most = min(beyond + room, self.max_rows - parked)
             if most > 0:
                 return _claim(range(rank + 1), most)
         return None

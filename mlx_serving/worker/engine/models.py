@@ -21,7 +21,7 @@ from mlx_serving.worker.engine.memory.room import MemoryRoom
 from mlx_serving.worker.engine.model_files import check_model_files, model_revision, tokenizer_hash
 from mlx_serving.worker.engine.model_runner import ModelRunner
 from mlx_serving.worker.engine.prefix.choice import make_prefix_cache
-from mlx_serving.worker.engine.scheduling.limits import SchedulerLimits
+from mlx_serving.worker.engine.scheduling.limits import SchedulerLimits, headroom_rows
 from mlx_serving.worker.engine.scheduling.scheduler import Scheduler
 from mlx_serving.worker.engine.sequence import ModelInfo, Request, SamplingParams
 from mlx_serving.worker.engine.text.marked_detokenizer import with_markers
@@ -50,6 +50,7 @@ class EngineOptions:
     kv_bits: KvBits | None = None
     prefill_chunk_tokens: int = 512
     lane_min_share: float = 0.1
+    lane_headroom: float = 0.0
     prefer_native: bool = True
     warm_up: bool = True
 
@@ -152,6 +153,7 @@ def build_engine(
         kv_row_overhead_tokens=choice.row_overhead_tokens(cost),
         kv_block_tokens=choice.block_tokens,
         lane_min_share=options.lane_min_share,
+        headroom_rows=headroom_rows(options.max_batch_rows, options.lane_headroom),
     )
     prefixes, prefix_report = make_prefix_cache(
         limits.kv_block_tokens,

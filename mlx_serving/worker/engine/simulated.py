@@ -48,6 +48,7 @@ class SimulatedOptions:
     kv_capacity_tokens: int = 1_000_000
     prefill_chunk_tokens: int = 512
     lane_min_share: float = 0.1
+    headroom_rows: int = 0
     name: str = "simulated"
 
     @classmethod
@@ -164,7 +165,7 @@ class SimulatedEngine(Engine):
         """Build the engine; `sleep` in seconds is for tests."""
         limits = SchedulerLimits(
             options.max_rows, options.kv_capacity_tokens, options.prefill_chunk_tokens,
-            lane_min_share=options.lane_min_share,
+            lane_min_share=options.lane_min_share, headroom_rows=options.headroom_rows,
         )  # fmt: skip
         info = ModelInfo(options.name, "simulated", "simulated", VOCAB_SIZE, frozenset({EOS_TOKEN}))
         spelled = [f"{WORD_BOUNDARY}{number}".encode() for number in range(VOCAB_SIZE)]

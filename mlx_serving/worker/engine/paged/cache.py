@@ -19,7 +19,14 @@ from mlx_serving.worker.engine.cache.decode_cache import ParkedRow, Prefilled
 from mlx_serving.worker.engine.cache.kv_cache import LanguageModel
 from mlx_serving.worker.engine.paged.block_allocator import BlockAllocator
 from mlx_serving.worker.engine.paged.gather import gather_blocks
-from mlx_serving.worker.engine.paged.layers import PagedLayer, PagedOps, StepPlan, StoreEntry
+from mlx_serving.worker.engine.paged.layers import (
+    PagedLayer,
+    PagedOps,
+    StepPlan,
+    StoreEntry,
+    materialize,
+    resize,
+)
 from mlx_serving.worker.engine.paged.step import (
     compiled_step,
     plain_step,
@@ -34,6 +41,7 @@ BLOCK_TOKENS: Final = 32
 # change once in so many steps and not in each.
 LOOKAHEAD_TOKENS: Final = 8
 GROWTH_BLOCKS: Final = 64  # the least by which a pool grows; above, an eighth of itself
+RESIZED_BYTES: Final = 1 << 30  # of pools that are twice there while they are resized
 # Rows are one item of work each, until one is longer than this; then all are cut into chunks.
 # (Measured: a second launch to join the parts costs more than it saves before that.)
 SPLIT_ABOVE_TOKENS: Final = 2048
@@ -83,7 +91,7 @@ class PagedCache:
     @property
     def nbytes(self) -> int:
         """See `DecodeCache`."""
-        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.layers)
+        return sum(layer.nbytes for layer in self.layers)
 
     def limit(self, tokens: int) -> None:
         """Bound each pool to whole blocks of so many tokens, and the one of nobody."""
@@ -255,11 +263,15 @@ class PagedCache:
         size = max(needed, min(_with_slack(self.blocks), self.allocator.limit))
         if not self.layers:
             self.layers = [self._new_layer(shape, size) for shape in self._shapes]
+            materialize(self.layers)
             return
         mx.synchronize()
-        for layer in self.layers:
-            layer.resize(size)
-        mx.clear_cache()  # the old pools' buffers fit nothing else
+        large = self.nbytes > RESIZED_BYTES
+        resize(self.layers, size, at_once=RESIZED_BYTES)
+        # The old pools' buffers fit nothing else, but to clear has the next step ask the system
+        # for all of its memory again: small ones wait for the runner, which clears now and then.
+        if large:
+            mx.clear_cache()
 
     def _shrink(self) -> None:
         """Move what is used together where most of the pools is not."""
@@ -298,16 +310,13 @@ class PagedCache:
         for parked in self._parked:
             parked.state[:] = [moved[block] for block in parked.state]
         self._nobodys = [moved[block] for block in self._nobodys]
-        for layer in self.layers:
-            layer.resize(size, list(moved))
+        resize(self.layers, size, list(moved), at_once=RESIZED_BYTES)
         mx.clear_cache()
 
     def _new_layer(self, shape: LayerShape, blocks: int) -> PagedLayer:
         pool = (blocks, shape.heads, BLOCK_TOKENS, shape.head_dim)
         keys, values = (mx.zeros(pool, shape.dtype) for _ in range(2))
-        layer = PagedLayer(self._ops, keys, values)
-        layer.materialize()
-        return layer
+        return PagedLayer(self._ops, keys, values)
 
     def _drop(self) -> None:
         """Forget the pools: no row is left. A running step keeps them alive until it is done."""

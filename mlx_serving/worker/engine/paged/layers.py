@@ -119,20 +119,38 @@ class PagedLayer:
         """Copy prefilled keys and values into blocks; see `PagedOps.store`."""
         return self._ops.store(self, keys, values, entries, after)
 
-    def resize(self, blocks: int, kept: Sequence[int] | None = None) -> None:
-        """Copy into pools of `blocks` blocks: `kept` first, in order, None for all there are.
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the pools."""
+        return self.keys.nbytes + self.values.nbytes
 
-        No step may be running.
-        """
-        self.keys, self.values = (_resized(pool, blocks, kept) for pool in (self.keys, self.values))
-        self.materialize()
+    def view(self) -> tuple[mx.array, ...]:
+        """Make views of the pools, once these are computed, where they are written in place."""
+        self.views = (self.keys[:1], self.values[:1]) if self._ops.in_place else ()
+        return self.views
 
-    def materialize(self) -> None:
-        """Compute the pools, and views of them if they are to be written in place."""
-        mx.eval(self.keys, self.values)
-        if self._ops.in_place:
-            self.views = (self.keys[:1], self.values[:1])
-            mx.eval(self.views)
+
+def resize(
+    layers: Sequence[PagedLayer], blocks: int, kept: Sequence[int] | None = None, *, at_once: int
+) -> None:
+    """Copy into pools of `blocks` blocks: `kept` first, in order, None for all there are.
+
+    No step may be running. `at_once`: bytes of pools that may be there twice meanwhile; a layer's
+    always may.
+    """
+    step = max(1, at_once // max(1, layers[0].nbytes))
+    for first in range(0, len(layers), step):
+        some = layers[first : first + step]
+        for layer in some:
+            layer.keys = _resized(layer.keys, blocks, kept)
+            layer.values = _resized(layer.values, blocks, kept)
+        materialize(some)
+
+
+def materialize(layers: Sequence[PagedLayer]) -> None:
+    """Compute layers' pools, and views of them if they are to be written in place."""
+    mx.eval([pool for layer in layers for pool in (layer.keys, layer.values)])
+    mx.eval([view for layer in layers for view in layer.view()])
 
 
 def _resized(pool: mx.array, blocks: int, kept: Sequence[int] | None) -> mx.array:

@@ -1,7 +1,6 @@
 """One vectorised sampler for the whole batch: every parameter an element of an array."""
 
 from collections.abc import Callable, Iterable
-from functools import lru_cache
 from typing import Final
 
 import mlx.core as mx
@@ -13,7 +12,6 @@ from mlx_serving.worker.engine.sampling.reference import ReferenceDraw
 
 RECENT_TOKENS: Final = 64  # steps after which a batch with penalties is packed again
 _FEWEST_COLUMNS: Final = 8
-_REMEMBERED_SHAPES: Final = 256
 
 MakeDraw = Callable[[Parameters, mx.array], Draw]
 
@@ -75,9 +73,8 @@ class BatchSampler:
         return self._parameters.penalised and self._step >= RECENT_TOKENS
 
 
-@lru_cache(maxsize=_REMEMBERED_SHAPES)
 def _nothing_counted(rows: int, columns: int) -> mx.array:
-    """Return zeros int32 [rows, columns] that are there already.
+    """Return zeros int32 [rows, columns], from the host.
 
     Zeros made by the device would be an operation that only the first step after a change of
     rows has. MLX keeps what it launches by its operations (a CUDA graph), and would build anew.

@@ -12,6 +12,7 @@ class SchedulerLimits:
     blocks; layers of fixed size). `kv_capacity_tokens` is the budget of the whole batch.
     `kv_block_tokens`: rows are kept in blocks of so many tokens; 0: padded to the longest row.
     `lane_min_share`: of the batch, what each lane below the highest keeps while it has rows.
+    `headroom_rows`: beyond `max_rows`, for the highest lane and for what a lane lacks of its share.
     """
 
     max_rows: int
@@ -20,6 +21,7 @@ class SchedulerLimits:
     kv_row_overhead_tokens: int = 0
     kv_block_tokens: int = 0
     lane_min_share: float = 0.1
+    headroom_rows: int = 0
 
     def __post_init__(self) -> None:
         """Refuse limits under which nothing could run."""
@@ -32,6 +34,11 @@ class SchedulerLimits:
             raise ValueError(message)
 
     @property
+    def most_rows(self) -> int:
+        """Rows at most, headroom included."""
+        return self.max_rows + self.headroom_rows
+
+    @property
     def lane_min_rows(self) -> int:
         """Rows that are a lane's share; none in a batch that has not as many for three lanes."""
         return least_rows(self.max_rows, self.lane_min_share)
@@ -40,6 +47,11 @@ class SchedulerLimits:
         """Say whether a lane that has these has its share: of the rows, or of the KV budget."""
         least = self.lane_min_share * self.kv_capacity_tokens
         return rows >= self.lane_min_rows or (rows > 0 and kv_tokens >= least)
+
+
+def headroom_rows(max_rows: int, share: float) -> int:
+    """Return the rows that headroom of so large a part of a batch is, rounded up."""
+    return math.ceil(share * max_rows)
 
 
 def least_rows(max_rows: int, share: float) -> int:

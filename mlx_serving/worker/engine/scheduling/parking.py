@@ -63,7 +63,7 @@ class ParkingLot:
         rank = choices[0].rank
         if any(self._parked[: rank + 1]):
             return None
-        trial = Trial(self._reservation)
+        trial = Trial(self._reservation, rank)
         for request in choices:
             trial.add(Sequence(request))
         self._reserve_shares(trial, below=rank)
@@ -77,7 +77,7 @@ class ParkingLot:
         lower = [row for row in rows if row.request.rank > rank and row.phase in _PHASES]
         candidates = _candidates(trial, lower)
         while not trial.fits:
-            kept = [] if trial.rows > self._limits.max_rows else self._kept(trial, rank, parked)
+            kept = self._kept(trial, rank, parked) if trial.fits_rows else []
             if kept:
                 trial.drop(kept[0])
                 dropped.append(kept[0])
@@ -120,13 +120,13 @@ class ParkingLot:
         return None
 
     def _try(self, row: Sequence) -> Parking | None:
-        trial = Trial(self._reservation)
         rank = row.request.rank
+        trial = Trial(self._reservation, rank)
         must = not trial.has_share(rank) or not trial.rows
         trial.add(row)
         self._reserve_shares(trial, below=rank)
         dropped: list[Sequence] = []
-        if must and trial.rows <= self._limits.max_rows:
+        if must and trial.fits_rows:
             kept = (kept for kept in self._kept(trial, rank - 1, []) if kept is not row)
             while not trial.fits_kv and (newest := next(kept, None)) is not None:
                 trial.drop(newest)

@@ -11,11 +11,12 @@ What the prefix cache knows of a prompt is looked up when its turn comes, so tha
 arrive together compute what they share once.
 
 Only where many rows decode, a prompt waits a few steps for others, unless it is of the highest
-lane: a chunk of one short prompt costs the decoding rows much the same as a chunk of several.
+lane: a chunk of one short prompt costs the decoding rows much the same as a chunk of several. For
+the same reason short prompts of lower lanes ride along in a chunk of a higher one.
 """
 
 from bisect import insort
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from typing import Final
 
 from mlx_serving.common.jobs import LANES
@@ -31,6 +32,8 @@ from mlx_serving.worker.engine.sequence import Phase, Sequence
 PACKED_CONTEXT_CHUNKS: Final = 8
 ROWS_PER_PROMPT: Final = 16  # so many decoding rows make one more prompt worth waiting for
 PATIENCE_STEPS: Final = 4  # the most that a prompt waits for others
+RIDING_CHUNKS: Final = 0.5  # of a chunk: what it may come to hold by prompts that ride along
+RIDING_TOKENS: Final = 32  # such a prompt is as long as the others, rounded up to so many
 
 
 class PromptQueue:
@@ -60,9 +63,9 @@ class PromptQueue:
         """Forget a row; one that is not here is ignored."""
         rank = row.request.rank
         if row.phase is Phase.WAITING:
-            self._waiting[rank] = list(_without(self._waiting[rank], row))
+            self._waiting[rank] = list(_without(self._waiting[rank], (row,)))
         elif row.phase is Phase.PREFILLING:
-            self._begun[rank] = tuple(_without(self._begun[rank], row))
+            self._end((row,))
         self._reservation.let_go(row)
 
     def begun(self, rank: int) -> tuple[Group, ...]:
@@ -93,15 +96,22 @@ class PromptQueue:
             row.prefilled = min(row.found + chunk.start + chunk.length, row.context_length)
         if not chunk.completes:
             return False
-        rank = chunk.leaders[0].request.rank
         for row in chunk.rows:
             row.phase = Phase.DECODING
             row.cached = row.found if row.cached is None else row.cached
-        self._begun[rank] = ()
+        self._end(chunk.rows)
         return True
 
+    def _end(self, rows: Container[Sequence]) -> None:
+        """Let prefills under way go on without these rows, which may ride with another lane."""
+        self._begun = [tuple(_without(groups, rows)) for groups in self._begun]
+
     def _begin(self, rank: int) -> None:
-        self._begun[rank] = tuple(self._take(self._waiting[rank]))
+        taken = self._take(self._waiting[rank])
+        for lower in range(rank + 1, len(LANES)):
+            if not self._begun[lower]:
+                self._take_along(taken, self._waiting[lower])
+        self._begun[rank] = tuple(taken)
         for group in self._begun[rank]:
             for row in group:
                 row.phase = Phase.PREFILLING
@@ -132,6 +142,23 @@ class PromptQueue:
             row.found = row.prefilled = found
         return taken
 
+    def _take_along(self, taken: list[Group], waiting: list[Group]) -> None:
+        """Add prompts of a lower lane that make the chunk hardly longer and not much larger."""
+        most = RIDING_CHUNKS * self._limits.prefill_chunk_tokens
+        longest = max(_to_compute(group[0]) for group in taken)
+        length = max(1, -(-longest // RIDING_TOKENS)) * RIDING_TOKENS
+        found = taken[0][0].found
+        while waiting and (len(taken) + 1) * length <= most:
+            for row in waiting[0]:
+                self._reservation.look_up(row)
+            head = waiting[0][0]
+            rides = head.found >= found and head.context_length - found <= length
+            if not rides or not self._go_together([*taken, waiting[0]]):
+                return
+            taken.append(waiting.pop(0))
+            for row in taken[-1]:
+                row.found = row.prefilled = found
+
     def _go_together(self, groups: list[Group]) -> bool:
         """Say whether the last group may share a chunk with those before it.
 
@@ -161,9 +188,9 @@ class PromptQueue:
         return end <= len(tokens) and (salt, tokens[:end]) in firsts
 
 
-def _without(groups: Iterable[Group], leaving: Sequence) -> Iterator[Group]:
+def _without(groups: Iterable[Group], leaving: Container[Sequence]) -> Iterator[Group]:
     for group in groups:
-        if kept := tuple(row for row in group if row is not leaving):
+        if kept := tuple(row for row in group if row not in leaving):
             yield kept
 
 

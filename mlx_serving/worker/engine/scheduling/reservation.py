@@ -66,6 +66,11 @@ class Reservation:
             rows, kv_tokens = rows - 1, kv_tokens - self._widths[without]
         return self._limits.is_share(rows, kv_tokens)
 
+    def row_limit(self, rank: int) -> int:
+        """Rows of all lanes up to which one of this lane may enter."""
+        beyond = rank == 0 or not self.has_share(rank)
+        return self._limits.most_rows if beyond else self._limits.max_rows
+
     def keeps(self, row: Sequence) -> bool:
         """Say whether a parked row's keys and values are there."""
         return row in self._kept
@@ -75,11 +80,11 @@ class Reservation:
         widths = [self._width(request) for request in choices]
         return sum(widths) if self._limits.kv_block_tokens else len(widths) * max(widths)
 
-    def can_add(self, choices: Iterable[Request]) -> bool:
-        """Say whether there is room for requests, whatever the prefix cache knows of them."""
+    def can_add(self, choices: tuple[Request, ...]) -> bool:
+        """Say whether there is room for choices, whatever the prefix cache knows of them."""
         widths = [self._width(request) for request in choices]
         rows = self.rows + len(widths)
-        if rows > self._limits.max_rows:
+        if rows > self.row_limit(choices[0].rank):
             return False
         if self._limits.kv_block_tokens:
             return self.over + sum(widths) <= 0
@@ -181,9 +186,10 @@ class Trial(Reservation):
 
     _in_flight = 1
 
-    def __init__(self, of: Reservation) -> None:
-        """Begin with what is."""
+    def __init__(self, of: Reservation, rank: int) -> None:
+        """Begin with what is, for a row of a lane that is to enter."""
         vars(self).update(vars(of))
+        self._row_limit = of.row_limit(rank)
         self._widths, self._kept = dict(self._widths), dict(self._kept)
         self._rows, self._kv_tokens = [*self._rows], [*self._kv_tokens]
         self._added: list[Sequence] = []
@@ -198,7 +204,12 @@ class Trial(Reservation):
     @property
     def fits(self) -> bool:
         """Whether there are as many rows and KV tokens."""
-        return self.rows <= self._limits.max_rows and self.fits_kv
+        return self.fits_rows and self.fits_kv
+
+    @property
+    def fits_rows(self) -> bool:
+        """Whether there are as many rows."""
+        return self.rows <= self._row_limit
 
     @property
     def fits_kv(self) -> bool:
