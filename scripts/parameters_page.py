@@ -118,8 +118,8 @@ _SETTINGS_HEAD: Final = f"""\
 
 Of workers, producers and the command line alike. In the environment a setting's name is in capital
 letters behind `{ENV_PREFIX}`; in a file, `mlx-serving.toml` in the working folder or wherever
-`{ENV_PREFIX}CONFIG` points, it stands as it is here. The environment wins. A list is `a,b` in the
-environment, a table (`models`, `redis_by_model`) is JSON there. A wrong value, or a name in the file
+`{ENV_PREFIX}CONFIG` points, it is as here. The environment wins. A list is `a,b` in the
+environment, a table (`models`, `redis_by_model`) is JSON there. A wrong value, or a name in a file
 that is none, is `invalid_settings` with that name; such a name in the environment is a warning.
 Settings are read at start. Each has a default that works; what workers and producers must agree on
 is under *Redis* and *Jobs*.
