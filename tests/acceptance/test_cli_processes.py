@@ -1,5 +1,6 @@
 """The command line as a user runs it: a worker in one terminal, `generate` in another."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -57,11 +58,16 @@ def test_two_terminals_count(server: LocalRedis) -> None:
     with worker(server):
         process = generate(server, "--model", "tally", "count from 3 to 12", "-v")
         out, err = process.communicate(timeout=60)
+        example = subprocess.run(
+            [sys.executable, "examples/enqueue.py"], capture_output=True, text=True, check=True,
+            cwd=ROOT, env=os.environ | {"MLX_SERVING_REDIS_URL": server.url},
+        ).stdout  # fmt: skip
         status = subprocess.run(
             [*COMMAND, "status", "--redis-url", server.url], capture_output=True, text=True,
             check=True, cwd=ROOT,
         ).stdout  # fmt: skip
     assert (process.returncode, out) == (0, "3 4 5 6 7 8 9 10 11 12\n")
+    assert example == out
     assert "finished (stop)" in err
     assert "worker w" in err
     assert "detokenizer: " in status
