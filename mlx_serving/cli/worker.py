@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from mlx_serving.cli.console import fail
+from mlx_serving.cli.console import fail, note
 from mlx_serving.cli.extras import require_engine
 from mlx_serving.cli.hub_models import known_path
 from mlx_serving.cli.options import RedisUrl, read_settings
@@ -61,7 +61,7 @@ def worker(
             raise
         fail(error)
         raise typer.Exit(EXIT_CONFIGURATION) from None
-    require_redis(settings, first)
+    require_redis(settings, first, name)
     configure_logging(log_format=settings.log_format, level=settings.log_level)
     name = name or default_name()
     get_logger(__name__).info("starting", worker=name, model=",".join(models), engine=engine)
@@ -116,8 +116,11 @@ def _paths(settings: Settings, known: dict[str, str]) -> dict[str, str]:
     return paths
 
 
-def require_redis(settings: Settings, model: str) -> None:
+def require_redis(settings: Settings, model: str, name: str | None = None) -> None:
     """Ask the model's Redis for an answer before a model is loaded for it.
+
+    Warns where a worker of this name is there, or was until just now: two of one name are one to
+    Redis, and give each other's jobs back.
 
     Raises:
         QueueUnavailable: it can't be reached, or refuses us.
@@ -126,8 +129,11 @@ def require_redis(settings: Settings, model: str) -> None:
     from mlx_serving.common.connection import connect, resolve
     from mlx_serving.common.retrying import answered
 
-    with connect(resolve(settings, model)) as client:
+    endpoint = resolve(settings, model)
+    with connect(endpoint) as client:
         answered(client.ping)
+        if name and answered(lambda: client.exists(endpoint.keys.worker(name))):
+            note(f"warning: a worker {name!r} was here 30 s ago or less; no two may share a name")
 
 
 def model_path(settings: Settings, model: str) -> str:
