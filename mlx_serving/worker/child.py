@@ -59,6 +59,9 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger(__name__)
 
+# The engine's thread gives the interpreter's lock up in each of MLX's calls. It is to have it back
+# well before a step is over, and Python's 5 ms are most of one.
+SWITCH_SECONDS: Final = 0.0005
 WATCH_SECONDS: Final = 0.5
 HUNG: Final = 0.9  # of the stall time, within which a hung engine's process is to be gone
 READ_SECONDS: Final = 1.0
@@ -307,6 +310,7 @@ def run_child(spec: ChildSpec, lifeline: Connection) -> None:
         child = Child(spec)
     except MlxServingError as error:
         sys.exit(load_failed(error))
+    sys.setswitchinterval(SWITCH_SECONDS)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C reaches the parent too
     signal.signal(signal.SIGTERM, lambda *_: child.dispatcher.post("drain"))
     threading.Thread(target=_follow_parent, args=(lifeline, child), daemon=True).start()

@@ -88,6 +88,18 @@ def test_a_prefix_that_ends_within_a_block_is_shared_to_its_end(beyond: int) -> 
     assert [row.cached_tokens for row in counted.collected.values()] == [0] + 11 * [len(prefix)]
 
 
+@pytest.mark.parametrize(("common", "cached"), [(BLOCK_TOKENS - 1, 0), (BLOCK_TOKENS, 32)])
+def test_what_is_less_than_a_block_is_computed_anew(
+    counted: Counted, common: int, cached: int
+) -> None:
+    """As of every prompt's template: to gather so little takes longer than to compute it."""
+    first, second = (Request(name, (*SHARED[:common], ord(name), 7), GREEDY, 6) for name in "ab")
+    counted.computed(first)
+    assert counted.computed(second) == common + 1 - cached
+    assert counted.collected["b"].cached_tokens == cached
+    assert counted.collected == expected(second)
+
+
 def test_rows_that_arrive_together_compute_their_prefix_once(counted: Counted) -> None:
     requests = [request(str(n), (n, 7, n, 9)) for n in range(12)]
     assert counted.computed(*requests) == len(SHARED) + 12 * 3

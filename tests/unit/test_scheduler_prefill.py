@@ -1,8 +1,11 @@
 """Which tokens a prefill chunk takes."""
 
+import pytest
+
+from mlx_serving.common.jobs import LANES, Lane
 from mlx_serving.worker.engine.scheduling.limits import SchedulerLimits
 from mlx_serving.worker.engine.scheduling.prefill_chunk import PrefillChunk
-from mlx_serving.worker.engine.scheduling.prompt_queue import PATIENCE_STEPS, ROWS_PER_PROMPT
+from mlx_serving.worker.engine.scheduling.prompt_queue import ROWS_PER_PROMPT
 from mlx_serving.worker.engine.scheduling.scheduler import Scheduler
 from mlx_serving.worker.engine.sequence import Phase, Request, SamplingParams
 
@@ -90,8 +93,8 @@ def busy_scheduler(rows: int, chunk_tokens: int = 64) -> Scheduler:
     return scheduler
 
 
-def add_prompt(scheduler: Scheduler, name: str, context: int = 5) -> None:
-    scheduler.add(Request(name, (1,) * (context + 1), SamplingParams(), 4))
+def add_prompt(scheduler: Scheduler, name: str, context: int = 5, lane: Lane = "default") -> None:
+    scheduler.add(Request(name, (1,) * (context + 1), SamplingParams(), 4, lane=lane))
 
 
 def test_among_few_rows_a_prompt_waits_for_no_other() -> None:
@@ -100,10 +103,12 @@ def test_among_few_rows_a_prompt_waits_for_no_other() -> None:
     assert scheduler.schedule_prefill() is not None
 
 
-def test_among_many_rows_a_prompt_waits_a_few_steps_for_others() -> None:
+@pytest.mark.parametrize("lane", LANES)
+def test_among_many_rows_a_prompt_waits_a_few_steps_for_others(lane: Lane) -> None:
     scheduler = busy_scheduler(3 * ROWS_PER_PROMPT)
-    add_prompt(scheduler, "a")
-    assert [scheduler.schedule_prefill() for _ in range(PATIENCE_STEPS)] == [None] * PATIENCE_STEPS
+    add_prompt(scheduler, "a", lane=lane)
+    for _ in range({"interactive": 0, "default": 4, "bulk": 8}[lane]):
+        assert scheduler.schedule_prefill() is None
     chunk = scheduler.schedule_prefill()
     assert chunk is not None
     assert len(chunk.rows) == 1
@@ -124,6 +129,18 @@ def test_it_waits_no_longer_than_for_enough_of_them() -> None:
 def test_a_prompt_beside_which_no_other_fits_does_not_wait() -> None:
     scheduler = busy_scheduler(3 * ROWS_PER_PROMPT)
     add_prompt(scheduler, "a", context=40)
+    assert scheduler.schedule_prefill() is not None
+
+
+def test_a_chunk_of_a_higher_lane_does_not_have_a_prompt_wait_anew() -> None:
+    scheduler = busy_scheduler(3 * ROWS_PER_PROMPT)
+    add_prompt(scheduler, "waits", lane="bulk")
+    assert [scheduler.schedule_prefill() for _ in range(5)] == [None] * 5
+    add_prompt(scheduler, "first", context=40, lane="interactive")
+    while (chunk := scheduler.schedule_prefill()) is not None:
+        assert [row.request.id for row in chunk.rows] == ["first"]
+        scheduler.finish_prefill(chunk)
+    assert [scheduler.schedule_prefill() for _ in range(2)] == [None] * 2
     assert scheduler.schedule_prefill() is not None
 
 

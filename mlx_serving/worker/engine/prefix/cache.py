@@ -81,10 +81,13 @@ class PrefixCache(BlockAllocator):
     def pin(self, key: PrefixKey) -> tuple[list[int], int]:
         """Return the blocks of the longest known prefix, one more owner each, and its tokens.
 
-        Of the last block, only the first tokens may be the prefix's. `unpin` takes the same list
+        Of the last block, only the first tokens may be the prefix's. A prefix of less than a block
+        counts as none: to gather it costs more than to compute it. `unpin` takes the same list
         back; until then, `compact` renumbers what is in it.
         """
         blocks, tokens = self._index.match(*key)
+        if tokens < self._block_tokens:
+            blocks, tokens = [], 0
         self.share(blocks)
         self._pins[id(blocks)] = blocks
         return blocks, tokens

@@ -10,9 +10,9 @@ share of the chunks (`lane_turns`), so that none starves.
 What the prefix cache knows of a prompt is looked up when its turn comes, so that prompts which
 arrive together compute what they share once.
 
-Only where many rows decode, a prompt waits a few steps for others, unless it is of the highest
-lane: a chunk of one short prompt costs the decoding rows much the same as a chunk of several. For
-the same reason short prompts of lower lanes ride along in a chunk of a higher one.
+Only where many rows decode, a prompt of a lower lane waits a few steps for others: a chunk of one
+short prompt costs the decoding rows much the same as a chunk of several. For the same reason short
+prompts of lower lanes ride along in a chunk of a higher one.
 """
 
 from bisect import insort
@@ -31,7 +31,7 @@ from mlx_serving.worker.engine.sequence import Phase, Sequence
 # Of a chunk: what prompts that are computed at once may hold, known tokens included.
 PACKED_CONTEXT_CHUNKS: Final = 8
 ROWS_PER_PROMPT: Final = 16  # so many decoding rows make one more prompt worth waiting for
-PATIENCE_STEPS: Final = 4  # the most that a prompt waits for others
+PATIENCE_STEPS: Final = (0, 4, 8)  # by lane, the most that a prompt waits for others
 RIDING_CHUNKS: Final = 0.5  # of a chunk: what it may come to hold by prompts that ride along
 RIDING_TOKENS: Final = 32  # such a prompt is as long as the others, rounded up to so many
 
@@ -50,7 +50,7 @@ class PromptQueue:
         self._waiting: list[list[Group]] = [[] for _ in LANES]
         self._begun: list[tuple[Group, ...]] = [()] * len(LANES)
         self._turns = LaneTurns(limits.lane_min_share)
-        self._patience = PATIENCE_STEPS
+        self._waited = 0  # steps for which the next prompt was put off
 
     def add(self, group: Group) -> None:
         """Queue a prompt, in its lane's order of admission."""
@@ -76,7 +76,7 @@ class PromptQueue:
         """Choose the next chunk beside so many decoding rows; None where there is none."""
         pending = [rank for rank in range(len(LANES)) if self._begun[rank] or self._waiting[rank]]
         if not pending:
-            self._patience = PATIENCE_STEPS
+            self._waited = 0
             return None
         rank = self._turns.next(pending)
         if not self._begun[rank]:
@@ -119,12 +119,15 @@ class PromptQueue:
     def _waits_for_more(self, waiting: list[Group], decoding: int) -> bool:
         """Say whether the next chunk is put off by a step, so that more prompts share it."""
         head, wanted = waiting[0][0], decoding // ROWS_PER_PROMPT
-        waits = head.request.rank > 0 and len(waiting) < wanted and self._patience > 0
+        patience = PATIENCE_STEPS[head.request.rank]
+        if not patience:
+            return False
+        waits = len(waiting) < wanted and self._waited < patience
         if waits:
             # A prompt beside which no others fit into a chunk has nothing to wait for.
             self._reservation.look_up(head)
             waits = wanted * _to_compute(head) <= self._limits.prefill_chunk_tokens
-        self._patience = self._patience - 1 if waits else PATIENCE_STEPS
+        self._waited = self._waited + 1 if waits else 0
         return waits
 
     def _take(self, waiting: list[Group]) -> list[Group]:
