@@ -93,8 +93,8 @@ SETTINGS: Final[dict[str, tuple[str, ...]]] = {
         "model_wait_seconds", "model_load_seconds",
     ),
     "The batch ([engine.md](engine.md))": (
-        "max_batch_rows", "lane_min_share", "kv_budget_bytes", "prefill_chunk_tokens", "kv_cache",
-        "kv_bits", "prefix_cache_bytes", "native",
+        "max_batch_rows", "lane_min_share", "lane_headroom", "kv_budget_bytes",
+        "prefill_chunk_tokens", "kv_cache", "kv_bits", "prefix_cache_bytes", "native",
     ),
     "Delivery ([protocol.md](protocol.md))": (
         "lease_seconds", "reap_interval_seconds", "engine_stall_seconds", "drain_grace_seconds",
