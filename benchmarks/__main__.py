@@ -17,7 +17,17 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
-from benchmarks import dispatch, grouping, lanes, latency, scale, server, streaming, tenants
+from benchmarks import (
+    affinity,
+    dispatch,
+    grouping,
+    lanes,
+    latency,
+    scale,
+    server,
+    streaming,
+    tenants,
+)
 from benchmarks.harness import Figure, Goal, machine, table
 from benchmarks.scale_report import QUICK, SMALL, Plan
 
@@ -189,6 +199,13 @@ def lane_load(*, quick: bool) -> list[Figure]:
     ]
 
 
+def chats(*, quick: bool) -> list[Figure]:
+    """Chats over two workers."""
+    if quick:
+        return affinity.measure(affinity.Bench(talks=2, turns=2, rate=2, think=0.1), rounds=1)
+    return affinity.measure()
+
+
 def detokenizer(*, quick: bool) -> list[Figure]:
     """Native and twin."""
     del quick
@@ -238,6 +255,7 @@ BENCHMARKS: Final[dict[str, tuple[str, Callable[..., list[Figure]]]]] = {
     "sampler": ("Sampler alone", sampler),
     "p5": ("P5 64 jobs that share a prefix, and the index of prefixes", prefixes),
     "grouping": ("2,000 bulk lines with 20 beginnings, by prefix and as they stand", grouped),
+    "affinity": ("Chats over two workers, prefix affinity off and on", chats),
     "tenants": ("Claims of 32 with tenants in the lane", tenants_in_the_lane),
     "structured": ("Structured output: 64 rows by schemas over 64 free ones", structured),
 }

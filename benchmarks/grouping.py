@@ -2,6 +2,7 @@
 
     python -m benchmarks.grouping                               # Tally
     python -m benchmarks.grouping --model 0.6b --prefix 1024 --rows 64
+    python -m benchmarks.grouping --affinity --lines 240 --prefix 640 --rows 8   # several workers
 
 A bulk file of prompts with 20 different beginnings, in random order, goes through the real feeder,
 Redis, and one or two real workers with a prefix cache on paged KV blocks. Where MLX has no GPU the
@@ -10,6 +11,8 @@ paged cache's pure-MLX path runs, which is slow: its tokens/s are no figures of 
 * room for 2: the prefix cache may keep two of the 20 beginnings that no row uses.
 * room for all: it may keep all 20.
 * off: no prefix cache, every prompt is computed.
+* affinity off, on: whether a worker passes over lines whose beginning another one has
+  (`prefix_affinity_ms`); beginnings of 512 characters or more have a mark.
 
 *Computed* are the prompt tokens that no cache gave (`usage`); *unique* are those that differ: each
 beginning once, and every line's own.
@@ -56,23 +59,35 @@ class Bench:
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One run of the file. `prefixes`: how many the cache may keep idle; 0: it is off."""
+    """One run of the file. `prefixes`: how many the cache may keep idle; 0: it is off.
+
+    `affinity`: whether workers heed marks; None where lines have none.
+    """
 
     order: str
     workers: int
     prefixes: int
+    affinity: bool | None = None
 
     @property
     def name(self) -> str:
         """How the table calls it."""
         cache = {0: "off", PREFIXES: "all"}.get(self.prefixes, str(self.prefixes))
-        return f"{self.workers} worker{'s' * (self.workers > 1)}, room for {cache}, {self.order}"
+        marks = {None: "", False: ", affinity off", True: ", affinity on"}[self.affinity]
+        workers = f"{self.workers} worker{'s' * (self.workers > 1)}"
+        return f"{workers}, room for {cache}, {self.order}{marks}"
 
 
 CASES: Final = (
     Case("file", 1, 0), Case("file", 1, 2), Case("prefix", 1, 2), Case("file", 1, PREFIXES),
     Case("prefix", 1, PREFIXES), Case("file", 2, 2), Case("prefix", 2, 2),
 )  # fmt: skip
+AFFINITY_CASES: Final = tuple(
+    Case(order, workers, prefixes, affinity)
+    for order, prefixes in (("prefix", 2), ("file", PREFIXES))
+    for workers in (2, 4)
+    for affinity in (False, True)
+)
 
 
 def prompts(bench: Bench) -> list[str]:
@@ -106,8 +121,9 @@ def run(bench: Bench, case: Case, spec: EngineSpec, path: Path) -> tuple[Batch, 
         server = stack.enter_context(LocalRedis())
         client = stack.enter_context(server.client())
         settings = bench_settings(
-            server.url, max_batch_rows=bench.rows, prefix_cache_bytes=room, kv_cache="paged"
-        )
+            server.url, max_batch_rows=bench.rows, prefix_cache_bytes=room, kv_cache="paged",
+            prefix_affinity_ms=150 if case.affinity else 0,
+        )  # fmt: skip
         for n in range(case.workers):
             stack.enter_context(running_worker(settings, spec, client, name=f"grouping-{n}"))
         batches = Batches(settings)
@@ -158,10 +174,12 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=16, help="of a worker's batch")
     parser.add_argument("--folder", help="of a synthetic model")
     parser.add_argument("--cases", default="", help="numbers of the cases, from 0; without: all")
+    parser.add_argument("--affinity", action="store_true", help="cases of several workers")
     parser.add_argument("--output", type=Path)
     options = vars(parser.parse_args())
     output, chosen = options.pop("output"), options.pop("cases")
-    cases = [CASES[int(n)] for n in chosen.split(",") if n] or CASES
+    among = AFFINITY_CASES if options.pop("affinity") else CASES
+    cases = [among[int(n)] for n in chosen.split(",") if n] or among
     report("Grouping by prefix", measure(Bench(**options), cases), output)
 
 

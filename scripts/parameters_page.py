@@ -98,7 +98,7 @@ SETTINGS: Final[dict[str, tuple[str, ...]]] = {
     ),
     "Delivery ([protocol.md](protocol.md))": (
         "lease_seconds", "reap_interval_seconds", "engine_stall_seconds", "drain_grace_seconds",
-        "flush_interval_ms", "buffer_tokens",
+        "flush_interval_ms", "buffer_tokens", "prefix_affinity_ms",
     ),
     "When the engine is replaced ([memory.md](memory.md))": (
         "recycle_after_steps", "recycle_after_tokens", "recycle_after_hours",

@@ -48,6 +48,7 @@ class EnqueueEntry:
     result_ttl: int = 3600
     stream: bool = True
     tenant: str = ""  # '': none
+    marks: str = ""  # see `producer.affinity`; '': none
 
 
 class Refusal(NamedTuple):
@@ -133,6 +134,7 @@ class ClaimReply:
     jobs: list[ClaimedJob]
     dropped: list[str]
     reserved: str = ""  # queue to look into first: a suspect of it waits for this worker
+    again_ms: int = 0  # look again then: jobs were left to workers that have their prefix; 0: none
 
 
 class CommitRow(msgspec.Struct, frozen=True, gc=False):
@@ -236,7 +238,8 @@ def enqueue_many(entries: Sequence[EnqueueEntry]) -> Call[list[EnqueueReply]]:
     for e in entries:
         arguments += (
             e.job_id, e.queue, e.max_attempts, e.min_protocol, e.deadline_ms, e.timeout_ms,
-            e.abandon_ms, e.result_ttl, int(e.stream), e.tenant, 2 * len(e.rq_fields),
+            e.abandon_ms, e.result_ttl, int(e.stream), e.tenant, e.marks,
+            2 * len(e.rq_fields),
         )  # fmt: skip
         for pair in e.rq_fields.items():
             arguments += pair
@@ -264,18 +267,25 @@ def claim(  # noqa: PLR0913 -- each is a number that the script needs
     max_payload_bytes: int,
     capacity_rows: int = limits.CHOICES,
     held: HeldRows = HeldRows(),
+    affinity_ms: int = 0,
+    keeps_prefixes: bool = False,
 ) -> Call[ClaimReply]:
-    """Take up to `most` jobs that speak `protocol` or older and need no more than there is."""
+    """Take up to `most` jobs that speak `protocol` or older and need no more than there is.
+
+    A job younger than `affinity_ms` is left to a worker that has its prefix and room for it; 0:
+    none is, and no mark is noted. `keeps_prefixes`: this worker will have those of what it takes.
+    """
     arguments: list[Argument] = [
         worker, iso_now(), lease_ms, protocol, capacity_tokens, capacity_rows, most,
         max_payload_bytes,
-        held.rows, held.unproven, held.company, *queues,
+        held.rows, held.unproven, held.company, affinity_ms, int(keeps_prefixes), *queues,
     ]  # fmt: skip
 
     def parse(reply: Sequence[Any]) -> ClaimReply:
-        suspended, jobs, dropped, reserved = reply
+        suspended, jobs, dropped, reserved, again = reply
         claimed = [_claimed(j) for j in jobs]
-        return ClaimReply(bool(suspended), claimed, [_text(i) for i in dropped], _text(reserved))
+        gone = [_text(i) for i in dropped]
+        return ClaimReply(bool(suspended), claimed, gone, _text(reserved), again)
 
     return Call("claim", arguments, parse)
 

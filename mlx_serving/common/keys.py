@@ -32,6 +32,7 @@ _TEMPLATES: dict[str, tuple[str, str]] = {
         "own",
         ":turns:<>",
     ),  # list of tenants with a line in a queue, next one first
+    "warm": ("own", ":warm:<>"),  # workers that took jobs of a mark lately; expires
     "worker": ("own", ":worker:<>"),  # hash: what a worker is and can hold; expires
     "batch": ("own", ":batch:<>"),  # hash: what a bulk file's runner says of it; expires
     "batches": ("own", ":batches"),  # zset of bulk files, by the time they were last heard of
@@ -113,6 +114,10 @@ class Keys:
     def worker(self, worker: str) -> str:
         """What a worker says of itself."""
         return self._spell("worker", worker)
+
+    def warm(self, mark: str) -> str:
+        """Workers that took jobs of a mark lately; see `producer.affinity`."""
+        return self._spell("warm", mark)
 
     def limits(self) -> str:
         """Limits on tenants; see `tenancy`."""

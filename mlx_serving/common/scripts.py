@@ -1,7 +1,8 @@
 """The protocol's Lua scripts, as texts ready to register.
 
 A script is the generated key functions, then ``tenants.lua`` and ``prelude.lua``, then its own
-file; Redis caches it by hash, so the length costs nothing after the first call.
+file (before ``claim.lua`` also ``affinity.lua``); Redis caches it by hash, so the length costs
+nothing after the first call.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ NAMES = (
     "audit",
 )  # fmt: skip
 _SHARED = ("tenants", "prelude")
+_BEFORE = {"claim": ("affinity",)}  # parts of one script alone
 
 
 @cache
@@ -28,5 +30,6 @@ def script_text(name: str) -> str:
     if name not in NAMES:
         raise KeyError(name)
     folder = files("mlx_serving.common") / "lua"
-    parts = [(folder / f"{part}.lua").read_text(encoding="utf-8") for part in (*_SHARED, name)]
+    names = (*_SHARED, *_BEFORE.get(name, ()), name)
+    parts = [(folder / f"{part}.lua").read_text(encoding="utf-8") for part in names]
     return Keys().lua_functions() + "".join(parts)

@@ -192,6 +192,12 @@ class Settings(BaseSettings):
     flush_interval_ms: float = Field(
         default=10.0, ge=0, le=1000, description="between two commits of what was decoded"
     )
+    prefix_affinity_ms: int = Field(
+        default=150,
+        ge=0,
+        le=10_000,
+        description="how long a job is left to the worker that has its prefix; 0: not at all",
+    )
     buffer_tokens: int = Field(default=65_536, ge=1, description="decoded but not yet in Redis")
     max_payload_bytes: int = Field(
         default=limits.PAYLOAD_BYTES,

@@ -18,6 +18,7 @@ from rq.serializers import JSONSerializer
 from mlx_serving.common.calls import EnqueueEntry, iso_now
 from mlx_serving.common.errors import FieldError, PayloadTooLarge
 from mlx_serving.common.signing import SIGNATURE_FIELD, Signer
+from mlx_serving.producer.affinity import marks
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -60,6 +61,7 @@ def seal(job: GenerationJob, *, max_payload_bytes: int, signer: Signer = UNSIGNE
         result_ttl=job.result_ttl,
         stream=job.stream,
         tenant=job.tenant or "",
+        marks=marks(job),
     )
 
 

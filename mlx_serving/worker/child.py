@@ -167,7 +167,7 @@ class Child:
             least_rows(settings.max_batch_rows, settings.lane_min_share),
             headroom_rows(settings.max_batch_rows, settings.lane_headroom), lease_ms,
             settings.drain_grace_seconds, settings.max_payload_bytes, self.conditions,
-            lambda: self.keeper.state.refuses,
+            lambda: self.keeper.state.refuses, settings.prefix_affinity_ms,
         )  # fmt: skip
 
     def _placement(self) -> Placement:

@@ -69,6 +69,7 @@ class DispatcherOptions:
     max_payload_bytes: int = 4 * 1024 * 1024
     conditions: Conditions = ANY_TIME
     memory_short: Callable[[], bool] = bool  # bool(): False
+    affinity_ms: int = 0
 
 
 class Dispatcher:
@@ -97,8 +98,9 @@ class Dispatcher:
         self._status = 0  # to end with
         self._outage = Outage(protocol.redis)
         terms = ClaimTerms(
-            options.worker, options.rows, options.lease_ms, options.max_payload_bytes
-        )
+            options.worker, options.rows, options.lease_ms, options.max_payload_bytes,
+            options.affinity_ms,
+        )  # fmt: skip
         self._news = LaneNews(POLL_SECONDS)
         self._claims = Claims(terms, protocol, placement, publisher.held_rows, self._news)
         self._strays = Strays(
@@ -155,6 +157,7 @@ class Dispatcher:
     def _listen(self) -> None:
         """Wait for a message, then take all that are there."""
         wait = 0.05 if self._unadmitted_since is not None else POLL_SECONDS
+        wait = min(wait, self._news.due_in())
         if self._drain_until is not None:
             wait = min(wait, max(0.0, self._drain_until - time.monotonic()), 0.05)
         try:

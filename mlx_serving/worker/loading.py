@@ -70,6 +70,11 @@ class LoadedModel:
     spell: Spell
     close: Callable[[], None] = lambda: None
 
+    @property
+    def keeps_prefixes(self) -> bool:
+        """Whether later jobs find what earlier ones computed; a simulated model counts as one."""
+        return all(memory.keeps_prefixes for memory in self.engine.kv_memories)
+
 
 def load(
     spec: EngineSpec, settings: Settings, path: str, kv_budget_bytes: int | None

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks import affinity
 from benchmarks.__main__ import BENCHMARKS, chosen
 from benchmarks.dispatch import figures as dispatch_figures
 from benchmarks.harness import Figure, Goal
@@ -145,6 +146,21 @@ def test_a_threads_share_is_of_the_samples_that_hold_the_interpreter() -> None:
     figures = by_name(shares(raw))
     assert figures["samples that hold the interpreter lock"].value == 80
     assert figures["of them: engine"].value == 0.75
+
+
+def test_what_chats_computed_is_what_no_cache_gave() -> None:
+    turns = [
+        affinity.Turn(0, first=0.3, queued=0.001, prompt=100, cached=0),
+        affinity.Turn(1, first=0.1, queued=0.150, prompt=200, cached=150),
+        affinity.Turn(2, first=0.2, queued=0.002, prompt=300, cached=250),
+    ]
+    figures = by_name(affinity.figures("on", [turns]))
+    assert figures["on: computed"].value == 200
+    assert figures["on: prompt tokens found"].value == pytest.approx(400 / 600)
+    assert figures["on: prompt tokens found, later"].value == pytest.approx(400 / 500)
+    assert figures["on: TTFT p50"].value == pytest.approx(200)
+    assert figures["on: TTFT p50 later"].value == pytest.approx(150)
+    assert figures["on: queued p50"].value == pytest.approx(2)
 
 
 def test_a_figure_is_read_back_as_it_was_written() -> None:

@@ -105,6 +105,8 @@ class TestTheWholePath:
             Client(settings=settings) as client,
         ):
             check_all(client, submit(client, 4, 5), 5)
+            check_all(client, submit(client, 4, 5, prompt="marked " * 400), 5)
+            assert list(admin.scan_iter("mlxs:warm:*"))
             running = client.submit(model="tally", prompt="x", max_tokens=100_000, result_ttl=60)
             next(running.stream())
             assert client.status(running.id).state is JobState.RUNNING
@@ -253,7 +255,7 @@ OWN = {
         ["PSUBSCRIBE", "mlxs:ch:*"], ["SMEMBERS", "rq:queues"], ["INFO"], ["MULTI"],
         ["HSET", "mlxs:limits", "queued:x", "9"], ["DEL", "mlxs:limits"],
         ["SMEMBERS", "mlxs:tenants"], ["SMEMBERS", "mlxs:tenant:x:queued"],
-        ["LRANGE", "mlxs:line:tally:default:x", "0", "-1"],
+        ["LRANGE", "mlxs:line:tally:default:x", "0", "-1"], ["DEL", "mlxs:warm:x"],
     ],
     "worker": [
         ["RENAME", "mlxs:job:x", "other"], ["COPY", "mlxs:job:x", "other"],
@@ -271,12 +273,13 @@ OWN = {
         ["ZREMRANGEBYSCORE", "rq:wip:tally:default", "0", "1"], ["SADD", "rq:workers", "x"],
         ["EVALSHA", "0" * 40, "0"], ["SCRIPT", "LOAD", "return 1"],
         ["PUBLISH", "mlxs:ctl:w", "cancel x"], ["XADD", "mlxs:ev:x", "*", "e", "x"],
-        ["HSET", "mlxs:limits", "queued", "9"],
+        ["HSET", "mlxs:limits", "queued", "9"], ["DEL", "mlxs:warm:x"],
     ],
     "operator": [
         ["HGETALL", "mlxs:job:x"], ["HGETALL", "rq:job:x"], ["XRANGE", "mlxs:ev:x", "-", "+"],
         ["HSET", "mlxs:job:x", "st", "x"], ["DEL", "mlxs:limits"], ["EVALSHA", "0" * 40, "0"],
         ["SADD", "mlxs:tenant:x:queued", "a"], ["PUBLISH", "mlxs:ctl:w", "cancel x"],
+        ["DEL", "mlxs:warm:x"],
     ],
 }  # fmt: skip
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
@@ -25,6 +25,8 @@ QUEUED_BYTES = 2.5 * 1024
 EVENT_BYTES = 100
 MANY = 32
 CLAIM_COMMANDS = 11  # a job, of a claim of many
+MARKED_COMMANDS = 2  # more a mark: of a job, or of a claim where the jobs share it
+LEFT_COMMANDS = 3  # a job that is left to the worker that has its prefix
 EVENT_COMMANDS = 6  # an event, of a flush of many rows
 END_COMMANDS = 14  # a job's last event and its end
 
@@ -98,6 +100,33 @@ def test_a_job_costs_few_commands_and_a_live_event_fewer(driver: Driver) -> None
     assert streamed - claimed <= 2 * EVENT_COMMANDS * MANY
     driver.commit(attempts[0], *(row for a in attempts for row in (a.row(), a.end())))
     assert commands(driver.redis) - streamed <= END_COMMANDS * MANY
+
+
+@pytest.mark.may_leak(reason="jobs stay running")
+@pytest.mark.parametrize("taken", ["by who has them", "by the first"])
+def test_marks_cost_few_commands(driver: Driver, taken: str) -> None:
+    """Each job is of a conversation of its own, and all share a beginning."""
+    for number in range(2 * MANY):
+        driver.enqueue(f"job{number}", marks=f"{number % MANY:016x},{'b' * 16}")
+    if taken == "by who has them":
+        driver.claim(most=MANY, affinity_ms=150, keeps_prefixes=True)
+    before = commands(driver.redis)
+    assert len(driver.claim(most=MANY, affinity_ms=150, keeps_prefixes=True).jobs) == MANY
+    per_job = CLAIM_COMMANDS + MARKED_COMMANDS
+    assert commands(driver.redis) - before <= per_job * MANY + MARKED_COMMANDS
+
+
+@pytest.mark.may_leak(reason="jobs stay queued")
+def test_a_job_that_is_left_costs_few_commands(driver: Driver) -> None:
+    facts: dict[Any, Any] = {"state": "serving", "resident": "tally", "batch_rows": 8 * MANY}
+    driver.redis.hset(driver.keys.worker("w1"), mapping=facts)
+    driver.enqueue("first", marks=f"{'c' * 16},{'b' * 16}")
+    driver.claim(affinity_ms=150, keeps_prefixes=True)
+    for number in range(MANY):
+        driver.enqueue(f"job{number}", marks=f"{number:016x},{'b' * 16}")
+    before = commands(driver.redis)
+    assert driver.claim("w2", most=MANY, affinity_ms=10_000, keeps_prefixes=True).jobs == []
+    assert commands(driver.redis) - before <= LEFT_COMMANDS * MANY + 10
 
 
 def finish(driver: Driver, state: JobState) -> None:

@@ -139,3 +139,26 @@ def test_a_claim_of_some_lanes_is_made_for_news_only() -> None:
 @pytest.mark.parametrize(("limit", "most"), [(3, 3), (4, 4), (5, 4)])
 def test_a_claim_is_of_no_more_than_one_call_may_take(limit: int, most: int) -> None:
     assert LaneClaim(LANES, 4).up_to(limit) == LaneClaim(LANES, most)
+
+
+def test_jobs_that_were_left_to_others_are_news_when_their_time_is_over() -> None:
+    now = [0.0]
+    news = LaneNews(10.0, lambda: now[0])
+    some = LaneClaim(("interactive", "default"), 4)
+    news.ask(some)
+    assert news.due_in() == float("inf")
+    news.expect(0)
+    assert news.due_in() == float("inf"), "none was left"
+    news.expect(0.5)
+    news.expect(0.2)
+    news.expect(0.4)
+    assert news.due_in() == pytest.approx(0.2)
+    assert news.worth(some) is None
+    now[0] = 0.2
+    assert news.worth(some) == some
+    news.ask(some)
+    news.expect(0.1)
+    now[0] = 0.4
+    assert news.due_in() == 0, "look at once,"
+    assert news.due_in() == float("inf"), "and once: where there is no room to claim, too"
+    assert news.worth(some) == some

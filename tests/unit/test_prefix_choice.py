@@ -6,8 +6,12 @@ from typing import Any
 import pytest
 
 from mlx_serving.worker.engine.acceleration import load_native
+from mlx_serving.worker.engine.memory.kv_caches import KvMemory
+from mlx_serving.worker.engine.memory.room import MemoryRoom
 from mlx_serving.worker.engine.prefix import choice
+from mlx_serving.worker.engine.prefix.cache import PrefixCache
 from mlx_serving.worker.engine.prefix.index import PrefixIndex
+from mlx_serving.worker.loading import LoadedModel
 
 
 class _Hasty(PrefixIndex):
@@ -80,3 +84,11 @@ def test_an_engine_that_goes_without_says_why(
     )
     assert prefixes is None
     assert str(report) == f"prefix cache: off ({reason})"
+
+
+@pytest.mark.parametrize("prefixes", [None, PrefixCache(PrefixIndex(4), 4, 8, 4)])
+def test_a_claim_is_told_whether_the_model_keeps_prefixes(prefixes: PrefixCache | None) -> None:
+    anything: Any = None
+    engine: Any = SimpleNamespace(kv_memories=(KvMemory(anything, MemoryRoom(), 1, prefixes),))
+    loaded = LoadedModel(engine, anything, anything, anything)
+    assert loaded.keeps_prefixes is (prefixes is not None)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from mlx_serving.common.jobs import LANES, Lane
 from mlx_serving.worker.engine.scheduling.lane_turns import LaneTurns
-from mlx_serving.worker.engine.scheduling.limits import SchedulerLimits, least_rows
+from mlx_serving.worker.engine.scheduling.limits import least_rows
 from tests.scheduled_batch import ROWS, Batch, limits, request
 
 
@@ -97,39 +97,6 @@ def test_headroom_is_no_memory() -> None:
     batch = full(Batch(limits(capacity=6 * 56, headroom=2)))
     assert batch.add(request("i", "interactive", 4, 50))
     assert batch.scheduler.parked == 1
-
-
-def test_short_prompts_of_lower_lanes_ride_along_in_a_chunk_of_a_higher_one() -> None:
-    batch = Batch(SchedulerLimits(40, 10_000, 512, 2))
-    assert batch.add(request("b", "bulk", prompt=9))
-    assert batch.add(request("long", "bulk", prompt=40))
-    assert batch.add(request("behind", "bulk", prompt=4))
-    assert batch.add(request("i", "interactive", prompt=12))
-    batch.step()
-    assert [row.request.id for row in batch.chunks[-1].rows] == ["i", "b"]
-    assert batch.chunks[-1].length < 12
-    batch.step()
-    assert [row.request.id for row in batch.chunks[-1].rows] == ["long", "behind"]
-
-
-def test_no_more_ride_along_than_half_a_chunk_holds() -> None:
-    batch = Batch(SchedulerLimits(40, 10_000, 512, 2))
-    for number in range(20):
-        batch.add(request(f"b{number}", "bulk", prompt=8))
-    batch.add(request("i", "interactive", prompt=64))
-    batch.step()
-    names = [row.request.id for row in batch.chunks[-1].rows]
-    assert names == ["i", "b0", "b1", "b2"]
-
-
-def test_nothing_rides_along_that_a_prompt_under_way_of_its_lane_comes_before() -> None:
-    batch = Batch(SchedulerLimits(40, 10_000, 512, 2))
-    batch.add(request("long", "bulk", prompt=600))
-    batch.step()
-    batch.add(request("b", "bulk"))
-    batch.add(request("i", "interactive"))
-    batch.step()
-    assert [row.request.id for row in batch.chunks[-1].rows] == ["i"]
 
 
 def test_kv_is_dropped_only_where_the_budget_asks_for_it() -> None:

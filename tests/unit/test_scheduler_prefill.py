@@ -152,3 +152,38 @@ def test_a_prompt_that_has_begun_does_not_wait_between_its_chunks() -> None:
         assert chunk is not None
         scheduler.finish_prefill(chunk)
     assert scheduler.running == 3 * ROWS_PER_PROMPT + 1
+
+
+def chunk_of(scheduler: Scheduler) -> list[str]:
+    chunk = scheduler.schedule_prefill()
+    assert chunk is not None
+    scheduler.finish_prefill(chunk)
+    return [row.request.id for row in chunk.rows]
+
+
+def test_short_prompts_of_lower_lanes_ride_along_in_a_chunk_of_a_higher_one() -> None:
+    scheduler = Scheduler(SchedulerLimits(40, 10_000, 512))
+    add_prompt(scheduler, "b", 8, "bulk")
+    add_prompt(scheduler, "long", 39, "bulk")
+    add_prompt(scheduler, "behind", 3, "bulk")
+    add_prompt(scheduler, "d", 32)
+    add_prompt(scheduler, "i", 11, "interactive")
+    assert chunk_of(scheduler) == ["i", "d", "b"]
+    assert chunk_of(scheduler) == ["long", "behind"]
+
+
+def test_no_more_ride_along_than_half_a_chunk_holds() -> None:
+    scheduler = Scheduler(SchedulerLimits(40, 10_000, 512))
+    for number in range(20):
+        add_prompt(scheduler, f"b{number}", 7, "bulk")
+    add_prompt(scheduler, "i", 63, "interactive")
+    assert chunk_of(scheduler) == ["i", "b0", "b1", "b2"]
+
+
+def test_nothing_rides_along_that_a_prompt_under_way_of_its_lane_comes_before() -> None:
+    scheduler = Scheduler(SchedulerLimits(40, 10_000, 512))
+    add_prompt(scheduler, "long", 600, "bulk")
+    assert chunk_of(scheduler) == ["long"]
+    add_prompt(scheduler, "b", 5, "bulk")
+    add_prompt(scheduler, "i", 5, "interactive")
+    assert chunk_of(scheduler) == ["i"]

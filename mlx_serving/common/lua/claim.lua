@@ -1,16 +1,22 @@
 -- Takes up to `most` jobs from the queues in priority order; an id is never in neither place.
 -- Tenants take turns: a place on the list that is a tenant's goes to the first job in the line of the tenant whose turn it
 -- is, wherever on the list that job stands. A tenant that runs as many jobs as it may lets its turns pass.
--- ARGV: P R worker iso lease_ms protocol capacity_tokens capacity_rows most max_payload_bytes rows unproven company queue …
+-- A young job is left for a moment to another worker that likely has its prompt's beginning and room (see affinity.lua); one
+-- of the lane bulk that another worker has the beginning of is taken after those further back that none or this one has.
+-- ARGV: P R worker iso lease_ms protocol capacity_tokens capacity_rows most max_payload_bytes rows unproven company affinity_ms
+--   keeps_prefixes queue …
 --   capacity: the most that one job may need here; rows: that the worker holds; unproven: those of them that have not shown yet that the engine survives them;
---   company: the least of what these allow beside them, themselves included (0: any).
--- Returns {suspended 0|1, {job …}, {dropped id …}, queue to look into first the next time or ''}; a job is
+--   company: the least of what these allow beside them, themselves included (0: any);
+--   affinity_ms: how young (0: none is left); keeps_prefixes: 1 where this worker has a prefix cache.
+-- Returns {suspended 0|1, {job …}, {dropped id …}, queue to look into first the next time or '',
+--   ms after which a job that was left is anybody's (0: none was)}; a job is
 --   {id, queue, epoch, seq, data, problem, signature, deadline_ms, timeout_ms, stream, result_ttl, enqueued_ms, started_ms, first_token_ms, now_ms, company}.
 local worker, iso, lease = ARGV[3], ARGV[4], tonumber(ARGV[5])
 local protocol, capacity, capacity_rows = tonumber(ARGV[6]), tonumber(ARGV[7]), tonumber(ARGV[8])
 local most, max_payload = tonumber(ARGV[9]), tonumber(ARGV[10])
 local rows, unproven, company = tonumber(ARGV[11]), tonumber(ARGV[12]), tonumber(ARGV[13])
-if redis.call('EXISTS', k_rq_suspended()) == 1 then return {1, {}, {}, ''} end
+local patience, keeps_prefixes = tonumber(ARGV[14]), ARGV[15] == '1'
+if redis.call('EXISTS', k_rq_suspended()) == 1 then return {1, {}, {}, '', 0} end
 
 local ANY = 2 ^ 31
 if company == 0 then company = ANY end
@@ -23,6 +29,9 @@ local FORBIDDEN = {'success_callback_name', 'failure_callback_name', 'stopped_ca
                    'dependency_ids', 'dependency_id', 'repeats_left', 'rate_limit_key'}
 local now = now_ms()
 local jobs, dropped = {}, {}
+local LEFT = 64  -- jobs that a claim leaves to others at most: what lies behind more of them waits for nobody
+local left, lefts, again = {}, 0, 0  -- ids, their number, and when the first of them is anybody's
+local PASSED, PASSED_MS = 32, 30000  -- bulk jobs that a claim takes others before, and how long others may go before one
 local gone, walked = {}, 0  -- ids taken out of the list's middle, and what that cost
 local orders, passed, room = {}, {}, {}  -- by queue: tenants to ask; by line: jobs looked at; by tenant: jobs it may start
 shared, shown = gather, gather_view
@@ -66,6 +75,7 @@ local function take(id, queue, c)
   jobs[#jobs + 1] = {id, queue, epoch, c.seq, data, problem, signature, c.dl, c.to, c.sm, c.ttl, c.en, started, c.ft or '0', int(now), c.co or '0'}
   rows, unproven = rows + 1, unproven + 1
   if tonumber(c.co or 0) > 0 then company = math.min(company, tonumber(c.co)) end
+  if c.af and patience > 0 and keeps_prefixes then note_holder(c, worker) end
 end
 
 -- Suspects of a crash run in small company, so that another crash tells more; the last step is to run truly alone.
@@ -83,6 +93,19 @@ local function reserve(queue, c)
   if holder and holder ~= worker then return end
   redis.call('SET', k_reserved(queue), worker, 'PX', RESERVED_MS)
   reserved = queue
+end
+
+-- Leaves a young job to the worker that has its prefix. Whoever looks after the bound takes it: nobody waits longer.
+-- One that was claimed before has waited, and its worker could not keep it.
+local function is_left(id, queue, c)
+  local over = c.en + patience - now
+  if not c.af or over <= 0 or over > patience or c.ep ~= '0' then return false end
+  if left[id] then return true end
+  local place = lefts < LEFT and better_place(c, queue, worker, rows)
+  if not place then return false end
+  left[id], lefts, place.held = true, lefts + 1, place.held + 1
+  again = again == 0 and over or math.min(again, over)
+  return true
 end
 
 local function is_over() return #jobs >= most or reserved ~= '' or unproven >= company or walked > WALK end
@@ -121,7 +144,7 @@ local function decide(id, queue)
     reserve(queue, c)
     return 'skip', c
   end
-  return 'take', c
+  return is_left(id, queue, c) and 'skip' or 'take', c
 end
 
 -- Takes an id off the list, from the end that is nearer: the index of open jobs has them in nearly the list's order.
@@ -174,9 +197,9 @@ end
 local function serve_turn(queue)
   local order = orders[queue]
   while #order > 0 and not is_over() do
-    local tenant = table.remove(order, 1)
+    local tenant, before = table.remove(order, 1), lefts
     local served = may_run(tenant) and serve(queue, tenant)
-    pass_turn(queue, tenant)
+    if served or lefts == before then pass_turn(queue, tenant) end  -- what is left for a moment costs no turn
     if served then
       order[#order + 1] = tenant
       return true
@@ -207,8 +230,45 @@ local function is_held_back(id)
   return type(tenant) == 'string' and room[tenant] ~= nil and room[tenant] <= 0
 end
 
+local function unlist_front(id, queue, verdict, c)
+  redis.call('LREM', k_rq_queue(queue), 1, id)
+  if verdict == 'take' then take(id, queue, c) else dropped[#dropped + 1] = id end
+end
+
+-- Whether others may go before a job: in bulk, which waits anyway, and where another worker has its beginning. Nobody is idle for that.
+local function is_passed(queue, c, passed)
+  if not c.af or c.tn or patience == 0 or c.ep ~= '0' or #passed >= PASSED or string.sub(queue, -5) ~= ':bulk' then return false end
+  local since = now - (tonumber(c.po or '') or now)
+  return since >= 0 and since < PASSED_MS and is_elsewhere(c, queue, worker)
+end
+
+local function pass(id, c, passed) passed[#passed + 1] = {id = id, jobs = #jobs, noted = c.po} end
+
+-- The same at a glance: behind one that was passed there are likely more.
+local function is_passed_too(id, queue, passed)
+  if #passed == 0 then return false end
+  local f = redis.pcall('HMGET', k_job(id), 'af', 'tn', 'ep', 'po')
+  local c = not f.err and {af = f[1], tn = f[2], ep = f[3], po = f[4] or nil}
+  if not c or not is_passed(queue, c, passed) then return false end
+  pass(id, c, passed)
+  return true
+end
+
+-- Takes those that were passed while there is room; notes when one was first overtaken.
+local function take_passed(queue, passed)
+  local overtakers = #jobs
+  for _, p in ipairs(passed) do
+    if not is_over() then
+      local verdict, c = decide(p.id, queue)
+      if verdict ~= 'skip' then unlist_front(p.id, queue, verdict, c) end
+    elseif p.jobs < overtakers and not p.noted then
+      redis.call('HSET', k_job(p.id), 'po', int(now))
+    end
+  end
+end
+
 local function claim(queue)
-  local offset = 0
+  local offset, passed = 0, {}
   local list = k_rq_queue(queue)
   for _ = 1, PAGES do
     if is_over() then break end
@@ -218,22 +278,24 @@ local function claim(queue)
       if is_over() then break end
       if gone[id] then  -- no longer on the list
       elseif is_held_back(id) then offset = offset + 1
+      elseif is_passed_too(id, queue, passed) then offset = offset + 1
       else
         local verdict, c = decide(id, queue)
         if verdict ~= 'drop' and c.tn then give_place(id, queue, verdict, c)
           if not gone[id] then offset = offset + 1 end
         elseif verdict == 'skip' then offset = offset + 1
-        else
-          redis.call('LREM', list, 1, id)
-          if verdict == 'take' then take(id, queue, c) else dropped[#dropped + 1] = id end
-        end
+        elseif verdict == 'take' and is_passed(queue, c, passed) then
+          pass(id, c, passed)
+          offset = offset + 1
+        else unlist_front(id, queue, verdict, c) end
       end
     end
   end
+  take_passed(queue, passed)
 end
 
 -- Whatever goes wrong at a job, those that were taken before it have their leases.
-local ok, problem = pcall(function() for i = 14, #ARGV do claim(ARGV[i]) end end)
+local ok, problem = pcall(function() for i = 16, #ARGV do claim(ARGV[i]) end end)
 write_gathered()
 if not ok then error(problem, 0) end
-return {0, jobs, dropped, reserved}
+return {0, jobs, dropped, reserved, math.ceil(again)}

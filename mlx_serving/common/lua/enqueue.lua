@@ -1,6 +1,6 @@
 -- Enqueues jobs, each once: a resend finds the control hash and changes nothing.
 -- ARGV: P R iso, then a job: id queue max_attempts min_protocol deadline_ms timeout_ms abandon_ms result_ttl stream
---   tenant ('': none) n, and n of RQ's fields and values in turn.
+--   tenant ('': none) marks ('': none, see claim.lua) n, and n of RQ's fields and values in turn.
 -- Returns per job {created 0|1, state}, or {0, '', limit, queued} where its tenant has as many queued as it may.
 local iso = ARGV[3]
 local replies = {}
@@ -33,6 +33,7 @@ local function enqueue(at, fields, last)
   redis.call('HSET', k_rq_job(id), unpack(ARGV, fields, last))
   redis.call('SADD', k_rq_queues(), k_rq_queue(queue))
   redis.call('RPUSH', k_rq_queue(queue), id)
+  if ARGV[at + 10] ~= '' then redis.call('HSET', k_job(id), 'af', ARGV[at + 10]) end
   if tenant ~= '' then
     redis.call('HSET', k_job(id), 'tn', tenant)
     tolerantly(tenant_waits, id, queue, tenant, 'RPUSH')
@@ -43,8 +44,8 @@ end
 
 local at = 4
 while at <= #ARGV do
-  local last = at + 10 + tonumber(ARGV[at + 10])
-  replies[#replies + 1] = enqueue(at, at + 11, last)
+  local last = at + 11 + tonumber(ARGV[at + 11])
+  replies[#replies + 1] = enqueue(at, at + 12, last)
   at = last + 1
 end
 return replies

@@ -19,8 +19,8 @@ local RQ_STATUS = {queued = 'queued', running = 'started', finished = 'finished'
 local TERMINAL = {finished = true, failed = true, dead = true, expired = true, cancelled = true}
 local OPEN = {queued = true, running = true}
 
-local NUMBERS = {'ep', 'seq', 'at', 'ma', 'mp', 'dl', 'to', 'ab', 'ttl', 'sm', 'en', 'nd', 'sa', 'ft', 'co', 'su', 'nr'}
-local LATER = {sa = true, ft = true, co = true, su = true, nr = true}  -- not there from the start
+local NUMBERS = {'ep', 'seq', 'at', 'ma', 'mp', 'dl', 'to', 'ab', 'ttl', 'sm', 'en', 'nd', 'sa', 'ft', 'co', 'su', 'nr', 'po'}
+local LATER = {sa = true, ft = true, co = true, su = true, nr = true, po = true}  -- not there from the start
 
 -- RQ's own rule for ids. Anybody may have pushed anything: bytes that are no text, a ':' (which
 -- would read as another attempt's name), a line break for a log.
@@ -29,12 +29,12 @@ local function is_job_id(id) return #id > 0 and #id <= 256 and not string.find(i
 -- A control hash by its fields' names, or nil where it does not read as one of ours: the scripts do arithmetic with it.
 local function sound_fields(id)
   if not is_job_id(id) then return nil end
-  local raw = redis.pcall('HMGET', k_job(id), 'st', 'q', 'tn', unpack(NUMBERS))
+  local raw = redis.pcall('HMGET', k_job(id), 'st', 'q', 'tn', 'af', unpack(NUMBERS))
   if raw.err then return nil end
-  local c = {st = raw[1], q = raw[2], tn = raw[3] or nil}
+  local c = {st = raw[1], q = raw[2], tn = raw[3] or nil, af = raw[4] or nil}
   if not (OPEN[c.st] or TERMINAL[c.st]) or not c.q then return nil end
   for i, name in ipairs(NUMBERS) do
-    local value = raw[i + 3]
+    local value = raw[i + 4]
     -- up to 15 digits are exact as a Lua number
     if value and #value <= 15 and string.find(value, '^%d+$') then c[name] = value
     elseif value or not LATER[name] then return nil end

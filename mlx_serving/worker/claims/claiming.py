@@ -31,6 +31,7 @@ class ClaimTerms:
     rows: int
     lease_ms: int
     max_payload_bytes: int
+    affinity_ms: int
 
 
 class Claims:
@@ -59,6 +60,7 @@ class Claims:
         """Return what the claim under way brings, else claim now; None where there is no room."""
         claimed = self._ahead.take() or self._claim(room())
         if claimed is not None:
+            self._news.expect(claimed.reply.again_ms / 1000)
             self.suspended, self._reserved = claimed.reply.suspended, claimed.reply.reserved
             if claimed.reply.dropped:
                 log.info("claim_dropped", jobs=claimed.reply.dropped)
@@ -88,6 +90,7 @@ class Claims:
         self._news.ask(room)
         for left, group in enumerate(groups, 1 - len(groups)):
             reply = self._protocol.run(self._call(group, room.most))
+            self._news.expect(reply.again_ms / 1000)
             claimed = Claimed(reply, room, others=left < 0)
             if reply.suspended or reply.reserved:
                 break
@@ -113,5 +116,6 @@ class Claims:
         return calls.claim(
             terms.worker, queues, most=most, lease_ms=terms.lease_ms, protocol=PROTOCOL,
             capacity_tokens=capacity, max_payload_bytes=terms.max_payload_bytes,
-            capacity_rows=terms.rows, held=self._held_rows(),
+            capacity_rows=terms.rows, held=self._held_rows(), affinity_ms=terms.affinity_ms,
+            keeps_prefixes=loaded is not None and loaded.keeps_prefixes,
         )  # fmt: skip

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from math import inf
 from typing import TYPE_CHECKING
 
 from mlx_serving.common.jobs import LANES, lane_of
@@ -97,13 +98,29 @@ class LaneNews:
         self._seconds, self._clock = seconds, clock
         self._looked_at = clock()
         self._lanes = set(LANES)
+        self._due = inf  # when a job that was left to another worker is anybody's
 
     def note(self, queue: str = "") -> None:
         """Take a wake-up of a queue; '': of any."""
         self._lanes |= {lane_of(queue)} if queue else set(LANES)
 
+    def expect(self, seconds: float) -> None:
+        """Note that there may be jobs in so many seconds, without a wake-up; 0: there are none."""
+        if seconds > 0:
+            self._due = min(self._due, self._clock() + seconds)
+
+    def due_in(self) -> float:
+        """Return the seconds until then, 0 once; infinite where nothing is expected."""
+        left = self._due - self._clock()
+        if left > 0:
+            return left
+        self._due = inf
+        self.note()
+        return 0.0
+
     def worth(self, claim: LaneClaim | None) -> LaneClaim | None:
         """Return what of a claim is worth making."""
+        self.due_in()
         if claim is None or len(claim.lanes) == len(LANES):
             return claim
         if self._clock() - self._looked_at >= self._seconds:

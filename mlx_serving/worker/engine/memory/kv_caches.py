@@ -31,6 +31,7 @@ class KvMemory:
         self.room = room
         self._caches, self._bytes_per_token, self._prefixes = caches, bytes_per_token, prefixes
         self._idle_limit = prefixes.idle_limit if prefixes else 0
+        self.keeps_prefixes = prefixes is not None
 
     @property
     def use(self) -> KvUse:
