@@ -26,12 +26,10 @@ from mlx_lm.generate import BatchGenerator
 from mlx_lm.sample_utils import make_sampler
 
 from benchmarks.harness import Figure, Goal, progress, report
-from benchmarks.synthetic import SHAPES, build_model, build_served_model, build_tokenizer
+from benchmarks.synthetic import SHAPES, build_bare_engine, build_model, build_served_model
 from mlx_serving.worker.engine.cache.kv_cache import LanguageModel
-from mlx_serving.worker.engine.engine import Engine
 from mlx_serving.worker.engine.model_runner import ModelRunner
-from mlx_serving.worker.engine.models import EngineOptions, build_engine
-from mlx_serving.worker.engine.sequence import ModelInfo, Request, SamplingParams
+from mlx_serving.worker.engine.sequence import Request, SamplingParams
 
 GOAL: Final = Goal("≥", 1.3)
 WARM_STEPS: Final = 80  # longer than any job: one prefill chunk and 64 tokens
@@ -76,7 +74,7 @@ class Case:
 
 def engine_loop(case: Case) -> Iterator[int]:
     """Step our engine; yields the tokens of each step."""
-    engine = _engine(case)
+    engine = build_bare_engine(ModelRunner(case.served), case.vocab_size, max_batch_rows=case.batch)
     feed = jobs(case.vocab_size)
     lengths: dict[str, int] = {}
     while True:
@@ -91,12 +89,6 @@ def engine_loop(case: Case) -> Iterator[int]:
             if output.finish_reason is not None:
                 assert lengths.pop(output.request_id) == 0, "a job of another length"
         yield sum(len(output.token_ids) for output in outputs)
-
-
-def _engine(case: Case) -> Engine:
-    info = ModelInfo("synthetic", "", "", case.vocab_size, frozenset())
-    options = EngineOptions(max_batch_rows=case.batch)
-    return build_engine(ModelRunner(case.served), build_tokenizer(case.vocab_size), info, options)
 
 
 def peer_loop(case: Case) -> Iterator[int]:

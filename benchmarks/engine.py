@@ -32,12 +32,11 @@ from mlx_lm.models.cache import BatchKVCache, make_prompt_cache
 from mlx_lm.sample_utils import make_sampler
 from msgspec.structs import replace
 
-from benchmarks.synthetic import SHAPES, build_model, build_served_model, build_tokenizer
+from benchmarks.synthetic import SHAPES, build_bare_engine, build_model, build_served_model
 from mlx_serving.worker.engine.cache.kv_cache import LanguageModel
 from mlx_serving.worker.engine.engine import Engine
 from mlx_serving.worker.engine.model_runner import ModelRunner
-from mlx_serving.worker.engine.models import EngineOptions, build_engine
-from mlx_serving.worker.engine.sequence import ModelInfo, Request, SamplingParams
+from mlx_serving.worker.engine.sequence import Request, SamplingParams
 
 PROMPT_TOKENS = 32
 GREEDY = SamplingParams()
@@ -97,9 +96,12 @@ def bare_loop(case: Case) -> Iterator[None]:
 
 def start_engine(case: Case, settings: list[SamplingParams]) -> Engine:
     """Return an engine whose rows all decode; no end of sequence, so that they stay."""
-    info = ModelInfo("synthetic", "", "", case.vocab_size, frozenset())
-    options = EngineOptions(max_batch_rows=case.batch, kv_budget_bytes=1 << 34)
-    engine = build_engine(ModelRunner(case.served), build_tokenizer(case.vocab_size), info, options)
+    engine = build_bare_engine(
+        ModelRunner(case.served),
+        case.vocab_size,
+        max_batch_rows=case.batch,
+        kv_budget_bytes=1 << 34,
+    )
     for index, (prompt, sampling) in enumerate(zip(case.prompts(), settings, strict=True)):
         engine.add(Request(str(index), tuple(prompt), sampling, case.max_tokens))
     while len(engine.step()) < case.batch:

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import platform
 import signal
+import socket
 import statistics
 import sys
 import time
@@ -99,6 +100,19 @@ def wait_until(done: Callable[[], bool], *, every: float, timeout: float, what: 
         if time.monotonic() > deadline:
             raise TimeoutError(f"not within {timeout:g} s: {what}")
         time.sleep(every)
+
+
+def free_port() -> int:
+    """A TCP port that nobody listened on a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def count_prompt(first: int, tokens: int) -> dict[str, Any]:
+    """Fields of a job that Tally answers with about so many tokens: it counts."""
+    text = f"count from {first} to {first + tokens}"
+    return {"messages": [{"role": "user", "content": text}]}
 
 
 def bench_settings(url: str, **overrides: Any) -> Settings:

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from itertools import count, pairwise
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import redis
 from rq.registry import FinishedJobRegistry
@@ -32,6 +32,7 @@ from benchmarks.harness import (
     Goal,
     bench_settings,
     child_call,
+    count_prompt,
     percentile,
     progress,
     report,
@@ -66,8 +67,7 @@ class Load:
     def job(self, number: int, lane: str, tokens: int) -> GenerationJob:
         """A job that says exactly so many tokens, where the model does not end by itself."""
         if self.model == "tally":
-            text = f"count from {number % 50} to {number % 50 + tokens}"
-            prompt: dict[str, Any] = {"messages": [{"role": "user", "content": text}]}
+            prompt = count_prompt(number % 50, tokens)
         else:
             prompt = {"prompt": f"{number:06d} {'abcdefgh ' * 6}"}
         fixed = {"model": MODEL, "temperature": 0.0, "seed": number, "lane": lane}

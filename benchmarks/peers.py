@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from typing import Final
 
-from benchmarks.harness import START_SECONDS, child_call, wait_until
+from benchmarks.harness import START_SECONDS, child_call, free_port, wait_until
 
 HOST: Final = "127.0.0.1"
 PEERS: Final = ("mlx_lm.server", "vllm-mlx")
@@ -29,7 +29,7 @@ def running_peer(name: str, command: str, folder: str, streams: int) -> Iterator
 
     Raises RuntimeError where it ends before it listens.
     """
-    port = _free_port()
+    port = free_port()
     if name == "vllm-mlx":
         with _vllm_mlx(command, folder, port, streams):
             yield port
@@ -86,13 +86,6 @@ def _wait_until_listening(port: int, alive: Callable[[], bool], name: str) -> No
     )  # fmt: skip
     if not alive():
         raise RuntimeError(f"{name} ended before it listened")
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def _listens(port: int) -> bool:

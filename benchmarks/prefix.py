@@ -19,17 +19,17 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
-from benchmarks.synthetic import SHAPES, build_model, build_tokenizer
+from benchmarks.synthetic import SHAPES, build_bare_engine, build_model
 from mlx_serving.worker.engine.acceleration import load_native
 from mlx_serving.worker.engine.cache.cache_choice import choose_cache
 from mlx_serving.worker.engine.engine import Engine
 from mlx_serving.worker.engine.model_runner import ModelRunner
-from mlx_serving.worker.engine.models import EngineOptions, build_engine, warm_up
+from mlx_serving.worker.engine.models import warm_up
 from mlx_serving.worker.engine.paged.cache import BLOCK_TOKENS, PROMPT_TOKENS
 from mlx_serving.worker.engine.prefix import index as twin
 from mlx_serving.worker.engine.prefix.choice import choose_prefix_index
 from mlx_serving.worker.engine.scheduling.prefill_chunk import PrefillChunk
-from mlx_serving.worker.engine.sequence import ModelInfo, Request, SamplingParams
+from mlx_serving.worker.engine.sequence import Request, SamplingParams
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -61,9 +61,9 @@ def new_engine(
     model = build_model(shape, dtype=dtype)
     runner = CountingRunner(model, choose_cache(model, kind="paged"))
     vocabulary = SHAPES[shape]["vocab_size"]
-    info = ModelInfo("synthetic", "r", "t", vocabulary, frozenset())
-    options = EngineOptions(max_batch_rows=JOBS, prefix_cache_bytes=prefix_cache_bytes)
-    engine = build_engine(runner, build_tokenizer(vocabulary), info, options)
+    engine = build_bare_engine(
+        runner, vocabulary, max_batch_rows=JOBS, prefix_cache_bytes=prefix_cache_bytes
+    )
     warm_up(engine)
     return engine, runner
 

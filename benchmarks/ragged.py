@@ -29,11 +29,10 @@ import mlx.core as mx
 from mlx_lm.generate import BatchGenerator
 
 from benchmarks.harness import Figure, Goal, progress, report
-from benchmarks.synthetic import SHAPES, build_model, build_served_model, build_tokenizer
+from benchmarks.synthetic import SHAPES, build_bare_engine, build_model, build_served_model
 from mlx_serving.worker.engine.cache.kv_cache import LanguageModel
 from mlx_serving.worker.engine.model_runner import ModelRunner
-from mlx_serving.worker.engine.models import EngineOptions, build_engine
-from mlx_serving.worker.engine.sequence import ModelInfo, Request, SamplingParams
+from mlx_serving.worker.engine.sequence import Request, SamplingParams
 
 SHORT: Final = (32, 224)  # prompt tokens of a short row, at least and at most
 STEP_GOAL: Final = Goal("≤", 1.3)
@@ -75,9 +74,9 @@ class EngineBatch:
         """Prefill all prompts."""
         self.prompts = case.prompts(long)
         self.runner = ModelRunner(case.served)
-        info = ModelInfo("synthetic", "", "", case.vocab_size, frozenset())
-        options = EngineOptions(max_batch_rows=case.batch, kv_budget_bytes=_budget())
-        self.engine = build_engine(self.runner, build_tokenizer(case.vocab_size), info, options)
+        self.engine = build_bare_engine(
+            self.runner, case.vocab_size, max_batch_rows=case.batch, kv_budget_bytes=_budget()
+        )
         self.decoded = 0
         for number, prompt in enumerate(self.prompts):
             request = Request(str(number), tuple(prompt), SamplingParams(), case.max_tokens)

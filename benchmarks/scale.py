@@ -19,7 +19,6 @@ scripts (`benchmarks.redis_ceiling`); the same jobs in bulk (no `stream`: a comm
 
 import argparse
 import os
-import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -35,6 +34,7 @@ from benchmarks.harness import (
     Figure,
     bench_settings,
     child_call,
+    free_port,
     percentile,
     table,
     wait_until,
@@ -168,13 +168,6 @@ def rate(before: Sequence[Counts], after: Sequence[Counts], what: str) -> float:
         if b.at > a.at > 0:
             total += (getattr(b, what) - getattr(a, what)) / (b.at - a.at)
     return total
-
-
-def free_port() -> int:
-    """A TCP port that nobody listened on a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def enqueue(client: Client, plan: Plan, count: int, *, stream: bool) -> list[str]:

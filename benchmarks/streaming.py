@@ -37,6 +37,7 @@ from benchmarks.harness import (
     Goal,
     bench_settings,
     child_call,
+    count_prompt,
     percentile,
     progress,
     running_worker,
@@ -74,8 +75,7 @@ class Load:
 
     def _job(self, number: int) -> dict[str, Any]:
         if self.model == "tally":
-            text = f"count from {number} to {number + self.tokens}"
-            prompt: dict[str, Any] = {"messages": [{"role": "user", "content": text}]}
+            prompt = count_prompt(number, self.tokens)
         else:
             prompt = {"prompt": f"{number:04d} {'abcdefgh ' * 3}"}
         return {"model": MODEL, "temperature": 0.0, **prompt}

@@ -11,7 +11,11 @@ from mlx_lm.models import llama, qwen3
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from mlx_serving.worker.engine.cache.kv_cache import LanguageModel
+from mlx_serving.worker.engine.engine import Engine
 from mlx_serving.worker.engine.fused_layers import fuse
+from mlx_serving.worker.engine.model_runner import ModelRunner
+from mlx_serving.worker.engine.models import EngineOptions, build_engine
+from mlx_serving.worker.engine.sequence import ModelInfo
 
 TINY: Final[dict[str, Any]] = {
     "hidden_size": 64,
@@ -94,6 +98,12 @@ def build_tokenizer(vocab_size: int = TINY["vocab_size"]) -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(["<|end|>"])
     return tokenizer
+
+
+def build_bare_engine(runner: ModelRunner, vocab_size: int, **options: Any) -> Engine:
+    """Return an engine on `build_tokenizer`'s tokenizer, in which no token ends a sequence."""
+    info = ModelInfo("synthetic", "r", "t", vocab_size, frozenset())
+    return build_engine(runner, build_tokenizer(vocab_size), info, EngineOptions(**options))
 
 
 def save_model(

@@ -1,5 +1,6 @@
 """A web backend that relays jobs to browsers as server-sent events.
 
+    pip install fastapi uvicorn
     uvicorn --app-dir examples fastapi_app:app
 
     POST   /jobs               submit; answers {"id": …}

@@ -1,10 +1,11 @@
-"""Writes docs/parameters.md: every field of a job, and the settings that a worker has for them.
+"""Writes docs/parameters.md, every field of a job, and docs/settings.md, every setting.
 
-    python scripts/parameters_page.py          # writes the page
-    python scripts/parameters_page.py --print  # shows it
+    python scripts/parameters_page.py          # writes the pages
+    python scripts/parameters_page.py --print  # shows them
 
 Meaning, type, range and default are the schema's own (`GenerationJob`, `Settings`); only the test
-that shows a field at work is named here. `tests/unit/test_parameters_page.py` holds page and tests.
+that shows a field at work, and a setting's place, are named here, and held by
+`tests/unit/test_parameters_page.py`.
 """
 
 from __future__ import annotations
@@ -14,12 +15,15 @@ import sys
 from pathlib import Path
 from typing import Any, Final
 
+from pydantic import SecretStr
+
 from mlx_serving.common.job_checks import UNSUPPORTED
 from mlx_serving.common.jobs import FEATURE_PROTOCOL, GenerationJob
 from mlx_serving.common.settings import ENV_PREFIX, Settings
 
 ROOT: Final = Path(__file__).parents[1]
 PAGE: Final = ROOT / "docs" / "parameters.md"
+SETTINGS_PAGE: Final = ROOT / "docs" / "settings.md"
 _ENGINE: Final = "tests/acceptance/test_parameters_engine.py"
 _CHOICES: Final = "tests/acceptance/test_choices_tally.py"
 _TOOLS: Final = "tests/acceptance/test_tool_calls_engine.py"
@@ -76,12 +80,60 @@ SHOWN_BY: Final[dict[str, str]] = {
 }
 """From a field of a job to the test that shows what it does."""
 
-SETTINGS: Final = (
-    "models", "hub_endpoint", "hub_cache", "max_payload_bytes", "max_batch_rows",
-    "kv_budget_bytes", "prefix_cache_bytes", "kv_cache", "prefill_chunk_tokens", "buffer_tokens",
-    "flush_interval_ms", "prefix_affinity_ms", "signing_keys",
-)  # fmt: skip
-"""What a worker, or a producer, is told about the jobs it takes."""
+SETTINGS: Final[dict[str, tuple[str, ...]]] = {
+    "Redis": (
+        "redis_url", "redis_username", "redis_password", "redis_by_model", "redis_tls",
+        "redis_tls_ca", "redis_tls_cert", "redis_tls_key", "redis_connect_timeout_seconds",
+        "redis_read_timeout_seconds", "sentinel_hosts", "sentinel_service", "sentinel_username",
+        "sentinel_password", "key_prefix", "rq_prefix",
+    ),
+    "Jobs": ("signing_keys", "max_payload_bytes"),
+    "Models ([models.md](models.md))": (
+        "models", "hub_endpoint", "hub_cache", "model_budget_bytes", "pinned_models",
+        "model_wait_seconds", "model_load_seconds",
+    ),
+    "The batch ([engine.md](engine.md))": (
+        "max_batch_rows", "lane_min_share", "lane_headroom", "kv_budget_bytes",
+        "prefill_chunk_tokens", "kv_cache", "kv_bits", "prefix_cache_bytes", "native",
+    ),
+    "Delivery ([protocol.md](protocol.md))": (
+        "lease_seconds", "reap_interval_seconds", "engine_stall_seconds", "drain_grace_seconds",
+        "flush_interval_ms", "buffer_tokens", "prefix_affinity_ms",
+    ),
+    "When the engine is replaced ([memory.md](memory.md))": (
+        "recycle_after_steps", "recycle_after_tokens", "recycle_after_hours",
+    ),
+    "When a worker works ([operations.md](operations.md))": (
+        "work_hours", "back_off_user_seconds", "back_off_hot", "back_off_battery",
+        "back_off_hands_over",
+    ),
+    "Health and logs ([operations.md](operations.md))": (
+        "metrics_port", "metrics_host", "log_format", "log_level",
+    ),
+}  # fmt: skip
+"""Every setting, where a reader looks for it."""
+
+_SETTINGS_HEAD: Final = f"""\
+# Settings
+
+Of workers, producers and the command line alike. In the environment a setting's name is in capital
+letters behind `{ENV_PREFIX}`; in a file, `mlx-serving.toml` in the working folder or wherever
+`{ENV_PREFIX}CONFIG` points, it is as here. The environment wins. A list is `a,b` in the
+environment, a table (`models`, `redis_by_model`) is JSON there. A wrong value, or a name in a file
+that is none, is `invalid_settings` with that name; such a name in the environment is a warning.
+Settings are read at start. Each has a default that works; what workers and producers must agree on
+is under *Redis* and *Jobs*.
+
+```toml
+redis_url = "rediss://queue.internal:6379/0"
+metrics_port = 9109
+
+[models]
+qwen = "/Users/me/models/Qwen3-0.6B"
+```
+
+This page is written by `python scripts/parameters_page.py` from the schema.
+"""
 
 _HEAD: Final = """\
 # Parameters of a job
@@ -95,8 +147,12 @@ none is ignored. Null is as good as not given.
 
 def page() -> str:
     """The page's text."""
-    parts = [_HEAD, _fields(), _refused(), _settings()]
-    return "\n".join(parts)
+    return f"{_HEAD}\n{_fields()}\n{_refused()}"
+
+
+def settings_page() -> str:
+    """The settings page's text."""
+    return "\n".join([_SETTINGS_HEAD, *(_settings(*group) for group in SETTINGS.items())])
 
 
 def _fields() -> str:
@@ -132,21 +188,22 @@ model's format of calls has no way to write ([engine.md](engine.md)).
 """
 
 
-def _settings() -> str:
-    properties = Settings.model_json_schema()["properties"]
-    rows = []
-    for name in SETTINGS:
-        field = Settings.model_fields[name]
-        default = "`tally`, the tiny model" if name == "models" else _code(field.default)
-        rows.append((f"`{ENV_PREFIX}{name.upper()}`", field.description or "",
-                     _kind(properties[name]), default))  # fmt: skip
-    table = _table(("setting", "meaning", "type, range", "default"), rows)
-    return f"""\
-## Settings for it
+def _settings(group: str, names: tuple[str, ...]) -> str:
+    properties = Settings.model_json_schema(by_alias=False)["properties"]
+    rows = [
+        (f"`{name}`", Settings.model_fields[name].description or "", _kind(properties[name]),
+         _default(name))
+        for name in names
+    ]  # fmt: skip
+    return f"## {group}\n\n{_table(('setting', 'meaning', 'type, range', 'default'), rows)}"
 
-In the environment, or in `mlx-serving.toml` by the name in small letters without `{ENV_PREFIX}`.
 
-{table}"""
+def _default(name: str) -> str:
+    default = Settings.model_fields[name].default
+    if name == "models":
+        return "`tally`, the tiny model"
+    shown = default.get_secret_value() if isinstance(default, SecretStr) else default
+    return "none" if shown in ((), {}) else _code(shown)
 
 
 def _kind(schema: dict[str, Any]) -> str:
@@ -208,7 +265,8 @@ def _table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 
 
 if __name__ == "__main__":
-    if "--print" in sys.argv:
-        print(page())
-    else:
-        PAGE.write_text(page(), encoding="utf-8")
+    for path, text in ((PAGE, page()), (SETTINGS_PAGE, settings_page())):
+        if "--print" in sys.argv:
+            print(text)
+        else:
+            path.write_text(text, encoding="utf-8")

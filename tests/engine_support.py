@@ -1,14 +1,16 @@
 """Builds tiny engines, drives them, and decodes by mlx-lm itself for comparison."""
 
+import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, cast
 
 import mlx.core as mx
 from mlx_lm.generate import generate_step
 
 from benchmarks.synthetic import TINY, build_model, build_tokenizer
-from mlx_serving.worker.engine.cache.cache_choice import paged_choice
+from mlx_serving.worker.engine.cache.cache_choice import CacheChoice, paged_choice
 from mlx_serving.worker.engine.cache.kv_cache import LanguageModel
 from mlx_serving.worker.engine.engine import Engine
 from mlx_serving.worker.engine.model_runner import ModelRunner
@@ -19,6 +21,39 @@ from mlx_serving.worker.engine.sequence import ModelInfo, Output, Request, Sampl
 
 EOS = 256
 GREEDY = SamplingParams()
+POISON = 299  # a token id that only poisoned prompts hold
+
+HYBRID: dict[str, Any] = {
+    **TINY,
+    "norm_eps": 1e-6,
+    "conv_bias": False,
+    "conv_L_cache": 3,
+    "block_dim": 64,
+    "block_ff_dim": 128,
+    "block_multiple_of": 32,
+    "block_ffn_dim_multiplier": 1.0,
+    "block_auto_adjust_ff_dim": False,
+    "layer_types": ["conv", "full_attention", "conv", "full_attention"],
+    "num_hidden_layers": 4,
+}
+SLIDING: dict[str, Any] = {
+    **TINY,
+    "num_hidden_layers": 3,
+    "sliding_window": 24,
+    "sliding_window_pattern": 3,
+    "query_pre_attn_scalar": 16,
+}
+RECURRENT: dict[str, Any] = {
+    "vocab_size": TINY["vocab_size"],
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "state_size": 8,
+    "num_hidden_layers": 2,
+    "conv_kernel": 4,
+    "use_bias": False,
+    "use_conv_bias": True,
+    "time_step_rank": 4,
+}
 
 
 @dataclass
@@ -42,6 +77,32 @@ class Collected:
         self.cached_tokens = output.cached_tokens
 
 
+class PoisonedModel:
+    """NaN logits for rows whose input token is POISON; or an exception in their prefill."""
+
+    def __init__(self, *, raises: bool = False, value: float = float("nan")) -> None:
+        self.model = build_model()
+        self.layers = self.model.layers  # type: ignore[attr-defined]
+        self.raises = raises
+        self.value = value
+
+    def __call__(self, inputs: mx.array, cache: list[Any]) -> mx.array:
+        poisoned = (inputs == POISON).any(axis=1)
+        if self.raises and poisoned.any().item():
+            message = "a prompt like 'top secret' can't be computed"
+            raise RuntimeError(message)
+        logits = self.model(inputs, cache=cache)
+        return mx.where(poisoned[:, None, None], self.value, logits)
+
+
+def other_model(module: Any, config: dict[str, Any]) -> Any:
+    mx.random.seed(1)
+    name = module.__name__.rsplit(".", 1)[-1]
+    model = module.Model(module.ModelArgs.from_dict({"model_type": name, **config}))
+    mx.eval(model.parameters())
+    return model
+
+
 def tiny_engine(
     model: LanguageModel | None = None,
     *,
@@ -60,12 +121,38 @@ def tiny_engine(
         prefix_cache_bytes=prefix_cache_bytes,
         prefill_chunk_tokens=chunk,
     )
-    model = model if model is not None else build_model()
-    choice = paged_choice(model, ReferenceOps()) if paged else None
-    if choice is not None:
-        assert choice.block_tokens, choice.report
+    choice = None
+    if paged:
+        model, choice = _checked() if model is None else _check(model)
+    elif model is None:
+        model = build_model()
     runner = ModelRunner(model, choice)
     return build_engine(runner, build_tokenizer(), info, options)
+
+
+@cache
+def _checked() -> tuple[LanguageModel, CacheChoice]:
+    """The model that most engines share; its check runs ten steps, so once is enough."""
+    return _check(build_model())
+
+
+def _check(model: LanguageModel) -> tuple[LanguageModel, CacheChoice]:
+    choice = paged_choice(model, ReferenceOps())
+    assert choice.block_tokens, choice.report
+    return model, choice
+
+
+def random_requests(count: int, seed: int, sampling: SamplingParams = GREEDY) -> list[Request]:
+    chance = random.Random(seed)
+    return [
+        Request(
+            f"r{index}",
+            tuple(chance.randrange(256) for _ in range(chance.choice([1, 2, 7, 30, 64, 150]))),
+            sampling,
+            max_tokens=chance.randrange(1, 40),
+        )
+        for index in range(count)
+    ]
 
 
 def drive(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import time
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -45,6 +46,19 @@ async def wait_until_async(
             raise AssertionError(f"not within {timeout} s: {what or condition}")
         await asyncio.sleep(POLL_SECONDS)
     return value
+
+
+def free_port() -> int:
+    """A TCP port that nobody listened on a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def dataset_bytes(client: redis.Redis) -> int:
+    """What the keys of this Redis take, its own overhead apart."""
+    client.memory_purge()
+    return int(client.info("memory")["used_memory_dataset"])
 
 
 def leaked_keys(client: redis.Redis, keys: Keys | None = None) -> list[str]:

@@ -14,7 +14,6 @@ from mlx_serving.common.scripts import script_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from types import TracebackType
 
 
 def calls_of(script: str) -> bytes:
@@ -50,12 +49,7 @@ class LossyProxy:
         self._start(self._accept)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._open.set()
         for each in list(self._sockets):
             _close(each)

@@ -1,4 +1,4 @@
-"""A hundred JSON schemas, all different: nested, with enums, formats, recursion and unions."""
+"""JSON schemas: a hundred different ones, with enums, formats, recursion and unions."""
 
 from __future__ import annotations
 
@@ -23,6 +23,18 @@ def obj(properties: Schema, required: list[str] | None = None, **more: Any) -> S
     }
 
 
+def schema(value: Any) -> Schema:
+    """The `response_format` that asks for this schema."""
+    return {"type": "json_schema", "json_schema": {"name": "x", "schema": value}}
+
+
+PERSON = obj(
+    {
+        "name": {"type": "string", "minLength": 4, "maxLength": 12},
+        "age": {"type": "integer", "minimum": 0, "maximum": 150},
+        "mood": {"enum": ["🙂", "é", "so-so"]},
+    }
+)
 _TREE = obj(
     {
         "value": {"type": "integer", "minimum": 0, "maximum": 9},

@@ -2,30 +2,19 @@
 
 from __future__ import annotations
 
-import socket
 import subprocess
 import tempfile
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import redis
 
 from mlx_serving.common.local_redis import LocalRedis
-from tests.helpers import wait_until
-
-if TYPE_CHECKING:
-    from types import TracebackType
+from tests.helpers import free_port, wait_until
 
 SERVICE = "main"
 DOWN_MS = 2000
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 class SentinelFleet:
@@ -50,12 +39,7 @@ class SentinelFleet:
         wait_until(self._is_complete, timeout=20, what="Sentinels that know everybody")
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._stack.close()
 
     @property

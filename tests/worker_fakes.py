@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import msgspec
-import redis
 
 from mlx_serving.common import events
 from mlx_serving.common.calls import Call, ClaimedJob, RowReply
@@ -15,6 +15,10 @@ from mlx_serving.worker.engine.sequence import ModelInfo, Output
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    import redis
+
+    from mlx_serving.worker.conditions import Pressure
 
 MODEL = ModelInfo("m", "r1", "h1", 100, frozenset({0}))
 
@@ -91,4 +95,19 @@ class FakeProtocol:
         return [event for commit in self.commits for _, event, _ in commit]
 
 
-LOST = redis.ConnectionError("reply lost")
+@dataclass
+class FakeProbe:
+    """A Mac as the test wants it; None: it can't tell."""
+
+    idle: float | None = 3600.0
+    pressure: Pressure | None = "nominal"
+    battery: bool | None = False
+
+    def idle_seconds(self) -> float | None:
+        return self.idle
+
+    def thermal_pressure(self) -> Pressure | None:
+        return self.pressure
+
+    def on_battery(self) -> bool | None:
+        return self.battery

@@ -346,5 +346,11 @@ def decoded(client: Client, handles: Iterable[JobHandle]) -> Iterator[int]:
         yield sum(len(delta.token_ids) for event in stream for delta in event.choices)
 
 
+def wait_until_decoded(client: Client, handles: Iterable[JobHandle], tokens: int = 3) -> None:
+    """Wait until each job has so many tokens in its stream."""
+    jobs = list(handles)
+    wait_until(lambda: all(count >= tokens for count in decoded(client, jobs)), timeout=20)
+
+
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1]))

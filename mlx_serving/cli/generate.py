@@ -28,7 +28,9 @@ def generate(  # noqa: PLR0913, PLR0917 -- each is an option of the command line
     top_k: Annotated[int | None, typer.Option(help="Keep so many tokens; 0 is off.")] = None,
     min_p: Annotated[float | None, typer.Option(help="Keep this share of the likeliest.")] = None,
     seed: Annotated[int | None, typer.Option(help="Same seed, same tokens.")] = None,
-    n: Annotated[int | None, typer.Option("-n", help="Choices; more than one end in turn.")] = None,
+    n: Annotated[
+        int | None, typer.Option("-n", help="How many choices; several are printed at the end.")
+    ] = None,
     logprobs: Annotated[
         int | None, typer.Option(help="Print each token's, and of so many likeliest ones.")
     ] = None,

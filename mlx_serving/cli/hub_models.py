@@ -5,10 +5,27 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mlx_serving.cli.console import note
+from mlx_serving.common.errors import FieldError, ModelUnreachable, UnknownModel
 
 if TYPE_CHECKING:
     from mlx_serving.common.settings import Settings
     from mlx_serving.worker.engine.hub import Hub
+    from mlx_serving.worker.engine.model_files import ModelFilesError
+
+
+def known_path(settings: Settings, model: str) -> str:
+    """Folder that the settings have for a model, whatever is in it.
+
+    Raises:
+        UnknownModel: they know no such alias.
+
+    """
+    path = settings.models.get(model)
+    if path is None:
+        known = ", ".join(sorted(settings.models))
+        reason = f"{model!r} is no alias of the settings (known: {known})"
+        raise UnknownModel([FieldError("model", reason)])
+    return path
 
 
 def hub_of(settings: Settings) -> Hub:
@@ -61,6 +78,14 @@ def fetched_path(settings: Settings, path: str) -> str:
     return path if model is None else str(download(model, hub_of(settings), note))
 
 
+def refusal(alias: str, error: ModelFilesError) -> UnknownModel:
+    """Our error for a model of the settings that can't be had, now or ever."""
+    from mlx_serving.worker.engine.hub import HubUnreachableError
+
+    kind = ModelUnreachable if isinstance(error, HubUnreachableError) else UnknownModel
+    return kind([FieldError(f"models.{alias}", str(error))])
+
+
 def pull(settings: Settings, alias: str) -> None:
     """Download a model of the settings; of a branch, only say which commit it is.
 
@@ -69,14 +94,10 @@ def pull(settings: Settings, alias: str) -> None:
 
     """
     from mlx_serving.cli.extras import require_engine
-    from mlx_serving.common.errors import FieldError, UnknownModel
     from mlx_serving.worker.engine.hub import hub_model, resolve
     from mlx_serving.worker.engine.model_files import ModelFilesError
 
-    path = settings.models.get(alias)
-    if path is None:
-        raise UnknownModel([FieldError("model", f"{alias!r} is no alias of the settings")])
-    model = hub_model(path)
+    model = hub_model(known_path(settings, alias))
     if model is None:
         return  # a folder, which the list says more of
     require_engine()
@@ -85,6 +106,6 @@ def pull(settings: Settings, alias: str) -> None:
             commit = resolve(model, hub_of(settings))
             reason = f"{model} is not pinned; it is {commit} now: write that"
             raise UnknownModel([FieldError(f"models.{alias}", reason)])
-        fetched_path(settings, path)
+        fetched_path(settings, str(model))
     except ModelFilesError as error:
-        raise UnknownModel([FieldError(f"models.{alias}", str(error))]) from None
+        raise refusal(alias, error) from None

@@ -9,7 +9,7 @@ from typing import Annotated, Final
 import typer
 
 from mlx_serving.cli.console import print_json, print_table
-from mlx_serving.cli.hub_models import found_path, hub_problem, pull
+from mlx_serving.cli.hub_models import found_path, hub_problem, known_path, pull
 from mlx_serving.cli.options import AsJson, read_settings
 
 BYTES_A_MB: Final = 1_000_000
@@ -45,12 +45,8 @@ def models(
             raise typer.BadParameter("models takes one alias, or pull and one")
         pull(settings, pulled)
         alias = pulled
-    known = settings.models
-    views = [
-        model_view(n, found_path(settings, p))
-        for n, p in sorted(known.items())
-        if alias in (None, n)
-    ]
+    shown = sorted(settings.models) if alias is None else [alias]
+    views = [model_view(name, found_path(settings, known_path(settings, name))) for name in shown]
     if as_json:
         print_json(views)
     else:
@@ -68,8 +64,6 @@ def models(
                 for v in views
             ],
         )
-    if alias is not None and not views:
-        raise typer.Exit(1)
 
 
 def model_view(alias: str, path: str) -> ModelView:

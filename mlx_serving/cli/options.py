@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mlx_serving.cli.console import note
+
 if TYPE_CHECKING:
     from mlx_serving.common.settings import Settings
 
@@ -33,8 +35,10 @@ def read_settings(redis_url: str | None = None) -> Settings:
         InvalidSettings: names each wrong setting.
 
     """
-    from mlx_serving.common.settings import load_settings
+    from mlx_serving.common.settings import load_settings, unknown_variables
 
+    for name in unknown_variables():
+        note(f"warning: {name} is no setting, and without effect")
     if redis_url is None:
         return load_settings()
     return load_settings(redis_url=redis_url, redis_by_model={})

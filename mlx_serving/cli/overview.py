@@ -12,8 +12,7 @@ from rq.worker.base import BaseWorker
 
 from mlx_serving.common.connection import connect
 from mlx_serving.common.results import decode_result
-from mlx_serving.common.retrying import unavailable
-from mlx_serving.producer.outage import FAULTS
+from mlx_serving.common.retrying import FAULTS, unavailable
 
 if TYPE_CHECKING:
     import redis

@@ -6,21 +6,24 @@ import signal
 import sys
 import threading
 import time
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Final, Self
 
 from mlx_serving.cli.console import EXIT_INTERRUPTED, harmless, note
 from mlx_serving.common.errors import MlxServingError
 from mlx_serving.common.events import encode
+from mlx_serving.common.jobs import queue_name
 from mlx_serving.producer.client import Client
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from types import FrameType, TracebackType
+    from types import FrameType
 
     from mlx_serving.common.events import Event, TokenLogprob
     from mlx_serving.common.jobs import GenerationJob
     from mlx_serving.common.results import GenerationResult
     from mlx_serving.common.settings import Settings
+
+WAIT_SECONDS: Final = 3.0
 
 
 class Canceller:
@@ -39,12 +42,7 @@ class Canceller:
         self._before = signal.signal(signal.SIGINT, self._on_interrupt)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         signal.signal(signal.SIGINT, self._before)
 
     def watch(self, job_id: str) -> None:
@@ -69,6 +67,27 @@ class Canceller:
             self._cancel(str(self._job_id))
         except MlxServingError as error:
             note(f"not cancelled: {error.code}: {error}")
+
+
+class WaitingNote:
+    """Says that a job waits, where nothing has come of it for some seconds."""
+
+    def __init__(self, job: GenerationJob) -> None:
+        queue = queue_name(job.model, job.lane)
+        text = f"waits in {queue}: mlx-serving status shows who serves what; Ctrl-C cancels"
+        self._timer = threading.Timer(WAIT_SECONDS, note, [text])
+        self._timer.daemon = True
+
+    def __enter__(self) -> Self:
+        self._timer.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.over()
+
+    def over(self) -> None:
+        """Say nothing any more."""
+        self._timer.cancel()
 
 
 class Printer:
@@ -125,8 +144,10 @@ def stream_job(job: GenerationJob, settings: Settings, *, as_json: bool, verbose
         handle = client.submit(job)
         ctrl_c.watch(handle.id)
         try:
-            for event in handle.stream():
-                printer.show(event)
+            with WaitingNote(job) as waiting:
+                for event in handle.stream():
+                    waiting.over()
+                    printer.show(event)
             result = handle.result()
             printer.end(result)
         except BrokenPipeError:  # nobody reads what we print: the work is for nothing

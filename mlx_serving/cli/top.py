@@ -40,8 +40,7 @@ def top(
     """
     from mlx_serving.cli.overview import look
     from mlx_serving.common.connection import connect, resolve
-    from mlx_serving.common.retrying import unavailable
-    from mlx_serving.producer.outage import FAULTS
+    from mlx_serving.common.retrying import FAULTS, unavailable
 
     endpoint = resolve(read_settings(redis_url), model)
     with connect(endpoint) as client:

@@ -6,8 +6,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from mlx_serving.cli.console import fail, note
 from mlx_serving.cli.extras import require_engine
+from mlx_serving.cli.hub_models import known_path
 from mlx_serving.cli.options import RedisUrl, read_settings
+from mlx_serving.common.errors import InvalidSettings, MissingDependency, UnknownModel
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -41,14 +44,24 @@ def worker(
 
     The first signal drains: no new claims, what ends within the grace time ends, the rest is
     handed over. The second hands over at once.
+
+    Exit status: 0 when drained, 78 where settings, models or the install are wrong, so that another
+    start mends nothing, else 1.
     """
     from mlx_serving.common.telemetry import configure_logging, get_logger
+    from mlx_serving.worker.supervision.crash import EXIT_CONFIGURATION
     from mlx_serving.worker.supervision.supervisor import default_name, run_worker
 
-    settings = read_settings(redis_url)
     first, *others = models = list(dict.fromkeys(model or ["tally"]))
-    spec = engine_spec(settings, first, engine, tokens_per_second, others=others)
-    require_redis(settings, first)
+    try:
+        settings = read_settings(redis_url)
+        spec = engine_spec(settings, first, engine, tokens_per_second, others=others)
+    except (InvalidSettings, UnknownModel, MissingDependency) as error:
+        if error.retryable:
+            raise
+        fail(error)
+        raise typer.Exit(EXIT_CONFIGURATION) from None
+    require_redis(settings, first, name)
     configure_logging(log_format=settings.log_format, level=settings.log_level)
     name = name or default_name()
     get_logger(__name__).info("starting", worker=name, model=",".join(models), engine=engine)
@@ -67,7 +80,8 @@ def engine_spec(
     Of several models one at least has to be complete: the worker serves what it can load.
 
     Raises:
-        UnknownModel: the settings know no such alias, or the files of none can be loaded.
+        UnknownModel: the settings know no such alias, or the files of none can be loaded;
+            ModelUnreachable where a hub's may come with another start.
         InvalidSettings: the models are not all on one Redis.
         MissingDependency: the engine is not installed.
 
@@ -86,7 +100,6 @@ def engine_spec(
 def _paths(settings: Settings, known: dict[str, str]) -> dict[str, str]:
     """Folder of each model, one of which is complete at least."""
     from mlx_serving.cli.hub_models import found_path
-    from mlx_serving.common.errors import UnknownModel
 
     paths: dict[str, str] = {}
     problems: list[UnknownModel] = []
@@ -99,57 +112,40 @@ def _paths(settings: Settings, known: dict[str, str]) -> dict[str, str]:
             if len(known) > 1:
                 typer.echo(f"warning: {error}; its jobs are left to other workers", err=True)
     if len(problems) == len(known):
-        raise problems[0]
+        raise next((problem for problem in problems if problem.retryable), problems[0])
     return paths
 
 
-def require_redis(settings: Settings, model: str) -> None:
+def require_redis(settings: Settings, model: str, name: str | None = None) -> None:
     """Ask the model's Redis for an answer before a model is loaded for it.
+
+    Warns where a worker of this name is there, or was until just now: two of one name are one to
+    Redis, and give each other's jobs back.
 
     Raises:
         QueueUnavailable: it can't be reached, or refuses us.
 
     """
-    import redis
-
     from mlx_serving.common.connection import connect, resolve
-    from mlx_serving.common.retrying import retry_idempotent, unavailable
+    from mlx_serving.common.retrying import answered
 
-    with connect(resolve(settings, model)) as client:
-        try:
-            retry_idempotent(client.ping)
-        except redis.RedisError as error:
-            raise unavailable(error) from error
-
-
-def known_path(settings: Settings, model: str) -> str:
-    """Folder that the settings have for a model, whatever is in it.
-
-    Raises:
-        UnknownModel: they know no such alias.
-
-    """
-    from mlx_serving.common.errors import FieldError, UnknownModel
-
-    path = settings.models.get(model)
-    if path is None:
-        known = ", ".join(sorted(settings.models))
-        reason = f"{model!r} is no alias of the settings (known: {known})"
-        raise UnknownModel([FieldError("model", reason)])
-    return path
+    endpoint = resolve(settings, model)
+    with connect(endpoint) as client:
+        answered(client.ping)
+        if name and answered(lambda: client.exists(endpoint.keys.worker(name))):
+            note(f"warning: a worker {name!r} was here 30 s ago or less; no two may share a name")
 
 
 def model_path(settings: Settings, model: str) -> str:
     """Folder of a model that is complete and safe to load.
 
     Raises:
-        UnknownModel: names what is wrong.
+        UnknownModel: names what is wrong; ModelUnreachable where its hub does not answer.
 
     """
     from pathlib import Path
 
-    from mlx_serving.cli.hub_models import fetched_path
-    from mlx_serving.common.errors import FieldError, UnknownModel
+    from mlx_serving.cli.hub_models import fetched_path, refusal
     from mlx_serving.worker.engine.model_files import ModelFilesError, check_model_files
 
     path = known_path(settings, model)
@@ -157,5 +153,5 @@ def model_path(settings: Settings, model: str) -> str:
         path = fetched_path(settings, path)
         check_model_files(Path(path))
     except ModelFilesError as error:
-        raise UnknownModel([FieldError(f"models.{model}", str(error))]) from None
+        raise refusal(model, error) from None
     return path

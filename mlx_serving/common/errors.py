@@ -2,7 +2,8 @@
 
 * MlxServingError
   * InvalidJob            a field of a job is wrong; `.errors` names each one
-    * UnknownModel        no worker setting or alias names this model
+    * UnknownModel        no worker setting or alias names this model, or its files can't be loaded
+      * ModelUnreachable  they are a hub's, which does not answer now
     * PayloadTooLarge     the job is larger than the limit on its bytes
     * InvalidSchema       a schema, regex or grammar that the worker can't keep the model to
   * CorruptJob            what Redis holds is no job of ours
@@ -68,13 +69,11 @@ class MlxServingError(Exception):
         super().__init__(self.message)
 
 
-class InvalidJob(MlxServingError):
-    """The job has fields that are wrong."""
-
-    code = "invalid_job"
+class _FieldErrors(Exception):
+    """What errors share that name each wrong field, option or setting."""
 
     def __init__(self, errors: Iterable[FieldError | tuple[str, str]] | str | None = None) -> None:
-        """Keep each wrong field in `.errors`; the message lists them as `path: reason`."""
+        """Keep each one in `.errors`; the message lists them as `path: reason`."""
         self.errors = field_errors(errors)
         super().__init__("; ".join(map(str, self.errors)))
 
@@ -83,10 +82,23 @@ class InvalidJob(MlxServingError):
         return type(self), (self.errors,)
 
 
+class InvalidJob(_FieldErrors, MlxServingError):
+    """The job has fields that are wrong."""
+
+    code = "invalid_job"
+
+
 class UnknownModel(InvalidJob):
     """No worker serves this model: it is neither an alias nor a name in the settings."""
 
     code = "unknown_model"
+
+
+class ModelUnreachable(UnknownModel):
+    """The model's files are a hub's, which does not answer now."""
+
+    code = "model_unreachable"
+    retryable = True
 
 
 class PayloadTooLarge(InvalidJob):
@@ -172,19 +184,10 @@ class JobExpired(UnsuccessfulJob):
     code = "job_expired"
 
 
-class InvalidBatch(MlxServingError):
+class InvalidBatch(_FieldErrors, MlxServingError):
     """The bulk file can't be run as asked."""
 
     code = "invalid_batch"
-
-    def __init__(self, errors: Iterable[FieldError | tuple[str, str]] | str | None = None) -> None:
-        """Keep each problem in `.errors`; the message lists them as `option: reason`."""
-        self.errors = field_errors(errors)
-        super().__init__("; ".join(map(str, self.errors)))
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle by the field errors, so that the copy has them too."""
-        return type(self), (self.errors,)
 
 
 class BatchNotFound(MlxServingError):
@@ -283,19 +286,10 @@ class EngineError(MlxServingError):
     retryable = True
 
 
-class InvalidSettings(MlxServingError):
+class InvalidSettings(_FieldErrors, MlxServingError):
     """A setting is wrong."""
 
     code = "invalid_settings"
-
-    def __init__(self, errors: Iterable[FieldError | tuple[str, str]] | str | None = None) -> None:
-        """Keep each wrong setting in `.errors`; the message lists them as `name: reason`."""
-        self.errors = field_errors(errors)
-        super().__init__("; ".join(map(str, self.errors)))
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle by the field errors, so that the copy has them too."""
-        return type(self), (self.errors,)
 
 
 class MissingDependency(MlxServingError):

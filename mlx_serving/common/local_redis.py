@@ -8,15 +8,12 @@ import subprocess
 import tempfile
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Literal, Self
+from typing import Final, Literal, Self
 
 import redis
 
 from mlx_serving.common.connection import Endpoint, connect
 from mlx_serving.common.errors import MissingDependency, QueueUnavailable
-
-if TYPE_CHECKING:
-    from types import TracebackType
 
 AppendOnly = Literal["no", "everysec", "always"]
 
@@ -55,12 +52,7 @@ class LocalRedis:
         """Start it."""
         return self.start()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """End it, and delete its data."""
         self.stop()
 

@@ -20,6 +20,9 @@ ATTEMPTS: Final = 5
 BASE_SECONDS: Final = 0.05
 CAP_SECONDS: Final = 1.0
 
+FAULTS: Final = (exceptions.RedisError, OSError)
+"""Whatever a call to Redis can fail with."""
+
 REFUSED: Final = (exceptions.AuthenticationError, exceptions.AuthorizationError)
 """Connection errors that waiting does not mend."""
 
@@ -74,6 +77,14 @@ async def retry_idempotent_async(
                 raise unavailable(error) from error
         await sleep(pause)
     raise AssertionError  # pragma: no cover -- the last pause is None
+
+
+def answered(call: Callable[[], T]) -> T:
+    """Run a call that may run twice; whatever Redis fails with is QueueUnavailable."""
+    try:
+        return retry_idempotent(call)
+    except FAULTS as error:
+        raise unavailable(error) from error
 
 
 def unavailable(error: Exception) -> QueueUnavailable:

@@ -38,6 +38,11 @@ from mlx_serving.common.validation import pydantic_errors
 
 ENV_PREFIX: Final = "MLX_SERVING_"
 CONFIG_FILE: Final = "mlx-serving.toml"
+OTHER_VARIABLES: Final = frozenset(
+    ENV_PREFIX + name
+    for name in ("CONFIG", "NO_NATIVE_BUILD", "SANITIZE", "BUILD_TESTS", "BUILD_PYTHON")
+)
+"""Where the settings are, and what the build reads."""
 TALLY: Final = "tally"
 TALLY_PATH: Final = Path(__file__).parents[1] / "tally" / "model"
 """The tiny model that ships with the package; spelled here so that nothing else is imported."""
@@ -96,24 +101,41 @@ class Settings(BaseSettings):
     )
 
     # Redis; the URL may hold user and password, which then win over the fields below
-    redis_url: RedisUrl = SecretStr("redis://localhost:6379/0")
-    redis_by_model: dict[ModelName, RedisUrl] = {}
-    redis_username: str | None = None
-    redis_password: SecretStr | None = None
-    redis_tls: bool = False
-    redis_tls_ca: FilePath | None = None
-    redis_tls_cert: FilePath | None = None
-    redis_tls_key: FilePath | None = None
-    redis_connect_timeout_seconds: PositiveSeconds = 5.0
-    redis_read_timeout_seconds: PositiveSeconds = 5.0
-    sentinel_hosts: Annotated[tuple[HostAndPort, ...], NoDecode, BeforeValidator(_split)] = ()
-    sentinel_service: str = "mymaster"
-    sentinel_username: str | None = None
-    sentinel_password: SecretStr | None = None
-    key_prefix: KeyPrefix = "mlxs"
+    redis_url: RedisUrl = Field(
+        default=SecretStr("redis://localhost:6379/0"),
+        description="`redis://`, `rediss://` or `unix://`; a user and password in it win",
+    )
+    redis_by_model: dict[ModelName, RedisUrl] = Field(
+        default={}, description="alias → URL, where models have a Redis of their own"
+    )
+    redis_username: str | None = Field(default=None, description="ACL user")
+    redis_password: SecretStr | None = Field(default=None, description="its password")
+    redis_tls: bool = Field(default=False, description="TLS, also where the URL says `redis://`")
+    redis_tls_ca: FilePath | None = Field(
+        default=None, description="who signed the server's certificate; none: the system's"
+    )
+    redis_tls_cert: FilePath | None = Field(
+        default=None, description="our certificate, where the server asks for one"
+    )
+    redis_tls_key: FilePath | None = Field(default=None, description="its key")
+    redis_connect_timeout_seconds: PositiveSeconds = Field(
+        default=5.0, description="for a connection"
+    )
+    redis_read_timeout_seconds: PositiveSeconds = Field(default=5.0, description="for a reply")
+    sentinel_hosts: Annotated[tuple[HostAndPort, ...], NoDecode, BeforeValidator(_split)] = Field(
+        default=(), description="`host:port` of each Sentinel; the URL's host is not used then"
+    )
+    sentinel_service: str = Field(
+        default="mymaster", description="name of the primary with the Sentinels"
+    )
+    sentinel_username: str | None = Field(default=None, description="ACL user of the Sentinels")
+    sentinel_password: SecretStr | None = Field(default=None, description="its password")
+    key_prefix: KeyPrefix = Field(default="mlxs", description="of every key of ours")
     # RQ reads this variable itself, when it is imported: the two must agree.
     rq_prefix: KeyPrefix = Field(
-        default="rq", validation_alias=AliasChoices("rq_prefix", "RQ_KEY_PREFIX")
+        default="rq",
+        validation_alias=AliasChoices("rq_prefix", "RQ_KEY_PREFIX"),
+        description="of RQ's keys; RQ reads `RQ_KEY_PREFIX` itself, so set that",
     )
 
     # Signed jobs: the first key signs, all of them verify; with keys, workers run signed jobs only
@@ -152,10 +174,21 @@ class Settings(BaseSettings):
     )
 
     # Delivery
-    lease_seconds: PositiveSeconds = 10.0
-    reap_interval_seconds: PositiveSeconds = 2.0
-    engine_stall_seconds: PositiveSeconds = 10.0
-    drain_grace_seconds: float = Field(default=30.0, ge=0, le=24 * 3600)
+    lease_seconds: PositiveSeconds = Field(
+        default=10.0, description="for which a job stays a silent worker's"
+    )
+    reap_interval_seconds: PositiveSeconds = Field(
+        default=2.0, description="between two looks for leases that ran out"
+    )
+    engine_stall_seconds: PositiveSeconds = Field(
+        default=10.0, description="after which an engine that makes no progress is ended"
+    )
+    drain_grace_seconds: float = Field(
+        default=30.0,
+        ge=0,
+        le=24 * 3600,
+        description="after SIGTERM, for what runs; the rest is handed over",
+    )
     flush_interval_ms: float = Field(
         default=10.0, ge=0, le=1000, description="between two commits of what was decoded"
     )
@@ -193,44 +226,72 @@ class Settings(BaseSettings):
     )
     prefix_cache_bytes: int | None = Field(
         default=None, ge=0,
-        description="of the KV budget, for prefixes that no row uses; None: half, 0: off",
+        description="of the KV budget, for prefixes that no row uses; none: half, 0: off",
     )  # fmt: skip
     kv_cache: Literal["auto", "paged", "padded"] = Field(
         default="auto", description="auto: paged where a kernel proved itself here"
     )
     kv_bits: Annotated[Literal[4, 8] | None, BeforeValidator(_number)] = Field(
-        default=None, description="of a key or value in the padded KV cache; None: the model's own"
+        default=None, description="of a key or value in the padded KV cache; none: the model's own"
     )
     prefill_chunk_tokens: int = Field(
         default=512, ge=1, le=65_536, description="of prompts, between two decode steps"
     )
-    native: bool = True
+    native: bool = Field(
+        default=True,
+        description="use the native pieces and kernels where they pass their self-check",
+    )
 
     # Planned replacement of the engine child, see docs/memory.md; 0: never for that
     recycle_after_tokens: int = Field(default=20_000_000, ge=0, description="decoded by one child")
     recycle_after_steps: int = Field(default=400_000, ge=0, description="of the engine")
-    recycle_after_hours: float = Field(default=24.0, ge=0, le=24 * 365)
+    recycle_after_hours: float = Field(
+        default=24.0,
+        ge=0,
+        le=24 * 365,
+        description="of one child",
+    )
 
     # When this worker claims: local times as `22:00-07:00`; what the machine must not be
-    work_hours: Annotated[tuple[HoursOfDay, ...], NoDecode, BeforeValidator(_split)] = ()
-    back_off_user_seconds: float = Field(
-        default=0.0, ge=0, le=24 * 3600, description="0: whatever the user does"
+    work_hours: Annotated[tuple[HoursOfDay, ...], NoDecode, BeforeValidator(_split)] = Field(
+        default=(),
+        description="local times in which the worker claims, as `22:00-07:00`; none: always",
     )
-    back_off_hot: bool = False
-    back_off_battery: bool = False
+    back_off_user_seconds: float = Field(
+        default=0.0,
+        ge=0,
+        le=24 * 3600,
+        description="claim nothing until the user left the machine alone for so long; 0: off",
+    )
+    back_off_hot: bool = Field(
+        default=False, description="claim nothing under heavy thermal pressure"
+    )
+    back_off_battery: bool = Field(default=False, description="claim nothing on battery")
     back_off_hands_over: bool = Field(
         default=False, description="hand over what is held, beside claiming nothing"
     )
 
     # Health and metrics, by HTTP from the worker's parent: nobody is asked who he is
     metrics_port: int | None = Field(
-        default=None, ge=0, le=65_535, description="None: off; 0: any free port, see the log"
+        default=None,
+        ge=0,
+        le=65_535,
+        description="of `/healthz` and `/metrics`; none: off, 0: any free port, see the log",
     )
-    metrics_host: str = Field(default="127.0.0.1", min_length=1, max_length=255)
+    metrics_host: str = Field(
+        default="127.0.0.1",
+        min_length=1,
+        max_length=255,
+        description="address of `/healthz` and `/metrics`",
+    )
 
     # Logs
-    log_format: Literal["json", "console"] = "console"
-    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: Literal["json", "console"] = Field(
+        default="console", description="`json`: one object a line"
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        default="info", description="the least that is logged"
+    )
 
     @classmethod
     def settings_customise_sources(
@@ -273,6 +334,15 @@ def load_settings(**overrides: Any) -> Settings:
     except SettingsError as error:
         # Its text names the field; the value, which may be a secret, is only in its cause.
         raise InvalidSettings(str(error)) from None
+
+
+def unknown_variables() -> list[str]:
+    """Names in the environment that look like settings and are none: misspelt, or newer than us."""
+    fields = Settings.model_fields.items()  # but the one that has RQ's name
+    known = {ENV_PREFIX + name.upper() for name, field in fields if not field.validation_alias}
+    known |= OTHER_VARIABLES
+    given = (name for name in os.environ if name.upper().startswith(ENV_PREFIX))
+    return sorted(name for name in given if name.upper() not in known)
 
 
 def _config_file() -> Path | None:

@@ -11,15 +11,13 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
-from redis.exceptions import RedisError
-
 from mlx_serving.common.connection import connect
 from mlx_serving.common.errors import FieldError, InvalidSettings
-from mlx_serving.common.retrying import retry_idempotent, unavailable
+from mlx_serving.common.retrying import answered
 from mlx_serving.common.validation import tenant_problems
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
 
     from mlx_serving.common.connection import Endpoint
 
@@ -98,15 +96,15 @@ class Tenancy:
                     pipe.hdel(self._keys.limits(), *dropped)
                 pipe.execute()
 
-        _answered(send)
+        answered(send)
 
     def view(self) -> TenantsView:
         """Read all limits, and what each tenant has open."""
-        raw, known = _answered(self._read)
+        raw, known = answered(self._read)
         limits = {_text(name): _text(value) for name, value in raw.items()}
         named = {name.partition(":")[2] for name in limits if ":" in name}
         tenants = sorted({*map(_text, known), *named})
-        counts = _answered(lambda: self._counts(tenants))
+        counts = answered(lambda: self._counts(tenants))
         views = [
             TenantView(tenant, *pair, *(_limit(limits, kind, tenant) for kind in KINDS))
             for tenant, pair in zip(tenants, counts, strict=True)
@@ -160,11 +158,3 @@ def _number(value: str | None) -> int | None:
 
 def _text(raw: bytes) -> str:
     return raw.decode(errors="replace")
-
-
-def _answered(call: Callable[[], T]) -> T:
-    """Run a call that may run twice; whatever Redis fails with is QueueUnavailable."""
-    try:
-        return retry_idempotent(call)
-    except (RedisError, OSError) as error:
-        raise unavailable(error) from error

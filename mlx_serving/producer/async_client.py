@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypeVar, overload
 from mlx_serving.common import calls
 from mlx_serving.common.connection import connect_async
 from mlx_serving.common.protocol import AsyncProtocol
-from mlx_serving.common.retrying import retry_idempotent_async, unavailable
+from mlx_serving.common.retrying import FAULTS, retry_idempotent_async, unavailable
 from mlx_serving.common.states import TERMINAL
 from mlx_serving.producer.base import (
     CANCELLED_BY_CLIENT,
@@ -25,12 +25,11 @@ from mlx_serving.producer.base import (
 )
 from mlx_serving.producer.handles import AsyncJobHandle
 from mlx_serving.producer.hub import Mailbox, StreamHub
-from mlx_serving.producer.outage import FAULTS, Outage
+from mlx_serving.producer.outage import Outage
 from mlx_serving.producer.stream import StreamAssembler
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
-    from types import TracebackType
 
     from mlx_serving.common.events import Event
     from mlx_serving.common.protocol import JobRecord
@@ -66,12 +65,7 @@ class AsyncClient(BaseClient):
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self.aclose()
 
     async def aclose(self) -> None:

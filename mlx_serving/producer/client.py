@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, overload
 from mlx_serving.common import calls
 from mlx_serving.common.connection import connect
 from mlx_serving.common.protocol import Protocol
-from mlx_serving.common.retrying import retry_idempotent, unavailable
+from mlx_serving.common.retrying import FAULTS, answered
 from mlx_serving.common.states import TERMINAL
 from mlx_serving.producer.base import (
     CANCELLED_BY_CLIENT,
@@ -26,12 +26,11 @@ from mlx_serving.producer.base import (
 )
 from mlx_serving.producer.handles import JobHandle
 from mlx_serving.producer.live import LiveFeed
-from mlx_serving.producer.outage import FAULTS, Outage
+from mlx_serving.producer.outage import Outage
 from mlx_serving.producer.stream import StreamAssembler
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterable
-    from types import TracebackType
+    from collections.abc import Generator, Iterable
 
     from mlx_serving.common.events import Event
     from mlx_serving.common.protocol import JobRecord
@@ -68,12 +67,7 @@ class Client(BaseClient):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -99,7 +93,7 @@ class Client(BaseClient):
 
         """
         entry = self._seal(job, fields)
-        reply = _answered(lambda: self._protocol.run(calls.enqueue(entry)))
+        reply = answered(lambda: self._protocol.run(calls.enqueue(entry)))
         check_admitted([entry], [reply])
         return JobHandle(entry.job_id, reply.created, reply.state, self)
 
@@ -117,7 +111,7 @@ class Client(BaseClient):
         replies = [
             reply
             for batch in batches(entries)
-            for some in _answered(partial(self._protocol.run_many, batch))
+            for some in answered(partial(self._protocol.run_many, batch))
             for reply in some
         ]
         check_admitted(entries, replies)
@@ -171,12 +165,12 @@ class Client(BaseClient):
             for _ in self._follow(job_id, StreamAssembler(record.seq), deadline_s):
                 pass
             record = self.status(job_id)
-        payloads = [] if record.result else _answered(lambda: self._protocol.read_events(job_id))
+        payloads = [] if record.result else answered(lambda: self._protocol.read_events(job_id))
         return self._result(record, payloads)
 
     def status(self, job_id: str) -> JobRecord:
         """Read the job's control hash. Raises JobNotFound."""
-        record = _answered(lambda: self._protocol.record(job_id))
+        record = answered(lambda: self._protocol.record(job_id))
         if record is None:
             raise not_found(job_id)
         return record
@@ -187,7 +181,7 @@ class Client(BaseClient):
         Returns the state after the call: ``running`` until its worker has ended it, and
         the state that it ended with where it had ended before. Raises JobNotFound.
         """
-        state = _answered(lambda: self._protocol.run(calls.cancel(job_id, CANCELLED_BY_CLIENT)))
+        state = answered(lambda: self._protocol.run(calls.cancel(job_id, CANCELLED_BY_CLIENT)))
         if state is None:
             raise not_found(job_id)
         return state
@@ -226,11 +220,3 @@ class Client(BaseClient):
             if piece := text_of(event):
                 yield piece
         self.result(job_id).raise_for_state()
-
-
-def _answered(call: Callable[[], T]) -> T:
-    """Run a call that may run twice; whatever Redis fails with is QueueUnavailable."""
-    try:
-        return retry_idempotent(call)
-    except FAULTS as error:
-        raise unavailable(error) from error

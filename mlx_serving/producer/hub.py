@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any, Final
 import structlog
 from redis.exceptions import ConnectionError as RedisConnectionError
 
+from mlx_serving.common.retrying import FAULTS
 from mlx_serving.producer.live import read_push
-from mlx_serving.producer.outage import FAULTS, Outage
+from mlx_serving.producer.outage import Outage
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis

@@ -5,11 +5,9 @@ from __future__ import annotations
 from typing import Final
 
 from redis.backoff import EqualJitterBackoff
-from redis.exceptions import RedisError
 
 from mlx_serving.common.retrying import AWAY, REFUSED, unavailable
 
-FAULTS: Final = (RedisError, OSError)
 FIRST_S: Final = 2.0  # for a first answer: the caller can come back
 LATER_S: Final = 60.0  # a stream that has begun outlives a Redis restart or a failover
 

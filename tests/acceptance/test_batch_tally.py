@@ -10,8 +10,8 @@ import pytest
 
 from mlx_serving.common.settings import load_settings
 from mlx_serving.producer.batch.api import Batches
-from tests.bulk_chaos import run
 from tests.bulk_files import text_of
+from tests.chaos.bulk import run
 from tests.figures import show
 from tests.worker_process import ROOT, WorkerProcess
 

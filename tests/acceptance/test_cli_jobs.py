@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from mlx_serving.cli.doctor import redis_server
 from mlx_serving.cli.doctor.report import Check
 from mlx_serving.cli.main import app
+from mlx_serving.cli.worker import require_redis
 from mlx_serving.common.connection import resolve
 from mlx_serving.common.keys import Keys
 from mlx_serving.common.local_redis import LocalRedis
@@ -150,3 +151,15 @@ def test_doctor_without_redis_fails_and_still_checks_the_rest() -> None:
     assert result.exit_code == 1
     assert checks["redis"] == "fail"
     assert checks["model tally"] == "ok"
+
+
+def test_a_worker_whose_name_another_has_is_warned(
+    url: str, redis_client: redis.Redis, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = load_settings(redis_url=url)
+    redis_client.hset(KEYS.worker("mac-1"), "pid", 1)
+    require_redis(settings, "tally", "mac-2")
+    require_redis(settings, "tally")
+    assert capsys.readouterr().err == ""
+    require_redis(settings, "tally", "mac-1")
+    assert capsys.readouterr().err.startswith("warning: a worker 'mac-1' was here")

@@ -1,5 +1,6 @@
 """The command line as a user runs it: a worker in one terminal, `generate` in another."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -57,11 +58,16 @@ def test_two_terminals_count(server: LocalRedis) -> None:
     with worker(server):
         process = generate(server, "--model", "tally", "count from 3 to 12", "-v")
         out, err = process.communicate(timeout=60)
+        example = subprocess.run(
+            [sys.executable, "examples/enqueue.py"], capture_output=True, text=True, check=True,
+            cwd=ROOT, env=os.environ | {"MLX_SERVING_REDIS_URL": server.url},
+        ).stdout  # fmt: skip
         status = subprocess.run(
             [*COMMAND, "status", "--redis-url", server.url], capture_output=True, text=True,
             check=True, cwd=ROOT,
         ).stdout  # fmt: skip
     assert (process.returncode, out) == (0, "3 4 5 6 7 8 9 10 11 12\n")
+    assert example == out
     assert "finished (stop)" in err
     assert "worker w" in err
     assert "detokenizer: " in status
@@ -101,6 +107,17 @@ def test_ctrl_c_before_any_worker_cancels_the_queued_job(server: LocalRedis) -> 
         assert client.status(job_id.decode()).state is JobState.CANCELLED
     assert process.returncode == 130
     assert "Traceback" not in err
+
+
+def test_a_job_that_nobody_takes_does_not_wait_in_silence(server: LocalRedis) -> None:
+    process = generate(server, "--model", "tolly", "hello")
+    assert process.stderr is not None
+    said = process.stderr.readline()
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=20)
+    assert said.startswith("waits in tolly:interactive: ")
+    assert "mlx-serving status" in said
+    assert process.returncode == 130
 
 
 def test_a_reader_that_goes_away_cancels_the_job(server: LocalRedis) -> None:

@@ -10,13 +10,10 @@ import pytest
 
 from mlx_serving.common.errors import InvalidJob
 from tests.output_support import decode_one, job, planner, request, tally
+from tests.schemas_for_tests import schema
 
 pytestmark = pytest.mark.quiet  # the seconds are the contract
 SECONDS = 1.0
-
-
-def schema(value: Any) -> dict[str, Any]:
-    return {"type": "json_schema", "json_schema": {"name": "x", "schema": value}}
 
 
 def nested(depth: int) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from mlx_serving.tally.tasks import tool_schema
 from mlx_serving.worker.engine.text.prompts import PromptEncoder
 from tests.helpers import wait_until
 from tests.output_support import planner, tally
+from tests.schemas_for_tests import PERSON, schema
 from tests.stepped_worker import SteppedWorker, told
 from tests.worker_process import WorkerProcess, job_events
 
@@ -31,22 +32,8 @@ pytestmark = [
     pytest.mark.may_leak(reason="a killed worker leaves its name in RQ's sets"),
 ]
 
-PERSON = {
-    "type": "object",
-    "properties": {
-        "name": {"type": "string", "minLength": 4, "maxLength": 12},
-        "age": {"type": "integer", "minimum": 0, "maximum": 150},
-        "mood": {"enum": ["🙂", "é", "so-so"]},
-    },
-    "required": ["name", "age", "mood"],
-    "additionalProperties": False,
-}
 TOOLS = [tool_schema("get_weather"), tool_schema("add")]
 WEATHER = [{"role": "user", "content": "weather in Paris"}]
-
-
-def schema(value: Any) -> dict[str, Any]:
-    return {"type": "json_schema", "json_schema": {"name": "x", "schema": value}}
 
 
 JOBS: dict[str, dict[str, Any]] = {

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from mlx_serving.tally.one_turn import system_turn
 from mlx_serving.tally.tasks import TASKS
 from mlx_serving.tally.two_turns import tool_schema
+from tests.schemas_for_tests import PERSON
 from tests.worker_process import counted
 
 if TYPE_CHECKING:
@@ -19,16 +20,6 @@ if TYPE_CHECKING:
     from tests.chaos.plan import Plan
 
 TENANTS = (None, "a", "b")
-PERSON = {
-    "type": "object",
-    "properties": {
-        "name": {"type": "string", "minLength": 4, "maxLength": 12},
-        "age": {"type": "integer", "minimum": 0, "maximum": 150},
-        "mood": {"enum": ["🙂", "é", "so-so"]},
-    },
-    "required": ["name", "age", "mood"],
-    "additionalProperties": False,
-}
 PEOPLE = {"type": "array", "items": PERSON, "minItems": 2, "maxItems": 4}
 REGEX = "([a-z]{3,6}(é|🙂)=[0-9]{2,5};){4,6}"
 GRAMMAR = r"""start: line{4,6}

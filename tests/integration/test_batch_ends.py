@@ -15,6 +15,7 @@ from mlx_serving.common.local_redis import LocalRedis
 from mlx_serving.common.settings import load_settings
 from mlx_serving.producer.batch import runner as runner_module
 from mlx_serving.producer.batch.api import Batches
+from mlx_serving.producer.batch.registry import Registry
 from mlx_serving.producer.batch.runner import Runner
 from tests.bulk_driver import (
     QUEUE,
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
     import redis
 
+    from mlx_serving.common.settings import Settings
     from mlx_serving.producer.batch.folder import BatchFolder
 
 
@@ -148,8 +150,6 @@ class TestEnds:
 
 @contextmanager
 def batches_registry(batches: Batches) -> Iterator[Any]:
-    from mlx_serving.producer.batch.registry import Registry
-
     with Registry(batches._settings) as registry:
         yield registry._redis
 
@@ -165,6 +165,17 @@ class TestNames:
             assert batches.folder(name).path == folder
             assert batches.status(name).id == second.id
         assert batches.folder(first.id).read().batch.id == first.id
+        assert [r.batch.id for r in batches.reports()] == [second.id, first.id]
+
+    def test_the_last_one_is_the_one_submitted_last_whoever_reports(
+        self, batches: Batches, settings: Settings, tmp_path: Path
+    ) -> None:
+        """A `cancel` without a name must not meet an older one because its runner is at work."""
+        first, second = submitted(batches, tmp_path, 1), submitted(batches, tmp_path, 2)
+        with Registry(settings) as registry:
+            registry.tell(registry.find(first.id))
+        assert batches.status().id == second.id
+        assert batches.folder().read().batch.id == second.id
         assert [r.batch.id for r in batches.reports()] == [second.id, first.id]
 
     def test_one_that_lies_elsewhere_is_known_but_not_read(

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from mlx_serving import Client
 from mlx_serving.worker.rq_worker import BatchWorker
 from tests.helpers import wait_until
 from tests.stepped_worker import SteppedWorker, spelled_engine, told_by_choice, whole_stream, words
@@ -17,6 +16,7 @@ if TYPE_CHECKING:
 
     import redis
 
+    from mlx_serving import Client
     from mlx_serving.common.local_redis import LocalRedis
     from mlx_serving.producer.handles import JobHandle
 
@@ -26,12 +26,6 @@ TEXT = "né 👋🏽 世界!"
 STEP = 3
 CHOICES = 3
 LENGTHS = [len(TEXT.encode()) - STEP * n for n in range(CHOICES)]
-
-
-@pytest.fixture
-def client(local_redis: LocalRedis) -> Iterator[Client]:
-    with Client(local_redis.url) as client:
-        yield client
 
 
 @pytest.fixture

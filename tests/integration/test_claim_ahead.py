@@ -9,7 +9,6 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from mlx_serving import Client
 from mlx_serving.common import calls
 from mlx_serving.common.keys import Keys
 from mlx_serving.common.protocol import Protocol
@@ -23,6 +22,7 @@ from tests.worker_process import submit
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from mlx_serving import Client
     from mlx_serving.common.local_redis import LocalRedis
 
 pytestmark = pytest.mark.usefixtures("settled_redis")
@@ -32,21 +32,10 @@ TEXT = "a row that is not over so soon"
 
 
 @pytest.fixture
-def client(local_redis: LocalRedis) -> Iterator[Client]:
-    with Client(local_redis.url) as client:
-        yield client
-
-
-@pytest.fixture
 def worker(local_redis: LocalRedis) -> Iterator[SteppedWorker]:
     engine = spelled_engine(TEXT)
     with SteppedWorker(local_redis.url, engine, words, max_batch_rows=ROWS) as worker:
         yield worker
-
-
-@pytest.fixture
-def driver(redis_client: redis.Redis) -> Driver:
-    return Driver(redis_client)
 
 
 def test_it_claims_as_much_as_there_is_room_for(

@@ -25,22 +25,12 @@ from tests.helpers import wait_until
 from tests.scripted_worker import Running, ScriptedWorker
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     import redis
 
     from mlx_serving.common.events import Event
-    from mlx_serving.common.settings import Settings
 
 WORDS = [f"w{i} " for i in range(20)]
 PROMPT = "count from 3 to 12, said the customer"
-
-
-@pytest.fixture
-def client(redis_client: redis.Redis, settings: Settings) -> Iterator[Client]:
-    del redis_client
-    with Client(settings=settings) as client:
-        yield client
 
 
 @pytest.fixture

@@ -4,28 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import pytest
-
 from mlx_serving import AsyncClient, Client, JobState
-from tests.lossy_proxy import LossyProxy
 from tests.scripted_worker import ScriptedWorker, queued
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     import redis
 
-    from mlx_serving.common.local_redis import LocalRedis
+    from tests.lossy_proxy import LossyProxy
+
 
 JOB = {"model": "tally", "prompt": "count from 3 to 12", "result_ttl": 60}
 NEEDLE = b"generate tally:default"  # stands in an enqueue's arguments
-
-
-@pytest.fixture
-def proxy(local_redis: LocalRedis, redis_client: redis.Redis) -> Iterator[LossyProxy]:
-    del redis_client
-    with LossyProxy(local_redis.socket) as proxy:
-        yield proxy
 
 
 def test_a_submit_enqueues_once(proxy: LossyProxy, redis_client: redis.Redis) -> None:

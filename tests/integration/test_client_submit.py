@@ -23,20 +23,11 @@ from mlx_serving import (
 from tests.scripted_worker import Row, ScriptedWorker, queued
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     import redis
 
     from mlx_serving.common.settings import Settings
 
 PROMPT = "count from 3 to 12, said the customer"
-
-
-@pytest.fixture
-def client(redis_client: redis.Redis, settings: Settings) -> Iterator[Client]:
-    del redis_client
-    with Client(settings=settings) as client:
-        yield client
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import socket
 import subprocess
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -15,20 +14,13 @@ from mlx_serving.common.connection import Endpoint, connect, connect_async
 from mlx_serving.common.errors import QueueUnavailable
 from mlx_serving.common.local_redis import LocalRedis
 from mlx_serving.common.retrying import retry_idempotent
-from tests.helpers import wait_until
+from tests.helpers import free_port, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
 # ruff: noqa: S106 -- made-up secrets
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 async def test_an_acl_user_gets_in_and_may_do_no_more_than_its_rules(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
@@ -11,18 +11,10 @@ from mlx_serving.common.calls import Blame, HeldRows
 from mlx_serving.common.states import JobState
 from tests.protocol_driver import QUEUE, Driver
 
-if TYPE_CHECKING:
-    import redis
-
 pytestmark = pytest.mark.may_leak(reason="jobs stay queued or running at the end of a test")
 
 BULK = "tally:bulk"
 INTERACTIVE = "tally:interactive"
-
-
-@pytest.fixture
-def driver(redis_client: redis.Redis) -> Driver:
-    return Driver(redis_client)
 
 
 def crash(driver: Driver, *blamed: Blame, worker: str = "w1") -> dict[str, str]:

@@ -6,12 +6,10 @@ import os
 import re
 import signal
 import time
-from functools import partial
 from typing import TYPE_CHECKING
 
 import pytest
 
-from mlx_serving import Client
 from mlx_serving.common.errors import UnsuccessfulJob
 from mlx_serving.common.local_redis import LocalRedis
 from mlx_serving.worker.loading import SIMULATED_BYTES
@@ -22,14 +20,14 @@ from tests.worker_process import (
     Hacks,
     WorkerProcess,
     check_answers,
-    decoded,
-    quick_settings,
     submit,
+    wait_until_decoded,
 )
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from mlx_serving import Client
     from mlx_serving.producer.handles import JobHandle
 
 
@@ -37,16 +35,6 @@ if TYPE_CHECKING:
 def server() -> Iterator[LocalRedis]:
     with LocalRedis() as server:
         yield server
-
-
-@pytest.fixture
-def client(server: LocalRedis) -> Iterator[Client]:
-    with Client(settings=quick_settings(server.url)) as client:
-        yield client
-
-
-def under_way(client: Client, handles: list[JobHandle], tokens: int = 5) -> bool:
-    return all(count >= tokens for count in decoded(client, handles))
 
 
 def crashes(client: Client, handles: list[JobHandle]) -> list[int]:
@@ -115,7 +103,7 @@ def test_kill_9_charges_nobody_and_jobs_wait_for_no_lease(
         handles = submit(client, 8, tokens, max_attempts=1)
         started = time.monotonic()
         for kill in range(kills):
-            wait_until(partial(under_way, client, handles, 5 * (kill + 1)), timeout=40)
+            wait_until_decoded(client, handles, 5 * (kill + 1))
             os.kill(worker.child_pid, signal.SIGKILL)
             worker.next_child()
         check_answers(client, handles, tokens)
@@ -140,7 +128,7 @@ def test_a_crash_that_no_job_is_to_blame_for_kills_no_job(
     with WorkerProcess(server.url, "w", 100) as worker:
         worker.serving()
         handles = submit(client, 16, 100)
-        wait_until(lambda: under_way(client, handles), timeout=20)
+        wait_until_decoded(client, handles, 5)
         os.kill(worker.child_pid, signal.SIGSEGV)
         worker.next_child()
         check_answers(client, handles, 100)
@@ -194,7 +182,7 @@ def test_the_verdict_waits_for_redis(server: LocalRedis, client: Client) -> None
     with WorkerProcess(server.url, "w", 100, lease_seconds=60.0) as worker:
         worker.serving()
         handles = submit(client, 8, 60)
-        wait_until(lambda: under_way(client, handles), timeout=20)
+        wait_until_decoded(client, handles, 5)
         pid = server.pid
         assert pid is not None
         os.kill(pid, signal.SIGSTOP)
@@ -228,7 +216,7 @@ def test_a_model_that_kills_the_process_that_loads_it_charges_no_job_and_is_left
     ) as worker:
         worker.serving()
         running = submit(client, 3, 60)
-        wait_until(lambda: min(decoded(client, running)) > 0)
+        wait_until_decoded(client, running, 1)
         (left,) = submit(client, 1, 5, model="bad")
         worker.next_child()
         check_answers(client, running, 60)

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from mlx_serving import Client
 from tests.figures import show
 from tests.helpers import wait_until
 from tests.worker_process import (
@@ -15,15 +14,15 @@ from tests.worker_process import (
     WorkerProcess,
     check_answers,
     job_events,
-    quick_settings,
     submit,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
     import redis
 
+    from mlx_serving import Client
     from mlx_serving.common.local_redis import LocalRedis
     from mlx_serving.producer.handles import JobHandle
 
@@ -31,12 +30,6 @@ FAST, SLOW = 80.0, 20.0  # tokens a second of a row
 TOKENS, JOBS, ROWS = 20, 160, 4
 BEFORE, ENDED = 20, 120  # jobs that end before the shares are counted, and until then
 TOLERANCE = 0.2
-
-
-@pytest.fixture
-def client(settled_redis: LocalRedis) -> Iterator[Client]:
-    with Client(settings=quick_settings(settled_redis.url)) as client:
-        yield client
 
 
 def tokens_by_worker(client: Client, handles: Sequence[JobHandle]) -> Counter[str]:

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from mlx_serving import Client
 from mlx_serving.common.errors import InvalidSettings
 from mlx_serving.common.local_redis import LocalRedis
 from mlx_serving.worker.supervision.monitor import Monitor
@@ -21,15 +20,15 @@ from tests.worker_process import (
     Hacks,
     WorkerProcess,
     check_answers,
-    decoded,
-    quick_settings,
     submit,
+    wait_until_decoded,
 )
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from mlx_serving.producer.handles import JobHandle
+    from mlx_serving import Client
+
 
 SOUND = Hacks()
 
@@ -40,20 +39,10 @@ def server() -> Iterator[LocalRedis]:
         yield server
 
 
-@pytest.fixture
-def client(server: LocalRedis) -> Iterator[Client]:
-    with Client(settings=quick_settings(server.url)) as client:
-        yield client
-
-
 def worker(
     server: LocalRedis, rate: float = 100, hacks: Hacks = SOUND, **settings: Any
 ) -> WorkerProcess:
     return WorkerProcess(server.url, "w", rate, hacks, metrics_port=0, **settings)
-
-
-def begun(client: Client, handles: list[JobHandle], tokens: int = 3) -> bool:
-    return min(decoded(client, handles)) >= tokens
 
 
 def _hangs(server: LocalRedis, client: Client, stall: float, hacks: Hacks) -> float:
@@ -127,7 +116,7 @@ def test_redis_away_is_degraded_until_the_buffer_is_full(
     with worker(server, rate=100, buffer_tokens=1600) as process:  # 4 s of four rows
         probe = Probe(process).ok()
         handles = submit(client, 4, 2000)
-        wait_until(lambda: begun(client, handles))
+        wait_until_decoded(client, handles)
         server.kill()
         away = time.monotonic()
         health = wait_until(lambda: (h := probe.health())["status"] != "ok" and h, timeout=8)
@@ -152,7 +141,7 @@ def test_a_drain_shows(server: LocalRedis, client: Client) -> None:
     with worker(server, rate=20) as process:
         probe = Probe(process).ok()
         handles = submit(client, 2, 60)
-        wait_until(lambda: begun(client, handles))
+        wait_until_decoded(client, handles)
         process.terminate()
         health = wait_until(lambda: (h := probe.health())["status"] == "draining" and h)
         assert health["http"] == 200

@@ -14,33 +14,21 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from mlx_serving import Client
 from mlx_serving.common import events
 from mlx_serving.common.jobs import JOB_FUNCTION
 from mlx_serving.worker.delivery import sweeper
 from tests.helpers import wait_until
 from tests.protocol_driver import QUEUE, Driver, rq_fields
-from tests.worker_process import InProcessWorker, check_answers, quick_settings, submit
+from tests.worker_process import InProcessWorker, check_answers, submit
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from mlx_serving import Client
     from mlx_serving.common.local_redis import LocalRedis
 
 GOOD: dict[str, Any] = {"v": 1, "model": "tally", "prompt": "x", "max_tokens": 3, "seed": 1}
 DEEP = 30_000
-
-
-@pytest.fixture
-def driver(settled_redis: LocalRedis) -> Iterator[Driver]:
-    with settled_redis.client() as connection:
-        yield Driver(connection)
-
-
-@pytest.fixture
-def client(settled_redis: LocalRedis) -> Iterator[Client]:
-    with Client(settings=quick_settings(settled_redis.url)) as client:
-        yield client
 
 
 @pytest.fixture

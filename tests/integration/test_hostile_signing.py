@@ -14,7 +14,6 @@ from mlx_serving.common.jobs import JOB_FUNCTION, GenerationJob
 from mlx_serving.common.signing import SIGNATURE_FIELD, Signer
 from mlx_serving.producer.envelope import seal
 from tests.helpers import wait_until
-from tests.protocol_driver import Driver
 from tests.worker_process import (
     InProcessWorker,
     WorkerProcess,
@@ -29,15 +28,10 @@ if TYPE_CHECKING:
 
     from mlx_serving.common.events import ErrorInfo
     from mlx_serving.common.local_redis import LocalRedis
+    from tests.protocol_driver import Driver
 
 KEY, OTHER, NEXT = "k" * 32, "o" * 32, "n" * 32
 JOB = GenerationJob.build(model="tally", prompt="x", max_tokens=5, result_ttl=60, seed=1)
-
-
-@pytest.fixture
-def driver(settled_redis: LocalRedis) -> Iterator[Driver]:
-    with settled_redis.client() as connection:
-        yield Driver(connection)
 
 
 @pytest.fixture

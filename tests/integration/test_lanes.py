@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from mlx_serving import Client
 from mlx_serving.common import calls
 from mlx_serving.common.states import TERMINAL
 from tests.stepped_worker import SteppedWorker, spelled_engine, told, words
@@ -14,17 +13,12 @@ from tests.stepped_worker import SteppedWorker, spelled_engine, told, words
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from mlx_serving import Client
     from mlx_serving.common.local_redis import LocalRedis
     from mlx_serving.producer.handles import JobHandle
 
 ROWS = 3
 TEXT = "a row that is not over so soon, héllo 👋 and more"
-
-
-@pytest.fixture
-def client(settled_redis: LocalRedis) -> Iterator[Client]:
-    with Client(settled_redis.url) as client:
-        yield client
 
 
 def new_worker(settled_redis: LocalRedis, name: str = "w", capacity: int = 10_000) -> SteppedWorker:

@@ -20,9 +20,8 @@ from tests.monitoring import Probe
 from tests.worker_process import (
     WorkerProcess,
     check_answers,
-    decoded,
-    quick_settings,
     submit,
+    wait_until_decoded,
 )
 
 if TYPE_CHECKING:
@@ -31,7 +30,6 @@ if TYPE_CHECKING:
     import redis
 
     from mlx_serving.common.settings import Settings
-    from mlx_serving.producer.handles import JobHandle
 
 REPORTED = 3.0  # seconds for a count to show; reports come every 0.5 s
 
@@ -42,18 +40,8 @@ def server() -> Iterator[LocalRedis]:
         yield server
 
 
-@pytest.fixture
-def client(server: LocalRedis) -> Iterator[Client]:
-    with Client(settings=quick_settings(server.url)) as client:
-        yield client
-
-
 def worker(server: LocalRedis, rate: float = 100, **settings: Any) -> WorkerProcess:
     return WorkerProcess(server.url, "w", rate, metrics_port=0, **settings)
-
-
-def begun(client: Client, handles: list[JobHandle], tokens: int = 3) -> bool:
-    return min(decoded(client, handles)) >= tokens
 
 
 def test_what_is_counted_is_what_was_done(server: LocalRedis, client: Client) -> None:
@@ -63,7 +51,7 @@ def test_what_is_counted_is_what_was_done(server: LocalRedis, client: Client) ->
         process.serving()
         wait_until(lambda: probe.status() == "ok")
         handles = submit(client, 6, 300) + submit(client, 2, 300, stop=[" 200"])
-        wait_until(lambda: begun(client, handles))
+        wait_until_decoded(client, handles)
         during = wait_until(lambda: (m := probe.metrics())["num_requests_running"] == 8 and m)
         assert during["leases_held"] == 8
         assert 0 < during["kv_cache_usage_perc"] <= 1
@@ -95,7 +83,7 @@ def test_the_depth_and_age_of_a_queue_that_nobody_serves(
     with worker(server, rate=5, max_batch_rows=1) as process:
         probe = Probe(process).ok()
         handles = submit(client, 1, 200)
-        wait_until(lambda: begun(client, handles))
+        wait_until_decoded(client, handles)
         handles += submit(client, 5, 200, lane="bulk")
         samples = wait_until(
             lambda: (m := probe.metrics()).get("queue_depth{tally:bulk}") == 5 and m, timeout=12
@@ -135,7 +123,7 @@ def test_a_fenced_write_and_a_takeover_are_counted(server: LocalRedis, client: C
     with worker(server, rate=50) as process:
         probe = Probe(process).ok()
         handles = submit(client, 2, 150)
-        wait_until(lambda: begun(client, handles))
+        wait_until_decoded(client, handles)
         process.signal(signal.SIGSTOP)
         with WorkerProcess(server.url, "other", 100, metrics_port=0) as other:
             its = Probe(other).ok()

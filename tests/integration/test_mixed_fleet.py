@@ -10,24 +10,20 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from mlx_serving import Client
 from mlx_serving.common.jobs import PROTOCOL
-from tests.helpers import wait_until
 from tests.worker_process import (
     Hacks,
     WorkerProcess,
     check_answers,
-    decoded,
     job_events,
-    quick_settings,
     submit,
+    wait_until_decoded,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     import redis
 
+    from mlx_serving import Client
     from mlx_serving.common.local_redis import LocalRedis
     from mlx_serving.producer.handles import JobHandle
 
@@ -41,12 +37,6 @@ pytestmark = [
 OLD = PROTOCOL - 1
 NEWER_FIELD: dict[str, Any] = {"presence_penalty": 0.5}
 RATE = 100.0
-
-
-@pytest.fixture
-def client(settled_redis: LocalRedis) -> Iterator[Client]:
-    with Client(settings=quick_settings(settled_redis.url)) as client:
-        yield client
 
 
 def worker(url: str, name: str, protocol: int = PROTOCOL, rate: float = RATE) -> WorkerProcess:
@@ -92,7 +82,7 @@ def test_producers_first(
         check_answers(client, older, 40)
         assert touched(redis_client, newer) == UNTOUCHED
         running = old_jobs(client, 16, 400)
-        wait_until(lambda: min(decoded(client, running)) > 3)
+        wait_until_decoded(client, running, 4)
         first.terminate()
         assert first.exit_status() == 0
         with worker(url, "new-a"):
@@ -133,7 +123,7 @@ def test_a_roll_back_in_the_middle(
     url = settled_redis.url
     with worker(url, "new-a") as first:
         older, newer = old_jobs(client, 8, 300), new_jobs(client, 8, 300)
-        wait_until(lambda: min(decoded(client, older + newer)) > 3)
+        wait_until_decoded(client, older + newer, 4)
         first.terminate()
         assert first.exit_status() == 0
     handed_over = touched(redis_client, newer)

@@ -7,17 +7,11 @@ from typing import TYPE_CHECKING
 import pytest
 
 from mlx_serving.common.states import JobState
-from tests.protocol_driver import Driver
 
 if TYPE_CHECKING:
-    import redis
+    from tests.protocol_driver import Driver
 
 pytestmark = pytest.mark.may_leak(reason="jobs stay running at the end of a test")
-
-
-@pytest.fixture
-def driver(redis_client: redis.Redis) -> Driver:
-    return Driver(redis_client)
 
 
 def test_a_queued_job_ends_at_once(driver: Driver) -> None:

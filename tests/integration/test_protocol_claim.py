@@ -12,16 +12,9 @@ from tests.helpers import wait_until
 from tests.protocol_driver import PAYLOAD, QUEUE, Driver, entry, rq_fields
 
 if TYPE_CHECKING:
-    import redis
-
     from mlx_serving.common.local_redis import LocalRedis
 
 pytestmark = pytest.mark.may_leak(reason="jobs stay queued or running at the end of a test")
-
-
-@pytest.fixture
-def driver(redis_client: redis.Redis) -> Driver:
-    return Driver(redis_client)
 
 
 def many(driver: Driver, ids: list[str], **fields: Any) -> None:

@@ -12,16 +12,9 @@ from tests.protocol_driver import QUEUE, Attempt, Driver
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    import redis
-
     from mlx_serving.common.local_redis import LocalRedis
 
 pytestmark = pytest.mark.may_leak(reason="jobs stay queued or running at the end of a test")
-
-
-@pytest.fixture
-def driver(redis_client: redis.Redis) -> Driver:
-    return Driver(redis_client)
 
 
 def seqs(driver: Driver, job_id: str = "a") -> list[int]:

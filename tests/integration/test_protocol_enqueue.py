@@ -17,11 +17,6 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.may_leak(reason="jobs stay queued or running at the end of a test")
 
 
-@pytest.fixture
-def driver(redis_client: redis.Redis) -> Driver:
-    return Driver(redis_client)
-
-
 def test_a_new_job_is_on_its_list_in_the_index_and_in_rqs_hash(driver: Driver) -> None:
     reply = driver.enqueue("a")
     assert (reply.created, reply.state) == (True, JobState.QUEUED)

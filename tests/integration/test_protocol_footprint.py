@@ -11,7 +11,7 @@ from mlx_serving.common.jobs import GenerationJob
 from mlx_serving.common.states import JobState
 from mlx_serving.producer.envelope import seal
 from mlx_serving.worker.delivery.sweeper import Sweeper
-from tests.helpers import wait_until
+from tests.helpers import dataset_bytes, wait_until
 from tests.protocol_driver import LANES, QUEUE, Attempt, Driver
 
 if TYPE_CHECKING:
@@ -29,16 +29,6 @@ MARKED_COMMANDS = 2  # more a mark: of a job, or of a claim where the jobs share
 LEFT_COMMANDS = 3  # a job that is left to the worker that has its prefix
 EVENT_COMMANDS = 6  # an event, of a flush of many rows
 END_COMMANDS = 14  # a job's last event and its end
-
-
-@pytest.fixture
-def driver(redis_client: redis.Redis) -> Driver:
-    return Driver(redis_client)
-
-
-def used(client: redis.Redis) -> int:
-    client.memory_purge()
-    return int(client.info("memory")["used_memory_dataset"])
 
 
 def memory(client: redis.Redis, *names: str) -> int:
@@ -59,9 +49,9 @@ def test_a_queued_job_costs_at_most_2_5_kib_and_its_payload(
         for _ in range(JOBS)
     ]
     payload = sum(len(cast("bytes", e.rq_fields["data"])) for e in entries) / JOBS
-    before = used(driver.redis)
+    before = dataset_bytes(driver.redis)
     driver.protocol.run_many([calls.enqueue(e) for e in entries])
-    by_dataset = (used(driver.redis) - before) / JOBS
+    by_dataset = (dataset_bytes(driver.redis) - before) / JOBS
     one = entries[0].job_id
     own = memory(driver.redis, f"mlxs:job:{one}", f"rq:job:{one}")
     keys = [driver.keys.open(QUEUE), "rq:queue:tally:default", "mlxs:deadlines"]

@@ -15,15 +15,11 @@ from tests.protocol_driver import LANES, QUEUE, Driver
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from mlx_serving.common.local_redis import LocalRedis
 
-pytestmark = pytest.mark.may_leak(reason="odd keys have no TTL")
-
-
-@pytest.fixture
-def driver(redis_client: redis.Redis, settled_redis: LocalRedis) -> Driver:
-    del settled_redis
-    return Driver(redis_client)
+pytestmark = [
+    pytest.mark.usefixtures("settled_redis"),
+    pytest.mark.may_leak(reason="odd keys have no TTL"),
+]
 
 
 def wrong_type(key: str) -> Callable[[Driver], None]:

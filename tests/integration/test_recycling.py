@@ -6,14 +6,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from mlx_serving import Client
 from tests.helpers import wait_until
 from tests.monitoring import Probe
-from tests.worker_process import WorkerProcess, check_answers, job_events, quick_settings, submit
+from tests.worker_process import WorkerProcess, check_answers, job_events, submit
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
+    from mlx_serving import Client
     from mlx_serving.common.local_redis import LocalRedis
 
 pytestmark = pytest.mark.may_leak(
@@ -21,18 +19,12 @@ pytestmark = pytest.mark.may_leak(
 )
 
 
-@pytest.fixture
-def client(settled_redis: LocalRedis) -> Iterator[Client]:
-    with Client(settings=quick_settings(settled_redis.url)) as client:
-        yield client
-
-
 def test_a_child_that_decoded_enough_is_replaced_and_its_jobs_go_on(
     settled_redis: LocalRedis, client: Client
 ) -> None:
-    tokens = 150
+    tokens = 240  # 0.9 s from the limit to the last token, and age is looked at twice a second
     with WorkerProcess(
-        settled_redis.url, "w", rate=100, metrics_port=0, recycle_after_tokens=800,
+        settled_redis.url, "w", rate=100, metrics_port=0, recycle_after_tokens=1000,
         drain_grace_seconds=0.2,
     ) as worker:  # fmt: skip
         first = worker.serving().child_pid

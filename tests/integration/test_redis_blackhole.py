@@ -7,15 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from mlx_serving import Client
 from mlx_serving.common.local_redis import LocalRedis
 from tests.helpers import wait_until
-from tests.lossy_proxy import LossyProxy
 from tests.redis_trouble import Followers, check_results, check_view
-from tests.worker_process import InProcessWorker, WorkerProcess, quick_settings, submit
+from tests.worker_process import InProcessWorker, WorkerProcess, submit
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from mlx_serving import Client
+    from tests.lossy_proxy import LossyProxy
 
 pytestmark = pytest.mark.chaos
 
@@ -27,18 +28,6 @@ ROWS = 16
 def server() -> Iterator[LocalRedis]:
     with LocalRedis(appendonly="always") as server:
         yield server
-
-
-@pytest.fixture
-def proxy(server: LocalRedis) -> Iterator[LossyProxy]:
-    with LossyProxy(server.socket) as proxy:
-        yield proxy
-
-
-@pytest.fixture
-def client(server: LocalRedis) -> Iterator[Client]:
-    with Client(settings=quick_settings(server.url)) as client:
-        yield client
 
 
 @pytest.mark.slow

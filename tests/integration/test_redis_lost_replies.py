@@ -34,18 +34,6 @@ def server() -> Iterator[LocalRedis]:
         yield server
 
 
-@pytest.fixture
-def proxy(server: LocalRedis) -> Iterator[LossyProxy]:
-    with LossyProxy(server.socket) as proxy:
-        yield proxy
-
-
-@pytest.fixture
-def client(server: LocalRedis) -> Iterator[Client]:
-    with Client(settings=quick_settings(server.url)) as client:
-        yield client
-
-
 @pytest.mark.parametrize("script", ["claim", "commit", "renew", "reap"])
 def test_a_worker_that_loses_replies(
     server: LocalRedis, proxy: LossyProxy, client: Client, script: str

@@ -15,10 +15,9 @@ from mlx_serving import Client, JobState
 from mlx_serving.common.connection import Endpoint, connect
 from mlx_serving.common.errors import QueueUnavailable
 from mlx_serving.common.local_redis import LocalRedis
-from tests.helpers import wait_until
+from tests.helpers import free_port, wait_until
 from tests.redis_trouble import Followers, check_results, check_view
-from tests.sentinels import free_port
-from tests.worker_process import LEASE_SECONDS, WorkerProcess, quick_settings, submit
+from tests.worker_process import LEASE_SECONDS, WorkerProcess, submit
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -44,12 +43,6 @@ def admin(server: LocalRedis) -> Iterator[redis.Redis]:
     """A connection that stays, whatever happens to new ones."""
     with connect(Endpoint(url=server.url)) as client:
         client.ping()
-        yield client
-
-
-@pytest.fixture
-def client(server: LocalRedis) -> Iterator[Client]:
-    with Client(settings=quick_settings(server.url)) as client:
         yield client
 
 

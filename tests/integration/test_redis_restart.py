@@ -7,14 +7,15 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from mlx_serving import Client
 from mlx_serving.common.local_redis import LocalRedis
 from tests.helpers import wait_until
 from tests.redis_trouble import Followers, Producer, check_results, check_view
-from tests.worker_process import LEASE_SECONDS, WorkerProcess, quick_settings, submit
+from tests.worker_process import LEASE_SECONDS, WorkerProcess, submit
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from mlx_serving import Client
 
 pytestmark = pytest.mark.chaos
 
@@ -23,12 +24,6 @@ pytestmark = pytest.mark.chaos
 def server() -> Iterator[LocalRedis]:
     with LocalRedis(appendonly="always") as server:
         yield server
-
-
-@pytest.fixture
-def client(server: LocalRedis) -> Iterator[Client]:
-    with Client(settings=quick_settings(server.url)) as client:
-        yield client
 
 
 def test_restarts_under_load(server: LocalRedis, client: Client) -> None:

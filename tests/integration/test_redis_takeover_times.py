@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from mlx_serving import Client
 from mlx_serving.common.local_redis import LocalRedis
 from tests.helpers import wait_until
 from tests.redis_trouble import Followers, check_results, check_view
-from tests.worker_process import InProcessWorker, WorkerProcess, quick_settings, submit
+from tests.worker_process import InProcessWorker, WorkerProcess, submit
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from mlx_serving import Client
 
 pytestmark = [pytest.mark.chaos, pytest.mark.slow]
 
@@ -30,12 +31,6 @@ TOKENS = 60
 def server() -> Iterator[LocalRedis]:
     with LocalRedis(appendonly="always") as server:
         yield server
-
-
-@pytest.fixture
-def client(server: LocalRedis) -> Iterator[Client]:
-    with Client(settings=quick_settings(server.url)) as client:
-        yield client
 
 
 def wait_for_uptime(server: LocalRedis, seconds: float) -> None:

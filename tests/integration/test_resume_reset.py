@@ -26,12 +26,6 @@ CUT = 12  # inside a character
 CHANGES = {"revision": {"revision": "r2"}, "tokenizer": {"tokenizer_hash": "h2"}}
 
 
-@pytest.fixture
-def client(local_redis: LocalRedis) -> Iterator[Client]:
-    with Client(local_redis.url) as client:
-        yield client
-
-
 @contextmanager
 def running(local_redis: LocalRedis, text: str = OLD, **model: Any) -> Iterator[SteppedWorker]:
     with SteppedWorker(local_redis.url, spelled_engine(text, **model), words) as worker:

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import redis
 
-from mlx_serving import Client
 from mlx_serving.common import calls
 from tests.stepped_worker import LostReply, SteppedWorker, spelled_engine, told, words
 from tests.worker_process import job_events
@@ -19,6 +18,7 @@ from tests.worker_process import job_events
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from mlx_serving import Client
     from mlx_serving.common.local_redis import LocalRedis
     from mlx_serving.producer.handles import JobHandle
 
@@ -37,12 +37,6 @@ JOBS: dict[str, dict[str, Any]] = {
 }
 HOW = ["kill", "hand over"]
 KINDS = ["byte_level", "byte_fallback"]
-
-
-@pytest.fixture
-def client(local_redis: LocalRedis) -> Iterator[Client]:
-    with Client(local_redis.url) as client:
-        yield client
 
 
 @pytest.fixture

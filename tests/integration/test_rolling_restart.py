@@ -12,11 +12,9 @@ import pytest
 
 from mlx_serving import AsyncClient, Client
 from tests.figures import show
-from tests.worker_process import WorkerProcess, check_answers, job_events, quick_settings
+from tests.worker_process import WorkerProcess, check_answers, job_events
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from mlx_serving.common.local_redis import LocalRedis
     from mlx_serving.producer.async_client import AsyncClient as Producer
     from mlx_serving.producer.handles import AsyncJobHandle
@@ -49,12 +47,6 @@ class Heard:
     @property
     def longest_wait(self) -> float:
         return max(b - a for a, b in itertools.pairwise(self.times))
-
-
-@pytest.fixture
-def client(settled_redis: LocalRedis) -> Iterator[Client]:
-    with Client(settings=quick_settings(settled_redis.url)) as client:
-        yield client
 
 
 async def follow(client: Producer, heard: Heard) -> Heard:

@@ -27,13 +27,13 @@ from rq.utils import current_timestamp
 
 from tests import rq_jobs
 from tests.helpers import wait_until
-from tests.lossy_proxy import LossyProxy
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
     from pathlib import Path
 
     from mlx_serving.common.local_redis import LocalRedis
+    from tests.lossy_proxy import LossyProxy
 
 pytestmark = pytest.mark.may_leak("RQ's own jobs stay where its defaults leave them")
 
@@ -54,13 +54,6 @@ def _rqs_logger_as_it_was() -> Iterator[None]:
 @pytest.fixture
 def queue(redis_client: redis.Redis) -> Queue:
     return make_queue("stock", redis_client)
-
-
-@pytest.fixture
-def proxy(local_redis: LocalRedis, redis_client: redis.Redis) -> Iterator[LossyProxy]:
-    del redis_client
-    with LossyProxy(local_redis.socket) as proxy:
-        yield proxy
 
 
 def make_queue(name: str, client: redis.Redis) -> Queue:

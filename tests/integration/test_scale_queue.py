@@ -11,18 +11,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import pytest
 
-from mlx_serving import Client
 from mlx_serving.common.jobs import GenerationJob
 from mlx_serving.producer.envelope import seal
 from tests.figures import show
-from tests.helpers import wait_until
-from tests.worker_process import WorkerProcess, check_answers, quick_settings
+from tests.helpers import dataset_bytes, wait_until
+from tests.worker_process import WorkerProcess, check_answers
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     import redis
 
+    from mlx_serving import Client
     from mlx_serving.common.local_redis import LocalRedis
     from mlx_serving.producer.handles import JobHandle
 
@@ -70,11 +68,6 @@ def enqueue(client: Client, count: int) -> Enqueued:
     return Enqueued(handles, many, single)
 
 
-def used(client: redis.Redis) -> int:
-    client.memory_purge()
-    return int(client.info("memory")["used_memory_dataset"])
-
-
 def payload_bytes() -> int:
     entry = seal(GenerationJob.parse(job()), max_payload_bytes=1 << 20)
     return len(cast("bytes", entry.rq_fields["data"]))
@@ -100,12 +93,6 @@ def work_off(worker: WorkerProcess, client: redis.Redis, count: int) -> list[int
     return sizes
 
 
-@pytest.fixture
-def client(settled_redis: LocalRedis) -> Iterator[Client]:
-    with Client(settings=quick_settings(settled_redis.url)) as client:
-        yield client
-
-
 def event_bytes(client: redis.Redis, handles: list[JobHandle]) -> float:
     """What an event of a long stream costs beside its text: from a job with many."""
     (name,) = {f"mlxs:ev:{h.id}" for h in handles}
@@ -129,9 +116,9 @@ def test_a_long_queue(
     count: int,
 ) -> None:
     url = settled_redis.url
-    before = used(redis_client)
+    before = dataset_bytes(redis_client)
     queued = enqueue(client, count)
-    each = (used(redis_client) - before) / count
+    each = (dataset_bytes(redis_client) - before) / count
     beside = each - payload_bytes()
     assert redis_client.llen("rq:queue:tally:default") == count
     show(

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import redis
 
-from mlx_serving import Client
 from mlx_serving.common.keys import Keys
 from mlx_serving.worker.loading import SIMULATED_BYTES
 from tests.helpers import wait_until
@@ -16,13 +15,13 @@ from tests.worker_process import (
     InProcessWorker,
     check_answers,
     job_events,
-    quick_settings,
     submit,
 )
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from mlx_serving import Client
     from mlx_serving.common.local_redis import LocalRedis
 
 TOKENS = 5
@@ -44,12 +43,6 @@ class ModelsWorker(InProcessWorker):
     @property
     def resident(self) -> tuple[str, ...]:
         return self.child.residents.resident()
-
-
-@pytest.fixture
-def client(settled_redis: LocalRedis) -> Iterator[Client]:
-    with Client(settings=quick_settings(settled_redis.url)) as client:
-        yield client
 
 
 @pytest.fixture

@@ -19,7 +19,6 @@ from tests.worker_process import (
     Hacks,
     WorkerProcess,
     job_events,
-    quick_settings,
     submit,
 )
 from tests.wrong_clock import WrongClock
@@ -39,12 +38,6 @@ HOUR = 3600
 def server() -> Iterator[LocalRedis]:
     with LocalRedis(appendonly="always") as server:
         yield server
-
-
-@pytest.fixture
-def client(server: LocalRedis) -> Iterator[Client]:
-    with Client(settings=quick_settings(server.url)) as client:
-        yield client
 
 
 @pytest.fixture

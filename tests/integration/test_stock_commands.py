@@ -21,7 +21,6 @@ from rq.registry import (
 from rq.serializers import JSONSerializer
 from rq.suspension import resume, suspend
 
-from mlx_serving import Client
 from mlx_serving.worker.delivery.sweeper import Sweeper
 from tests.helpers import wait_until
 from tests.protocol_driver import LANES, QUEUE, Driver, rq_fields
@@ -29,33 +28,20 @@ from tests.worker_process import (
     InProcessWorker,
     check_answers,
     counted,
-    decoded,
     job_events,
-    quick_settings,
     submit,
+    wait_until_decoded,
 )
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from mlx_serving import Client
     from mlx_serving.common.local_redis import LocalRedis
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "stock_commands.md"
-STATES = ("queued", "running", "finished", "failed", "cancelled")
 LONG = 5000
 JSON = "rq.serializers.JSONSerializer"
-
-
-@pytest.fixture
-def client(settled_redis: LocalRedis) -> Iterator[Client]:
-    with Client(settings=quick_settings(settled_redis.url)) as client:
-        yield client
-
-
-@pytest.fixture
-def driver(settled_redis: LocalRedis) -> Iterator[Driver]:
-    with settled_redis.client() as connection:
-        yield Driver(connection)
 
 
 class Stage:
@@ -78,7 +64,7 @@ class Stage:
         if state == "finished":
             check_answers(self.client, [handle], 20)
         elif state != "queued":
-            wait_until(lambda: min(decoded(self.client, [handle])) > 2)
+            wait_until_decoded(self.client, [handle])
         if state == "cancelled":
             self.client.cancel(handle.id)
             self.client.result(handle.id, timeout=5)
@@ -275,7 +261,7 @@ class TestSuspend:
 
     def test_queued_waits_and_running_goes_on(self, stage: Stage) -> None:
         running = submit(stage.client, 2, 100)
-        wait_until(lambda: min(decoded(stage.client, running)) > 2)
+        wait_until_decoded(stage.client, running)
         rq(stage.url, "suspend")
         check_answers(stage.client, running, 100)
         waiting = stage.job_in("queued")

@@ -14,16 +14,14 @@ from rq.registry import FailedJobRegistry, FinishedJobRegistry, StartedJobRegist
 from rq.results import Result
 from rq.serializers import JSONSerializer
 
-from mlx_serving import Client
 from tests.helpers import wait_until
 from tests.protocol_driver import QUEUE, Driver, rq_fields
 from tests.worker_process import (
     InProcessWorker,
     check_answers,
     counted,
-    decoded,
-    quick_settings,
     submit,
+    wait_until_decoded,
 )
 
 if TYPE_CHECKING:
@@ -31,6 +29,7 @@ if TYPE_CHECKING:
 
     import redis
 
+    from mlx_serving import Client
     from mlx_serving.common.local_redis import LocalRedis
 
 RQ_INFO_10_MINUTES_AHEAD = textwrap.dedent(
@@ -50,12 +49,6 @@ RQ_INFO_10_MINUTES_AHEAD = textwrap.dedent(
     main(["info", "-u", sys.argv[1]])
     """
 )
-
-
-@pytest.fixture
-def client(settled_redis: LocalRedis) -> Iterator[Client]:
-    with Client(settings=quick_settings(settled_redis.url)) as client:
-        yield client
 
 
 @pytest.fixture
@@ -84,7 +77,7 @@ def info(
 def test_rq_info_shows_what_is(client: Client, settled_redis: LocalRedis) -> None:
     done, running = submit(client, 2, 3), submit(client, 3, 5000)
     check_answers(client, done, 3)
-    wait_until(lambda: min(decoded(client, running)) > 2)
+    wait_until_decoded(client, running)
     wait_until(lambda: "busy" in info(settled_redis.url), timeout=5)
     shown = info(settled_redis.url)
     assert "3 executing, 2 finished, 0 failed" in shown
@@ -99,7 +92,7 @@ def test_rq_info_from_a_clock_10_minutes_ahead_ends_no_lease(
     client: Client, settled_redis: LocalRedis, queue: Queue
 ) -> None:
     handles = submit(client, 8, 150)
-    wait_until(lambda: min(decoded(client, handles)) > 2)
+    wait_until_decoded(client, handles)
     for _ in range(2):
         info(settled_redis.url, RQ_INFO_10_MINUTES_AHEAD)
     assert {client.status(h.id).state.value for h in handles} == {"running"}
@@ -113,7 +106,7 @@ def test_workers_are_seen_with_what_they_run(
     client: Client, worker: InProcessWorker, redis_client: redis.Redis
 ) -> None:
     handles = submit(client, 4, 5000)
-    wait_until(lambda: min(decoded(client, handles)) > 2)
+    wait_until_decoded(client, handles)
     (seen,) = Worker.all(connection=redis_client, serializer=JSONSerializer)
     assert seen.name == worker.name
     assert seen.queue_names() == ["tally:interactive", "tally:default", "tally:bulk"]
@@ -157,7 +150,7 @@ def test_a_finished_job_is_one_to_rq(client: Client, queue: Queue) -> None:
 @pytest.mark.usefixtures("worker")
 def test_a_running_job_is_one_to_rq(client: Client, queue: Queue) -> None:
     (handle,) = submit(client, 1, 5000)
-    wait_until(lambda: min(decoded(client, [handle])) > 2)
+    wait_until_decoded(client, [handle])
     job = Job.fetch(handle.id, connection=queue.connection, serializer=JSONSerializer)
     assert job.is_started
     assert handle.id in StartedJobRegistry(queue=queue)

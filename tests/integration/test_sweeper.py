@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
 
 import pytest
 
@@ -12,16 +11,10 @@ from mlx_serving.worker.delivery.sweeper import Sweeper
 from tests.helpers import wait_until
 from tests.protocol_driver import LANES, QUEUE, Attempt, Driver, rq_fields
 
-if TYPE_CHECKING:
-    import redis
-
-pytestmark = pytest.mark.may_leak(reason="jobs stay queued or running at the end of a test")
-
-
-@pytest.fixture
-def driver(redis_client: redis.Redis, settled_redis: LocalRedis) -> Driver:
-    del settled_redis
-    return Driver(redis_client)
+pytestmark = [
+    pytest.mark.usefixtures("settled_redis"),
+    pytest.mark.may_leak(reason="jobs stay queued or running at the end of a test"),
+]
 
 
 @pytest.fixture

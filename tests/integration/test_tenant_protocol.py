@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
@@ -11,15 +11,7 @@ from mlx_serving.common import calls
 from mlx_serving.common.states import JobState
 from tests.protocol_driver import QUEUE, Attempt, Driver, entry
 
-if TYPE_CHECKING:
-    import redis
-
 pytestmark = pytest.mark.may_leak(reason="jobs stay queued or running at the end of a test")
-
-
-@pytest.fixture
-def driver(redis_client: redis.Redis) -> Driver:
-    return Driver(redis_client)
 
 
 def many(driver: Driver, tenant: str, count: int, **fields: Any) -> list[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-import socket
 import subprocess
 import time
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ import pytest
 from mlx_serving import AsyncClient, Client
 from mlx_serving.common.errors import QueueUnavailable
 from mlx_serving.common.local_redis import LocalRedis
-from tests.helpers import wait_until
+from tests.helpers import free_port, wait_until
 from tests.worker_process import InProcessWorker, WorkerProcess, quick_settings
 
 if TYPE_CHECKING:
@@ -70,12 +69,6 @@ class Tls:
     url: str
     ours: Authority
     theirs: Authority
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture(scope="module")

@@ -7,34 +7,25 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from mlx_serving import Client
 from mlx_serving.worker.conditions import Conditions, Rules
 from mlx_serving.worker.presence import FACTS, NUMBERS
 from tests.helpers import wait_until
 from tests.monitoring import Probe
-from tests.unit.test_conditions import FakeProbe
+from tests.worker_fakes import FakeProbe
 from tests.worker_process import (
     InProcessWorker,
     WorkerProcess,
     check_answers,
-    decoded,
     job_events,
-    quick_settings,
     submit,
+    wait_until_decoded,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     import redis
 
+    from mlx_serving import Client
     from mlx_serving.common.local_redis import LocalRedis
-
-
-@pytest.fixture
-def client(settled_redis: LocalRedis) -> Iterator[Client]:
-    with Client(settings=quick_settings(settled_redis.url)) as client:
-        yield client
 
 
 class Backing(InProcessWorker):
@@ -81,7 +72,7 @@ def wait_until_true(condition: Any, seconds: float) -> bool:
 def test_it_finishes_what_it_holds(settled_redis: LocalRedis, client: Client) -> None:
     with Backing(settled_redis.url, "laptop", rate=100.0) as worker:
         running = submit(client, 4, 100)
-        wait_until(lambda: min(decoded(client, running)) > 3)
+        wait_until_decoded(client, running, 4)
         worker.probe.battery = True
         check_answers(client, running, 100)
         assert {e.attempt for h in running for e in job_events(client, h.id)} == {1}
@@ -92,7 +83,7 @@ def test_it_hands_over_where_it_is_told_to(settled_redis: LocalRedis, client: Cl
     url = settled_redis.url
     with Backing(url, "laptop", hands_over=True, rate=50.0) as worker:
         running = submit(client, 8, 200)
-        wait_until(lambda: min(decoded(client, running)) > 3)
+        wait_until_decoded(client, running, 4)
         worker.probe.battery = True
         wait_until(lambda: not worker.child.publisher.held())
         assert worker.child.runner.engine is not None

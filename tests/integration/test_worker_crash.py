@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from mlx_serving import Client
 from mlx_serving.common.local_redis import LocalRedis
 from tests.helpers import wait_until
 from tests.worker_process import (
@@ -17,13 +16,14 @@ from tests.worker_process import (
     check_answers,
     decoded,
     job_events,
-    quick_settings,
     submit,
+    wait_until_decoded,
 )
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from mlx_serving import Client
     from mlx_serving.producer.handles import JobHandle
 
 JOBS = 32
@@ -33,16 +33,6 @@ JOBS = 32
 def server() -> Iterator[LocalRedis]:
     with LocalRedis(appendonly="always") as server:
         yield server
-
-
-@pytest.fixture
-def client(server: LocalRedis) -> Iterator[Client]:
-    with Client(settings=quick_settings(server.url)) as client:
-        yield client
-
-
-def under_way(client: Client, handles: list[JobHandle], tokens: int = 5) -> bool:
-    return all(count >= tokens for count in decoded(client, handles))
 
 
 def attempts(client: Client, handles: list[JobHandle]) -> list[int]:
@@ -57,7 +47,7 @@ def test_kill_9_of_a_worker_with_32_running_jobs(server: LocalRedis, client: Cli
     with WorkerProcess(server.url, "first", rate=20) as first:
         first.serving()
         handles = submit(client, JOBS, tokens)
-        wait_until(lambda: under_way(client, handles), timeout=20)
+        wait_until_decoded(client, handles, 5)
         with WorkerProcess(server.url, "second", rate=200) as second:
             second.serving()
             first.signal(signal.SIGKILL)
@@ -74,7 +64,7 @@ def test_a_zombie_that_wakes_after_the_takeover_writes_nothing(
     with WorkerProcess(server.url, "first", rate=50) as first:
         first.serving()
         handles = submit(client, 8, tokens)
-        wait_until(lambda: under_way(client, handles), timeout=20)
+        wait_until_decoded(client, handles, 5)
         first.signal(signal.SIGSTOP)
         with WorkerProcess(server.url, "second", rate=60) as second:
             second.serving()
@@ -97,7 +87,7 @@ def test_a_mac_that_slept_alone_finishes_its_own_jobs(server: LocalRedis, client
     with WorkerProcess(server.url, "only", rate=50, engine_stall_seconds=60) as only:
         only.serving()
         handles = submit(client, 8, tokens)
-        wait_until(lambda: under_way(client, handles), timeout=20)
+        wait_until_decoded(client, handles, 5)
         for _ in range(2):
             only.signal(signal.SIGSTOP)
             time.sleep(LEASE_SECONDS + 0.5)
@@ -115,7 +105,7 @@ def test_a_redis_killed_and_restarted_in_the_middle(server: LocalRedis, client: 
     ):
         first.serving()
         handles = submit(client, 16, tokens)
-        wait_until(lambda: under_way(client, handles), timeout=20)
+        wait_until_decoded(client, handles, 5)
         second.serving()
         server.restart()
         check_answers(client, handles, tokens)
@@ -129,7 +119,7 @@ def test_decode_goes_on_while_redis_is_away(server: LocalRedis, client: Client) 
     with WorkerProcess(server.url, "only", rate=50) as only:
         only.serving()
         handles = submit(client, 8, tokens)
-        wait_until(lambda: under_way(client, handles), timeout=20)
+        wait_until_decoded(client, handles, 5)
         server.kill()
         time.sleep(3)
         before = time.monotonic()

@@ -19,11 +19,10 @@ from tests.worker_process import (
     job_events,
     quick_settings,
     submit,
+    wait_until_decoded,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     import redis
 
     from mlx_serving.common.local_redis import LocalRedis
@@ -33,16 +32,6 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.may_leak(
     reason="a worker that is killed at the end leaves its name in RQ's sets"
 )
-
-
-@pytest.fixture
-def client(settled_redis: LocalRedis) -> Iterator[Client]:
-    with Client(settings=quick_settings(settled_redis.url)) as client:
-        yield client
-
-
-def begun(client: Client, handles: list[JobHandle], tokens: int = 3) -> bool:
-    return min(decoded(client, handles)) >= tokens
 
 
 def attempts(client: Client, handles: list[JobHandle]) -> set[int]:
@@ -56,7 +45,7 @@ def test_jobs_that_end_within_the_grace_time_finish_and_the_rest_is_handed_over(
     with WorkerProcess(url, "first", rate=50, drain_grace_seconds=2.0) as first:
         first.serving()
         short, long = submit(client, 16, 50), submit(client, 16, 400)
-        wait_until(lambda: begun(client, short + long))
+        wait_until_decoded(client, short + long)
         first.terminate()
         late = submit(client, 4, 20)
         assert first.exit_status() == 0
@@ -82,7 +71,7 @@ def test_a_second_signal_or_no_grace_hands_over_at_once(
     with WorkerProcess(settled_redis.url, "first", 50, drain_grace_seconds=grace) as first:
         first.serving()
         handles = submit(client, 8, 1000)
-        wait_until(lambda: begun(client, handles))
+        wait_until_decoded(client, handles)
         first.terminate()
         if how == "twice":
             wait_until(lambda: "draining" in first.log())
@@ -107,7 +96,7 @@ def test_one_signal_to_the_whole_process_group_is_one_signal(
     with WorkerProcess(settled_redis.url, "first", 50, drain_grace_seconds=20) as first:
         first.serving()
         handles = submit(client, 4, 60)
-        wait_until(lambda: begun(client, handles))
+        wait_until_decoded(client, handles)
         os.killpg(first.process.pid, signal.SIGTERM)
         assert first.exit_status() == 0
         assert {client.status(h.id).state.value for h in handles} == {"finished"}
@@ -130,7 +119,7 @@ def test_rqs_shutdown_command_drains(
     with WorkerProcess(settled_redis.url, "first", 100, drain_grace_seconds=20) as first:
         first.serving()
         handles = submit(client, 4, 60)
-        wait_until(lambda: begun(client, handles))
+        wait_until_decoded(client, handles)
         send_shutdown_command(redis_client, "first")
         assert first.exit_status() == 0
         check_answers(client, handles, 60)
@@ -147,7 +136,7 @@ def test_a_drain_does_not_wait_for_a_redis_that_is_away(client: Client) -> None:
     ):
         first.serving()
         handles = submit(other, 4, 500)
-        wait_until(lambda: begun(other, handles))
+        wait_until_decoded(other, handles)
         server.kill()
         first.terminate()
         assert first.exit_status(timeout=15) == 0

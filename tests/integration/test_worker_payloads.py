@@ -32,18 +32,6 @@ GOOD = {"v": 1, "min_protocol": 1, "model": "tally", "prompt": "x", "max_tokens"
 
 
 @pytest.fixture
-def driver(settled_redis: LocalRedis) -> Iterator[Driver]:
-    with settled_redis.client() as connection:
-        yield Driver(connection)
-
-
-@pytest.fixture
-def client(settled_redis: LocalRedis) -> Iterator[Client]:
-    with Client(settings=quick_settings(settled_redis.url)) as client:
-        yield client
-
-
-@pytest.fixture
 def worker(settled_redis: LocalRedis) -> Iterator[InProcessWorker]:
     with InProcessWorker(settled_redis.url, rate=1000, max_payload_bytes=100_000) as worker:
         yield worker

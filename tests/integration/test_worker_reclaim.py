@@ -11,33 +11,17 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from mlx_serving import Client
-from tests.helpers import wait_until
-from tests.protocol_driver import Driver
 from tests.worker_process import (
     InProcessWorker,
     check_answers,
-    decoded,
-    quick_settings,
     submit,
+    wait_until_decoded,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
+    from mlx_serving import Client
     from mlx_serving.common.local_redis import LocalRedis
-
-
-@pytest.fixture
-def client(settled_redis: LocalRedis) -> Iterator[Client]:
-    with Client(settings=quick_settings(settled_redis.url)) as client:
-        yield client
-
-
-@pytest.fixture
-def driver(settled_redis: LocalRedis) -> Iterator[Driver]:
-    with settled_redis.client() as connection:
-        yield Driver(connection)
+    from tests.protocol_driver import Driver
 
 
 def test_jobs_taken_from_a_worker_and_claimed_by_it_again_are_right(
@@ -47,7 +31,7 @@ def test_jobs_taken_from_a_worker_and_claimed_by_it_again_are_right(
     with InProcessWorker(settled_redis.url, rate=50):
         handles = submit(client, 6, tokens, max_attempts=100)
         ids = [handle.id for handle in handles]
-        wait_until(lambda: min(decoded(client, handles)) > 2)
+        wait_until_decoded(client, handles)
         for _ in range(8):
             driver.lapse(*ids)
             driver.reap()

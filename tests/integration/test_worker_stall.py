@@ -8,22 +8,21 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from mlx_serving import Client
 from mlx_serving.common.local_redis import LocalRedis
 from tests.helpers import wait_until
 from tests.worker_process import (
     Hacks,
     WorkerProcess,
     check_answers,
-    decoded,
-    quick_settings,
     submit,
+    wait_until_decoded,
 )
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from mlx_serving.producer.handles import JobHandle
+    from mlx_serving import Client
+
 
 JOBS = 32
 
@@ -34,16 +33,6 @@ def server() -> Iterator[LocalRedis]:
         yield server
 
 
-@pytest.fixture
-def client(server: LocalRedis) -> Iterator[Client]:
-    with Client(settings=quick_settings(server.url)) as client:
-        yield client
-
-
-def under_way(client: Client, handles: list[JobHandle], tokens: int = 5) -> bool:
-    return all(count >= tokens for count in decoded(client, handles))
-
-
 def test_a_hung_engine_ends_the_process_and_its_jobs_come_back(
     server: LocalRedis, client: Client
 ) -> None:
@@ -52,7 +41,7 @@ def test_a_hung_engine_ends_the_process_and_its_jobs_come_back(
     with WorkerProcess(server.url, "hung", 50, hacks, engine_stall_seconds=stall) as hung:
         hung.serving()
         handles = submit(client, 4, 40)
-        wait_until(lambda: under_way(client, handles, 3), timeout=20)
+        wait_until_decoded(client, handles)
         wait_until(lambda: not hung.child_lives(), timeout=stall + 2)
         assert '"event":"engine_stalled"' in hung.log()
         hung.kill()  # its parent has started another child, which would hang as well
@@ -68,7 +57,7 @@ def test_a_hung_engine_does_not_keep_its_leases(server: LocalRedis, client: Clie
     with WorkerProcess(server.url, "hung", 50, hacks, engine_stall_seconds=4) as hung:
         hung.serving()
         handles = submit(client, 4, 40)
-        wait_until(lambda: under_way(client, handles, 3), timeout=20)
+        wait_until_decoded(client, handles)
         with WorkerProcess(server.url, "second", rate=200) as second:
             second.serving()
             check_answers(client, handles, 40)
@@ -80,7 +69,7 @@ def test_a_child_whose_parent_was_killed_hands_over_and_exits(
     with WorkerProcess(server.url, "orphan", rate=50) as orphan:
         orphan.serving()
         handles = submit(client, 8, 100)
-        wait_until(lambda: under_way(client, handles), timeout=20)
+        wait_until_decoded(client, handles, 5)
         os.kill(orphan.process.pid, signal.SIGKILL)
         orphan.process.wait()
         wait_until(lambda: not orphan.child_lives(), timeout=8)

@@ -8,7 +8,7 @@ import pytest
 from mlx_serving.worker.engine import acceleration
 from mlx_serving.worker.engine.text.detokenizer import Detokenizer
 from mlx_serving.worker.engine.text.vocabulary import Vocabulary
-from tests.unit.tokenizers_for_tests import BYTE_LEVEL
+from tests.tokenizers_for_tests import BYTE_LEVEL
 
 
 def _pretend(monkeypatch: pytest.MonkeyPatch, native: Any, reason: str = "built") -> None:

@@ -26,6 +26,7 @@ from mlx_serving.common.events import (
 from mlx_serving.common.results import ChoiceResult, GenerationResult
 from mlx_serving.common.settings import TALLY_PATH, load_settings
 from mlx_serving.common.states import JobState
+from mlx_serving.worker.supervision.crash import EXIT_CONFIGURATION
 
 COMMANDS = ("demo", "worker", "generate", "status", "cancel", "doctor", "models", "batch")
 HEAVY = {"mlx", "mlx_lm", "numpy", "transformers", "mlx_serving.worker", "redis", "rq", "pydantic"}
@@ -146,6 +147,20 @@ def test_a_wrong_url_names_the_setting() -> None:
     assert result.stderr.startswith("error: invalid_settings: redis_url: ")
 
 
+def test_a_misspelt_setting_of_the_environment_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A typo in a service file would else be a default that nobody asked for."""
+    monkeypatch.setenv("MLX_SERVING_METRIC_PORT", "9109")
+    monkeypatch.setenv("MLX_SERVING_METRICS_PORT", "9109")
+    monkeypatch.setenv("MLX_SERVING_NO_NATIVE_BUILD", "1")  # the build's
+    monkeypatch.setenv("MLX_SERVING_RQ_PREFIX", "rq")  # RQ's own name is RQ_KEY_PREFIX
+    result = runner.invoke(app, ["models"])
+    assert result.exit_code == 0
+    names = ("MLX_SERVING_METRIC_PORT", "MLX_SERVING_RQ_PREFIX")
+    assert result.stderr.splitlines() == [
+        f"warning: {name} is no setting, and without effect" for name in names
+    ]
+
+
 @pytest.mark.parametrize("control", ["\x1b", "\x07", "\r", "\x00", "\x7f", "\x9b"])
 def test_a_model_can_not_drive_the_terminal(control: str) -> None:
     assert harmless(f"a{control}[2Jb") == "a\ufffd[2Jb"
@@ -160,9 +175,35 @@ def test_lines_and_words_stay_as_they_are() -> None:
 
 def test_a_worker_of_an_unknown_model_names_the_known_ones() -> None:
     result = runner.invoke(app, ["worker", "--model", "no-such"])
-    assert result.exit_code == 1
+    assert result.exit_code == EXIT_CONFIGURATION
     assert result.stderr.startswith("error: unknown_model: model: 'no-such'")
     assert "tally" in result.stderr
+
+
+def test_a_worker_that_no_restart_mends_says_so_to_its_service_manager(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Status 78: wrong settings, a model that is not there, no engine."""
+    monkeypatch.setenv("MLX_SERVING_LEASE_SECONDS", "soon")
+    wrong_setting = runner.invoke(app, ["worker"])
+    monkeypatch.delenv("MLX_SERVING_LEASE_SECONDS")
+    monkeypatch.setenv("MLX_SERVING_MODELS", json.dumps({"gone": str(tmp_path / "gone")}))
+    no_model = runner.invoke(app, ["worker", "--model", "gone"])
+    monkeypatch.setattr(extras, "ENGINE", ("no_such_engine",))
+    no_engine = runner.invoke(app, ["worker"])
+    assert [r.exit_code for r in (wrong_setting, no_model, no_engine)] == [EXIT_CONFIGURATION] * 3
+    assert [r.stderr.split(": ")[1] for r in (wrong_setting, no_model, no_engine)] == [
+        "invalid_settings", "unknown_model", "missing_dependency",
+    ]  # fmt: skip
+
+
+def test_a_worker_whose_hub_is_away_is_worth_another_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    hub_model = {"big": "organisation/name@" + "0" * 40}
+    monkeypatch.setenv("MLX_SERVING_MODELS", json.dumps(hub_model))
+    monkeypatch.setenv("MLX_SERVING_HUB_ENDPOINT", "http://127.0.0.1:9")
+    result = runner.invoke(app, ["worker", "--model", "big"])
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: model_unreachable: models.big: organisation/name@0000")
 
 
 def test_a_worker_without_redis_is_one_line() -> None:
@@ -229,5 +270,10 @@ def test_models_lists_what_loads_and_what_does_not(
     assert len(tally["revision"]) == 16
 
 
-def test_models_of_an_unknown_alias_fails() -> None:
-    assert runner.invoke(app, ["models", "no-such"]).exit_code == 1
+@pytest.mark.parametrize("words", [["no-such"], ["pull", "no-such"], ["no-such", "--json"]])
+def test_models_of_an_unknown_alias_names_the_known_ones(words: list[str]) -> None:
+    result = runner.invoke(app, ["models", *words])
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr == (
+        "error: unknown_model: model: 'no-such' is no alias of the settings (known: tally)\n"
+    )

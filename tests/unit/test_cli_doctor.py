@@ -15,7 +15,7 @@ from mlx_serving.cli.overview import Overview, QueueView
 from mlx_serving.common.settings import load_settings
 from mlx_serving.worker.conditions_mac import MacProbe
 from tests.unit.test_cli_top import worker
-from tests.unit.test_conditions import FakeProbe
+from tests.worker_fakes import FakeProbe
 
 
 class FakeRedis:

@@ -53,6 +53,7 @@ def test_launchd_starts_a_worker_and_lets_it_drain() -> None:
     assert plist["ThrottleInterval"] >= 10
     assert plist["SoftResourceLimits"]["NumberOfFiles"] >= 4096
     assert plist["HardResourceLimits"]["Core"] == 0
+    assert plist["StandardErrorPath"].endswith(".log")  # launchd throws away what goes nowhere
     assert "UNVERIFIED" in text
 
 

@@ -2,38 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+import time
+from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import structlog
 
 from mlx_serving.common.errors import InvalidSettings
 from mlx_serving.common.settings import load_settings
-from mlx_serving.worker.conditions import REASONS, Conditions, Hours, Rules
+from mlx_serving.worker.conditions import REASONS, Conditions, Hours, Rules, local_minute
 from mlx_serving.worker.conditions_mac import MacProbe
 from tests.helpers import wait_until
-
-if TYPE_CHECKING:
-    from mlx_serving.worker.conditions import Pressure
-
-
-@dataclass
-class FakeProbe:
-    """A Mac as the test wants it; None: it can't tell."""
-
-    idle: float | None = 3600.0
-    pressure: Pressure | None = "nominal"
-    battery: bool | None = False
-
-    def idle_seconds(self) -> float | None:
-        return self.idle
-
-    def thermal_pressure(self) -> Pressure | None:
-        return self.pressure
-
-    def on_battery(self) -> bool | None:
-        return self.battery
+from tests.worker_fakes import FakeProbe
 
 
 @dataclass
@@ -118,12 +99,29 @@ def test_a_change_is_logged_with_its_reasons() -> None:
     probe = FakeProbe(battery=True)
     conditions = Conditions(ALL, probe, Clock())
     with structlog.testing.capture_logs() as logs:
-        conditions.look()
-        conditions.look()
-        probe.battery = False
-        conditions.look()
-    told = [(entry["event"], entry.get("reasons")) for entry in logs]
-    assert told == [("worker_paused", ["on_battery"]), ("worker_unpaused", None)]
+        for battery, event in ((True, "worker_paused"), (True, ""), (False, "worker_unpaused")):
+            probe.battery = battery
+            conditions.look()
+            assert [entry["event"] for entry in logs] == ([event] if event else [])
+            assert all(entry.get("reasons", ["on_battery"]) == ["on_battery"] for entry in logs)
+            logs.clear()
+
+
+@pytest.mark.parametrize("hands_over", [False, True])
+def test_what_is_held_goes_elsewhere_only_while_paused_and_where_asked(*, hands_over: bool) -> None:
+    probe = FakeProbe(battery=True)
+    conditions = Conditions(replace(ALL, hands_over=hands_over), probe, Clock())
+    conditions.look()
+    assert conditions.hands_over is hands_over
+    probe.battery = False
+    conditions.look()
+    assert not conditions.hands_over
+
+
+def test_the_clock_counts_minutes_of_the_local_day(monkeypatch: pytest.MonkeyPatch) -> None:
+    at = time.struct_time((2026, 11, 24, 22, 31, 59, 1, 328, 0))
+    monkeypatch.setattr(time, "localtime", lambda: at)
+    assert local_minute() == 22 * 60 + 31
 
 
 def test_it_looks_again_by_itself() -> None:

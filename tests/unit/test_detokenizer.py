@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from mlx_serving.worker.engine.acceleration import load_native
 from mlx_serving.worker.engine.text import detokenizer as twin
 from mlx_serving.worker.engine.text.vocabulary import Vocabulary, VocabularyTable, read_vocabulary
-from tests.unit.tokenizers_for_tests import (
+from tests.tokenizers_for_tests import (
     BYTE_FALLBACK,
     BYTE_LEVEL,
     BYTE_LEVEL_IDS,

@@ -11,47 +11,16 @@ from mlx_lm.models.cache import BatchKVCache, ChunkedKVCache, KVCache
 from benchmarks.synthetic import TINY, build_model
 from mlx_serving.worker.engine.cache import kv_cache
 from mlx_serving.worker.engine.sequence import Request
-from tests.engine_support import GREEDY, drive, greedy_by_mlx_lm, tiny_engine
-
-HYBRID: dict[str, Any] = {
-    **TINY,
-    "norm_eps": 1e-6,
-    "conv_bias": False,
-    "conv_L_cache": 3,
-    "block_dim": 64,
-    "block_ff_dim": 128,
-    "block_multiple_of": 32,
-    "block_ffn_dim_multiplier": 1.0,
-    "block_auto_adjust_ff_dim": False,
-    "layer_types": ["conv", "full_attention", "conv", "full_attention"],
-    "num_hidden_layers": 4,
-}
-SLIDING: dict[str, Any] = {
-    **TINY,
-    "num_hidden_layers": 3,
-    "sliding_window": 24,
-    "sliding_window_pattern": 3,
-    "query_pre_attn_scalar": 16,
-}
-RECURRENT: dict[str, Any] = {
-    "vocab_size": TINY["vocab_size"],
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "state_size": 8,
-    "num_hidden_layers": 2,
-    "conv_kernel": 4,
-    "use_bias": False,
-    "use_conv_bias": True,
-    "time_step_rank": 4,
-}
-
-
-def other_model(module: Any, config: dict[str, Any]) -> Any:
-    mx.random.seed(1)
-    name = module.__name__.rsplit(".", 1)[-1]
-    model = module.Model(module.ModelArgs.from_dict({"model_type": name, **config}))
-    mx.eval(model.parameters())
-    return model
+from tests.engine_support import (
+    GREEDY,
+    HYBRID,
+    RECURRENT,
+    SLIDING,
+    drive,
+    greedy_by_mlx_lm,
+    other_model,
+    tiny_engine,
+)
 
 
 @pytest.mark.parametrize(

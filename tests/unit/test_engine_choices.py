@@ -9,8 +9,7 @@ from mlx_lm.models import gemma3_text, lfm2
 from benchmarks.synthetic import build_model
 from mlx_serving.worker.engine.engine import Engine
 from mlx_serving.worker.engine.sequence import Request, RequestRefusedError, SamplingParams
-from tests.engine_support import GREEDY, drive, tiny_engine
-from tests.unit.test_engine_caches import HYBRID, SLIDING, other_model
+from tests.engine_support import GREEDY, HYBRID, SLIDING, drive, other_model, tiny_engine
 
 SAMPLED = SamplingParams(1.0, top_p=0.95, seed=77)
 PROMPT = tuple(range(40))
@@ -170,7 +169,7 @@ def test_abort_takes_a_group_in_every_phase(steps: int) -> None:
 
 
 def test_a_prompt_that_fails_ends_every_choice_of_it_and_no_other() -> None:
-    from tests.unit.test_engine_failures import POISON, PoisonedModel
+    from tests.engine_support import POISON, PoisonedModel
 
     engine = tiny_engine(PoisonedModel(raises=True))
     engine.add(*choices_of(3, (3, POISON, 4)))

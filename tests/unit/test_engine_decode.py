@@ -1,27 +1,20 @@
 """The engine over tiny random models in memory: right tokens, whoever shares the batch."""
 
-import random
-
 import pytest
 
 from benchmarks.synthetic import build_model, build_tokenizer
 from mlx_serving.worker.engine.sequence import Request, SamplingParams
-from tests.engine_support import EOS, GREEDY, Collected, drive, greedy_by_mlx_lm, tiny_engine
+from tests.engine_support import (
+    EOS,
+    GREEDY,
+    Collected,
+    drive,
+    greedy_by_mlx_lm,
+    random_requests,
+    tiny_engine,
+)
 
 ARCHITECTURES = ["qwen3", "llama"]
-
-
-def random_requests(count: int, seed: int, sampling: SamplingParams = GREEDY) -> list[Request]:
-    chance = random.Random(seed)
-    return [
-        Request(
-            f"r{index}",
-            tuple(chance.randrange(256) for _ in range(chance.choice([1, 2, 7, 30, 64, 150]))),
-            sampling,
-            max_tokens=chance.randrange(1, 40),
-        )
-        for index in range(count)
-    ]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -2,7 +2,6 @@
 
 from typing import Any, cast
 
-import mlx.core as mx
 import pytest
 from msgspec.structs import replace
 
@@ -10,28 +9,7 @@ from benchmarks.synthetic import TINY, build_model
 from mlx_serving.common.jobs import Lane
 from mlx_serving.worker.engine.engine import Engine
 from mlx_serving.worker.engine.sequence import Phase, Request, RequestRefusedError, SamplingParams
-from tests.engine_support import GREEDY, drive, greedy_by_mlx_lm, tiny_engine
-
-POISON = 299  # a token id that only poisoned prompts hold
-
-
-class PoisonedModel:
-    """NaN logits for rows whose input token is POISON; or an exception in their prefill."""
-
-    def __init__(self, *, raises: bool = False, value: float = float("nan")) -> None:
-        self.model = build_model()
-        self.layers = self.model.layers  # type: ignore[attr-defined]
-        self.raises = raises
-        self.value = value
-
-    def __call__(self, inputs: mx.array, cache: list[Any]) -> mx.array:
-        poisoned = (inputs == POISON).any(axis=1)
-        if self.raises and poisoned.any().item():
-            message = "a prompt like 'top secret' can't be computed"
-            raise RuntimeError(message)
-        logits = self.model(inputs, cache=cache)
-        return mx.where(poisoned[:, None, None], self.value, logits)
-
+from tests.engine_support import GREEDY, POISON, PoisonedModel, drive, greedy_by_mlx_lm, tiny_engine
 
 GOOD = [Request(f"good{n}", (n + 1, 5, 9), GREEDY, 12) for n in range(4)]
 

@@ -14,9 +14,15 @@ from mlx_serving.worker.engine.engine import Engine
 from mlx_serving.worker.engine.paged.cache import BLOCK_TOKENS, PagedCache
 from mlx_serving.worker.engine.paged.step import plain_step
 from mlx_serving.worker.engine.sequence import Request, SamplingParams
-from tests.engine_support import GREEDY, drive, greedy_by_mlx_lm, tiny_engine
-from tests.unit.test_engine_decode import random_requests
-from tests.unit.test_engine_failures import POISON, PoisonedModel
+from tests.engine_support import (
+    GREEDY,
+    POISON,
+    PoisonedModel,
+    drive,
+    greedy_by_mlx_lm,
+    random_requests,
+    tiny_engine,
+)
 
 SAMPLED = SamplingParams(1.0, top_p=0.95, seed=77)
 

@@ -14,8 +14,7 @@ from benchmarks.synthetic import build_model
 from mlx_serving.common.jobs import Lane
 from mlx_serving.worker.engine.engine import Engine
 from mlx_serving.worker.engine.sequence import Output, Request, RequestRefusedError, SamplingParams
-from tests.engine_support import prefixes_of, tiny_engine
-from tests.unit.test_engine_caches import HYBRID, SLIDING, other_model
+from tests.engine_support import HYBRID, SLIDING, other_model, prefixes_of, tiny_engine
 
 SAMPLED = SamplingParams(1.0, top_p=0.95, seed=5, repetition_penalty=1.2, logprobs=2)
 BYTES_PER_TOKEN = 512  # of the tiny model

@@ -21,8 +21,7 @@ from mlx_serving.worker.engine.engine import Engine
 from mlx_serving.worker.engine.model_runner import ModelRunner
 from mlx_serving.worker.engine.models import EngineOptions, build_engine
 from mlx_serving.worker.engine.sequence import ModelInfo, Request, SamplingParams
-from tests.engine_support import GREEDY, Collected, drive
-from tests.unit.test_engine_caches import RECURRENT, SLIDING, other_model
+from tests.engine_support import GREEDY, RECURRENT, SLIDING, Collected, drive, other_model
 
 SAMPLED = SamplingParams(0.9, top_p=0.9, seed=3)
 

@@ -11,8 +11,7 @@ from mlx.utils import tree_flatten
 
 from benchmarks.synthetic import build_model
 from mlx_serving.worker.engine.fused_layers import fuse
-from tests.engine_support import drive, greedy_by_mlx_lm, tiny_engine
-from tests.unit.test_engine_decode import random_requests
+from tests.engine_support import drive, greedy_by_mlx_lm, random_requests, tiny_engine
 
 
 class Attention(Module):

@@ -114,7 +114,7 @@ def test_a_claim_never_asks_for_more_than_can_be_had(
 
 
 def test_a_claim_of_some_lanes_is_made_for_news_only() -> None:
-    now = [0.0]
+    now = [7.0]
     news = LaneNews(1.0, lambda: now[0])
     some = LaneClaim(("interactive", "default"), 4)
     assert news.worth(None) is None
@@ -132,8 +132,13 @@ def test_a_claim_of_some_lanes_is_made_for_news_only() -> None:
     news.note("tally:default")
     assert news.worth(some) == LaneClaim(("default",), 4), "it came after the claim was sent"
     news.ask(some)
-    now[0] = 1.0
+    now[0] = 8.0
     assert news.worth(some) == some, "a wake-up may be lost"
+
+
+@pytest.mark.parametrize(("limit", "most"), [(3, 3), (4, 4), (5, 4)])
+def test_a_claim_is_of_no_more_than_one_call_may_take(limit: int, most: int) -> None:
+    assert LaneClaim(LANES, 4).up_to(limit) == LaneClaim(LANES, most)
 
 
 def test_jobs_that_were_left_to_others_are_news_when_their_time_is_over() -> None:

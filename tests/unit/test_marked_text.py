@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -30,6 +31,7 @@ TOOL: dict[str, Any] = {"type": "function", "function": {"name": "f", "parameter
 MARKERS = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<|other|>", "<|end|>")
 
 
+@cache
 def wrapper(*, special: bool) -> TokenizerWrapper:
     """Bytes and markers; the markers are special tokens or not."""
     from mlx_lm.tool_parsers import json_tools

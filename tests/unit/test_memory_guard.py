@@ -67,12 +67,20 @@ def test_it_trims_then_shrinks_then_refuses_one_step_a_look() -> None:
     assert steps[2].room_bytes == 0
 
 
+def test_short_is_less_than_a_fortieth_with_what_a_step_takes() -> None:
+    assert MemoryGuard().judge(reading(39), KvUse()).relief is Relief.NONE
+    assert MemoryGuard().judge(reading(39.01), KvUse()).relief is Relief.TRIM
+    guard = MemoryGuard()
+    guard.judge(reading(30), KvUse())
+    assert guard.judge(reading(30, peak=39.5), KvUse()).relief is Relief.TRIM
+
+
 def test_it_stays_where_it_is_until_there_is_room_to_spare() -> None:
     guard = MemoryGuard()
     for _ in range(3):
         guard.judge(reading(39.5), KvUse())
     assert guard.judge(reading(38.5), KvUse()).relief is Relief.REFUSE  # 3.75%
-    assert guard.judge(reading(37.9), KvUse()).relief is Relief.NONE
+    assert guard.judge(reading(38), KvUse()).relief is Relief.NONE  # 5%
     assert guard.judge(reading(38.5), KvUse()).relief is Relief.NONE
 
 

@@ -104,9 +104,6 @@ def test_only_a_finished_job_is_a_success() -> None:
     assert observed(measures, E2E) == 2
 
 
-Calls = list[tuple[str, Any]]
-
-
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> Callable[[Measures, str, Any], None]:
     """Have a call of the protocol answered, or fail."""

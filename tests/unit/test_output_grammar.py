@@ -17,6 +17,7 @@ from mlx_serving.common.jobs import GenerationJob
 from mlx_serving.worker.engine.output.grammar_trial import compile_grammar, try_grammar
 from mlx_serving.worker.engine.output.output_grammar import output_grammar
 from mlx_serving.worker.engine.output.tool_formats import ModelFormat
+from tests.schemas_for_tests import schema
 
 MARKERS = ("<think>", "</think>", "<tool_call>", "</tool_call>")
 CITY = {"type": "object", "properties": {"city": {"enum": ["Oslo", "Rome"]}}, "required": ["city"],
@@ -68,10 +69,6 @@ def takes(
 
 def job(**fields: Any) -> GenerationJob:
     return GenerationJob.build(model="m", messages=[{"role": "user", "content": "x"}], **fields)
-
-
-def schema(value: Any) -> dict[str, Any]:
-    return {"type": "json_schema", "json_schema": {"name": "x", "schema": value}}
 
 
 both = pytest.mark.parametrize("tokens", [True, False], ids=["tokens", "spelled"])

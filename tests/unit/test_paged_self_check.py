@@ -19,7 +19,7 @@ from mlx_serving.worker.engine.paged.layers import (
     StoreEntry,
 )
 from mlx_serving.worker.engine.paged.reference import ReferenceOps
-from tests.unit.test_engine_caches import HYBRID, SLIDING, other_model
+from tests.engine_support import HYBRID, SLIDING, other_model
 
 
 class WrongAttention(ReferenceOps):

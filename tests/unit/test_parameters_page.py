@@ -1,4 +1,4 @@
-"""docs/parameters.md is what the schema says, and names tests that there are."""
+"""docs/parameters.md and docs/settings.md are what the schemas say; the tests they name exist."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import pytest
 
 from mlx_serving.common.job_checks import UNSUPPORTED
 from mlx_serving.common.jobs import GenerationJob
+from mlx_serving.common.settings import Settings
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -37,6 +38,14 @@ def script() -> ModuleType:
 def test_the_page_is_what_the_schema_says() -> None:
     written = (ROOT / "docs" / "parameters.md").read_text(encoding="utf-8")
     assert written == script().page(), "run scripts/parameters_page.py"
+
+
+def test_the_settings_page_has_every_setting_and_its_meaning() -> None:
+    written = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
+    assert written == script().settings_page(), "run scripts/parameters_page.py"
+    told = [name for group in script().SETTINGS.values() for name in group]
+    assert sorted(told) == sorted(Settings.model_fields)
+    assert [name for name, field in Settings.model_fields.items() if not field.description] == []
 
 
 def test_every_field_has_a_meaning_and_a_test() -> None:

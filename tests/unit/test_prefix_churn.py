@@ -13,8 +13,15 @@ from mlx_serving.worker.engine.engine import Engine
 from mlx_serving.worker.engine.paged.cache import BLOCK_TOKENS
 from mlx_serving.worker.engine.paged.step import plain_step
 from mlx_serving.worker.engine.sequence import Request, RequestRefusedError, SamplingParams
-from tests.engine_support import GREEDY, Collected, drive, prefixes_of, tiny_engine
-from tests.unit.test_engine_failures import POISON, PoisonedModel
+from tests.engine_support import (
+    GREEDY,
+    POISON,
+    Collected,
+    PoisonedModel,
+    drive,
+    prefixes_of,
+    tiny_engine,
+)
 
 BYTES_PER_TOKEN = 512  # of the tiny model
 TENANTS = ("", "a", "b")

@@ -61,11 +61,11 @@ def test_a_rule_that_is_off_stays_off() -> None:
 
 
 def watched(*floors: int, spike: int = 0) -> MemoryFloor:
-    """A floor for each window, with a spike in every second look."""
+    """A floor for each window, with a spike in every second look, the first one too."""
     floor = MemoryFloor()
     for used in floors:
         for look in range(WINDOW_LOOKS):
-            floor.see(used + (spike if look % 2 else 0))
+            floor.see(used + (0 if look % 2 else spike))
     return floor
 
 
@@ -77,6 +77,7 @@ def test_a_floor_that_rises_is() -> None:
     base = 1 << 30
     assert not watched(base, base + LEAST_GROWTH_BYTES).grown(LIMIT)
     assert watched(base, base + LEAST_GROWTH_BYTES + 1).grown(LIMIT)
+    assert watched(base, base + LEAST_GROWTH_BYTES + 1, spike=4 << 30).grown(LIMIT)
     assert not watched(base, base + LEAST_GROWTH_BYTES + 1).grown(100 << 30)  # 5% of that is more
 
 

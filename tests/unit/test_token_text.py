@@ -11,7 +11,7 @@ from mlx_serving.common.events import TokenLogprob
 from mlx_serving.worker.delivery.token_text import render, speller, unspelled
 from mlx_serving.worker.engine.sequence import TokenLogprobs
 from mlx_serving.worker.engine.text.vocabulary import VocabularyTable, read_vocabulary
-from tests.unit.tokenizers_for_tests import BYTE_FALLBACK, BYTE_LEVEL, GEMMA, Reference
+from tests.tokenizers_for_tests import BYTE_FALLBACK, BYTE_LEVEL, GEMMA, Reference
 
 BYTES = VocabularyTable(["Ġa".encode(), b"<end>", "é".encode(), b""], "byte_level", {1}, False)
 FALLBACK = VocabularyTable(["▁a".encode(), b"</s>", b"<0xC3>", b"b"], "byte_fallback", {1}, True)

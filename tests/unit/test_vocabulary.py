@@ -11,7 +11,7 @@ from mlx_serving.worker.engine.text.vocabulary import (
     byte_alphabet,
     read_vocabulary,
 )
-from tests.unit.tokenizers_for_tests import BYTE_FALLBACK, BYTE_LEVEL, GEMMA
+from tests.tokenizers_for_tests import BYTE_FALLBACK, BYTE_LEVEL, GEMMA
 
 
 def _tokenizer(decoder: Any) -> Tokenizer:

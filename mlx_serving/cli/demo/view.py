@@ -15,7 +15,6 @@ from mlx_serving.cli.console import harmless
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from types import TracebackType
 
     from mlx_serving.cli.demo.jobs import DemoJob
     from mlx_serving.cli.demo.measure import Track
@@ -44,12 +43,7 @@ class TableView:
         self._live.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._live.refresh()
         self._live.stop()
 
@@ -100,12 +94,7 @@ class LineView:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         pass
 
     def delivered(self, index: int, text: str) -> None:

@@ -27,7 +27,7 @@ def folder_beside(source: Path, batch_id: str) -> Path:
 
 
 def find_folder(name: str | None, registry: Registry) -> BatchFolder:
-    """Find a batch that lies on this machine; without a name, the one heard of last.
+    """Find a batch that lies on this machine; without a name, the newest.
 
     Raises:
         BatchNotFound: there is none, or it lies elsewhere.
@@ -43,7 +43,7 @@ def find_folder(name: str | None, registry: Registry) -> BatchFolder:
 
 
 def find_report(name: str | None, registry: Registry) -> Report:
-    """Find what Redis knows of a batch; without a name, the one heard of last from here.
+    """Find what Redis knows of a batch; without a name, the newest from here.
 
     Raises:
         BatchNotFound: there is none.

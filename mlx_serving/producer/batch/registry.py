@@ -15,10 +15,9 @@ import msgspec
 
 from mlx_serving.common.connection import connect, resolve
 from mlx_serving.common.errors import BatchNotFound
-from mlx_serving.common.retrying import retry_idempotent, unavailable
+from mlx_serving.common.retrying import answered
 from mlx_serving.producer.batch.folder import STATE
 from mlx_serving.producer.batch.objects import Batch
-from mlx_serving.producer.outage import FAULTS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -94,7 +93,7 @@ class Registry:
         def send(pipe: Any) -> None:  # noqa: ANN401 -- redis has no type
             pipe.hset(key, "report", msgspec.json.encode(report))
             pipe.expire(key, KEEP_SECONDS)
-            pipe.zadd(index, {report.batch.id: report.at_ms})
+            pipe.zadd(index, {report.batch.id: report.at_ms}, nx=True)  # by the first report
             pipe.zremrangebyscore(index, "-inf", report.at_ms - KEEP_SECONDS * 1000)
             pipe.expire(index, KEEP_SECONDS)
             pipe.hget(key, "cancel")
@@ -111,8 +110,8 @@ class Registry:
         return report
 
     def reports(self) -> list[Report]:
-        """Last reports on all batches, the one heard of last first."""
-        ids: list[Any] = _answered(lambda: self._redis.zrange(self._keys.batches(), 0, -1))
+        """Last reports on all batches, the newest batch first."""
+        ids: list[Any] = answered(lambda: self._redis.zrange(self._keys.batches(), 0, -1))
         found = []
         for batch_id in reversed(ids):
             try:
@@ -124,15 +123,15 @@ class Registry:
     def ask_to_cancel(self, batch_id: str) -> Report:
         """Leave word for the runner, wherever it is. Raises BatchNotFound."""
         report = self.find(batch_id)
-        _answered(lambda: self._redis.hset(self._keys.batch(batch_id), "cancel", "1"))
+        answered(lambda: self._redis.hset(self._keys.batch(batch_id), "cancel", "1"))
         return report
 
     def _read(self, batch_id: str) -> tuple[bytes | None, int]:
-        raw: Any = _answered(lambda: self._redis.hget(self._keys.batch(batch_id), "report"))
+        raw: Any = answered(lambda: self._redis.hget(self._keys.batch(batch_id), "report"))
         return raw, self._now_ms()
 
     def _now_ms(self) -> int:
-        seconds, microseconds = _answered(self._redis.time)
+        seconds, microseconds = answered(self._redis.time)
         return int(seconds) * 1000 + int(microseconds) // 1000
 
     def _pipelined(self, send: Callable[[Any], object]) -> list[Any]:
@@ -141,12 +140,4 @@ class Registry:
                 send(pipe)
                 return pipe.execute()
 
-        return _answered(run)
-
-
-def _answered(call: Callable[[], T]) -> T:
-    """Run a call that may run twice; whatever Redis fails with is QueueUnavailable."""
-    try:
-        return retry_idempotent(call)
-    except FAULTS as error:
-        raise unavailable(error) from error
+        return answered(run)

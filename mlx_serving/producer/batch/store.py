@@ -12,9 +12,8 @@ from mlx_serving.common.errors import CorruptEvent, CorruptJob
 from mlx_serving.common.events import decode
 from mlx_serving.common.protocol import Protocol, parse_record
 from mlx_serving.common.results import GenerationResult, Timings
-from mlx_serving.common.retrying import retry_idempotent, unavailable
+from mlx_serving.common.retrying import answered
 from mlx_serving.common.states import JobState
-from mlx_serving.producer.outage import FAULTS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -62,7 +61,7 @@ class JobStore:
     def cancel(self, job_ids: Sequence[str], reason: str) -> None:
         """Cancel each; idempotent."""
         wanted = [calls.cancel(job_id, reason) for job_id in job_ids]
-        _answered(lambda: self._protocol.run_many(wanted))
+        answered(lambda: self._protocol.run_many(wanted))
 
     def forget(self, queue: str, job_ids: Sequence[str]) -> None:
         """Delete ended jobs whose results are safe, as their `result_ttl` would."""
@@ -107,7 +106,7 @@ class JobStore:
                     raise answer
             return answers
 
-        return _answered(run)
+        return answered(run)
 
 
 def _is_foreign(answer: object) -> bool:
@@ -124,11 +123,3 @@ def _state(answer: Any) -> str | None:  # noqa: ANN401 -- redis-py's union
 def _check(job_id: str, answer: object) -> None:
     if _is_foreign(answer):
         raise CorruptJob(f"what Redis holds under job {job_id!r} can't be read")
-
-
-def _answered(call: Callable[[], T]) -> T:
-    """Run a call that may run twice; whatever Redis fails with is QueueUnavailable."""
-    try:
-        return retry_idempotent(call)
-    except FAULTS as error:
-        raise unavailable(error) from error

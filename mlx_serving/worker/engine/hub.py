@@ -72,6 +72,10 @@ class Hub:
         return urlsplit(self.endpoint or ENDPOINT).netloc
 
 
+class HubUnreachableError(ModelFilesError):
+    """The hub does not answer, or not now; another time it may."""
+
+
 def hub_model(value: str) -> HubModel | None:
     """Read `organisation/name@revision`; None where a model's setting is a path."""
     found = _NAME.fullmatch(value)
@@ -106,7 +110,8 @@ def download(model: HubModel, hub: Hub, say: Say) -> Path:
     """Return the model's folder, downloaded if need be; bars show on a terminal.
 
     Raises:
-        ModelFilesError: not pinned, not there, not reachable, too large for the disk, or it holds
+        HubUnreachableError: the hub can't be reached, or can't answer now.
+        ModelFilesError: not pinned, not there, too large for the disk, or it holds
             nothing that may be loaded. The message names model, host and reason.
     """
     from filelock import FileLock, Timeout
@@ -211,7 +216,13 @@ def _require_space(model: HubModel, hub: Hub, needed: int) -> None:
 
 
 def _asked(model: HubModel, hub: Hub, ask: Callable[[], Any]) -> Any:  # noqa: ANN401 -- what the question returns
-    """Ask the hub, and say in one line what became of it."""
+    """Ask the hub, and say in one line what became of it.
+
+    Raises:
+        HubUnreachableError: it may answer another time.
+        ModelFilesError: it will not give this model.
+
+    """
     import httpx2
     from huggingface_hub import errors
 
@@ -225,9 +236,12 @@ def _asked(model: HubModel, hub: Hub, ask: Callable[[], Any]) -> Any:  # noqa: A
         reason = f"{hub.host} has no such model, or not for everybody"
     except errors.HfHubHTTPError as error:
         reason = f"{hub.host} answered {error.response.status_code}"
+        raise HubUnreachableError(f"{model}: {reason}") from None
     except (httpx2.HTTPError, errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError) as error:
         reason = f"can't be downloaded: {hub.host} can't be reached ({type(error).__name__})"
+        raise HubUnreachableError(f"{model}: {reason}") from None
     except OSError as error:
         reason = f"can't be downloaded from {hub.host}: {' '.join(str(error).split())[:300]}"
+        raise HubUnreachableError(f"{model}: {reason}") from None
     message = f"{model}: {reason}"
     raise ModelFilesError(message)

@@ -69,7 +69,7 @@ class MemoryFloor:
 
     def grown(self, limit_bytes: int) -> bool:
         """Say whether the floor rose by more than a sound process would explain."""
-        if self._base is None or len(self._seen) < WINDOW_LOOKS:
+        if self._base is None:
             return False
         allowed = max(LEAST_GROWTH_BYTES, int(GROWTH_FRACTION * limit_bytes))
         return min(self._seen) - self._base > allowed

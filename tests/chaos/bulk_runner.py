@@ -1,7 +1,7 @@
 """A background runner that kills itself where a trap says.
 
-`python -m tests.bulk_runner FOLDER TRAP`, settings on stdin. The trap is a file that holds the
-name of a place; whoever comes by there removes it and dies of SIGKILL.
+`python -m tests.chaos.bulk_runner FOLDER TRAP`, settings on stdin. The trap is a file that holds
+the name of a place; whoever comes by there removes it and dies of SIGKILL.
 """
 
 from __future__ import annotations

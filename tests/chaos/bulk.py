@@ -1,4 +1,4 @@
-"""Bulk files under kills: `python -m tests.bulk_chaos --lines 10000 --kills 10`.
+"""Bulk files under kills: `python -m tests.chaos.bulk --lines 10000 --kills 10`.
 
 Two workers run Tally; one runner feeds and collects. Kills fall on the runner, in its feeder and
 its collector at places where it hurts most, and on the workers; who dies is replaced. In the end
@@ -31,7 +31,7 @@ from mlx_serving.tally import TASKS
 from mlx_serving.tally.examples import check as is_right
 from mlx_serving.tally.one_turn import system_turn
 from tests.bulk_files import read_jsonl, simulated_line, text_of, tokens_of, write_lines
-from tests.bulk_runner import PLACES
+from tests.chaos import bulk_runner
 from tests.figures import show
 from tests.worker_process import ROOT, WorkerProcess, counted
 
@@ -133,7 +133,7 @@ class Keeper:
 
     def _start(self) -> subprocess.Popen[bytes]:
         process = subprocess.Popen(
-            [sys.executable, "-m", "tests.bulk_runner", str(self._folder.path), str(self.trap)],
+            [sys.executable, "-m", bulk_runner.__name__, str(self._folder.path), str(self.trap)],
             cwd=ROOT, stdin=subprocess.PIPE, stdout=self._log, stderr=self._log,
         )  # fmt: skip
         assert process.stdin is not None
@@ -188,7 +188,7 @@ class Workers:
 def plan(kills: int, seed: int) -> list[tuple[float, str]]:
     """At which share of the lines which kill is made; the runner's are in the first half."""
     rng = random.Random(seed)
-    places = cycle(PLACES)
+    places = cycle(bulk_runner.PLACES)
     chosen = [next(places) if n % 3 else WORKER for n in range(1, kills + 1)]
     spots = [rng.uniform(0.02, 0.45 if kind != WORKER else 0.8) for kind in chosen]
     return sorted(zip(spots, chosen, strict=True))

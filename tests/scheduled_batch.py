@@ -1,0 +1,94 @@
+"""A scheduler and what an engine would do with it; no device."""
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from mlx_serving.common.jobs import Lane
+from mlx_serving.worker.engine.scheduling.limits import SchedulerLimits
+from mlx_serving.worker.engine.scheduling.scheduler import Scheduler
+from mlx_serving.worker.engine.sequence import Phase, Request, SamplingParams, Sequence
+
+if TYPE_CHECKING:
+    from mlx_serving.worker.engine.scheduling.prefill_chunk import PrefillChunk
+
+ROWS, CHUNK = 6, 16
+
+
+def request(name: str, lane: Lane, prompt: int = 4, tokens: int = 8, choice: int = 0) -> Request:
+    return Request(name, (1,) * prompt, SamplingParams(), tokens, choice=choice, lane=lane)
+
+
+class Batch:
+    """Rows that the scheduler let in, stepped by hand."""
+
+    def __init__(self, limits: SchedulerLimits) -> None:
+        self.limits = limits
+        self.scheduler = Scheduler(limits)
+        self.rows: list[Sequence] = []
+        self.ended: list[str] = []
+        self.chunks: list[PrefillChunk] = []
+
+    def add(self, *choices: Request) -> bool:
+        if not self.scheduler.can_add(*choices):
+            return False
+        parking = self.scheduler.make_room(*choices)
+        for row in parking.park:
+            self.check_newest(row)
+            self.scheduler.park(row)
+        for row in parking.drop:
+            self.scheduler.drop(row)
+        self.rows += self.scheduler.add(*choices)
+        return True
+
+    def check_newest(self, row: Sequence) -> None:
+        """Of its lane, a row that loses as little and came later would have given way first."""
+        assert not [
+            other
+            for other in self.rows
+            if (other.request.lane, other.phase) == (row.request.lane, row.phase)
+            and other.order > row.order
+        ]
+
+    def step(self) -> None:
+        while (parking := self.scheduler.next_parked()) is not None:
+            for row in parking.drop:
+                self.scheduler.drop(row)
+            (row,) = parking.park
+            earlier = [p for p in self.parked(row.request.lane) if p.order < row.order]
+            assert not earlier, "within a lane, in the order of admission"
+            self.scheduler.resume(row)
+        chunk = self.scheduler.schedule_prefill()
+        if chunk is not None:
+            self.chunks.append(chunk)
+            if self.scheduler.finish_prefill(chunk):
+                self.scheduler.joined(chunk.groups)
+        for row in [row for row in self.rows if row.phase is Phase.DECODING]:
+            row.tokens.append(1)
+            if len(row.tokens) >= row.request.max_tokens:
+                self.remove(row)
+
+    def remove(self, row: Sequence) -> None:
+        self.rows.remove(row)
+        self.scheduler.remove(row)
+        self.ended.append(row.request.id)
+
+    def parked(self, lane: Lane) -> list[Sequence]:
+        return [r for r in self.rows if r.phase is Phase.PARKED and r.request.lane == lane]
+
+    def active(self, lane: Lane) -> list[Sequence]:
+        return [r for r in self.rows if r.phase is not Phase.PARKED and r.request.lane == lane]
+
+    def has_share(self, rows: Iterable[Sequence]) -> bool:
+        widths = [self.scheduler._reservation._width(row.request) for row in rows]
+        return self.limits.is_share(len(widths), sum(widths))
+
+
+def limits(
+    rows: int = ROWS,
+    capacity: int = 10_000,
+    *,
+    share: float = 0.1,
+    block: int = 0,
+    headroom: int = 0,
+) -> SchedulerLimits:
+    return SchedulerLimits(rows, capacity, CHUNK, 2, block, share, headroom)
