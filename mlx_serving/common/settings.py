@@ -208,7 +208,7 @@ class Settings(BaseSettings):
 
     # Engine
     max_batch_rows: int = Field(
-        default=64, ge=1, le=1024, description="choices that are decoded at once"
+        default=64, ge=1, le=1024, description="choices that are decoded at once, without headroom"
     )
     lane_min_share: float = Field(
         default=0.1, ge=0, lt=1,

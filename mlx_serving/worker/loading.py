@@ -208,16 +208,15 @@ def _load_simulated(spec: EngineSpec, settings: Settings) -> Generator[None, Non
         time.sleep(spec.load_seconds / SIMULATED_SLICES)
         yield
     rows = settings.max_batch_rows
+    headroom = headroom_rows(rows, settings.lane_headroom)
     options = (
         simulated.SimulatedOptions(
-            spec.tokens_per_second,
-            max_rows=rows,
+            spec.tokens_per_second, max_rows=rows, headroom_rows=headroom,
             lane_min_share=settings.lane_min_share,
-            headroom_rows=headroom_rows(rows, settings.lane_headroom),
         )
         if spec.tokens_per_second
-        else simulated.SimulatedOptions.zero_cost(rows)
-    )
+        else simulated.SimulatedOptions.zero_cost(rows, headroom)
+    )  # fmt: skip
     encode = simulated.SimulatedPromptEncoder().encode
     engine = simulated.SimulatedEngine(options)
     return LoadedModel(engine, encode, simulated.plan, simulated.spell)

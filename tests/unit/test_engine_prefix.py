@@ -131,6 +131,34 @@ def test_prompts_of_which_unequal_parts_are_known_share_a_chunk(counted: Counted
     assert drive(engine, some) == expected(*some)
 
 
+@pytest.mark.parametrize("known", ["leader", "rider", "neither"])
+def test_prompts_that_ride_along_get_the_same_whatever_is_known_of_them(known: str) -> None:
+    counted = Counted(chunk=512)
+    beginning = SHARED[:BLOCK_TOKENS]
+    counted.computed(Request("before", (*beginning, 9), GREEDY, 2))
+    others = {name: tuple(200 + i for i in range(BLOCK_TOKENS)) for name in ("leader", "rider")}
+    begins = others | {known: beginning}
+    leader = Request("leader", (*begins["leader"], 5, 6, 7), GREEDY, 6, lane="interactive")
+    rider = Request("rider", (*begins["rider"], 8, 9, 3), SAMPLED, 6, lane="bulk")
+    chunks: list[set[str]] = []
+    counted.engine.on_prefill = lambda names: chunks.append(set(names))
+    counted.computed(rider, leader)
+    assert ({"leader", "rider"} in chunks) == (known == "rider")
+    assert counted.collected == expected(rider, leader)
+
+
+def test_no_prompt_rides_along_where_there_is_nothing_to_compute() -> None:
+    counted = Counted(chunk=512)
+    whole = request("whole", lane="interactive")
+    counted.computed(whole)
+    rider = Request("rider", SHARED[BLOCK_TOKENS : 2 * BLOCK_TOKENS], GREEDY, 6, lane="bulk")
+    chunks: list[int] = []
+    counted.engine.on_prefill = lambda names: chunks.append(len(tuple(names)))
+    assert counted.computed(rider, whole) == BLOCK_TOKENS - 1
+    assert chunks[0] == 1
+    assert counted.collected == expected(rider, whole)
+
+
 def test_a_tenant_never_uses_what_another_computed(counted: Counted) -> None:
     first, second = request("a", (1, 2), salt="one"), request("b", (1, 2), salt="two")
     whole = len(SHARED) + 1

@@ -71,9 +71,12 @@ def test_headroom_is_for_the_highest_lane_and_for_what_another_lacks_of_its_shar
     assert claim((40, 17, 7), room=room) == (("interactive",), 18)
     assert claim((50, 7, 7), room=room) == (("interactive",), 8)
     assert claim((58, 7, 7), room=room) is None
-    assert claim((64, 0, 0), room=room) == (LANES, 8)
-    assert claim((67, 0, 3), room=room) == (LANES, 2)
-    assert claim((0, 0, 64), room=room) == (("interactive", "default"), 7)
+    assert claim((64, 0, 0), room=room) == (("default", "bulk", "interactive"), 7)
+    assert claim((67, 0, 3), room=room) == (("default", "bulk", "interactive"), 2)
+    assert claim((57, 6, 1), room=room) == (("default", "bulk", "interactive"), 1)
+    assert claim((0, 0, 64), room=room) == (("default", "interactive"), 7)
+    assert claim((40, 7, 10), room=room) == (LANES, 7), "where rows are free, no more than these"
+    assert claim((50, 0, 0), room=room) == (("default", "bulk", "interactive"), 14)
     assert claim((0, 7, 60), room=room) == (("interactive", "default"), 50), "one may give way"
 
 
@@ -82,6 +85,7 @@ def test_headroom_is_no_room_for_more_of_a_lane_that_has_its_share() -> None:
     assert claim((0, 0, 64), (0, 0, 3), room=room) == (("interactive", "default"), 61)
     assert claim((64, 0, 0), room=room) == (("interactive",), 8)
     assert claim((0, 64, 0), (0, 1, 0), room=room) == (("interactive",), 63)
+    assert claim((0, 0, 60), room=room) == (LANES, 4)
 
 
 COUNTS = st.tuples(*[st.integers(0, 70)] * 3)
@@ -104,9 +108,8 @@ def test_a_claim_never_asks_for_more_than_can_be_had(
     assert most > 0
     rows = [n + [*in_hand, *in_line].count(lane) for n, lane in zip(active, LANES, strict=True)]
     lowest = max(LANES.index(lane) for lane in lanes)
-    free = max(0, 64 - sum(rows))
-    if "interactive" in lanes or all(n < 7 for n in rows[1:]):
-        free = max(0, 64 + headroom - sum(rows))
+    poor = all(lane == "interactive" or rows[LANES.index(lane)] < 7 for lane in lanes)
+    free = max(0, 64 + (headroom if poor else 0) - sum(rows))
     assert most <= free or most <= free + sum(max(0, n - 7) for n in rows[lowest + 1 :])
     for lane in lanes:
         assert not any(parked[: LANES.index(lane) + 1])

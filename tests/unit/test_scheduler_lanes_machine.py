@@ -35,11 +35,18 @@ class LanesMachine(RuleBasedStateMachine):
             return
         rank = LANES.index(lane)
         before = {low: self.batch.has_share(self.batch.active(low)) for low in LANES[rank + 1 :]}
+        lacks = self.lacks(lane)
         if self.batch.add(*rows):
+            if rank and not lacks:
+                active = sum(self.batch.scheduler.lane_rows.active)
+                assert active <= ROWS, "headroom is for others"
             for low, had_share in before.items():
                 assert not had_share or self.batch.has_share(self.batch.active(low))
         else:
             self.check_no_room(rows)
+
+    def lacks(self, lane: Lane) -> bool:
+        return len(self.batch.active(lane)) < self.batch.limits.lane_min_rows
 
     def check_no_room(self, rows: list[Request]) -> None:
         """No inversion: with every lane below cut down to its share, there is no room either."""
@@ -58,8 +65,8 @@ class LanesMachine(RuleBasedStateMachine):
             left += kept
         requests = [row.request for row in left] + rows
         needed = batch.scheduler._reservation.alone(requests)
-        lacks = rank > 0 and not batch.has_share(batch.active(LANES[rank]))
-        most = ROWS + self.headroom if rank == 0 or lacks else ROWS
+        beyond = rank == 0 or self.lacks(LANES[rank])
+        most = ROWS + self.headroom if beyond else ROWS
         assert len(requests) > most or needed > 240
 
     @rule(steps=st.integers(1, 4))

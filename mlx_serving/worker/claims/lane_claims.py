@@ -68,9 +68,10 @@ class LaneRoom:
             return _claim(allowed, free)
         if free > 0:
             return _claim(sorted(allowed, key=lambda rank: not lacking[rank]), free)
-        beyond = min(wanted, free + self.headroom)
-        if beyond > 0:
-            return _claim([rank for rank in allowed if lacking[rank] or not rank], beyond)
+        poor = [rank for rank in allowed if lacking[rank]]
+        beyond = min([free + self.headroom, *(lacking[rank] for rank in poor)])
+        if poor and beyond > 0:
+            return _claim([*poor, 0], beyond)
         return self._claim_over(active, allowed, free, sum(rows.parked))
 
     def _claim_over(

@@ -53,13 +53,14 @@ class SimulatedOptions:
     name: str = "simulated"
 
     @classmethod
-    def zero_cost(cls, max_rows: int = 1024) -> "SimulatedOptions":
+    def zero_cost(cls, max_rows: int = 1024, headroom: int = 0) -> "SimulatedOptions":
         """For dispatch benchmarks: any number of jobs ends in the one step after they came."""
         return cls(
             tokens_per_second=0.0,
             prefill_tokens_per_second=0.0,
             answer_tokens=0,
             max_rows=max_rows,
+            headroom_rows=headroom,
             kv_capacity_tokens=_UNBOUNDED,
             prefill_chunk_tokens=_UNBOUNDED,
         )

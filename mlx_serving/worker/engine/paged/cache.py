@@ -41,7 +41,8 @@ BLOCK_TOKENS: Final = 32
 # change once in so many steps and not in each.
 LOOKAHEAD_TOKENS: Final = 8
 GROWTH_BLOCKS: Final = 64  # the least by which a pool grows; above, an eighth of itself
-RESIZED_BYTES: Final = 1 << 30  # of pools that are twice there while they are resized
+RESIZED_BYTES: Final = 1 << 28  # of pools that are twice there while they grow
+LEFT_BYTES: Final = 1 << 30  # of old pools that may stay among MLX's cached buffers
 # Rows are one item of work each, until one is longer than this; then all are cut into chunks.
 # (Measured: a second launch to join the parts costs more than it saves before that.)
 SPLIT_ABOVE_TOKENS: Final = 2048
@@ -266,7 +267,7 @@ class PagedCache:
             materialize(self.layers)
             return
         mx.synchronize()
-        large = self.nbytes > RESIZED_BYTES
+        large = self.nbytes > LEFT_BYTES
         resize(self.layers, size, at_once=RESIZED_BYTES)
         # The old pools' buffers fit nothing else, but to clear has the next step ask the system
         # for all of its memory again: small ones wait for the runner, which clears now and then.
@@ -310,7 +311,7 @@ class PagedCache:
         for parked in self._parked:
             parked.state[:] = [moved[block] for block in parked.state]
         self._nobodys = [moved[block] for block in self._nobodys]
-        resize(self.layers, size, list(moved), at_once=RESIZED_BYTES)
+        resize(self.layers, size, list(moved), at_once=0)  # memory may be short
         mx.clear_cache()
 
     def _new_layer(self, shape: LayerShape, blocks: int) -> PagedLayer:

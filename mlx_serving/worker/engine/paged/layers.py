@@ -138,7 +138,7 @@ def resize(
     No step may be running. `at_once`: bytes of pools that may be there twice meanwhile; a layer's
     always may.
     """
-    step = max(1, at_once // max(1, layers[0].nbytes))
+    step = max(1, at_once // max(layer.nbytes for layer in layers))
     for first in range(0, len(layers), step):
         some = layers[first : first + step]
         for layer in some:

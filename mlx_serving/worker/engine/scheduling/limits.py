@@ -50,8 +50,8 @@ class SchedulerLimits:
 
 
 def headroom_rows(max_rows: int, share: float) -> int:
-    """Return the rows that headroom of so large a part of a batch is, rounded up."""
-    return math.ceil(share * max_rows)
+    """Return the rows that headroom of so large a part of a batch is, rounded down."""
+    return int(share * max_rows)
 
 
 def least_rows(max_rows: int, share: float) -> int:

@@ -15,7 +15,8 @@ class PrefillChunk:
     That is its context after what was `found` of it in the prefix cache, which is as much in each
     group of a chunk. Rows of a group have one context, which is computed once: they are choices
     of one request. More than one group only where all that each of them must compute fits.
-    All are of one lane, and each lane has at most one prefill under way.
+    The first group's lane is the chunk's; prompts of lower lanes may ride along. A lane has at most
+    one prefill under way, and a chunk of several prompts ends in the step that it begins in.
     """
 
     groups: tuple[Group, ...]
@@ -34,7 +35,7 @@ class PrefillChunk:
 
     @property
     def lane(self) -> Lane:
-        """The rows' lane."""
+        """The lane that the chunk is for: its first rows'."""
         return self.groups[0][0].request.lane
 
     @property

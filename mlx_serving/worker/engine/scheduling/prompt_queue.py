@@ -2,7 +2,7 @@
 
 One engine step does at most one prefill chunk and one decode step. A chunk computes at most
 `prefill_chunk_tokens` tokens, padding included: either the next part of one long prompt or
-several whole prompts of one lane, from the head of its queue. So decoding rows wait for one chunk
+several whole prompts, from the head of a lane's queue. So decoding rows wait for one chunk
 at most, and a prompt of a higher lane for one chunk of a lower one: that is set aside where it
 stands, and goes on later. Within a lane prompts are served first in, first out; each lane has its
 share of the chunks (`lane_turns`), so that none starves.
@@ -67,7 +67,11 @@ class PromptQueue:
         self._reservation.let_go(row)
 
     def begun(self, rank: int) -> tuple[Group, ...]:
-        """Return the prompts of a lane of which a part is computed."""
+        """Return the prompts under way in a lane's chunk: those that ride with it, too.
+
+        Between two steps there is at most one, which is the lane's own and takes several chunks: a
+        chunk of several prompts computes all of each.
+        """
         return self._begun[rank]
 
     def schedule(self, decoding: int) -> PrefillChunk | None:
@@ -149,15 +153,18 @@ class PromptQueue:
         """Add prompts of a lower lane that make the chunk hardly longer and not much larger."""
         most = RIDING_CHUNKS * self._limits.prefill_chunk_tokens
         longest = max(_to_compute(group[0]) for group in taken)
-        length = max(1, -(-longest // RIDING_TOKENS)) * RIDING_TOKENS
+        if not longest:
+            return  # all is known: there is no pass to ride in
+        length = -(-longest // RIDING_TOKENS) * RIDING_TOKENS
         found = taken[0][0].found
         packing = self._packing(taken)
         while waiting and (len(taken) + 1) * length <= most:
+            head = waiting[0][0]
+            if head.context_length - found > length:
+                return
             for row in waiting[0]:
                 self._reservation.look_up(row)
-            head = waiting[0][0]
-            rides = head.found >= found and head.context_length - found <= length
-            if not rides or not packing.has_room_for(waiting[0]):
+            if head.found < found or not packing.has_room_for(waiting[0]):
                 return
             taken.append(waiting.pop(0))
             for row in taken[-1]:

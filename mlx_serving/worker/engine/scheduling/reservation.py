@@ -68,7 +68,7 @@ class Reservation:
 
     def row_limit(self, rank: int) -> int:
         """Rows of all lanes up to which one of this lane may enter."""
-        beyond = rank == 0 or not self.has_share(rank)
+        beyond = rank == 0 or self._rows[rank] < self._limits.lane_min_rows
         return self._limits.most_rows if beyond else self._limits.max_rows
 
     def keeps(self, row: Sequence) -> bool:

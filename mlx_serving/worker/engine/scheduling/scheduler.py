@@ -167,7 +167,7 @@ class Scheduler:
         return self._prompts.schedule(len(self._decoding))
 
     def is_alone_in_prefill(self, row: Sequence) -> bool:
-        """Say whether the prefill under way of the row's lane is its own."""
+        """Say whether the prefill under way of the row's lane is its own alone."""
         return self._prompts.begun(row.request.rank) == ((row,),)
 
     def finish_prefill(self, chunk: PrefillChunk) -> bool:
