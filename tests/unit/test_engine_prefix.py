@@ -149,14 +149,13 @@ def test_prompts_that_ride_along_get_the_same_whatever_is_known_of_them(known: s
 
 def test_no_prompt_rides_along_where_there_is_nothing_to_compute() -> None:
     counted = Counted(chunk=512)
-    whole = request("whole", lane="interactive")
-    counted.computed(whole)
-    rider = Request("rider", SHARED[BLOCK_TOKENS : 2 * BLOCK_TOKENS], GREEDY, 6, lane="bulk")
-    chunks: list[int] = []
-    counted.engine.on_prefill = lambda names: chunks.append(len(tuple(names)))
-    assert counted.computed(rider, whole) == BLOCK_TOKENS - 1
-    assert chunks[0] == 1
-    assert counted.collected == expected(rider, whole)
+    leader = Request("leader", (7,), GREEDY, 6, lane="interactive")
+    rider = Request("rider", SHARED[:20], GREEDY, 6, lane="bulk")
+    chunks: list[set[str]] = []
+    counted.engine.on_prefill = lambda names: chunks.append(set(names))
+    counted.computed(rider, leader)
+    assert chunks[0] == {"leader"}
+    assert counted.collected == expected(rider, leader)
 
 
 def test_a_tenant_never_uses_what_another_computed(counted: Counted) -> None:
