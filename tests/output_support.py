@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -35,6 +36,7 @@ def planner() -> OutputPlanner:
     """One planner, whose trial process ends with this one."""
     made = OutputPlanner(tally().tokenizer, tally().model_info)
     made.warm_up()
+    atexit.register(made.close)
     return made
 
 
