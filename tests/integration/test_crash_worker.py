@@ -54,7 +54,6 @@ def code(client: Client, handle: JobHandle) -> str:
         pytest.param("abort", None, marks=pytest.mark.chaos),
         ("segfault", 6),
         pytest.param("hang", 6, marks=pytest.mark.chaos),
-        pytest.param("memory", 6, marks=pytest.mark.chaos),
         pytest.param("exception", 6, marks=pytest.mark.chaos),
     ],
 )
@@ -72,6 +71,21 @@ def test_the_poison_dies_and_its_mates_live(
         check_answers(client, good, 25)
         worker.terminate()
         assert worker.exit_status() == 0
+
+
+def test_a_row_without_memory_even_alone_fails_and_kills_nothing(
+    server: LocalRedis, client: Client
+) -> None:
+    hacks = Hacks(poison=Poison("memory", after_tokens=6))
+    with WorkerProcess(server.url, "w", 200, hacks) as worker:
+        good = submit(client, 3, 25)
+        (bad,) = submit(client, 1, 25, prompt=POISON)
+        check_answers(client, good, 25)
+        result = client.result(bad.id, timeout=20)
+        assert result.state.value == "failed"
+        assert result.error is not None
+        assert result.error.code == "out_of_memory"
+        assert "child_died" not in worker.whole_log()
 
 
 def test_an_exception_in_a_prefill_is_the_rows_own_and_kills_nothing(
