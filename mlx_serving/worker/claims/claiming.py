@@ -58,9 +58,12 @@ class Claims:
 
     def take(self, room: Callable[[], LaneClaim | None]) -> Claimed | None:
         """Return what the claim under way brings, else claim now; None where there is no room."""
-        claimed = self._ahead.take() or self._claim(room())
+        claimed = self._ahead.take()
         if claimed is not None:
             self._news.expect(claimed.reply.again_ms / 1000)
+        else:
+            claimed = self._claim(room())
+        if claimed is not None:
             self.suspended, self._reserved = claimed.reply.suspended, claimed.reply.reserved
             if claimed.reply.dropped:
                 log.info("claim_dropped", jobs=claimed.reply.dropped)
