@@ -18,6 +18,7 @@ from mlx_serving.worker.engine.models import EngineOptions, build_engine
 from mlx_serving.worker.engine.paged.reference import ReferenceOps
 from mlx_serving.worker.engine.prefix.cache import PrefixCache
 from mlx_serving.worker.engine.sequence import ModelInfo, Output, Request, SamplingParams
+from tests.model_families import CONVOLUTIONAL
 
 EOS = 256
 GREEDY = SamplingParams()
@@ -25,14 +26,8 @@ POISON = 299  # a token id that only poisoned prompts hold
 
 HYBRID: dict[str, Any] = {
     **TINY,
+    **CONVOLUTIONAL,
     "norm_eps": 1e-6,
-    "conv_bias": False,
-    "conv_L_cache": 3,
-    "block_dim": 64,
-    "block_ff_dim": 128,
-    "block_multiple_of": 32,
-    "block_ffn_dim_multiplier": 1.0,
-    "block_auto_adjust_ff_dim": False,
     "layer_types": ["conv", "full_attention", "conv", "full_attention"],
     "num_hidden_layers": 4,
 }

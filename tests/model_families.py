@@ -55,6 +55,15 @@ EXPERTS: Final[dict[str, Any]] = {
     "norm_topk_prob": True,
     "first_k_dense_replace": 1,
 }
+CONVOLUTIONAL: Final[dict[str, Any]] = {  # lfm2's short convolutions
+    "conv_bias": False,
+    "conv_L_cache": 3,
+    "block_dim": 64,
+    "block_ff_dim": 128,
+    "block_multiple_of": 32,
+    "block_ffn_dim_multiplier": 1.0,
+    "block_auto_adjust_ff_dim": False,
+}
 LATENT: Final[dict[str, Any]] = {  # multi-head latent attention
     "num_key_value_heads": 4,
     "kv_lora_rank": 16,
@@ -161,16 +170,7 @@ FAMILIES: Final[dict[str, dict[str, Any]]] = {
     "deepseek_v3": EXPERTS | LATENT | {"topk_method": "noaux_tc"},
     "mamba": STATE_SPACE,
     "mamba2": STATE_SPACE | {"num_heads": 4, "intermediate_size": 64},
-    "lfm2": {
-        "conv_bias": False,
-        "conv_L_cache": 3,
-        "block_dim": 64,
-        "block_ff_dim": 128,
-        "block_multiple_of": 32,
-        "block_ffn_dim_multiplier": 1.0,
-        "block_auto_adjust_ff_dim": False,
-        "layer_types": ["conv", "full_attention"],
-    },
+    "lfm2": CONVOLUTIONAL | {"layer_types": ["conv", "full_attention"]},
     "falcon_h1": STATE_SPACE | FLAT,
     "jamba": EXPERTS
     | STATE_SPACE
