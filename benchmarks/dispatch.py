@@ -23,6 +23,7 @@ import time
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -97,15 +98,19 @@ class Bench:
         return time.perf_counter() - started
 
 
-def run_ours(bench: Bench, client: Client, jobs: int) -> float:
-    """Jobs/s of our worker, which is up and idle."""
+def run_ours(
+    bench: Bench, client: Client, jobs: int, used: Callable[[], Sequence[float]] = tuple
+) -> tuple[float, list[float]]:
+    """Jobs/s of our worker, which is up and idle, and what is `used` meanwhile, a job."""
     suspend(bench.redis)
     # The worker's next claim sees it; an idle one looks each second.
     handles = client.submit_many(job(number) for number in range(jobs))
+    before = used()
     resume(bench.redis)
     keys = client.keys
     index = keys.open(QUEUE)
     seconds = bench.clock(keys.rq_queue(QUEUE), lambda: not bench.redis.zcard(index))
+    costs = [(now - then) / jobs for now, then in zip(used(), before, strict=True)]
     with bench.redis.pipeline(transaction=False) as pipe:
         for handle in handles:
             pipe.hget(keys.job(handle.id), "st")
@@ -113,7 +118,7 @@ def run_ours(bench: Bench, client: Client, jobs: int) -> float:
         replies = pipe.execute()
     assert set(replies[::2]) == {b"finished"}
     assert min(replies[1::2]) >= 1
-    return jobs / seconds
+    return jobs / seconds, costs
 
 
 def _simple_worker(_connection: Connection, url: str) -> None:
@@ -187,7 +192,7 @@ def run_bare(bench: Bench, jobs: int) -> float:
 def measure(jobs: int = 3000, simple_jobs: int = 500, rounds: int = 5) -> list[Figure]:
     """All three in turn; medians of the rounds' jobs/s and of the rounds' ratios."""
     speeds: dict[str, list[float]] = {"ours": [], "simple": [], "bare": []}
-    costs: list[float] = []
+    costs: list[list[float]] = []
     with LocalRedis() as server, server.client() as client:
         settings = bench_settings(server.url)
         bench = Bench(server.url, client)
@@ -199,19 +204,27 @@ def measure(jobs: int = 3000, simple_jobs: int = 500, rounds: int = 5) -> list[F
             run_ours(bench, producer, 200)  # warm: scripts loaded, code paths run once
             for number in range(rounds):
                 speeds["simple"].append(run_simple(bench, simple_jobs))
-                before = _cpu_seconds(pid)
-                speeds["ours"].append(run_ours(bench, producer, jobs))
-                costs.append((_cpu_seconds(pid) - before) / jobs * 1e6)
+                speed, cost = run_ours(bench, producer, jobs, partial(_cpu, pid, server.pid or 0))
+                speeds["ours"].append(speed)
+                costs.append(cost)
                 speeds["bare"].append(run_bare(bench, BARE_FACTOR * jobs))
                 last = (f"{name} {values[-1]:,.0f}" for name, values in speeds.items())
                 progress(f"round {number + 1} of {rounds}: {', '.join(last)} jobs/s")
-    cost = [Figure.median("CPU of the worker's engine process, a job", costs, "µs")]
-    return figures(speeds) + (cost if all(costs) else [])
+    return figures(speeds) + _cost_figures(costs)
 
 
-def _cpu_seconds(pid: int) -> float:
-    """CPU time of a worker's engine child; 0 where the system has no /proc."""
-    return sum(map(cpu_seconds, children(pid)))
+def _cpu(worker: int, server: int) -> list[float]:
+    """CPU time in µs of a worker's engine child and of Redis; nothing where there is no /proc."""
+    engines = children(worker)
+    return [1e6 * sum(map(cpu_seconds, pids)) for pids in (engines, [server])] if engines else []
+
+
+def _cost_figures(costs: Sequence[Sequence[float]]) -> list[Figure]:
+    names = ("CPU of the worker's engine process, a job", "CPU of Redis, a job of the worker")
+    return [
+        Figure.median(name, rounds, "µs")
+        for name, rounds in zip(names, zip(*costs, strict=True), strict=False)
+    ]
 
 
 def figures(speeds: dict[str, list[float]]) -> list[Figure]:

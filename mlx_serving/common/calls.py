@@ -67,8 +67,7 @@ class EnqueueReply:
     refusal: Refusal | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class ClaimedJob:
+class ClaimedJob(msgspec.Struct, frozen=True, gc=False):
     """A job this worker holds from now on. Times are ms of Redis TIME, durations ms (0: none)."""
 
     job_id: str
@@ -193,7 +192,7 @@ def _claimed(row: Sequence[Any]) -> ClaimedJob:
     raw = data.encode() if isinstance(data, str) else data
     return ClaimedJob(
         _text(job_id), _text(queue), int(epoch), int(seq), raw, _text(problem),
-        deadline, timeout, bool(stream), ttl, enqueued, started, first, now, _text(signature),
+        deadline, timeout, stream != 0, ttl, enqueued, started, first, now, _text(signature),
         company,
     )  # fmt: skip
 

@@ -213,6 +213,9 @@ class Dispatcher:
         options = self._options
         room = LaneRoom(options.rows, options.lane_min_rows, options.headroom_rows)
         lanes = [job.lane for job in in_hand]
+        if self._claim_limit == CLAIM_MOST and self._runner.unadmitted() is None:
+            # On their way: the engine has not looked yet, and had room for all the last time.
+            lanes, in_line = lanes + in_line, []
         claim = room.next_claim(self._engine.lane_rows, lanes, in_line)
         return self._news.worth(claim and claim.up_to(self._claim_limit))
 
@@ -227,7 +230,7 @@ class Dispatcher:
         if claimed is None:
             return False
         if claimed.full or claimed.others:
-            self._news.found_more(claimed.asked)
+            self._news.found_more(claimed.asked, claimed.last_lane)
         if not claimed.reply.jobs:
             return False
         self._take(claimed.reply.jobs, more=claimed.full)
@@ -239,8 +242,7 @@ class Dispatcher:
         if self.draining or self._options.conditions.reasons:  # claimed ahead of that
             self._release({job: job.returned() for job in reversed(held)})
             return
-        if more and not self._strays.expected:
-            self._claims.ahead(self._room(in_hand=held))
+        self._claim_ahead(held, more=more)
         requests = []
         for job in held:
             try:
@@ -260,7 +262,12 @@ class Dispatcher:
                 self._log.started(job)
                 if not (job.claimed.seq and self._publisher.conclude(job)):
                     requests.append(choices)
+        self._claim_ahead(held, more=more)  # rows may have ended meanwhile
         self._place(requests)
+
+    def _claim_ahead(self, in_hand: Sequence[HeldJob], *, more: bool) -> None:
+        if more and not self._strays.expected:
+            self._claims.ahead(lambda: self._room(in_hand))
 
     def _prepare(self, held: HeldJob) -> Choices:
         claimed, payloads = held.claimed, []

@@ -165,3 +165,24 @@ def test_jobs_that_were_left_to_others_are_news_when_their_time_is_over() -> Non
     assert news.due_in() == 0, "look at once,"
     assert news.due_in() == float("inf"), "and once: where there is no room to claim, too"
     assert news.worth(some) == some
+
+
+def test_a_full_claim_is_news_of_the_lanes_that_it_did_not_look_through() -> None:
+    news = LaneNews(10.0, lambda: 0.0)
+    every, some = LaneClaim(LANES, 4), LaneClaim(("interactive", "bulk"), 4)
+    news.ask(every)
+    news.found_more(every, "default")
+    assert news.worth(some) == LaneClaim(("bulk",), 4), "there was no interactive job left"
+    news.ask(some)
+    assert news.worth(some) is None, "nor a bulk one"
+    news.ask(every)
+    news.found_more(every, "default")
+    assert news.worth(some) is None, "and nothing came in since"
+    assert news.worth(LaneClaim(("default",), 4)) == LaneClaim(("default",), 4)
+    news.note("tally:bulk")
+    news.ask(every)
+    news.found_more(every, "interactive")
+    assert news.worth(some) == some, "the bulk job was not looked at yet"
+    news.ask(every)
+    news.found_more(every)
+    assert news.worth(some) == some, "who knows"

@@ -12,10 +12,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from mlx_serving.common.jobs import lane_of
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from mlx_serving.common.calls import Call, ClaimReply
+    from mlx_serving.common.jobs import Lane
     from mlx_serving.common.protocol import Protocol
     from mlx_serving.worker.claims.lane_claims import LaneClaim
 
@@ -27,11 +30,18 @@ class Claimed:
     reply: ClaimReply
     asked: LaneClaim
     others: bool = False
+    in_order: bool = True  # lanes were looked into as they were asked for
 
     @property
     def full(self) -> bool:
         """Whether it took all that it asked for."""
         return len(self.reply.jobs) == self.asked.most
+
+    @property
+    def last_lane(self) -> Lane | None:
+        """Lane that the last job came from, where those before it have no more."""
+        known = self.in_order and not self.others and self.reply.jobs
+        return lane_of(self.reply.jobs[-1].queue) if known else None
 
 
 class ClaimAhead:
@@ -40,6 +50,11 @@ class ClaimAhead:
     def __init__(self, protocol: Protocol) -> None:
         self._protocol = protocol
         self._under_way: tuple[Callable[[float | None], ClaimReply], LaneClaim] | None = None
+
+    @property
+    def under_way(self) -> bool:
+        """Whether a claim was sent whose reply nobody has taken."""
+        return self._under_way is not None
 
     def begin(self, call: Call[ClaimReply], asked: LaneClaim) -> None:
         """Send a claim; `take` has its reply. No other may be under way."""

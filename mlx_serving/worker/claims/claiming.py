@@ -73,12 +73,18 @@ class Claims:
         """Return what a claim under way brings in time, before the worker ends."""
         return self._ahead.take(timeout)
 
-    def ahead(self, room: LaneClaim | None) -> None:
-        """Claim more while the jobs of the last claim are read, where that is from one model."""
-        if room is not None and not self._placement.residents.several:
-            (group,) = self._placement.groups(room.lanes)
-            self._news.ask(room)
-            self._ahead.begin(self._call(group, room.most), room)
+    def ahead(self, room: Callable[[], LaneClaim | None]) -> None:
+        """Claim more while the jobs of the last claim are read, where that is from one model.
+
+        Nothing is done where such a claim is under way.
+        """
+        if self._ahead.under_way or self._placement.residents.several or self._reserved:
+            return
+        asked = room()
+        if asked is not None:
+            (group,) = self._placement.groups(asked.lanes)
+            self._news.ask(asked)
+            self._ahead.begin(self._call(group, asked.most), asked)
 
     def _claim(self, room: LaneClaim | None) -> Claimed | None:
         if room is None:
@@ -89,7 +95,7 @@ class Claims:
         for left, group in enumerate(groups, 1 - len(groups)):
             reply = self._protocol.run(self._call(group, room.most))
             self._news.expect(reply.again_ms / 1000)
-            claimed = Claimed(reply, room, others=left < 0)
+            claimed = Claimed(reply, room, others=left < 0, in_order=not self._reserved)
             if reply.suspended or reply.reserved:
                 break
             self._placement.claimed(group, len(reply.jobs))

@@ -99,6 +99,7 @@ class LaneNews:
         self._seconds, self._clock = seconds, clock
         self._looked_at = clock()
         self._lanes = set(LANES)
+        self._asked: set[Lane] = set()  # lanes of the last claim of which there was news
         self._due = inf  # when a job that was left to another worker is anybody's
 
     def note(self, queue: str = "") -> None:
@@ -132,11 +133,20 @@ class LaneNews:
 
     def ask(self, claim: LaneClaim) -> None:
         """Note that a claim is on its way: a wake-up from now on may be of a job that it misses."""
+        self._asked = self._lanes.intersection(claim.lanes)
         self._lanes.difference_update(claim.lanes)
 
-    def found_more(self, claim: LaneClaim) -> None:
-        """Note that it did not take all that there may be."""
-        self._lanes.update(claim.lanes)
+    def found_more(self, claim: LaneClaim, last: Lane | None = None) -> None:
+        """Note that it did not take all that there may be.
+
+        Where its `last` job is known to be from a lane, those before that have no more, and of
+        those behind it as much is known as when it was made. None: any lane may have more.
+        """
+        if last not in claim.lanes:
+            self._lanes.update(claim.lanes)
+            return
+        behind = claim.lanes[claim.lanes.index(last) + 1 :]
+        self._lanes |= {last} | self._asked.intersection(behind)
 
 
 def _claim(ranks: Sequence[int], most: int) -> LaneClaim | None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from msgspec import Struct
+
 from mlx_serving.common.events import (
     ChoiceDelta,
     ChoiceLogprobs,
@@ -57,23 +59,22 @@ class Committed:
         return all(self.of(index).finish_reason for index in range(count))
 
 
-@dataclass(slots=True, eq=False)
-class Choice:
+class Choice(Struct, eq=False):
     """One choice over all attempts. What lies beyond `sent` is pending."""
 
     index: int
-    token_ids: list[int] = field(default_factory=list)  # every one decoded
-    text: list[str] = field(default_factory=list)
-    logprobs: list[TokenLogprob] = field(default_factory=list)  # of the tokens that were sent
-    reasoning: list[str] = field(default_factory=list)
-    tool_calls: list[ToolCallDelta] = field(default_factory=list)
+    token_ids: list[int] = []  # every one decoded
+    text: list[str] = []
+    logprobs: list[TokenLogprob] = []  # of the tokens that were sent
+    reasoning: list[str] = []
+    tool_calls: list[ToolCallDelta] = []
     finish_reason: str | None = None
     sent: int = 0  # of `token_ids`
     text_sent: int = 0  # of `text`
     reasoning_sent: int = 0  # of `reasoning`
     calls_sent: int = 0  # of `tool_calls`
     finish_sent: bool = False
-    unspelled: list[TokenLogprobs] = field(default_factory=list)  # of the pending tokens
+    unspelled: list[TokenLogprobs] = []  # of the pending tokens
     token_at: float = 0.0  # monotonic seconds of this attempt's last token so far
 
     def resume(self, committed: CommittedChoice) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
 from math import inf
 from typing import TYPE_CHECKING, Final
+
+from msgspec import Struct, field
 
 from mlx_serving.common import events
 from mlx_serving.common.calls import CommitRow, Returned
@@ -42,16 +43,14 @@ CANCEL_STATES = {
 """Where a cancel reason leads; any other leads to `cancelled`. The scripts hold the same table."""
 
 
-@dataclass(frozen=True, slots=True)
-class Ending:
+class Ending(Struct, frozen=True):
     """How a job ends, before its last event is written."""
 
     state: JobState
     error: ErrorInfo | None = None
 
 
-@dataclass(slots=True, eq=False)
-class HeldJob:
+class HeldJob(Struct, eq=False):
     """One claimed job. The publisher alone changes it, under its lock.
 
     It ends when all its choices have, or as soon as one fails: the job then failed, as a call of
@@ -59,8 +58,8 @@ class HeldJob:
     """
 
     claimed: ClaimedJob
-    job_id: str = field(init=False)
-    request_id: str = field(init=False)  # its rows in the engine
+    job_id: str = ""
+    request_id: str = ""  # its rows in the engine
     claimed_at: float = field(default_factory=time.monotonic)
     expires_at: float = inf  # monotonic seconds
     expiry_reason: str = ""

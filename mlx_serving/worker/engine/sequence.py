@@ -177,8 +177,7 @@ class TokenLogprobs:
     top: tuple[tuple[int, float], ...] = ()
 
 
-@dataclass(slots=True)
-class Output:
+class Output(Struct):
     """One row's progress in one step; the last one of a row carries `finish_reason`.
 
     `token_ids` name every token decoded since the row's last Output, the end-of-sequence token
@@ -189,15 +188,15 @@ class Output:
 
     request_id: str
     choice: int
-    token_ids: list[int] = field(default_factory=list)
+    token_ids: list[int] = []
     text: str = ""
     finish_reason: str | None = None
     error: RowError | None = None
     prompt_tokens: int = 0
     cached_tokens: int = 0
-    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = []
     reasoning: str = ""
-    tool_calls: list[ToolCall] = field(default_factory=list)
+    tool_calls: list[ToolCall] = []
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,8 +222,7 @@ class Phase(Enum):
     PARKED = "parked"  # out of the batch, in favour of a row of a higher lane
 
 
-@dataclass(slots=True, eq=False)
-class Sequence:
+class Sequence(Struct, eq=False):
     """One admitted row inside an engine: what the scheduler and the decode batch keep of it.
 
     `context` is what is prefilled: prompt + committed, and what a parked row had decoded, without
@@ -240,9 +238,9 @@ class Sequence:
     matcher: TokenMatcher | None = None
     parser: OutputParser | None = None
     history: "array[int] | None" = None  # of rows with penalties: prompt, then known completion
-    tokens: list[int] = field(default_factory=list)  # decoded by this attempt, known to the host
+    tokens: list[int] = []  # decoded by this attempt, known to the host
     failed: bool = False  # what it left in the KV cache is not to be used again
-    prefix: list[int] = field(default_factory=list)  # pinned blocks, until its own are complete
+    prefix: list[int] = []  # pinned blocks, until its own are complete
     found: int = 0  # tokens of `context` that were in the prefix cache when prefill began
     shared: int = 0  # KV tokens of the row that the prefix cache counts
     order: int = 0  # of admission
