@@ -171,7 +171,8 @@ class Swept:
 
 def iso_now() -> str:
     """Wall clock in RQ's text form. Only RQ's view holds such times; nothing decides by them."""
-    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+    # Not by strftime: the C library then looks at the system's time zone each time.
+    return datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
 
 
 def _text(value: str | bytes) -> str:

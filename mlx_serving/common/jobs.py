@@ -52,6 +52,8 @@ Lane = Literal["interactive", "default", "bulk"]
 LANES: Final[tuple[Lane, ...]] = ("interactive", "default", "bulk")
 """In order of priority."""
 
+_LANES: Final[dict[str, Lane]] = {lane: lane for lane in LANES}
+
 # A model's name is a part of queue names and keys: no ':', no braces, no blanks.
 ModelName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,127}$")]
 Seconds = Annotated[float, Field(gt=0, le=limits.SECONDS)]
@@ -353,9 +355,9 @@ def lane_of(queue: str) -> Lane:
         ValueError: it is named otherwise.
 
     """
-    for lane in LANES:
-        if queue.endswith(f":{lane}"):
-            return lane
+    lane = _LANES.get(queue.rpartition(":")[2])
+    if lane is not None and ":" in queue:
+        return lane
     message = f"queue {queue} is no lane of a model"
     raise ValueError(message)
 

@@ -22,7 +22,7 @@ end
 
 -- `changes`: fields that the rows so far changed, written once a job and flush.
 local function read(id)
-  local c = redis.call('HMGET', k_job(id), 'st', 'ep', 'ow', 'seq', 'ca', 'q', 'ab', 'ls', 'sa', 'ft')
+  local c = redis.call('HMGET', k_job(id), 'st', 'ep', 'ow', 'seq', 'ca', 'q', 'ab', 'ls', 'sa', 'ft', 'ttl', 'tn')
   c.changes = {}
   known[id] = c
   return c
@@ -69,7 +69,7 @@ local function commit(id, epoch, seq, publish, payload, state, result, rq_result
   if state then
     known[id] = nil
     local kind = state == 'finished' and {1, rq_result, ''} or {2, '', rq_result}
-    finalize(id, c[6], state, code, message, result, iso, now, worker, epoch, kind, c.changes)
+    finalize(id, c[6], state, code, message, result, iso, now, worker, epoch, kind, c.changes, {c[11], c[12]})
     local counter = state == 'finished' and 'successful_job_count' or 'failed_job_count'
     ended[counter] = (ended[counter] or 0) + 1
     return OK

@@ -3,6 +3,8 @@
 -- of it, written in the same script, so they can never disagree through a crash.
 
 local unpack = unpack or table.unpack
+-- Scripts look these up with each use: as locals that costs less.
+local redis, string, table, ipairs, pairs, pcall, type, tonumber = redis, string, table, ipairs, pairs, pcall, type, tonumber
 
 local function now_ms()
   local t = redis.call('TIME')
@@ -54,15 +56,20 @@ local shared, shown = redis.call, redis.call
 local gathered, groups = {}, {}
 
 local function gather(command, key, first, second)
-  local name = command == 'DEL' and command or command .. key
-  local group = groups[name]
-  if not group then
-    group = command == 'DEL' and {command} or {command, key}
-    groups[name], gathered[#gathered + 1] = group, group
+  local of_command = groups[command]
+  if not of_command then
+    of_command = {}
+    groups[command] = of_command
   end
-  if command == 'DEL' then group[#group + 1] = key end
-  group[#group + 1] = first
-  group[#group + 1] = second
+  local deletes = command == 'DEL'
+  local group = of_command[deletes or key]
+  if not group then
+    group = deletes and {command} or {command, key}
+    of_command[deletes or key], gathered[#gathered + 1] = group, group
+  end
+  local last = #group
+  if deletes then last, group[last + 1] = last + 1, key end
+  group[last + 1], group[last + 2] = first, second
   return group
 end
 
@@ -101,18 +108,17 @@ local function view_start(id, queue, epoch, worker, iso, now)
   shown('SADD', k_rq_worker_executions(worker), composite)
 end
 
-local REGISTRY = {finished = k_rq_finished, failed = k_rq_failed, canceled = k_rq_canceled}
+local REGISTRIES = {{'finished', k_rq_finished}, {'failed', k_rq_failed}, {'canceled', k_rq_canceled}}
 
 -- rq_result: nil, or {type, return_value (base64) or '', exc_string (base64 of zlib) or ''}
 local function view_end(id, queue, state, iso, ttl, now, worker, epoch, rq_result)
   local key = k_rq_job(id)
-  if not is_hash(key) then return end
+  if redis.call('EXPIRE', key, ttl) == 0 then return end  -- there is none
   local status = RQ_STATUS[state]
   redis.call('HSET', key, 'status', status, 'ended_at', iso)
-  redis.call('EXPIRE', key, ttl)
-  for name, registry in pairs(REGISTRY) do
-    if name == status then shown('ZADD', registry(queue), int(math.floor(now / 1000) + ttl), id)
-    else shown('ZREM', registry(queue), id) end
+  for _, each in ipairs(REGISTRIES) do
+    if each[1] == status then shown('ZADD', each[2](queue), int(math.floor(now / 1000) + ttl), id)
+    else shown('ZREM', each[2](queue), id) end
   end
   if rq_result then
     local fields = {'type', rq_result[1], 'worker_name', worker, 'execution_id', epoch}
@@ -147,10 +153,11 @@ local function set_fields(id, fields)
   if #flat > 0 then redis.call('HSET', k_job(id), unpack(flat)) end
 end
 
--- Ends a job. The end event itself was appended by the caller; `fields`: what else its control hash is to say.
-local function finalize(id, queue, state, code, message, result, iso, now, owner, epoch, rq_result, fields)
+-- Ends a job. The end event itself was appended by the caller; `fields`: what else its control hash is to say; `known`:
+-- its 'ttl' and 'tn', where the caller has read them.
+local function finalize(id, queue, state, code, message, result, iso, now, owner, epoch, rq_result, fields, known)
   local key = k_job(id)
-  local c = redis.call('HMGET', key, 'ttl', 'tn')
+  local c = known or redis.call('HMGET', key, 'ttl', 'tn')
   local ttl = tonumber(c[1] or '') or 3600
   fields = fields or {}
   fields.st, fields.fi, fields.err, fields.msg = state, int(now), code, message

@@ -16,10 +16,11 @@ from mlx_serving.common.events import (
 )
 from mlx_serving.common.results import ChoiceResult, joined_calls
 from mlx_serving.worker.delivery.token_text import render
+from mlx_serving.worker.engine.sequence import TokenLogprobs
 
 if TYPE_CHECKING:
     from mlx_serving.worker.delivery.token_text import Spell
-    from mlx_serving.worker.engine.sequence import Output, TokenLogprobs, ToolCall
+    from mlx_serving.worker.engine.sequence import Output, ToolCall
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,13 +116,13 @@ class Choice(Struct, eq=False):
     def delta(self, spell: Spell) -> ChoiceDelta:
         """Take what is pending."""
         delta = ChoiceDelta(
-            index=self.index,
-            text="".join(self.text[self.text_sent :]),
-            token_ids=self.token_ids[self.sent :],
-            logprobs=self._spelled(spell) if self.unspelled else None,
-            tool_calls=self.tool_calls[self.calls_sent :] or None,
-            reasoning="".join(self.reasoning[self.reasoning_sent :]) or None,
-            finish_reason=self.finish_reason,
+            self.index,
+            "".join(self.text[self.text_sent :]),
+            self.token_ids[self.sent :],
+            self._spelled(spell) if self.unspelled else None,
+            (self.tool_calls[self.calls_sent :] or None) if self.tool_calls else None,
+            ("".join(self.reasoning[self.reasoning_sent :]) or None) if self.reasoning else None,
+            self.finish_reason,
         )
         self._note_sent()
         return delta

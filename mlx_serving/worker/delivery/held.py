@@ -9,23 +9,21 @@ from typing import TYPE_CHECKING, Final
 from msgspec import Struct, field
 
 from mlx_serving.common import events
-from mlx_serving.common.calls import CommitRow, Returned
+from mlx_serving.common.calls import ClaimedJob, CommitRow, Returned
 from mlx_serving.common.errors import EngineError
 from mlx_serving.common.events import ErrorInfo, Usage
 from mlx_serving.common.jobs import lane_of
 from mlx_serving.common.results import GenerationResult, Timings, encode_result
 from mlx_serving.common.states import JobState
 from mlx_serving.worker.delivery.choice import Choice
-from mlx_serving.worker.delivery.token_text import unspelled
-from mlx_serving.worker.engine.sequence import FINISH_ERROR
+from mlx_serving.worker.delivery.token_text import Spell, unspelled
+from mlx_serving.worker.engine.sequence import FINISH_ERROR, ModelInfo
 from mlx_serving.worker.rq_worker import rq_failure, rq_success
 
 if TYPE_CHECKING:
-    from mlx_serving.common.calls import ClaimedJob
     from mlx_serving.common.jobs import Lane
     from mlx_serving.worker.delivery.choice import Committed
-    from mlx_serving.worker.delivery.token_text import Spell
-    from mlx_serving.worker.engine.sequence import ModelInfo, Output
+    from mlx_serving.worker.engine.sequence import Output
 
 PROVEN_SECONDS: Final = 2.0
 PROVEN_TOKENS: Final = 32

@@ -7,6 +7,7 @@ where somebody asks, which is mostly the next flush, while the device computes.
 from __future__ import annotations
 
 import time
+from math import inf
 from typing import TYPE_CHECKING, Final
 
 from mlx_serving.worker.delivery.held import EVENT_TOKENS
@@ -36,6 +37,7 @@ class Holdings:
         self._waited = 0  # steps since rows were taken
         self._unbegun: set[str] = set()  # attempts without a token
         self.backlog = 0  # tokens that no flush has taken yet
+        self._expires_at = inf  # no job's time is over before that
 
     @property
     def pending(self) -> bool:
@@ -47,6 +49,7 @@ class Holdings:
         self.jobs[job.job_id] = job
         self._unbegun.add(job.request_id)
         self._manifest.hold(job.request_id)
+        self._expires_at = min(self._expires_at, job.expires_at)
 
     def forget(self, job_id: str) -> None:
         """Drop a job and what is pending of it; unknown ids are ignored."""
@@ -60,6 +63,14 @@ class Holdings:
     def mark(self, job: HeldJob) -> None:
         """Say that a job has something to write."""
         self._dirty[job.job_id] = job
+
+    def expired(self, now: float) -> list[HeldJob]:
+        """Jobs whose time is over at `now`, in monotonic seconds; looks at them only when due."""
+        if now < self._expires_at:
+            return []
+        jobs = [job for job in self.jobs.values() if job.ending is None]
+        self._expires_at = min((job.expires_at for job in jobs if now < job.expires_at), default=inf)
+        return [job for job in jobs if now >= job.expires_at]
 
     # Steps of the engine
 

@@ -375,10 +375,10 @@ class Publisher(threading.Thread):
                 self.cancel(job.job_id, reply.reason)
 
     def _expire(self) -> None:
-        now = time.monotonic()
-        for job in self.held():
-            if now >= job.expires_at:
-                self.cancel(job.job_id, job.expiry_reason)
+        with self._changed:
+            expired = self._holdings.expired(time.monotonic())
+        for job in expired:
+            self.cancel(job.job_id, job.expiry_reason)
 
 
 def stopped(job: HeldJob, state: JobState) -> list[str]:

@@ -6,17 +6,18 @@ shows, by their own names.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from mlx_serving.common.events import TokenLogprob, TopLogprob
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from mlx_serving.worker.engine.sequence import TokenLogprobs
     from mlx_serving.worker.engine.text.vocabulary import VocabularyTable
 
-    Spell = Callable[[int], bytes]
+Spell = Callable[[int], bytes]
 
 LEAST_LOGPROB: Final = -9999.0
 """Stands for minus infinity, which JSON can't say; OpenAI's own value for "next to nothing"."""

@@ -19,6 +19,8 @@ FINISH_LENGTH: Final = "length"
 FINISH_ERROR: Final = "error"
 FINISH_TOOL_CALLS: Final = "tool_calls"
 
+_RANKS: Final = {lane: rank for rank, lane in enumerate(LANES)}
+
 INVALID_TOKEN: Final = -1  # sampled from logits with NaN or +inf, or with nothing but -inf
 
 
@@ -152,7 +154,7 @@ class Request(Struct, frozen=True):
     @property
     def rank(self) -> int:
         """Place of its lane: 0 goes before all others."""
-        return LANES.index(self.lane)
+        return _RANKS[self.lane]
 
     @property
     def kv_tokens(self) -> int:

@@ -78,7 +78,7 @@ class Recovery:
         return scheduler.can_add(*choices) and self._room.admits(
             choices,
             used=scheduler.kv_tokens_used,
-            rows=len(scheduler.rows),
+            rows=scheduler.admitted,
             kept=scheduler.kv_tokens_kept,
         )
 

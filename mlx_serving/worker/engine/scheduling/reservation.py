@@ -29,6 +29,7 @@ class Reservation:
         self._kept: dict[Sequence, int] = {}  # of parked rows
         self._widest = 0  # of active rows
         self._total = 0  # their sum, without what the prefix cache counts
+        self._lane_min_rows = limits.lane_min_rows
         self._rows = [0] * len(LANES)  # active, by lane
         self._kv_tokens = [0] * len(LANES)  # widths of these
 
@@ -68,7 +69,7 @@ class Reservation:
 
     def row_limit(self, rank: int) -> int:
         """Rows of all lanes up to which one of this lane may enter."""
-        beyond = rank == 0 or self._rows[rank] < self._limits.lane_min_rows
+        beyond = rank == 0 or self._rows[rank] < self._lane_min_rows
         return self._limits.most_rows if beyond else self._limits.max_rows
 
     def keeps(self, row: Sequence) -> bool:

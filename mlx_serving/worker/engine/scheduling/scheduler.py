@@ -205,6 +205,11 @@ class Scheduler:
         return LaneRows(self._reservation.by_lane, self._parked.by_lane)
 
     @property
+    def admitted(self) -> int:
+        """Admitted rows, in whatever phase."""
+        return len(self._rows)
+
+    @property
     def rows(self) -> list[Sequence]:
         """Every admitted row, in order of arrival."""
         return list(self._rows.values())
