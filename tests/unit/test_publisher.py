@@ -223,6 +223,15 @@ def test_a_job_over_its_time_ends_by_this_process_clock(bench: Bench) -> None:
     assert bench.protocol.events[-1].state == "expired"
 
 
+def test_each_job_ends_when_its_own_time_is_over(bench: Bench) -> None:
+    bench.hold(held("late", timeout_ms=120), held("never"))
+    bench.hold(held("soon", timeout_ms=30))
+    wait_until(lambda: [job.job_id for job in bench.publisher.held()] == ["never"])
+    assert [e.state for e in bench.protocol.events if e.type == "end"] == ["expired"] * 2
+    bench.hold(held("last", timeout_ms=10))
+    wait_until(lambda: [job.job_id for job in bench.publisher.held()] == ["never"])
+
+
 def test_the_backlog_counts_what_no_flush_took(bench: Bench) -> None:
     job = held()
     bench.hold(job)

@@ -69,7 +69,9 @@ class Holdings:
         if now < self._expires_at:
             return []
         jobs = [job for job in self.jobs.values() if job.ending is None]
-        self._expires_at = min((job.expires_at for job in jobs if now < job.expires_at), default=inf)
+        self._expires_at = min(
+            (job.expires_at for job in jobs if now < job.expires_at), default=inf
+        )
         return [job for job in jobs if now >= job.expires_at]
 
     # Steps of the engine
