@@ -12,6 +12,8 @@ class SchedulerLimits:
     blocks; layers of fixed size). `kv_capacity_tokens` is the budget of the whole batch.
     `kv_block_tokens`: rows are kept in blocks of so many tokens; 0: padded to the longest row.
     `lane_min_share`: of the batch, what each lane below the highest keeps while it has rows.
+    `mixed_reads`: KV tokens that prompts may read in a decode step which computes them, summed over
+    their own tokens; 0: no step does, every prompt has a pass of its own.
     `headroom_rows`: beyond `max_rows`, for the highest lane and for what a lane lacks of its share.
     """
 
@@ -22,6 +24,7 @@ class SchedulerLimits:
     kv_block_tokens: int = 0
     lane_min_share: float = 0.1
     headroom_rows: int = 0
+    mixed_reads: int = 0
 
     def __post_init__(self) -> None:
         """Refuse limits under which nothing could run."""
