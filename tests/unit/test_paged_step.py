@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from benchmarks.synthetic import build_model
 from mlx_serving.worker.engine.cache.decode_cache import Prefilled
 from mlx_serving.worker.engine.paged import dispatch
-from mlx_serving.worker.engine.paged.cache import LayerShape, PagedCache
+from mlx_serving.worker.engine.paged.cache import PagedCache
 from mlx_serving.worker.engine.paged.layers import PagedLayer, StepPlan, materialize, resize
 from mlx_serving.worker.engine.paged.planning import (
     CHUNK_TOKENS,
@@ -22,6 +22,7 @@ from mlx_serving.worker.engine.paged.planning import (
     make_plan,
     plan_work,
 )
+from mlx_serving.worker.engine.paged.pools import LayerShape
 from mlx_serving.worker.engine.paged.reference import ReferenceOps
 from mlx_serving.worker.engine.paged.step import compiled_step, plain_step, round_up_rows
 

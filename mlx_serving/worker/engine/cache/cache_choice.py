@@ -22,11 +22,11 @@ from mlx_serving.worker.engine.paged import dispatch
 from mlx_serving.worker.engine.paged.cache import (
     BLOCK_TOKENS,
     LOOKAHEAD_TOKENS,
-    LayerShape,
     PagedCache,
 )
 from mlx_serving.worker.engine.paged.kernel_ops import KernelOps, supports
 from mlx_serving.worker.engine.paged.layers import PagedOps
+from mlx_serving.worker.engine.paged.pools import LayerShape
 from mlx_serving.worker.engine.paged.reference import ReferenceOps
 from mlx_serving.worker.engine.paged.self_check import check
 

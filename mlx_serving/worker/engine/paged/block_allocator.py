@@ -75,6 +75,9 @@ class BlockAllocator:
         if not self._owners:
             self._free, self._extent = [], 0
 
+    def reclaim(self, blocks: int) -> None:
+        """Free up to so many blocks that nobody needs: here there are none."""
+
     def owners(self, block: int) -> int:
         """Return how many owners a block has; 0 where it is free."""
         return self._owners.get(block, 0)

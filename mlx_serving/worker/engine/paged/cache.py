@@ -4,11 +4,10 @@ Every layer has one pool of blocks; a row owns as many as its tokens need. Rows 
 their prompt into free blocks, rows that leave give theirs back; nothing else is touched. Choices
 of one prompt share its full blocks (vLLM's paged KV cache: Kwon et al., 2023).
 
-The pools grow as rows need them and shrink when most of them is unused.
+The pools grow before rows need them and shrink when most of them is unused.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Final
 
 import mlx.core as mx
@@ -24,10 +23,9 @@ from mlx_serving.worker.engine.paged.layers import (
     PagedOps,
     StepPlan,
     StoreEntry,
-    materialize,
-    resize,
 )
 from mlx_serving.worker.engine.paged.planning import BatchRows, Context, make_plan
+from mlx_serving.worker.engine.paged.pools import LayerShape, Pools
 from mlx_serving.worker.engine.paged.step import compiled_step, plain_step
 from mlx_serving.worker.engine.prefix.cache import PrefixCache
 from mlx_serving.worker.engine.prefix.index import PrefixKey
@@ -36,21 +34,11 @@ BLOCK_TOKENS: Final = 32
 # A row gets its next block when fewer free places than this are left, so that the rows' tables
 # change once in so many steps and not in each.
 LOOKAHEAD_TOKENS: Final = 8
-GROWTH_BLOCKS: Final = 64  # the least by which a pool grows; above, an eighth of itself
-RESIZED_BYTES: Final = 1 << 28  # of pools that are twice there while they grow
-LEFT_BYTES: Final = 1 << 30  # of old pools that may stay among MLX's cached buffers
+# What pools have beyond the blocks in use: so many, two a row, or an eighth of those.
+SLACK_BLOCKS: Final = 64
 PROMPT_TOKENS: Final = 32  # prompts are computed in multiples of so many tokens
 LONG_TOKENS: Final = 1024  # of the prompts that join at once
 _UNBOUNDED: Final = 2**31 - 1
-
-
-@dataclass(frozen=True, slots=True)
-class LayerShape:
-    """A layer's KV heads, their size and type."""
-
-    heads: int
-    head_dim: int
-    dtype: mx.Dtype
 
 
 class PagedCache:
@@ -60,10 +48,8 @@ class PagedCache:
         """Start without rows and without pools."""
         self.allocator = BlockAllocator(_UNBOUNDED)
         self._prefixes: PrefixCache | None = None
-        self.layers: list[PagedLayer] = []
+        self._pools = Pools(shapes, BLOCK_TOKENS, ops)
         self._model = model
-        self._shapes = shapes
-        self._ops = ops
         self._rows: list[list[int]] = []  # each row's blocks
         self._parked: list[ParkedRow] = []
         self._lengths = np.zeros(0, dtype=np.int32)  # each row's tokens, as of the last step begun
@@ -78,16 +64,22 @@ class PagedCache:
     @property
     def blocks(self) -> int:
         """Blocks that exist in each pool."""
-        return self.layers[0].keys.shape[0] if self.layers else 0
+        return self._pools.blocks
+
+    @property
+    def layers(self) -> list[PagedLayer]:
+        """Each layer's pools."""
+        return self._pools.layers
 
     @property
     def nbytes(self) -> int:
         """See `DecodeCache`."""
-        return sum(layer.nbytes for layer in self.layers)
+        return self._pools.nbytes
 
     def limit(self, tokens: int) -> None:
         """Bound each pool to whole blocks of so many tokens, and the one of nobody."""
         self.allocator.limit = tokens // BLOCK_TOKENS + 1
+        self._pools.limit(self.allocator.limit)
 
     def new_prompts(self, prompts: int) -> list[Any]:
         """Return mlx-lm's plain caches: they hold several prompts, padded on the right."""
@@ -213,6 +205,7 @@ class PagedCache:
     def step(self, tokens: mx.array) -> mx.array:
         """Build the model's step; only where rows or their blocks changed does a table change."""
         rows = len(self._rows)
+        self._grow_ahead()
         if self._plan is None or not self._steps_left:
             self._shrink()
             self._extend_rows()
@@ -259,32 +252,39 @@ class PagedCache:
         self._steps_left = int(rooms.min())
 
     def _make_room(self, blocks: int) -> None:
-        """See that the allocator can give `blocks`: leavings of a step that still runs count."""
+        """See that the allocator can give `blocks`: leavings of a step that still runs count.
+
+        Where the pools have to grow for them, known blocks that nobody uses are given up instead.
+        """
         if not self.allocator.can_allocate(blocks):
             mx.synchronize()
             self.settle()
+        if self.layers:
+            self.allocator.reclaim(blocks - (self.blocks - self.allocator.used))
 
     def _grow(self) -> None:
         """Let the pools hold what the allocator handed out."""
         needed = self.allocator.extent
-        if needed <= self.blocks:
-            return
-        size = max(needed, min(_with_slack(self.blocks), self.allocator.limit))
-        if not self.layers:
-            self.layers = [self._new_layer(shape, size) for shape in self._shapes]
-            materialize(self.layers)
-            return
-        mx.synchronize()
-        large = self.nbytes > LEFT_BYTES
-        resize(self.layers, size, at_once=RESIZED_BYTES)
-        # The old pools' buffers fit nothing else, but to clear has the next step ask the system
-        # for all of its memory again: small ones wait for the runner, which clears now and then.
-        if large:
-            mx.clear_cache()
+        if needed > self.blocks:
+            self._pools.need(max(needed, self._wanted()))
+
+    def _grow_ahead(self) -> None:
+        """Let the pools grow a little where every row's next block may not find room any more."""
+        blocks = self.blocks
+        if blocks - self.allocator.used < len(self._rows) + LOOKAHEAD_TOKENS:
+            wanted = self._wanted()
+            if wanted > blocks:
+                self._pools.grow_ahead(wanted)
+
+    def _wanted(self) -> int:
+        """Blocks that the pools should have for what is in use."""
+        used = self.allocator.used
+        slack = max(SLACK_BLOCKS, 2 * len(self._rows), used // 8)
+        return min(used + slack, self.allocator.limit)
 
     def _shrink(self) -> None:
         """Move what is used together where most of the pools is not."""
-        size = _with_slack(self.allocator.used)
+        size = self._wanted()
         if self.blocks > 2 * size:
             self._compact(size)
 
@@ -293,7 +293,7 @@ class PagedCache:
         mx.synchronize()
         self.settle()
         if not self.allocator.used:
-            self.layers = []
+            self._pools.drop()
         elif self.blocks > self.allocator.used:
             self._compact(self.allocator.used)
             self._plan = None
@@ -305,8 +305,9 @@ class PagedCache:
         self.allocator.free([*self._leaving, *self._nobodys])
         if self._prefixes:
             self._prefixes.clear()
-        self._rows, self._leaving, self._nobodys, self.layers = [], [], [], []
+        self._rows, self._leaving, self._nobodys = [], [], []
         self._parked, self._contexts = [], []
+        self._pools.drop()
         self._lengths = np.zeros(0, dtype=np.int32)
         self._plan, self._stored = None, mx.zeros((1,), mx.int32)
 
@@ -319,13 +320,7 @@ class PagedCache:
         for parked in self._parked:
             parked.state[:] = [moved[block] for block in parked.state]
         self._nobodys = [moved[block] for block in self._nobodys]
-        resize(self.layers, size, list(moved), at_once=0)  # memory may be short
-        mx.clear_cache()
-
-    def _new_layer(self, shape: LayerShape, blocks: int) -> PagedLayer:
-        pool = (blocks, shape.heads, BLOCK_TOKENS, shape.head_dim)
-        keys, values = (mx.zeros(pool, shape.dtype) for _ in range(2))
-        return PagedLayer(self._ops, keys, values)
+        self._pools.compact(list(moved), size)
 
     def _drop(self) -> None:
         """Forget the pools: no row is left. A running step keeps them alive until it is done."""
@@ -337,7 +332,7 @@ class PagedCache:
         if self.allocator.used:
             self._shrink()
         else:
-            self.layers = []
+            self._pools.drop()
 
     def use_prefixes(self, prefixes: PrefixCache) -> None:
         """See `DecodeCache`; call it before any row joins."""
@@ -380,7 +375,3 @@ class PagedCache:
         self.allocator.free(parked.state)
         if not self._rows:
             self._drop()
-
-
-def _with_slack(blocks: int) -> int:
-    return blocks + max(GROWTH_BLOCKS, blocks // 8)

@@ -18,7 +18,7 @@ from mlx_serving.worker.engine.cache.decode_cache import (
     Prompt,
 )
 from mlx_serving.worker.engine.cache.kv_cache import LanguageModel
-from mlx_serving.worker.engine.paged.cache import BLOCK_TOKENS, LayerShape, PagedCache
+from mlx_serving.worker.engine.paged.cache import BLOCK_TOKENS, PagedCache
 from mlx_serving.worker.engine.paged.layers import (
     PagedLayer,
     PagedOps,
@@ -26,6 +26,7 @@ from mlx_serving.worker.engine.paged.layers import (
     StoreEntry,
 )
 from mlx_serving.worker.engine.paged.planning import SPLIT_ABOVE_TOKENS
+from mlx_serving.worker.engine.paged.pools import LayerShape
 from mlx_serving.worker.engine.paged.reference import ReferenceOps
 from mlx_serving.worker.engine.prefix.index import PrefixKey
 

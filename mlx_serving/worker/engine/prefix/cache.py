@@ -62,6 +62,10 @@ class PrefixCache(BlockAllocator):
         self._index.release([block for block in freed if self.owners(block) == 1])
         self._evict(self.idle - self._idle_limit)
 
+    def reclaim(self, blocks: int) -> None:
+        """See `BlockAllocator.reclaim`: the idle blocks that were used least recently."""
+        self._evict(min(blocks, self.idle))
+
     def keep_idle(self, blocks: int) -> None:
         """Keep no more than so many blocks that no row uses, from now on."""
         self._idle_limit = blocks

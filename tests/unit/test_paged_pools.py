@@ -1,0 +1,116 @@
+"""The pools of the paged cache grow before rows need it, and no step waits for all of them."""
+
+from array import array
+
+import mlx.core as mx
+import pytest
+
+from benchmarks.synthetic import build_model
+from mlx_serving.worker.engine.cache.decode_cache import Prompt
+from mlx_serving.worker.engine.paged.block_allocator import BlockAllocator
+from mlx_serving.worker.engine.paged.cache import BLOCK_TOKENS, PagedCache
+from mlx_serving.worker.engine.paged.pools import LEFT_BYTES, LayerShape, Pools
+from mlx_serving.worker.engine.paged.reference import ReferenceOps
+from mlx_serving.worker.engine.prefix.cache import PrefixCache
+from mlx_serving.worker.engine.prefix.index import PrefixIndex, PrefixKey
+
+SHAPES = [LayerShape(2, 16, mx.float32)] * 2
+ROWS = 30
+
+
+@pytest.fixture
+def cache() -> PagedCache:
+    """As many rows, each one token before the end of its first block."""
+    made = PagedCache(build_model(), SHAPES, ReferenceOps())
+    made.enter([Prompt([1] * (BLOCK_TOKENS - 1), PrefixKey(b"", b"")) for _ in range(ROWS)])
+    return made
+
+
+def test_rows_that_all_want_a_block_at_once_find_it(
+    cache: PagedCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needed: list[int] = []
+    monkeypatch.setattr(Pools, "need", lambda _, blocks: needed.append(blocks))
+    sizes = set()
+    for _ in range(5 * BLOCK_TOKENS):
+        mx.eval(cache.step(mx.ones((ROWS,), dtype=mx.int32)))
+        sizes.add(tuple(layer.keys.shape[0] for layer in cache.layers))
+        assert cache.blocks - cache.allocator.used <= 2 * ROWS + 8
+    assert needed == []
+    assert any(len(set(layers)) > 1 for layers in sizes), "layers grow in different steps"
+    assert len(sizes) > 4
+
+
+def test_what_is_in_use_stays_where_it_is_while_layers_grow() -> None:
+    pools = Pools(SHAPES, BLOCK_TOKENS, ReferenceOps())
+    pools.need(3)
+    held = [mx.random.normal(layer.keys.shape, key=mx.random.key(n)) for n, layer in
+            enumerate(pools.layers)]  # fmt: skip
+    for layer, keys in zip(pools.layers, held, strict=True):
+        layer.keys = keys
+    pools.grow_ahead(5)
+    assert [layer.keys.shape[0] for layer in pools.layers] == [5, 3]
+    assert pools.blocks == 3
+    pools.grow_ahead(5)
+    assert pools.blocks == 5
+    for layer, keys in zip(pools.layers, held, strict=True):
+        assert mx.array_equal(layer.keys[:3], keys).item()
+        assert not layer.keys[3:].any().item()
+
+
+def test_a_burst_takes_idle_blocks_before_the_pools_grow() -> None:
+    """What was used least recently is given up; the step waits for no copy of the pools."""
+    cache = PagedCache(build_model(), SHAPES, ReferenceOps())
+    prefixes = PrefixCache(PrefixIndex(BLOCK_TOKENS), BLOCK_TOKENS, limit=1000, idle_limit=500)
+    cache.use_prefixes(prefixes)
+    for number in range(30):  # two blocks each
+        prompt = prompt_of(number)
+        cache.enter([prompt])
+        mx.eval(cache.step(mx.ones((1,), dtype=mx.int32)))
+        cache.remember(0, prompt.key)
+        cache.keep([])
+    blocks, idle = cache.blocks, prefixes.idle
+    free = blocks - prefixes.used
+    assert idle >= 60
+    burst = [prompt_of(100 + number) for number in range(free // 2 + 10)]
+    cache.enter(burst)
+    assert cache.blocks == blocks
+    assert idle - 25 <= prefixes.idle < idle
+    assert not prefixes.find(prompt_of(0).key)
+    assert len(prefixes.find(prompt_of(29).key)) == 2
+    prefixes.check()
+
+
+def prompt_of(number: int) -> Prompt:
+    context = [number] * (2 * BLOCK_TOKENS)
+    return Prompt(context, PrefixKey(b"", array("i", context).tobytes()))
+
+
+def test_a_plain_allocator_has_nothing_to_give_up() -> None:
+    allocator = BlockAllocator(10)
+    blocks = allocator.allocate(4)
+    allocator.reclaim(3)
+    assert allocator.used == len(blocks)
+
+
+def test_reclaimed_blocks_are_the_ones_used_least_recently() -> None:
+    prefixes = PrefixCache(PrefixIndex(4), 4, limit=100, idle_limit=50)
+    keys = []
+    for number in range(3):
+        (block,) = prefixes.allocate(1)
+        keys.append(PrefixKey(b"", array("i", [number] * 4).tobytes()))
+        prefixes.insert(keys[-1], [block])
+        prefixes.free([block])
+    prefixes.reclaim(2)
+    assert [len(prefixes.find(key)) for key in keys] == [0, 0, 1]
+    prefixes.reclaim(5)
+    assert prefixes.used == 0
+
+
+def test_old_pools_may_stay_among_the_cached_buffers_up_to_a_part_of_all() -> None:
+    pools = Pools([LayerShape(8, 128, mx.bfloat16)] * 28, BLOCK_TOKENS, ReferenceOps())
+    assert pools._may_leave == LEFT_BYTES
+    pools.limit(1000)  # 3.4 GiB
+    assert pools._may_leave == LEFT_BYTES
+    pools.limit(28_000)
+    assert pools._may_leave == 28_000 * 32 * 28 * 2 * 8 * 128 * 2 // 16
