@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from mlx_serving.common.jobs import LANES, Lane
 from mlx_serving.worker.engine.scheduling.lane_turns import LaneTurns
-from mlx_serving.worker.engine.scheduling.limits import least_rows
+from mlx_serving.worker.engine.scheduling.limits import BatchSize
 from tests.scheduled_batch import ROWS, Batch, limits, request
 
 
@@ -17,7 +17,7 @@ def full(batch: Batch, lane: Lane = "bulk", prompt: int = 4, tokens: int = 50) -
     for number in count():
         if not batch.add(request(f"{lane}{number}", lane, prompt, tokens)):
             break
-    for _ in range(batch.limits.max_rows + 2):
+    for _ in range(batch.limits.batch.max_rows + 2):
         batch.step()
     return batch
 
@@ -128,7 +128,7 @@ def test_without_a_share_all_rows_give_way() -> None:
 
 @pytest.mark.parametrize(("rows", "least"), [(1, 0), (2, 0), (3, 1), (10, 1), (64, 7)])
 def test_a_share_leaves_room_for_others(rows: int, least: int) -> None:
-    assert least_rows(rows, 0.1) == least
+    assert BatchSize(rows, 0.1).lane_min_rows == least
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.0])

@@ -68,8 +68,9 @@ class Reservation:
 
     def row_limit(self, rank: int) -> int:
         """Rows of all lanes up to which one of this lane may enter."""
-        beyond = rank == 0 or self._rows[rank] < self._limits.lane_min_rows
-        return self._limits.most_rows if beyond else self._limits.max_rows
+        batch = self._limits.batch
+        beyond = rank == 0 or self._rows[rank] < batch.lane_min_rows
+        return batch.most_rows if beyond else batch.max_rows
 
     def keeps(self, row: Sequence) -> bool:
         """Say whether a parked row's keys and values are there."""
