@@ -140,7 +140,11 @@ class Dispatcher:
 
     def _chores(self) -> None:
         idle = self._claims.suspended or bool(self._options.conditions.reasons)
-        self._fleet.beat(held=len(self._publisher.held()), suspended=idle)
+        try:
+            self._fleet.beat(held=len(self._publisher.held()), suspended=idle)
+        except redis.ResponseError as error:  # no worker can renew its leases either
+            self._sweeper.hold(type(error).__name__)
+            raise
         self._sweeper.sweep()
         self._release({})
         self._strays.give_back()
