@@ -83,6 +83,16 @@ def test_a_batch_beyond_its_rows_takes_nothing_of_lower_lanes_until_it_is_back()
     assert batch.add(request("b", "bulk"))
 
 
+def test_a_lane_that_has_its_share_brings_the_batch_back_to_its_rows() -> None:
+    batch = full(Batch(limits(headroom=2)))
+    assert batch.add(request("d0", "default"))  # its share of six rows: into the headroom
+    assert batch.add(request("i0", "interactive"))
+    assert batch.scheduler.parked == 0
+    assert batch.add(request("d1", "default"))
+    assert batch.scheduler.parked == 3, "two rows beyond the batch, and one for it"
+    assert sum(batch.scheduler.lane_rows.active) == ROWS
+
+
 def test_what_a_lane_lacks_of_its_share_may_go_into_the_headroom() -> None:
     batch = full(Batch(limits(rows=30, headroom=4)), "interactive")
     assert len(batch.active("interactive")) == 34
