@@ -1,6 +1,7 @@
 """Builds tiny engines, drives them, and decodes by mlx-lm itself for comparison."""
 
 import random
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cache
@@ -159,7 +160,7 @@ def drive(
 ) -> dict[str, Collected]:
     """Run requests to their end: all added at once, or one every `every` steps."""
     pending = list(requests)
-    collected = {request.id: Collected() for request in pending}
+    collected = defaultdict(Collected, {request.id: Collected() for request in pending})
     step = 0
     while pending or engine.has_work:
         count = len(pending) if not every else int(step % every == 0)

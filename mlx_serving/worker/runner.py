@@ -27,8 +27,10 @@ IDLE_SECONDS = 0.5
 class Runner(threading.Thread):
     """Loads the first models, then steps their engines while there is work.
 
-    `on_outputs` gets each step's outputs; `on_refused(request_id, code, message)` a request that
-    the engine would not take; `on_room` is called when rows left the batch or requests entered it.
+    `on_outputs` gets each step's outputs when the next one is launched, or when none is: whoever
+    works on them then has the interpreter, which a launch leaves free for most of a step's time.
+    `on_refused(request_id, code, message)` gets a request that the engine would not take; `on_room`
+    is called when rows left the batch or requests entered it.
     `paused` is asked before each step: a deliberate pause is progress, a step that does not come
     back is not (`stalled_for`). `slice_seconds` is how much longer a slice of `interleave` may take
     than a step. `tend` is called between steps, twice a second at least.
@@ -55,6 +57,7 @@ class Runner(threading.Thread):
         self._aborts: deque[str] = deque()
         self._halting = False
         self._turns = self._submitted_at_turn = 0
+        self._outputs: list[Output] = []  # of the last step, until the next one's launch
         self.steps = 0  # of the engine
         self._progress_at = time.monotonic()
         self.engine: EngineSet | None = None
@@ -129,6 +132,7 @@ class Runner(threading.Thread):
     def _serve(self, engine: EngineSet) -> None:
         try:
             self._progress_at = time.monotonic()
+            engine.on_launch = self._hand_over
             self.ready.set()
             while self._turn(engine):
                 self._progress_at = time.monotonic()
@@ -136,12 +140,15 @@ class Runner(threading.Thread):
             self.failure = error
             log.exception("engine_failed")
         finally:
+            self._hand_over()
             self.halted.set()
             self.ready.set()
 
     def _turn(self, engine: EngineSet) -> bool:
+        paused = self._paused()
+        if paused or not engine.has_work:
+            self._hand_over()
         with self._changed:
-            paused = self._paused()
             self._turns += 1
             busy = self._aborts or self._admissible(engine) or (engine.has_work and not paused)
             if not (busy or self._slices or self._halting):
@@ -154,18 +161,25 @@ class Runner(threading.Thread):
             engine.abort(request_id)
         self.withdraw(set(aborts))
         admitted = self._admit(engine)
-        ended = bool(aborts)
         if engine.has_work and not paused:
             outputs = engine.step()
             self.steps += 1
-            if outputs:
-                self._on_outputs(outputs)
-                ended = ended or any(o.finish_reason for o in outputs)
-        if ended or admitted:
+            self._hand_over()  # where nothing was launched
+            self._outputs = outputs
+        if aborts or admitted:
             self._on_room()
         if self._slices:
+            self._hand_over()
             self._do_slice(self._slices[0])
         return True
+
+    def _hand_over(self) -> None:
+        """Pass on what the last step brought."""
+        outputs, self._outputs = self._outputs, []
+        if outputs:
+            self._on_outputs(outputs)
+            if any(output.finish_reason for output in outputs):
+                self._on_room()
 
     def _do_slice(self, slices: Iterator[None]) -> None:
         self._progress_at = time.monotonic()  # the step before it was in time

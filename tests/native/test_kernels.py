@@ -64,10 +64,10 @@ namespace {name} {{
 using T = {dtype};
 using OUT = {out};
 constexpr int D = {head_dim}, GROUP = {tile}, TILES = {tiles}, BLOCK = {block}, LANES = {lanes};
-constexpr bool SPLIT = {split};
+constexpr bool SPLIT = {split}, STORE = {store_step};
 void attend(const T* q, const T* k, const T* v, const T* key_pool, const T* value_pool,
             const int* table, const int* table_shape, const int* lengths, const int* work,
-            const float* scale, {out}* out, float* stats) {{
+            const float* scale, const int* after, {out}* out, float* stats) {{
 {attention}
 }}
 void combine(const float* parts, const float* stats, const int* firsts, T* out) {{
@@ -77,12 +77,16 @@ void store(const T* keys, const int* keys_shape, const T* values, const T* key_p
            const T* value_pool, const int* entries, const int* after, int* done) {{
 {store}
 }}
+void append(const T* keys, const T* values, const T* key_pool, const T* value_pool,
+            const int* table, const int* table_shape, const int* lengths, int* done) {{
+{append}
+}}
 }}
 extern "C" void {name}_attend(unsigned tiles, unsigned items, void** a) {{
   using namespace {name};
   shim::launch({{1, tiles, items}}, 128, [=] {{
     attend((T*)a[0], (T*)a[1], (T*)a[2], (T*)a[3], (T*)a[4], (int*)a[5], (int*)a[6], (int*)a[7],
-           (int*)a[8], (float*)a[9], ({out}*)a[10], (float*)a[11]);
+           (int*)a[8], (float*)a[9], nullptr, ({out}*)a[10], (float*)a[11]);
   }});
 }}
 extern "C" void {name}_combine(unsigned heads, unsigned rows, void** a) {{
@@ -97,17 +101,24 @@ extern "C" void {name}_store(unsigned heads, unsigned entries, void** a) {{
           (int*)a[7]);
   }});
 }}
+extern "C" void {name}_append(unsigned heads, unsigned rows, void** a) {{
+  using namespace {name};
+  shim::launch({{1, heads, rows}}, 128, [=] {{
+    append((T*)a[0], (T*)a[1], (T*)a[2], (T*)a[3], (int*)a[4], (int*)a[5], (int*)a[6],
+           (int*)a[7]);
+  }});
+}}
 """
 
 
-def name_of(shape: Shape, language: Dialect, *, split: bool) -> str:
-    return f"k_{language}_{SHAPES.index(shape)}_{int(split)}"
+def name_of(shape: Shape, language: Dialect, *, split: bool, mixed: bool = False) -> str:
+    return f"k_{language}_{SHAPES.index(shape)}_{int(split)}_{int(mixed)}"
 
 
-def wrapped(shape: Shape, language: Dialect, *, split: bool) -> str:
+def wrapped(shape: Shape, language: Dialect, *, split: bool, mixed: bool) -> str:
     dtype = "float" if shape.dtype == mx.float32 else "bfloat"
     return WRAPPER.format(
-        name=name_of(shape, language, split=split),
+        name=name_of(shape, language, split=split, mixed=mixed),
         dtype=dtype,
         head_dim=shape.head_dim,
         tile=shape.tile,
@@ -115,10 +126,12 @@ def wrapped(shape: Shape, language: Dialect, *, split: bool) -> str:
         block=BLOCK,
         lanes=team_lanes(shape.head_dim),
         split=str(split).lower(),
+        store_step=str(not mixed).lower(),
         out="float" if split else dtype,
         attention=kernel_source("attention", language),
         combine=kernel_source("combine", language),
         store=kernel_source("store", language),
+        append=kernel_source("append", language),
     )
 
 
@@ -129,10 +142,11 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     dialects: tuple[Dialect, ...] = ("cuda", "metal")
     parts = ['#include "kernel_shim.hpp"', kernel_source("attention_header", "cuda")]
     parts += [
-        wrapped(shape, language, split=split)
+        wrapped(shape, language, split=split, mixed=mixed)
         for shape in SHAPES
         for language in dialects
         for split in (False, True)
+        for mixed in (False, True)
     ]
     (folder / "kernels.cpp").write_text("\n".join(parts))
     flags = ["-std=c++20", "-O1", "-w", "-shared", "-fPIC", f"-I{Path(__file__).parent}"]
@@ -160,10 +174,16 @@ def random(*shape: int, dtype: mx.Dtype, seed: int) -> mx.array:
     return mx.random.normal(shape, key=mx.random.key(seed)).astype(dtype)
 
 
-def plan_of(split: bool) -> StepPlan:  # noqa: FBT001 - a case
-    """Rows of `LENGTHS` tokens in shuffled blocks; items end within a row's tokens and beyond."""
+def plan_of(*, split: bool, mixed: bool) -> StepPlan:
+    """Rows of `LENGTHS` tokens in shuffled blocks; items end within a row's tokens and beyond.
+
+    `mixed`: every row but one is a token of one prompt, so that longer ones read what shorter ones
+    store.
+    """
     order = np.random.default_rng(0).permutation(len(LENGTHS) * WIDTH)
     table = order.reshape(len(LENGTHS), WIDTH).astype(np.int32)
+    if mixed:
+        table[1:] = table[1]
     work: list[tuple[int, int, int]] = []
     firsts = [0]
     for row in range(len(LENGTHS)):
@@ -171,17 +191,19 @@ def plan_of(split: bool) -> StepPlan:  # noqa: FBT001 - a case
         work += [(row, start, end) for start, end in pairwise(bounds)]
         firsts.append(len(work))
     lengths, items, ends = (mx.array(v, dtype=mx.int32) for v in (LENGTHS, work, firsts))
-    return StepPlan(mx.array(table), lengths, mx.ones_like(lengths), items, ends, split=split)
+    ones = mx.ones_like(lengths)
+    return StepPlan(mx.array(table), lengths, ones, items, ends, split=split, mixed=mixed)
 
 
+@pytest.mark.parametrize("mixed", [False, True], ids=["rows", "prompts"])
 @pytest.mark.parametrize("split", [False, True], ids=["whole rows", "split rows"])
 @pytest.mark.parametrize("language", ["cuda", "metal"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_attention_equals_the_reference(
-    library: ctypes.CDLL, shape: Shape, language: Dialect, *, split: bool
+    library: ctypes.CDLL, shape: Shape, language: Dialect, *, split: bool, mixed: bool
 ) -> None:
     rows, blocks = len(LENGTHS), len(LENGTHS) * WIDTH
-    plan = plan_of(split)
+    plan = plan_of(split=split, mixed=mixed)
     query = random(rows, shape.heads, 1, shape.head_dim, dtype=shape.dtype, seed=1) * 2
     own = [
         random(rows, shape.kv_heads, 1, shape.head_dim, dtype=shape.dtype, seed=n) for n in (2, 3)
@@ -198,7 +220,12 @@ def test_attention_equals_the_reference(
     items = plan.work.shape[0]
     parts = np.zeros((items, shape.heads, shape.head_dim), dtype=np.float32)
     stats = np.zeros((items, shape.heads, 2), dtype=np.float32)
-    name = name_of(shape, language, split=split)
+    name = name_of(shape, language, split=split, mixed=mixed)
+    if mixed:
+        done = np.ones(1, dtype=np.int32)
+        step = [*inputs[1:5], *inputs[5:8], done]
+        call(getattr(library, f"{name}_append"), shape.kv_heads, rows, *step)
+        assert done.tolist() == [0]
     tiles = shape.heads // shape.tile
     call(getattr(library, f"{name}_attend"), tiles, items, *inputs, parts if split else out, stats)
     if split:

@@ -8,6 +8,7 @@ from msgspec.structs import replace
 from benchmarks.synthetic import TINY, build_model
 from mlx_serving.common.jobs import Lane
 from mlx_serving.worker.engine.engine import Engine
+from mlx_serving.worker.engine.paged.step import plain_step
 from mlx_serving.worker.engine.sequence import Phase, Request, RequestRefusedError, SamplingParams
 from tests.engine_support import GREEDY, POISON, PoisonedModel, drive, greedy_by_mlx_lm, tiny_engine
 
@@ -55,6 +56,30 @@ def test_an_exception_in_one_prompt_ends_no_row_of_another_lane_in_its_chunk(lan
     assert collected["bad"].error_code == "prefill_failed"
     assert {"bad", *(request.id for request in (*first, *riding))} in seen, "one chunk for both"
     assert_good_rows_are_right(collected, model.model)
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["nothing decodes", "rows decode"])
+def test_an_exception_in_one_prompt_of_a_decode_step_ends_that_row_alone(first: bool) -> None:  # noqa: FBT001 - parametrized
+    model = PoisonedModel()
+    engine = tiny_engine(cast("Any", model.model), paged=True)
+    model.raises = True
+    cache = cast("Any", engine._runner)._cache
+    cast("Any", engine._runner)._model = cache._model = model
+    cache._step = plain_step(cast("Any", model))
+    seen = watch_prefills(engine)
+    poisoned = Request("bad", (3, POISON, 4), GREEDY, 12)
+    before = [] if first else GOOD[:2]
+    for request in before:
+        engine.add(request)
+    for _ in range(3 if before else 0):
+        assert all(output.error is None for output in engine.step())
+    late = [request for request in GOOD if request not in before]
+    collected = drive(engine, [late[0], poisoned, *late[1:]])
+    assert {"bad", *(request.id for request in late)} in seen, "all in one step"
+    assert collected["bad"].error_code == "prefill_failed"
+    for request in late:
+        expected = greedy_by_mlx_lm(model.model, request.prompt, request.max_tokens)
+        assert collected[request.id].token_ids == expected
 
 
 def watch_prefills(engine: Engine) -> list[set[str]]:

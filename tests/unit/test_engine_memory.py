@@ -68,7 +68,7 @@ def starved(*fails_at: int, paged: bool = False, most: int = 1 << 30) -> tuple[E
 
 
 @pytest.mark.parametrize("paged", [False, True])
-@pytest.mark.parametrize("passes", [(1,), (2,), (5,), (9,), (3, 4, 5), tuple(range(2, 40, 6))])
+@pytest.mark.parametrize("passes", [(1,), (2,), (5,), (9,), (3, 4, 5), (2, 9, 13, 22, 30, 38)])
 def test_no_row_ends_and_all_tokens_are_as_without(
     expected: dict[str, Collected],
     passes: tuple[int, ...],

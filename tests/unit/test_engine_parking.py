@@ -101,7 +101,8 @@ def test_a_prompt_that_rides_along_with_another_lanes_gets_what_it_gets_alone(
     for job in jobs:
         engine.add(job)
     rows = run(engine)
-    assert seen[0] == ["now", "a", "b"]
+    # A decode step pads none; in a chunk the long one would make all others as long.
+    assert seen[0] == ["now", "a", "b", "long"][: 4 if paged else 3]
     assert rows == alone(jobs)
 
 

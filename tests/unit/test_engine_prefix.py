@@ -1,5 +1,6 @@
 """The engine with a prefix cache, on the paged cache's reference: same tokens, less computed."""
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -18,15 +19,24 @@ SHARED = tuple(n % 251 for n in range(4 * BLOCK_TOKENS))
 class Counted:
     """An engine with a prefix cache, and how many prompt tokens it computed, padding included."""
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, *, mixed: bool = True, **options: Any) -> None:
         self.engine = tiny_engine(eos=(), paged=True, prefix_cache_bytes=None, **options)
+        if not mixed:  # every prompt has a pass of its own
+            prompts = cast("Any", self.engine)._scheduler._prompts
+            prompts._limits = dataclasses.replace(prompts._limits, mixed_reads=0)
         self.prompt_tokens = 0
         runner = cast("Any", self.engine._runner)
         self._prefill, runner.prefill = runner.prefill, self._count
+        self._join, runner.join = runner.join, self._count_mixed
 
     def _count(self, chunk: PrefillChunk) -> None:
         self.prompt_tokens += chunk.length * len(chunk.groups)
         self._prefill(chunk)
+
+    def _count_mixed(self, chunk: PrefillChunk) -> None:
+        if chunk.mixed:
+            self.prompt_tokens += sum(row.context_length - row.found for row in chunk.rows)
+        self._join(chunk)
 
     def computed(self, *requests: Request, every: int = 0) -> int:
         self.prompt_tokens = 0
@@ -133,7 +143,7 @@ def test_prompts_of_which_unequal_parts_are_known_share_a_chunk(counted: Counted
 
 @pytest.mark.parametrize("known", ["leader", "rider", "neither"])
 def test_prompts_that_ride_along_get_the_same_whatever_is_known_of_them(known: str) -> None:
-    counted = Counted(chunk=512)
+    counted = Counted(chunk=512, mixed=False)
     beginning = SHARED[:BLOCK_TOKENS]
     counted.computed(Request("before", (*beginning, 9), GREEDY, 2))
     others = {name: tuple(200 + i for i in range(BLOCK_TOKENS)) for name in ("leader", "rider")}
@@ -148,7 +158,7 @@ def test_prompts_that_ride_along_get_the_same_whatever_is_known_of_them(known: s
 
 
 def test_no_prompt_rides_along_where_there_is_nothing_to_compute() -> None:
-    counted = Counted(chunk=512)
+    counted = Counted(chunk=512, mixed=False)
     leader = Request("leader", (7,), GREEDY, 6, lane="interactive")
     rider = Request("rider", SHARED[:20], GREEDY, 6, lane="bulk")
     chunks: list[set[str]] = []

@@ -25,7 +25,7 @@ from mlx_serving.worker.engine.sequence import (
 from mlx_serving.worker.engine.text.marked_detokenizer import MarkedDetokenizer, with_markers
 
 if TYPE_CHECKING:
-    from collections.abc import Container, Iterable
+    from collections.abc import Callable, Container, Iterable
 
 TOOL: dict[str, Any] = {"type": "function", "function": {"name": "f", "parameters": {}}}
 MARKERS = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<|other|>", "<|end|>")
@@ -54,6 +54,7 @@ class Script:
 
     def __init__(self, tokens: list[int]) -> None:
         self._tokens, self._rows = tokens, dict[Any, None]()
+        self.on_launch: Callable[[], None] = lambda: None
 
     def prefill(self, chunk: Any) -> None:
         """Nothing to compute."""
@@ -61,8 +62,8 @@ class Script:
     def drop_prefill(self, lane: str) -> None:
         """Nothing to forget."""
 
-    def join(self, groups: Iterable[Any]) -> None:
-        self._rows |= dict.fromkeys(row for group in groups for row in group)
+    def join(self, chunk: Any) -> None:
+        self._rows |= dict.fromkeys(chunk.rows)
 
     def remove(self, rows: Iterable[Any]) -> None:
         for row in rows:

@@ -1,9 +1,10 @@
 """The step's shapes, its work, and that compiling changes nothing."""
 
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,14 +12,16 @@ from hypothesis import strategies as st
 from benchmarks.synthetic import build_model
 from mlx_serving.worker.engine.cache.decode_cache import Prefilled
 from mlx_serving.worker.engine.paged import dispatch
-from mlx_serving.worker.engine.paged.cache import (
+from mlx_serving.worker.engine.paged.cache import LayerShape, PagedCache
+from mlx_serving.worker.engine.paged.layers import PagedLayer, StepPlan, materialize, resize
+from mlx_serving.worker.engine.paged.planning import (
     CHUNK_TOKENS,
     SPLIT_ABOVE_TOKENS,
-    LayerShape,
-    PagedCache,
+    BatchRows,
+    Context,
+    make_plan,
     plan_work,
 )
-from mlx_serving.worker.engine.paged.layers import PagedLayer, StepPlan, materialize, resize
 from mlx_serving.worker.engine.paged.reference import ReferenceOps
 from mlx_serving.worker.engine.paged.step import compiled_step, plain_step, round_up_rows
 
@@ -68,7 +71,7 @@ class Forgetful(ReferenceOps):
         del keys, scale
         assert layer.keys.shape[0] == 1, "one block stands for the pool"
         rows = plan.firsts[1:] - plan.firsts[:-1] + plan.table[:, 0]
-        weights = mx.sin(rows + plan.lengths)[:, None, None, None]
+        weights = mx.sin(rows + plan.lengths + plan.mixed)[:, None, None, None]
         repeats = queries.shape[1] // values.shape[1]
         return mx.repeat(values, repeats, axis=1) * weights.astype(values.dtype)
 
@@ -100,7 +103,8 @@ def test_a_compiled_step_is_the_plain_one() -> None:
     materialize(layers)
     views = [PagedLayer(ops, *layer.views) for layer in layers]
     compiled, plain = compiled_step(model, ops), plain_step(model)
-    for rows, base, split in ((4, 3, False), (4, 9, False), (4, 3, True), (2, 5, False)):
+    cases = ((4, 3, False), (4, 9, False), (4, 3, True), (2, 5, False))
+    for (rows, base, split), mixed in product(cases, (False, True)):
         plan = StepPlan(
             table=mx.arange(rows * 4, dtype=mx.int32).reshape(rows, 4),
             lengths=mx.arange(rows, dtype=mx.int32) + base,
@@ -108,6 +112,7 @@ def test_a_compiled_step_is_the_plain_one() -> None:
             work=mx.array([(row, 0, 99) for row in range(rows)], dtype=mx.int32),
             firsts=mx.arange(rows + 1, dtype=mx.int32),
             split=split,
+            mixed=mixed,
         )
         tokens = mx.arange(rows, dtype=mx.int32)
         logits, lengths = compiled(tokens, plan, layers)
@@ -124,13 +129,27 @@ def test_rows_that_fill_up_a_batch_touch_nobody() -> None:
     for length in (5, 40, 3):
         layers = [_filled(length) for _ in range(2)]
         cache.join(Prefilled(layers, [length], [0]))
-    plan = cache._make_plan()
+    plan = make_plan(BatchRows(cache._rows, cache._lengths, *cache._nobodys), [], cache._stored)
     owned = {block for row in cache._rows for block in row}
     assert plan.table.shape[0] == 4
     (nobodys,) = cache._nobodys
     assert (plan.table[3] == nobodys).all().item()
     assert nobodys not in owned
     assert plan.advance.tolist() == [1, 1, 1, 0]
+
+
+def test_tokens_of_prompts_are_rows_of_their_own_place() -> None:
+    """Each with its prompt's blocks; the step is filled up with nobody's rows."""
+    batch = BatchRows([[5], [3, 8], [2]], np.array([9, 40, 2], dtype=np.int32), 7)
+    contexts = [Context(1, 37, [11, 12, 13]), Context(2, 0, [21, 22])]
+    plan = make_plan(batch, contexts, mx.zeros((1,), mx.int32))
+    assert plan.mixed
+    assert plan.table.shape[0] == 64
+    assert plan.lengths[:9].tolist() == [9, 40, 2, 37, 38, 39, 0, 1, 0]
+    assert plan.advance[:9].tolist() == [1, 1, 1, 0, 0, 0, 0, 0, 0]
+    assert plan.table[:9, 0].tolist() == [5, 3, 2, 3, 3, 3, 2, 2, 7]
+    assert plan.table[3:6, 1].tolist() == [8, 8, 8]
+    assert (plan.table[8:] == 7).all().item()
 
 
 def _filled(tokens: int) -> Any:

@@ -34,6 +34,7 @@ class FakeEngine:
         self.aborted: list[str] = []
         self.steps = 0
         self.error: BaseException | None = None
+        self.on_launch = self.look = lambda: None  # before, and before and after each launch
         self.gate = threading.Event()
         self.gate.set()
 
@@ -59,6 +60,9 @@ class FakeEngine:
         self.gate.wait(10)
         if self.error:
             raise self.error
+        self.look()
+        self.on_launch()
+        self.look()
         self.steps += 1
         return [Output(row, 0, [self.steps]) for row in self.rows]
 
@@ -198,6 +202,22 @@ def test_a_halt_hands_the_last_outputs_over(bench: Bench) -> None:
     bench.runner.halt()
     assert bench.runner.halted.wait(5)
     assert [o.token_ids for o in bench.outputs] == [[n] for n in range(1, bench.engine.steps + 1)]
+
+
+def test_a_steps_outputs_go_when_the_next_one_is_launched(bench: Bench) -> None:
+    """And not while it is built: then two threads would want the interpreter."""
+    handed: list[int] = []
+    bench.engine.look = lambda: handed.append(len(bench.outputs))
+    bench.runner.submit([request("a")])
+    wait_until(lambda: bench.engine.steps > 3)
+    assert handed[:8] == [0, 0, 0, 1, 1, 2, 2, 3]
+
+
+def test_the_last_steps_outputs_wait_for_no_launch(bench: Bench) -> None:
+    bench.runner.submit([request("a")])
+    wait_until(lambda: bench.engine.steps > 2)
+    bench.paused = True
+    wait_until(lambda: len(bench.outputs) == bench.engine.steps)
 
 
 def test_a_load_that_fails_is_ready_with_the_failure() -> None:

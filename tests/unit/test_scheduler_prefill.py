@@ -3,10 +3,11 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from mlx_serving.common.jobs import LANES, Lane
 from mlx_serving.worker.engine.scheduling.limits import BatchSize, SchedulerLimits
-from mlx_serving.worker.engine.scheduling.packing import PACKED_CONTEXT_CHUNKS, Packing
+from mlx_serving.worker.engine.scheduling.packing import PACKED_CONTEXT_CHUNKS, ChunkPacking
 from mlx_serving.worker.engine.scheduling.prefill_chunk import PrefillChunk
 from mlx_serving.worker.engine.scheduling.prompt_queue import ROWS_PER_PROMPT
 from mlx_serving.worker.engine.scheduling.scheduler import Scheduler
@@ -176,7 +177,7 @@ def test_each_prompt_is_judged_as_if_all_were_looked_at_anew(
     prompts: list[tuple[int, int, bool]],
 ) -> None:
     limits = SchedulerLimits(BatchSize(64), 100_000, 24, kv_block_tokens=4)
-    packing = Packing(limits, shares_blocks=True)
+    packing = ChunkPacking(limits, shares_blocks=True)
     packed: list[Sequence] = []
     for number, (length, found, own) in enumerate(prompts):
         tokens = (number if own else 7,) * length
@@ -221,3 +222,62 @@ def test_nothing_rides_along_that_a_prompt_under_way_of_its_lane_comes_before() 
     add_prompt(scheduler, "b", 5, "bulk")
     add_prompt(scheduler, "i", 5, "interactive")
     assert chunk_of(scheduler) == ["i"]
+
+
+def mixing(chunk: int = 512, reads: int = 1 << 17) -> Scheduler:
+    return Scheduler(
+        SchedulerLimits(BatchSize(40), 10_000, chunk, kv_block_tokens=32, mixed_reads=reads)
+    )
+
+
+def test_short_prompts_are_computed_by_the_decode_step_and_not_padded() -> None:
+    scheduler = mixing()
+    for name, length in (("a", 8), ("b", 200), ("c", 1), ("d", 64)):
+        add_prompt(scheduler, name, length, "bulk")
+    chunk = scheduler.schedule_prefill()
+    assert chunk is not None
+    assert chunk.mixed
+    assert [row.request.id for row in chunk.rows] == ["a", "b", "c", "d"]
+    assert scheduler.finish_prefill(chunk)
+    assert scheduler.running == 4
+
+
+@pytest.mark.parametrize(("chunk", "reads", "taken"), [(60, 1 << 17, 3), (512, 1600, 4)])
+def test_a_decode_step_takes_so_many_tokens_and_reads(chunk: int, reads: int, taken: int) -> None:
+    """Each prompt has 20 tokens to compute, which read 20 each at most."""
+    scheduler = mixing(chunk, reads)
+    for number in range(6):
+        add_prompt(scheduler, str(number), 20)
+    assert chunk_of(scheduler) == [str(number) for number in range(taken)]
+
+
+def test_a_prompt_that_reads_too_much_has_chunks_and_those_behind_it_wait() -> None:
+    scheduler = mixing(chunk=64, reads=64 * 64)
+    add_prompt(scheduler, "long", 100)
+    add_prompt(scheduler, "short", 5)
+    seen = []
+    while (chunk := scheduler.schedule_prefill()) is not None:
+        seen.append(([row.request.id for row in chunk.rows], chunk.length, chunk.mixed))
+        scheduler.finish_prefill(chunk)
+    assert seen == [(["long"], 64, False), (["long"], 36, False), (["short"], 5, True)]
+
+
+def test_choices_of_one_prompt_share_a_chunk() -> None:
+    scheduler = mixing()
+    request = Request("n", (1,) * 10, SamplingParams(), 4, lane="bulk")
+    scheduler.add(*(replace(request, choice=number) for number in range(3)))
+    add_prompt(scheduler, "other", 9, "bulk")
+    chunk = scheduler.schedule_prefill()
+    assert chunk is not None
+    assert not chunk.mixed
+    assert [len(group) for group in chunk.groups] == [3, 1]
+
+
+def test_a_decode_step_takes_lower_lanes_along_up_to_half_a_chunk() -> None:
+    scheduler = mixing(chunk=100)
+    for number in range(4):
+        add_prompt(scheduler, f"b{number}", 15, "bulk")
+    add_prompt(scheduler, "d", 15)
+    add_prompt(scheduler, "i", 10, "interactive")
+    assert chunk_of(scheduler) == ["i", "d", "b0"]
+    assert chunk_of(scheduler) == ["b1", "b2", "b3"]

@@ -1,11 +1,11 @@
 """The engine: admits requests, steps the batch, turns tokens into text, says why a row ended."""
 
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
-from mlx_serving.common.jobs import Lane
 from mlx_serving.worker.engine.acceleration import AccelerationReport
+from mlx_serving.worker.engine.batch_runner import BatchRunner
 from mlx_serving.worker.engine.memory.kv_caches import KvMemory
 from mlx_serving.worker.engine.memory.out_of_memory import is_out_of_memory
 from mlx_serving.worker.engine.memory.recovery import NO_MEMORY, OUT_OF_MEMORY, Recovery
@@ -47,37 +47,6 @@ class Attachments:
     kv_memory: KvMemory | None = None
 
 
-class Runner(Protocol):
-    """What computes: `model_runner.ModelRunner`, or `simulated.SimulatedRunner` without a model."""
-
-    def prefill(self, chunk: PrefillChunk) -> None:
-        """Compute one chunk of prompts."""
-
-    def drop_prefill(self, lane: Lane) -> None:
-        """Forget the prompt being prefilled for a lane."""
-
-    def join(self, groups: Iterable[Group]) -> None:
-        """Move the rows of the chunk that was prefilled last into the decode batch."""
-
-    def remove(self, rows: Iterable[Sequence]) -> None:
-        """Take rows out of the decode batch, or drop what is kept of them; others are ignored."""
-
-    def park(self, rows: Iterable[Sequence], keep: Container[Sequence]) -> list[SampledToken]:
-        """Take rows out of the decode batch; return the tokens that were on their way.
-
-        The keys and values of those in `keep` stay, for `resume` or `remove`.
-        """
-
-    def resume(self, row: Sequence) -> None:
-        """Put a row that was kept back into the decode batch."""
-
-    def reset(self) -> None:
-        """Drop the decode batch and the prompt being prefilled, after a step that failed."""
-
-    def decode(self) -> list[SampledToken]:
-        """Return one new token a row; rows without news are left out."""
-
-
 class Engine:
     """One continuous batch on one device; answers to `sequence.InferenceEngine`.
 
@@ -87,7 +56,7 @@ class Engine:
 
     def __init__(
         self,
-        runner: Runner,
+        runner: BatchRunner,
         scheduler: Scheduler,
         detokenizer: DetokenizerProtocol,
         model_info: ModelInfo,
@@ -98,7 +67,9 @@ class Engine:
         self.tokenizer = attachments.tokenizer
         self.acceleration = attachments.acceleration
         self.on_prefill: Callable[[Iterable[str]], None] = _ignore
+        self.on_launch: Callable[[], None] = _ignore_launch
         self._runner = runner
+        runner.on_launch = self._tell_launch
         self._scheduler = scheduler
         self._detokenizer = detokenizer
         self._early: list[Output] = []  # for the next step to return
@@ -224,12 +195,26 @@ class Engine:
         try:
             if chunk is not None:
                 self._prefill(chunk, outputs)
-            return self._runner.decode()
+            return self._decode(chunk, outputs)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
             self._recover(self._scheduler.rows, outputs)
             return []
+
+    def _decode(self, chunk: PrefillChunk | None, outputs: list[Output]) -> list[SampledToken]:
+        """Launch a step; prompts with which it can't be built are computed each by itself."""
+        try:
+            return self._runner.decode()
+        except Exception as error:
+            if chunk is None or not chunk.mixed or is_out_of_memory(error):
+                raise
+        for row in chunk.rows:
+            row.failed = True  # until its prompt is computed
+        self._runner.remove(chunk.rows)
+        sampled = self._runner.decode()
+        self._prefill_apart(chunk.groups, outputs)
+        return sampled
 
     def _recover(self, rows: list[Sequence], outputs: list[Output]) -> None:
         """Let rows that the device had no memory for begin again; alone they may have to end."""
@@ -246,19 +231,20 @@ class Engine:
         error = self._try_prefill(chunk)
         if error is None:
             if self._scheduler.finish_prefill(chunk):
-                self._join(chunk.groups)
+                self._join(chunk)
             return
         if error.code == OUT_OF_MEMORY:
             self._recover(list(chunk.rows), outputs)
             return
-        # One of several prompts may be to blame for all: each is tried alone.
-        alone = len(chunk.groups) > 1
-        for group in chunk.groups:
-            if not (alone and self._prefill_alone(group)):
-                self._end(group, error, outputs)
+        if len(chunk.groups) == 1:
+            self._end(chunk.rows, error, outputs)
+        else:
+            self._prefill_apart(chunk.groups, outputs)
 
     def _try_prefill(self, chunk: PrefillChunk) -> RowError | None:
         self.on_prefill([row.request.id for row in chunk.rows])
+        if chunk.mixed:
+            return None
         try:
             self._runner.prefill(chunk)
         except Exception as error:  # noqa: BLE001 - whatever a row's prefill raises ends that row
@@ -269,17 +255,23 @@ class Engine:
             return RowError("prefill_failed", f"prefill raised {type(error).__name__}")
         return None
 
-    def _prefill_alone(self, group: Group) -> bool:
-        chunk = PrefillChunk((group,), 0, group[0].context_length - group[0].found)
-        if self._try_prefill(chunk) is not None:
-            return False
-        self._scheduler.finish_prefill(chunk)
-        self._join([group])
-        return True
+    def _prefill_apart(self, groups: Iterable[Group], outputs: list[Output]) -> None:
+        """Compute prompts one by one: one of them may have been to blame for all."""
+        for group in groups:
+            for row in group:
+                row.failed = False
+                row.found = row.prefilled = 0
+            chunk = PrefillChunk((group,), 0, group[0].context_length)
+            error = self._try_prefill(chunk)
+            if error is not None:
+                self._end(group, error, outputs)
+            else:
+                self._scheduler.finish_prefill(chunk)
+                self._join(chunk)
 
-    def _join(self, groups: Iterable[Group]) -> None:
-        self._runner.join(groups)
-        self._scheduler.joined(groups)
+    def _join(self, chunk: PrefillChunk) -> None:
+        self._runner.join(chunk)
+        self._scheduler.joined(chunk.groups)
 
     def _collect(self, sampled: list[SampledToken], outputs: list[Output]) -> None:
         """Turn one step's tokens into outputs and take the rows that ended out of the batch."""
@@ -334,6 +326,9 @@ class Engine:
         counts = (len(request.prompt), row.cached_tokens)
         return Output(request.id, request.choice, tokens, text, reason, error, *counts)
 
+    def _tell_launch(self) -> None:
+        self.on_launch()
+
     def _forget(self, row: Sequence) -> None:
         self._scheduler.remove(row)
         if row.slot >= 0:
@@ -343,6 +338,11 @@ class Engine:
     def has_work(self) -> bool:
         """Whether `step` would do anything."""
         return self._scheduler.has_work or bool(self._early or self._recovery)
+
+    @property
+    def mixes_prompts(self) -> bool:
+        """Whether decode steps compute short prompts."""
+        return self._scheduler.limits.mixed_reads > 0
 
     @property
     def running(self) -> int:
@@ -382,3 +382,7 @@ class Engine:
 
 def _ignore(_request_ids: Iterable[str]) -> None:
     """Nobody asked to be told."""
+
+
+def _ignore_launch() -> None:
+    """The same."""

@@ -24,10 +24,12 @@ class EngineSet:
     def __init__(self) -> None:
         self._engines: dict[str, InferenceEngine] = {}  # replaced, never changed: others read it
         self.on_prefill: Callable[[Iterable[str]], None] = _ignore
+        self.on_launch: Callable[[], None] = _ignore_launch
 
     def put(self, model: str, engine: InferenceEngine) -> None:
         """Take an engine in; one of the same model is replaced."""
         engine.on_prefill = self._tell_prefill
+        engine.on_launch = self._tell_launch
         self._engines = self._engines | {model: engine}
 
     def drop(self, model: str) -> None:
@@ -122,9 +124,16 @@ class EngineSet:
         """What the memory guard sees of the KV caches of all engines."""
         return tuple(m for engine in self._engines.values() for m in engine.kv_memories)
 
+    def _tell_launch(self) -> None:
+        self.on_launch()
+
     def _tell_prefill(self, request_ids: Iterable[str]) -> None:
         self.on_prefill(request_ids)
 
 
 def _ignore(_request_ids: Iterable[str]) -> None:
     """Nobody asked to be told."""
+
+
+def _ignore_launch() -> None:
+    """The same."""

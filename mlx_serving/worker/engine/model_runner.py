@@ -13,7 +13,7 @@ first. Then the masks are computed while the forward pass is launched and the de
 and the sampling is launched at last.
 """
 
-from collections.abc import Container, Iterable
+from collections.abc import Callable, Collection, Container, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final, cast
@@ -23,7 +23,7 @@ import mlx.core as mx
 from mlx_serving.common.jobs import Lane
 from mlx_serving.worker.engine.cache import kv_cache
 from mlx_serving.worker.engine.cache.cache_choice import CacheChoice, choose_cache
-from mlx_serving.worker.engine.cache.decode_cache import ParkedRow, Prefilled
+from mlx_serving.worker.engine.cache.decode_cache import ParkedRow, Prefilled, Prompt
 from mlx_serving.worker.engine.cache.kv_cache import LanguageModel
 from mlx_serving.worker.engine.output.structured_output import BatchMasks, Matcher, advance_rows
 from mlx_serving.worker.engine.prefix.cache import PrefixCache
@@ -36,7 +36,7 @@ from mlx_serving.worker.engine.sampling import (
     read_logprobs,
     token_words,
 )
-from mlx_serving.worker.engine.scheduling.prefill_chunk import Group, PrefillChunk
+from mlx_serving.worker.engine.scheduling.prefill_chunk import PrefillChunk
 from mlx_serving.worker.engine.sequence import SampledToken, Sequence, TokenLogprobs
 
 TRIM_EVERY_LAUNCHES: Final = 512  # freed buffers go back to the system, as in mlx-lm
@@ -86,6 +86,7 @@ class ModelRunner:
         self._constrained = False  # whether some row follows a grammar
         # Log probabilities of `_pending`, and the rows as they stood at its launch.
         self._logprobs: _LaunchLogprobs = None
+        self.on_launch: Callable[[], None] = lambda: None
 
     @property
     def logits_dtype(self) -> mx.Dtype:
@@ -143,6 +144,7 @@ class ModelRunner:
         # With nothing to decode there is nothing to overlap with: wait, so that a step that
         # returns has done its work.
         evaluate = mx.async_eval if self._rows else mx.eval
+        self.on_launch()
         evaluate(kv_cache.states(layers))
 
     def _begin_prefill(self, chunk: PrefillChunk) -> _Prefill:
@@ -159,21 +161,25 @@ class ModelRunner:
             mx.synchronize()  # the blocks that it reads may be given to others now
         mx.clear_cache()
 
-    def join(self, groups: Iterable[Group]) -> None:
-        """Move the rows whose prefill is complete into the decode batch.
+    def join(self, chunk: PrefillChunk) -> None:
+        """Move the rows of the chunk that completed their prefill into the decode batch."""
+        leaders = chunk.leaders
+        keys = [row.context_key for row in leaders]
+        if chunk.mixed:
+            self._cache.enter(
+                [
+                    Prompt(row.context(0, row.context_length), key, row.found, row.prefix)
+                    for row, key in zip(leaders, keys, strict=True)
+                ]
+            )
+        else:
+            layers = self._prefills.pop(chunk.lane).cache
+            lengths = [row.context_length for row in leaders]
+            copies = [index for index, group in enumerate(chunk.groups) for _ in group]
+            self._cache.join(Prefilled(layers, lengths, copies, keys))
+        self._enter(chunk.rows)
 
-        `groups` are those of the chunk that completed it.
-        """
-        prompts = list(groups)
-        joining = [row for group in prompts for row in group]
-        layers = self._prefills.pop(joining[0].request.lane).cache
-        lengths = [group[0].context_length for group in prompts]
-        copies = [index for index, group in enumerate(prompts) for _ in group]
-        keys = [group[0].context_key for group in prompts]
-        self._cache.join(Prefilled(layers, lengths, copies, keys))
-        self._enter(joining)
-
-    def _enter(self, joining: list[Sequence]) -> None:
+    def _enter(self, joining: Collection[Sequence]) -> None:
         """Append rows to the batch whose cache has them; their last tokens are known."""
         self._rows += joining
         self._origins += [self._launches - row.decoded for row in joining]
@@ -259,6 +265,7 @@ class ModelRunner:
             advance_rows(found)
         else:
             masks = self._masks().start(found)
+            self.on_launch()
             mx.async_eval(logits)
             self._sample(logits, masks.result())
         return found
@@ -308,6 +315,7 @@ class ModelRunner:
         draws = self._sampler.sample(logits, self._pending, mask)
         self._pending = draws.tokens
         self._logprobs = (list(self._rows), draws.logprobs) if draws.logprobs else None
+        self.on_launch()
         mx.async_eval(draws.arrays)
         self._joined = 0
         self._launches += 1

@@ -1,7 +1,7 @@
 """From a model folder to a warm engine."""
 
 import os
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -20,6 +20,7 @@ from mlx_serving.worker.engine.memory.kv_caches import KvMemory
 from mlx_serving.worker.engine.memory.room import MemoryRoom
 from mlx_serving.worker.engine.model_files import check_model_files, model_revision, tokenizer_hash
 from mlx_serving.worker.engine.model_runner import ModelRunner
+from mlx_serving.worker.engine.paged.planning import MIXED_ROWS
 from mlx_serving.worker.engine.prefix.choice import make_prefix_cache
 from mlx_serving.worker.engine.scheduling.limits import BatchSize, SchedulerLimits
 from mlx_serving.worker.engine.scheduling.scheduler import Scheduler
@@ -31,6 +32,8 @@ CPU_KV_BUDGET_BYTES: Final = 1 << 30
 # layer's cache while rows join or leave, and the system.
 KV_MEMORY_FRACTION: Final = 0.75
 MODEL_MEMORY_FRACTION: Final = 0.5  # of the device's, for the weights of several models
+WARM_ROWS: Final = 320  # of steps that compute prompts: sizes up to this one are warmed up
+WARM_PROMPT_TOKENS: Final = 128
 SLICE_BYTES: Final = 1 << 28  # of weights that are read at once, while other models' rows wait
 
 
@@ -152,6 +155,7 @@ def build_engine(
         prefill_chunk_tokens=options.prefill_chunk_tokens,
         kv_row_overhead_tokens=choice.row_overhead_tokens(cost),
         kv_block_tokens=choice.block_tokens,
+        mixed_reads=choice.mixed_reads,
     )
     prefixes, prefix_report = make_prefix_cache(
         limits.kv_block_tokens,
@@ -226,10 +230,35 @@ def _warm_up(engine: Engine) -> Iterator[None]:
         temperature=0.8, repetition_penalty=1.1, logit_bias=((token, 1.0),), logprobs=1
     )
     for group in ((SamplingParams(),) * 2, (SamplingParams(), mixed, plain), (adjusted, mixed)):
-        for index, sampling in enumerate(group):
-            request = Request(f"warm-up-{index}", (token,) * (4 + index), sampling, max_tokens=3)
-            if engine.can_add(request):
-                engine.add(request)
-        while engine.has_work:
-            engine.step()
-            yield
+        yield from _drive(
+            engine,
+            [
+                Request(f"warm-up-{index}", (token,) * (4 + index), sampling, max_tokens=3)
+                for index, sampling in enumerate(group)
+            ],
+        )
+    if engine.mixes_prompts:
+        for rows in range(MIXED_ROWS, WARM_ROWS + 1, MIXED_ROWS):
+            yield from _drive(engine, _prompts_of(rows, token))
+        if engine.kv_memory is not None:  # these prompts are nobody's prefixes
+            engine.kv_memory.shrink()
+            engine.kv_memory.restore()
+
+
+def _prompts_of(tokens: int, token: int) -> list[Request]:
+    """Return prompts with so many tokens in all; none finds what another one computes."""
+    count = -(-tokens // WARM_PROMPT_TOKENS)
+    prompts = [(token,) * ((tokens + n) // count) for n in range(count)]
+    return [
+        Request(f"warm-up-{n}", prompt, SamplingParams(), max_tokens=1, salt=f"{tokens} {n}")
+        for n, prompt in enumerate(prompts)
+    ]
+
+
+def _drive(engine: Engine, requests: Iterable[Request]) -> Iterator[None]:
+    for request in requests:
+        if engine.can_add(request):
+            engine.add(request)
+    while engine.has_work:
+        engine.step()
+        yield

@@ -319,6 +319,10 @@ class InferenceEngine(Protocol):
     """Told the ids of the requests whose prompts are computed from now on, then, when the step is
     over, none: what it was told last is what a crash interrupted."""
 
+    on_launch: Callable[[], None]
+    """Called within a step, before it launches work: the launch takes most of the step's time and
+    leaves the interpreter to other threads."""
+
     def fits(self, *choices: Request) -> bool:
         """Say whether this device's KV budget could ever hold these choices of one request."""
 

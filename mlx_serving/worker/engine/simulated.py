@@ -15,7 +15,7 @@ from mlx_serving.common.jobs import GenerationJob, Lane
 from mlx_serving.common.output_formats import enforces_tools
 from mlx_serving.worker.engine.engine import Engine
 from mlx_serving.worker.engine.scheduling.limits import BatchSize, SchedulerLimits
-from mlx_serving.worker.engine.scheduling.prefill_chunk import Group, PrefillChunk
+from mlx_serving.worker.engine.scheduling.prefill_chunk import PrefillChunk
 from mlx_serving.worker.engine.scheduling.scheduler import Scheduler
 from mlx_serving.worker.engine.sequence import (
     ModelInfo,
@@ -75,6 +75,7 @@ class SimulatedRunner:
         self._options = options
         self._sleep = sleep
         self._rows: dict[Sequence, None] = {}
+        self.on_launch: Callable[[], None] = lambda: None
 
     def prefill(self, chunk: PrefillChunk) -> None:
         """Sleep as long as the chunk's tokens, padding included, take."""
@@ -85,9 +86,9 @@ class SimulatedRunner:
     def drop_prefill(self, lane: Lane) -> None:
         """Nothing is kept of a prompt."""
 
-    def join(self, groups: Iterable[Group]) -> None:
+    def join(self, chunk: PrefillChunk) -> None:
         """Start to decode these rows."""
-        self._rows |= dict.fromkeys(row for group in groups for row in group)
+        self._rows |= dict.fromkeys(chunk.rows)
 
     def remove(self, rows: Iterable[Sequence]) -> None:
         """Stop to decode these rows."""
@@ -110,6 +111,7 @@ class SimulatedRunner:
 
     def decode(self) -> list[SampledToken]:
         """Sleep for one token's time and return every row's next one."""
+        self.on_launch()
         if self._rows and self._options.tokens_per_second:
             self._sleep(1.0 / self._options.tokens_per_second)
         return [self._next(row) for row in self._rows]

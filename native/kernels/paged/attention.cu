@@ -9,13 +9,13 @@
 //
 // Inputs: q [B, H, 1, D], k and v [B, KVH, 1, D] of the step's own token, key_pool and value_pool
 // [blocks, KVH, BLOCK, D], table int32 [B, table width], lengths int32 [B] (tokens before this
-// one), work int32 [W, 3] (row or -1, start, stop), scale float32 [1].
-// Constants: T, D, GROUP, TILES (tiles of GROUP heads in a KV head), BLOCK, LANES, SPLIT, OUT (the
-// type of out).
+// one), work int32 [W, 3] (row or -1, start, stop), scale float32 [1], after (unread: comes first).
+// Constants: T, D, GROUP, TILES (tiles of GROUP heads in a KV head), BLOCK, LANES, SPLIT, STORE, OUT
+// (the type of out).
 // Outputs: SPLIT false: out T [B, H, 1, D], where every row has one item. SPLIT true: out float32
 // [W, H, D], not yet divided, and stats float32 [W, H, 2] (maximum, sum), for the second kernel.
 //
-// The step's own k and v are written to the pools here: MLX knows the pools as inputs only. That
+// Where STORE, the step's own k and v are written to the pools here: MLX knows the pools as inputs only. That
 // is safe because no other read in the step touches that place, and because each layer of the
 // next step depends on this one's output.
 
@@ -49,7 +49,7 @@ const int* blocks = table + row * table_shape[1];
 
 const T* own_key = k + (row * heads_kv + head_kv) * D;
 const T* own_value = v + (row * heads_kv + head_kv) * D;
-if (stop == length + 1 && start < stop && blockIdx.y % TILES == 0) {
+if (STORE && stop == length + 1 && start < stop && blockIdx.y % TILES == 0) {
   const size_t place =
       ((size_t(blocks[length / BLOCK]) * heads_kv + head_kv) * BLOCK + length % BLOCK) * D;
   for (int d = thread; d < D; d += THREADS) {

@@ -36,7 +36,7 @@ const int first_block = row * table_shape[1];
 
 const device T* own_key = k + (row * heads_kv + head_kv) * D;
 const device T* own_value = v + (row * heads_kv + head_kv) * D;
-if (stop == length + 1 && start < stop && tile % TILES == 0) {
+if (STORE && stop == length + 1 && start < stop && tile % TILES == 0) {
   const size_t place =
       ((size_t(table[first_block + length / BLOCK]) * heads_kv + head_kv) * BLOCK +
        length % BLOCK) * D;

@@ -31,6 +31,7 @@ from mlx_serving.worker.engine.paged.reference import ReferenceOps
 from mlx_serving.worker.engine.paged.self_check import check
 
 PAGED_CACHE: Final = "paged KV cache"
+MIXED_READS: Final = 1 << 17  # as 512 tokens of prompts of 256
 CacheKind = Literal["auto", "paged", "padded"]
 
 
@@ -39,13 +40,14 @@ class CacheChoice:
     """A kind of cache. `block_tokens`: what rows are rounded up to; 0: padded to the longest.
 
     `report` is None on a CPU, which has no kernel to choose. `bytes_per_token` None: what
-    mlx-lm's own caches take.
+    mlx-lm's own caches take. `mixed_reads`: see `SchedulerLimits`.
     """
 
     make: Callable[[], DecodeCache]
     block_tokens: int
     report: AccelerationReport | None
     bytes_per_token: int | None = None
+    mixed_reads: int = 0
 
     def cost(self, model: LanguageModel) -> CacheCost:
         """Measure what a row costs.
@@ -100,7 +102,7 @@ def _choose_on_cpu(model: LanguageModel, kind: CacheKind) -> CacheChoice:
     if not choice.block_tokens:
         return choice
     report = AccelerationReport(PAGED_CACHE, "twin", "asked for; MLX's CPU backend has no kernels")
-    return replace(choice, report=report)
+    return replace(choice, report=report, mixed_reads=0)
 
 
 def paged_choice(model: LanguageModel, ops: PagedOps) -> CacheChoice:
@@ -111,7 +113,9 @@ def paged_choice(model: LanguageModel, ops: PagedOps) -> CacheChoice:
     if reason is not None:
         return padded_choice(model, reason)
     report = AccelerationReport(PAGED_CACHE, "native", "self-check passed")
-    return CacheChoice(lambda: PagedCache(model, shapes, ops), BLOCK_TOKENS, report)
+    return CacheChoice(
+        lambda: PagedCache(model, shapes, ops), BLOCK_TOKENS, report, mixed_reads=MIXED_READS
+    )
 
 
 def quantized_choice(model: LanguageModel, bits: KvBits) -> CacheChoice:

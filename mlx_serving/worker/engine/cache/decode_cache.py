@@ -33,6 +33,19 @@ class Prefilled:
     keys: Sequence[PrefixKey] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A row's context: `found` tokens of it are in the prefix cache's `blocks`, the rest nowhere.
+
+    `key` is what it is found by.
+    """
+
+    context: list[int]
+    key: PrefixKey
+    found: int = 0
+    blocks: Sequence[int] = ()
+
+
 @dataclass(eq=False, slots=True)
 class ParkedRow:
     """A row's `length` tokens outside the batch, for the cache that they are of.
@@ -68,6 +81,9 @@ class DecodeCache(Protocol):
 
     def join(self, prefilled: Prefilled) -> None:
         """Append rows."""
+
+    def enter(self, prompts: Sequence[Prompt]) -> None:
+        """Append a row a prompt, not computed yet: the next step does that beside its own work."""
 
     def keep(self, kept: Sequence[int]) -> None:
         """Keep only these rows, in this order. A step that was launched with all may be running."""
@@ -165,6 +181,10 @@ class PaddedCache:
 
     def gather(self, prompts: Sequence[Sequence[int]], tokens: int) -> list[Any]:
         """Refuse: there are no blocks."""
+        raise NotImplementedError(type(self).__name__)
+
+    def enter(self, prompts: Sequence[Prompt]) -> None:
+        """Refuse: mlx-lm's caches take as many tokens of each row."""
         raise NotImplementedError(type(self).__name__)
 
     def remember(self, row: int, key: PrefixKey | None) -> None:

@@ -15,7 +15,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_serving.worker.engine.cache import kv_cache
-from mlx_serving.worker.engine.cache.decode_cache import ParkedRow, Prefilled
+from mlx_serving.worker.engine.cache.decode_cache import ParkedRow, Prefilled, Prompt
 from mlx_serving.worker.engine.cache.kv_cache import LanguageModel
 from mlx_serving.worker.engine.paged.block_allocator import BlockAllocator
 from mlx_serving.worker.engine.paged.gather import gather_blocks
@@ -27,12 +27,8 @@ from mlx_serving.worker.engine.paged.layers import (
     materialize,
     resize,
 )
-from mlx_serving.worker.engine.paged.step import (
-    compiled_step,
-    plain_step,
-    round_up_rows,
-    round_up_to_power,
-)
+from mlx_serving.worker.engine.paged.planning import BatchRows, Context, make_plan
+from mlx_serving.worker.engine.paged.step import compiled_step, plain_step
 from mlx_serving.worker.engine.prefix.cache import PrefixCache
 from mlx_serving.worker.engine.prefix.index import PrefixKey
 
@@ -43,15 +39,9 @@ LOOKAHEAD_TOKENS: Final = 8
 GROWTH_BLOCKS: Final = 64  # the least by which a pool grows; above, an eighth of itself
 RESIZED_BYTES: Final = 1 << 28  # of pools that are twice there while they grow
 LEFT_BYTES: Final = 1 << 30  # of old pools that may stay among MLX's cached buffers
-# Rows are one item of work each, until one is longer than this; then all are cut into chunks.
-# (Measured: a second launch to join the parts costs more than it saves before that.)
-SPLIT_ABOVE_TOKENS: Final = 2048
-CHUNK_TOKENS: Final = 1024
 PROMPT_TOKENS: Final = 32  # prompts are computed in multiples of so many tokens
 LONG_TOKENS: Final = 1024  # of the prompts that join at once
-_LEAST_TABLE_WIDTH: Final = 16  # blocks
-_ITEMS: Final = 32  # items of work are padded to multiples of so many
-_END: Final = 2**31 - 1
+_UNBOUNDED: Final = 2**31 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +58,7 @@ class PagedCache:
 
     def __init__(self, model: LanguageModel, shapes: Sequence[LayerShape], ops: PagedOps) -> None:
         """Start without rows and without pools."""
-        self.allocator = BlockAllocator(_END)
+        self.allocator = BlockAllocator(_UNBOUNDED)
         self._prefixes: PrefixCache | None = None
         self.layers: list[PagedLayer] = []
         self._model = model
@@ -78,6 +68,7 @@ class PagedCache:
         self._parked: list[ParkedRow] = []
         self._lengths = np.zeros(0, dtype=np.int32)  # each row's tokens, as of the last step begun
         self._leaving: list[int] = []  # blocks of rows that left: a running step may write there
+        self._contexts: list[Context] = []  # of rows that joined uncomputed
         self._steps_left = 0  # steps until a row is out of room
         self._plan: StepPlan | None = None  # None: rows or blocks changed
         self._stored = mx.zeros((1,), mx.int32)  # 0; depends on every store so far
@@ -180,6 +171,33 @@ class PagedCache:
                 mx.async_eval(self._stored)
             prefilled.layers[index] = None
 
+    def enter(self, prompts: Sequence[Prompt]) -> None:
+        """Append rows by their blocks: known ones, and what the next step computes into.
+
+        Of a block that is known in part, that part is copied.
+        """
+        self._need_nobodys()
+        self._make_room(sum(-(-len(prompt.context) // BLOCK_TOKENS) for prompt in prompts))
+        copies = []
+        for prompt in prompts:
+            length, (whole, rest) = len(prompt.context), divmod(prompt.found, BLOCK_TOKENS)
+            blocks = list(prompt.blocks[:whole])
+            self.allocator.share(blocks)
+            blocks += self.allocator.allocate(-(-length // BLOCK_TOKENS) - whole)
+            if rest:
+                copies.append(StoreEntry(blocks[whole], prompt.blocks[whole], 0, rest))
+            if prompt.found < length:
+                left = prompt.context[prompt.found :]
+                self._contexts.append(Context(len(self._rows), prompt.found, left))
+            if self._prefixes:
+                self._prefixes.insert(prompt.key, blocks[: length // BLOCK_TOKENS])
+            self._rows.append(blocks)
+            self._lengths = np.append(self._lengths, np.int32(length))
+        self._grow()
+        for layer in self.layers if copies else ():
+            self._stored = layer.store(layer.keys, layer.values, copies, self._stored)
+        self._plan = None
+
     def keep(self, kept: Sequence[int]) -> None:
         """Keep only these rows; copies nothing."""
         staying = set(kept)
@@ -198,14 +216,25 @@ class PagedCache:
         if self._plan is None or not self._steps_left:
             self._shrink()
             self._extend_rows()
-            self._plan = self._make_plan()
+            batch = BatchRows(self._rows, self._lengths, self._nobodys[0])
+            self._plan = make_plan(batch, self._contexts, self._stored)
         filling = self._plan.lengths.shape[0] - rows
         if filling:
-            tokens = mx.concatenate([tokens, mx.zeros((filling,), dtype=mx.int32)])
+            tokens = mx.concatenate([tokens, self._take_contexts(filling)])
+        if self._plan.mixed:
+            mx.async_eval(tokens)  # by itself: see `ModelRunner._forward`
         logits, self._plan.lengths = self._step(tokens, self._plan, self.layers)
+        if self._plan.mixed:
+            self._plan = None
         self._lengths += 1
         self._steps_left -= 1
         return logits[:rows] if filling else logits
+
+    def _take_contexts(self, count: int) -> mx.array:
+        """Return what the step computes beside the rows' own tokens: int32 [count]."""
+        tokens = [token for context in self._contexts for token in context.tokens]
+        self._contexts = []
+        return mx.array(tokens + [0] * (count - len(tokens)), dtype=mx.int32)
 
     def settle(self) -> None:
         """Free the blocks of rows that left."""
@@ -228,27 +257,6 @@ class PagedCache:
             self._grow()
         rooms = [len(blocks) * BLOCK_TOKENS for blocks in self._rows] - self._lengths
         self._steps_left = int(rooms.min())
-
-    def _make_plan(self) -> StepPlan:
-        rows = len(self._rows)
-        batch = round_up_rows(rows)
-        width = max(_LEAST_TABLE_WIDTH, round_up_to_power(max(map(len, self._rows))))
-        table = np.full((batch, width), self._nobodys[0], dtype=np.int32)
-        for index, blocks in enumerate(self._rows):
-            table[index, : len(blocks)] = blocks
-        lengths, advance = np.zeros((2, batch), dtype=np.int32)
-        lengths[:rows], advance[:rows] = self._lengths, 1
-        work, firsts = plan_work([*self._lengths.tolist(), *[0] * (batch - rows)])
-        mx.async_eval(self._stored)  # by itself: see `ModelRunner._forward`
-        return StepPlan(
-            mx.array(table),
-            # So that a step comes after every store, and begins with a sum as every other does.
-            mx.array(lengths) + self._stored,
-            mx.array(advance),
-            mx.array(work, dtype=mx.int32),
-            mx.array(firsts, dtype=mx.int32),
-            split=len(work) > batch,
-        )
 
     def _make_room(self, blocks: int) -> None:
         """See that the allocator can give `blocks`: leavings of a step that still runs count."""
@@ -298,7 +306,7 @@ class PagedCache:
         if self._prefixes:
             self._prefixes.clear()
         self._rows, self._leaving, self._nobodys, self.layers = [], [], [], []
-        self._parked = []
+        self._parked, self._contexts = [], []
         self._lengths = np.zeros(0, dtype=np.int32)
         self._plan, self._stored = None, mx.zeros((1,), mx.int32)
 
@@ -376,17 +384,3 @@ class PagedCache:
 
 def _with_slack(blocks: int) -> int:
     return blocks + max(GROWTH_BLOCKS, blocks // 8)
-
-
-def plan_work(lengths: Sequence[int]) -> tuple[list[tuple[int, int, int]], list[int]]:
-    """Return the items of work of rows of such lengths, and each row's first; see `StepPlan`."""
-    if max(lengths) <= SPLIT_ABOVE_TOKENS:
-        return [(row, 0, _END) for row in range(len(lengths))], list(range(len(lengths) + 1))
-    work: list[tuple[int, int, int]] = []
-    firsts = [0]
-    for row, length in enumerate(lengths):
-        starts = range(0, max(1, length), CHUNK_TOKENS)
-        work += [(row, start, start + CHUNK_TOKENS) for start in starts[:-1]]
-        work.append((row, starts[-1], _END))
-        firsts.append(len(work))
-    return work + [(-1, 0, 0)] * (-len(work) % _ITEMS), firsts

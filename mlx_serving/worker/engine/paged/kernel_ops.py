@@ -55,12 +55,15 @@ class KernelOps:
     def __init__(self, language: Dialect) -> None:
         """Read the kernels' texts; MLX compiles them on first use."""
         inputs = ["q", "k", "v", "key_pool", "value_pool", "table", "lengths", "work", "scale"]
+        inputs += ["after"]
         header = kernel_source("attention_header", language)
         self._attend = _make("attention", (inputs, ["out", "stats"]), language, header)
         parts = ["parts", "stats", "firsts"]
         self._combine = _make("combine", (parts, ["out"]), language)
         pools = ["keys", "values", "key_pool", "value_pool", "entries", "after"]
         self._store = _make("store", (pools, ["done"]), language)
+        pools[4:] = ["table", "lengths"]
+        self._append = _make("append", (pools, ["done"]), language)
         self._scales: dict[float, mx.array] = {}
 
     def store(
@@ -93,8 +96,12 @@ class KernelOps:
         scale: float,
         plan: StepPlan,
     ) -> mx.array:
-        """See `PagedOps.attend`. One launch, or two where a row has several items of work."""
-        rows, heads, _, head_dim = queries.shape
+        """See `PagedOps.attend`.
+
+        One launch; another one after it where a row has several items of work, and one before it
+        where rows attend to what others store.
+        """
+        _, heads, _, head_dim = queries.shape
         items = plan.work.shape[0]
         group = heads // keys.shape[1]
         tile = head_tile(group, head_dim)
@@ -108,11 +115,13 @@ class KernelOps:
             ("BLOCK", layer.keys.shape[2]),
             ("LANES", team_lanes(head_dim)),
             ("SPLIT", split),
+            ("STORE", not plan.mixed),
             ("OUT", out_type),
         ]
         pools = [layer.keys, layer.values, plan.table, plan.lengths, plan.work]
+        after = self._store_step(layer, keys, values, plan) if plan.mixed else plan.lengths
         out, stats = self._attend(
-            inputs=[queries, keys, values, *pools, self._scale(scale)],
+            inputs=[queries, keys, values, *pools, self._scale(scale), after],
             template=constants,
             grid=(THREADS, heads // tile, items),
             threadgroup=(THREADS, 1, 1),
@@ -122,17 +131,37 @@ class KernelOps:
             ],
             output_dtypes=[out_type, mx.float32],
         )
-        if not split:
-            return _array(out)
-        (joined,) = self._combine(
-            inputs=[out, stats, plan.firsts],
+        return self._joined(queries, out, stats, plan) if split else _array(out)
+
+    def _joined(
+        self, queries: mx.array, parts: mx.array, stats: mx.array, plan: StepPlan
+    ) -> mx.array:
+        """Put the results of each row's items together."""
+        rows, heads, _, head_dim = queries.shape
+        (out,) = self._combine(
+            inputs=[parts, stats, plan.firsts],
             template=[("T", queries.dtype), ("D", head_dim)],
             grid=(head_dim, heads, rows),
             threadgroup=(head_dim, 1, 1),
             output_shapes=[queries.shape],
             output_dtypes=[queries.dtype],
         )
-        return _array(joined)
+        return _array(out)
+
+    def _store_step(
+        self, layer: PagedLayer, keys: mx.array, values: mx.array, plan: StepPlan
+    ) -> mx.array:
+        """Store the step's own keys and values; returns what is there when that is done."""
+        rows, heads, _, head_dim = keys.shape
+        (done,) = self._append(
+            inputs=[keys, values, layer.keys, layer.values, plan.table, plan.lengths],
+            template=[("T", keys.dtype), ("D", head_dim), ("BLOCK", layer.keys.shape[2])],
+            grid=(THREADS, heads, rows),
+            threadgroup=(THREADS, 1, 1),
+            output_shapes=[(1,)],
+            output_dtypes=[mx.int32],
+        )
+        return _array(done)
 
     def _scale(self, scale: float) -> mx.array:
         known = self._scales.get(scale)

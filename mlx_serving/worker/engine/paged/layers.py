@@ -20,7 +20,8 @@ class StepPlan:
     for rows that only fill up the batch. `work` int32 [I, 3]: (row, first token, end) of each
     item of work, in order of rows, then items of row -1, which are no work; the last item of a
     row may end beyond its tokens. `firsts` int32 [B + 1]: the first item of each row, then their
-    end. `split`: whether a row has several items; else item i is row i.
+    end. `split`: whether a row has several items; else item i is row i. `mixed`: whether rows
+    attend to what other rows of this step store: they are tokens of prompts.
     """
 
     table: mx.array
@@ -29,6 +30,7 @@ class StepPlan:
     work: mx.array
     firsts: mx.array
     split: bool
+    mixed: bool = False
 
 
 @dataclass(frozen=True, slots=True)

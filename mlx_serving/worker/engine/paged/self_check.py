@@ -1,8 +1,8 @@
 """The paged cache's self-check: this model, on this device, against the reference and mlx-lm.
 
 Rows with random keys and values, one long enough that several items of work share it, join,
-decode and leave. Every call of the operations is compared with the reference in MLX, and the
-logits with those on mlx-lm's own batch caches. No prompt is computed.
+decode and leave; prompts are computed in a step of theirs. Every call of the operations is compared
+with the reference in MLX, and the logits with those on mlx-lm's own batch caches.
 """
 
 from collections.abc import Sequence
@@ -11,26 +11,29 @@ from typing import Any, Final, cast
 import mlx.core as mx
 from mlx_lm.models.cache import KVCache
 
-from mlx_serving.worker.engine.cache.decode_cache import DecodeCache, PaddedCache, Prefilled
-from mlx_serving.worker.engine.cache.kv_cache import LanguageModel
-from mlx_serving.worker.engine.paged.cache import (
-    BLOCK_TOKENS,
-    SPLIT_ABOVE_TOKENS,
-    LayerShape,
-    PagedCache,
+from mlx_serving.worker.engine.cache.decode_cache import (
+    DecodeCache,
+    PaddedCache,
+    Prefilled,
+    Prompt,
 )
+from mlx_serving.worker.engine.cache.kv_cache import LanguageModel
+from mlx_serving.worker.engine.paged.cache import BLOCK_TOKENS, LayerShape, PagedCache
 from mlx_serving.worker.engine.paged.layers import (
     PagedLayer,
     PagedOps,
     StepPlan,
     StoreEntry,
 )
+from mlx_serving.worker.engine.paged.planning import SPLIT_ABOVE_TOKENS
 from mlx_serving.worker.engine.paged.reference import ReferenceOps
+from mlx_serving.worker.engine.prefix.index import PrefixKey
 
 # How far values may be apart, as a part of their norm: 16-bit types round, in each layer anew.
 _ATTENTION_TOLERANCE: Final = {mx.float32: 1e-3, mx.float16: 2e-3, mx.bfloat16: 1e-2}
 _LOGITS_TOLERANCE: Final = {mx.float32: 5e-3, mx.float16: 0.03, mx.bfloat16: 0.1}
 _LENGTHS: Final = (SPLIT_ABOVE_TOKENS + 5, 3, BLOCK_TOKENS)
+_PROMPTS: Final = ([1, 2, 3, 4, 5], [6] * (BLOCK_TOKENS + 3))
 
 
 class DifferenceError(RuntimeError):
@@ -121,7 +124,10 @@ def check(model: LanguageModel, shapes: Sequence[LayerShape], ops: PagedOps) -> 
 
 
 def _run(cache: DecodeCache, shapes: Sequence[LayerShape]) -> mx.array:
-    """Rows join one by one, then the first leaves; returns all logits, [logits, V]."""
+    """Rows join one by one, then the first leaves, twice; returns all logits, [logits, V].
+
+    Then prompts are computed, once beside a long row and once beside short ones.
+    """
     logits: list[mx.array] = []
 
     def step(rows: int) -> None:
@@ -132,9 +138,22 @@ def _run(cache: DecodeCache, shapes: Sequence[LayerShape]) -> mx.array:
         cache.join(Prefilled(_random_layers(shapes, length), [length], [0]))
         step(rows)
         step(rows)
-    cache.keep(range(1, len(_LENGTHS)))
-    step(len(_LENGTHS) - 1)
+    for prompt in _PROMPTS:
+        _compute(cache, prompt)
+        step(len(_LENGTHS) + 1)
+        cache.keep(range(1, len(_LENGTHS) + 1))
+        step(len(_LENGTHS))
     return mx.concatenate(logits)
+
+
+def _compute(cache: DecodeCache, prompt: list[int]) -> None:
+    """Let a prompt join: computed by the next step, or before where the cache can't do that."""
+    if isinstance(cache, PagedCache):
+        cache.enter([Prompt(prompt, PrefixKey(b"", b""))])
+        return
+    layers = cache.new_prompts(1)
+    cache.forward_prompts([prompt], layers)
+    cache.join(Prefilled(layers, [len(prompt)], [0]))
 
 
 def _random_layers(shapes: Sequence[LayerShape], length: int) -> list[Any]:

@@ -7,6 +7,7 @@ block, which stands for the whole buffer: the kernels take its address.
 """
 
 from collections.abc import Callable, Sequence
+from itertools import product
 from typing import Any, Final
 
 import mlx.core as mx
@@ -49,25 +50,26 @@ def compiled_step(model: LanguageModel, ops: PagedOps) -> Step:
     """Return the step compiled; `ops` work in place, so that nothing but results comes out."""
     plain = plain_step(model)
 
-    def traced(split: bool) -> Callable[..., Any]:  # noqa: FBT001 - one function a value
+    def traced(split: bool, mixed: bool) -> Callable[..., Any]:  # noqa: FBT001 - one a value
         def run(tokens: mx.array, arrays: list[mx.array], pools: list[mx.array]) -> Any:  # noqa: ANN401
             pairs = zip(pools[::2], pools[1::2], strict=True)
             layers = [PagedLayer(ops, keys, values) for keys, values in pairs]
             table, lengths, advance, work, firsts = arrays
-            plan = StepPlan(table, lengths, advance, work, firsts, split=split)
+            plan = StepPlan(table, lengths, advance, work, firsts, split=split, mixed=mixed)
             return plain(tokens, plan, layers)
 
         compiled: Callable[..., Any] = mx.compile(run)
         return compiled
 
-    runs = {split: traced(split) for split in (False, True)}
+    kinds = product((False, True), repeat=2)
+    runs = {(split, mixed): traced(split, mixed) for split, mixed in kinds}
 
     def step(
         tokens: mx.array, plan: StepPlan, layers: Sequence[PagedLayer]
     ) -> tuple[mx.array, mx.array]:
         arrays = [plan.table, plan.lengths, plan.advance, plan.work, plan.firsts]
         pools = [view for layer in layers for view in layer.views]
-        logits, lengths = runs[plan.split](tokens, arrays, pools)
+        logits, lengths = runs[plan.split, plan.mixed](tokens, arrays, pools)
         return logits, lengths
 
     return step

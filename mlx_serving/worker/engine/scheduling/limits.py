@@ -46,6 +46,8 @@ class SchedulerLimits:
     `kv_row_overhead_tokens`: KV tokens that a row may hold beyond its own (the cache grows in
     blocks; layers of fixed size). `kv_capacity_tokens` is the budget of the whole batch.
     `kv_block_tokens`: rows are kept in blocks of so many tokens; 0: padded to the longest row.
+    `mixed_reads`: KV tokens that prompts may read in a decode step which computes them, summed over
+    their own tokens; 0: no step does, every prompt has a pass of its own.
     """
 
     batch: BatchSize
@@ -53,6 +55,7 @@ class SchedulerLimits:
     prefill_chunk_tokens: int
     kv_row_overhead_tokens: int = 0
     kv_block_tokens: int = 0
+    mixed_reads: int = 0
 
     def __post_init__(self) -> None:
         """Refuse limits under which nothing could run."""

@@ -17,11 +17,15 @@ class PrefillChunk:
     of one request. More than one group only where all that each of them must compute fits.
     The first group's lane is the chunk's; prompts of lower lanes may ride along. A lane has at most
     one prefill under way, and a chunk of several prompts ends in the step that it begins in.
+
+    A mixed chunk has no pass of its own: the decode step computes it with its rows' own tokens. It
+    has all that each of its prompts must compute, which may differ in what was found of them.
     """
 
     groups: tuple[Group, ...]
     start: int
     length: int
+    mixed: bool = False
 
     @property
     def rows(self) -> tuple[Sequence, ...]:

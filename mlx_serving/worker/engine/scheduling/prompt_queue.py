@@ -10,6 +10,8 @@ share of the chunks (`lane_turns`), so that none starves.
 What the prefix cache knows of a prompt is looked up when its turn comes, so that prompts which
 arrive together compute what they share once.
 
+Where the cache lets it, short prompts need no pass of their own: the decode step computes them.
+
 Only where many rows decode, a prompt of a lower lane waits a few steps for others: a chunk of one
 short prompt costs the decoding rows much the same as a chunk of several. For the same reason short
 prompts of lower lanes ride along in a chunk of a higher one.
@@ -23,7 +25,7 @@ from mlx_serving.common.jobs import LANES
 from mlx_serving.worker.engine.prefix.cache import PrefixCache
 from mlx_serving.worker.engine.scheduling.lane_turns import LaneTurns
 from mlx_serving.worker.engine.scheduling.limits import SchedulerLimits
-from mlx_serving.worker.engine.scheduling.packing import Packing
+from mlx_serving.worker.engine.scheduling.packing import ChunkPacking, Packing, StepPacking
 from mlx_serving.worker.engine.scheduling.prefill_chunk import Group, PrefillChunk
 from mlx_serving.worker.engine.scheduling.reservation import Reservation
 from mlx_serving.worker.engine.sequence import Phase, Sequence
@@ -44,7 +46,8 @@ class PromptQueue:
         prefixes: PrefixCache | None = None,
     ) -> None:
         """Start empty."""
-        self._limits, self._reservation, self._prefixes = limits, reservation, prefixes
+        self._limits, self._reservation = limits, reservation
+        self._shares_blocks = prefixes is not None
         self._waiting: list[list[Group]] = [[] for _ in LANES]
         self._begun: list[tuple[Group, ...]] = [()] * len(LANES)
         self._turns = LaneTurns(limits.batch.lane_min_share)
@@ -81,16 +84,19 @@ class PromptQueue:
             self._waited = 0
             return None
         rank = self._turns.next(pending)
+        mixed = False
         if not self._begun[rank]:
             if rank == pending[0] and self._waits_for_more(self._waiting[rank], decoding):
                 return None
-            self._begin(rank)
+            mixed = self._begin(rank)
         self._turns.take(rank, pending)
         groups = self._begun[rank]
         leaders = [group[0] for group in groups]
         start = leaders[0].prefilled - leaders[0].found
-        remaining = max(map(_to_compute, leaders)) - start
-        return PrefillChunk(groups, start, min(remaining, self._limits.prefill_chunk_tokens))
+        length = max(map(_to_compute, leaders)) - start
+        if not mixed:
+            length = min(length, self._limits.prefill_chunk_tokens)
+        return PrefillChunk(groups, start, length, mixed=mixed)
 
     def finish(self, chunk: PrefillChunk) -> bool:
         """Record that the chunk is computed; return whether that was all of its prompts."""
@@ -108,15 +114,17 @@ class PromptQueue:
         """Let prefills under way go on without these rows, which may ride with another lane."""
         self._begun = [tuple(_without(groups, rows)) for groups in self._begun]
 
-    def _begin(self, rank: int) -> None:
-        taken = self._take(self._waiting[rank])
-        for lower in range(rank + 1, len(LANES)):
-            if not self._begun[lower]:
-                self._take_along(taken, self._waiting[lower])
+    def _begin(self, rank: int) -> bool:
+        """Take the next prompts of a lane; returns whether the decode step is to compute them."""
+        taken = self._take_for_step(rank)
+        mixed = bool(taken)
+        if not mixed:
+            taken = self._take_for_chunk(rank)
         self._begun[rank] = tuple(taken)
         for group in self._begun[rank]:
             for row in group:
                 row.phase = Phase.PREFILLING
+        return mixed
 
     def _waits_for_more(self, waiting: list[Group], decoding: int) -> bool:
         """Say whether the next chunk is put off by a step, so that more prompts share it."""
@@ -132,10 +140,39 @@ class PromptQueue:
         self._waited = self._waited + 1 if waits else 0
         return waits
 
-    def _take(self, waiting: list[Group]) -> list[Group]:
+    def _take_for_step(self, rank: int) -> list[Group]:
+        """Take prompts that a decode step computes; none where the lane's next is too long."""
+        if not self._limits.mixed_reads:
+            return []
+        packing = StepPacking(self._limits, shares_blocks=self._shares_blocks)
+        taken = self._take(self._waiting[rank], packing)
+        if taken:
+            packing.most_tokens = int(RIDING_CHUNKS * packing.most_tokens)
+            for waiting in self._lower(rank):
+                taken += self._take(waiting, packing)
+        return taken
+
+    def _take_for_chunk(self, rank: int) -> list[Group]:
         """Take one prompt, or as many short ones as fit one chunk when padded alike."""
+        packing = ChunkPacking(self._limits, shares_blocks=self._shares_blocks)
+        taken = self._take(self._waiting[rank], packing)
+        rows = [row for group in taken for row in group]
+        found = min(row.found for row in rows)
+        for row in rows:
+            row.found = row.prefilled = found
+        for waiting in self._lower(rank):
+            self._take_along(taken, waiting)
+        return taken
+
+    def _lower(self, rank: int) -> Iterator[list[Group]]:
+        """Yield what waits in each lower lane that has no prefill under way."""
+        for lower in range(rank + 1, len(LANES)):
+            if not self._begun[lower]:
+                yield self._waiting[lower]
+
+    def _take(self, waiting: list[Group], packing: Packing) -> list[Group]:
+        """Take prompts in their order as far as they are packed."""
         taken: list[Group] = []
-        packing = self._packing()
         while waiting:
             for row in waiting[0]:
                 self._reservation.look_up(row)
@@ -143,10 +180,6 @@ class PromptQueue:
                 break
             packing.add(waiting[0])
             taken.append(waiting.pop(0))
-        rows = [row for group in taken for row in group]
-        found = min((row.found for row in rows), default=0)
-        for row in rows:
-            row.found = row.prefilled = found
         return taken
 
     def _take_along(self, taken: list[Group], waiting: list[Group]) -> None:
@@ -157,7 +190,7 @@ class PromptQueue:
             return  # all is known: there is no pass to ride in
         length = -(-longest // RIDING_TOKENS) * RIDING_TOKENS
         found = taken[0][0].found
-        packing = self._packing(taken)
+        packing = ChunkPacking(self._limits, taken, shares_blocks=self._shares_blocks)
         while waiting and (len(taken) + 1) * length <= most:
             head = waiting[0][0]
             if head.context_length - found > length:
@@ -170,9 +203,6 @@ class PromptQueue:
             for row in taken[-1]:
                 row.found = row.prefilled = found
             packing.add(taken[-1])
-
-    def _packing(self, groups: Iterable[Group] = ()) -> Packing:
-        return Packing(self._limits, groups, shares_blocks=self._prefixes is not None)
 
 
 def _without(groups: Iterable[Group], leaving: Container[Sequence]) -> Iterator[Group]:
