@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from mlx_serving.common.jobs import Lane
-from mlx_serving.worker.engine.scheduling.limits import SchedulerLimits
+from mlx_serving.worker.engine.scheduling.limits import BatchSize, SchedulerLimits
 from mlx_serving.worker.engine.scheduling.scheduler import Scheduler
 from mlx_serving.worker.engine.sequence import Phase, Request, SamplingParams, Sequence
 
@@ -91,4 +91,4 @@ def limits(
     block: int = 0,
     headroom: int = 0,
 ) -> SchedulerLimits:
-    return SchedulerLimits(rows, capacity, CHUNK, 2, block, share, headroom)
+    return SchedulerLimits(BatchSize(rows, share, headroom), capacity, CHUNK, 2, block)

@@ -14,7 +14,7 @@ from mlx_serving.common.results import assemble
 from mlx_serving.worker.child import Child, ChildSpec
 from mlx_serving.worker.delivery.token_text import unspelled
 from mlx_serving.worker.engine.engine import Engine
-from mlx_serving.worker.engine.scheduling.limits import SchedulerLimits
+from mlx_serving.worker.engine.scheduling.limits import BatchSize, SchedulerLimits
 from mlx_serving.worker.engine.scheduling.scheduler import Scheduler
 from mlx_serving.worker.engine.sequence import ModelInfo, Sequence
 from mlx_serving.worker.engine.simulated import SimulatedOptions, SimulatedRunner, plan
@@ -165,7 +165,8 @@ def spelled_engine(
     vocabulary = Vocabulary(tokens, kind, {EOS})  # type: ignore[arg-type]
     info = ModelInfo("spelled", revision, tokenizer_hash, len(tokens), frozenset({EOS}))
     options = SimulatedOptions(0.0, 0.0, answer_tokens=len(said))
-    limits = SchedulerLimits(*room, chunk)
+    rows, kv_tokens = room
+    limits = SchedulerLimits(BatchSize(rows), kv_tokens, chunk)
     runner = UnevenRunner(options, len(said), uneven)
     return Engine(runner, Scheduler(limits), Detokenizer(vocabulary), info)
 

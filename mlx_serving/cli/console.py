@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import TYPE_CHECKING, Final
 
@@ -30,6 +31,19 @@ def note(text: str) -> None:
 def fail(error: MlxServingError) -> None:
     """Print an error as one line with its code."""
     note(f"error: {error.code}: {' '.join(str(error).split())}")
+
+
+def fail_at_output(error: OSError) -> None:
+    """Print what the system refused, in a line: a full disk, a file that may not be read.
+
+    What stdout still holds is dropped, or the interpreter would fail at it once more.
+    """
+    named = f"{error.filename}: " if error.filename else ""
+    note(f"error: io_error: {named}{error.strerror or error}")
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def harmless(text: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from typing import Any
 
 import typer
@@ -9,7 +10,7 @@ from typer.core import TyperGroup
 
 from mlx_serving import __version__
 from mlx_serving.cli.batch.commands import app as batch
-from mlx_serving.cli.console import EXIT_ERROR, EXIT_INTERRUPTED, fail
+from mlx_serving.cli.console import EXIT_ERROR, EXIT_INTERRUPTED, fail, fail_at_output
 from mlx_serving.cli.demo.command import demo
 from mlx_serving.cli.doctor.command import doctor
 from mlx_serving.cli.generate import generate
@@ -30,6 +31,11 @@ class Commands(TyperGroup):
             return super().invoke(ctx)
         except MlxServingError as error:
             fail(error)
+            raise typer.Exit(EXIT_ERROR) from None
+        except OSError as error:
+            if error.errno == errno.EPIPE:  # `| head`
+                raise
+            fail_at_output(error)
             raise typer.Exit(EXIT_ERROR) from None
         except KeyboardInterrupt:
             raise typer.Exit(EXIT_INTERRUPTED) from None

@@ -11,6 +11,7 @@ import os
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
+from urllib.parse import urlsplit
 
 from pydantic import (
     AfterValidator,
@@ -60,9 +61,21 @@ def _number(value: object) -> object:
     return int(value) if isinstance(value, str) and value.isdecimal() else value
 
 
-def _known_scheme(value: object) -> object:
-    if isinstance(value, str) and not value.startswith(("redis://", "rediss://", "unix://")):
+def _usable_url(value: object) -> object:
+    """Refuse what redis-py would raise at later, or read as database 0; never quotes it."""
+    if not isinstance(value, str):
+        return value
+    if not value.startswith(("redis://", "rediss://", "unix://")):
         raise ValueError("must start with redis://, rediss:// or unix://")
+    from redis import ConnectionPool  # not before there is a URL: settings are cheap to import
+
+    try:
+        ConnectionPool.from_url(value).make_connection()  # sends nothing
+        database = "" if value.startswith("unix") else urlsplit(value).path.strip("/")
+    except (AttributeError, TypeError, ValueError):
+        raise ValueError("is no URL of a Redis: its host, port or options are wrong") from None
+    if database and not database.isdecimal():
+        raise ValueError("is no URL of a Redis: its database must be a number")
     return value
 
 
@@ -73,7 +86,7 @@ def _not_empty(hours: str) -> str:
     return hours
 
 
-RedisUrl = Annotated[SecretStr, BeforeValidator(_known_scheme)]
+RedisUrl = Annotated[SecretStr, BeforeValidator(_usable_url)]
 KeyPrefix = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:{}-]{1,64}$")]
 HostAndPort = Annotated[str, Field(pattern=r"^[^\s:]+:\d{1,5}$")]
 SigningSecret = Annotated[SecretStr, Field(min_length=32, max_length=1024)]

@@ -19,6 +19,7 @@ from mlx_serving.producer.base import (
     BaseClient,
     batches,
     check_admitted,
+    check_id,
     not_found,
     text_of,
     wait_s,
@@ -69,7 +70,11 @@ class AsyncClient(BaseClient):
         await self.aclose()
 
     async def aclose(self) -> None:
-        """Close all connections; idempotent. Jobs go on."""
+        """Close all connections; idempotent. Jobs go on.
+
+        A call that is made later opens connections again, and its streams have no live messages:
+        they read the job's stream now and then.
+        """
         await self._hub.aclose()
         await self._redis.aclose()
 
@@ -120,7 +125,7 @@ class AsyncClient(BaseClient):
         Close the iterator where it is left early (`contextlib.aclosing`): its
         subscription ends then, not whenever it is collected.
         """
-        events = self._follow(job_id, StreamAssembler(after_seq))
+        events = self._follow(check_id(job_id), StreamAssembler(after_seq))
         return self._texts(job_id, events) if text else events
 
     async def result(self, job_id: str, timeout: float | None = None) -> GenerationResult:  # noqa: ASYNC109 -- as the sync twin
@@ -139,14 +144,14 @@ class AsyncClient(BaseClient):
 
     async def status(self, job_id: str) -> JobRecord:
         """Read the job's control hash. Raises JobNotFound."""
-        record = await self._answered(lambda: self._protocol.record(job_id))
+        record = await self._answered(lambda: self._protocol.record(check_id(job_id)))
         if record is None:
             raise not_found(job_id)
         return record
 
     async def cancel(self, job_id: str) -> JobState:
         """Cancel a job; see :meth:`Client.cancel`. Raises JobNotFound."""
-        call = calls.cancel(job_id, CANCELLED_BY_CLIENT)
+        call = calls.cancel(check_id(job_id), CANCELLED_BY_CLIENT)
         state = await self._answered(lambda: self._protocol.run(call))
         if state is None:
             raise not_found(job_id)

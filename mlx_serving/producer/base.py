@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, Final
 
@@ -23,7 +24,7 @@ from mlx_serving.common.states import TERMINAL, JobState
 from mlx_serving.producer.envelope import seal
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Sequence
 
     from mlx_serving.common.calls import Call, EnqueueEntry, EnqueueReply
     from mlx_serving.common.connection import Endpoint
@@ -81,7 +82,7 @@ class BaseClient:
         from mlx_serving.common.jobs import GenerationJob
 
         if not isinstance(job, GenerationJob):
-            job = GenerationJob.parse(dict(fields if job is None else job))
+            job = GenerationJob.parse(dict(fields if job is None else _mapping(job)))
         if not self._serves(job.model, job.tenant):
             reason = "is served by another Redis than this client's: open a Client(model=…)"
             raise InvalidJob([FieldError("model", reason)])
@@ -218,6 +219,25 @@ def _settings(url: str | None, settings: Settings | None) -> Settings:
     if settings is None:
         return load_settings() if url is None else load_settings(redis_url=url)
     return settings if url is None else settings.model_copy(update={"redis_url": SecretStr(url)})
+
+
+def _mapping(job: object) -> Mapping[str, Any]:
+    if not isinstance(job, Mapping):
+        reason = f"a job is a GenerationJob or a mapping of its fields, not {type(job).__name__}"
+        raise InvalidJob([FieldError("", reason)])
+    return job
+
+
+def check_id(job_id: object) -> str:
+    """Return a job's id.
+
+    Raises:
+        TypeError: it is none: what Redis makes of another type would be no help.
+
+    """
+    if not isinstance(job_id, str):
+        raise TypeError(f"job_id: must be a string, not {type(job_id).__name__}")
+    return job_id
 
 
 def _under(parent: str, error: FieldError) -> FieldError:

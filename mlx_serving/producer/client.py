@@ -20,6 +20,7 @@ from mlx_serving.producer.base import (
     BaseClient,
     batches,
     check_admitted,
+    check_id,
     not_found,
     text_of,
     wait_s,
@@ -71,7 +72,7 @@ class Client(BaseClient):
         self.close()
 
     def close(self) -> None:
-        """Close all connections; idempotent. Jobs go on."""
+        """Close all connections; idempotent. Jobs go on. A later call opens them again."""
         self._live.close()
         self._redis.close()
 
@@ -146,7 +147,7 @@ class Client(BaseClient):
             ValueError: ``after_seq`` is negative.
 
         """
-        events = self._follow(job_id, StreamAssembler(after_seq))
+        events = self._follow(check_id(job_id), StreamAssembler(after_seq))
         return self._texts(job_id, events) if text else events
 
     def result(self, job_id: str, timeout: float | None = None) -> GenerationResult:
@@ -170,7 +171,7 @@ class Client(BaseClient):
 
     def status(self, job_id: str) -> JobRecord:
         """Read the job's control hash. Raises JobNotFound."""
-        record = answered(lambda: self._protocol.record(job_id))
+        record = answered(lambda: self._protocol.record(check_id(job_id)))
         if record is None:
             raise not_found(job_id)
         return record
@@ -181,7 +182,9 @@ class Client(BaseClient):
         Returns the state after the call: ``running`` until its worker has ended it, and
         the state that it ended with where it had ended before. Raises JobNotFound.
         """
-        state = answered(lambda: self._protocol.run(calls.cancel(job_id, CANCELLED_BY_CLIENT)))
+        state = answered(
+            lambda: self._protocol.run(calls.cancel(check_id(job_id), CANCELLED_BY_CLIENT))
+        )
         if state is None:
             raise not_found(job_id)
         return state

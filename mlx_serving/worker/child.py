@@ -27,7 +27,7 @@ from mlx_serving.worker.delivery.publisher import Publisher, PublisherOptions
 from mlx_serving.worker.delivery.sweeper import Sweeper
 from mlx_serving.worker.dispatcher import Dispatcher, DispatcherOptions
 from mlx_serving.worker.engine.engine_set import EngineSet
-from mlx_serving.worker.engine.scheduling.limits import headroom_rows, least_rows
+from mlx_serving.worker.engine.scheduling.limits import BatchSize
 from mlx_serving.worker.fleet import Fleet
 from mlx_serving.worker.listener import Listener
 from mlx_serving.worker.loading import (
@@ -164,10 +164,9 @@ class Child:
     def _options(self, lease_ms: int) -> DispatcherOptions:
         settings = self._spec.settings
         return DispatcherOptions(
-            self._spec.name, settings.max_batch_rows,
-            least_rows(settings.max_batch_rows, settings.lane_min_share),
-            headroom_rows(settings.max_batch_rows, settings.lane_headroom), lease_ms,
-            settings.drain_grace_seconds, settings.max_payload_bytes, self.conditions,
+            self._spec.name,
+            BatchSize.of(settings.max_batch_rows, settings.lane_min_share, settings.lane_headroom),
+            lease_ms, settings.drain_grace_seconds, settings.max_payload_bytes, self.conditions,
             lambda: self.keeper.state.refuses, settings.prefix_affinity_ms,
         )  # fmt: skip
 

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from mlx_serving.worker.delivery.publisher import Publisher
     from mlx_serving.worker.delivery.sweeper import Sweeper
     from mlx_serving.worker.engine.engine_set import EngineSet
+    from mlx_serving.worker.engine.scheduling.limits import BatchSize
     from mlx_serving.worker.runner import Choices, Runner
 
 log = structlog.get_logger(__name__)
@@ -54,16 +55,10 @@ CLAIM_MOST: Final = 32
 
 @dataclass(frozen=True, slots=True)
 class DispatcherOptions:
-    """What the loop needs to know of the settings.
-
-    `rows` is the batch's size, of which each lower lane keeps `lane_min_rows` while it has jobs;
-    `headroom_rows` are beyond it, see `LaneRoom`.
-    """
+    """What the loop needs to know of the settings."""
 
     worker: str
-    rows: int
-    lane_min_rows: int = 0
-    headroom_rows: int = 0
+    batch: BatchSize
     lease_ms: int = 10_000
     drain_grace_seconds: float = 30.0
     max_payload_bytes: int = 4 * 1024 * 1024
@@ -98,7 +93,7 @@ class Dispatcher:
         self._status = 0  # to end with
         self._outage = Outage(protocol.redis)
         terms = ClaimTerms(
-            options.worker, options.rows, options.lease_ms, options.max_payload_bytes,
+            options.worker, options.batch.max_rows, options.lease_ms, options.max_payload_bytes,
             options.affinity_ms,
         )  # fmt: skip
         self._news = LaneNews(POLL_SECONDS)
@@ -145,7 +140,11 @@ class Dispatcher:
 
     def _chores(self) -> None:
         idle = self._claims.suspended or bool(self._options.conditions.reasons)
-        self._fleet.beat(held=len(self._publisher.held()), suspended=idle)
+        try:
+            self._fleet.beat(held=len(self._publisher.held()), suspended=idle)
+        except redis.ResponseError as error:  # no worker can renew its leases either
+            self._sweeper.hold(type(error).__name__)
+            raise
         self._sweeper.sweep()
         self._release({})
         self._strays.give_back()
@@ -210,13 +209,11 @@ class Dispatcher:
         if self.draining or short or self._options.conditions.reasons:
             return None
         in_line = [choices[0].lane for choices in self._runner.in_line() for _ in choices]
-        options = self._options
-        room = LaneRoom(options.rows, options.lane_min_rows, options.headroom_rows)
         lanes = [job.lane for job in in_hand]
         if self._claim_limit == CLAIM_MOST and self._runner.unadmitted() is None:
             # On their way: the engine has not looked yet, and had room for all the last time.
             lanes, in_line = lanes + in_line, []
-        claim = room.next_claim(self._engine.lane_rows, lanes, in_line)
+        claim = LaneRoom(self._options.batch).next_claim(self._engine.lane_rows, lanes, in_line)
         return self._news.worth(claim and claim.up_to(self._claim_limit))
 
     def _claim(self) -> bool:
@@ -297,7 +294,7 @@ class Dispatcher:
         if self._someone_holds(model_of(job.claimed.queue), kv_tokens, rows):
             self._release({job: job.returned(kv_tokens, rows if rows > 1 else 0)})
             return
-        field = "n" if rows > self._options.rows else "max_tokens"
+        field = "n" if rows > self._options.batch.max_rows else "max_tokens"
         needed = f"{rows} rows and {kv_tokens} KV tokens"
         message = f"{field}: the job needs {needed}; no live worker has them"
         self._publisher.fail(job, "job_too_large", message)

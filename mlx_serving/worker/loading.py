@@ -12,7 +12,7 @@ import structlog
 
 from mlx_serving.worker.engine.aside import aside
 from mlx_serving.worker.engine.residency import ModelBudget
-from mlx_serving.worker.engine.scheduling.limits import headroom_rows
+from mlx_serving.worker.engine.scheduling.limits import BatchSize
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Mapping, Sequence
@@ -207,16 +207,12 @@ def _load_simulated(spec: EngineSpec, settings: Settings) -> Generator[None, Non
     for _ in range(SIMULATED_SLICES if spec.load_seconds else 0):
         time.sleep(spec.load_seconds / SIMULATED_SLICES)
         yield
-    rows = settings.max_batch_rows
-    headroom = headroom_rows(rows, settings.lane_headroom)
+    batch = BatchSize.of(settings.max_batch_rows, settings.lane_min_share, settings.lane_headroom)
     options = (
-        simulated.SimulatedOptions(
-            spec.tokens_per_second, max_rows=rows, headroom_rows=headroom,
-            lane_min_share=settings.lane_min_share,
-        )
+        simulated.SimulatedOptions(spec.tokens_per_second, batch=batch)
         if spec.tokens_per_second
-        else simulated.SimulatedOptions.zero_cost(rows, headroom)
-    )  # fmt: skip
+        else simulated.SimulatedOptions.zero_cost(batch)
+    )
     encode = simulated.SimulatedPromptEncoder().encode
     engine = simulated.SimulatedEngine(options)
     return LoadedModel(engine, encode, simulated.plan, simulated.spell)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from pydantic import SecretStr
@@ -37,6 +37,28 @@ def worker(redis_client: redis.Redis, client: Client) -> ScriptedWorker:
 
 def submit(client: Client, **fields: object) -> str:
     return client.submit(**{"model": "tally", "prompt": PROMPT, "result_ttl": 60} | fields).id
+
+
+class TestWrongTypes:
+    @pytest.mark.parametrize("job", ["hello", 7, ["a"], b"{}"])
+    def test_what_is_no_job_is_refused_by_its_type(self, client: Client, job: Any) -> None:
+        with pytest.raises(InvalidJob, match=f"not {type(job).__name__}"):
+            client.submit(job)
+        with pytest.raises(InvalidJob) as raised:
+            client.submit_many([{"model": "tally", "prompt": PROMPT}, job])
+        assert [error.path for error in raised.value.errors] == ["jobs[1]"]
+
+    def test_one_job_is_not_many(self, client: Client) -> None:
+        fields: Any = {"model": "tally", "prompt": PROMPT}
+        with pytest.raises(InvalidJob, match="not str"):
+            client.submit_many(fields)
+
+    @pytest.mark.parametrize("job_id", [None, 7, b"x"])
+    def test_what_is_no_id_is_not_called_an_outage(self, client: Client, job_id: Any) -> None:
+        calls: list[Any] = [client.status, client.cancel, client.result, client.stream]
+        for call in calls:
+            with pytest.raises(TypeError, match="job_id: must be a string, not"):
+                call(job_id)
 
 
 class TestSubmit:

@@ -34,20 +34,28 @@ def server() -> Iterator[LocalRedis]:
         yield server
 
 
-@pytest.mark.parametrize("script", ["claim", "commit", "renew", "reap"])
+@pytest.mark.parametrize(
+    ("script", "rate", "tokens"),
+    [
+        ("claim", 30, TOKENS),
+        ("commit", 30, TOKENS),
+        ("renew", 3, 8),  # slower than leases are renewed: each commit renews one, too
+        ("reap", 30, TOKENS),
+    ],
+)
 def test_a_worker_that_loses_replies(
-    server: LocalRedis, proxy: LossyProxy, client: Client, script: str
+    server: LocalRedis, proxy: LossyProxy, client: Client, script: str, rate: float, tokens: int
 ) -> None:
     """Eight in a row of one kind, in the middle of the work."""
-    with WorkerProcess(proxy.url, "only", rate=30, max_batch_rows=8) as worker:
+    with WorkerProcess(proxy.url, "only", rate=rate, max_batch_rows=8) as worker:
         worker.serving()
-        followers = Followers(client, submit(client, 16, TOKENS))
+        followers = Followers(client, submit(client, 16, tokens))
         wait_until(lambda: sum(followers.tokens()) > 8, timeout=20)
         proxy.lose_reply_to(calls_of(script), times=8)
         followers.finish()
         assert proxy.lost > 0
-        followers.check(TOKENS)
-        check_results(client, followers.events, TOKENS)
+        followers.check(tokens)
+        check_results(client, followers.events, tokens)
         assert worker.process.poll() is None
         with server.client() as connection:
             check_view(connection, followers.events)

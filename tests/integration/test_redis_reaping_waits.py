@@ -82,6 +82,14 @@ def test_after_a_full_memory_it_waits(driver: Driver, sweeper: Sweeper) -> None:
     waits_one_lease(driver, sweeper)
 
 
+def test_where_a_beat_was_refused_it_waits(driver: Driver, sweeper: Sweeper) -> None:
+    """A young Redis reaps nothing, so its script tells nobody that writes are refused."""
+    driver.start("a")
+    driver.lapse("a")
+    sweeper.hold("MISCONF")
+    waits_one_lease(driver, sweeper)
+
+
 def test_a_full_memory_lets_leases_be_renewed(driver: Driver) -> None:
     attempt = driver.start("a")
     driver.lapse("a")

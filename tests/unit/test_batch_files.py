@@ -2,7 +2,9 @@
 
 import io
 import json
+import os
 import random
+import threading
 from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
@@ -195,6 +197,34 @@ def flight(line: int) -> Flight:
 def answer(line: int) -> GenerationResult:
     choice = ChoiceResult(index=0, text=f"text {line}", finish_reason="stop")
     return GenerationResult(id=f"job-{line}", state=JobState.FINISHED, choices=[choice])
+
+
+class TestCopies:
+    LINES = (b"1\n", b"2\n")
+
+    def test_a_link_stays_and_its_file_is_replaced(self, tmp_path: Path) -> None:
+        (tmp_path / "file").write_text("old")
+        (tmp_path / "link").symlink_to(tmp_path / "file")
+        assert copy_lines(iter(self.LINES), tmp_path / "link") == 2
+        assert (tmp_path / "link").is_symlink()
+        assert (tmp_path / "file").read_bytes() == b"1\n2\n"
+        assert len(list(tmp_path.iterdir())) == 2
+
+    def test_a_pipe_is_written_to_and_never_replaced(self, tmp_path: Path) -> None:
+        os.mkfifo(pipe := tmp_path / "pipe")
+        read: list[bytes] = []
+        reader = threading.Thread(target=lambda: read.append(pipe.read_bytes()))
+        reader.start()
+        assert copy_lines(iter(self.LINES), pipe) == 2
+        reader.join(5)
+        assert read == [b"1\n2\n"]
+        assert pipe.is_fifo()
+
+    @pytest.mark.parametrize("path", ["", "nowhere/out.jsonl"])
+    def test_what_can_be_no_file_is_refused(self, tmp_path: Path, path: str) -> None:
+        with pytest.raises(InvalidBatch, match=r"output: .*folder"):
+            copy_lines(iter(self.LINES), tmp_path / path)
+        assert list(tmp_path.iterdir()) == []
 
 
 class TestResults:

@@ -52,6 +52,17 @@ def test_version_is_the_packages() -> None:
     assert runner.invoke(app, ["--version"]).stdout.strip() == f"mlx-serving {__version__}"
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+def test_an_output_that_takes_nothing_more_is_an_error_in_a_line() -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "mlx_serving", "models"],
+            stdout=full, stderr=subprocess.PIPE, text=True, check=False,
+        )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr == "error: io_error: No space left on device\n"
+
+
 def _loaded_after(code: str) -> set[str]:
     script = f"import sys\n{code}\nprint(' '.join(sys.modules))"
     done = subprocess.run(

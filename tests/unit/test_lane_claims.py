@@ -6,9 +6,10 @@ from hypothesis import strategies as st
 
 from mlx_serving.common.jobs import LANES
 from mlx_serving.worker.claims.lane_claims import LaneClaim, LaneNews, LaneRoom
+from mlx_serving.worker.engine.scheduling.limits import BatchSize
 from mlx_serving.worker.engine.sequence import LaneRows
 
-ROOM = LaneRoom(max_rows=64, min_rows=7)
+ROOM = LaneRoom(BatchSize(64, 0.1))
 NONE = (0, 0, 0)
 
 
@@ -66,7 +67,7 @@ def test_while_a_job_waits_for_the_engine_only_higher_lanes_are_claimed() -> Non
 
 
 def test_headroom_is_for_the_highest_lane_and_for_what_another_lacks_of_its_share() -> None:
-    room = LaneRoom(max_rows=64, min_rows=7, headroom=8)
+    room = LaneRoom(BatchSize(64, 0.1, 8))
     assert claim((0, 7, 57), room=room) == (("interactive", "default"), 50)
     assert claim((40, 17, 7), room=room) == (("interactive",), 18)
     assert claim((50, 7, 7), room=room) == (("interactive",), 8)
@@ -81,7 +82,7 @@ def test_headroom_is_for_the_highest_lane_and_for_what_another_lacks_of_its_shar
 
 
 def test_headroom_is_no_room_for_more_of_a_lane_that_has_its_share() -> None:
-    room = LaneRoom(max_rows=64, min_rows=0, headroom=8)
+    room = LaneRoom(BatchSize(64, 0.0, 8))
     assert claim((0, 0, 64), (0, 0, 3), room=room) == (("interactive", "default"), 61)
     assert claim((64, 0, 0), room=room) == (("interactive",), 8)
     assert claim((0, 64, 0), (0, 1, 0), room=room) == (("interactive",), 63)
@@ -100,7 +101,7 @@ def test_a_claim_never_asks_for_more_than_can_be_had(
     in_line: list[str],
     headroom: int,
 ) -> None:
-    room = LaneRoom(64, 7, headroom)
+    room = LaneRoom(BatchSize(64, 0.1, headroom))
     found = claim(active, parked, room, in_hand=tuple(in_hand), in_line=tuple(in_line))
     if found is None:
         return

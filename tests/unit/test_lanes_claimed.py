@@ -7,7 +7,7 @@ import pytest
 
 from mlx_serving.common.jobs import LANES, Lane
 from mlx_serving.worker.claims.lane_claims import LaneClaim, LaneRoom
-from mlx_serving.worker.engine.scheduling.limits import SchedulerLimits
+from mlx_serving.worker.engine.scheduling.limits import BatchSize, SchedulerLimits
 from mlx_serving.worker.engine.sequence import Request
 from tests.scheduled_batch import Batch, request
 
@@ -19,7 +19,7 @@ class Queues:
 
     def __init__(self, limits: SchedulerLimits) -> None:
         self.batch = Batch(limits)
-        self.room = LaneRoom(limits.max_rows, limits.lane_min_rows, limits.headroom_rows)
+        self.room = LaneRoom(limits.batch)
         self.waiting: dict[Lane, deque[Request]] = {lane: deque() for lane in LANES}
         self.refused = 0
 
@@ -54,7 +54,7 @@ def test_no_lane_starves_behind_an_endless_backlog_of_the_highest(
     lane: Lane, rows: int, headroom: int
 ) -> None:
     chance = random.Random(1)
-    queues = Queues(SchedulerLimits(rows, 10**6, 512, 2, 32, 0.1, headroom))
+    queues = Queues(SchedulerLimits(BatchSize(rows, 0.1, headroom), 10**6, 512, 2, 32))
     most = rows + headroom
     for step in range(3000):
         while len(queues.waiting["interactive"]) < most:
@@ -73,7 +73,7 @@ def test_no_lane_starves_behind_an_endless_backlog_of_the_highest(
 
 @pytest.mark.parametrize("active", [{"interactive": 57, "default": 6, "bulk": 1}, {"bulk": 64}])
 def test_what_is_claimed_for_the_headroom_is_admitted(active: dict[Lane, int]) -> None:
-    queues = Queues(SchedulerLimits(64, 10**6, 512, 2, 32, 0.1, 8))
+    queues = Queues(SchedulerLimits(BatchSize(64, 0.1, 8), 10**6, 512, 2, 32))
     for lane, count in active.items():
         for number in range(count):
             assert queues.batch.add(request(f"{lane}{number}", lane, 8, 500))
@@ -86,7 +86,7 @@ def test_what_is_claimed_for_the_headroom_is_admitted(active: dict[Lane, int]) -
 
 def test_a_lane_with_few_rows_of_much_kv_has_its_share_and_more_room_in_the_headroom() -> None:
     """Claims count rows; the batch must not refuse what they bring for want of a row."""
-    queues = Queues(SchedulerLimits(64, 10_000, 512, 2, 32, 0.1, 8))
+    queues = Queues(SchedulerLimits(BatchSize(64, 0.1, 8), 10_000, 512, 2, 32))
     for number in range(3):
         assert queues.batch.add(request(f"long{number}", "bulk", 300, 100))
     for number in range(61):

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from mlx_serving.worker.engine.acceleration import make_detokenizer
 from mlx_serving.worker.engine.engine import Engine
 from mlx_serving.worker.engine.output.tool_formats import ModelFormat, RequestFormat
-from mlx_serving.worker.engine.scheduling.limits import SchedulerLimits
+from mlx_serving.worker.engine.scheduling.limits import BatchSize, SchedulerLimits
 from mlx_serving.worker.engine.scheduling.scheduler import Scheduler
 from mlx_serving.worker.engine.sequence import (
     ModelInfo,
@@ -89,7 +89,9 @@ def engine(tokenizer: TokenizerWrapper, tokens: list[int]) -> Engine:
     detokenizer = with_markers(plain, tokenizer, prefer_native=True)
     eos = frozenset(tokenizer.eos_token_ids)
     info = ModelInfo("script", "", "", len(tokenizer), eos)
-    return Engine(Script(tokens), Scheduler(SchedulerLimits(8, 10_000, 512)), detokenizer, info)
+    return Engine(
+        Script(tokens), Scheduler(SchedulerLimits(BatchSize(8), 10_000, 512)), detokenizer, info
+    )
 
 
 def play(

@@ -8,6 +8,7 @@ import pytest
 
 from mlx_serving.worker.engine.engine_set import EngineSet
 from mlx_serving.worker.engine.residency import ModelBudget
+from mlx_serving.worker.engine.scheduling.limits import BatchSize
 from mlx_serving.worker.engine.simulated import (
     SimulatedEngine,
     SimulatedOptions,
@@ -44,7 +45,7 @@ class Shelf:
         yield
         if model in self.broken:
             raise ValueError(f"{model} is broken")
-        engine = SimulatedEngine(SimulatedOptions.zero_cost(8))
+        engine = SimulatedEngine(SimulatedOptions.zero_cost(BatchSize(8)))
         encode = SimulatedPromptEncoder().encode
         return LoadedModel(engine, encode, plan, spell, lambda: self.closed.append(model))
 

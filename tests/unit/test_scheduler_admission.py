@@ -2,7 +2,7 @@
 
 import pytest
 
-from mlx_serving.worker.engine.scheduling.limits import SchedulerLimits
+from mlx_serving.worker.engine.scheduling.limits import BatchSize, SchedulerLimits
 from mlx_serving.worker.engine.scheduling.scheduler import Scheduler
 from mlx_serving.worker.engine.sequence import Request, RequestRefusedError, SamplingParams
 
@@ -12,7 +12,7 @@ def request(name: str, prompt: int = 10, max_tokens: int = 10, committed: int = 
 
 
 def scheduler(rows: int = 4, capacity: int = 100, chunk: int = 16, overhead: int = 0) -> Scheduler:
-    return Scheduler(SchedulerLimits(rows, capacity, chunk, overhead))
+    return Scheduler(SchedulerLimits(BatchSize(rows), capacity, chunk, overhead))
 
 
 def test_committed_tokens_are_part_of_max_tokens() -> None:
@@ -53,7 +53,9 @@ def test_what_can_never_fit_is_told_apart_from_what_must_wait() -> None:
 
 
 def test_rows_in_blocks_reserve_their_own_blocks() -> None:
-    batch = Scheduler(SchedulerLimits(4, 100, 16, kv_row_overhead_tokens=2, kv_block_tokens=8))
+    batch = Scheduler(
+        SchedulerLimits(BatchSize(4), 100, 16, kv_row_overhead_tokens=2, kv_block_tokens=8)
+    )
     batch.add(request("wide", prompt=30, max_tokens=20))
     assert batch.kv_tokens_used == 56
     batch.add(request("narrow", prompt=1, max_tokens=5))
@@ -82,4 +84,4 @@ def test_a_choice_is_admitted_once() -> None:
 @pytest.mark.parametrize(("rows", "chunk"), [(0, 16), (4, 0)])
 def test_limits_under_which_nothing_runs_are_refused(rows: int, chunk: int) -> None:
     with pytest.raises(ValueError, match="must be at least 1, got 0"):
-        SchedulerLimits(rows, 100, chunk)
+        SchedulerLimits(BatchSize(rows), 100, chunk)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from mlx_serving.common.jobs import LANES, Lane
 from mlx_serving.worker.engine.scheduling.lane_turns import LaneTurns
-from mlx_serving.worker.engine.scheduling.limits import least_rows
+from mlx_serving.worker.engine.scheduling.limits import BatchSize
 from tests.scheduled_batch import ROWS, Batch, limits, request
 
 
@@ -17,7 +17,7 @@ def full(batch: Batch, lane: Lane = "bulk", prompt: int = 4, tokens: int = 50) -
     for number in count():
         if not batch.add(request(f"{lane}{number}", lane, prompt, tokens)):
             break
-    for _ in range(batch.limits.max_rows + 2):
+    for _ in range(batch.limits.batch.max_rows + 2):
         batch.step()
     return batch
 
@@ -83,6 +83,16 @@ def test_a_batch_beyond_its_rows_takes_nothing_of_lower_lanes_until_it_is_back()
     assert batch.add(request("b", "bulk"))
 
 
+def test_a_lane_that_has_its_share_brings_the_batch_back_to_its_rows() -> None:
+    batch = full(Batch(limits(headroom=2)))
+    assert batch.add(request("d0", "default"))  # its share of six rows: into the headroom
+    assert batch.add(request("i0", "interactive"))
+    assert batch.scheduler.parked == 0
+    assert batch.add(request("d1", "default"))
+    assert batch.scheduler.parked == 3, "two rows beyond the batch, and one for it"
+    assert sum(batch.scheduler.lane_rows.active) == ROWS
+
+
 def test_what_a_lane_lacks_of_its_share_may_go_into_the_headroom() -> None:
     batch = full(Batch(limits(rows=30, headroom=4)), "interactive")
     assert len(batch.active("interactive")) == 34
@@ -128,7 +138,7 @@ def test_without_a_share_all_rows_give_way() -> None:
 
 @pytest.mark.parametrize(("rows", "least"), [(1, 0), (2, 0), (3, 1), (10, 1), (64, 7)])
 def test_a_share_leaves_room_for_others(rows: int, least: int) -> None:
-    assert least_rows(rows, 0.1) == least
+    assert BatchSize(rows, 0.1).lane_min_rows == least
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.0])

@@ -46,7 +46,7 @@ class LanesMachine(RuleBasedStateMachine):
             self.check_no_room(rows)
 
     def lacks(self, lane: Lane) -> bool:
-        return len(self.batch.active(lane)) < self.batch.limits.lane_min_rows
+        return len(self.batch.active(lane)) < self.batch.limits.batch.lane_min_rows
 
     def check_no_room(self, rows: list[Request]) -> None:
         """No inversion: with every lane below cut down to its share, there is no room either."""

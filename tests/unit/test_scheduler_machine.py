@@ -4,7 +4,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from mlx_serving.worker.engine.scheduling.limits import SchedulerLimits
+from mlx_serving.worker.engine.scheduling.limits import BatchSize, SchedulerLimits
 from mlx_serving.worker.engine.scheduling.scheduler import Scheduler
 from mlx_serving.worker.engine.sequence import Phase, Request, SamplingParams, Sequence
 
@@ -19,7 +19,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.scheduler = Scheduler(
-            SchedulerLimits(ROWS, CAPACITY, CHUNK, OVERHEAD, self.block_tokens)
+            SchedulerLimits(BatchSize(ROWS), CAPACITY, CHUNK, OVERHEAD, self.block_tokens)
         )
         self.rows: list[Sequence] = []
         self.computed: dict[Sequence, int] = {}

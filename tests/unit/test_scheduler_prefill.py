@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from mlx_serving.common.jobs import LANES, Lane
-from mlx_serving.worker.engine.scheduling.limits import SchedulerLimits
+from mlx_serving.worker.engine.scheduling.limits import BatchSize, SchedulerLimits
 from mlx_serving.worker.engine.scheduling.packing import PACKED_CONTEXT_CHUNKS, ChunkPacking
 from mlx_serving.worker.engine.scheduling.prefill_chunk import PrefillChunk
 from mlx_serving.worker.engine.scheduling.prompt_queue import ROWS_PER_PROMPT
@@ -16,7 +16,7 @@ from mlx_serving.worker.engine.sequence import Phase, Request, SamplingParams, S
 
 def chunks_of(contexts: list[int], chunk_tokens: int = 16) -> list[tuple[int, int, int]]:
     """(rows, start, length) of every chunk that prompts with these contexts take."""
-    scheduler = Scheduler(SchedulerLimits(64, 100_000, chunk_tokens))
+    scheduler = Scheduler(SchedulerLimits(BatchSize(64), 100_000, chunk_tokens))
     for index, context in enumerate(contexts):
         scheduler.add(Request(str(index), (1,) * (context + 1), SamplingParams(), 4))
     chunks: list[PrefillChunk] = []
@@ -44,14 +44,14 @@ def test_one_token_prompts_need_no_forward_pass() -> None:
 
 
 def test_committed_tokens_are_prefilled_after_the_prompt() -> None:
-    scheduler = Scheduler(SchedulerLimits(4, 1000, 16))
+    scheduler = Scheduler(SchedulerLimits(BatchSize(4), 1000, 16))
     (row,) = scheduler.add(Request("a", (1, 2, 3), SamplingParams(), 8, committed=(7, 8)))
     assert row.context(0, 16) == [1, 2, 3, 7]
     assert row.last_token == 8
 
 
 def test_removing_the_prompt_in_flight_lets_the_next_one_start_afresh() -> None:
-    scheduler = Scheduler(SchedulerLimits(4, 1000, 16))
+    scheduler = Scheduler(SchedulerLimits(BatchSize(4), 1000, 16))
     (first,) = scheduler.add(Request("a", (1,) * 40, SamplingParams(), 4))
     (second,) = scheduler.add(Request("b", (1,) * 40, SamplingParams(), 4))
     chunk = scheduler.schedule_prefill()
@@ -65,7 +65,7 @@ def test_removing_the_prompt_in_flight_lets_the_next_one_start_afresh() -> None:
 
 
 def test_choices_of_one_request_are_one_prompt() -> None:
-    scheduler = Scheduler(SchedulerLimits(64, 100_000, 16))
+    scheduler = Scheduler(SchedulerLimits(BatchSize(64), 100_000, 16))
     choices = [Request("n", (1,) * 9, SamplingParams(), 4, choice=n) for n in range(5)]
     rows = scheduler.add(*choices)
     chunk = scheduler.schedule_prefill()
@@ -75,7 +75,7 @@ def test_choices_of_one_request_are_one_prompt() -> None:
 
 
 def test_choices_that_resume_are_prompts_of_their_own() -> None:
-    scheduler = Scheduler(SchedulerLimits(64, 100_000, 64))
+    scheduler = Scheduler(SchedulerLimits(BatchSize(64), 100_000, 64))
     tails: list[tuple[int, ...]] = [(), (7,), (7, 8)]
     choices = [
         Request("n", (1,) * 9, SamplingParams(), 4, committed=tail, choice=n)
@@ -88,7 +88,7 @@ def test_choices_that_resume_are_prompts_of_their_own() -> None:
 
 def busy_scheduler(rows: int, chunk_tokens: int = 64) -> Scheduler:
     """A scheduler with so many decoding rows."""
-    scheduler = Scheduler(SchedulerLimits(200, 1_000_000, chunk_tokens))
+    scheduler = Scheduler(SchedulerLimits(BatchSize(200), 1_000_000, chunk_tokens))
     for index in range(rows):
         scheduler.add(Request(f"d{index}", (1,) * 3, SamplingParams(), 4))
     while (chunk := scheduler.schedule_prefill()) is not None:
@@ -176,7 +176,7 @@ def go_together(rows: list[Sequence], limits: SchedulerLimits) -> bool:
 def test_each_prompt_is_judged_as_if_all_were_looked_at_anew(
     prompts: list[tuple[int, int, bool]],
 ) -> None:
-    limits = SchedulerLimits(64, 100_000, 24, kv_block_tokens=4)
+    limits = SchedulerLimits(BatchSize(64), 100_000, 24, kv_block_tokens=4)
     packing = ChunkPacking(limits, shares_blocks=True)
     packed: list[Sequence] = []
     for number, (length, found, own) in enumerate(prompts):
@@ -197,7 +197,7 @@ def chunk_of(scheduler: Scheduler) -> list[str]:
 
 
 def test_short_prompts_of_lower_lanes_ride_along_in_a_chunk_of_a_higher_one() -> None:
-    scheduler = Scheduler(SchedulerLimits(40, 10_000, 512))
+    scheduler = Scheduler(SchedulerLimits(BatchSize(40), 10_000, 512))
     add_prompt(scheduler, "b", 8, "bulk")
     add_prompt(scheduler, "long", 39, "bulk")
     add_prompt(scheduler, "behind", 3, "bulk")
@@ -208,7 +208,7 @@ def test_short_prompts_of_lower_lanes_ride_along_in_a_chunk_of_a_higher_one() ->
 
 
 def test_no_more_ride_along_than_half_a_chunk_holds() -> None:
-    scheduler = Scheduler(SchedulerLimits(40, 10_000, 512))
+    scheduler = Scheduler(SchedulerLimits(BatchSize(40), 10_000, 512))
     for number in range(20):
         add_prompt(scheduler, f"b{number}", 7, "bulk")
     add_prompt(scheduler, "i", 63, "interactive")
@@ -216,7 +216,7 @@ def test_no_more_ride_along_than_half_a_chunk_holds() -> None:
 
 
 def test_nothing_rides_along_that_a_prompt_under_way_of_its_lane_comes_before() -> None:
-    scheduler = Scheduler(SchedulerLimits(40, 10_000, 512))
+    scheduler = Scheduler(SchedulerLimits(BatchSize(40), 10_000, 512))
     add_prompt(scheduler, "long", 600, "bulk")
     assert chunk_of(scheduler) == ["long"]
     add_prompt(scheduler, "b", 5, "bulk")
@@ -225,7 +225,9 @@ def test_nothing_rides_along_that_a_prompt_under_way_of_its_lane_comes_before() 
 
 
 def mixing(chunk: int = 512, reads: int = 1 << 17) -> Scheduler:
-    return Scheduler(SchedulerLimits(40, 10_000, chunk, kv_block_tokens=32, mixed_reads=reads))
+    return Scheduler(
+        SchedulerLimits(BatchSize(40), 10_000, chunk, kv_block_tokens=32, mixed_reads=reads)
+    )
 
 
 def test_short_prompts_are_computed_by_the_decode_step_and_not_padded() -> None:

@@ -106,6 +106,12 @@ def test_rqs_own_variable_sets_its_prefix(monkeypatch: pytest.MonkeyPatch) -> No
         ({"lease_seconds": float("nan")}, "lease_seconds"),
         ({"lease_seconds": 1}, ""),
         ({"redis_url": "localhost:6379"}, "redis_url"),
+        ({"redis_url": "redis://h:port/0"}, "redis_url"),
+        ({"redis_url": "redis://h:99999/0"}, "redis_url"),
+        ({"redis_url": "redis://[::1/0"}, "redis_url"),
+        ({"redis_url": "redis://h:1/zero"}, "redis_url"),
+        ({"redis_url": "redis://h:1/0?socket_timeout=soon"}, "redis_url"),
+        ({"redis_url": "redis://h:1/0?no_option=1"}, "redis_url"),
         ({"redis_by_model": {"m": "http://x"}}, "redis_by_model.m"),
         ({"redis_tls_ca": "/nowhere.pem"}, "redis_tls_ca"),
         ({"sentinel_hosts": "a:1,b"}, "sentinel_hosts[1]"),
@@ -122,6 +128,22 @@ def test_a_wrong_setting_is_named(fields: dict[str, Any], path: str) -> None:
     with pytest.raises(InvalidSettings) as raised:
         load_settings(**fields)
     assert [error.path for error in raised.value.errors] == [path]
+
+
+@pytest.mark.parametrize("url", ["redis://:hush/@h:1/0", "rediss://u:hush@h:hush/0"])
+def test_a_wrong_url_is_refused_without_its_password(url: str) -> None:
+    with pytest.raises(InvalidSettings, match="redis_url") as raised:
+        load_settings(redis_url=url)
+    assert "hush" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["redis://", "rediss://u:p%2F@h:1/15?ssl_cert_reqs=none", "unix:///run/x.sock?db=3",
+     "redis://h:1?db=2&socket_timeout=3"],
+)  # fmt: skip
+def test_urls_that_redis_py_reads_are_taken(url: str) -> None:
+    assert load_settings(redis_url=url).redis_url.get_secret_value() == url
 
 
 def test_a_wrong_variable_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from mlx_serving.common.jobs import Lane
+    from mlx_serving.worker.engine.scheduling.limits import BatchSize
     from mlx_serving.worker.engine.sequence import LaneRows
 
 
@@ -37,14 +38,9 @@ class LaneClaim:
 
 @dataclass(frozen=True, slots=True)
 class LaneRoom:
-    """The room of a batch of `max_rows`, of which each lane keeps `min_rows` while it has jobs.
+    """The room of a batch."""
 
-    `headroom` rows beyond that: see `SchedulerLimits`.
-    """
-
-    max_rows: int
-    min_rows: int
-    headroom: int = 0
+    batch: BatchSize
 
     def next_claim(
         self, rows: LaneRows, in_hand: Sequence[Lane] = (), in_line: Sequence[Lane] = ()
@@ -59,17 +55,17 @@ class LaneRoom:
         stops = [LANES.index(lane) for lane in in_line]
         stops += [rank for rank, parked in enumerate(rows.parked) if parked]
         allowed = range(min(stops, default=len(LANES)))
-        lacking = [max(0, self.min_rows - count) if rank else 0
+        lacking = [max(0, self.batch.lane_min_rows - count) if rank else 0
                    for rank, count in enumerate(active)]  # fmt: skip
         due = sum(map(min, lacking, rows.parked))  # rows that parked ones take when they can
-        free = self.max_rows - sum(active) - due
+        free = self.batch.max_rows - sum(active) - due
         wanted = sum(lacking[rank] for rank in allowed)
         if free > wanted:
             return _claim(allowed, free)
         if free > 0:
             return _claim(sorted(allowed, key=lambda rank: not lacking[rank]), free)
         poor = [rank for rank in allowed if lacking[rank]]
-        beyond = min([free + self.headroom, *(lacking[rank] for rank in poor)])
+        beyond = min([free + self.batch.headroom_rows, *(lacking[rank] for rank in poor)])
         if poor and beyond > 0:
             return _claim([*poor, 0], beyond)
         return self._claim_over(active, allowed, free, sum(rows.parked))
@@ -79,9 +75,9 @@ class LaneRoom:
     ) -> LaneClaim | None:
         """Claim for lanes above rows that can give way, and for the highest what is left."""
         for rank in reversed(allowed):
-            beyond = sum(max(0, rows - self.min_rows) for rows in active[rank + 1 :])
-            room = free if rank else free + self.headroom
-            most = min(beyond + room, self.max_rows - parked)
+            beyond = sum(max(0, rows - self.batch.lane_min_rows) for rows in active[rank + 1 :])
+            room = free if rank else free + self.batch.headroom_rows
+            most = min(beyond + room, self.batch.max_rows - parked)
             if most > 0:
                 return _claim(range(rank + 1), most)
         return None

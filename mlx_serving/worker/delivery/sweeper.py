@@ -75,17 +75,18 @@ class Sweeper:
         """
         silent = now - (self._answered_at or now)
         if silent > max(self._lease_ms / 2000, LONG_SECONDS) + self._reap_seconds:
-            self._hold(f"no answer for {silent:.1f} s")
+            self.hold(f"no answer for {silent:.1f} s")
         if now < self._hold_until:
             self._protocol.redis.ping()
             return
         try:
             self.reap()
         except redis.ResponseError as error:
-            self._hold(type(error).__name__)
+            self.hold(type(error).__name__)
             raise
 
-    def _hold(self, reason: str) -> None:
+    def hold(self, reason: str) -> None:
+        """Take no lease over for the length of one: nobody may have been able to renew it."""
         log.info("reaping_waits", reason=reason)
         self._hold_until = time.monotonic() + self._lease_ms / 1000
 

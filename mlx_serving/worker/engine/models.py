@@ -22,7 +22,7 @@ from mlx_serving.worker.engine.model_files import check_model_files, model_revis
 from mlx_serving.worker.engine.model_runner import ModelRunner
 from mlx_serving.worker.engine.paged.planning import MIXED_ROWS
 from mlx_serving.worker.engine.prefix.choice import make_prefix_cache
-from mlx_serving.worker.engine.scheduling.limits import SchedulerLimits, headroom_rows
+from mlx_serving.worker.engine.scheduling.limits import BatchSize, SchedulerLimits
 from mlx_serving.worker.engine.scheduling.scheduler import Scheduler
 from mlx_serving.worker.engine.sequence import ModelInfo, Request, SamplingParams
 from mlx_serving.worker.engine.text.marked_detokenizer import with_markers
@@ -150,13 +150,11 @@ def build_engine(
     cost, choice = runner.cost, runner.choice
     budget = default_kv_budget() if options.kv_budget_bytes is None else options.kv_budget_bytes
     limits = SchedulerLimits(
-        max_rows=options.max_batch_rows,
+        BatchSize.of(options.max_batch_rows, options.lane_min_share, options.lane_headroom),
         kv_capacity_tokens=budget // cost.bytes_per_token,
         prefill_chunk_tokens=options.prefill_chunk_tokens,
         kv_row_overhead_tokens=choice.row_overhead_tokens(cost),
         kv_block_tokens=choice.block_tokens,
-        lane_min_share=options.lane_min_share,
-        headroom_rows=headroom_rows(options.max_batch_rows, options.lane_headroom),
         mixed_reads=choice.mixed_reads,
     )
     prefixes, prefix_report = make_prefix_cache(

@@ -14,7 +14,7 @@ from mlx_serving.common.errors import InvalidJob
 from mlx_serving.common.jobs import GenerationJob, Lane
 from mlx_serving.common.output_formats import enforces_tools
 from mlx_serving.worker.engine.engine import Engine
-from mlx_serving.worker.engine.scheduling.limits import SchedulerLimits
+from mlx_serving.worker.engine.scheduling.limits import BatchSize, SchedulerLimits
 from mlx_serving.worker.engine.scheduling.prefill_chunk import PrefillChunk
 from mlx_serving.worker.engine.scheduling.scheduler import Scheduler
 from mlx_serving.worker.engine.sequence import (
@@ -31,6 +31,8 @@ VOCAB_SIZE: Final = 10_000
 EOS_TOKEN: Final = 0
 _UNBOUNDED: Final = 1 << 40
 _PROMPT: Final = tuple(range(1, VOCAB_SIZE))
+_BATCH: Final = BatchSize(64)
+_LARGE_BATCH: Final = BatchSize(1024)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,22 +47,19 @@ class SimulatedOptions:
     tokens_per_second: float = 100.0
     prefill_tokens_per_second: float = 10_000.0
     answer_tokens: int | None = None
-    max_rows: int = 64
+    batch: BatchSize = _BATCH
     kv_capacity_tokens: int = 1_000_000
     prefill_chunk_tokens: int = 512
-    lane_min_share: float = 0.1
-    headroom_rows: int = 0
     name: str = "simulated"
 
     @classmethod
-    def zero_cost(cls, max_rows: int = 1024, headroom: int = 0) -> "SimulatedOptions":
+    def zero_cost(cls, batch: BatchSize = _LARGE_BATCH) -> "SimulatedOptions":
         """For dispatch benchmarks: any number of jobs ends in the one step after they came."""
         return cls(
             tokens_per_second=0.0,
             prefill_tokens_per_second=0.0,
             answer_tokens=0,
-            max_rows=max_rows,
-            headroom_rows=headroom,
+            batch=batch,
             kv_capacity_tokens=_UNBOUNDED,
             prefill_chunk_tokens=_UNBOUNDED,
         )
@@ -170,9 +169,8 @@ class SimulatedEngine(Engine):
     ) -> None:
         """Build the engine; `sleep` in seconds is for tests."""
         limits = SchedulerLimits(
-            options.max_rows, options.kv_capacity_tokens, options.prefill_chunk_tokens,
-            lane_min_share=options.lane_min_share, headroom_rows=options.headroom_rows,
-        )  # fmt: skip
+            options.batch, options.kv_capacity_tokens, options.prefill_chunk_tokens
+        )
         info = ModelInfo(options.name, "simulated", "simulated", VOCAB_SIZE, frozenset({EOS_TOKEN}))
         spelled = [f"{WORD_BOUNDARY}{number}".encode() for number in range(VOCAB_SIZE)]
         vocabulary = Vocabulary(spelled, "byte_fallback", {EOS_TOKEN}, strip_leading_space=True)

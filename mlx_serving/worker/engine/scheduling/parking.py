@@ -88,7 +88,7 @@ class ParkingLot:
                 dropped.append(kept[0])
                 continue
             row = next(candidates, None)
-            if row is None or len(self) + len(parked) >= self._limits.max_rows:
+            if row is None or len(self) + len(parked) >= self._limits.batch.max_rows:
                 return None
             trial.park(row)
             parked.append(row)

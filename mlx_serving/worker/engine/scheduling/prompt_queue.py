@@ -50,7 +50,7 @@ class PromptQueue:
         self._shares_blocks = prefixes is not None
         self._waiting: list[list[Group]] = [[] for _ in LANES]
         self._begun: list[tuple[Group, ...]] = [()] * len(LANES)
-        self._turns = LaneTurns(limits.lane_min_share)
+        self._turns = LaneTurns(limits.batch.lane_min_share)
         self._waited = 0  # steps for which the next prompt was put off
 
     def add(self, group: Group) -> None:

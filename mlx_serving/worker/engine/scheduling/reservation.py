@@ -29,7 +29,7 @@ class Reservation:
         self._kept: dict[Sequence, int] = {}  # of parked rows
         self._widest = 0  # of active rows
         self._total = 0  # their sum, without what the prefix cache counts
-        self._lane_min_rows = limits.lane_min_rows
+        self._lane_min_rows = limits.batch.lane_min_rows
         self._rows = [0] * len(LANES)  # active, by lane
         self._kv_tokens = [0] * len(LANES)  # widths of these
 
@@ -69,8 +69,9 @@ class Reservation:
 
     def row_limit(self, rank: int) -> int:
         """Rows of all lanes up to which one of this lane may enter."""
+        batch = self._limits.batch
         beyond = rank == 0 or self._rows[rank] < self._lane_min_rows
-        return self._limits.most_rows if beyond else self._limits.max_rows
+        return batch.most_rows if beyond else batch.max_rows
 
     def keeps(self, row: Sequence) -> bool:
         """Say whether a parked row's keys and values are there."""

@@ -40,7 +40,7 @@ class Scheduler:
     def fits(self, *choices: Request) -> bool:
         """Say whether the choices could run here if they were alone."""
         rows, needed = len(choices), self._reservation.alone(choices)
-        return rows <= self.limits.max_rows and needed <= self.limits.kv_capacity_tokens
+        return rows <= self.limits.batch.max_rows and needed <= self.limits.kv_capacity_tokens
 
     def can_add(self, *choices: Request) -> bool:
         """Say whether the choices can be admitted now, were others parked for them."""
@@ -84,10 +84,10 @@ class Scheduler:
         return rows
 
     def _why_too_large(self, choices: tuple[Request, ...]) -> str:
-        if len(choices) > self.limits.max_rows:
+        if len(choices) > self.limits.batch.max_rows:
             return (
                 f"n: the request needs {len(choices)} rows, "
-                f"this engine decodes {self.limits.max_rows}"
+                f"this engine decodes {self.limits.batch.max_rows}"
             )
         return (
             f"max_tokens: the request needs {self._reservation.alone(choices)} KV tokens, "
