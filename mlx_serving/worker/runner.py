@@ -57,6 +57,7 @@ class Runner(threading.Thread):
         self._aborts: deque[str] = deque()
         self._halting = False
         self._turns = self._submitted_at_turn = 0
+        self._at_launch_error: Exception | None = None
         self._outputs: list[Output] = []  # of the last step, until the next one's launch
         self.steps = 0  # of the engine
         self._progress_at = time.monotonic()
@@ -132,7 +133,7 @@ class Runner(threading.Thread):
     def _serve(self, engine: EngineSet) -> None:
         try:
             self._progress_at = time.monotonic()
-            engine.on_launch = self._hand_over
+            engine.on_launch = self._at_launch
             self.ready.set()
             while self._turn(engine):
                 self._progress_at = time.monotonic()
@@ -140,9 +141,11 @@ class Runner(threading.Thread):
             self.failure = error
             log.exception("engine_failed")
         finally:
-            self._hand_over()
-            self.halted.set()
-            self.ready.set()
+            try:
+                self._hand_over()
+            finally:
+                self.halted.set()
+                self.ready.set()
 
     def _turn(self, engine: EngineSet) -> bool:
         paused = self._paused()
@@ -164,6 +167,8 @@ class Runner(threading.Thread):
         if engine.has_work and not paused:
             outputs = engine.step()
             self.steps += 1
+            if self._at_launch_error is not None:
+                raise self._at_launch_error
             self._hand_over()  # where nothing was launched
             self._outputs = outputs
         if aborts or admitted:
@@ -172,6 +177,13 @@ class Runner(threading.Thread):
             self._hand_over()
             self._do_slice(self._slices[0])
         return True
+
+    def _at_launch(self) -> None:
+        """Hand over; what fails is no failure of the engine's step, and raised after it."""
+        try:
+            self._hand_over()
+        except Exception as error:  # noqa: BLE001 -- see above
+            self._at_launch_error = error
 
     def _hand_over(self) -> None:
         """Pass on what the last step brought."""

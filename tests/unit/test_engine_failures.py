@@ -8,7 +8,9 @@ from msgspec.structs import replace
 from benchmarks.synthetic import TINY, build_model
 from mlx_serving.common.jobs import Lane
 from mlx_serving.worker.engine.engine import Engine
+from mlx_serving.worker.engine.paged import cache as cache_module
 from mlx_serving.worker.engine.paged.step import plain_step
+from mlx_serving.worker.engine.sampling import BatchSampler
 from mlx_serving.worker.engine.sequence import Phase, Request, RequestRefusedError, SamplingParams
 from tests.engine_support import GREEDY, POISON, PoisonedModel, drive, greedy_by_mlx_lm, tiny_engine
 
@@ -80,6 +82,47 @@ def test_an_exception_in_one_prompt_of_a_decode_step_ends_that_row_alone(first: 
     for request in late:
         expected = greedy_by_mlx_lm(model.model, request.prompt, request.max_tokens)
         assert collected[request.id].token_ids == expected
+
+
+def test_a_step_that_can_not_be_planned_with_new_prompts_computes_them_apart(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What was to be computed of them is not computed into the rows that follow in their place."""
+    engine = tiny_engine(paged=True)
+    plan, failed = cast("Any", cache_module).make_plan, list[int]()
+
+    def failing(batch: Any, contexts: Any, after: Any) -> Any:
+        if contexts and not failed:
+            failed.append(len(contexts))
+            raise ValueError
+        return plan(batch, contexts, after)
+
+    monkeypatch.setattr(cache_module, "make_plan", failing)
+    collected = drive(engine, GOOD)
+    assert failed == [len(GOOD)]
+    assert_good_rows_are_right(collected, cast("Any", engine._runner)._model)
+
+
+@pytest.mark.parametrize("what", ["sample", "launch"])
+def test_an_error_after_a_step_was_built_is_no_prompts_fault(
+    what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows have moved on by then: only a new attempt of each gives the right tokens."""
+    engine = tiny_engine(paged=True)
+    engine.add(GOOD[0])
+    for _ in range(3):
+        engine.step()
+    engine.add(GOOD[1])
+
+    def fail(*_: Any) -> None:
+        raise ZeroDivisionError
+
+    if what == "sample":
+        monkeypatch.setattr(BatchSampler, "sample", fail)
+    else:
+        engine.on_launch = fail
+    with pytest.raises(ZeroDivisionError):
+        engine.step()
 
 
 def watch_prefills(engine: Engine) -> list[set[str]]:

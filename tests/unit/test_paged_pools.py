@@ -1,14 +1,18 @@
 """The pools of the paged cache grow before rows need it, and no step waits for all of them."""
 
+import dataclasses
 from array import array
+from typing import Any, cast
 
 import mlx.core as mx
 import pytest
 
 from benchmarks.synthetic import build_model
 from mlx_serving.worker.engine.cache.decode_cache import Prompt
+from mlx_serving.worker.engine.paged import pools as pools_module
 from mlx_serving.worker.engine.paged.block_allocator import BlockAllocator
 from mlx_serving.worker.engine.paged.cache import BLOCK_TOKENS, PagedCache
+from mlx_serving.worker.engine.paged.layers import PagedLayer
 from mlx_serving.worker.engine.paged.pools import LEFT_BYTES, LayerShape, Pools
 from mlx_serving.worker.engine.paged.reference import ReferenceOps
 from mlx_serving.worker.engine.prefix.cache import PrefixCache
@@ -72,17 +76,89 @@ def test_a_burst_takes_idle_blocks_before_the_pools_grow() -> None:
     blocks, idle = cache.blocks, prefixes.idle
     free = blocks - prefixes.used
     assert idle >= 60
-    burst = [prompt_of(100 + number) for number in range(free // 2 + 10)]
+    burst = [prompt_of(100 + number) for number in range(free // 2 + 3)]
     cache.enter(burst)
     assert cache.blocks == blocks
-    assert idle - 25 <= prefixes.idle < idle
+    assert idle - 7 <= prefixes.idle < idle
     assert not prefixes.find(prompt_of(0).key)
     assert len(prefixes.find(prompt_of(29).key)) == 2
     prefixes.check()
 
 
-def prompt_of(number: int) -> Prompt:
-    context = [number] * (2 * BLOCK_TOKENS)
+def test_what_is_known_is_not_given_up_for_a_large_prompt_nor_for_one_that_is_known() -> None:
+    """Two conversations in turn, in pools that are small beside what they may become."""
+    cache = PagedCache(build_model(), SHAPES, ReferenceOps())
+    prefixes = PrefixCache(PrefixIndex(BLOCK_TOKENS), BLOCK_TOKENS, limit=1000, idle_limit=500)
+    cache.use_prefixes(prefixes)
+    for turn in range(4):
+        prompt = prompt_of(turn % 2, blocks=100)
+        pins, found = prefixes.pin(prompt.key)
+        assert found == (100 * BLOCK_TOKENS if turn > 1 else 0)
+        cache.enter([dataclasses.replace(prompt, found=found, blocks=pins)])
+        prefixes.unpin(pins)
+        mx.eval(cache.step(mx.ones((1,), dtype=mx.int32)))
+        cache.remember(0, prompt.key)
+        cache.keep([])
+    prefixes.check()
+
+
+class LateOps(ReferenceOps):
+    """Stores as a kernel does: in place, once the launch comes."""
+
+    def __init__(self) -> None:
+        self.waiting: list[tuple[PagedLayer, mx.array]] = []
+
+    def store(self, layer: PagedLayer, *rest: Any) -> mx.array:
+        self.waiting.append((layer, layer.keys))
+        return super().store(layer, *rest)
+
+
+def test_pools_are_copied_with_all_that_was_to_be_stored(monkeypatch: pytest.MonkeyPatch) -> None:
+    ops = LateOps()
+    paged = PagedCache(build_model(), SHAPES, ops)
+    launched = mx.async_eval
+    late: list[PagedLayer] = []
+
+    def launch(*arrays: Any) -> None:
+        if any(array is paged._stored for array in arrays):
+            ops.waiting.clear()
+        launched(*arrays)
+
+    monkeypatch.setattr(mx, "async_eval", launch)
+    real = cast("Any", pools_module).resize
+
+    def resize(layers: Any, *rest: Any, **options: Any) -> None:
+        late.extend(layer for layer, _ in ops.waiting if layer in layers)
+        real(layers, *rest, **options)
+
+    monkeypatch.setattr(pools_module, "resize", resize)
+    prefixes = PrefixCache(PrefixIndex(BLOCK_TOKENS), BLOCK_TOKENS, limit=1000, idle_limit=500)
+    paged.use_prefixes(prefixes)
+    copies = 0
+    for number in range(40):  # a block and a half of each is known
+        context = [7] * 48 + [number] * 48
+        key = PrefixKey(b"", array("i", context).tobytes())
+        pins, found = prefixes.pin(key)
+        paged.enter([Prompt(context, key, found, pins)])
+        copies += bool(ops.waiting)
+        prefixes.unpin(pins)
+        mx.eval(paged.step(mx.ones((number + 1,), dtype=mx.int32)))
+    assert copies > 30
+    assert late == []
+
+
+@pytest.mark.parametrize("number", [28, 3])
+def test_all_layers_grow_ahead_while_need_moves_on(number: int) -> None:
+    pools = Pools(SHAPES[:1] * number, BLOCK_TOKENS, ReferenceOps())
+    pools.need(100)
+    for step in range(60):
+        pools.grow_ahead(110 + 2 * step)
+    assert pools.blocks >= 110 + 2 * 30
+    assert max(layer.keys.shape[0] for layer in pools.layers) == 110 + 2 * 59
+
+
+def prompt_of(number: int, blocks: int = 2) -> Prompt:
+    context = [number] * (blocks * BLOCK_TOKENS)
     return Prompt(context, PrefixKey(b"", array("i", context).tobytes()))
 
 

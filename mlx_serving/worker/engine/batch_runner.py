@@ -8,6 +8,10 @@ from mlx_serving.worker.engine.scheduling.prefill_chunk import PrefillChunk
 from mlx_serving.worker.engine.sequence import SampledToken, Sequence
 
 
+class StepNotBuiltError(RuntimeError):
+    """A decode step could not be built: nothing of it was launched, and no row has moved."""
+
+
 class BatchRunner(Protocol):
     """What computes: `model_runner.ModelRunner`, or `simulated.SimulatedRunner` without a model."""
 
@@ -42,4 +46,8 @@ class BatchRunner(Protocol):
         """Drop the decode batch and the prompt being prefilled, after a step that failed."""
 
     def decode(self) -> list[SampledToken]:
-        """Return one new token a row; rows without news are left out."""
+        """Return one new token a row; rows without news are left out.
+
+        Raises:
+            StepNotBuiltError: where that is so; after any other error the rows are lost.
+        """

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlx_serving.worker.engine.acceleration import AccelerationReport
-from mlx_serving.worker.engine.batch_runner import BatchRunner
+from mlx_serving.worker.engine.batch_runner import BatchRunner, StepNotBuiltError
 from mlx_serving.worker.engine.memory.kv_caches import KvMemory
 from mlx_serving.worker.engine.memory.out_of_memory import is_out_of_memory
 from mlx_serving.worker.engine.memory.recovery import NO_MEMORY, OUT_OF_MEMORY, Recovery
@@ -206,8 +206,8 @@ class Engine:
         """Launch a step; prompts with which it can't be built are computed each by itself."""
         try:
             return self._runner.decode()
-        except Exception as error:
-            if chunk is None or not chunk.mixed or is_out_of_memory(error):
+        except StepNotBuiltError:
+            if chunk is None or not chunk.mixed:
                 raise
         for row in chunk.rows:
             row.failed = True  # until its prompt is computed
@@ -261,13 +261,13 @@ class Engine:
             for row in group:
                 row.failed = False
                 row.found = row.prefilled = 0
-            chunk = PrefillChunk((group,), 0, group[0].context_length)
-            error = self._try_prefill(chunk)
+            chunks = self._scheduler.chunks_of(group)
+            error = next(filter(None, map(self._try_prefill, chunks)), None)
             if error is not None:
                 self._end(group, error, outputs)
             else:
-                self._scheduler.finish_prefill(chunk)
-                self._join(chunk)
+                self._scheduler.finish_prefill(chunks[-1])
+                self._join(chunks[-1])
 
     def _join(self, chunk: PrefillChunk) -> None:
         self._runner.join(chunk)

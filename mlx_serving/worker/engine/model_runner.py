@@ -21,10 +21,12 @@ from typing import Any, Final, cast
 import mlx.core as mx
 
 from mlx_serving.common.jobs import Lane
+from mlx_serving.worker.engine.batch_runner import StepNotBuiltError
 from mlx_serving.worker.engine.cache import kv_cache
 from mlx_serving.worker.engine.cache.cache_choice import CacheChoice, choose_cache
 from mlx_serving.worker.engine.cache.decode_cache import ParkedRow, Prefilled, Prompt
 from mlx_serving.worker.engine.cache.kv_cache import LanguageModel
+from mlx_serving.worker.engine.memory.out_of_memory import is_out_of_memory
 from mlx_serving.worker.engine.output.structured_output import BatchMasks, Matcher, advance_rows
 from mlx_serving.worker.engine.prefix.cache import PrefixCache
 from mlx_serving.worker.engine.sampling import (
@@ -307,7 +309,12 @@ class ModelRunner:
             mx.async_eval(self._pending)
         if self._sampler is None or self._sampler.needs_rebuild:
             self._sampler = BatchSampler(self._sampling(), self._words, self._make_draw)
-        return self._cache.step(self._pending)
+        try:
+            return self._cache.step(self._pending)
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            raise StepNotBuiltError(type(error).__name__) from error
 
     def _sample(self, logits: mx.array, mask: mx.array | None = None) -> None:
         """Launch the step."""

@@ -32,6 +32,11 @@ class BlockAllocator:
         """One more than the highest id in use: as many blocks must exist on the device."""
         return self._extent
 
+    @property
+    def idle(self) -> int:
+        """Blocks that nobody needs and `reclaim` can free."""
+        return 0
+
     def can_allocate(self, count: int) -> bool:
         """Say whether `count` more blocks are within the limit."""
         return self.used + count <= self.limit

@@ -36,6 +36,7 @@ BLOCK_TOKENS: Final = 32
 LOOKAHEAD_TOKENS: Final = 8
 # What pools have beyond the blocks in use: so many, two a row, or an eighth of those.
 SLACK_BLOCKS: Final = 64
+RECLAIMED_PART: Final = 1 / 8  # of idle blocks, what a burst may take so that no pool has to grow
 PROMPT_TOKENS: Final = 32  # prompts are computed in multiples of so many tokens
 LONG_TOKENS: Final = 1024  # of the prompts that join at once
 _UNBOUNDED: Final = 2**31 - 1
@@ -169,7 +170,7 @@ class PagedCache:
         Of a block that is known in part, that part is copied.
         """
         self._need_nobodys()
-        self._make_room(sum(-(-len(prompt.context) // BLOCK_TOKENS) for prompt in prompts))
+        self._make_room(sum(map(_new_blocks, prompts)))
         copies = []
         for prompt in prompts:
             length, (whole, rest) = len(prompt.context), divmod(prompt.found, BLOCK_TOKENS)
@@ -192,6 +193,7 @@ class PagedCache:
 
     def keep(self, kept: Sequence[int]) -> None:
         """Keep only these rows; copies nothing."""
+        self._contexts = []  # not empty only where a step with new rows failed: they leave now
         staying = set(kept)
         for index, blocks in enumerate(self._rows):
             if index not in staying:
@@ -254,18 +256,21 @@ class PagedCache:
     def _make_room(self, blocks: int) -> None:
         """See that the allocator can give `blocks`: leavings of a step that still runs count.
 
-        Where the pools have to grow for them, known blocks that nobody uses are given up instead.
+        Where the pools have to grow for them, a few known blocks that nobody uses are given up
+        instead; no more, since what they are known for is worth a step that waits.
         """
         if not self.allocator.can_allocate(blocks):
             mx.synchronize()
             self.settle()
-        if self.layers:
-            self.allocator.reclaim(blocks - (self.blocks - self.allocator.used))
+        missing = blocks - (self.blocks - self.allocator.used)
+        if self.layers and missing <= RECLAIMED_PART * self.allocator.idle:
+            self.allocator.reclaim(missing)
 
     def _grow(self) -> None:
         """Let the pools hold what the allocator handed out."""
         needed = self.allocator.extent
         if needed > self.blocks:
+            self._launch_stores()
             self._pools.need(max(needed, self._wanted()))
 
     def _grow_ahead(self) -> None:
@@ -274,7 +279,12 @@ class PagedCache:
         if blocks - self.allocator.used < len(self._rows) + LOOKAHEAD_TOKENS:
             wanted = self._wanted()
             if wanted > blocks:
+                self._launch_stores()
                 self._pools.grow_ahead(wanted)
+
+    def _launch_stores(self) -> None:
+        """See that pools which are copied next have what was to be stored in them."""
+        mx.async_eval(self._stored)
 
     def _wanted(self) -> int:
         """Blocks that the pools should have for what is in use."""
@@ -313,6 +323,7 @@ class PagedCache:
 
     def _compact(self, size: int) -> None:
         """Move what is used to the beginning of pools of so many blocks."""
+        self._launch_stores()
         mx.synchronize()
         self.settle()
         moved = self.allocator.compact()
@@ -375,3 +386,8 @@ class PagedCache:
         self.allocator.free(parked.state)
         if not self._rows:
             self._drop()
+
+
+def _new_blocks(prompt: Prompt) -> int:
+    """Return how many blocks a row has to have for itself before it decodes."""
+    return -(-len(prompt.context) // BLOCK_TOKENS) - prompt.found // BLOCK_TOKENS

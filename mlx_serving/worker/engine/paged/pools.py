@@ -67,9 +67,10 @@ class Pools:
             self._grow(self._shorter(blocks), blocks)
 
     def grow_ahead(self, blocks: int) -> None:
-        """Let a few of the layers that have fewer blocks have so many."""
+        """Let a few of the layers with fewer blocks have so many, those with the fewest first."""
         count = -(-len(self.layers) // STEPS_TO_GROW)
-        self._grow(self._shorter(blocks)[:count], blocks)
+        shortest = sorted(self._shorter(blocks), key=lambda layer: layer.keys.shape[0])
+        self._grow(shortest[:count], blocks)
 
     def _shorter(self, blocks: int) -> list[PagedLayer]:
         return [layer for layer in self.layers if layer.keys.shape[0] < blocks]

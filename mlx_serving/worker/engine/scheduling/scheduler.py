@@ -166,6 +166,12 @@ class Scheduler:
         """Choose the next prefill chunk; None when no prompt is pending."""
         return self._prompts.schedule(len(self._decoding))
 
+    def chunks_of(self, group: Group) -> list[PrefillChunk]:
+        """Return the chunks of one prompt, computed by itself from its beginning."""
+        length, most = group[0].context_length, self.limits.prefill_chunk_tokens
+        starts = range(0, max(1, length), most)
+        return [PrefillChunk((group,), start, min(most, length - start)) for start in starts]
+
     def is_alone_in_prefill(self, row: Sequence) -> bool:
         """Say whether the prefill under way of the row's lane is its own alone."""
         return self._prompts.begun(row.request.rank) == ((row,),)
