@@ -165,18 +165,24 @@ class Runner(threading.Thread):
         self.withdraw(set(aborts))
         admitted = self._admit(engine)
         if engine.has_work and not paused:
-            outputs = engine.step()
-            self.steps += 1
-            if self._at_launch_error is not None:
-                raise self._at_launch_error
-            self._hand_over()  # where nothing was launched
-            self._outputs = outputs
+            self._step(engine)
         if aborts or admitted:
             self._on_room()
         if self._slices:
             self._hand_over()
             self._do_slice(self._slices[0])
         return True
+
+    def _step(self, engine: EngineSet) -> None:
+        """Do a step; what it brings goes at the next one's launch, or now where none follows."""
+        outputs = engine.step()
+        self.steps += 1
+        if self._at_launch_error is not None:
+            raise self._at_launch_error
+        self._hand_over()  # what was there before, where nothing was launched
+        self._outputs = outputs
+        if not engine.has_work:
+            self._hand_over()
 
     def _at_launch(self) -> None:
         """Hand over; what fails is no failure of the engine's step, and raised after it."""
