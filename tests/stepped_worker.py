@@ -79,6 +79,7 @@ class SteppedWorker:
         """Turn the engine's loop; nothing is written."""
         for _ in range(steps):
             self.child.runner._turn(self._engines)
+            self.child.runner._hand_over()  # as the next turn would at its launch
 
     def rows(self) -> list[CommitRow]:
         """Take what a flush would write."""
