@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def test_every_line_is_answered_once_and_right_under_three_kills() -> None:
-    report = run(240, 3, small=True)
+    report = run(360, 3, small=True)
     show(str(report))
     assert report.problems == []
     assert report.kills.total() == 3

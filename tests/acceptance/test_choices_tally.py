@@ -155,7 +155,7 @@ def test_choices_survive_the_loss_of_their_worker(
     local_redis: LocalRedis, first: WorkerProcess, how: str
 ) -> None:
     """Each goes on where its own committed tokens end, with its own random numbers."""
-    fields = {**DICE, "content": "dice 60", "n": 4, "presence_penalty": 0.3, "logprobs": True}
+    fields = {**DICE, "content": "dice 80", "n": 4, "presence_penalty": 0.3, "logprobs": True}
     name = f"doomed-by-{how[0]}"
     with Client(local_redis.url) as client:
         expected = run(client, **fields)
