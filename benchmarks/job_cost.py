@@ -43,7 +43,6 @@ class SteppedChild:
         runner, engine = self._child.runner, self._child.residents.engines
         while engine.has_work or runner.in_line():
             runner._turn(engine)  # noqa: SLF001 -- as above
-        runner._hand_over()  # noqa: SLF001 -- as its next turn would, after a wait
 
     def flush(self) -> None:
         """Commit all that was decoded."""

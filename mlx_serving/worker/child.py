@@ -27,11 +27,11 @@ from mlx_serving.worker.delivery.publisher import Publisher, PublisherOptions
 from mlx_serving.worker.delivery.sweeper import Sweeper
 from mlx_serving.worker.dispatcher import Dispatcher, DispatcherOptions
 from mlx_serving.worker.engine.engine_set import EngineSet
-from mlx_serving.worker.engine.scheduling.limits import BatchSize
 from mlx_serving.worker.fleet import Fleet
 from mlx_serving.worker.listener import Listener
 from mlx_serving.worker.loading import (
     EngineSpec,
+    batch_size,
     describe,
     load,
     memory_of,
@@ -164,9 +164,8 @@ class Child:
     def _options(self, lease_ms: int) -> DispatcherOptions:
         settings = self._spec.settings
         return DispatcherOptions(
-            self._spec.name,
-            BatchSize.of(settings.max_batch_rows, settings.lane_min_share, settings.lane_headroom),
-            lease_ms, settings.drain_grace_seconds, settings.max_payload_bytes, self.conditions,
+            self._spec.name, batch_size(settings), lease_ms,
+            settings.drain_grace_seconds, settings.max_payload_bytes, self.conditions,
             lambda: self.keeper.state.refuses, settings.prefix_affinity_ms,
         )  # fmt: skip
 

@@ -200,6 +200,11 @@ def _warm_up(encode: Encode) -> None:
         encode(GenerationJob.from_wire(job.to_wire()))
 
 
+def batch_size(settings: Settings) -> BatchSize:
+    """Return the rows that the settings give a worker's batch."""
+    return BatchSize.of(settings.max_batch_rows, settings.lane_min_share, settings.lane_headroom)
+
+
 def _load_simulated(spec: EngineSpec, settings: Settings) -> Generator[None, None, LoadedModel]:
     from mlx_serving.worker.engine import simulated
 
@@ -207,7 +212,7 @@ def _load_simulated(spec: EngineSpec, settings: Settings) -> Generator[None, Non
     for _ in range(SIMULATED_SLICES if spec.load_seconds else 0):
         time.sleep(spec.load_seconds / SIMULATED_SLICES)
         yield
-    batch = BatchSize.of(settings.max_batch_rows, settings.lane_min_share, settings.lane_headroom)
+    batch = batch_size(settings)
     options = (
         simulated.SimulatedOptions(spec.tokens_per_second, batch=batch)
         if spec.tokens_per_second

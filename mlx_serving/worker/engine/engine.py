@@ -67,7 +67,7 @@ class Engine:
         self.tokenizer = attachments.tokenizer
         self.acceleration = attachments.acceleration
         self.on_prefill: Callable[[Iterable[str]], None] = _ignore
-        self.on_launch: Callable[[], None] = _ignore_launch
+        self.on_launch: Callable[[], None] = _ignore
         self._runner = runner
         runner.on_launch = self._tell_launch
         self._scheduler = scheduler
@@ -380,9 +380,5 @@ class Engine:
         return self._scheduler.limits.kv_capacity_tokens
 
 
-def _ignore(_request_ids: Iterable[str]) -> None:
+def _ignore(*_news: object) -> None:
     """Nobody asked to be told."""
-
-
-def _ignore_launch() -> None:
-    """The same."""

@@ -24,7 +24,7 @@ class EngineSet:
     def __init__(self) -> None:
         self._engines: dict[str, InferenceEngine] = {}  # replaced, never changed: others read it
         self.on_prefill: Callable[[Iterable[str]], None] = _ignore
-        self.on_launch: Callable[[], None] = _ignore_launch
+        self.on_launch: Callable[[], None] = _ignore
 
     def put(self, model: str, engine: InferenceEngine) -> None:
         """Take an engine in; one of the same model is replaced."""
@@ -131,9 +131,5 @@ class EngineSet:
         self.on_prefill(request_ids)
 
 
-def _ignore(_request_ids: Iterable[str]) -> None:
+def _ignore(*_news: object) -> None:
     """Nobody asked to be told."""
-
-
-def _ignore_launch() -> None:
-    """The same."""

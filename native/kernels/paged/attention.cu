@@ -15,9 +15,9 @@
 // Outputs: SPLIT false: out T [B, H, 1, D], where every row has one item. SPLIT true: out float32
 // [W, H, D], not yet divided, and stats float32 [W, H, 2] (maximum, sum), for the second kernel.
 //
-// Where STORE, the step's own k and v are written to the pools here: MLX knows the pools as inputs only. That
-// is safe because no other read in the step touches that place, and because each layer of the
-// next step depends on this one's output.
+// Where STORE, the step's own k and v are written to the pools here: MLX knows the pools as inputs
+// only. That is safe because no other read in the step touches that place, and because each layer of
+// the next step depends on this one's output.
 
 constexpr int THREADS = 128;
 constexpr int TEAMS = THREADS / LANES;

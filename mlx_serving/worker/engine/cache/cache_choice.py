@@ -19,11 +19,7 @@ from mlx_serving.worker.engine.cache.kv_cache import CacheCost, LanguageModel
 from mlx_serving.worker.engine.cache.quantized_cache import KvBits, bytes_per_token, quantization_of
 from mlx_serving.worker.engine.kernels import dialect
 from mlx_serving.worker.engine.paged import dispatch
-from mlx_serving.worker.engine.paged.cache import (
-    BLOCK_TOKENS,
-    LOOKAHEAD_TOKENS,
-    PagedCache,
-)
+from mlx_serving.worker.engine.paged.cache import BLOCK_TOKENS, LOOKAHEAD_TOKENS, PagedCache
 from mlx_serving.worker.engine.paged.kernel_ops import KernelOps, supports
 from mlx_serving.worker.engine.paged.layers import PagedOps
 from mlx_serving.worker.engine.paged.pools import LayerShape

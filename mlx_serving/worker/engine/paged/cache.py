@@ -18,15 +18,10 @@ from mlx_serving.worker.engine.cache.decode_cache import ParkedRow, Prefilled, P
 from mlx_serving.worker.engine.cache.kv_cache import LanguageModel
 from mlx_serving.worker.engine.paged.block_allocator import BlockAllocator
 from mlx_serving.worker.engine.paged.gather import gather_blocks
-from mlx_serving.worker.engine.paged.layers import (
-    PagedLayer,
-    PagedOps,
-    StepPlan,
-    StoreEntry,
-)
+from mlx_serving.worker.engine.paged.layers import PagedLayer, PagedOps, StepPlan, StoreEntry
 from mlx_serving.worker.engine.paged.planning import BatchRows, Context, make_plan
 from mlx_serving.worker.engine.paged.pools import LayerShape, Pools
-from mlx_serving.worker.engine.paged.step import compiled_step, plain_step
+from mlx_serving.worker.engine.paged.step import compiled_step, plain_step, round_up
 from mlx_serving.worker.engine.prefix.cache import PrefixCache
 from mlx_serving.worker.engine.prefix.index import PrefixKey
 
@@ -93,7 +88,7 @@ class PagedCache:
         Lengths are rounded up too: each new shape costs a GPU's libraries a search for kernels.
         """
         longest = max(map(len, contexts))
-        length = -(-longest // PROMPT_TOKENS) * PROMPT_TOKENS
+        length = round_up(longest, PROMPT_TOKENS)
         self._model(kv_cache.padded(contexts, length), cache=layers)
         for layer in layers:
             layer.trim(length - longest)  # a prompt's next chunk goes there
@@ -176,7 +171,7 @@ class PagedCache:
             length, (whole, rest) = len(prompt.context), divmod(prompt.found, BLOCK_TOKENS)
             blocks = list(prompt.blocks[:whole])
             self.allocator.share(blocks)
-            blocks += self.allocator.allocate(-(-length // BLOCK_TOKENS) - whole)
+            blocks += self.allocator.allocate(_new_blocks(prompt))
             if rest:
                 copies.append(StoreEntry(blocks[whole], prompt.blocks[whole], 0, rest))
             if prompt.found < length:

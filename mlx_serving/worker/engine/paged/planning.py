@@ -13,7 +13,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_serving.worker.engine.paged.layers import StepPlan
-from mlx_serving.worker.engine.paged.step import round_up_rows, round_up_to_power
+from mlx_serving.worker.engine.paged.step import round_up, round_up_rows, round_up_to_power
 
 # Rows are one item of work each, until one is longer than this; then all are cut into chunks.
 # (Measured: a second launch to join the parts costs more than it saves before that.)
@@ -50,7 +50,7 @@ def make_plan(batch: BatchRows, contexts: Sequence[Context], after: mx.array) ->
     """
     rows = len(batch.blocks)
     owners = np.concatenate([np.arange(rows), *_owners(contexts)]).astype(np.int32)
-    size = _round_up(owners.size, MIXED_ROWS) if contexts else round_up_rows(rows)
+    size = round_up(owners.size, MIXED_ROWS) if contexts else round_up_rows(rows)
     width = max(_LEAST_TABLE_WIDTH, round_up_to_power(max(map(len, batch.blocks))))
     table = np.full((size, width), batch.spare, dtype=np.int32)
     for index, blocks in enumerate(batch.blocks):
@@ -79,10 +79,6 @@ def _owners(contexts: Sequence[Context]) -> list[np.ndarray]:
 
 def _positions(contexts: Sequence[Context]) -> list[np.ndarray]:
     return [context.first + np.arange(len(context.tokens)) for context in contexts]
-
-
-def _round_up(count: int, to: int) -> int:
-    return -(-count // to) * to
 
 
 def plan_work(lengths: Sequence[int]) -> tuple[list[tuple[int, int, int]], list[int]]:

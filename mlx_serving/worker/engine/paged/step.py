@@ -25,7 +25,12 @@ def round_up_rows(rows: int) -> int:
     """Return the batch size that so many rows are computed in."""
     if rows <= STEP_ROWS:
         return round_up_to_power(rows)
-    return -(-rows // STEP_ROWS) * STEP_ROWS
+    return round_up(rows, STEP_ROWS)
+
+
+def round_up(count: int, multiple: int) -> int:
+    """Return the least multiple that is not below `count`."""
+    return -(-count // multiple) * multiple
 
 
 def round_up_to_power(count: int) -> int:
