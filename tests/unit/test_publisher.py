@@ -121,6 +121,7 @@ def test_a_job_without_stream_waits_for_16_tokens_a_choice(bench: Bench) -> None
     assert [len(c.token_ids) for c in bench.protocol.events[-1].choices] == [16, 16]
 
 
+@pytest.mark.quiet
 def test_a_job_without_stream_waits_no_longer_than_half_a_second(bench: Bench) -> None:
     job = held(stream=False)
     bench.hold(job)
