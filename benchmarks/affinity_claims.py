@@ -16,6 +16,7 @@ import redis
 from benchmarks.harness import Figure, table
 from benchmarks.tenants import FIELDS, MOST, QUEUE, Lane
 from mlx_serving.common import calls
+from mlx_serving.common.attempts import new_nonce
 from mlx_serving.common.local_redis import LocalRedis
 
 CLAIMS: Final = 64
@@ -42,12 +43,12 @@ def fill(lane: Lane, count: int, marks: Callable[[int], str]) -> None:
 
 def claims(lane: Lane, most: int, **given: Any) -> list[float]:
     """Microseconds of each claim."""
-    call = calls.claim(
-        "w", [QUEUE], most=most, lease_ms=600_000, protocol=1, capacity_tokens=1 << 30,
-        max_payload_bytes=1 << 20, **given,
-    )  # fmt: skip
     found = []
     for _ in range(CLAIMS):
+        call = calls.claim(
+            "w", [QUEUE], nonce=new_nonce(), most=most, lease_ms=600_000, protocol=1,
+            capacity_tokens=1 << 30, max_payload_bytes=1 << 20, **given,
+        )  # fmt: skip
         lane.redis.config_resetstat()
         assert len(lane.protocol.run(call).jobs) == most
         found.append(float(lane.redis.info("commandstats")["cmdstat_evalsha"]["usec"]))

@@ -16,9 +16,11 @@ from typing import Any, TypeVar
 
 from benchmarks.harness import MODEL, Figure, bench_settings, table
 from mlx_serving.common import calls
+from mlx_serving.common.attempts import new_nonce
 from mlx_serving.common.connection import connect, resolve
 from mlx_serving.common.local_redis import LocalRedis
 from mlx_serving.producer.client import Client
+from mlx_serving.worker.delivery.engine_link import EngineLink
 from mlx_serving.worker.delivery.held import HeldJob
 from mlx_serving.worker.delivery.measured_protocol import MeasuredProtocol
 from mlx_serving.worker.delivery.publisher import Publisher, PublisherOptions
@@ -57,7 +59,7 @@ class Stopwatch:
 
 def _claimed(protocol: MeasuredProtocol, rows: int) -> list[HeldJob]:
     claim = calls.claim(
-        "w", [f"{MODEL}:default"], most=rows, lease_ms=LEASE_MS, protocol=9,
+        "w", [f"{MODEL}:default"], nonce=new_nonce(), most=rows, lease_ms=LEASE_MS, protocol=9,
         capacity_tokens=1 << 30, max_payload_bytes=1 << 20,
     )  # fmt: skip
     held = [HeldJob(job) for job in protocol.run(claim).jobs]
@@ -77,7 +79,7 @@ def measure(rows: int = 64, steps: int = 400) -> list[Figure]:
             client.submit_many([{"model": MODEL, "prompt": "x", "max_tokens": steps + 1}] * rows)
         publisher = Publisher(
             protocol, "w", PublisherOptions(LEASE_MS, flush_seconds=0.0),
-            on_gone=lambda _: None, fresh=lambda: True, measures=measures,
+            EngineLink(lambda _: None, lambda: True, lambda _: True), measures=measures,
         )  # fmt: skip
         held = _claimed(protocol, rows)
         publisher.hold(held)

@@ -23,6 +23,7 @@ import redis
 
 from benchmarks.harness import MODEL, Figure, table
 from mlx_serving.common import calls, events
+from mlx_serving.common.attempts import Attempt
 from mlx_serving.common.calls import Call, CommitRow
 from mlx_serving.common.events import ChoiceDelta
 from mlx_serving.common.jobs import PROTOCOL, GenerationJob, queue_name
@@ -41,13 +42,14 @@ KEYS = Keys()
 PROMPT = ("The quick brown fox jumps over the lazy dog. " * 5)[:200]
 
 # The running jobs of the commit and renew ceilings, as claim and a first commit leave them.
+RUNNING_ATTEMPT = Attempt(RANDOM_ID, 1, "n")
 PREPARE = """
 local worker, first, last = ARGV[3], tonumber(ARGV[4]), tonumber(ARGV[5])
 local now = now_ms()
 for n = first, last do
   local id = string.format('%012d', n)
   redis.call('HSET', k_job(id), 'st', 'running', 'q', ARGV[6], 'ep', 1, 'ow', worker, 'seq', 1,
-    'at', 0, 'ma', 2, 'mp', 1, 'dl', 0, 'to', 0, 'ab', 0, 'ttl', 3600, 'sm', 1, 'ca', '',
+    'no', 'n', 'at', 0, 'ma', 2, 'mp', 1, 'dl', 0, 'to', 0, 'ab', 0, 'ttl', 3600, 'sm', 1, 'ca', '',
     'en', int(now), 'nd', 0, 'sa', int(now), 'ft', int(now))
   redis.call('ZADD', k_open(ARGV[6]), int(now), id)
   redis.call('ZADD', k_leases(ARGV[6]), int(now + 600000), id)
@@ -92,8 +94,8 @@ def enqueue_call() -> Call[Any]:
 def claim_call() -> Call[Any]:
     """32 jobs."""
     return calls.claim(
-        WORKER, [QUEUE], most=32, lease_ms=600_000, protocol=PROTOCOL, capacity_tokens=1 << 20,
-        max_payload_bytes=1 << 20,
+        WORKER, [QUEUE], nonce=RANDOM_ID, most=32, lease_ms=600_000, protocol=PROTOCOL,
+        capacity_tokens=1 << 20, max_payload_bytes=1 << 20,
     )  # fmt: skip
 
 
@@ -102,7 +104,7 @@ def commit_call(rows: int) -> Call[Any]:
     delta = ChoiceDelta(index=0, text=" 1234", token_ids=[1234])
     event = events.encode(events.tokens_event(attempt=1, seq=2, choices=[delta]))
     return calls.commit(
-        WORKER, [CommitRow(RANDOM_ID, 1, 2, event) for _ in range(rows)], lease_ms=600_000
+        WORKER, [CommitRow(RUNNING_ATTEMPT, 2, event) for _ in range(rows)], lease_ms=600_000
     )
 
 
@@ -133,7 +135,7 @@ def ceilings(rows: int = ROWS, jobs: int = 10_000, running: int = RUNNING) -> It
         enqueued = benchmark(client, path, enqueue_call(), jobs, 10**9)
         yield Figure("enqueue, 1 job a call", enqueued, "jobs/s")
         there = client.llen(KEYS.rq_queue(QUEUE))
-        claimed = benchmark(client, path, claim_call(), there // 32, 1)
+        claimed = benchmark(client, path, claim_call(), there // 32, 10**9)
         yield Figure("claim, 32 jobs a call", 32 * claimed, "jobs/s")
         client.flushall()
         prepare_running(client, running)
@@ -142,7 +144,7 @@ def ceilings(rows: int = ROWS, jobs: int = 10_000, running: int = RUNNING) -> It
         yield Figure(f"commit, {rows} rows a call, rows", rows * committed, "rows/s")
         events_a_call = written(client, running) / requests
         yield Figure(f"commit, {rows} rows a call, written", events_a_call * committed, "events/s")
-        renew = calls.renew(WORKER, [(RANDOM_ID, 1)] * rows, lease_ms=600_000)
+        renew = calls.renew(WORKER, [RUNNING_ATTEMPT] * rows, lease_ms=600_000)
         renewed = benchmark(client, path, renew, 4 * requests, running)
         yield Figure(f"renew, {rows} leases a call", rows * renewed, "leases/s")
 

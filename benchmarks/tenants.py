@@ -15,6 +15,8 @@ import redis
 
 from benchmarks.harness import Figure, table
 from mlx_serving.common import calls
+from mlx_serving.common.attempts import new_nonce
+from mlx_serving.common.calls import ClaimedJob
 from mlx_serving.common.events import encode, end_event
 from mlx_serving.common.keys import Keys
 from mlx_serving.common.local_redis import LocalRedis
@@ -61,22 +63,23 @@ class Lane:
             self.redis.config_resetstat()
             claimed = self.protocol.run(
                 calls.claim(
-                    "w", [QUEUE], most=MOST, lease_ms=60_000, protocol=1,
+                    "w", [QUEUE], nonce=new_nonce(), most=MOST, lease_ms=60_000, protocol=1,
                     capacity_tokens=1 << 30, max_payload_bytes=1 << 20,
                 )
             ).jobs  # fmt: skip
             stats = self.redis.info("commandstats")["cmdstat_evalsha"]
             milliseconds.append(stats["usec"] / 1000)
             jobs += len(claimed)
-            self._end([(job.job_id, job.epoch, job.seq + 1) for job in claimed])
+            self._end(claimed)
         return milliseconds, jobs
 
-    def _end(self, held: Sequence[tuple[str, int, int]]) -> None:
+    def _end(self, held: Sequence[ClaimedJob]) -> None:
         rows = []
-        for job_id, epoch, seq in held:
-            event = encode(end_event(attempt=epoch, seq=seq, state=JobState.FINISHED))
+        for job in held:
+            seq = job.seq + 1
+            event = encode(end_event(attempt=job.epoch, seq=seq, state=JobState.FINISHED))
             rows.append(
-                calls.CommitRow(job_id, epoch, seq, event, publish=False, state=JobState.FINISHED)
+                calls.CommitRow(job.attempt, seq, event, publish=False, state=JobState.FINISHED)
             )
         if rows:
             self.protocol.run(calls.commit("w", rows, lease_ms=60_000))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from mlx_serving.common import calls, events
+from mlx_serving.common import attempts, calls, events
 from mlx_serving.common.keys import Keys
 from mlx_serving.common.protocol import JobRecord, Protocol
 from mlx_serving.common.states import JobState
@@ -66,9 +66,7 @@ class Attempt:
             seq = self.seq = self.seq + 1
         delta = events.ChoiceDelta(0, text, [seq])
         event = events.tokens_event(attempt=self.job.epoch, seq=seq, choices=[delta])
-        return calls.CommitRow(
-            self.job.job_id, self.job.epoch, seq, events.encode(event), publish=publish
-        )
+        return calls.CommitRow(self.job.attempt, seq, events.encode(event), publish=publish)
 
     def end(self, state: JobState = JobState.FINISHED, seq: int | None = None) -> CommitRow:
         """Build the row that ends the job."""
@@ -76,7 +74,7 @@ class Attempt:
             seq = self.seq = self.seq + 1
         event = events.end_event(attempt=self.job.epoch, seq=seq, state=state)
         return calls.CommitRow(
-            self.job.job_id, self.job.epoch, seq, events.encode(event), state=state,
+            self.job.attempt, seq, events.encode(event), state=state,
             result=b'{"v":1,"id":"x","state":"finished"}', rq_result=b"e30=",
         )  # fmt: skip
 
@@ -92,16 +90,27 @@ class Driver:
         self.redis = client
         self.keys = keys or Keys()
         self.protocol = Protocol(client, self.keys)
+        self.lease_ms = LEASE_MS  # of claims
+        self._nonces: dict[tuple[str, int], str] = {}  # of attempts that were claimed here
 
     def enqueue(self, job_id: str, queue: str = QUEUE, **fields: Any) -> EnqueueReply:
         return self.protocol.run(calls.enqueue(entry(job_id, queue, **fields)))
 
     def claim(self, worker: str = "w1", queues: Sequence[str] = LANES, **given: Any) -> ClaimReply:
         options: dict[str, Any] = {
-            "most": 8, "lease_ms": LEASE_MS, "protocol": 1, "capacity_tokens": LUA_CAPACITY,
-            "max_payload_bytes": 1 << 20,
+            "nonce": attempts.new_nonce(), "most": 8, "lease_ms": self.lease_ms, "protocol": 1,
+            "capacity_tokens": LUA_CAPACITY, "max_payload_bytes": 1 << 20,
         }  # fmt: skip
-        return self.protocol.run(calls.claim(worker, queues, **(options | given)))
+        reply = self.protocol.run(calls.claim(worker, queues, **(options | given)))
+        self._nonces |= {(job.job_id, job.epoch): job.nonce for job in reply.jobs}
+        return reply
+
+    def blame(
+        self, job_id: str, epoch: int, company: int = 0, *, alone: bool = False
+    ) -> calls.Blame:
+        """What a crash says of an attempt that was claimed here, or of one that nobody knows."""
+        nonce = self._nonces.get((job_id, epoch), "unknown")
+        return calls.Blame(attempts.Attempt(job_id, epoch, nonce), company, alone)
 
     def claimed_ids(self, worker: str = "w1", **given: Any) -> list[str]:
         return [job.job_id for job in self.claim(worker, **given).jobs]
@@ -138,12 +147,12 @@ class Driver:
         return self.protocol.run(call)
 
     def renew(self, attempt: Attempt, lease_ms: int = LEASE_MS) -> RowReply:
-        held = [(attempt.job.job_id, attempt.job.epoch)]
+        held = [attempt.job.attempt]
         (reply,) = self.protocol.run(calls.renew(attempt.worker, held, lease_ms=lease_ms))
         return reply
 
     def release(self, *attempts: Attempt, needed: int = 0, rows_needed: int = 0) -> list[str]:
-        rows = [calls.Returned(a.job.job_id, a.job.epoch, needed, rows_needed) for a in attempts]
+        rows = [calls.Returned(a.job.attempt, needed, rows_needed) for a in attempts]
         replies: list[Any] = self.protocol.run(calls.release(attempts[0].worker, rows))
         return replies
 

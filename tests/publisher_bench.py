@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Self
 
+from mlx_serving.worker.delivery.engine_link import EngineLink
 from mlx_serving.worker.delivery.publisher import Publisher, PublisherOptions
 from tests.helpers import wait_until
 from tests.worker_fakes import FakeProtocol
@@ -24,12 +25,12 @@ class Bench:
         self.protocol = protocol or FakeProtocol()
         self.gone: list[str] = []
         self.alive = True
+        self.missing: set[str] = set()  # attempts that the engine lost
         self.publisher = Publisher(
             self.protocol,  # type: ignore[arg-type]
             "w1",
             PublisherOptions(lease_ms=lease_ms, flush_seconds=flush_seconds, idle_seconds=0.02),
-            on_gone=self.gone.append,
-            fresh=lambda: self.alive,
+            EngineLink(self.gone.append, lambda: self.alive, lambda name: name not in self.missing),
         )
 
     def hold(self, *jobs: HeldJob) -> None:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from mlx_serving.common import calls, events, results
+from mlx_serving.common.attempts import new_nonce
 from mlx_serving.common.events import ChoiceDelta, ErrorInfo, Usage
 from mlx_serving.common.protocol import Protocol
 from mlx_serving.common.states import JobState
@@ -68,8 +69,7 @@ class Row:
 
     def _write(self, event: Event, state: JobState | None = None, result: bytes = b"") -> None:
         row = calls.CommitRow(
-            self.job.job_id,
-            self.job.epoch,
+            self.job.attempt,
             event.seq,
             events.encode(event),
             publish=self.job.stream,
@@ -93,6 +93,7 @@ class ScriptedWorker:
         call = calls.claim(
             self.name,
             queues,
+            nonce=new_nonce(),
             most=most,
             lease_ms=LEASE_MS,
             protocol=1,

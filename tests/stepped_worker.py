@@ -125,7 +125,7 @@ class SteppedWorker:
         if self.child.publisher.pending:
             self.child.publisher.drain(0)
             self.flush()
-        rows = [(job.job_id, job.claimed.epoch, 0) for job in self.child.publisher.held()]
+        rows = [job.returned() for job in self.child.publisher.held()]
         self.child.protocol.run(calls.release(self.name, rows))
         self.forget()
 

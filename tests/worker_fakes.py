@@ -27,7 +27,7 @@ def claim_of(job_id: str = "a", **fields: Any) -> ClaimedJob:
     given: dict[str, Any] = {
         "job_id": job_id, "queue": "tally:default", "epoch": 1, "seq": 0, "data": b"",
         "problem": "", "deadline_ms": 0, "timeout_ms": 0, "stream": True, "result_ttl": 60,
-        "enqueued_ms": 1, "started_ms": 2, "first_token_ms": 0, "now_ms": 2,
+        "enqueued_ms": 1, "started_ms": 2, "first_token_ms": 0, "now_ms": 2, "nonce": "0f",
     }  # fmt: skip
     return ClaimedJob(**(given | fields))
 
@@ -51,7 +51,7 @@ def output(
 
 
 def commit_rows(call: Call[Any]) -> list[list[Any]]:
-    """The rows of a commit: id, epoch, seq, publish, event, and the end's fields."""
+    """The rows of a commit: id, epoch, nonce, seq, publish, event, and the end's fields."""
     rows: list[list[Any]] = msgspec.msgpack.decode(call.arguments[3])  # type: ignore[arg-type]
     return rows
 
@@ -79,12 +79,12 @@ class FakeProtocol:
         self.sent.append(tuple(map(tuple, rows)))
         if self.faults:
             raise self.faults.pop(0)
-        decoded = [(str(r[0]), events.decode(r[4].encode()), bool(r[3])) for r in rows]
+        decoded = [(str(r[0]), events.decode(r[5].encode()), bool(r[4])) for r in rows]
         self.commits.append(decoded)
         return [self.answers.get(job_id, RowReply("OK")) for job_id, _, _ in decoded]
 
     def _renew(self, held: list[Any]) -> list[RowReply]:
-        ids = [str(job_id) for job_id in held[::2]]
+        ids = [str(job_id) for job_id in held[::3]]
         if self.renew_faults:
             raise self.renew_faults.pop(0)
         self.renewals.append(ids)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, Generic, Literal, NamedTuple, Type
 import msgspec
 
 from mlx_serving.common import limits
+from mlx_serving.common.attempts import Attempt
 from mlx_serving.common.errors import CorruptJob
 from mlx_serving.common.states import JobState
 
@@ -86,11 +87,17 @@ class ClaimedJob(msgspec.Struct, frozen=True, gc=False):
     now_ms: int
     signature: str = ""  # see `signing`; empty where there is none
     company: int = 0  # the most rows that may run unproven beside this one, itself included; 0: any
+    nonce: str = ""  # of the claim
+
+    @property
+    def attempt(self) -> Attempt:
+        """This attempt."""
+        return Attempt(self.job_id, self.epoch, self.nonce)
 
     @property
     def request_id(self) -> str:
         """Name of this attempt: a worker that slept may claim what it still decodes."""
-        return f"{self.job_id}:{self.epoch}"
+        return self.attempt.name
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,8 +116,7 @@ class HeldRows:
 class Returned(NamedTuple):
     """A job that goes back to its queue; what it needs of a worker, 0: leave it as it is noted."""
 
-    job_id: str
-    epoch: int
+    attempt: Attempt
     kv_tokens: int = 0
     rows: int = 0
 
@@ -119,8 +125,7 @@ class Returned(NamedTuple):
 class Blame:
     """What a crash says of one job. `company` as in `ClaimedJob`; 0: it is not charged."""
 
-    job_id: str
-    epoch: int
+    attempt: Attempt
     company: int = 0
     alone: bool = False
 
@@ -139,8 +144,7 @@ class ClaimReply:
 class CommitRow(msgspec.Struct, frozen=True, gc=False):
     """One event of one job, and, where `state` is set, the job's end."""
 
-    job_id: str
-    epoch: int
+    attempt: Attempt
     seq: int
     event: bytes
     publish: bool = True
@@ -187,14 +191,14 @@ def _state(value: str | bytes) -> JobState:
         raise CorruptJob("the job's control hash names no state") from None
 
 
-def _claimed(row: Sequence[Any]) -> ClaimedJob:
+def _claimed(row: Sequence[Any], nonce: str) -> ClaimedJob:
     job_id, queue, epoch, seq, data, problem, signature, *numbers = row
     deadline, timeout, stream, ttl, enqueued, started, first, now, company = map(int, numbers)
     raw = data.encode() if isinstance(data, str) else data
     return ClaimedJob(
         _text(job_id), _text(queue), int(epoch), int(seq), raw, _text(problem),
         deadline, timeout, stream != 0, ttl, enqueued, started, first, now, _text(signature),
-        company,
+        company, nonce,
     )  # fmt: skip
 
 
@@ -260,6 +264,7 @@ def claim(  # noqa: PLR0913 -- each is a number that the script needs
     worker: str,
     queues: Sequence[str],
     *,
+    nonce: str,
     most: int,
     lease_ms: int,
     protocol: int,
@@ -274,16 +279,20 @@ def claim(  # noqa: PLR0913 -- each is a number that the script needs
 
     A job younger than `affinity_ms` is left to a worker that has its prefix and room for it; 0:
     none is, and no mark is noted. `keeps_prefixes`: this worker will have those of what it takes.
+
+    A claim of a nonce (`attempts.new_nonce`) takes jobs once: sent again, it returns those that
+    are still this worker's. With `most` 0 it does no more than that, and the claim itself, where
+    it comes after that, takes nothing.
     """
     arguments: list[Argument] = [
-        worker, iso_now(), lease_ms, protocol, capacity_tokens, capacity_rows, most,
+        worker, iso_now(), nonce, lease_ms, protocol, capacity_tokens, capacity_rows, most,
         max_payload_bytes,
         held.rows, held.unproven, held.company, affinity_ms, int(keeps_prefixes), *queues,
     ]  # fmt: skip
 
     def parse(reply: Sequence[Any]) -> ClaimReply:
         suspended, jobs, dropped, reserved, again = reply
-        claimed = [_claimed(j) for j in jobs]
+        claimed = [_claimed(j, nonce) for j in jobs]
         gone = [_text(i) for i in dropped]
         return ClaimReply(bool(suspended), claimed, gone, _text(reserved), again)
 
@@ -312,26 +321,27 @@ _packer = msgspec.msgpack.Encoder()
 
 def _packed(row: CommitRow) -> tuple[Any, ...]:
     """A row as `commit.lua` takes it: text alone, since Redis's MessagePack knows no bytes."""
-    head = row.job_id, str(row.epoch), row.seq, row.publish, row.event.decode()
+    job_id, epoch, nonce = row.attempt
+    head = job_id, str(epoch), nonce, row.seq, row.publish, row.event.decode()
     if row.state is None:
         return head
     end = row.state, row.result.decode(), row.rq_result.decode(), row.error_code, row.message
     return head + end
 
 
-def renew(worker: str, held: Sequence[tuple[str, int]], *, lease_ms: int) -> Call[list[RowReply]]:
-    """Renew the leases of (job id, epoch) pairs."""
+def renew(worker: str, held: Sequence[Attempt], *, lease_ms: int) -> Call[list[RowReply]]:
+    """Renew the leases of attempts."""
     arguments: list[Argument] = [worker, lease_ms]
-    for job_id, epoch in held:
-        arguments += [job_id, epoch]
+    for attempt in held:
+        arguments += attempt
     return Call("renew", arguments, _row_replies)
 
 
-def release(worker: str, held: Sequence[tuple[str, int, int] | Returned]) -> Call[list[Row]]:
+def release(worker: str, held: Sequence[Returned]) -> Call[list[Row]]:
     """Hand jobs back to the front of their queues, uncharged."""
     arguments: list[Argument] = [worker, iso_now()]
     for row in held:
-        arguments += Returned(*row)
+        arguments += [*row.attempt, row.kv_tokens, row.rows]
     return Call("release", arguments, lambda rows: [_text(r) for r in rows])  # type: ignore[misc]
 
 
@@ -348,7 +358,7 @@ def crash(worker: str, blamed: Sequence[Blame]) -> Call[list[tuple[str, str]]]:
     """
     arguments: list[Argument] = [worker, iso_now()]
     for b in blamed:
-        arguments += [b.job_id, b.epoch, b.company, int(b.alone)]
+        arguments += [*b.attempt, b.company, int(b.alone)]
     return Call("crash", arguments, _pairs)
 
 

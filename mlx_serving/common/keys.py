@@ -21,6 +21,7 @@ _TEMPLATES: dict[str, tuple[str, str]] = {
     "deadlines": ("own", ":deadlines"),  # zset of open jobs that have a deadline
     "wake": ("own", ":wake:<>"),  # pub/sub: something was enqueued
     "control": ("own", ":ctl:<>"),  # pub/sub to one worker: "cancel <id>"
+    "claim": ("own", ":claim:<>"),  # ids that the claim of a nonce took; expires
     "reserved": ("own", ":reserved:<>"),  # worker that makes room for a queue's suspects
     "bringing": ("own", ":bringing:<>"),  # worker that is about to load a model; expires
     "limits": ("own", ":limits"),  # hash, an operator's: queued, running, queued:<tenant>, …

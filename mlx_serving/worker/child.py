@@ -22,6 +22,7 @@ from mlx_serving.worker.claims.placement import Placement
 from mlx_serving.worker.claims.preparation import Preparation
 from mlx_serving.worker.conditions import Conditions, Rules
 from mlx_serving.worker.conditions_mac import default_probe
+from mlx_serving.worker.delivery.engine_link import EngineLink
 from mlx_serving.worker.delivery.measured_protocol import MeasuredProtocol, QueueWatch
 from mlx_serving.worker.delivery.publisher import Publisher, PublisherOptions
 from mlx_serving.worker.delivery.sweeper import Sweeper
@@ -105,8 +106,7 @@ class Child:
             MeasuredProtocol(connect(endpoint), endpoint.keys, self.measures),
             spec.name,
             PublisherOptions(lease_ms, settings.flush_interval_ms / 1000),
-            on_gone=self._gone,
-            fresh=lambda: self.runner.stalled_for < self.stall_seconds,
+            self._engine_link(),
             manifest=self._manifest,
             measures=self.measures,
         )
@@ -132,6 +132,10 @@ class Child:
         )  # fmt: skip
         self.vitals.standing = self.residents.standing
         self.fleet.numbers = Presence(self.vitals.snapshot).numbers
+
+    def _engine_link(self) -> EngineLink:
+        runner = self.runner
+        return EngineLink(runner.abort, lambda: runner.stalled_for < self.stall_seconds, runner.has)
 
     def _keeper(self) -> MemoryKeeper:
         return MemoryKeeper(
@@ -232,9 +236,6 @@ class Child:
 
     def _push(self, outputs: Sequence[Output]) -> None:
         self.publisher.push(outputs)
-
-    def _gone(self, request_id: str) -> None:
-        self.runner.abort(request_id)
 
     def _refused(self, request_id: str, code: str, message: str) -> None:
         job = next((j for j in self.publisher.held() if j.request_id == request_id), None)

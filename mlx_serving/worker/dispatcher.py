@@ -22,7 +22,6 @@ from mlx_serving.common.jobs import model_of
 from mlx_serving.worker.claims.claiming import Claims, ClaimTerms
 from mlx_serving.worker.claims.intake import JobRefusedError
 from mlx_serving.worker.claims.lane_claims import LaneClaim, LaneNews, LaneRoom
-from mlx_serving.worker.claims.strays import Strays
 from mlx_serving.worker.conditions import ANY_TIME, Conditions
 from mlx_serving.worker.delivery.held import HeldJob
 from mlx_serving.worker.delivery.job_log import JobLog
@@ -98,10 +97,6 @@ class Dispatcher:
         )  # fmt: skip
         self._news = LaneNews(POLL_SECONDS)
         self._claims = Claims(terms, protocol, placement, publisher.held_rows, self._news)
-        self._strays = Strays(
-            protocol, options.worker, lambda: [job.request_id for job in publisher.held()],
-            seconds=options.lease_ms / 1000,
-        )  # fmt: skip
 
     def post(self, what: str, argument: str = "") -> None:
         """Leave a message.
@@ -147,7 +142,6 @@ class Dispatcher:
             raise
         self._sweeper.sweep()
         self._release({})
-        self._strays.give_back()
         self._settle_unadmitted()
         self._placement.settle(claiming=not (idle or self.draining or self._publisher.failing))
         if self._options.conditions.hands_over:
@@ -221,7 +215,6 @@ class Dispatcher:
         try:
             claimed = self._claims.take(self._room)
         except redis.RedisError:
-            self._strays.expect()
             self._news.note()
             raise
         if claimed is None:
@@ -263,7 +256,7 @@ class Dispatcher:
         self._place(requests)
 
     def _claim_ahead(self, in_hand: Sequence[HeldJob], *, more: bool) -> None:
-        if more and not self._strays.expected:
+        if more:
             self._claims.ahead(lambda: self._room(in_hand))
 
     def _prepare(self, held: HeldJob) -> Choices:
@@ -277,10 +270,11 @@ class Dispatcher:
     def _place(self, requests: Sequence[Choices]) -> None:
         """Hand what can ever fit to the engine; leave the rest for a bigger worker, or fail it."""
         too_big = [choices for choices in requests if not self._engine.fits(*choices)]
+        fitting = [choices for choices in requests if choices not in too_big]
+        self._runner.submit(fitting)
+        self._publisher.placed(choices[0].id for choices in fitting)
         if not too_big:
-            self._runner.submit(requests)
             return
-        self._runner.submit([choices for choices in requests if choices not in too_big])
         held = {job.request_id: job for job in self._publisher.held()}
         for choices in too_big:
             job = held.get(choices[0].id)

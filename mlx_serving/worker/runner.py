@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 log = structlog.get_logger(__name__)
 
 IDLE_SECONDS = 0.5
+LOOK_SECONDS = 0.25  # how often it looks which requests are still here
 
 
 class Runner(threading.Thread):
@@ -59,6 +60,8 @@ class Runner(threading.Thread):
         self._turns = self._submitted_at_turn = 0
         self._at_launch_error: Exception | None = None
         self._outputs: list[Output] = []  # of the last step, until the next one's launch
+        self._here: set[str] = set()  # ids of requests that were submitted and are not over
+        self._looked_at = 0.0
         self.steps = 0  # of the engine
         self._progress_at = time.monotonic()
         self.engine: EngineSet | None = None
@@ -69,6 +72,7 @@ class Runner(threading.Thread):
     def submit(self, requests: Sequence[Choices]) -> None:
         """Queue jobs' choices; the engine admits them as it has room, the highest lane first."""
         with self._changed:
+            self._here |= {choices[0].id for choices in requests}
             self._requests.extend(requests)
             self._requests = deque(sorted(self._requests, key=lambda choices: choices[0].rank))
             self._submitted_at_turn = self._turns
@@ -92,6 +96,23 @@ class Runner(threading.Thread):
             caught = {choices[0].id for choices in self._requests} & request_ids
             self._requests = deque(c for c in self._requests if c[0].id not in caught)
             return caught
+
+    def has(self, request_id: str) -> bool:
+        """Say whether a request that was submitted was here when last looked, in line or admitted.
+
+        Whoever keeps a job's lease asks this, so that a job that nothing computes is not kept.
+        """
+        with self._changed:
+            return request_id in self._here
+
+    def _look(self, engine: EngineSet) -> None:
+        now = time.monotonic()
+        if now - self._looked_at < LOOK_SECONDS:
+            return
+        self._looked_at = now
+        here = engine.request_ids | {output.request_id for output in self._outputs}
+        with self._changed:
+            self._here &= here | {choices[0].id for choices in self._requests}
 
     def abort(self, request_id: str) -> None:
         """Queue an abort; unknown ids are ignored."""
@@ -160,6 +181,7 @@ class Runner(threading.Thread):
             if self._halting:
                 return False
         self._tend()
+        self._look(engine)
         for request_id in aborts:
             engine.abort(request_id)
         self.withdraw(set(aborts))

@@ -15,22 +15,19 @@ from mlx_serving.common import protocol, scripts
 LUA: Final[dict[str, dict[str, dict[str, str]]]] = {
     # mutant → script → what is replaced by what
     "fencing off": {
-        "commit": {
-            "return c[1] == 'running' and c[2] == epoch and c[3] == worker end": (
-                "return not TERMINAL[c[1]] end"
+        script: {
+            "return c.st == 'running' and c.ow == worker and is_attempt(c, epoch, nonce) end": (
+                "return c.st and not TERMINAL[c.st] end"
             ),
-        },
-        "renew": {
-            "if c[1] == 'running' and c[2] == epoch and c[3] == worker then": (
-                "if not TERMINAL[c[1]] then"
-            ),
-        },
+        }
+        for script in ("commit", "renew")
     },
     # A stream refuses an id twice by itself, so without the check an event takes the next one.
     "seq check off": {
         "commit": {
-            "if seq <= committed then return {'DUP', c[5] or ''} end": "seq = committed + 1",
-            "if seq ~= committed + 1 then return {'GAP', c[5] or ''} end": "",
+            "if is_written(id, seq, payload) then return {'DUP', c.ca or ''} end\n"
+            "    return {'FENCED', ''}": "seq = committed + 1",
+            "if seq ~= committed + 1 then return {'GAP', c.ca or ''} end": "",
         },
     },
 }

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 TRAPS: Final = ("claim", "prefill", "attempt", "decode", "before_finish", "after_finish")
 WITH_PARENT: Final = 0x80
-EVENT_ROW: Final = 5  # fields of a row of a commit that does not end its job
+EVENT_ROW: Final = 6  # fields of a row of a commit that does not end its job
 
 
 class Traps:
@@ -99,7 +99,7 @@ class Observer:
             self._trace.write(*(("C", now(), j.job_id, j.epoch) for j in reply.jobs))
             self._traps.spring("claim", self._trace)
         elif call.script == "release":
-            rows = zip(arguments[2::4], arguments[3::4], reply, strict=True)
+            rows = zip(arguments[2::5], arguments[3::5], reply, strict=True)
             self._trace.write(*(("R", now(), *row) for row in rows))
         elif call.script in {"reap", "reconcile", "crash"}:
             outcomes = reply if call.script == "crash" else reply.outcomes
@@ -116,7 +116,7 @@ class Observer:
         replied = now()
         self._trace.write(
             *(
-                ("K", sent, replied, *row[:3], kind, r.status)
+                ("K", sent, replied, *row[:2], row[3], kind, r.status)
                 for row, kind, r in zip(rows, kinds, reply, strict=True)
             )
         )
@@ -151,7 +151,7 @@ def _attempt(request_id: str) -> list[str]:
 def _kind(row: list[Any]) -> str:
     if len(row) > EVENT_ROW:
         return "end"
-    return "attempt" if '"type":"attempt"' in row[4] else "tokens"
+    return "attempt" if '"type":"attempt"' in row[5] else "tokens"
 
 
 def _wrap(owner: type, name: str, around: Callable[..., Any]) -> None:

@@ -188,7 +188,7 @@ class TestTheWholePath:
         admin.lrem("rq:queue:tally:default", 1, "fallen")
         attempts = {job.job_id: job for job in worker.claim().jobs}
         assert {"lapsed", "released"} <= set(attempts)
-        worker.protocol.run(calls.release("w1", [("released", attempts["released"].epoch, 0)]))
+        worker.protocol.run(calls.release("w1", [calls.Returned(attempts["released"].attempt)]))
         worker.lapse("lapsed")
         assert dict(worker.reap().outcomes)["lapsed"] == "requeued"
         found = worker.protocol.run(calls.reconcile(LANES[1], ["fallen"], lease_ms=1000))

@@ -53,19 +53,6 @@ def test_it_claims_as_much_as_there_is_room_for(
     assert {handle.result(timeout=1).text for handle in handles} == {TEXT}
 
 
-def test_it_claims_nothing_ahead_while_it_looks_for_strays(
-    client: Client, worker: SteppedWorker, driver: Driver
-) -> None:
-    """A claim whose reply nobody has read yet looks like one whose reply was lost."""
-    ids = [handle.id for handle in submit(client, ROWS, 99)]
-    worker.child.dispatcher._strays.expect()
-    worker.claim()
-    worker.child.dispatcher._strays.give_back()
-    assert worker.child.dispatcher._claims._ahead.take() is None
-    assert worker.held == CLAIM_MOST
-    assert driver.listed() == ids[CLAIM_MOST:]
-
-
 def test_what_was_claimed_ahead_of_a_drain_goes_back_in_order_uncharged(
     client: Client, worker: SteppedWorker, driver: Driver
 ) -> None:
@@ -106,8 +93,9 @@ def test_a_claim_ahead_that_fails_raises_where_it_is_taken(driver: Driver) -> No
     ahead = ClaimAhead(driver.protocol)
     assert ahead.take() is None
     call = calls.claim(
-        "w1", LANES, most=4, lease_ms=1000, protocol=1, capacity_tokens=1, max_payload_bytes=1
-    )
+        "w1", LANES, nonce="0f", most=4, lease_ms=1000, protocol=1, capacity_tokens=1,
+        max_payload_bytes=1,
+    )  # fmt: skip
     asked = LaneClaim(("default",), 4)
     ahead.begin(call, asked)
     claimed = ahead.take()

@@ -32,7 +32,7 @@ def suspects(driver: Driver, company: int, *ids: str, **fields: Any) -> None:
     """Leave jobs queued as a crash of their first attempt leaves them."""
     for job_id in ids:
         driver.start(job_id, **fields)
-    crash(driver, *[Blame(job_id, 1, company) for job_id in ids])
+    crash(driver, *[driver.blame(job_id, 1, company) for job_id in ids])
 
 
 def starve(driver: Driver, *ids: str) -> None:
@@ -44,7 +44,7 @@ class TestVerdict:
     def test_jobs_come_back_at_once_in_the_order_of_the_verdict(self, driver: Driver) -> None:
         claim_all(driver, "a", "b", "c")
         driver.enqueue("d")
-        blamed = [Blame("b", 1, 1), Blame("a", 1, 2), Blame("c", 1)]
+        blamed = [driver.blame("b", 1, 1), driver.blame("a", 1, 2), driver.blame("c", 1)]
         assert crash(driver, *blamed) == {"a": "charged", "b": "charged", "c": "requeued"}
         assert (driver.listed(), driver.leased()) == (["b", "a", "c", "d"], [])
         assert [driver.record(i).attempts for i in "abc"] == [1, 1, 0]
@@ -53,14 +53,14 @@ class TestVerdict:
     def test_the_dead_childs_own_writes_are_fenced(self, driver: Driver) -> None:
         attempt = driver.start("a")
         driver.commit(attempt, attempt.row())
-        crash(driver, Blame("a", 1, 1))
+        crash(driver, driver.blame("a", 1, 1))
         assert driver.commit(attempt, attempt.row()) == ["FENCED"]
         again = driver.take("w2")
         assert (again.job.epoch, again.job.seq, again.job.company) == (2, 1, 1)
 
     def test_sent_again_it_charges_nobody_twice(self, driver: Driver) -> None:
         claim_all(driver, "a", "b")
-        verdict = [Blame("a", 1, 1), Blame("b", 1)]
+        verdict = [driver.blame("a", 1, 1), driver.blame("b", 1)]
         assert crash(driver, *verdict) == {"a": "charged", "b": "requeued"}
         assert crash(driver, *verdict) == {"a": "gone", "b": "gone"}
         assert driver.record("a").attempts == 1
@@ -68,24 +68,24 @@ class TestVerdict:
 
     def test_too_late_it_touches_nobody_elses_job(self, driver: Driver) -> None:
         driver.start("a")
-        assert crash(driver, Blame("a", 1, 1), worker="w2") == {"a": "gone"}
-        crash(driver, Blame("a", 1))
+        assert crash(driver, driver.blame("a", 1, 1), worker="w2") == {"a": "gone"}
+        crash(driver, driver.blame("a", 1))
         driver.take("w2")
-        assert crash(driver, Blame("a", 1, 1)) == {"a": "gone"}
+        assert crash(driver, driver.blame("a", 1, 1)) == {"a": "gone"}
         assert driver.record("a").attempts == 0
-        assert crash(driver, Blame("unknown", 1, 1)) == {"unknown": "gone"}
+        assert crash(driver, driver.blame("unknown", 1, 1)) == {"unknown": "gone"}
 
     def test_a_job_reaped_meanwhile_is_charged_where_it_waits(self, driver: Driver) -> None:
         attempt = driver.start("a")
         driver.release(attempt)
-        assert crash(driver, Blame("a", 1, 1, alone=True)) == {"a": "charged"}
-        assert crash(driver, Blame("a", 1, 1, alone=True)) == {"a": "gone"}
+        assert crash(driver, driver.blame("a", 1, 1, alone=True)) == {"a": "charged"}
+        assert crash(driver, driver.blame("a", 1, 1, alone=True)) == {"a": "gone"}
         assert (driver.listed(), driver.record("a").attempts) == (["a"], 1)
 
     def test_a_cancelled_job_ends(self, driver: Driver) -> None:
         driver.start("a")
         driver.cancel("a")
-        assert crash(driver, Blame("a", 1, 1, alone=True)) == {"a": "cancelled"}
+        assert crash(driver, driver.blame("a", 1, 1, alone=True)) == {"a": "cancelled"}
         assert driver.state("a") == "cancelled"
 
     def test_alone_and_again_is_what_makes_it_dead(self, driver: Driver) -> None:
@@ -93,7 +93,7 @@ class TestVerdict:
         for epoch, alone in enumerate([False, False, True], start=1):
             driver.take()
             assert driver.state("a") == "running"
-            crash(driver, Blame("a", epoch, 1, alone=alone))
+            crash(driver, driver.blame("a", epoch, 1, alone=alone))
         record = driver.record("a")
         assert (record.state, record.error_code) == (JobState.DEAD, "poison")
         assert (driver.listed(), driver.leased(), driver.indexed()) == ([], [], [])
@@ -103,21 +103,21 @@ class TestVerdict:
 
     def test_once_alone_is_not_enough(self, driver: Driver) -> None:
         driver.start("a")
-        assert crash(driver, Blame("a", 1, 1, alone=True)) == {"a": "charged"}
+        assert crash(driver, driver.blame("a", 1, 1, alone=True)) == {"a": "charged"}
         assert driver.state("a") == "queued"
 
     def test_in_company_a_job_never_dies(self, driver: Driver) -> None:
         driver.enqueue("a", max_attempts=1)
         for epoch in range(1, 20):
             driver.take()
-            crash(driver, Blame("a", epoch, 2))
+            crash(driver, driver.blame("a", epoch, 2))
         assert (driver.state("a"), driver.record("a").attempts) == ("queued", 19)
 
     def test_company_never_grows_again(self, driver: Driver) -> None:
         driver.enqueue("a")
         for epoch, company in enumerate([8, 2, 32], start=1):
             driver.take()
-            crash(driver, Blame("a", epoch, company))
+            crash(driver, driver.blame("a", epoch, company))
         assert driver.take().job.company == 2
 
 
@@ -129,7 +129,7 @@ class TestCompany:
 
     def test_the_least_company_of_all_decides(self, driver: Driver) -> None:
         claim_all(driver, "three", "two")
-        crash(driver, Blame("three", 1, 3), Blame("two", 1, 2))
+        crash(driver, driver.blame("three", 1, 3), driver.blame("two", 1, 2))
         for job_id in "xyz":
             driver.enqueue(job_id)
         assert driver.claimed_ids() == ["three", "two"]

@@ -156,7 +156,7 @@ def cancel_after_hand_over(driver: Driver) -> None:
 def die(driver: Driver) -> None:
     attempt = driver.start("a", result_ttl=1, max_attempts=1)
     driver.commit(attempt, attempt.row())
-    blame = calls.Blame("a", attempt.job.epoch, company=1, alone=True)
+    blame = calls.Blame(attempt.job.attempt, company=1, alone=True)
     assert driver.protocol.run(calls.crash("w1", [blame])) == [("a", "dead")]
 
 
@@ -192,6 +192,7 @@ def test_nothing_is_left_after_result_ttl(
 ) -> None:
     del settled_redis
     assert callable(end)
+    driver.lease_ms = 1_000  # a claim is remembered for as long
     end(driver)
     sweeper = Sweeper(driver.protocol, LANES, lease_ms=1_000, reap_seconds=1)
 

@@ -82,7 +82,7 @@ def end_what_is_left(driver: Driver) -> None:
     """Run the jobs, where they still can, until they are dead at the latest."""
     for _ in range(8):
         for job in driver.claim("w9").jobs:
-            blame = calls.Blame(job.job_id, job.epoch, company=1, alone=True)
+            blame = calls.Blame(job.attempt, company=1, alone=True)
             driver.protocol.run(calls.crash("w9", [blame]))
         driver.reap()
         candidates = driver.indexed()
@@ -110,7 +110,7 @@ def test_a_running_one_stops_neither_commit_renew_nor_release_of_others(
     mangle(driver)
     statuses = driver.commit(good, odd.row(), good.row(), odd.end(), good.row())
     assert (statuses[1], statuses[3]) == ("OK", "OK")
-    held = [("odd", odd.job.epoch), ("good", good.job.epoch)]
+    held = [odd.job.attempt, good.job.attempt]
     renewed = driver.protocol.run(calls.renew("w1", held, lease_ms=60_000))
     assert renewed[1].status == "OK"
     assert driver.release(odd, good)[1] == "OK"

@@ -209,7 +209,7 @@ class ProtocolMachine(RuleBasedStateMachine):
         held = [a for a in self.attempts if a.worker == worker and self._owns(a)]
         extra = self.attempts[stale % len(self.attempts)]
         blamed = held if extra in held else [*held, extra]
-        blames = [calls.Blame(a.job.job_id, a.job.epoch, company, alone) for a in blamed]
+        blames = [calls.Blame(a.job.attempt, company, alone) for a in blamed]
         outcomes = self.driver.protocol.run(calls.crash(worker, blames))
         assert [job_id for job_id, _ in outcomes] == [a.job.job_id for a in reversed(blamed)]
         for attempt, (_, outcome) in zip(reversed(blamed), outcomes, strict=True):

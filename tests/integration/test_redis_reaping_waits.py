@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING
 import pytest
 import redis
 
-from mlx_serving.common import calls
-from mlx_serving.worker.claims.strays import Strays
 from mlx_serving.worker.delivery.sweeper import Sweeper
 from tests.helpers import wait_until
 from tests.protocol_driver import LANES, Driver
@@ -96,33 +94,3 @@ def test_a_full_memory_lets_leases_be_renewed(driver: Driver) -> None:
     driver.redis.config_set("maxmemory", "1")
     driver.renew(attempt)
     assert driver.reap().outcomes == []
-
-
-def test_strays_go_back_in_their_order_and_what_is_held_stays(driver: Driver) -> None:
-    for job_id in ("c", "a", "b", "d"):
-        driver.enqueue(job_id)
-        time.sleep(0.002)
-    claim = calls.claim(
-        "w", LANES, most=4, lease_ms=1000, protocol=1, capacity_tokens=10_000,
-        max_payload_bytes=1 << 20,
-    )  # fmt: skip
-    jobs = driver.protocol.run(claim).jobs
-    strays = Strays(driver.protocol, "w", lambda: [jobs[1].request_id], seconds=5)
-    strays.give_back()
-    assert driver.listed() == []  # no claim failed
-    strays.expect()
-    strays.give_back()
-    assert driver.listed() == ["c", "b", "d"]
-
-
-@pytest.mark.parametrize("odd", ["list", "members"])
-def test_an_odd_set_of_executions_stops_nobody(driver: Driver, odd: str) -> None:
-    key = driver.protocol.keys.rq_worker_executions("w")
-    if odd == "list":
-        driver.redis.rpush(key, "x")
-    else:
-        driver.redis.sadd(key, b"\xff", "x", ":", "a:b", "unknown:1")
-    strays = Strays(driver.protocol, "w", list, seconds=5)
-    strays.expect()
-    strays.give_back()
-    assert driver.listed() == []

@@ -125,7 +125,7 @@ class TestRunning:
             driver.lapse("acme0")
             driver.reap()
         elif way == "crash":
-            blame = calls.Blame("acme0", attempt.job.epoch)
+            blame = calls.Blame(attempt.job.attempt)
             driver.protocol.run(calls.crash("w1", [blame]))
         else:
             driver.cancel("acme0")
@@ -247,7 +247,7 @@ class TestSets:
             driver.lapse("a")
             driver.reap()
         elif way == "dead":
-            blame = calls.Blame("a", attempt.job.epoch, company=1, alone=True)
+            blame = calls.Blame(attempt.job.attempt, company=1, alone=True)
             driver.protocol.run(calls.crash("w1", [blame]))
         elif way == "stock cancel":
             driver.redis.hset("rq:job:a", "status", "canceled")

@@ -108,7 +108,7 @@ class TenantMachine(RuleBasedStateMachine):
         elif message == "renew":
             self.driver.renew(attempt)
         elif message == "crash":
-            blame = calls.Blame(attempt.job.job_id, attempt.job.epoch)
+            blame = calls.Blame(attempt.job.attempt)
             self.driver.protocol.run(calls.crash(attempt.worker, [blame]))
         else:
             self.driver.cancel(attempt.job.job_id)

@@ -6,6 +6,7 @@ import signal
 
 import pytest
 
+from mlx_serving.common.attempts import Attempt
 from mlx_serving.common.calls import Blame
 from mlx_serving.worker.supervision.crash import Cause, classify, judge, loaded_at_death
 from mlx_serving.worker.supervision.manifest import ManifestRow, RowState
@@ -45,11 +46,13 @@ def test_only_deaths_of_the_engines_own_doing_charge() -> None:
 def rows(states: str) -> list[ManifestRow]:
     """One row a letter: Held, Entering, Running, Proven, Loading; the ids are their places."""
     letters = {state.name[0]: state for state in RowState}
-    return [ManifestRow(f"{n}:1", letters[letter], n) for n, letter in enumerate(states)]
+    return [
+        ManifestRow(Attempt(str(n), 1, "0f"), letters[letter], n) for n, letter in enumerate(states)
+    ]
 
 
 def companies(states: str) -> list[int]:
-    blamed = {row.job_id: row.company for row in judge(rows(states), Cause.CRASHED)}
+    blamed = {row.attempt.job_id: row.company for row in judge(rows(states), Cause.CRASHED)}
     return [blamed[str(n)] for n in range(len(states))]
 
 
@@ -76,7 +79,7 @@ def test_company_shrinks_to_half_of_the_suspects(states: str, expected: list[int
 
 @pytest.mark.parametrize("cause", [c for c in Cause if not c.charges])
 def test_a_death_from_outside_charges_nobody(cause: Cause) -> None:
-    assert judge(rows("HERP"), cause) == [Blame(str(n), 1) for n in range(4)]
+    assert judge(rows("HERP"), cause) == [Blame(row.attempt) for row in rows("HERP")]
 
 
 @pytest.mark.parametrize(
@@ -88,7 +91,7 @@ def test_alone_is_who_was_the_only_one_in_the_engine(states: str, alone: bool) -
 
 
 def test_the_closest_suspects_run_first_the_untouched_last() -> None:
-    order = [row.job_id for row in judge(rows("HRRERRP"), Cause.CRASHED)]
+    order = [row.attempt.job_id for row in judge(rows("HRRERRP"), Cause.CRASHED)]
     assert order == ["3", "1", "2", "4", "5", "0", "6"]
 
 
@@ -103,11 +106,11 @@ def test_any_batch_comes_down_to_one_row_in_seven_crashes(size: int) -> None:
 
 
 def test_a_death_while_a_model_was_loaded_charges_nobody() -> None:
-    given = [*rows("HERP"), ManifestRow("org/big:0", RowState.LOADING, 9)]
+    given = [*rows("HERP"), ManifestRow(Attempt("org/big", 0, ""), RowState.LOADING, 9)]
     assert loaded_at_death(given) == ["org/big"]
     assert loaded_at_death(rows("HERP")) == []
     for cause in Cause:
         blamed = judge(given, cause)
-        assert [(b.job_id, b.company, b.alone) for b in blamed] == [
+        assert [(b.attempt.job_id, b.company, b.alone) for b in blamed] == [
             (str(n), 0, False) for n in range(4)
         ]

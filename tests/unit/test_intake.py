@@ -120,7 +120,7 @@ def test_a_request_carries_the_parameters_and_names_the_attempt() -> None:
     )  # fmt: skip
     committed = Committed({0: CommittedChoice((5, 6))})
     (request,) = build_requests(claim_of(epoch=4), job, committed, lambda _: (1, 2), 100)
-    assert request.id == "a:4"
+    assert request.id == "a:4:0f"
     assert (request.prompt, request.committed, request.max_tokens) == ((1, 2), (5, 6), 9)
     assert request.stop == ("a", "b")
     sampling = request.sampling
@@ -207,9 +207,9 @@ def test_each_choice_gets_a_request_with_one_prompt_and_its_own_tokens() -> None
     committed = read_committed(several(), 3)
     requests = build_requests(claim_of(), job(n=3), committed, lambda _: (7, 8), 100)
     assert [(r.id, r.choice, r.prompt, r.committed) for r in requests] == [
-        ("a:1", 0, (7, 8), (1, 0)),
-        ("a:1", 1, (7, 8), (2,)),
-        ("a:1", 2, (7, 8), ()),
+        ("a:1:0f", 0, (7, 8), (1, 0)),
+        ("a:1:0f", 1, (7, 8), (2,)),
+        ("a:1:0f", 2, (7, 8), ()),
     ]
     assert len({id(r.prompt) for r in requests}) == 1
     assert len({r.sampling for r in requests}) == 1  # one seed; the noise counts choices

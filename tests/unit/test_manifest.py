@@ -24,7 +24,7 @@ def file() -> Iterator[ManifestFile]:
 
 
 def states(file: ManifestFile) -> dict[str, str]:
-    return {row.request_id: row.state.name for row in file.read()}
+    return {row.attempt.name: row.state.name for row in file.read()}
 
 
 def test_a_new_file_holds_nothing(file: ManifestFile) -> None:
@@ -33,14 +33,14 @@ def test_a_new_file_holds_nothing(file: ManifestFile) -> None:
 
 def test_the_parent_reads_what_the_child_wrote_and_where_it_stood(file: ManifestFile) -> None:
     child = Manifest.open(file.path)
-    for job in ("a:1", "b:12", f"{ID}:3", "d:1"):
+    for job in ("a:1:0f", "b:12:0f", f"{ID}:3:0f", "d:1:0f"):
         child.hold(job)
-    child.prefill(["b:12", f"{ID}:3"])
-    child.mark("d:1", RowState.PROVEN)
+    child.prefill(["b:12:0f", f"{ID}:3:0f"])
+    child.mark("d:1:0f", RowState.PROVEN)
     assert states(file) == {
-        "a:1": "HELD", "b:12": "ENTERING", f"{ID}:3": "ENTERING", "d:1": "PROVEN",
+        "a:1:0f": "HELD", "b:12:0f": "ENTERING", f"{ID}:3:0f": "ENTERING", "d:1:0f": "PROVEN",
     }  # fmt: skip
-    assert [(row.job_id, row.epoch) for row in file.read()] == [
+    assert [row.attempt[:2] for row in file.read()] == [
         ("a", 1), ("b", 12), (ID, 3), ("d", 1),
     ]  # fmt: skip
 
@@ -48,8 +48,8 @@ def test_the_parent_reads_what_the_child_wrote_and_where_it_stood(file: Manifest
 def test_the_files_name_is_gone_once_the_child_has_it(file: ManifestFile) -> None:
     child = Manifest.open(file.path)
     assert not Path(file.path).exists()
-    child.hold("a:1")
-    assert states(file) == {"a:1": "HELD"}
+    child.hold("a:1:0f")
+    assert states(file) == {"a:1:0f": "HELD"}
 
 
 def test_a_file_that_no_child_opened_is_removed() -> None:
@@ -61,65 +61,65 @@ def test_a_file_that_no_child_opened_is_removed() -> None:
 
 def test_a_prefill_ends_when_the_next_begins_or_the_step_is_over(file: ManifestFile) -> None:
     child = Manifest.open(file.path)
-    child.hold("a:1")
-    child.hold("b:1")
-    child.prefill(["a:1"])
-    child.prefill(["b:1"])
-    assert states(file) == {"a:1": "RUNNING", "b:1": "ENTERING"}
+    child.hold("a:1:0f")
+    child.hold("b:1:0f")
+    child.prefill(["a:1:0f"])
+    child.prefill(["b:1:0f"])
+    assert states(file) == {"a:1:0f": "RUNNING", "b:1:0f": "ENTERING"}
     child.prefill(())
-    assert states(file) == {"a:1": "RUNNING", "b:1": "RUNNING"}
+    assert states(file) == {"a:1:0f": "RUNNING", "b:1:0f": "RUNNING"}
 
 
 def test_rendering_a_prompt_counts_as_entering_only_meanwhile(file: ManifestFile) -> None:
     child = Manifest.open(file.path)
-    child.hold("a:1")
-    with child.entering("a:1"):
-        assert states(file) == {"a:1": "ENTERING"}
-    assert states(file) == {"a:1": "HELD"}
+    child.hold("a:1:0f")
+    with child.entering("a:1:0f"):
+        assert states(file) == {"a:1:0f": "ENTERING"}
+    assert states(file) == {"a:1:0f": "HELD"}
 
 
 def test_a_model_is_listed_while_a_slice_of_its_load_runs(file: ManifestFile) -> None:
     child = Manifest.open(file.path)
-    child.hold(f"{ID}:1")
+    child.hold(f"{ID}:1:0f")
     with child.loading("org/big"):
-        assert states(file) == {f"{ID}:1": "HELD", "org/big:0": "LOADING"}
-    assert states(file) == {f"{ID}:1": "HELD"}
+        assert states(file) == {f"{ID}:1:0f": "HELD", "org/big:0:": "LOADING"}
+    assert states(file) == {f"{ID}:1:0f": "HELD"}
 
 
 def test_slots_are_used_again_and_the_order_of_claims_is_kept(file: ManifestFile) -> None:
     child = Manifest.open(file.path)
-    names = [f"job{n}:1" for n in range(100)]
+    names = [f"job{n}:1:0f" for n in range(100)]
     for name in names:
         child.hold(name)
         child.hold(name)
-        if name != "job95:1":
+        if name != "job95:1:0f":
             child.drop(name)
-    child.hold("late:1")
-    child.drop("unknown:1")
-    child.mark("unknown:1", RowState.RUNNING)
-    assert [row.request_id for row in file.read()] == ["job95:1", "late:1"]
+    child.hold("late:1:0f")
+    child.drop("unknown:1:0f")
+    child.mark("unknown:1:0f", RowState.RUNNING)
+    assert [row.attempt.name for row in file.read()] == ["job95:1:0f", "late:1:0f"]
 
 
 def test_what_finds_no_slot_is_left_to_its_lease(file: ManifestFile) -> None:
     child = Manifest.open(file.path)
     for n in range(20):
-        child.hold(f"{n}:1")
-    child.hold("x" * 300 + ":1")
+        child.hold(f"{n}:1:0f")
+    child.hold("x" * 300 + ":1:0f")
     assert len(file.read()) == 8
 
 
 def test_an_older_attempt_of_the_same_job_is_another_row(file: ManifestFile) -> None:
     child = Manifest.open(file.path)
-    child.hold("a:1")
-    child.hold("a:2")
-    child.drop("a:1")
-    assert states(file) == {"a:2": "HELD"}
+    child.hold("a:1:0f")
+    child.hold("a:2:0f")
+    child.drop("a:1:0f")
+    assert states(file) == {"a:2:0f": "HELD"}
 
 
 def test_a_torn_record_is_not_read(file: ManifestFile) -> None:
     """Whatever part of `hold` was written: the state byte comes last."""
     whole = bytearray(SLOT_BYTES * 8)
-    Manifest(whole).hold("abcdef:1")
+    Manifest(whole).hold("abcdef:1:0f")
     (at,) = [at for at in range(0, len(whole), SLOT_BYTES) if whole[at]]
     with Path(file.path).open("r+b") as raw:
         for length in range(1, SLOT_BYTES):
@@ -137,12 +137,12 @@ def test_garbage_does_no_harm(file: ManifestFile) -> None:
             raw.write(noise.randbytes(SLOT_BYTES * 8))
             raw.flush()
             for row in file.read():
-                assert row.job_id
-                assert row.epoch >= 0
+                assert row.attempt.job_id
+                assert row.attempt.epoch >= 0
 
 
 def test_without_a_file_it_is_only_kept() -> None:
     manifest = Manifest()
-    manifest.hold("a:1")
-    manifest.prefill(["a:1"])
-    manifest.drop("a:1")
+    manifest.hold("a:1:0f")
+    manifest.prefill(["a:1:0f"])
+    manifest.drop("a:1:0f")

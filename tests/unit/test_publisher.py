@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import redis
@@ -184,8 +184,11 @@ def test_a_lost_job_is_dropped_and_aborted_and_its_batch_mate_goes_on(
     assert (bench.publisher.fenced, bench.publisher.backlog) == (1, 0)
 
 
-def test_the_answer_to_an_old_attempt_does_not_touch_the_new_one(bench: Bench) -> None:
-    old, new = held(), held(epoch=2)
+@pytest.mark.parametrize("again", [{"epoch": 2}, {"nonce": "1f"}])
+def test_the_answer_to_an_old_attempt_does_not_touch_the_new_one(
+    bench: Bench, again: dict[str, Any]
+) -> None:
+    old, new = held(), held(**again)
     bench.hold(old)
     bench.protocol.gate.clear()
     bench.protocol.answers["a"] = RowReply("FENCED")
@@ -198,7 +201,9 @@ def test_the_answer_to_an_old_attempt_does_not_touch_the_new_one(bench: Bench) -
     bench.publisher.push([output(old, [2], "2"), output(new, [1], "1", "stop")])
     wait_until(lambda: not bench.publisher.held())
     assert bench.gone == [old.request_id]
-    tokens = [e for e in bench.protocol.events if e.type == "tokens" and e.attempt == 2]
+    (rows,) = [sent for sent in bench.protocol.sent if sent[0][2] == new.claimed.nonce][-1:]
+    assert {row[:3] for row in rows} == {("a", str(new.claimed.epoch), new.claimed.nonce)}
+    tokens = [e for _, e, _ in bench.protocol.commits[-1] if e.type == "tokens"]
     assert [e.choices[0].token_ids for e in tokens] == [[1]]
 
 

@@ -52,6 +52,19 @@ def test_leases_are_renewed_while_the_engine_makes_progress(bench: Bench) -> Non
     assert len(bench.protocol.renewals) <= seen + 1
 
 
+def test_a_job_that_the_engine_lost_keeps_no_lease() -> None:
+    """One that is still being prepared does, and one that the engine has."""
+    with Bench(lease_ms=400) as bench:
+        jobs = [held(name) for name in ("lost", "prepared", "computed")]
+        bench.hold(*jobs)
+        bench.publisher.placed([jobs[0].request_id, jobs[2].request_id])
+        wait_until(lambda: ["lost", "prepared", "computed"] in bench.protocol.renewals)
+        bench.missing = {jobs[0].request_id, jobs[1].request_id}
+        seen = len(bench.protocol.renewals)
+        wait_until(lambda: len(bench.protocol.renewals) >= seen + 3)
+        assert all(each == ["prepared", "computed"] for each in bench.protocol.renewals[seen + 1 :])
+
+
 def test_what_a_commit_renewed_needs_no_renewal(bench: Bench) -> None:
     """A renewal is a round trip that the next flush would wait for."""
     busy, quiet = held("busy"), held("quiet")

@@ -70,6 +70,10 @@ class FakeEngine:
     def has_work(self) -> bool:
         return bool(self.rows)
 
+    @property
+    def request_ids(self) -> set[str]:
+        return set(self.rows)
+
 
 class Bench:
     def __init__(self, slice_seconds: float = 0.0) -> None:
@@ -122,6 +126,19 @@ def test_what_waits_can_be_taken_back_once(bench: Bench) -> None:
     assert bench.runner.withdraw({"a", "c"}) == {"c"}
     assert bench.runner.withdraw({"c"}) == set()
     assert [c[0].id for c in bench.runner.unadmitted() or ()] == ["d"]
+
+
+def test_it_has_what_was_submitted_until_that_is_over(bench: Bench) -> None:
+    assert not bench.runner.has("a")
+    bench.runner.submit([request(name) for name in "abcd"])
+    assert [bench.runner.has(name) for name in "abcd"] == [True] * 4
+    bench.runner.withdraw({"d"})
+    bench.runner.abort("a")
+    wait_until(lambda: not bench.runner.has("a") and not bench.runner.has("d"))
+    wait_until(lambda: bench.engine.rows == ["b", "c"])
+    bench.engine.rows.remove("b")  # the engine lost it without a word
+    wait_until(lambda: not bench.runner.has("b"))
+    assert bench.runner.has("c")
 
 
 def test_an_abort_reaches_what_waits(bench: Bench) -> None:

@@ -3,20 +3,22 @@
 -- is, wherever on the list that job stands. A tenant that runs as many jobs as it may lets its turns pass.
 -- A young job is left for a moment to another worker that likely has its prompt's beginning and room (see affinity.lua); one
 -- of the lane bulk that another worker has the beginning of is taken after those further back that none or this one has.
--- ARGV: P R worker iso lease_ms protocol capacity_tokens capacity_rows most max_payload_bytes rows unproven company affinity_ms
+-- A claim sent again with its nonce takes nothing more: it returns what it took before, as far as that is still this worker's.
+-- ARGV: P R worker iso nonce lease_ms protocol capacity_tokens capacity_rows most max_payload_bytes rows unproven company affinity_ms
 --   keeps_prefixes queue …
+--   nonce: names this claim and the attempts that it begins; most: 0 takes nothing, neither now nor if the claim itself comes later;
 --   capacity: the most that one job may need here; rows: that the worker holds; unproven: those of them that have not shown yet that the engine survives them;
 --   company: the least of what these allow beside them, themselves included (0: any);
 --   affinity_ms: how young (0: none is left); keeps_prefixes: 1 where this worker has a prefix cache.
 -- Returns {suspended 0|1, {job …}, {dropped id …}, queue to look into first the next time or '',
 --   ms after which a job that was left is anybody's (0: none was)}; a job is
 --   {id, queue, epoch, seq, data, problem, signature, deadline_ms, timeout_ms, stream, result_ttl, enqueued_ms, started_ms, first_token_ms, now_ms, company}.
-local worker, iso, lease = ARGV[3], ARGV[4], tonumber(ARGV[5])
-local protocol, capacity, capacity_rows = tonumber(ARGV[6]), tonumber(ARGV[7]), tonumber(ARGV[8])
-local most, max_payload = tonumber(ARGV[9]), tonumber(ARGV[10])
-local rows, unproven, company = tonumber(ARGV[11]), tonumber(ARGV[12]), tonumber(ARGV[13])
-local patience, keeps_prefixes = tonumber(ARGV[14]), ARGV[15] == '1'
-if redis.call('EXISTS', k_rq_suspended()) == 1 then return {1, {}, {}, '', 0} end
+local worker, iso, nonce, lease = ARGV[3], ARGV[4], ARGV[5], tonumber(ARGV[6])
+local protocol, capacity, capacity_rows = tonumber(ARGV[7]), tonumber(ARGV[8]), tonumber(ARGV[9])
+local most, max_payload = tonumber(ARGV[10]), tonumber(ARGV[11])
+local rows, unproven, company = tonumber(ARGV[12]), tonumber(ARGV[13]), tonumber(ARGV[14])
+local patience, keeps_prefixes = tonumber(ARGV[15]), ARGV[16] == '1'
+local QUEUES = 17  -- where they begin in ARGV
 
 local ANY = 2 ^ 31
 if company == 0 then company = ANY end
@@ -61,18 +63,45 @@ local function read_payload(id)
   return '', values[2], signature
 end
 
+-- Adds a job that this worker runs now to the reply.
+local function reply_with(id, queue, epoch, started, c)
+  local problem, data, signature = read_payload(id)
+  if #signature > 256 then signature = 'too long' end
+  jobs[#jobs + 1] = {id, queue, epoch, c.seq, data, problem, signature, c.dl, c.to, c.sm, c.ttl, c.en, started, c.ft or '0', int(now), c.co or '0'}
+end
+
+-- What this claim took when it was sent before; nil where it was not. A worker that asks with `most` 0 has given it up.
+local function take_again()
+  local ids = redis.pcall('GET', k_claim(nonce))
+  if type(ids) ~= 'string' then return false end
+  for id in string.gmatch(ids, '%S+') do
+    local c = sound_fields(id)
+    local h = c and redis.call('HMGET', k_job(id), 'ow', 'no')
+    if c and c.st == 'running' and h[1] == worker and h[2] == nonce then
+      shared('ZADD', k_leases(c.q), int(now + lease), id)
+      reply_with(id, c.q, c.ep, c.sa or int(now), c)
+    end
+  end
+  return true
+end
+
+-- Notes what the claim took, for as long as a lease: a command that hangs on its way longer takes jobs that come back by theirs.
+local function note_claim()
+  local ids = {}
+  for i, job in ipairs(jobs) do ids[i] = job[1] end
+  redis.call('SET', k_claim(nonce), table.concat(ids, '\n'), 'PX', int(lease))
+end
+
 local function take(id, queue, c)
   local epoch, started = int(c.ep + 1), c.sa or int(now)
-  redis.call('HSET', k_job(id), 'st', 'running', 'ow', worker, 'ep', epoch, 'sa', started)
+  redis.call('HSET', k_job(id), 'st', 'running', 'ow', worker, 'ep', epoch, 'no', nonce, 'sa', started)
   shared('ZADD', k_leases(queue), int(now + lease), id)
   if c.tn then
     tolerantly(tenant_runs, id, queue, c.tn)
     if room[c.tn] then room[c.tn] = room[c.tn] - 1 end
   end
-  local problem, data, signature = read_payload(id)
   show(view_start, id, queue, epoch, worker, iso, now)
-  if #signature > 256 then signature = 'too long' end
-  jobs[#jobs + 1] = {id, queue, epoch, c.seq, data, problem, signature, c.dl, c.to, c.sm, c.ttl, c.en, started, c.ft or '0', int(now), c.co or '0'}
+  reply_with(id, queue, epoch, started, c)
   rows, unproven = rows + 1, unproven + 1
   if tonumber(c.co or 0) > 0 then company = math.min(company, tonumber(c.co)) end
   if c.af and patience > 0 and keeps_prefixes then note_holder(c, worker) end
@@ -294,8 +323,16 @@ local function claim(queue)
   take_passed(queue, passed)
 end
 
--- Whatever goes wrong at a job, those that were taken before it have their leases.
-local ok, problem = pcall(function() for i = 16, #ARGV do claim(ARGV[i]) end end)
-write_gathered()
-if not ok then error(problem, 0) end
+local is_plain = redis.call('EXISTS', k_claim(nonce), k_rq_suspended()) == 0  -- neither: one look for both
+if not is_plain and take_again() then
+  write_gathered()
+elseif not is_plain and most > 0 and redis.call('EXISTS', k_rq_suspended()) == 1 then
+  return {1, {}, {}, '', 0}
+else
+  -- Whatever goes wrong at a job, those that were taken before it have their leases.
+  local ok, problem = pcall(function() for i = QUEUES, #ARGV do claim(ARGV[i]) end end)
+  write_gathered()
+  if #jobs > 0 or most == 0 then note_claim() end
+  if not ok then error(problem, 0) end
+end
 return {0, jobs, dropped, reserved, math.ceil(again)}

@@ -1,8 +1,8 @@
--- EMIT and FINISH for all rows of a flush. Per row: the epoch matches and seq == committed + 1.
+-- EMIT and FINISH for all rows of a flush. Per row: the attempt is the one that runs, and seq == committed + 1.
 -- ARGV: P R worker iso lease_ms, rows as MessagePack:
---   {id, epoch, seq, publish, event}, and where the job ends {…, final_state, result, rq_result, error_code, message}
+--   {id, epoch, nonce, seq, publish, event}, and where the job ends {…, final_state, result, rq_result, error_code, message}
 -- Returns {row's number, status, reason} of each row that is not plainly 'OK'; status: 'OK' with the job's cancel
--- reason, 'DUP' (already written), 'FENCED', 'GAP', each with that reason or ''; 'ERROR' with Redis's own error: that
+-- reason, 'DUP' (already written, word for word), 'FENCED' (another attempt's job, or another event stands there), 'GAP', each with that reason or ''; 'ERROR' with Redis's own error: that
 -- row was not written, the others were.
 local worker, iso, lease = ARGV[3], ARGV[4], tonumber(ARGV[5])
 local now = now_ms()
@@ -21,22 +21,21 @@ local function is_written(id, seq, payload)
 end
 
 -- `changes`: fields that the rows so far changed, written once a job and flush.
+local FIELDS = {'st', 'ep', 'ow', 'no', 'seq', 'ca', 'q', 'ab', 'ls', 'sa', 'ft', 'ttl', 'tn'}
 local function read(id)
-  local c = redis.call('HMGET', k_job(id), 'st', 'ep', 'ow', 'seq', 'ca', 'q', 'ab', 'ls', 'sa', 'ft', 'ttl', 'tn')
-  c.changes = {}
+  local c, values = {changes = {}}, redis.call('HMGET', k_job(id), unpack(FIELDS))
+  for i, name in ipairs(FIELDS) do c[name] = values[i] end
   known[id] = c
   return c
 end
 
-local function wanted(c, epoch) return c[1] == 'running' and c[2] == epoch and c[3] == worker end
-
 -- Nobody has listened for abandon_after: the row should end.
 local function note_listeners(c)
-  local limit = tonumber(c[7]) or 0
+  local limit = tonumber(c.ab) or 0
   if limit == 0 then return end
   if c.receivers > 0 then c.changes.ls = int(now)
-  elseif c[5] == '' and now - (tonumber(c[8]) or tonumber(c[9]) or now) > limit then
-    c[5], c.changes.ca = 'abandoned', 'abandoned'
+  elseif c.ca == '' and now - (tonumber(c.ls) or tonumber(c.sa) or now) > limit then
+    c.ca, c.changes.ca = 'abandoned', 'abandoned'
   end
 end
 
@@ -44,40 +43,44 @@ end
 local function renew(id, c)
   if c.renewed or ends[id] then return end
   c.renewed = true
-  shared('ZADD', k_leases(c[6]), int(now + lease), id)
-  if c[5] == '' then
-    c[5] = stock_verdict(id)
-    if c[5] ~= '' then c.changes.ca = c[5] end
+  shared('ZADD', k_leases(c.q), int(now + lease), id)
+  if c.ca == '' then
+    c.ca = stock_verdict(id)
+    if c.ca ~= '' then c.changes.ca = c.ca end
   end
 end
 
-local function commit(id, epoch, seq, publish, payload, state, result, rq_result, code, message)
+local function commit(id, epoch, nonce, seq, publish, payload, state, result, rq_result, code, message)
   local c = known[id] or read(id)
-  if not wanted(c, epoch) then
+  if not runs(c, worker, epoch, nonce) then
     -- The reply to the flush that ended the job was lost.
-    if TERMINAL[c[1]] and c[2] == epoch and c[3] == worker and is_written(id, seq, payload) then return {'DUP', ''} end
+    local ended_here = TERMINAL[c.st] and c.ow == worker and is_attempt(c, epoch, nonce)
+    if ended_here and is_written(id, seq, payload) then return {'DUP', ''} end
     return {'FENCED', ''}
   end
-  local committed = tonumber(c[4])
-  if seq <= committed then return {'DUP', c[5] or ''} end
-  if seq ~= committed + 1 then return {'GAP', c[5] or ''} end
+  local committed = tonumber(c.seq)
+  if seq <= committed then
+    if is_written(id, seq, payload) then return {'DUP', c.ca or ''} end
+    return {'FENCED', ''}
+  end
+  if seq ~= committed + 1 then return {'GAP', c.ca or ''} end
   append_event(id, seq, payload)
-  c[4], c.changes.seq = seq, int(seq)
-  if not c[10] and string.find(payload, '"token_ids"', 1, true) then c[10], c.changes.ft = now, int(now) end
+  c.seq, c.changes.seq = seq, int(seq)
+  if not c.ft and string.find(payload, '"token_ids"', 1, true) then c.ft, c.changes.ft = now, int(now) end
   -- Nobody can subscribe while the script runs: where the job's first event found no listener, no other will.
   if publish and c.receivers ~= 0 then c.receivers = redis.call('PUBLISH', k_channel(id), payload) end
   if state then
     known[id] = nil
     local kind = state == 'finished' and {1, rq_result, ''} or {2, '', rq_result}
-    finalize(id, c[6], state, code, message, result, iso, now, worker, epoch, kind, c.changes, {c[11], c[12]})
+    finalize(id, c.q, state, code, message, result, iso, now, worker, epoch, kind, c.changes, {c.ttl, c.tn})
     local counter = state == 'finished' and 'successful_job_count' or 'failed_job_count'
     ended[counter] = (ended[counter] or 0) + 1
     return OK
   end
   if publish then note_listeners(c) end
   renew(id, c)
-  if not c[5] or c[5] == '' then return OK end
-  return {'OK', c[5]}
+  if not c.ca or c.ca == '' then return OK end
+  return {'OK', c.ca}
 end
 
 -- What a job's own keys refuse now (a foreign stream under its id), they refuse every attempt: it ends here.
@@ -95,7 +98,7 @@ end
 
 local rows = cmsgpack.unpack(ARGV[6])
 for _, row in ipairs(rows) do
-  if row[6] then ends[row[1]] = true end
+  if row[7] then ends[row[1]] = true end
 end
 for i, row in ipairs(rows) do
   local ok, reply = pcall(commit, unpack(row))

@@ -81,6 +81,21 @@ local function write_gathered()
   end
 end
 
+-- The attempt that a worker speaks of, by its claim: Redis may forget a claim (a failover, a power loss) and give the same
+-- epoch again, to the same worker too. `c`: at least 'st', 'ep', 'ow', 'no' of a control hash, by these names.
+local function is_attempt(c, epoch, nonce) return c.ep == epoch and c.no == nonce end
+
+local function runs(c, worker, epoch, nonce) return c.st == 'running' and c.ow == worker and is_attempt(c, epoch, nonce) end
+
+-- Fields of a job's control hash by their names; a field that is not there is false, and nothing is where there is no hash.
+local function read_fields(id, ...)
+  local c = {}
+  if not is_hash(k_job(id)) then return c end
+  local values = redis.call('HMGET', k_job(id), ...)
+  for i, name in ipairs({...}) do c[name] = values[i] end
+  return c
+end
+
 -- Which terminal state a cancel reason leads to.
 local function state_for(reason)
   if reason == 'deadline_exceeded' or reason == 'timeout' or reason == 'abandoned' then return 'expired' end

@@ -1,24 +1,21 @@
 -- Renews leases of jobs whose engine made progress, whether or not they emitted.
--- ARGV: P R worker lease_ms, then id epoch a job. Returns per job {status 'OK'|'FENCED', cancel_reason}.
+-- ARGV: P R worker lease_ms, then id epoch nonce a job. Returns per job {status 'OK'|'FENCED', cancel_reason}.
 local worker, lease = ARGV[3], tonumber(ARGV[4])
 local now = now_ms()
 local replies = {}
 
-local function renew(id, epoch)
-  if not is_hash(k_job(id)) then return {'FENCED', ''} end
-  local c = redis.call('HMGET', k_job(id), 'st', 'ep', 'ow', 'q', 'ca')
-  if c[1] == 'running' and c[2] == epoch and c[3] == worker then
-    -- It removes nothing: a full Redis lets a script go on that has begun to write, and a renewal takes no memory.
-    redis.call('ZREM', k_leases(c[4]), '')
-    redis.call('ZADD', k_leases(c[4]), int(now + lease), id)
-    if c[5] == '' then
-      c[5] = stock_verdict(id)
-      if c[5] ~= '' then redis.call('HSET', k_job(id), 'ca', c[5]) end
-    end
-    return {'OK', c[5] or ''}
+local function renew(id, epoch, nonce)
+  local c = read_fields(id, 'st', 'ep', 'ow', 'no', 'q', 'ca')
+  if not runs(c, worker, epoch, nonce) then return {'FENCED', ''} end
+  -- It removes nothing: a full Redis lets a script go on that has begun to write, and a renewal takes no memory.
+  redis.call('ZREM', k_leases(c.q), '')
+  redis.call('ZADD', k_leases(c.q), int(now + lease), id)
+  if c.ca == '' then
+    c.ca = stock_verdict(id)
+    if c.ca ~= '' then redis.call('HSET', k_job(id), 'ca', c.ca) end
   end
-  return {'FENCED', ''}
+  return {'OK', c.ca or ''}
 end
 
-for i = 5, #ARGV, 2 do replies[#replies + 1] = renew(ARGV[i], ARGV[i + 1]) end
+for i = 5, #ARGV, 3 do replies[#replies + 1] = renew(ARGV[i], ARGV[i + 1], ARGV[i + 2]) end
 return replies

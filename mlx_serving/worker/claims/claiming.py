@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import structlog
 
 from mlx_serving.common import calls
+from mlx_serving.common.attempts import new_nonce
 from mlx_serving.common.jobs import PROTOCOL, model_of
 from mlx_serving.worker.claims.claim_ahead import ClaimAhead, Claimed
 from mlx_serving.worker.claims.demand import Group
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
     from mlx_serving.common.protocol import Protocol
     from mlx_serving.worker.claims.lane_claims import LaneClaim, LaneNews
     from mlx_serving.worker.claims.placement import Placement
+
+    _ClaimCall = Callable[..., Call[ClaimReply]]  # takes `most`
 
 log = structlog.get_logger(__name__)
 
@@ -37,6 +41,9 @@ class ClaimTerms:
 class Claims:
     """One claim at a time, of one model's queues. For the thread that claims.
 
+    A claim whose reply was lost may have taken jobs, and may yet reach Redis: it is sent again, to
+    take no more than it did, before any other is made.
+
     Raises:
         redis.RedisError: from every method that asks Redis.
 
@@ -53,13 +60,17 @@ class Claims:
         self._terms, self._protocol, self._placement = terms, protocol, placement
         self._held_rows, self._news = held_rows, news
         self._ahead = ClaimAhead(protocol)
+        self._unanswered: tuple[_ClaimCall, LaneClaim] | None = None  # sent, not answered yet
         self.suspended = False
         self._reserved = ""  # queue of a suspect that this worker makes room for
 
     def take(self, room: Callable[[], LaneClaim | None]) -> Claimed | None:
         """Return what the claim under way brings, else claim now; None where there is no room."""
         claimed = self._ahead.take()
+        if claimed is None and self._unanswered is not None:
+            claimed = self._recall(*self._unanswered)
         if claimed is not None:
+            self._unanswered = None
             self._news.expect(claimed.reply.again_ms / 1000)
         else:
             claimed = self._claim(room())
@@ -84,7 +95,13 @@ class Claims:
         if asked is not None:
             (group,) = self._placement.groups(asked.lanes)
             self._news.ask(asked)
-            self._ahead.begin(self._call(group, asked.most), asked)
+            self._ahead.begin(self._new_claim(group, asked)(most=asked.most), asked)
+
+    def _recall(self, call: _ClaimCall, asked: LaneClaim) -> Claimed:
+        """Ask for the jobs of a claim whose reply was lost; it takes no others from now on."""
+        reply = self._protocol.run(call(most=0))
+        log.info("claim_recalled", jobs=len(reply.jobs))
+        return Claimed(reply, asked, others=True)
 
     def _claim(self, room: LaneClaim | None) -> Claimed | None:
         if room is None:
@@ -93,7 +110,8 @@ class Claims:
         groups = self._groups(room)
         self._news.ask(room)
         for left, group in enumerate(groups, 1 - len(groups)):
-            reply = self._protocol.run(self._call(group, room.most))
+            reply = self._protocol.run(self._new_claim(group, room)(most=room.most))
+            self._unanswered = None
             self._news.expect(reply.again_ms / 1000)
             claimed = Claimed(reply, room, others=left < 0, in_order=not self._reserved)
             if reply.suspended or reply.reserved:
@@ -111,15 +129,20 @@ class Claims:
         first = next((g for g in groups if g.model == model), Group(model, ()))
         return [first, *(g for g in groups if g is not first)]
 
-    def _call(self, group: Group, most: int) -> Call[ClaimReply]:
+    def _new_claim(self, group: Group, asked: LaneClaim) -> _ClaimCall:
+        call = self._call(group)
+        self._unanswered = call, asked
+        return call
+
+    def _call(self, group: Group) -> _ClaimCall:
         terms = self._terms
         loaded = self._placement.residents.get(group.model)
         capacity = loaded.engine.kv_tokens_capacity if loaded else 0
         waits = [self._reserved] if model_of(self._reserved) == group.model else []
         queues = list(dict.fromkeys([*waits, *group.queues]))
-        return calls.claim(
-            terms.worker, queues, most=most, lease_ms=terms.lease_ms, protocol=PROTOCOL,
-            capacity_tokens=capacity, max_payload_bytes=terms.max_payload_bytes,
+        return partial(
+            calls.claim, terms.worker, queues, nonce=new_nonce(), lease_ms=terms.lease_ms,
+            protocol=PROTOCOL, capacity_tokens=capacity, max_payload_bytes=terms.max_payload_bytes,
             capacity_rows=terms.rows, held=self._held_rows(), affinity_ms=terms.affinity_ms,
             keeps_prefixes=loaded is not None and loaded.keeps_prefixes,
         )  # fmt: skip

@@ -67,6 +67,7 @@ class HeldJob(Struct, eq=False):
     model_name: str = ""
     choices: list[Choice] = field(default_factory=lambda: [Choice(0)])
     reset: bool = False  # the attempt event is followed by one that takes earlier tokens back
+    placed: bool = False  # the engine was given its rows
     ending: Ending | None = None
     seq: int = 0  # last one handed to Redis, committed or in flight
     first_token_ms: int = 0
@@ -150,7 +151,7 @@ class HeldJob(Struct, eq=False):
 
     def returned(self, kv_tokens: int = 0, rows: int = 0) -> Returned:
         """Its row of a release; what it needs, where that is too much for this worker."""
-        return Returned(self.job_id, self.claimed.epoch, kv_tokens, rows)
+        return Returned(self.claimed.attempt, kv_tokens, rows)
 
     def now_ms(self) -> int:
         """Redis TIME as far as this process knows it."""
@@ -247,9 +248,8 @@ class HeldJob(Struct, eq=False):
         return rows
 
     def _row(self, event: events.Event) -> CommitRow:
-        return CommitRow(
-            self.job_id, self.claimed.epoch, event.seq, events.encode(event), self.claimed.stream
-        )
+        claimed = self.claimed
+        return CommitRow(claimed.attempt, event.seq, events.encode(event), claimed.stream)
 
     def _next_seq(self) -> int:
         self.seq += 1
@@ -275,7 +275,7 @@ class HeldJob(Struct, eq=False):
         summary = f"{error.code}: {error.message}" if error else ""
         finished = ending.state is JobState.FINISHED
         return CommitRow(
-            self.job_id, self.claimed.epoch, event.seq, events.encode(event), self.claimed.stream,
+            self.claimed.attempt, event.seq, events.encode(event), self.claimed.stream,
             state=ending.state, result=result,
             rq_result=rq_success(result) if finished else rq_failure(summary),
             error_code=error.code if error else "", message=error.message if error else "",

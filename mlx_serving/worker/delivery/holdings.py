@@ -60,6 +60,11 @@ class Holdings:
             self._unbegun.discard(job.request_id)
             self.backlog -= job.unsent
 
+    def find(self, request_id: str) -> HeldJob | None:
+        """Return the attempt of this name, where it is held."""
+        job = self.jobs.get(request_id.partition(":")[0])
+        return job if job is not None and job.request_id == request_id else None
+
     def mark(self, job: HeldJob) -> None:
         """Say that a job has something to write."""
         self._dirty[job.job_id] = job
@@ -105,8 +110,8 @@ class Holdings:
 
     def _live(self, output: Output) -> HeldJob | None:
         """The held attempt that decoded it, while its end is open."""
-        job = self.jobs.get(output.request_id.partition(":")[0])
-        if job is None or job.request_id != output.request_id or job.ending is not None:
+        job = self.find(output.request_id)
+        if job is None or job.ending is not None:
             self.backlog -= len(output.token_ids)
             return None
         return job

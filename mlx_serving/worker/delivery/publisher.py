@@ -26,10 +26,11 @@ from mlx_serving.worker.measures import Measures
 from mlx_serving.worker.supervision.manifest import Manifest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Iterable, Sequence
 
     from mlx_serving.common.calls import CommitRow, RowReply
     from mlx_serving.common.protocol import Protocol
+    from mlx_serving.worker.delivery.engine_link import EngineLink
     from mlx_serving.worker.delivery.held import HeldJob
     from mlx_serving.worker.engine.sequence import Output
 
@@ -57,10 +58,8 @@ class PublisherOptions:
 class Publisher(threading.Thread):
     """Owner of the held jobs. Thread-safe.
 
-    `on_gone(request_id)` is called, outside the lock, for every attempt that is not to be decoded
-    any further: it failed, was cancelled, or was taken over; not where all its rows ended by
-    themselves, which the engine knows. `fresh` says whether the engine makes
-    progress; leases are renewed only while it does.
+    Leases are renewed only while the engine makes progress, and of an attempt that was given to it
+    only while it has its rows.
     """
 
     def __init__(
@@ -68,15 +67,14 @@ class Publisher(threading.Thread):
         protocol: Protocol,
         worker: str,
         options: PublisherOptions,
+        engine: EngineLink,
         *,
-        on_gone: Callable[[str], None],
-        fresh: Callable[[], bool],
         manifest: Manifest | None = None,
         measures: Measures | None = None,
     ) -> None:
         super().__init__(name="publisher", daemon=True)
         self._protocol, self._worker, self._options = protocol, worker, options
-        self._on_gone, self._fresh = on_gone, fresh
+        self._engine, self._on_gone = engine, engine.on_gone
         self._log = JobLog()
         self.manifest = manifest or Manifest()
         self.measures = measures or Measures()
@@ -109,12 +107,21 @@ class Publisher(threading.Thread):
         replaced = []
         with self._changed:
             for job in jobs:
-                if job.job_id in self._holdings.jobs:
-                    replaced.append(self._holdings.jobs[job.job_id].request_id)
+                older = self._holdings.jobs.get(job.job_id)
+                if older is not None:
+                    replaced.append(older.request_id)
                     self._holdings.forget(job.job_id)
                 self._holdings.hold(job)
         for request_id in replaced:
             self._on_gone(request_id)
+
+    def placed(self, jobs: Iterable[str]) -> None:
+        """Note that the engine has been given the rows of these attempts."""
+        with self._changed:
+            for request_id in jobs:
+                job = self._holdings.find(request_id)
+                if job is not None:
+                    job.placed = True
 
     def fail(self, job: HeldJob, code: str, message: str) -> None:
         """End a job with an error of its own."""
@@ -298,18 +305,19 @@ class Publisher(threading.Thread):
         lost: list[tuple[HeldJob, RowReply]] = []
         with self._changed:
             for row, reply in zip(rows, replies, strict=True):
-                job = self._holdings.jobs.get(row.job_id)
-                if job is None or job.claimed.epoch != row.epoch or row.job_id in again:
+                job_id = row.attempt.job_id
+                job = self._holdings.jobs.get(job_id)
+                if job is None or job.claimed.attempt != row.attempt or job_id in again:
                     continue
                 if reply.status == "ERROR" and reply.reason.lstrip("-").startswith(TRANSIENT):
                     self._note_failure(reply.reason.split(" ", 1)[0])
-                    again[row.job_id] = None
+                    again[job_id] = None
                 elif reply.status not in {"OK", "DUP"}:
-                    self._holdings.forget(row.job_id)
+                    self._holdings.forget(job_id)
                     lost.append((job, reply))
                     gone.append(job.request_id)
                 elif row.state is not None:
-                    self._holdings.forget(row.job_id)
+                    self._holdings.forget(job_id)
                     ended.append((job, row.state))
                     gone += stopped(job, row.state)
                 elif reply.reason and job.ending is None:
@@ -323,7 +331,7 @@ class Publisher(threading.Thread):
         for job, state in ended:
             self.measures.ended(job, state)
             self._log.ended(job, state)
-        return [row for row in rows if row.job_id in again]
+        return [row for row in rows if row.attempt.job_id in again]
 
     def _note_lost(self, job: HeldJob, reply: RowReply) -> None:
         self.fenced += 1
@@ -341,18 +349,19 @@ class Publisher(threading.Thread):
         up the next flush, and a kill loses what piles up.
         """
         now, turn = time.monotonic(), self._options.lease_ms / 8000
-        if not (self._looking or now - self._renewed_at >= turn) or not self._fresh():
+        if not (self._looking or now - self._renewed_at >= turn) or not self._engine.fresh():
             return
         looking, self._looking = self._looking, False
         jobs = [
             job for job in self.held()
             if job.ending is None and (looking or now - job.committed_at >= turn)
+            and (not job.placed or self._engine.has(job.request_id))
         ]  # fmt: skip
         self._renewed_at = now
         if not jobs:
             self.failing = False  # nothing waits for Redis, so that a claim may find out
             return
-        held = [(job.job_id, job.claimed.epoch) for job in jobs]
+        held = [job.claimed.attempt for job in jobs]
         try:
             replies = self._protocol.run(
                 calls.renew(self._worker, held, lease_ms=self._options.lease_ms)

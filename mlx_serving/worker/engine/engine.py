@@ -360,6 +360,12 @@ class Engine:
         return self._scheduler.parked
 
     @property
+    def request_ids(self) -> set[str]:
+        """Requests that it has, in whatever phase."""
+        rows = [*self._scheduler.rows, *self._recovery.rows]
+        return {row.request.id for row in rows} | {o.request_id for o in self._early}
+
+    @property
     def lane_rows(self) -> LaneRows:
         """Rows in the batch, and parked ones, by lane."""
         return self._scheduler.lane_rows

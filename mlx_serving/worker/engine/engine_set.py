@@ -99,6 +99,11 @@ class EngineSet:
         return sum(engine.parked for engine in self._engines.values())
 
     @property
+    def request_ids(self) -> set[str]:
+        """Requests that it has, in whatever phase."""
+        return set().union(*(engine.request_ids for engine in self._engines.values()))
+
+    @property
     def lane_rows(self) -> LaneRows:
         """Rows in the batches, and parked ones, by lane."""
         rows = [engine.lane_rows for engine in self._engines.values()]

@@ -367,6 +367,10 @@ class InferenceEngine(Protocol):
         """Rows that left the batch in favour of others and go on when there is room."""
 
     @property
+    def request_ids(self) -> set[str]:
+        """Requests that it has, in whatever phase."""
+
+    @property
     def lane_rows(self) -> LaneRows:
         """Rows in the batch, and parked ones, by lane."""
 

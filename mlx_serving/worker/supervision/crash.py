@@ -81,18 +81,16 @@ def judge(rows: Sequence[ManifestRow], cause: Cause) -> list[Blame]:
     fresh = entering + [row for row in rows if row.state is RowState.RUNNING]
     ran = fresh + [row for row in rows if row.state is RowState.PROVEN]
     if not cause.charges or loading:
-        return [Blame(row.job_id, row.epoch) for row in rows]
+        return [Blame(row.attempt) for row in rows]
     company = dict.fromkeys(fresh or ran, _half(fresh or ran))
     company |= dict.fromkeys(entering, _half(entering))
-    blamed = [
-        Blame(row.job_id, row.epoch, company.get(row, 0), alone=len(ran) == 1) for row in rows
-    ]
+    blamed = [Blame(row.attempt, company.get(row, 0), alone=len(ran) == 1) for row in rows]
     return sorted(blamed, key=lambda b: b.company or len(rows) + 1)
 
 
 def loaded_at_death(rows: Sequence[ManifestRow]) -> list[str]:
     """Return the models that the child was loading just then: one at most."""
-    return [row.job_id for row in rows if row.state is RowState.LOADING]
+    return [row.attempt.job_id for row in rows if row.state is RowState.LOADING]
 
 
 def _half(rows: Sequence[ManifestRow]) -> int:

@@ -18,6 +18,8 @@ from enum import IntEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Self
 
+from mlx_serving.common.attempts import Attempt
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
@@ -43,26 +45,16 @@ class RowState(IntEnum):
     """In the batch so long that a crash points to others first."""
 
     LOADING = 5
-    """No job: a model of this name (epoch 0) that is being loaded."""
+    """No job: a model, named as an attempt's job is, that is being loaded."""
 
 
 @dataclass(frozen=True, slots=True)
 class ManifestRow:
-    """One attempt that the child held; `request_id` is ``<job id>:<epoch>``."""
+    """One attempt that the child held."""
 
-    request_id: str
+    attempt: Attempt
     state: RowState
     serial: int = 0  # in order of claims
-
-    @property
-    def job_id(self) -> str:
-        """The job's id."""
-        return self.request_id.rpartition(":")[0]
-
-    @property
-    def epoch(self) -> int:
-        """The attempt's number."""
-        return int(self.request_id.rpartition(":")[2])
 
 
 class Manifest:
@@ -130,7 +122,7 @@ class Manifest:
     @contextmanager
     def loading(self, model: str) -> Iterator[None]:
         """Say that a slice of the model's load is under way; the model may crash it."""
-        name = f"{model}:0"
+        name = Attempt(model, 0, "").name
         self.hold(name)
         self.mark(name, RowState.LOADING)
         yield
@@ -175,12 +167,12 @@ class ManifestFile:
         state, length, serial = _HEAD.unpack_from(self._memory, at)
         start = at + _HEAD.size
         request_id = self._memory[start : start + length].decode(errors="replace")
-        job_id, _, epoch = request_id.rpartition(":")
         if not RowState.FREE < state <= RowState.LOADING or length > _ID_BYTES:
             return None
-        if not job_id or not (epoch.isascii() and epoch.isdigit()):
+        try:
+            return ManifestRow(Attempt.parse(request_id), RowState(state), serial)
+        except ValueError:
             return None
-        return ManifestRow(request_id, RowState(state), serial)
 
     def close(self) -> None:
         """Give the memory back, and the name where the child did not get so far."""

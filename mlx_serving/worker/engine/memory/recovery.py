@@ -82,6 +82,11 @@ class Recovery:
             kept=scheduler.kv_tokens_kept,
         )
 
+    @property
+    def rows(self) -> list[Sequence]:
+        """Rows that are to begin again."""
+        return list(self._rows)
+
     def forget(self, request_id: str) -> list[Sequence]:
         """Forget a request's rows; returns them."""
         gone = [row for row in self._rows if row.request.id == request_id]
