@@ -68,7 +68,6 @@ def _leave_start_up_folder() -> None:
     if sys.flags.safe_path or is_script or not sys.path:
         return
     with suppress(OSError):  # the folder is gone
-        here = Path.cwd().resolve()
-        ours = Path(__file__).resolve().parents[2]
-        if here != ours and (not sys.path[0] or Path(sys.path[0]).resolve() == here):
+        here, ours = Path.cwd(), Path(__file__).parents[2]
+        if here.samefile(sys.path[0] or here) and not here.samefile(ours):
             del sys.path[0]
