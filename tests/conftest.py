@@ -65,6 +65,14 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
         return (yield)
 
 
+@pytest.fixture(autouse=True)
+def _interpreters_import_from_the_checkout() -> Iterator[None]:
+    """A command run in this process keeps what it starts out of the current folder; a test's own
+    `python -m tests.…` comes from there."""
+    yield
+    os.environ.pop("PYTHONSAFEPATH", None)
+
+
 @pytest.fixture(scope="session")
 def local_redis() -> Iterator[LocalRedis]:
     """One real redis-server for the whole run."""

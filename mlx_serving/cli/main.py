@@ -20,6 +20,7 @@ from mlx_serving.cli.tenants import app as tenants
 from mlx_serving.cli.top import top
 from mlx_serving.cli.worker import worker
 from mlx_serving.common.errors import MlxServingError
+from mlx_serving.common.interpreter import shut_out_current_folder
 
 
 class Commands(TyperGroup):
@@ -63,6 +64,7 @@ def _root(
     ),
 ) -> None:
     del version
+    shut_out_current_folder()
 
 
 for command in (demo, worker, generate, status, top, cancel, doctor, models):

@@ -6,10 +6,11 @@ and steps give the same batches on every device (with --max-seconds the schedule
 
 import argparse
 import math
-import multiprocessing
 import os
 from functools import partial
 from pathlib import Path
+
+from mlx_serving.common.interpreter import shut_out_current_folder, spawn_context
 
 
 def read_options() -> argparse.Namespace:
@@ -33,7 +34,8 @@ def read_options() -> argparse.Namespace:
 def main() -> None:
     """Run the command line; the data processes start first and import this file without mlx."""
     options = read_options()
-    with multiprocessing.get_context("spawn").Pool(options.workers) as pool:
+    shut_out_current_folder()
+    with spawn_context().Pool(options.workers) as pool:
         from mlx_serving.tally.training import Options, run
 
         run(Options(**vars(options)), pool, partial(print, flush=True))

@@ -1,16 +1,16 @@
 """Tally's training loop on mlx, apart from `train` so that data processes need not load mlx."""
 
+from __future__ import annotations
+
 import json
 import math
 import shutil
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from multiprocessing.pool import AsyncResult, Pool
-from pathlib import Path
 from random import Random
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import mlx.core as mx
 import mlx.optimizers as optim
@@ -22,6 +22,11 @@ from mlx_serving.tally.data import BUCKETS, Batch, make_batch
 from mlx_serving.tally.evaluate import teacher_forced
 from mlx_serving.tally.tasks import MODEL_PATH
 from mlx_serving.tally.tokenizer import DIGIT_IDS, write_tokenizer
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from multiprocessing.pool import AsyncResult, Pool
+    from pathlib import Path
 
 WARM_UP_STEPS = 300
 CHECKPOINT_SECONDS = 60

@@ -21,6 +21,8 @@ MEDIAN_FILE_LINES = 150
 MAX_FUNCTION_LINES = 50
 MEDIAN_FUNCTION_LINES = 10
 
+STARTS_INTERPRETERS = "mlx_serving.common.interpreter"
+
 
 @dataclass(frozen=True)
 class Module:
@@ -37,9 +39,9 @@ class Module:
     def imports(self, *, at_import: bool = False) -> set[str]:
         """Dotted names imported: all of them, or only what runs when the module is imported."""
         nodes = _nodes_run_at_import(self.tree) if at_import else ast.walk(self.tree)
-        return {name for node in nodes for name in self._names(node)}
+        return {name for node in nodes for name in self.imported_by(node)}
 
-    def _names(self, node: ast.AST) -> Iterator[str]:
+    def imported_by(self, node: ast.AST) -> Iterator[str]:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -50,6 +52,15 @@ class Module:
                 base = ".".join([*kept, base] if base else kept)
             yield base
             yield from (f"{base}.{alias.name}" for alias in node.names)
+
+
+def _nodes_run(tree: ast.AST) -> Iterator[ast.AST]:
+    """All but what only a type checker reads."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            continue
+        yield node
+        yield from _nodes_run(node)
 
 
 def _nodes_run_at_import(tree: ast.AST) -> Iterator[ast.AST]:
@@ -189,8 +200,9 @@ def _reads_environment(module: Module) -> bool:
 
 
 def test_only_settings_read_the_environment() -> None:
+    """The module that starts interpreters writes one variable."""
     readers = {module.name for module in modules().values() if _reads_environment(module)}
-    assert readers <= {"mlx_serving.common.settings"}
+    assert readers <= {"mlx_serving.common.settings", STARTS_INTERPRETERS}
 
 
 def test_nothing_forks() -> None:
@@ -204,6 +216,72 @@ def test_processes_are_spawned_by_name() -> None:
     bare = re.compile(r"\b(multiprocessing|mp)\.(Process|Pool|Queue|Manager)\(")
     found = [module.name for module in modules().values() if bare.search(module.path.read_text())]
     assert found == []
+
+
+# What starts a process that may be Python, wherever it is looked up; and the words for Python.
+_STARTERS = re.compile(
+    r"(os\.)?(exec[lv]\w*|spawn[lv]\w*|posix_spawnp?|popen)|os\.system|pty\.spawn"
+    r"|(\w+\.)*(create_subprocess_\w+|subprocess_(exec|shell)|ProcessPoolExecutor)"
+    r"|(sys\.)?(executable|_base_executable)|(sys\.)?orig_argv"
+)
+_PYTHON = re.compile(r"(.*/)?(python|pypy)[\d.]*w?( .*)?")
+_PROCESS_MODULES = ["multiprocessing", "concurrent.futures.process"]
+
+
+def interpreter_starts(module: Module) -> list[str]:
+    """Names and words in a module by which it may start an interpreter, or a process as one."""
+    nodes = list(_nodes_run(module.tree))
+    imported = {name for node in nodes for name in module.imported_by(node)}
+    found = [name for name in imported if _within(name, _PROCESS_MODULES)]
+    looked_up = [ast.unparse(node) for node in nodes if isinstance(node, ast.Attribute)]
+    found += [name for name in looked_up if _STARTERS.fullmatch(name)]
+    found += [name for name in imported if _STARTERS.fullmatch(name)]
+    subprocesses = {"subprocess", "os", "asyncio"} & {name.split(".")[0] for name in imported}
+    words = _string_constants(module) if subprocesses else ()
+    return sorted({*found, *(word for word in words if _PYTHON.fullmatch(word))})
+
+
+def test_one_module_starts_interpreters() -> None:
+    """Its interpreters import no code from the current folder; a bare `python -m` does."""
+    others = [module for module in modules().values() if module.name != STARTS_INTERPRETERS]
+    assert {each.name: found for each in others if (found := interpreter_starts(each))} == {}
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import sys, subprocess\nsubprocess.run([sys.executable, '-m', 'x'])",
+        "from sys import executable",
+        "import subprocess\nsubprocess.run(['python3', '-c', 'x'])",
+        "import subprocess\nsubprocess.Popen('/usr/bin/python3.12 -m x', shell=True)",
+        "import multiprocessing\nmultiprocessing.get_context('spawn')",
+        "def later():\n    from multiprocessing import Process",
+        "import multiprocessing.pool",
+        "from multiprocessing.context import SpawnContext",
+        "from concurrent.futures import ProcessPoolExecutor",
+        "import concurrent.futures\nconcurrent.futures.ProcessPoolExecutor()",
+        "import asyncio\nasyncio.create_subprocess_exec('x')",
+        "import os\nos.execv('x', ['x'])",
+        "import os\nos.posix_spawn('x', ['x'], {})",
+        "import os\nos.system('x')",
+        "from os import spawnlp",
+    ],
+)
+def test_the_rule_sees_an_interpreter_started_elsewhere(source: str) -> None:
+    assert interpreter_starts(Module("mlx_serving.x", Path("x.py"), ast.parse(source)))
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "if TYPE_CHECKING:\n    from multiprocessing.pool import Pool",
+        "import subprocess\nsubprocess.run(['vm_stat'])",
+        "import os\nmarker = 'pythonic'",
+        "engine.execute(model.system)",
+    ],
+)
+def test_the_rule_lets_the_rest_be(source: str) -> None:
+    assert interpreter_starts(Module("mlx_serving.x", Path("x.py"), ast.parse(source))) == []
 
 
 # -- sizes ------------------------------------------------------------------------------

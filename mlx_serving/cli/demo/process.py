@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import sys
@@ -15,6 +14,7 @@ import redis
 from mlx_serving.cli.overview import WorkerView, read_worker
 from mlx_serving.common.connection import connect, resolve
 from mlx_serving.common.errors import EngineError
+from mlx_serving.common.interpreter import spawn_context
 from mlx_serving.worker.supervision.supervisor import run_worker
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ class DemoWorker:
         self._endpoint = resolve(settings, model)
         self._log = log
         self._child_pid: int | None = None
-        self._process = multiprocessing.get_context("spawn").Process(
+        self._process = spawn_context().Process(
             target=_serve, args=(settings, model, spec, self.name, log), name="mlx-serving-worker"
         )
 

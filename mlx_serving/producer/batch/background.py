@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+
+from mlx_serving.common import interpreter
 
 if TYPE_CHECKING:
     from mlx_serving.common.settings import Settings
@@ -25,7 +26,7 @@ def start_runner(folder: BatchFolder, settings: Settings) -> int:
     _started[:] = [process for process in _started if process.poll() is None]
     with folder.log.open("ab") as log:
         process = subprocess.Popen(  # noqa: S603 -- our own interpreter and module
-            [sys.executable, "-m", "mlx_serving.producer.batch", str(folder.path.resolve())],
+            interpreter.command("-m", "mlx_serving.producer.batch", str(folder.path.resolve())),
             stdin=subprocess.PIPE,
             stdout=log,
             stderr=log,

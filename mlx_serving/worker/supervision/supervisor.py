@@ -6,7 +6,6 @@ fork-safe.
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import secrets
 import signal
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Final
 
 import structlog
 
+from mlx_serving.common.interpreter import spawn_context
 from mlx_serving.worker.child import ChildSpec, run_child
 from mlx_serving.worker.supervision.crash import (
     EXIT_CONFIGURATION,
@@ -107,7 +107,7 @@ class Supervisor:
         self._verdicts = VerdictWriter(settings, model, name, self._monitor.board.judged)
         self._probe = probe or default_probe()
         self._back_off = back_off or BackOff()
-        self._context = multiprocessing.get_context("spawn")
+        self._context = spawn_context()
         self._child: EngineChild | None = None
         self._avoid: dict[str, None] = {}  # models that a child died over while it loaded them
         self._signals = 0

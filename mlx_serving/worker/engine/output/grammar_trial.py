@@ -19,6 +19,8 @@ from typing import IO, TYPE_CHECKING, Any, Final
 
 import msgspec
 
+from mlx_serving.common import interpreter
+
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
@@ -140,7 +142,7 @@ class GrammarTrial:
         if self._process is None or self._process.poll() is not None:
             self._end()
             self._process = subprocess.Popen(  # noqa: S603 -- our own module
-                [sys.executable, "-m", __name__],
+                interpreter.command("-m", __name__),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
