@@ -122,7 +122,8 @@ letters behind `{ENV_PREFIX}`; in a file, `mlx-serving.toml` in the working fold
 environment, a table (`models`, `redis_by_model`) is JSON there. A wrong value, or a name in a file
 that is none, is `invalid_settings` with that name; such a name in the environment is a warning.
 Settings are read at start. Each has a default that works; what workers and producers must agree on
-is under *Redis* and *Jobs*.
+is under *Redis* and *Jobs*. None is for the wired limit of macOS, which a worker leaves alone
+([memory.md](memory.md)).
 
 ```toml
 redis_url = "rediss://queue.internal:6379/0"

@@ -211,6 +211,14 @@ def test_nothing_forks() -> None:
     assert found == []
 
 
+def test_the_wired_limit_is_left_alone() -> None:
+    """Raised, it makes macOS panic; mlx-lm's own loops raise it (ml-explore/mlx#3186)."""
+    raising = re.compile(r"wired_limit\(|import .*wired_limit|generate_step|BatchGenerator")
+    worker = [m for m in modules().values() if m.name.startswith("mlx_serving.worker")]
+    found = [module.name for module in worker if raising.search(module.path.read_text())]
+    assert found == []
+
+
 def test_processes_are_spawned_by_name() -> None:
     """`multiprocessing.Process` takes the platform's start method, which forks on Linux."""
     bare = re.compile(r"\b(multiprocessing|mp)\.(Process|Pool|Queue|Manager)\(")

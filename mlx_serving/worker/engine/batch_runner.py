@@ -27,7 +27,8 @@ class BatchRunner(Protocol):
     def join(self, chunk: PrefillChunk) -> None:
         """Move the rows of the chunk that was prefilled last into the decode batch.
 
-        Where it is a mixed one, the next step of `decode` computes it.
+        Where it is a mixed one, the next step of `decode` computes it. Whatever this raises, the
+        decode batch is as it was.
         """
 
     def remove(self, rows: Iterable[Sequence]) -> None:
@@ -40,7 +41,7 @@ class BatchRunner(Protocol):
         """
 
     def resume(self, row: Sequence) -> None:
-        """Put a row that was kept back into the decode batch."""
+        """Put a row that was kept back into the decode batch; whatever this raises, it is kept."""
 
     def reset(self) -> None:
         """Drop the decode batch and the prompt being prefilled, after a step that failed."""

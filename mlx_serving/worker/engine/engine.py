@@ -2,9 +2,11 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from mlx_serving.worker.engine.acceleration import AccelerationReport
+from mlx_serving.worker.engine.attempt import attempt
 from mlx_serving.worker.engine.batch_runner import BatchRunner, StepNotBuiltError
 from mlx_serving.worker.engine.memory.kv_caches import KvMemory
 from mlx_serving.worker.engine.memory.out_of_memory import is_out_of_memory
@@ -162,13 +164,17 @@ class Engine:
         if row.phase is Phase.PREFILLING and self._scheduler.is_alone_in_prefill(row):
             self._runner.drop_prefill(row.request.lane)
 
-    def _resume(self) -> None:
+    def _resume(self, outputs: list[Output]) -> None:
         """Let parked rows go on, as far as there is room."""
         while (parking := self._scheduler.next_parked()) is not None:
             self._drop(parking.drop)
             for row in parking.park:
                 if self._scheduler.resume(row):
-                    self._runner.resume(row)
+                    error = attempt("join", partial(self._runner.resume, row))
+                    if error is not None:
+                        row.failed = True
+                        self._runner.remove([row])
+                        self._fail([row], error, outputs)
 
     def abort(self, request_id: str) -> None:
         """Forget every choice of the request; no Output follows. Unknown ids are ignored."""
@@ -183,7 +189,7 @@ class Engine:
         """Do one prefill chunk and one decode step; return the rows that progressed."""
         outputs, self._early = self._early, []
         self._recovery.readmit()
-        self._resume()
+        self._resume(outputs)
         chunk = self._scheduler.schedule_prefill()
         self._collect(self._advance(chunk, outputs), outputs)
         if chunk is not None:
@@ -229,15 +235,12 @@ class Engine:
 
     def _prefill(self, chunk: PrefillChunk, outputs: list[Output]) -> None:
         error = self._try_prefill(chunk)
+        if error is None and self._scheduler.finish_prefill(chunk):
+            error = self._try_join(chunk)
         if error is None:
-            if self._scheduler.finish_prefill(chunk):
-                self._join(chunk)
             return
-        if error.code == OUT_OF_MEMORY:
-            self._recover(list(chunk.rows), outputs)
-            return
-        if len(chunk.groups) == 1:
-            self._end(chunk.rows, error, outputs)
+        if len(chunk.groups) == 1 or error.code == OUT_OF_MEMORY:
+            self._fail(chunk.rows, error, outputs)
         else:
             self._prefill_apart(chunk.groups, outputs)
 
@@ -245,15 +248,18 @@ class Engine:
         self.on_prefill([row.request.id for row in chunk.rows])
         if chunk.mixed:
             return None
-        try:
-            self._runner.prefill(chunk)
-        except Exception as error:  # noqa: BLE001 - whatever a row's prefill raises ends that row
+        error = attempt("prefill", partial(self._runner.prefill, chunk))
+        if error is not None:
             self._runner.drop_prefill(chunk.lane)
-            if is_out_of_memory(error):
-                return NO_MEMORY
-            # The exception's own text may hold addresses or parts of the prompt.
-            return RowError("prefill_failed", f"prefill raised {type(error).__name__}")
-        return None
+        return error
+
+    def _try_join(self, chunk: PrefillChunk) -> RowError | None:
+        error = attempt("join", partial(self._runner.join, chunk))
+        if error is None:
+            self._scheduler.joined(chunk.groups)
+        else:
+            self._runner.drop_prefill(chunk.lane)
+        return error
 
     def _prefill_apart(self, groups: Iterable[Group], outputs: list[Output]) -> None:
         """Compute prompts one by one: one of them may have been to blame for all."""
@@ -263,15 +269,18 @@ class Engine:
                 row.found = row.prefilled = 0
             chunks = self._scheduler.chunks_of(group)
             error = next(filter(None, map(self._try_prefill, chunks)), None)
-            if error is not None:
-                self._end(group, error, outputs)
-            else:
+            if error is None:
                 self._scheduler.finish_prefill(chunks[-1])
-                self._join(chunks[-1])
+                error = self._try_join(chunks[-1])
+            if error is not None:
+                self._fail(group, error, outputs)
 
-    def _join(self, chunk: PrefillChunk) -> None:
-        self._runner.join(chunk)
-        self._scheduler.joined(chunk.groups)
+    def _fail(self, rows: Iterable[Sequence], error: RowError, outputs: list[Output]) -> None:
+        """End rows over which something was raised; without memory for them they begin again."""
+        if error.code == OUT_OF_MEMORY:
+            self._recover(list(rows), outputs)
+        else:
+            self._end(rows, error, outputs)
 
     def _collect(self, sampled: list[SampledToken], outputs: list[Output]) -> None:
         """Turn one step's tokens into outputs and take the rows that ended out of the batch."""

@@ -165,7 +165,7 @@ class ModelRunner:
 
     def join(self, chunk: PrefillChunk) -> None:
         """Move the rows of the chunk that completed their prefill into the decode batch."""
-        leaders = chunk.leaders
+        leaders, last_tokens = chunk.leaders, _last_tokens(chunk.rows)
         keys = [row.context_key for row in leaders]
         if chunk.mixed:
             self._cache.enter(
@@ -179,13 +179,12 @@ class ModelRunner:
             lengths = [row.context_length for row in leaders]
             copies = [index for index, group in enumerate(chunk.groups) for _ in group]
             self._cache.join(Prefilled(layers, lengths, copies, keys))
-        self._enter(chunk.rows)
+        self._enter(chunk.rows, last_tokens)
 
-    def _enter(self, joining: Collection[Sequence]) -> None:
-        """Append rows to the batch whose cache has them; their last tokens are known."""
+    def _enter(self, joining: Collection[Sequence], last_tokens: mx.array) -> None:
+        """Append rows to the batch whose cache has them."""
         self._rows += joining
         self._origins += [self._launches - row.decoded for row in joining]
-        last_tokens = mx.array([row.last_token for row in joining], dtype=mx.int32)
         self._pending = mx.concatenate([self._pending, last_tokens])
         self._joined += len(joining)
         self._rows_changed()
@@ -219,8 +218,10 @@ class ModelRunner:
 
     def resume(self, row: Sequence) -> None:
         """Put a row that was kept back into the decode batch."""
-        self._cache.resume(self._parked.pop(row))
-        self._enter([row])
+        last_token = _last_tokens([row])
+        self._cache.resume(self._parked[row])
+        del self._parked[row]
+        self._enter([row], last_token)
 
     def _take_out(self, leaving: set[Sequence]) -> None:
         kept = [index for index, row in enumerate(self._rows) if row not in leaving]
@@ -349,6 +350,10 @@ class ModelRunner:
             )
             for origin, row in zip(self._origins, self._rows, strict=True)
         ]
+
+
+def _last_tokens(rows: Iterable[Sequence]) -> mx.array:
+    return mx.array([row.last_token for row in rows], dtype=mx.int32)
 
 
 def _read_logprobs(

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
-from mlx_lm.utils import load_model, load_tokenizer, maybe_set_recommended_wired_limit
+from mlx_lm.utils import load_model, load_tokenizer
 
 from mlx_serving.worker.engine.acceleration import choose_sampler, make_detokenizer
 from mlx_serving.worker.engine.aside import aside
@@ -97,7 +97,6 @@ def load_in_slices(
     """
     path = Path(model_path)
     check_model_files(path)
-    maybe_set_recommended_wired_limit()
     model, config = load_model(path, lazy=True, trust_remote_code=False)
     yield
     yield from _read_weights(model)

@@ -109,8 +109,9 @@ def paged_choice(model: LanguageModel, ops: PagedOps) -> CacheChoice:
     if reason is not None:
         return padded_choice(model, reason)
     report = AccelerationReport(PAGED_CACHE, "native", "self-check passed")
+    mixed_reads = MIXED_READS if ops.ordered_by_stream else 0
     return CacheChoice(
-        lambda: PagedCache(model, shapes, ops), BLOCK_TOKENS, report, mixed_reads=MIXED_READS
+        lambda: PagedCache(model, shapes, ops), BLOCK_TOKENS, report, mixed_reads=mixed_reads
     )
 
 

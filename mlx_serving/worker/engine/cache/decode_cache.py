@@ -80,10 +80,13 @@ class DecodeCache(Protocol):
         """Build the computation of the prompts' next tokens into `layers` of `new_prompts`."""
 
     def join(self, prefilled: Prefilled) -> None:
-        """Append rows."""
+        """Append rows; whatever it raises, all others are as they were."""
 
     def enter(self, prompts: Sequence[Prompt]) -> None:
-        """Append a row a prompt, not computed yet: the next step does that beside its own work."""
+        """Append a row a prompt, not computed yet: the next step does that beside its own work.
+
+        Whatever it raises, all others are as they were.
+        """
 
     def keep(self, kept: Sequence[int]) -> None:
         """Keep only these rows, in this order. A step that was launched with all may be running."""
@@ -153,10 +156,7 @@ class PaddedCache:
             layers = kv_cache.as_batch(layers)
         if len(prefilled.prompts) > len(prefilled.lengths):
             kv_cache.keep_rows(layers, list(prefilled.prompts), max(prefilled.lengths))
-        if self._lengths:
-            kv_cache.extend(self._layers, layers)
-        else:
-            self._layers = layers
+        self._layers = kv_cache.extended(self._layers, layers) if self._lengths else layers
         self._lengths += [prefilled.lengths[prompt] for prompt in prefilled.prompts]
 
     def keep(self, kept: Sequence[int]) -> None:

@@ -3,6 +3,7 @@
 Rows of a batch cache are right-justified: shorter rows are padded on the left to the longest.
 """
 
+from copy import copy
 from dataclasses import dataclass
 from typing import Any, Final, Protocol, cast
 
@@ -68,10 +69,25 @@ def as_batch(cache: list[Any]) -> list[Any]:
     return _merge([cache])
 
 
-def extend(cache: list[Any], other: list[Any]) -> None:
-    """Append the rows of `other` to `cache`, in place."""
-    for layer, joining in zip(cache, other, strict=True):
+def extended(cache: list[Any], other: list[Any]) -> list[Any]:
+    """Return the rows of `cache`, then those of `other`; `cache` stays as it is."""
+    layers: list[Any] = _twin(cache)
+    for layer, joining in zip(layers, other, strict=True):
         layer.extend(joining)
+    return layers
+
+
+def _twin(part: Any) -> Any:  # noqa: ANN401 - layers of any kind, and what they hold
+    """Return a copy on the same buffers: an array that is changed in place spares its twin."""
+    if isinstance(part, mx.array):
+        return copy(part)
+    if isinstance(part, list | tuple):
+        return type(part)(map(_twin, part))
+    if not hasattr(part, "extend"):
+        return part
+    twin = copy(part)
+    vars(twin).update({name: _twin(held) for name, held in vars(part).items()})
+    return twin
 
 
 def keep_rows(cache: list[Any], rows: list[int], longest: int) -> None:

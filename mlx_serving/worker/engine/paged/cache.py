@@ -7,7 +7,8 @@ of one prompt share its full blocks (vLLM's paged KV cache: Kwon et al., 2023).
 The pools grow before rows need them and shrink when most of them is unused.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any, Final
 
 import mlx.core as mx
@@ -19,6 +20,8 @@ from mlx_serving.worker.engine.cache.kv_cache import LanguageModel
 from mlx_serving.worker.engine.paged.block_allocator import BlockAllocator
 from mlx_serving.worker.engine.paged.gather import gather_blocks
 from mlx_serving.worker.engine.paged.layers import PagedLayer, PagedOps, StepPlan, StoreEntry
+from mlx_serving.worker.engine.paged.order import finish_writes
+from mlx_serving.worker.engine.paged.placement import Placement
 from mlx_serving.worker.engine.paged.planning import BatchRows, Context, make_plan
 from mlx_serving.worker.engine.paged.pools import LayerShape, Pools
 from mlx_serving.worker.engine.paged.step import compiled_step, plain_step, round_up
@@ -45,7 +48,7 @@ class PagedCache:
         self.allocator = BlockAllocator(_UNBOUNDED)
         self._prefixes: PrefixCache | None = None
         self._pools = Pools(shapes, BLOCK_TOKENS, ops)
-        self._model = model
+        self._model, self._ops = model, ops
         self._rows: list[list[int]] = []  # each row's blocks
         self._parked: list[ParkedRow] = []
         self._lengths = np.zeros(0, dtype=np.int32)  # each row's tokens, as of the last step begun
@@ -95,96 +98,73 @@ class PagedCache:
 
     def join(self, prefilled: Prefilled) -> None:
         """Append rows: each prompt is copied into blocks, its full ones once for all its rows."""
-        needed = sum(self._blocks_of_prompt(prefilled, p) for p in range(len(prefilled.lengths)))
-        self._need_nobodys()
-        self._make_room(needed)
-        entries: list[StoreEntry] = []
-        shared = self._store_full_blocks(prefilled, entries)
-        lengths = [prefilled.lengths[prompt] for prompt in prefilled.prompts]
-        for prompt, length in zip(prefilled.prompts, lengths, strict=True):
-            self._rows.append(self._row_of(prompt, length, shared[prompt], entries))
-        for blocks in shared:
-            self.allocator.free(blocks)  # the prompt itself lets go; its rows keep them
-        self._lengths = np.concatenate([self._lengths, np.array(lengths, dtype=np.int32)])
-        self._grow()
-        if entries:
-            self._store(prefilled, entries)
-        self._plan = None
+        with self._placing() as placing:
+            self._make_room(placing.count_prefilled(prefilled))
+            placing.place_prefilled(prefilled)
+            self._grow()
+            finish_writes(self._ops, self._stored)
+            self._append(placing, self._store(prefilled, placing.entries))
+
+    def enter(self, prompts: Sequence[Prompt]) -> None:
+        """Append rows by their blocks: known ones, and what the next step computes into."""
+        with self._placing() as placing:
+            self._make_room(placing.count_prompts(prompts))
+            placing.place_prompts(prompts)
+            self._grow()
+            self._append(placing, self._copy(placing.entries))
+
+    @contextmanager
+    def _placing(self) -> Iterator[Placement]:
+        """Take blocks for rows that join; whatever raises, all others are as they were."""
+        placing = Placement(
+            self.allocator,
+            self._prefixes,
+            block_tokens=BLOCK_TOKENS,
+            first_row=len(self._rows),
+        )
+        try:
+            self._need_nobodys()
+            yield placing
+        except Exception:
+            with suppress(RuntimeError):  # whoever reads the step under way hears of its errors
+                mx.synchronize()  # what was launched may read or write the blocks
+            placing.give_back()
+            self._plan = None
+            if not self._rows:
+                self._leave_pools()
+            raise
 
     def _need_nobodys(self) -> None:
         if not self._nobodys:
             self._nobodys = self.allocator.allocate(1)
 
-    def _blocks_of_prompt(self, prefilled: Prefilled, prompt: int) -> int:
-        length = prefilled.lengths[prompt]
-        copies = sum(index == prompt for index in prefilled.prompts)
-        return length // BLOCK_TOKENS + copies * (length % BLOCK_TOKENS > 0)
+    def _append(self, placing: Placement, stored: mx.array) -> None:
+        lengths = np.concatenate([self._lengths, np.array(placing.lengths, dtype=np.int32)])
+        placing.publish()
+        self._rows += placing.rows
+        self._contexts += placing.contexts
+        self._lengths, self._stored, self._plan = lengths, stored, None
 
-    def _store_full_blocks(
-        self, prefilled: Prefilled, entries: list[StoreEntry]
-    ) -> list[list[int]]:
-        """Allocate each prompt's full blocks, which its rows share."""
-        shared = []
-        for prompt, length in enumerate(prefilled.lengths):
-            known = self._prefixes.acquire(prefilled.keys[prompt]) if self._prefixes else []
-            blocks = self.allocator.allocate(length // BLOCK_TOKENS - len(known))
-            entries += [
-                StoreEntry(block, prompt, index * BLOCK_TOKENS, BLOCK_TOKENS)
-                for index, block in enumerate(blocks, start=len(known))
-            ]
-            shared.append(known + blocks)
-            if self._prefixes:
-                self._prefixes.insert(prefilled.keys[prompt], shared[-1])
-        return shared
-
-    def _row_of(
-        self, prompt: int, length: int, shared: list[int], entries: list[StoreEntry]
-    ) -> list[int]:
-        """Return a row's blocks: the shared ones, and its own for what does not fill a block."""
-        self.allocator.share(shared)
-        rest = length % BLOCK_TOKENS
-        if not rest:
-            return list(shared)
-        (own,) = self.allocator.allocate(1)
-        entries.append(StoreEntry(own, prompt, length - rest, rest))
-        return [*shared, own]
-
-    def _store(self, prefilled: Prefilled, entries: list[StoreEntry]) -> None:
+    def _store(self, prefilled: Prefilled, entries: Sequence[StoreEntry]) -> mx.array:
         """Copy the prompts in; long ones layer by layer, so that one layer at a time is twice."""
+        stored = self._stored
         long = sum(prefilled.lengths) > LONG_TOKENS
-        for index, layer in enumerate(self.layers):
+        for index, layer in enumerate(self.layers if entries else ()):
             source = prefilled.layers[index]
-            self._stored = layer.store(source.keys, source.values, entries, self._stored)
+            stored = layer.store(source.keys, source.values, entries, stored)
             if long:
-                mx.async_eval(self._stored)
+                mx.async_eval(stored)
             prefilled.layers[index] = None
+        return stored
 
-    def enter(self, prompts: Sequence[Prompt]) -> None:
-        """Append rows by their blocks: known ones, and what the next step computes into.
-
-        Of a block that is known in part, that part is copied.
-        """
-        self._need_nobodys()
-        self._make_room(sum(map(_new_blocks, prompts)))
-        copies = []
-        for prompt in prompts:
-            length, (whole, rest) = len(prompt.context), divmod(prompt.found, BLOCK_TOKENS)
-            blocks = list(prompt.blocks[:whole])
-            self.allocator.share(blocks)
-            blocks += self.allocator.allocate(_new_blocks(prompt))
-            if rest:
-                copies.append(StoreEntry(blocks[whole], prompt.blocks[whole], 0, rest))
-            if prompt.found < length:
-                left = prompt.context[prompt.found :]
-                self._contexts.append(Context(len(self._rows), prompt.found, left))
-            if self._prefixes:
-                self._prefixes.insert(prompt.key, blocks[: length // BLOCK_TOKENS])
-            self._rows.append(blocks)
-            self._lengths = np.append(self._lengths, np.int32(length))
-        self._grow()
-        for layer in self.layers if copies else ():
-            self._stored = layer.store(layer.keys, layer.values, copies, self._stored)
-        self._plan = None
+    def _copy(self, entries: Sequence[StoreEntry]) -> mx.array:
+        """Copy the known parts of blocks."""
+        stored = self._stored
+        if entries:
+            finish_writes(self._ops, stored)
+            for layer in self.layers:
+                stored = layer.store(layer.keys, layer.values, entries, stored)
+        return stored
 
     def keep(self, kept: Sequence[int]) -> None:
         """Keep only these rows; copies nothing."""
@@ -332,12 +312,16 @@ class PagedCache:
         """Forget the pools: no row is left. A running step keeps them alive until it is done."""
         if self._prefixes or self._parked:
             mx.synchronize()  # pools that stay are free to be written to
+        self._leave_pools()
+        if self.allocator.used:
+            self._shrink()
+
+    def _leave_pools(self) -> None:
+        """Forget what only rows need, and the pools where nobody has blocks there."""
         self.settle()
         self.allocator.free(self._nobodys)
         self._nobodys = []
-        if self.allocator.used:
-            self._shrink()
-        else:
+        if not self.allocator.used:
             self._pools.drop()
 
     def use_prefixes(self, prefixes: PrefixCache) -> None:
@@ -346,6 +330,7 @@ class PagedCache:
 
     def gather(self, prompts: Sequence[Sequence[int]], tokens: int) -> list[Any]:
         """See `DecodeCache`."""
+        finish_writes(self._ops, self._stored)
         pools = [(layer.keys, layer.values) for layer in self.layers]
         return gather_blocks(pools, prompts, tokens, self._stored)
 
@@ -361,6 +346,7 @@ class PagedCache:
 
     def park(self, row: int) -> ParkedRow:
         """Keep the row's blocks: nothing is copied."""
+        finish_writes(self._ops, self._stored)
         parked = ParkedRow(self._rows[row], int(self._lengths[row]))
         self._rows[row] = []  # for `keep` to find nothing to free
         self._parked.append(parked)
@@ -368,6 +354,7 @@ class PagedCache:
 
     def resume(self, parked: ParkedRow) -> None:
         """Append the row by its blocks."""
+        finish_writes(self._ops, self._stored)
         self._need_nobodys()
         self._parked.remove(parked)
         self._rows.append(parked.state)
@@ -381,8 +368,3 @@ class PagedCache:
         self.allocator.free(parked.state)
         if not self._rows:
             self._drop()
-
-
-def _new_blocks(prompt: Prompt) -> int:
-    """Return how many blocks a row has to have for itself before it decodes."""
-    return -(-len(prompt.context) // BLOCK_TOKENS) - prompt.found // BLOCK_TOKENS

@@ -54,6 +54,7 @@ class KernelOps:
 
     def __init__(self, language: Dialect) -> None:
         """Read the kernels' texts; MLX compiles them on first use."""
+        self.ordered_by_stream = language != "metal"
         inputs = ["q", "k", "v", "key_pool", "value_pool", "table", "lengths", "work", "scale"]
         inputs += ["after"]
         header = kernel_source("attention_header", language)

@@ -44,9 +44,13 @@ class StoreEntry:
 
 
 class PagedOps(Protocol):
-    """What computes on a layer's blocks. `in_place`: by writing to the pools' own buffers."""
+    """What computes on a layer's blocks. `in_place`: by writing to the pools' own buffers.
+
+    `ordered_by_stream`: kernels run one after the other, as they are launched; see `order`.
+    """
 
     in_place: bool
+    ordered_by_stream: bool
 
     def store(
         self,
@@ -138,14 +142,16 @@ def resize(
     """Copy into pools of `blocks` blocks: `kept` first, in order, None for all there are.
 
     No step may be running. `at_once`: bytes of pools that may be there twice meanwhile; a layer's
-    always may.
+    always may. Where memory is short for some layers, those keep the pools that they have.
     """
     step = max(1, at_once // max(layer.nbytes for layer in layers))
     for first in range(0, len(layers), step):
         some = layers[first : first + step]
-        for layer in some:
-            layer.keys = _resized(layer.keys, blocks, kept)
-            layer.values = _resized(layer.values, blocks, kept)
+        pools = [[_resized(p, blocks, kept) for p in (layer.keys, layer.values)] for layer in some]
+        mx.eval(pools)
+        for layer, (keys, values) in zip(some, pools, strict=True):
+            layer.keys, layer.values = keys, values
+        del pools
         materialize(some)
 
 

@@ -61,8 +61,9 @@ class Pools:
     def need(self, blocks: int) -> None:
         """Have so many blocks now; may wait for the step under way."""
         if not self.layers:
-            self.layers = [self._new_layer(shape, blocks) for shape in self._shapes]
-            materialize(self.layers)
+            layers = [self._new_layer(shape, blocks) for shape in self._shapes]
+            materialize(layers)
+            self.layers = layers
         else:
             self._grow(self._shorter(blocks), blocks)
 

@@ -11,6 +11,7 @@ class ReferenceOps:
     """Gathers every row's blocks for mlx's own attention: right on any device, and slow."""
 
     in_place = False
+    ordered_by_stream = True
 
     def store(
         self,

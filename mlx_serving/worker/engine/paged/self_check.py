@@ -50,6 +50,7 @@ class ComparedOps:
     in_place = False  # a compiled step could not look at values
 
     def __init__(self, ops: PagedOps) -> None:
+        self.ordered_by_stream = ops.ordered_by_stream
         self._ops = ops
         self._reference = ReferenceOps()
 
