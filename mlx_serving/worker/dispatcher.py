@@ -46,6 +46,7 @@ log = structlog.get_logger(__name__)
 POLL_SECONDS: Final = 1.0  # pub/sub may lose a wake-up: look without one so often
 UNADMITTED_SECONDS: Final = 1.0  # how long a claimed job may wait for room before it goes back
 WRITTEN_SECONDS: Final = 1.0  # how long a hand-over of all waits for the publisher
+LOST_SECONDS: Final = 1.0  # how often it looks whether the engine has what it was given
 RELEASE_SECONDS: Final = 5.0  # how long a drain waits for Redis
 CRASH_SECONDS: Final = 1.0  # the same of a worker whose engine failed
 RECYCLE_SECONDS: Final = 5.0  # the most that jobs get to end in before a planned replacement
@@ -88,6 +89,8 @@ class Dispatcher:
         self._claim_limit = CLAIM_MOST
         self._unadmitted_since: float | None = None
         self._returning: dict[HeldJob, Returned] = {}  # to release
+        self._lost: set[HeldJob] = set()  # seen lately without rows in the engine
+        self._looked_at = 0.0
         self._drain_until: float | None = None
         self._status = 0  # to end with
         self._outage = Outage(protocol.redis)
@@ -143,7 +146,10 @@ class Dispatcher:
         self._sweeper.sweep()
         self._release({})
         self._settle_unadmitted()
-        self._placement.settle(claiming=not (idle or self.draining or self._publisher.failing))
+        self._give_back_lost()
+        if not self._claims.unanswered:
+            claiming = not (idle or self.draining or self._publisher.failing)
+            self._placement.settle(claiming=claiming)
         if self._options.conditions.hands_over:
             self._hand_over()
 
@@ -235,6 +241,9 @@ class Dispatcher:
         self._claim_ahead(held, more=more)
         requests = []
         for job in held:
+            if self._placement.residents.get(model_of(job.claimed.queue)) is None:
+                self._returning[job] = job.returned()  # the reply to its claim came late
+                continue
             try:
                 with self._publisher.manifest.entering(job.request_id):
                     choices = self._prepare(job)
@@ -264,7 +273,7 @@ class Dispatcher:
         if claimed.seq:
             payloads = self._protocol.read_events(claimed.job_id, count=claimed.seq + 1)
         model = self._placement.residents.get(model_of(claimed.queue))
-        assert model is not None  # noqa: S101 -- a model with jobs in hand never leaves
+        assert model is not None  # noqa: S101 -- it was there, and jobs in hand keep it
         return self._preparation.requests(held, payloads, model)
 
     def _place(self, requests: Sequence[Choices]) -> None:
@@ -319,6 +328,22 @@ class Dispatcher:
         # Last first: each goes to the front of its queue, so their order stays.
         ids = [c[0].id for c in reversed(back) if c[0].id in caught and c[0].id in held]
         self._release({held[i]: held[i].returned() for i in ids})
+
+    def _give_back_lost(self) -> None:
+        """Give back what the engine was given and has no more: nothing would ever end it.
+
+        Only what it did not have the last time either: a row that ended may be on its way to us.
+        """
+        now = time.monotonic()
+        if now < self._looked_at + LOST_SECONDS:
+            return
+        self._looked_at = now
+        held = [job for job in self._publisher.held() if job.placed and not job.over]
+        lost = {j for j in held if j not in self._returning and not self._runner.has(j.request_id)}
+        for job in lost & self._lost:
+            log.error("engine_lost_job", **job.names())
+            self._returning[job] = job.returned()
+        self._lost = lost
 
     def _release(self, jobs: dict[HeldJob, Returned]) -> None:
         """Give claimed jobs back, and those for which Redis did not answer the last time."""

@@ -16,8 +16,8 @@ LUA: Final[dict[str, dict[str, dict[str, str]]]] = {
     # mutant → script → what is replaced by what
     "fencing off": {
         script: {
-            "return c.st == 'running' and c.ow == worker and is_attempt(c, epoch, nonce) end": (
-                "return c.st and not TERMINAL[c.st] end"
+            "c.st == 'running' and c.ow == worker and c.q and is_attempt(c, epoch, nonce)": (
+                "c.st and not TERMINAL[c.st]"
             ),
         }
         for script in ("commit", "renew")

@@ -8,9 +8,10 @@ import pytest
 import redis
 
 from mlx_serving.common import calls
+from mlx_serving.common.attempts import new_nonce
 from mlx_serving.common.states import JobState
 from tests.helpers import wait_until
-from tests.protocol_driver import LANES, QUEUE, Driver
+from tests.protocol_driver import LANES, QUEUE, Attempt, Driver
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -115,6 +116,25 @@ def test_a_running_one_stops_neither_commit_renew_nor_release_of_others(
     assert renewed[1].status == "OK"
     assert driver.release(odd, good)[1] == "OK"
     assert "good" in driver.listed()
+
+
+@pytest.mark.parametrize("call", ["renew", "release", "recall"])
+def test_a_running_one_that_still_holds_its_lease_stops_no_call_on_others(
+    driver: Driver, mangle: Callable[[Driver], None], call: str
+) -> None:
+    nonce = new_nonce()
+    driver.enqueue("odd")
+    driver.enqueue("good")
+    odd, good = (Attempt(job, "w1") for job in driver.claim(nonce=nonce).jobs)
+    mangle(driver)
+    if call == "renew":
+        held = [odd.job.attempt, good.job.attempt]
+        renewed = driver.protocol.run(calls.renew("w1", held, lease_ms=60_000))
+        assert renewed[1].status == "OK"
+    elif call == "release":
+        assert driver.release(odd, good)[1] == "OK"
+    else:
+        assert "good" in [job.job_id for job in driver.claim(nonce=nonce, most=0).jobs]
 
 
 def test_a_running_one_does_not_stop_the_reaper(

@@ -70,7 +70,7 @@ local function reply_with(id, queue, epoch, started, c)
   jobs[#jobs + 1] = {id, queue, epoch, c.seq, data, problem, signature, c.dl, c.to, c.sm, c.ttl, c.en, started, c.ft or '0', int(now), c.co or '0'}
 end
 
--- What this claim took when it was sent before; nil where it was not. A worker that asks with `most` 0 has given it up.
+-- Replies with what this claim took when it was sent before; false where it was not.
 local function take_again()
   local ids = redis.pcall('GET', k_claim(nonce))
   if type(ids) ~= 'string' then return false end
@@ -78,18 +78,25 @@ local function take_again()
     local c = sound_fields(id)
     local h = c and redis.call('HMGET', k_job(id), 'ow', 'no')
     if c and c.st == 'running' and h[1] == worker and h[2] == nonce then
-      shared('ZADD', k_leases(c.q), int(now + lease), id)
-      reply_with(id, c.q, c.ep, c.sa or int(now), c)
+      local verdict = stock_verdict(id)
+      if verdict ~= '' then
+        finalize_unowned(id, c.q, 'cancelled', 'cancelled', 'the RQ job was ' .. verdict, iso, now)
+      else
+        redis.call('ZREM', k_leases(c.q), '')  -- see renew.lua: a full Redis lets the rest pass
+        shared('ZADD', k_leases(c.q), int(now + lease), id)
+        reply_with(id, c.q, c.ep, c.sa or int(now), c)
+      end
     end
   end
   return true
 end
 
--- Notes what the claim took, for as long as a lease: a command that hangs on its way longer takes jobs that come back by theirs.
+-- Notes what the claim took, for a few leases: a command that hangs on its way longer takes jobs that come back by theirs.
 local function note_claim()
   local ids = {}
   for i, job in ipairs(jobs) do ids[i] = job[1] end
-  redis.call('SET', k_claim(nonce), table.concat(ids, '\n'), 'PX', int(lease))
+  if #ids == 0 then redis.call('DEL', k_claim(nonce)) end  -- takes no memory: a full Redis lets the rest pass
+  redis.call('SET', k_claim(nonce), table.concat(ids, '\n'), 'PX', int(3 * lease))
 end
 
 local function take(id, queue, c)

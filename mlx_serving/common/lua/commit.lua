@@ -21,10 +21,10 @@ local function is_written(id, seq, payload)
 end
 
 -- `changes`: fields that the rows so far changed, written once a job and flush.
-local FIELDS = {'st', 'ep', 'ow', 'no', 'seq', 'ca', 'q', 'ab', 'ls', 'sa', 'ft', 'ttl', 'tn'}
 local function read(id)
-  local c, values = {changes = {}}, redis.call('HMGET', k_job(id), unpack(FIELDS))
-  for i, name in ipairs(FIELDS) do c[name] = values[i] end
+  local v = redis.call('HMGET', k_job(id), 'st', 'ep', 'ow', 'no', 'seq', 'ca', 'q', 'ab', 'ls', 'sa', 'ft', 'ttl', 'tn')
+  local c = {changes = {}, st = v[1], ep = v[2], ow = v[3], no = v[4], seq = v[5], ca = v[6], q = v[7], ab = v[8], ls = v[9],
+             sa = v[10], ft = v[11], ttl = v[12], tn = v[13]}
   known[id] = c
   return c
 end

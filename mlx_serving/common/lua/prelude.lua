@@ -81,11 +81,13 @@ local function write_gathered()
   end
 end
 
--- The attempt that a worker speaks of, by its claim: Redis may forget a claim (a failover, a power loss) and give the same
--- epoch again, to the same worker too. `c`: at least 'st', 'ep', 'ow', 'no' of a control hash, by these names.
+-- Whether a job's attempt is the one that a worker speaks of. Redis may forget a claim (a failover, a power loss) and give
+-- the same epoch again, to the same worker too. `c`: at least 'st', 'ep', 'ow', 'no', 'q' of a control hash, by these names.
 local function is_attempt(c, epoch, nonce) return c.ep == epoch and c.no == nonce end
 
-local function runs(c, worker, epoch, nonce) return c.st == 'running' and c.ow == worker and is_attempt(c, epoch, nonce) end
+local function runs(c, worker, epoch, nonce)
+  return c.st == 'running' and c.ow == worker and c.q and is_attempt(c, epoch, nonce)
+end
 
 -- Fields of a job's control hash by their names; a field that is not there is false, and nothing is where there is no hash.
 local function read_fields(id, ...)

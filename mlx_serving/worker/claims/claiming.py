@@ -66,9 +66,7 @@ class Claims:
 
     def take(self, room: Callable[[], LaneClaim | None]) -> Claimed | None:
         """Return what the claim under way brings, else claim now; None where there is no room."""
-        claimed = self._ahead.take()
-        if claimed is None and self._unanswered is not None:
-            claimed = self._recall(*self._unanswered)
+        claimed = self._ahead.take() or self._recall()
         if claimed is not None:
             self._unanswered = None
             self._news.expect(claimed.reply.again_ms / 1000)
@@ -81,8 +79,13 @@ class Claims:
         return claimed
 
     def last(self, timeout: float) -> Claimed | None:
-        """Return what a claim under way brings in time, before the worker ends."""
-        return self._ahead.take(timeout)
+        """Return what a claim under way or unanswered brings in time, before the worker ends."""
+        return self._ahead.take(timeout) or self._recall(timeout)
+
+    @property
+    def unanswered(self) -> bool:
+        """Whether there may be jobs of ours that we do not know: then no model may leave."""
+        return self._unanswered is not None
 
     def ahead(self, room: Callable[[], LaneClaim | None]) -> None:
         """Claim more while the jobs of the last claim are read, where that is from one model.
@@ -97,11 +100,17 @@ class Claims:
             self._news.ask(asked)
             self._ahead.begin(self._new_claim(group, asked)(most=asked.most), asked)
 
-    def _recall(self, call: _ClaimCall, asked: LaneClaim) -> Claimed:
-        """Ask for the jobs of a claim whose reply was lost; it takes no others from now on."""
-        reply = self._protocol.run(call(most=0))
+    def _recall(self, timeout: float | None = None) -> Claimed | None:
+        """Return the jobs of a claim whose reply was lost, if any; it takes no others then."""
+        if self._unanswered is None:
+            return None
+        call, asked = self._unanswered
+        recall: Call[ClaimReply] = call(most=0)
+        run, send = self._protocol.run, self._protocol.send
+        reply = run(recall) if timeout is None else send(recall)(timeout)
+        self._unanswered = None
         log.info("claim_recalled", jobs=len(reply.jobs))
-        return Claimed(reply, asked, others=True)
+        return Claimed(reply, asked, others=True) if reply.jobs else None
 
     def _claim(self, room: LaneClaim | None) -> Claimed | None:
         if room is None:

@@ -116,8 +116,10 @@ class Manifest:
     def entering(self, request_id: str) -> Iterator[None]:
         """Say that an attempt's prompt is being rendered; foreign code may crash over it."""
         self.mark(request_id, RowState.ENTERING)
-        yield
-        self.mark(request_id, RowState.HELD)
+        try:
+            yield
+        finally:
+            self.mark(request_id, RowState.HELD)
 
     @contextmanager
     def loading(self, model: str) -> Iterator[None]:
