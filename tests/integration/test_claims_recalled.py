@@ -64,6 +64,7 @@ def test_its_model_does_not_leave_meanwhile(client: Client, settled_redis: Local
         jobs = submit(client, 1, TOKENS, model="big") + submit(client, 1, TOKENS)
         check_answers(client, jobs, TOKENS)
     assert lost.lost
+    assert {client.result(job.id).attempts for job in jobs} == {1}
 
 
 def test_a_drain_hands_them_back(client: Client, settled_redis: LocalRedis, driver: Driver) -> None:
