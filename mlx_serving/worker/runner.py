@@ -5,7 +5,8 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
 
 import structlog
 
@@ -22,6 +23,19 @@ if TYPE_CHECKING:
 log = structlog.get_logger(__name__)
 
 IDLE_SECONDS = 0.5
+FIRST_STEP_SECONDS: Final = 60.0  # what a model's first step may take, on any device
+
+
+@dataclass(frozen=True, slots=True)
+class RunnerTimes:
+    """How long the loop may take to come round.
+
+    `stall_seconds`: with a step, once one of its model was timed. `slice_seconds`: how much longer
+    with a slice of `interleave`.
+    """
+
+    stall_seconds: float = 10.0
+    slice_seconds: float = 0.0
 
 
 class Runner(threading.Thread):
@@ -32,8 +46,7 @@ class Runner(threading.Thread):
     `on_refused(request_id, code, message)` gets a request that the engine would not take; `on_room`
     is called when rows left the batch or requests entered it.
     `paused` is asked before each step: a deliberate pause is progress, a step that does not come
-    back is not (`stalled_for`). `slice_seconds` is how much longer a slice of `interleave` may take
-    than a step. `tend` is called between steps, twice a second at least.
+    back is not (`stalled_for`). `tend` is called between steps, twice a second at least.
     """
 
     def __init__(
@@ -44,14 +57,14 @@ class Runner(threading.Thread):
         on_refused: Callable[[str, str, str], None],
         on_room: Callable[[], None],
         paused: Callable[[], bool],
-        slice_seconds: float = 0.0,
+        times: RunnerTimes = RunnerTimes(),
         tend: Callable[[], None] = lambda: None,
     ) -> None:
         super().__init__(name="engine", daemon=True)
         self._load, self._on_outputs, self._on_refused = load, on_outputs, on_refused
         self._paused, self._on_room, self._tend = paused, on_room, tend
         self._slices: deque[Iterator[None]] = deque()
-        self._slice_seconds, self._in_slice = slice_seconds, False
+        self._times, self._in_slice = times, False
         self._changed = threading.Condition()
         self._requests: deque[Choices] = deque()
         self._aborts: deque[str] = deque()
@@ -116,8 +129,24 @@ class Runner(threading.Thread):
         """Seconds since the loop should have come round; 0 before the first models are loaded."""
         if not self.ready.is_set() or self.halted.is_set():
             return 0.0
-        allowed = self._slice_seconds if self._in_slice else 0.0
+        allowed = self._times.slice_seconds if self._in_slice else 0.0
         return max(0.0, time.monotonic() - self._progress_at - allowed)
+
+    @property
+    def stall_seconds(self) -> float:
+        """The most that `stalled_for` may be now: longer before a model's first step is timed."""
+        first = self.engine is not None and self.engine.first_use
+        usual = self._times.stall_seconds
+        return max(FIRST_STEP_SECONDS, usual) if first else usual
+
+    @property
+    def time_left(self) -> float:
+        """Seconds for which it may still make no progress.
+
+        Read in this order: a first step that ends is progress before it is timed.
+        """
+        allowed = self.stall_seconds
+        return allowed - self.stalled_for
 
     def run(self) -> None:
         """Load, then loop; a failure of the engine itself is kept and ends the thread."""
@@ -132,11 +161,12 @@ class Runner(threading.Thread):
 
     def _serve(self, engine: EngineSet) -> None:
         try:
-            self._progress_at = time.monotonic()
+            self._note_progress()
             engine.on_launch = self._at_launch
+            engine.on_stepped = self._note_progress
             self.ready.set()
             while self._turn(engine):
-                self._progress_at = time.monotonic()
+                self._note_progress()
         except BaseException as error:  # whatever it is, the process must end
             self.failure = error
             log.exception("engine_failed")
@@ -146,6 +176,9 @@ class Runner(threading.Thread):
             finally:
                 self.halted.set()
                 self.ready.set()
+
+    def _note_progress(self) -> None:
+        self._progress_at = time.monotonic()
 
     def _turn(self, engine: EngineSet) -> bool:
         paused = self._paused()
@@ -185,7 +218,11 @@ class Runner(threading.Thread):
             self._hand_over()
 
     def _at_launch(self) -> None:
-        """Hand over; what fails is no failure of the engine's step, and raised after it."""
+        """Hand over; what fails is no failure of the engine's step, and raised after it.
+
+        A step that comes to another launch goes on.
+        """
+        self._note_progress()
         try:
             self._hand_over()
         except Exception as error:  # noqa: BLE001 -- see above
@@ -200,7 +237,7 @@ class Runner(threading.Thread):
                 self._on_room()
 
     def _do_slice(self, slices: Iterator[None]) -> None:
-        self._progress_at = time.monotonic()  # the step before it was in time
+        self._note_progress()  # the step before it was in time
         self._in_slice = True
         try:
             next(slices)
