@@ -22,6 +22,7 @@ from mlx_serving.worker.engine.model_files import check_model_files, model_revis
 from mlx_serving.worker.engine.model_runner import ModelRunner
 from mlx_serving.worker.engine.paged.planning import MIXED_ROWS
 from mlx_serving.worker.engine.prefix.choice import make_prefix_cache
+from mlx_serving.worker.engine.scheduling.chunk_size import FIRST_TOKENS
 from mlx_serving.worker.engine.scheduling.limits import BatchSize, SchedulerLimits
 from mlx_serving.worker.engine.scheduling.scheduler import Scheduler
 from mlx_serving.worker.engine.sequence import ModelInfo, Request, SamplingParams
@@ -52,6 +53,7 @@ class EngineOptions:
     kv_cache: CacheKind = "auto"
     kv_bits: KvBits | None = None
     prefill_chunk_tokens: int = 512
+    first_chunk_tokens: int = FIRST_TOKENS
     lane_min_share: float = 0.1
     lane_headroom: float = 0.0
     prefer_native: bool = True
@@ -153,6 +155,7 @@ def build_engine(
         BatchSize.of(options.max_batch_rows, options.lane_min_share, options.lane_headroom),
         kv_capacity_tokens=budget // cost.bytes_per_token,
         prefill_chunk_tokens=options.prefill_chunk_tokens,
+        first_chunk_tokens=options.first_chunk_tokens,
         kv_row_overhead_tokens=choice.row_overhead_tokens(cost),
         kv_block_tokens=choice.block_tokens,
         mixed_reads=choice.mixed_reads,
