@@ -87,6 +87,7 @@ class Dispatcher:
         self._log = JobLog()
         self._messages: queue.SimpleQueue[tuple[str, str]] = queue.SimpleQueue()
         self._claim_limit = CLAIM_MOST
+        self._claimed = False  # whether anything was since room was last looked at
         self._unadmitted_since: float | None = None
         self._returning: dict[HeldJob, Returned] = {}  # to release
         self._drain_until: float | None = None
@@ -97,7 +98,9 @@ class Dispatcher:
             options.affinity_ms,
         )  # fmt: skip
         self._news = LaneNews(POLL_SECONDS)
-        self._claims = Claims(terms, protocol, placement, publisher.held_rows, self._news)
+        self._claims = Claims(
+            terms, protocol, placement, publisher.held_rows, self._news, runner.shortage
+        )
         self._strays = Strays(
             protocol, options.worker, lambda: [job.request_id for job in publisher.held()],
             seconds=options.lease_ms / 1000,
@@ -236,6 +239,7 @@ class Dispatcher:
     def _take(self, claims: Sequence[ClaimedJob], *, more: bool = False) -> None:
         held = [HeldJob(claimed) for claimed in claims]
         self._publisher.hold(held)
+        self._claimed = True
         if self.draining or self._options.conditions.reasons:  # claimed ahead of that
             self._release({job: job.returned() for job in reversed(held)})
             return
@@ -263,7 +267,7 @@ class Dispatcher:
         self._place(requests)
 
     def _claim_ahead(self, in_hand: Sequence[HeldJob], *, more: bool) -> None:
-        if more and not self._strays.expected:
+        if more and not self._strays.expected and self._claim_limit == CLAIM_MOST:
             self._claims.ahead(lambda: self._room(in_hand))
 
     def _prepare(self, held: HeldJob) -> Choices:
@@ -307,13 +311,18 @@ class Dispatcher:
             return True  # not known: whoever claims the job next looks again
 
     def _settle_unadmitted(self) -> None:
-        """At most one claimed job waits for room, and not for long; others go back at once."""
+        """At most one claimed job waits for room, and not for long; others go back at once.
+
+        Once it went back, nothing of its lane is claimed before there is room for it.
+        """
         waiting = self._runner.unadmitted()
         if waiting is None:
             return
         if not waiting:
             self._unadmitted_since = None
-            self._claim_limit = min(CLAIM_MOST, self._claim_limit * 2)
+            if self._claimed:  # and all that was claimed had room
+                self._claim_limit = min(CLAIM_MOST, self._claim_limit * 2)
+            self._claimed = False
             return
         self._claim_limit = 1
         now = time.monotonic()
@@ -321,6 +330,8 @@ class Dispatcher:
         overdue = now - self._unadmitted_since >= UNADMITTED_SECONDS
         back = waiting if overdue else waiting[1:]
         caught = self._runner.withdraw({choices[0].id for choices in back})
+        if overdue and waiting[0][0].id in caught:
+            self._runner.shortage.note(waiting[0])
         held = {job.request_id: job for job in self._publisher.held()}
         # Last first: each goes to the front of its queue, so their order stays.
         ids = [c[0].id for c in reversed(back) if c[0].id in caught and c[0].id in held]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 import structlog
 
+from mlx_serving.worker.claims.shortage import Shortage
 from mlx_serving.worker.engine.sequence import RequestRefusedError
 
 if TYPE_CHECKING:
@@ -67,6 +68,7 @@ class Runner(threading.Thread):
         self._times, self._in_slice = times, False
         self._changed = threading.Condition()
         self._requests: deque[Choices] = deque()
+        self.shortage = Shortage()  # what was handed back for lack of room
         self._aborts: deque[str] = deque()
         self._halting = False
         self._turns = self._submitted_at_turn = 0
@@ -199,7 +201,7 @@ class Runner(threading.Thread):
         admitted = self._admit(engine)
         if engine.has_work and not paused:
             self._step(engine)
-        if aborts or admitted:
+        if aborts or admitted or self._ends_shortage(engine):
             self._on_room()
         if self._slices:
             self._hand_over()
@@ -245,6 +247,13 @@ class Runner(threading.Thread):
             self._slices.popleft()
         finally:
             self._progress_at, self._in_slice = time.monotonic(), False
+
+    def _ends_shortage(self, engine: EngineSet) -> bool:
+        """Say whether there is room now for a job that there was none for."""
+        shortage = self.shortage
+        return bool(shortage) and shortage.settle(
+            lambda *choices: engine.can_add(*choices) or not engine.has_work
+        )
 
     def _admissible(self, engine: EngineSet) -> bool:
         return bool(self._requests) and engine.can_add(*self._requests[0])

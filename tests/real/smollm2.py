@@ -54,7 +54,7 @@ def model_folder(dtype: str) -> Path:
     if not (folder / "config.json").exists():  # it is written last
         weights, reader = _packages(cache / "packages")
         environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(reader), str(ROOT)])}
-        command = [sys.executable, "-m", "tests.real.smollm2", weights, folder, dtype]
+        command = [sys.executable, "-m", "tests.real.smollm2", str(weights), str(folder), dtype]
         subprocess.run(command, check=True, cwd=ROOT, env=environment)
     return folder
 

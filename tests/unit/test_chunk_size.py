@@ -65,6 +65,14 @@ def test_a_slow_first_use_does_not_leave_it_small() -> None:
     assert size.tokens == 512
 
 
+def test_a_few_tokens_that_take_long_say_nothing_of_the_size() -> None:
+    """So is a model warmed up, whose first steps compile."""
+    size = ChunkSize(512)
+    for tokens in (4, 5, 15):
+        size.note(waited(12.0, tokens))
+    assert size.tokens == 64
+
+
 def test_a_chunk_that_was_far_from_full_teaches_no_growth() -> None:
     size = ChunkSize(512)
     size.note(waited(0.01, 32))

@@ -59,8 +59,12 @@ class ChunkSize:
             self._grow(before.tokens, (longest - decode) / allowed)
 
     def _shrink(self, tokens: int) -> None:
-        """Go below a size that took too long."""
-        while self.tokens >= tokens and self.tokens > self._least:
+        """Halve where a chunk of this size, or a smaller one, took too long.
+
+        It may have been a larger one, of before. One below the least size says nothing of sizes:
+        what it took was something else.
+        """
+        if self._least <= tokens <= self.tokens:
             self.tokens = max(self._least, self.tokens // 2)
 
     def _grow(self, tokens: int, part: float) -> None:
