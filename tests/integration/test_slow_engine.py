@@ -37,9 +37,8 @@ def test_prompts_on_a_slow_device_end_on_their_first_attempt(
         assert "engine_stalled" not in worker.whole_log()
         assert "child_died" not in worker.whole_log()
         ends = [result.timings.finished_ms or 0 for result in results]
-        show(
-            f"{jobs} x {words} tokens: {(max(ends) - results[0].timings.enqueued_ms) / 1000:.1f} s"
-        )
+        began = min(result.timings.enqueued_ms or 0 for result in results)
+        show(f"{jobs} x {words} tokens: {(max(ends) - began) / 1000:.1f} s")
         worker.terminate()
         assert worker.exit_status() == 0
 

@@ -37,7 +37,9 @@ class Shortage:
 
     def settle(self, has_room: Callable[..., bool]) -> bool:
         """Forget the jobs that there is room for; returns whether there are any."""
-        met = [key for key, choices in list(self._jobs.items()) if has_room(*choices)]
+        with self._lock:
+            jobs = list(self._jobs.items())
+        met = [key for key, choices in jobs if has_room(*choices)]
         with self._lock:
             for key in met:
                 del self._jobs[key]
