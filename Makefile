@@ -11,7 +11,7 @@ SIDE_BY_SIDE := -n auto --dist loadfile --no-loadscope-reorder
 RUN := PATH="$(abspath $(BIN)):$$PATH" scripts/with_openblas.sh
 
 .DEFAULT_GOAL := help
-.PHONY: help install native demo test chaos lint format bench
+.PHONY: help install native demo test chaos real lint format bench
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,6 +31,9 @@ test: install ## the whole test suite, in a process a core
 chaos: install ## kills, stops, Redis restarts, lost replies: nothing lost, nothing twice
 	@$(RUN) python -m tests.chaos $(CHAOS_ARGS)
 	@$(RUN) python -m pytest -m chaos -s $(PYTEST_ARGS)
+
+real: install ## a real model (SmolLM2-135M, made once in ~/.cache) on this machine, default settings
+	@$(RUN) python -m pytest -m real -n0 -s $(PYTEST_ARGS)
 
 lint: install ## ruff, its formatter and mypy --strict
 	@$(RUN) ruff check .

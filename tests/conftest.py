@@ -27,7 +27,9 @@ FOLDER_MARKS = {
     "native": "unit",
     "integration": "integration",
     "acceptance": "acceptance",
+    "real": "real",
 }
+LEFT_OUT = ("chaos", "real")  # unless asked for by -m: `make chaos`, `make real`
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -35,16 +37,17 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mark every test by its folder; leave the chaos tests to `make chaos` (`-m chaos`)."""
+    """Mark every test by its folder; leave out what has a target of its own."""
     for item in items:
         if item.path.is_relative_to(TESTS):
             folder = item.path.relative_to(TESTS).parts[0]
             if folder in FOLDER_MARKS:
                 item.add_marker(FOLDER_MARKS[folder])
-    if "chaos" not in str(config.getoption("markexpr")):
-        left_out = [item for item in items if item.get_closest_marker("chaos")]
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if not item.get_closest_marker("chaos")]
+    for mark in LEFT_OUT:
+        if mark not in str(config.getoption("markexpr")):
+            left_out = [item for item in items if item.get_closest_marker(mark)]
+            config.hook.pytest_deselected(items=left_out)
+            items[:] = [item for item in items if not item.get_closest_marker(mark)]
 
 
 @pytest.hookimpl(optionalhook=True)

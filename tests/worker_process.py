@@ -15,7 +15,7 @@ import tempfile
 import threading
 import time
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -55,6 +55,8 @@ class Hacks:
     """`block_at_step` hangs the engine's step n for good; `protocol`: what the worker speaks.
 
     `hold_lock`: it hangs in native code that holds the interpreter's lock, so nothing else runs.
+    `prefill_rate`: prompt tokens a second of the simulated device; `slow_first_step`: seconds that
+    its first step takes.
     `poison`: what a marked prompt does to the simulated engine. `load`: how loading goes wrong, of
     all models or, "<how> <path>", of one.
     `memory_pressure`: the parent sees signs of it.
@@ -64,6 +66,8 @@ class Hacks:
 
     block_at_step: int = 0
     hold_lock: bool = False
+    prefill_rate: float = 0.0
+    slow_first_step: float = 0.0
     protocol: int = 0
     poison: Poison | None = None
     load: str = ""
@@ -79,6 +83,12 @@ def quick_settings(url: str, **changes: Any) -> Settings:
 def hacked_child(hacks: Hacks, spec: ChildSpec, lifeline: Connection) -> None:
     if hacks.block_at_step:
         _block_engine(hacks.block_at_step, hold_lock=hacks.hold_lock)
+    if hacks.prefill_rate:
+        spec = replace(
+            spec, engine=replace(spec.engine, prefill_tokens_per_second=hacks.prefill_rate)
+        )
+    if hacks.slow_first_step:
+        _slow_first_step(hacks.slow_first_step)
     if hacks.poison:
         hacks.poison.install()
     if hacks.load:
@@ -129,6 +139,19 @@ def _block_engine(at_step: int, *, hold_lock: bool) -> None:
         return step(engine)
 
     SimulatedEngine.step = blocking  # type: ignore[method-assign, assignment]
+
+
+def _slow_first_step(seconds: float) -> None:
+    from mlx_serving.worker.engine.simulated import SimulatedEngine
+
+    step = SimulatedEngine.step
+    pauses = iter([seconds])
+
+    def slow(engine: SimulatedEngine) -> Any:
+        time.sleep(next(pauses, 0.0))
+        return step(engine)
+
+    SimulatedEngine.step = slow  # type: ignore[method-assign, assignment]
 
 
 class Pressed:

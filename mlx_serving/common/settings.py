@@ -194,7 +194,9 @@ class Settings(BaseSettings):
         default=2.0, description="between two looks for leases that ran out"
     )
     engine_stall_seconds: PositiveSeconds = Field(
-        default=10.0, description="after which an engine that makes no progress is ended"
+        default=10.0,
+        description="after which an engine that makes no progress is ended; at least 60 before the "
+        "first step of a model that was loaded",
     )
     drain_grace_seconds: float = Field(
         default=30.0,
@@ -248,7 +250,11 @@ class Settings(BaseSettings):
         default=None, description="of a key or value in the padded KV cache; none: the model's own"
     )
     prefill_chunk_tokens: int = Field(
-        default=512, ge=1, le=65_536, description="of prompts, between two decode steps"
+        default=512,
+        ge=1,
+        le=65_536,
+        description="of prompts, between two decode steps: the most; fewer where the device takes "
+        "longer than a second",
     )
     native: bool = Field(
         default=True,

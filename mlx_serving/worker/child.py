@@ -43,8 +43,12 @@ from mlx_serving.worker.measures import Measures
 from mlx_serving.worker.memory_keeper import MemoryKeeper
 from mlx_serving.worker.presence import Presence, machine_facts
 from mlx_serving.worker.residents import Residents
-from mlx_serving.worker.runner import Runner
-from mlx_serving.worker.supervision.crash import EXIT_CONFIGURATION, EXIT_ENGINE
+from mlx_serving.worker.runner import Runner, RunnerTimes
+from mlx_serving.worker.supervision.crash import (
+    EXIT_CONFIGURATION,
+    EXIT_ENGINE,
+    EXIT_STALLED,
+)
 from mlx_serving.worker.supervision.manifest import Manifest
 from mlx_serving.worker.supervision.memory_pressure import AvailableMemory
 from mlx_serving.worker.supervision.process_end import leave
@@ -65,7 +69,7 @@ log = structlog.get_logger(__name__)
 # well before a step is over, and Python's 5 ms are most of one.
 SWITCH_SECONDS: Final = 0.0005
 WATCH_SECONDS: Final = 0.5
-HUNG: Final = 0.9  # of the stall time, within which a hung engine's process is to be gone
+LAST_WRITE_SECONDS: Final = 1.0  # that a stalled worker's publisher gets for what was decoded
 READ_SECONDS: Final = 1.0
 
 
@@ -135,7 +139,7 @@ class Child:
 
     def _engine_link(self) -> EngineLink:
         runner = self.runner
-        return EngineLink(runner.abort, lambda: runner.stalled_for < self.stall_seconds, runner.has)
+        return EngineLink(runner.abort, lambda: runner.time_left > 0, runner.has)
 
     def _keeper(self) -> MemoryKeeper:
         return MemoryKeeper(
@@ -161,7 +165,7 @@ class Child:
             on_refused=self._refused,
             on_room=lambda: self.dispatcher.post("room"),
             paused=lambda: self.publisher.backlog >= settings.buffer_tokens,
-            slice_seconds=settings.model_load_seconds,
+            times=RunnerTimes(settings.engine_stall_seconds, settings.model_load_seconds),
             tend=self.keeper.tend,
         )
 
@@ -275,18 +279,27 @@ class Child:
 
         It is gone within the stall time, so this looks often and acts a little before.
         """
+        pause = min(WATCH_SECONDS, 0.05 * self.stall_seconds)
+        last_write = min(LAST_WRITE_SECONDS, 0.1 * self.stall_seconds)
         while True:
             before = time.monotonic()
-            time.sleep(min(WATCH_SECONDS, 0.05 * self.stall_seconds))
+            time.sleep(pause)
             if time.monotonic() - before > 2 * WATCH_SECONDS:
                 continue  # the whole process slept: the engine gets its chance to come round
             dead = self.publisher.ident is not None and not self.publisher.is_alive()
             if dead and not self.runner.halted.is_set():
                 log.critical("publisher_dead")
                 os._exit(EXIT_ENGINE)
-            if self.runner.stalled_for >= HUNG * self.stall_seconds:
+            if self.runner.time_left <= pause + last_write:
                 log.critical("engine_stalled", seconds=round(self.runner.stalled_for, 1))
-                os._exit(EXIT_ENGINE)
+                self._write_the_last(last_write)
+                os._exit(EXIT_STALLED)
+
+    def _write_the_last(self, timeout: float) -> None:
+        """Let the publisher write what was decoded; whatever it waits for, no longer than this."""
+        writing = threading.Thread(target=self.publisher.drain, args=(timeout,), daemon=True)
+        writing.start()
+        writing.join(timeout)
 
 
 def keep_for_good() -> None:

@@ -22,6 +22,7 @@ from mlx_serving.common.jobs import model_of
 from mlx_serving.worker.claims.claiming import Claims, ClaimTerms
 from mlx_serving.worker.claims.intake import JobRefusedError
 from mlx_serving.worker.claims.lane_claims import LaneClaim, LaneNews, LaneRoom
+from mlx_serving.worker.claims.returning import Returning
 from mlx_serving.worker.conditions import ANY_TIME, Conditions
 from mlx_serving.worker.delivery.held import HeldJob
 from mlx_serving.worker.delivery.job_log import JobLog
@@ -31,7 +32,7 @@ from mlx_serving.worker.supervision.crash import EXIT_ENGINE, EXIT_RECYCLE
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from mlx_serving.common.calls import ClaimedJob, Returned
+    from mlx_serving.common.calls import ClaimedJob
     from mlx_serving.common.protocol import Protocol
     from mlx_serving.worker.claims.placement import Placement
     from mlx_serving.worker.claims.preparation import Preparation
@@ -46,7 +47,6 @@ log = structlog.get_logger(__name__)
 POLL_SECONDS: Final = 1.0  # pub/sub may lose a wake-up: look without one so often
 UNADMITTED_SECONDS: Final = 1.0  # how long a claimed job may wait for room before it goes back
 WRITTEN_SECONDS: Final = 1.0  # how long a hand-over of all waits for the publisher
-LOST_SECONDS: Final = 1.0  # how often it looks whether the engine has what it was given
 RELEASE_SECONDS: Final = 5.0  # how long a drain waits for Redis
 CRASH_SECONDS: Final = 1.0  # the same of a worker whose engine failed
 RECYCLE_SECONDS: Final = 5.0  # the most that jobs get to end in before a planned replacement
@@ -87,19 +87,20 @@ class Dispatcher:
         self._log = JobLog()
         self._messages: queue.SimpleQueue[tuple[str, str]] = queue.SimpleQueue()
         self._claim_limit = CLAIM_MOST
+        self._claimed = False  # whether anything was since room was last looked at
         self._unadmitted_since: float | None = None
-        self._returning: dict[HeldJob, Returned] = {}  # to release
-        self._lost: set[HeldJob] = set()  # seen lately without rows in the engine
-        self._looked_at = 0.0
         self._drain_until: float | None = None
         self._status = 0  # to end with
         self._outage = Outage(protocol.redis)
+        self._returning = Returning(protocol, options.worker, publisher, self._outage, runner.has)
         terms = ClaimTerms(
             options.worker, options.batch.max_rows, options.lease_ms, options.max_payload_bytes,
             options.affinity_ms,
         )  # fmt: skip
         self._news = LaneNews(POLL_SECONDS)
-        self._claims = Claims(terms, protocol, placement, publisher.held_rows, self._news)
+        self._claims = Claims(
+            terms, protocol, placement, publisher.held_rows, self._news, runner.shortage
+        )
 
     def post(self, what: str, argument: str = "") -> None:
         """Leave a message.
@@ -144,9 +145,9 @@ class Dispatcher:
             self._sweeper.hold(type(error).__name__)
             raise
         self._sweeper.sweep()
-        self._release({})
+        self._returning.release()
         self._settle_unadmitted()
-        self._give_back_lost()
+        self._returning.look()
         if not self._claims.unanswered:
             claiming = not (idle or self.draining or self._publisher.failing)
             self._placement.settle(claiming=claiming)
@@ -235,14 +236,15 @@ class Dispatcher:
     def _take(self, claims: Sequence[ClaimedJob], *, more: bool = False) -> None:
         held = [HeldJob(claimed) for claimed in claims]
         self._publisher.hold(held)
+        self._claimed = True
         if self.draining or self._options.conditions.reasons:  # claimed ahead of that
-            self._release({job: job.returned() for job in reversed(held)})
+            self._returning.release({job: job.returned() for job in reversed(held)})
             return
         self._claim_ahead(held, more=more)
         requests = []
         for job in held:
             if self._placement.residents.get(model_of(job.claimed.queue)) is None:
-                self._returning[job] = job.returned()  # the reply to its claim came late
+                self._returning.add(job)  # the reply to its claim came late
                 continue
             try:
                 with self._publisher.manifest.entering(job.request_id):
@@ -255,7 +257,7 @@ class Dispatcher:
                     self._publisher.fail(job, CorruptEvent.code, "the job's stream is no stream")
                     continue
                 self._outage.note(error)
-                self._returning[job] = job.returned()
+                self._returning.add(job)
             else:
                 self._measures.resumed(job.kept_tokens)
                 self._log.started(job)
@@ -265,7 +267,7 @@ class Dispatcher:
         self._place(requests)
 
     def _claim_ahead(self, in_hand: Sequence[HeldJob], *, more: bool) -> None:
-        if more:
+        if more and self._claim_limit == CLAIM_MOST:
             self._claims.ahead(lambda: self._room(in_hand))
 
     def _prepare(self, held: HeldJob) -> Choices:
@@ -295,7 +297,7 @@ class Dispatcher:
         rows = len(choices)
         kv_tokens = rows * max(request.kv_tokens for request in choices)
         if self._someone_holds(model_of(job.claimed.queue), kv_tokens, rows):
-            self._release({job: job.returned(kv_tokens, rows if rows > 1 else 0)})
+            self._returning.release({job: job.returned(kv_tokens, rows if rows > 1 else 0)})
             return
         field = "n" if rows > self._options.batch.max_rows else "max_tokens"
         needed = f"{rows} rows and {kv_tokens} KV tokens"
@@ -310,13 +312,18 @@ class Dispatcher:
             return True  # not known: whoever claims the job next looks again
 
     def _settle_unadmitted(self) -> None:
-        """At most one claimed job waits for room, and not for long; others go back at once."""
+        """At most one claimed job waits for room, and not for long; others go back at once.
+
+        Once it went back, nothing of its lane is claimed before there is room for it.
+        """
         waiting = self._runner.unadmitted()
         if waiting is None:
             return
         if not waiting:
             self._unadmitted_since = None
-            self._claim_limit = min(CLAIM_MOST, self._claim_limit * 2)
+            if self._claimed:  # and all that was claimed had room
+                self._claim_limit = min(CLAIM_MOST, self._claim_limit * 2)
+            self._claimed = False
             return
         self._claim_limit = 1
         now = time.monotonic()
@@ -324,39 +331,12 @@ class Dispatcher:
         overdue = now - self._unadmitted_since >= UNADMITTED_SECONDS
         back = waiting if overdue else waiting[1:]
         caught = self._runner.withdraw({choices[0].id for choices in back})
+        if overdue and waiting[0][0].id in caught:
+            self._runner.shortage.note(waiting[0])
         held = {job.request_id: job for job in self._publisher.held()}
         # Last first: each goes to the front of its queue, so their order stays.
         ids = [c[0].id for c in reversed(back) if c[0].id in caught and c[0].id in held]
-        self._release({held[i]: held[i].returned() for i in ids})
-
-    def _give_back_lost(self) -> None:
-        """Give back what the engine was given and has no more: nothing would ever end it.
-
-        Only what it did not have the last time either: a row that ended may be on its way to us.
-        """
-        now = time.monotonic()
-        if now < self._looked_at + LOST_SECONDS:
-            return
-        self._looked_at = now
-        held = [job for job in self._publisher.held() if job.placed and not job.over]
-        lost = {j for j in held if j not in self._returning and not self._runner.has(j.request_id)}
-        for job in lost & self._lost:
-            log.error("engine_lost_job", **job.names())
-            self._returning[job] = job.returned()
-        self._lost = lost
-
-    def _release(self, jobs: dict[HeldJob, Returned]) -> None:
-        """Give claimed jobs back, and those for which Redis did not answer the last time."""
-        self._returning |= jobs
-        if not self._returning:
-            return
-        try:
-            self._protocol.run(calls.release(self._options.worker, [*self._returning.values()]))
-        except redis.RedisError as error:
-            self._outage.note(error)
-            return
-        self._publisher.let_go(self._returning)
-        self._returning = {}
+        self._returning.release({held[i]: held[i].returned() for i in ids})
 
     def _hand_over(self) -> None:
         """Give all that is held to other workers, and go on without: this machine is not ours now.
@@ -374,7 +354,9 @@ class Dispatcher:
         deadline = time.monotonic() + WRITTEN_SECONDS
         while held and self._publisher.backlog and time.monotonic() < deadline:
             time.sleep(0.01)
-        self._release({job: job.returned() for job in reversed(held) if job.ending is None})
+        self._returning.release(
+            {job: job.returned() for job in reversed(held) if job.ending is None}
+        )
 
     # The end
 

@@ -41,8 +41,9 @@ class EngineSpec:
     """`mlx` runs the model at `model_path`; `simulated` costs time but no compute.
 
     `others` are further models that the same worker serves: alias and path. `tokens_per_second` is
-    a simulated row's rate; 0: a job takes one step and no time. `load_seconds` is what a simulated
-    load takes.
+    a simulated row's rate; 0: a job takes one step and no time. `prefill_tokens_per_second`, where
+    a row has a rate, is the simulated device's for prompts. `load_seconds` is what a simulated load
+    takes.
     """
 
     kind: Literal["mlx", "simulated"] = "mlx"
@@ -50,6 +51,7 @@ class EngineSpec:
     tokens_per_second: float = 0.0
     others: tuple[tuple[str, str], ...] = ()
     load_seconds: float = 0.0
+    prefill_tokens_per_second: float = 10_000.0
 
     def paths(self, model: str) -> dict[str, str]:
         """Alias → path of all models; `model` is the first one's alias."""
@@ -214,7 +216,9 @@ def _load_simulated(spec: EngineSpec, settings: Settings) -> Generator[None, Non
         yield
     batch = batch_size(settings)
     options = (
-        simulated.SimulatedOptions(spec.tokens_per_second, batch=batch)
+        simulated.SimulatedOptions(
+            spec.tokens_per_second, spec.prefill_tokens_per_second, batch=batch
+        )
         if spec.tokens_per_second
         else simulated.SimulatedOptions.zero_cost(batch)
     )

@@ -5,10 +5,12 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
 
 import structlog
 
+from mlx_serving.worker.claims.shortage import Shortage
 from mlx_serving.worker.engine.sequence import RequestRefusedError
 
 if TYPE_CHECKING:
@@ -22,7 +24,20 @@ if TYPE_CHECKING:
 log = structlog.get_logger(__name__)
 
 IDLE_SECONDS = 0.5
-LOOK_SECONDS = 0.25  # how often it looks which requests are still here
+LOOK_SECONDS: Final = 0.25  # how often it looks which requests are still here
+FIRST_STEP_SECONDS: Final = 60.0  # what a model's first step may take, on any device
+
+
+@dataclass(frozen=True, slots=True)
+class RunnerTimes:
+    """How long the loop may take to come round.
+
+    `stall_seconds`: with a step, once one of its model was timed. `slice_seconds`: how much longer
+    with a slice of `interleave`.
+    """
+
+    stall_seconds: float = 10.0
+    slice_seconds: float = 0.0
 
 
 class Runner(threading.Thread):
@@ -33,8 +48,7 @@ class Runner(threading.Thread):
     `on_refused(request_id, code, message)` gets a request that the engine would not take; `on_room`
     is called when rows left the batch or requests entered it.
     `paused` is asked before each step: a deliberate pause is progress, a step that does not come
-    back is not (`stalled_for`). `slice_seconds` is how much longer a slice of `interleave` may take
-    than a step. `tend` is called between steps, twice a second at least.
+    back is not (`stalled_for`). `tend` is called between steps, twice a second at least.
     """
 
     def __init__(
@@ -45,16 +59,17 @@ class Runner(threading.Thread):
         on_refused: Callable[[str, str, str], None],
         on_room: Callable[[], None],
         paused: Callable[[], bool],
-        slice_seconds: float = 0.0,
+        times: RunnerTimes = RunnerTimes(),
         tend: Callable[[], None] = lambda: None,
     ) -> None:
         super().__init__(name="engine", daemon=True)
         self._load, self._on_outputs, self._on_refused = load, on_outputs, on_refused
         self._paused, self._on_room, self._tend = paused, on_room, tend
         self._slices: deque[Iterator[None]] = deque()
-        self._slice_seconds, self._in_slice = slice_seconds, False
+        self._times, self._in_slice = times, False
         self._changed = threading.Condition()
         self._requests: deque[Choices] = deque()
+        self.shortage = Shortage()  # what was handed back for lack of room
         self._aborts: deque[str] = deque()
         self._halting = False
         self._turns = self._submitted_at_turn = 0
@@ -137,8 +152,24 @@ class Runner(threading.Thread):
         """Seconds since the loop should have come round; 0 before the first models are loaded."""
         if not self.ready.is_set() or self.halted.is_set():
             return 0.0
-        allowed = self._slice_seconds if self._in_slice else 0.0
+        allowed = self._times.slice_seconds if self._in_slice else 0.0
         return max(0.0, time.monotonic() - self._progress_at - allowed)
+
+    @property
+    def stall_seconds(self) -> float:
+        """The most that `stalled_for` may be now: longer before a model's first step is timed."""
+        first = self.engine is not None and self.engine.first_use
+        usual = self._times.stall_seconds
+        return max(FIRST_STEP_SECONDS, usual) if first else usual
+
+    @property
+    def time_left(self) -> float:
+        """Seconds for which it may still make no progress.
+
+        Read in this order: a first step that ends is progress before it is timed.
+        """
+        allowed = self.stall_seconds
+        return allowed - self.stalled_for
 
     def run(self) -> None:
         """Load, then loop; a failure of the engine itself is kept and ends the thread."""
@@ -153,11 +184,12 @@ class Runner(threading.Thread):
 
     def _serve(self, engine: EngineSet) -> None:
         try:
-            self._progress_at = time.monotonic()
+            self._note_progress()
             engine.on_launch = self._at_launch
+            engine.on_stepped = self._note_progress
             self.ready.set()
             while self._turn(engine):
-                self._progress_at = time.monotonic()
+                self._note_progress()
         except BaseException as error:  # whatever it is, the process must end
             self.failure = error
             log.exception("engine_failed")
@@ -167,6 +199,9 @@ class Runner(threading.Thread):
             finally:
                 self.halted.set()
                 self.ready.set()
+
+    def _note_progress(self) -> None:
+        self._progress_at = time.monotonic()
 
     def _turn(self, engine: EngineSet) -> bool:
         paused = self._paused()
@@ -188,7 +223,7 @@ class Runner(threading.Thread):
         admitted = self._admit(engine)
         if engine.has_work and not paused:
             self._step(engine)
-        if aborts or admitted:
+        if aborts or admitted or self._ends_shortage(engine):
             self._on_room()
         if self._slices:
             self._hand_over()
@@ -207,7 +242,11 @@ class Runner(threading.Thread):
             self._hand_over()
 
     def _at_launch(self) -> None:
-        """Hand over; what fails is no failure of the engine's step, and raised after it."""
+        """Hand over; what fails is no failure of the engine's step, and raised after it.
+
+        A step that comes to another launch goes on.
+        """
+        self._note_progress()
         try:
             self._hand_over()
         except Exception as error:  # noqa: BLE001 -- see above
@@ -222,7 +261,7 @@ class Runner(threading.Thread):
                 self._on_room()
 
     def _do_slice(self, slices: Iterator[None]) -> None:
-        self._progress_at = time.monotonic()  # the step before it was in time
+        self._note_progress()  # the step before it was in time
         self._in_slice = True
         try:
             next(slices)
@@ -230,6 +269,13 @@ class Runner(threading.Thread):
             self._slices.popleft()
         finally:
             self._progress_at, self._in_slice = time.monotonic(), False
+
+    def _ends_shortage(self, engine: EngineSet) -> bool:
+        """Say whether there is room now for a job that there was none for."""
+        shortage = self.shortage
+        return bool(shortage) and shortage.settle(
+            lambda *choices: engine.can_add(*choices) or not engine.has_work
+        )
 
     def _admissible(self, engine: EngineSet) -> bool:
         return bool(self._requests) and engine.can_add(*self._requests[0])

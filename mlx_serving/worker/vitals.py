@@ -33,6 +33,10 @@ class RunnerView(Protocol):
     def stalled_for(self) -> float:
         """Seconds since the engine loop came round."""
 
+    @property
+    def stall_seconds(self) -> float:
+        """The most that it may be now."""
+
     def unadmitted(self) -> Sequence[object] | None:
         """Requests that the engine has no room for."""
 
@@ -102,6 +106,7 @@ class Vitals:
         return Snapshot(
             phase=self._phase(),
             pid=os.getpid(),
+            stall_seconds=runner.stall_seconds,  # before the age, see `Runner.time_left`
             engine_age=runner.stalled_for,
             engine_dead=runner.failure is not None,
             publisher_dead=started and not publisher.is_alive() and not self._stopping,

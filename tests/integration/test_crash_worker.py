@@ -26,6 +26,7 @@ from tests.worker_process import (
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from mlx_serving import Client
     from mlx_serving.producer.handles import JobHandle
@@ -53,7 +54,6 @@ def code(client: Client, handle: JobHandle) -> str:
     [
         pytest.param("abort", None, marks=pytest.mark.chaos),
         ("segfault", 6),
-        pytest.param("hang", 6, marks=pytest.mark.chaos),
         pytest.param("exception", 6, marks=pytest.mark.chaos),
     ],
 )
@@ -127,13 +127,33 @@ def test_kill_9_charges_nobody_and_jobs_wait_for_no_lease(
         assert crashes(client, handles) == [0] * 8
 
 
-def test_a_hang_ends_in_exit_70_and_is_judged(server: LocalRedis, client: Client) -> None:
+def test_a_hang_ends_in_exit_69_each_time_and_charges_nobody(
+    server: LocalRedis, client: Client
+) -> None:
     hacks = Hacks(poison=Poison("hang", 3))
     with WorkerProcess(server.url, "w", 200, hacks, engine_stall_seconds=1.0) as worker:
         worker.serving()
+        (bad,) = submit(client, 1, 25, prompt=POISON, max_attempts=1)
+        wait_until(lambda: worker.whole_log().count("exit_code=69") == 3, timeout=30)
+        assert crashes(client, [bad]) == [0]
+        assert "job_dead" not in worker.whole_log()
+        assert re.findall(r"pause_seconds=(\S+)", worker.whole_log())[:3] == ["0.5", "1.0", "2.0"]
+        assert client.cancel(bad.id)
+        worker.terminate()
+
+
+def test_a_hang_that_does_not_come_again_costs_an_attempt_and_no_job(
+    server: LocalRedis, client: Client, tmp_path: Path
+) -> None:
+    hacks = Hacks(poison=Poison("hang", 6, once=str(tmp_path / "hung")))
+    with WorkerProcess(server.url, "w", 200, hacks, engine_stall_seconds=1.0) as worker:
+        worker.serving()
+        good = submit(client, 3, 25)
         (bad,) = submit(client, 1, 25, prompt=POISON)
-        assert code(client, bad) == "poison"
-        assert worker.whole_log().count("exit_code=70") == 2
+        check_answers(client, [*good, bad], 25)
+        assert crashes(client, [*good, bad]) == [0] * 4
+        assert client.result(bad.id).attempts == 2
+        assert worker.whole_log().count("child_died") == 1
 
 
 def test_a_crash_that_no_job_is_to_blame_for_kills_no_job(

@@ -18,6 +18,8 @@ from mlx_serving.worker.supervision.manifest import ManifestRow, RowState
         (0, False, Cause.DRAINED),
         (0, True, Cause.DRAINED),
         (78, False, Cause.CONFIGURATION),
+        (69, False, Cause.STALLED),
+        (69, True, Cause.STALLED),
         (70, False, Cause.CRASHED),
         (1, False, Cause.CRASHED),
         (255, False, Cause.CRASHED),
@@ -36,6 +38,16 @@ from mlx_serving.worker.supervision.manifest import ManifestRow, RowState
 )
 def test_what_an_exit_code_says(exit_code: int, memory_pressure: bool, cause: Cause) -> None:  # noqa: FBT001
     assert classify(exit_code, memory_pressure=memory_pressure) is cause
+
+
+@pytest.mark.parametrize("exit_code", [-signal.SIGABRT, -signal.SIGKILL])
+def test_a_child_that_its_parent_ended_for_its_silence_stalled(exit_code: int) -> None:
+    assert classify(exit_code, memory_pressure=True, silenced=True) is Cause.STALLED
+
+
+def test_a_model_over_whose_load_a_child_stalled_is_left_alone() -> None:
+    left_alone = {cause for cause in Cause if cause.faults_load}
+    assert left_alone == {Cause.CRASHED, Cause.OUT_OF_MEMORY, Cause.STALLED}
 
 
 def test_only_deaths_of_the_engines_own_doing_charge() -> None:

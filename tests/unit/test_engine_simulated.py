@@ -98,7 +98,9 @@ def test_outputs_name_the_prompts_length() -> None:
 
 def test_tokens_come_at_the_set_rate() -> None:
     slept: list[float] = []
-    options = SimulatedOptions(tokens_per_second=50, prefill_tokens_per_second=1000)
+    options = SimulatedOptions(
+        tokens_per_second=50, prefill_tokens_per_second=1000, first_chunk_tokens=512
+    )
     engine = SimulatedEngine(options, sleep=slept.append)
     engine.add(request(3))
     engine.add(Request("b", (1,) * 41, PARAMS, 2))

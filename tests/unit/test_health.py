@@ -96,10 +96,18 @@ def test_a_worker_that_may_not_work_says_why() -> None:
 
 
 def test_red_comes_before_the_watchdog_and_not_from_idling() -> None:
-    assert Limits(stall_seconds=10.0).red_seconds == 8.0
-    assert Limits(stall_seconds=2.0).red_seconds == 1.6
+    child = Snapshot()
+    assert Limits(stall_seconds=10.0).red_seconds(child) == 8.0
+    assert Limits(stall_seconds=2.0).red_seconds(child) == 1.6
     # An idle loop comes round every 0.5 s and is reported every 0.5 s.
-    assert Limits(stall_seconds=0.5).red_seconds == 1.5
+    assert Limits(stall_seconds=0.5).red_seconds(child) == 1.5
+
+
+def test_a_models_first_step_is_neither_red_nor_ended_before_its_own_time() -> None:
+    assert judge(view(engine_age=47.0, stall_seconds=60.0), LIMITS).status == "ok"
+    assert judge(view(engine_age=48.0, stall_seconds=60.0), LIMITS).reasons == ("engine_stalled",)
+    assert LIMITS.hung_seconds(Snapshot(stall_seconds=60.0)) == 54.0
+    assert LIMITS.hung_seconds(Snapshot(stall_seconds=10.0)) == 9.0
 
 
 class Clock:

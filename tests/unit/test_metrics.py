@@ -272,7 +272,7 @@ class Part:
 
 def vitals(measures: Measures, *, alive: bool = True, failing: bool = False) -> Vitals:
     engine = Part(running=3, waiting=2, parked=1, kv_tokens_used=10, kv_tokens_capacity=40)
-    runner = Part(engine=engine, failure=None, stalled_for=0.25, ready=Part())
+    runner = Part(engine=engine, failure=None, stalled_for=0.25, stall_seconds=10.0, ready=Part())
     publisher = Part(backlog=5, failing=failing, ident=1, alive=alive)
     parts: Any = runner, publisher
     return Vitals(measures, *parts, draining=lambda: False, info=lambda: {"device": "cpu"})
@@ -280,6 +280,7 @@ def vitals(measures: Measures, *, alive: bool = True, failing: bool = False) -> 
 
 def test_a_snapshot_is_what_the_parts_say() -> None:
     told = decode(encode(vitals(Measures()).snapshot()))
+    assert told.stall_seconds == 10.0
     assert (told.phase, told.engine_age, told.held, told.running) == ("serving", 0.25, 2, 3)
     assert (told.waiting, told.kv_used, told.kv_capacity, told.backlog) == (3, 10, 40, 5)
     assert told.parked == 1

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from mlx_serving.worker.engine.sequence import Output, Request, RequestRefusedError, SamplingParams
-from mlx_serving.worker.runner import Runner
+from mlx_serving.worker.runner import FIRST_STEP_SECONDS, Runner, RunnerTimes
 from tests.helpers import wait_until
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ class FakeEngine:
         self.added: list[str] = []
         self.aborted: list[str] = []
         self.steps = 0
+        self.first_use = False
         self.error: BaseException | None = None
         self.on_launch = self.look = lambda: None  # before, and before and after each launch
         self.gate = threading.Event()
@@ -75,8 +76,11 @@ class FakeEngine:
         return set(self.rows)
 
 
+USUAL = RunnerTimes()
+
+
 class Bench:
-    def __init__(self, slice_seconds: float = 0.0) -> None:
+    def __init__(self, times: RunnerTimes = USUAL) -> None:
         self.engine = FakeEngine()
         self.outputs: list[Output] = []
         self.refused: list[tuple[str, str, str]] = []
@@ -88,7 +92,7 @@ class Bench:
             on_refused=lambda *what: self.refused.append(what),
             on_room=self._room,
             paused=lambda: self.paused,
-            slice_seconds=slice_seconds,
+            times=times,
         )
 
     def _take(self, outputs: Sequence[Output]) -> None:
@@ -200,6 +204,37 @@ def test_a_step_that_does_not_come_back_is_a_stall(bench: Bench) -> None:
     wait_until(lambda: bench.runner.stalled_for < 0.1)
 
 
+def test_a_models_first_step_may_take_long(bench: Bench) -> None:
+    bench.engine.first_use = True
+    assert bench.runner.stall_seconds == FIRST_STEP_SECONDS
+    assert bench.runner.time_left > 58
+    bench.engine.first_use = False
+    assert bench.runner.stall_seconds == 10
+    assert 8 < bench.runner.time_left <= 10
+
+
+def test_a_stall_time_that_is_longer_than_a_first_steps_stands() -> None:
+    bench = Bench(RunnerTimes(stall_seconds=100.0))
+    bench.runner.engine = bench.engine  # type: ignore[assignment]
+    bench.engine.first_use = True
+    assert bench.runner.stall_seconds == 100
+
+
+def test_a_step_that_comes_to_its_launch_goes_on(bench: Bench) -> None:
+    ages: list[float] = []
+
+    def slow() -> None:
+        time.sleep(0.2)
+        ages.append(bench.runner.stalled_for)
+
+    bench.engine.look = slow
+    bench.runner.submit([request("a")])
+    wait_until(lambda: len(ages) >= 2)
+    before, after = ages[:2]
+    assert min(before, after) > 0.15  # each is counted from where the step was last
+    assert max(before, after) < 0.39
+
+
 def test_an_idle_engine_is_not_stalled(bench: Bench) -> None:
     turns = bench.runner._turns
     wait_until(lambda: bench.runner._turns > turns + 1)
@@ -280,7 +315,7 @@ def iter_slices(turns: list[int], count: int) -> Iterator[None]:
 
 
 def test_a_slice_has_a_longer_deadline_than_a_step() -> None:
-    bench = Bench(slice_seconds=0.5)
+    bench = Bench(RunnerTimes(slice_seconds=0.5))
     bench.runner.start()
     assert bench.runner.ready.wait(5)
     gate = threading.Event()

@@ -177,7 +177,7 @@ def test_each_prompt_is_judged_as_if_all_were_looked_at_anew(
     prompts: list[tuple[int, int, bool]],
 ) -> None:
     limits = SchedulerLimits(BatchSize(64), 100_000, 24, kv_block_tokens=4)
-    packing = ChunkPacking(limits, shares_blocks=True)
+    packing = ChunkPacking(limits, limits.prefill_chunk_tokens, shares_blocks=True)
     packed: list[Sequence] = []
     for number, (length, found, own) in enumerate(prompts):
         tokens = (number if own else 7,) * length
@@ -197,7 +197,7 @@ def chunk_of(scheduler: Scheduler) -> list[str]:
 
 
 def test_short_prompts_of_lower_lanes_ride_along_in_a_chunk_of_a_higher_one() -> None:
-    scheduler = Scheduler(SchedulerLimits(BatchSize(40), 10_000, 512))
+    scheduler = Scheduler(SchedulerLimits(BatchSize(40), 10_000, 512, first_chunk_tokens=512))
     add_prompt(scheduler, "b", 8, "bulk")
     add_prompt(scheduler, "long", 39, "bulk")
     add_prompt(scheduler, "behind", 3, "bulk")
@@ -208,7 +208,7 @@ def test_short_prompts_of_lower_lanes_ride_along_in_a_chunk_of_a_higher_one() ->
 
 
 def test_no_more_ride_along_than_half_a_chunk_holds() -> None:
-    scheduler = Scheduler(SchedulerLimits(BatchSize(40), 10_000, 512))
+    scheduler = Scheduler(SchedulerLimits(BatchSize(40), 10_000, 512, first_chunk_tokens=512))
     for number in range(20):
         add_prompt(scheduler, f"b{number}", 7, "bulk")
     add_prompt(scheduler, "i", 63, "interactive")
@@ -216,7 +216,7 @@ def test_no_more_ride_along_than_half_a_chunk_holds() -> None:
 
 
 def test_nothing_rides_along_that_a_prompt_under_way_of_its_lane_comes_before() -> None:
-    scheduler = Scheduler(SchedulerLimits(BatchSize(40), 10_000, 512))
+    scheduler = Scheduler(SchedulerLimits(BatchSize(40), 10_000, 512, first_chunk_tokens=512))
     add_prompt(scheduler, "long", 600, "bulk")
     assert chunk_of(scheduler) == ["long"]
     add_prompt(scheduler, "b", 5, "bulk")
@@ -226,7 +226,14 @@ def test_nothing_rides_along_that_a_prompt_under_way_of_its_lane_comes_before() 
 
 def mixing(chunk: int = 512, reads: int = 1 << 17) -> Scheduler:
     return Scheduler(
-        SchedulerLimits(BatchSize(40), 10_000, chunk, kv_block_tokens=32, mixed_reads=reads)
+        SchedulerLimits(
+            BatchSize(40),
+            10_000,
+            chunk,
+            kv_block_tokens=32,
+            mixed_reads=reads,
+            first_chunk_tokens=chunk,
+        )
     )
 
 

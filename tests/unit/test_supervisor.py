@@ -8,6 +8,7 @@ import pytest
 
 from mlx_serving.common.settings import load_settings
 from mlx_serving.worker.supervision import monitor
+from mlx_serving.worker.supervision.status_board import Snapshot
 from mlx_serving.worker.supervision.supervisor import BackOff, default_name
 
 
@@ -44,9 +45,9 @@ def test_a_child_that_died_while_it_was_silent_is_not_killed_again(
 ) -> None:
     """Its id may be another process's by then."""
     watched = monitor.Monitor(load_settings(), "tally", "w")
-    silent = SimpleNamespace(child="up", silent_for=99.0)
+    silent = SimpleNamespace(child="up", silent_for=99.0, snapshot=Snapshot())
     monkeypatch.setattr(watched.board, "view", lambda: silent)
     monkeypatch.setattr(monitor, "_abort", lambda _: pytest.fail("it was dead already"))
     child = SimpleNamespace(exitcode=None, is_alive=lambda: True)
     child.join = lambda _: setattr(child, "exitcode", -6)
-    watched.watch(child)  # type: ignore[arg-type]
+    assert not watched.watch(child)  # type: ignore[arg-type]

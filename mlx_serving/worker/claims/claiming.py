@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from mlx_serving.common.protocol import Protocol
     from mlx_serving.worker.claims.lane_claims import LaneClaim, LaneNews
     from mlx_serving.worker.claims.placement import Placement
+    from mlx_serving.worker.claims.shortage import Shortage
 
     _ClaimCall = Callable[..., Call[ClaimReply]]  # takes `most`
 
@@ -56,7 +57,9 @@ class Claims:
         placement: Placement,
         held_rows: Callable[[], HeldRows],
         news: LaneNews,
+        shortage: Shortage,
     ) -> None:
+        self._shortage = shortage
         self._terms, self._protocol, self._placement = terms, protocol, placement
         self._held_rows, self._news = held_rows, news
         self._ahead = ClaimAhead(protocol)
@@ -95,9 +98,10 @@ class Claims:
         if self._ahead.under_way or self._placement.residents.several or self._reserved:
             return
         asked = room()
-        if asked is not None:
-            (group,) = self._placement.groups(asked.lanes)
-            self._news.ask(asked)
+        groups = self._open_groups(asked) if asked is not None else []
+        if asked is not None and groups:
+            (group,) = groups
+            self._ask(asked)
             self._ahead.begin(self._new_claim(group, asked)(most=asked.most), asked)
 
     def _recall(self, timeout: float | None = None) -> Claimed | None:
@@ -117,7 +121,7 @@ class Claims:
             return None
         claimed = None
         groups = self._groups(room)
-        self._news.ask(room)
+        self._ask(room)
         for left, group in enumerate(groups, 1 - len(groups)):
             reply = self._protocol.run(self._new_claim(group, room)(most=room.most))
             self._unanswered = None
@@ -132,11 +136,20 @@ class Claims:
 
     def _groups(self, room: LaneClaim) -> list[Group]:
         """What to look into: first the model whose suspect waits for us to have room."""
-        groups, model = self._placement.groups(room.lanes), model_of(self._reserved)
+        groups, model = self._open_groups(room), model_of(self._reserved)
         if model not in self._placement.residents.resident():
             return groups
         first = next((g for g in groups if g.model == model), Group(model, ()))
         return [first, *(g for g in groups if g is not first)]
+
+    def _open_groups(self, room: LaneClaim) -> list[Group]:
+        return self._shortage.open_part(self._placement.groups(room.lanes))
+
+    def _ask(self, room: LaneClaim) -> None:
+        """Note that these lanes are looked into; in closed ones there may be jobs as before."""
+        self._news.ask(room)
+        for queue in self._shortage.closed:
+            self._news.note(queue)
 
     def _new_claim(self, group: Group, asked: LaneClaim) -> _ClaimCall:
         call = self._call(group)

@@ -19,7 +19,7 @@ class BatchRunner(Protocol):
     """Called before a launch, which leaves the interpreter to other threads while it lasts."""
 
     def prefill(self, chunk: PrefillChunk) -> None:
-        """Compute one chunk of prompts."""
+        """Compute one chunk of prompts; wait for it where no row decodes."""
 
     def drop_prefill(self, lane: Lane) -> None:
         """Forget the prompt being prefilled for a lane."""

@@ -1,11 +1,10 @@
 """The engine: admits requests, steps the batch, turns tokens into text, says why a row ended."""
 
+import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
-from mlx_serving.worker.engine.acceleration import AccelerationReport
+from mlx_serving.worker.engine.attachments import NOTHING, Attachments
 from mlx_serving.worker.engine.attempt import attempt
 from mlx_serving.worker.engine.batch_runner import BatchRunner, StepNotBuiltError
 from mlx_serving.worker.engine.memory.kv_caches import KvMemory
@@ -13,6 +12,7 @@ from mlx_serving.worker.engine.memory.out_of_memory import is_out_of_memory
 from mlx_serving.worker.engine.memory.recovery import NO_MEMORY, OUT_OF_MEMORY, Recovery
 from mlx_serving.worker.engine.memory.room import MemoryRoom
 from mlx_serving.worker.engine.output.row_output import grammar_ended, parse_output, row_error
+from mlx_serving.worker.engine.scheduling.chunk_size import ChunkStep
 from mlx_serving.worker.engine.scheduling.parking import NOBODY, Parking
 from mlx_serving.worker.engine.scheduling.prefill_chunk import Group, PrefillChunk
 from mlx_serving.worker.engine.scheduling.scheduler import Scheduler
@@ -35,20 +35,6 @@ from mlx_serving.worker.engine.text.marked_detokenizer import MarkedDetokenizer
 from mlx_serving.worker.engine.validation import check_request
 
 
-@dataclass(frozen=True, slots=True)
-class Attachments:
-    """What an engine carries for its owner and doesn't use itself.
-
-    `tokenizer` is mlx-lm's wrapper (for `prompts.PromptEncoder`), None without a model;
-    `acceleration` says for each accelerated piece whether it is native or the twin; `kv_memory` is
-    the memory guard's way to the KV caches, None where there are none.
-    """
-
-    tokenizer: Any = None
-    acceleration: tuple[AccelerationReport, ...] = ()
-    kv_memory: KvMemory | None = None
-
-
 class Engine:
     """One continuous batch on one device; answers to `sequence.InferenceEngine`.
 
@@ -62,9 +48,11 @@ class Engine:
         scheduler: Scheduler,
         detokenizer: DetokenizerProtocol,
         model_info: ModelInfo,
-        attachments: Attachments = Attachments(),
+        attachments: Attachments = NOTHING,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Put the parts together; `models.load_engine` does it for a model on disk."""
+        self._clock = clock  # seconds, by which the size of a prefill chunk is found
         self.model_info = model_info
         self.tokenizer = attachments.tokenizer
         self.acceleration = attachments.acceleration
@@ -187,13 +175,17 @@ class Engine:
 
     def step(self) -> list[Output]:
         """Do one prefill chunk and one decode step; return the rows that progressed."""
+        began = self._clock()
         outputs, self._early = self._early, []
         self._recovery.readmit()
         self._resume(outputs)
         chunk = self._scheduler.schedule_prefill()
+        tokens = chunk.computed_tokens if chunk else 0
+        waited = not (self._scheduler.running or (chunk and chunk.mixed))
         self._collect(self._advance(chunk, outputs), outputs)
         if chunk is not None:
             self.on_prefill(())
+        self._scheduler.chunk_size.note(ChunkStep(self._clock() - began, tokens, waited=waited))
         return outputs
 
     def _advance(self, chunk: PrefillChunk | None, outputs: list[Output]) -> list[SampledToken]:

@@ -23,18 +23,23 @@ class EngineSet:
 
     def __init__(self) -> None:
         self._engines: dict[str, InferenceEngine] = {}  # replaced, never changed: others read it
+        self._new: frozenset[str] = frozenset()  # models of which no step was timed; replaced, too
+        self._stepping = ""  # the model of which a step is under way
         self.on_prefill: Callable[[Iterable[str]], None] = _ignore
         self.on_launch: Callable[[], None] = _ignore
+        self.on_stepped: Callable[[], None] = _ignore  # called after each model's step
 
     def put(self, model: str, engine: InferenceEngine) -> None:
         """Take an engine in; one of the same model is replaced."""
         engine.on_prefill = self._tell_prefill
         engine.on_launch = self._tell_launch
         self._engines = self._engines | {model: engine}
+        self._new |= {model}
 
     def drop(self, model: str) -> None:
         """Forget a model's engine, which must have no work."""
         self._engines = {name: e for name, e in self._engines.items() if name != model}
+        self._new -= {model}
 
     def has(self, model: str) -> bool:
         """Whether the model's engine is here."""
@@ -71,12 +76,21 @@ class EngineSet:
     def step(self) -> list[Output]:
         """Step each engine that has work, once."""
         outputs: list[Output] = []
-        for engine in self._working():
+        for model, engine in self._working():
+            self._stepping = model
             outputs += engine.step()
+            self.on_stepped()  # before its model counts as timed, see `Runner.time_left`
+            self._new -= {model}
+        self._stepping = ""
         return outputs
 
-    def _working(self) -> Iterator[InferenceEngine]:
-        return (engine for engine in self._engines.values() if engine.has_work)
+    def _working(self) -> Iterator[tuple[str, InferenceEngine]]:
+        return ((model, engine) for model, engine in self._engines.items() if engine.has_work)
+
+    @property
+    def first_use(self) -> bool:
+        """Whether the step under way is its model's first, or the next one may be."""
+        return self._stepping in self._new if self._stepping else bool(self._new)
 
     @property
     def has_work(self) -> bool:

@@ -12,9 +12,10 @@ from mlx_lm.utils import load_model, load_tokenizer
 
 from mlx_serving.worker.engine.acceleration import choose_sampler, make_detokenizer
 from mlx_serving.worker.engine.aside import aside
+from mlx_serving.worker.engine.attachments import Attachments
 from mlx_serving.worker.engine.cache.cache_choice import CacheKind, choose_cache
 from mlx_serving.worker.engine.cache.quantized_cache import KvBits
-from mlx_serving.worker.engine.engine import Attachments, Engine
+from mlx_serving.worker.engine.engine import Engine
 from mlx_serving.worker.engine.fused_layers import fuse
 from mlx_serving.worker.engine.memory.kv_caches import KvMemory
 from mlx_serving.worker.engine.memory.room import MemoryRoom
@@ -22,6 +23,7 @@ from mlx_serving.worker.engine.model_files import check_model_files, model_revis
 from mlx_serving.worker.engine.model_runner import ModelRunner
 from mlx_serving.worker.engine.paged.planning import MIXED_ROWS
 from mlx_serving.worker.engine.prefix.choice import make_prefix_cache
+from mlx_serving.worker.engine.scheduling.chunk_size import FIRST_TOKENS
 from mlx_serving.worker.engine.scheduling.limits import BatchSize, SchedulerLimits
 from mlx_serving.worker.engine.scheduling.scheduler import Scheduler
 from mlx_serving.worker.engine.sequence import ModelInfo, Request, SamplingParams
@@ -52,6 +54,7 @@ class EngineOptions:
     kv_cache: CacheKind = "auto"
     kv_bits: KvBits | None = None
     prefill_chunk_tokens: int = 512
+    first_chunk_tokens: int = FIRST_TOKENS
     lane_min_share: float = 0.1
     lane_headroom: float = 0.0
     prefer_native: bool = True
@@ -152,6 +155,7 @@ def build_engine(
         BatchSize.of(options.max_batch_rows, options.lane_min_share, options.lane_headroom),
         kv_capacity_tokens=budget // cost.bytes_per_token,
         prefill_chunk_tokens=options.prefill_chunk_tokens,
+        first_chunk_tokens=options.first_chunk_tokens,
         kv_row_overhead_tokens=choice.row_overhead_tokens(cost),
         kv_block_tokens=choice.block_tokens,
         mixed_reads=choice.mixed_reads,

@@ -14,6 +14,7 @@ from mlx_serving.common.errors import InvalidJob
 from mlx_serving.common.jobs import GenerationJob, Lane
 from mlx_serving.common.output_formats import enforces_tools
 from mlx_serving.worker.engine.engine import Engine
+from mlx_serving.worker.engine.scheduling.chunk_size import FIRST_TOKENS
 from mlx_serving.worker.engine.scheduling.limits import BatchSize, SchedulerLimits
 from mlx_serving.worker.engine.scheduling.prefill_chunk import PrefillChunk
 from mlx_serving.worker.engine.scheduling.scheduler import Scheduler
@@ -41,7 +42,8 @@ class SimulatedOptions:
 
     `tokens_per_second` is one row's decode rate, whatever the batch; `prefill_tokens_per_second`
     the whole device's; 0 costs no time. `answer_tokens`: a row ends by itself after so many
-    tokens, None lets it run to max_tokens.
+    tokens, None lets it run to max_tokens. A prompt's token behind `double_depth_tokens` others
+    costs twice as much as its first one; 0: they all cost the same.
     """
 
     tokens_per_second: float = 100.0
@@ -50,6 +52,8 @@ class SimulatedOptions:
     batch: BatchSize = _BATCH
     kv_capacity_tokens: int = 1_000_000
     prefill_chunk_tokens: int = 512
+    first_chunk_tokens: int = FIRST_TOKENS
+    double_depth_tokens: int = 0
     name: str = "simulated"
 
     @classmethod
@@ -62,6 +66,7 @@ class SimulatedOptions:
             batch=batch,
             kv_capacity_tokens=_UNBOUNDED,
             prefill_chunk_tokens=_UNBOUNDED,
+            first_chunk_tokens=_UNBOUNDED,
         )
 
 
@@ -79,9 +84,13 @@ class SimulatedRunner:
 
     def prefill(self, chunk: PrefillChunk) -> None:
         """Sleep as long as the chunk's tokens, padding included, take."""
-        if self._options.prefill_tokens_per_second:
-            tokens = chunk.length * len(chunk.groups)
-            self._sleep(tokens / self._options.prefill_tokens_per_second)
+        options = self._options
+        if options.prefill_tokens_per_second:
+            seconds = chunk.computed_tokens / options.prefill_tokens_per_second
+            depth = chunk.leaders[0].found + chunk.start
+            if options.double_depth_tokens:
+                seconds *= 1 + depth / options.double_depth_tokens
+            self._sleep(seconds)
 
     def drop_prefill(self, lane: Lane) -> None:
         """Nothing is kept of a prompt."""
@@ -166,13 +175,15 @@ class SimulatedEngine(Engine):
         self,
         options: SimulatedOptions = SimulatedOptions(),
         sleep: Callable[[float], None] = time.sleep,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Build the engine; `sleep` in seconds is for tests."""
+        """Build the engine; `sleep` and `clock`, in seconds, are for tests."""
         limits = SchedulerLimits(
-            options.batch, options.kv_capacity_tokens, options.prefill_chunk_tokens
-        )
+            options.batch, options.kv_capacity_tokens, options.prefill_chunk_tokens,
+            first_chunk_tokens=options.first_chunk_tokens,
+        )  # fmt: skip
         info = ModelInfo(options.name, "simulated", "simulated", VOCAB_SIZE, frozenset({EOS_TOKEN}))
         spelled = [f"{WORD_BOUNDARY}{number}".encode() for number in range(VOCAB_SIZE)]
         vocabulary = Vocabulary(spelled, "byte_fallback", {EOS_TOKEN}, strip_leading_space=True)
         runner = SimulatedRunner(options, sleep)
-        super().__init__(runner, Scheduler(limits), Detokenizer(vocabulary), info)
+        super().__init__(runner, Scheduler(limits), Detokenizer(vocabulary), info, clock=clock)

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
     from mlx_serving.worker.supervision.manifest import ManifestRow
 
-EXIT_ENGINE: Final = 70  # sysexits' EX_SOFTWARE: the engine is dead or hangs
+EXIT_STALLED: Final = 69  # sysexits' EX_UNAVAILABLE: the engine made no progress for too long
+EXIT_ENGINE: Final = 70  # sysexits' EX_SOFTWARE: the engine is dead
 EXIT_RECYCLE: Final = 75  # sysexits' EX_TEMPFAIL: it made room for a fresh child, by plan
 EXIT_CONFIGURATION: Final = 78  # sysexits' EX_CONFIG: the engine can't come up, ever
 
@@ -39,7 +40,11 @@ class Cause(Enum):
     """The engine could not be loaded, and would not be the next time."""
 
     CRASHED = "crashed"
-    """It ended itself: a fault, an abort, an engine that failed or hung. What ran is suspect."""
+    """It ended itself: a fault, an abort, an engine that failed. What ran is suspect."""
+
+    STALLED = "stalled"
+    """Its engine made no progress for the stall time. That says nothing about any job: the device
+    may only be slow."""
 
     OUT_OF_MEMORY = "out of memory"
     """SIGKILL, and the system was short of memory. What ran is suspect."""
@@ -52,15 +57,30 @@ class Cause(Enum):
         """Whether the jobs that ran are suspects."""
         return self in {Cause.CRASHED, Cause.OUT_OF_MEMORY}
 
+    @property
+    def faults_load(self) -> bool:
+        """Whether a model that was being loaded is to be left alone from now on."""
+        return self.charges or self is Cause.STALLED
 
-def classify(exit_code: int, *, memory_pressure: bool) -> Cause:
-    """Read an exit code as `multiprocessing` gives it: -n for signal n."""
-    if exit_code == 0:
-        return Cause.DRAINED
-    if exit_code == EXIT_RECYCLE:
-        return Cause.RECYCLED
-    if exit_code == EXIT_CONFIGURATION:
-        return Cause.CONFIGURATION
+
+MEANT_EXITS: Final = {
+    0: Cause.DRAINED,
+    EXIT_STALLED: Cause.STALLED,
+    EXIT_RECYCLE: Cause.RECYCLED,
+    EXIT_CONFIGURATION: Cause.CONFIGURATION,
+}
+"""What the child's own exit statuses say; any other one is a crash."""
+
+
+def classify(exit_code: int, *, memory_pressure: bool, silenced: bool = False) -> Cause:
+    """Read an exit code as `multiprocessing` gives it: -n for signal n.
+
+    `silenced`: the parent ended the child because it had said nothing for too long.
+    """
+    if silenced:
+        return Cause.STALLED
+    if exit_code in MEANT_EXITS:
+        return MEANT_EXITS[exit_code]
     if exit_code > 0 or -exit_code in CRASH_SIGNALS:
         return Cause.CRASHED
     if -exit_code == signal.SIGKILL and memory_pressure:

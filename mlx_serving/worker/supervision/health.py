@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final, Literal
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from mlx_serving.worker.supervision.status_board import View
+    from mlx_serving.worker.supervision.status_board import Snapshot, View
 
 Status = Literal["ok", "starting", "draining", "paused", "degraded", "red"]
 STATUSES: Final[tuple[Status, ...]] = (
@@ -21,6 +21,7 @@ STATUSES: Final[tuple[Status, ...]] = (
 )  # fmt: skip
 
 EARLY: Final = 0.8  # of the stall time: red shows before the watchdog ends the child
+HUNG: Final = 0.9  # of the stall time: a child that is silent for so long is ended
 LEAST_SECONDS: Final = 1.5  # an idle engine comes round, and is reported, twice a second
 REDIS_SECONDS: Final = 5.0  # the reaper alone asks Redis every 2 s
 WRITES_SECONDS: Final = 2.0
@@ -34,10 +35,17 @@ class Limits:
     stall_seconds: float = 10.0
     buffer_tokens: int = 65_536
 
-    @property
-    def red_seconds(self) -> float:
+    def red_seconds(self, child: Snapshot) -> float:
         """How long an engine may be silent before it counts as hung."""
-        return max(LEAST_SECONDS, EARLY * self.stall_seconds)
+        return max(LEAST_SECONDS, EARLY * self._stall_seconds(child))
+
+    def hung_seconds(self, child: Snapshot) -> float:
+        """How long a child may say nothing before its parent ends it."""
+        return max(LEAST_SECONDS, HUNG * self._stall_seconds(child))
+
+    def _stall_seconds(self, child: Snapshot) -> float:
+        """Return the stall time as it is now: longer before a model's first step."""
+        return max(self.stall_seconds, child.stall_seconds)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,14 +82,14 @@ def judge(view: View, limits: Limits) -> Verdict:
 
 
 def _red(view: View, limits: Limits) -> Iterator[str]:
-    now = view.snapshot
+    now, red_seconds = view.snapshot, limits.red_seconds(view.snapshot)
     if now.engine_dead:
         yield "engine_dead"
     if now.publisher_dead:
         yield "publisher_dead"
-    if view.silent_for >= limits.red_seconds:
+    if view.silent_for >= red_seconds:
         yield "child_silent"  # no word of its engine either
-    elif now.engine_age + view.silent_for >= limits.red_seconds:
+    elif now.engine_age + view.silent_for >= red_seconds:
         yield "engine_stalled"
     if now.backlog >= limits.buffer_tokens:
         yield "buffer_full"

@@ -20,7 +20,7 @@ import msgspec
 import structlog
 
 from mlx_serving.common.errors import InvalidSettings, MissingDependency
-from mlx_serving.worker.supervision.health import LEAST_SECONDS, Limits, judge
+from mlx_serving.worker.supervision.health import Limits, judge
 from mlx_serving.worker.supervision.status_board import Board, decode
 
 if TYPE_CHECKING:
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 log = structlog.get_logger(__name__)
 
 JOIN_SECONDS: Final = 1.0
-HUNG: Final = 0.9  # of the stall time, within which a hung child is to be gone
 WATCH_SECONDS: Final = 0.5
 SLEPT_SECONDS: Final = 1.0
 ABORT_SECONDS: Final = 2.0
@@ -54,7 +53,6 @@ class Monitor:
     def __init__(self, settings: Settings, model: str, worker: str) -> None:
         self.board = Board()
         self._limits = Limits(settings.engine_stall_seconds, settings.buffer_tokens)
-        self._hung_seconds = max(LEAST_SECONDS, HUNG * settings.engine_stall_seconds)
         self._model, self._worker = model, worker
         self._ends: tuple[Connection, Connection] | None = None
         self._reader: threading.Thread | None = None
@@ -100,23 +98,27 @@ class Monitor:
         )
         self._reader.start()
 
-    def watch(self, process: BaseProcess) -> None:
+    def watch(self, process: BaseProcess) -> bool:
         """Wait for the child's end; end one that says nothing for the stall time.
 
         Its own watchdog does that, unless native code that hangs holds the interpreter's lock.
+        Returns whether it ended the child.
         """
         while process.is_alive():
             before = time.monotonic()
             process.join(WATCH_SECONDS)
             if process.exitcode is not None:
-                return  # and its id may be another process's by now
+                return False  # and its id may be another process's by now
             if time.monotonic() - before > WATCH_SECONDS + SLEPT_SECONDS:
                 self.board.excuse()
                 continue
             view = self.board.view()
-            if view.child == "up" and view.silent_for >= self._hung_seconds:
+            allowed = self._limits.hung_seconds(view.snapshot)
+            if view.child == "up" and view.silent_for >= allowed:
                 log.critical("child_silent", seconds=round(view.silent_for, 1))
                 _abort(process)
+                return True
+        return False
 
     def child_ended(self, verdict: str, *, restarts: bool) -> None:
         """Say how the child ended, and whether another one will start."""

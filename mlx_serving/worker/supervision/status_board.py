@@ -30,6 +30,7 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     phase: Literal["loading", "serving", "draining"] = "loading"
     pid: int = 0
     engine_age: float = 0.0  # since the engine loop came round
+    stall_seconds: float = 0.0  # the most that `engine_age` may be now
     engine_dead: bool = False
     publisher_dead: bool = False
     main_age: float = 0.0  # since the main loop came round

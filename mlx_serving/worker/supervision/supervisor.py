@@ -58,7 +58,8 @@ class BackOff:
 
     A death with jobs in hand doesn't count: where it charged them, the next batch is smaller or a
     job is dead, so that such deaths come to an end by themselves; a kill from outside may come any
-    time. What counts are deaths while loading or idle, which a restart may well repeat.
+    time. What counts are stalls, which charge nobody, and deaths while loading or idle: a restart
+    may well repeat them.
     """
 
     first: float = 0.5
@@ -130,9 +131,9 @@ class Supervisor:
     def _run(self) -> int:
         while not self._signals:
             child = self._start()
-            self._monitor.watch(child.process)
+            silenced = self._monitor.watch(child.process)
             code, lived = child.process.exitcode or 0, time.monotonic() - child.started_at
-            cause = classify(code, memory_pressure=self._probe.pressed())
+            cause = classify(code, memory_pressure=self._probe.pressed(), silenced=silenced)
             held_jobs = self._judge(child, cause)
             self._child = None
             child.close()
@@ -146,6 +147,7 @@ class Supervisor:
             if cause is Cause.RECYCLED:
                 log.info("child_recycled", lived_seconds=round(lived, 1), restarts=self.restarts)
                 continue
+            held_jobs = held_jobs and cause is not Cause.STALLED
             pause = self._back_off.after(lived, held_jobs=held_jobs)
             log.error(
                 "child_died", cause=cause.value, exit_code=code, lived_seconds=round(lived, 1),
@@ -176,7 +178,7 @@ class Supervisor:
     def _judge(self, child: EngineChild, cause: Cause) -> bool:
         """Have the jobs handed back that it held; True where there are any."""
         rows = child.manifest.read()
-        if cause.charges:
+        if cause.faults_load:
             self._avoid |= dict.fromkeys(loaded_at_death(rows))
         blamed = judge(rows, cause)
         self._verdicts.write(blamed)

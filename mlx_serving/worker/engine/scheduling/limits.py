@@ -3,6 +3,8 @@
 import math
 from dataclasses import dataclass
 
+from mlx_serving.worker.engine.scheduling.chunk_size import FIRST_TOKENS
+
 
 @dataclass(frozen=True, slots=True)
 class BatchSize:
@@ -43,6 +45,8 @@ class BatchSize:
 class SchedulerLimits:
     """What bounds a batch.
 
+    `prefill_chunk_tokens`: the most that a prefill chunk may come to hold, padding included;
+    `first_chunk_tokens`: with how many it begins, see `chunk_size`.
     `kv_row_overhead_tokens`: KV tokens that a row may hold beyond its own (the cache grows in
     blocks; layers of fixed size). `kv_capacity_tokens` is the budget of the whole batch.
     `kv_block_tokens`: rows are kept in blocks of so many tokens; 0: padded to the longest row.
@@ -56,10 +60,12 @@ class SchedulerLimits:
     kv_row_overhead_tokens: int = 0
     kv_block_tokens: int = 0
     mixed_reads: int = 0
+    first_chunk_tokens: int = FIRST_TOKENS
 
     def __post_init__(self) -> None:
         """Refuse limits under which nothing could run."""
         _at_least_one(self, "prefill_chunk_tokens")
+        _at_least_one(self, "first_chunk_tokens")
 
     def is_share(self, rows: int, kv_tokens: int) -> bool:
         """Say whether a lane that has these has its share: of the rows, or of the KV budget."""

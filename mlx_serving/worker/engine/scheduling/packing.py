@@ -25,9 +25,9 @@ class Packing(ABC):
     `shares_blocks` where they could find each other's blocks.
     """
 
-    def __init__(self, limits: SchedulerLimits, *, shares_blocks: bool) -> None:
-        """Start without any."""
-        self._limits = limits
+    def __init__(self, limits: SchedulerLimits, chunk_tokens: int, *, shares_blocks: bool) -> None:
+        """Start without any; `chunk_tokens` is the size of a chunk now."""
+        self._limits, self._chunk_tokens = limits, chunk_tokens
         self._shares_blocks = shares_blocks
         self._rows: list[Sequence] = []  # a prompt's first
         self._keys: list[PrefixKey] = []  # of these, as far as they were needed
@@ -65,10 +65,15 @@ class ChunkPacking(Packing):
     """Prompts that share a chunk of their own: the first, and such as are much alike."""
 
     def __init__(
-        self, limits: SchedulerLimits, groups: Iterable[Group] = (), *, shares_blocks: bool
+        self,
+        limits: SchedulerLimits,
+        chunk_tokens: int,
+        groups: Iterable[Group] = (),
+        *,
+        shares_blocks: bool,
     ) -> None:
         """Start with prompts that go together."""
-        super().__init__(limits, shares_blocks=shares_blocks)
+        super().__init__(limits, chunk_tokens, shares_blocks=shares_blocks)
         self._least = self._most = self._longest = 0
         for group in groups:
             self.add(group)
@@ -77,13 +82,13 @@ class ChunkPacking(Packing):
         """See `Packing._fits`. More than a block of what is known is not given up."""
         if not self._rows:
             return True
-        row, limits = group[0], self._limits
+        row, block = group[0], self._limits.kv_block_tokens
         least, most = min(self._least, row.found), max(self._most, row.found)
         rows, longest = len(self._rows) + 1, max(self._longest, row.context_length)
         return (
-            most - least <= limits.kv_block_tokens
-            and rows * (longest - least) <= limits.prefill_chunk_tokens
-            and rows * longest <= PACKED_CONTEXT_CHUNKS * limits.prefill_chunk_tokens
+            most - least <= block
+            and rows * (longest - least) <= self._chunk_tokens
+            and rows * longest <= PACKED_CONTEXT_CHUNKS * self._chunk_tokens
         )
 
     def add(self, group: Group) -> None:
@@ -98,10 +103,10 @@ class ChunkPacking(Packing):
 class StepPacking(Packing):
     """Prompts that a decode step computes: each of their tokens reads the whole prompt's KV."""
 
-    def __init__(self, limits: SchedulerLimits, *, shares_blocks: bool) -> None:
+    def __init__(self, limits: SchedulerLimits, chunk_tokens: int, *, shares_blocks: bool) -> None:
         """Start without any."""
-        super().__init__(limits, shares_blocks=shares_blocks)
-        self.most_tokens = limits.prefill_chunk_tokens
+        super().__init__(limits, chunk_tokens, shares_blocks=shares_blocks)
+        self.most_tokens = chunk_tokens
         self._tokens = self._reads = 0
 
     def _fits(self, group: Group) -> bool:

@@ -38,6 +38,13 @@ class PrefillChunk:
         return tuple(group[0] for group in self.groups)
 
     @property
+    def computed_tokens(self) -> int:
+        """Tokens that are computed, padding included."""
+        if self.mixed:
+            return sum(row.context_length - row.found for row in self.leaders)
+        return self.length * len(self.groups)
+
+    @property
     def lane(self) -> Lane:
         """The lane that the chunk is for: its first rows'."""
         return self.groups[0][0].request.lane

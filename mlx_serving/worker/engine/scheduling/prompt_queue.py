@@ -1,7 +1,7 @@
 """Whose prompt is prefilled next. Pure.
 
 One engine step does at most one prefill chunk and one decode step. A chunk computes at most
-`prefill_chunk_tokens` tokens, padding included: either the next part of one long prompt or
+as many tokens as `ChunkSize` says now, padding included: either the next part of one long prompt or
 several whole prompts, from the head of a lane's queue. So decoding rows wait for one chunk
 at most, and a prompt of a higher lane for one chunk of a lower one: that is set aside where it
 stands, and goes on later. Within a lane prompts are served first in, first out; each lane has its
@@ -23,6 +23,7 @@ from typing import Final
 
 from mlx_serving.common.jobs import LANES
 from mlx_serving.worker.engine.prefix.cache import PrefixCache
+from mlx_serving.worker.engine.scheduling.chunk_size import ChunkSize
 from mlx_serving.worker.engine.scheduling.lane_turns import LaneTurns
 from mlx_serving.worker.engine.scheduling.limits import SchedulerLimits
 from mlx_serving.worker.engine.scheduling.packing import ChunkPacking, Packing, StepPacking
@@ -42,11 +43,12 @@ class PromptQueue:
     def __init__(
         self,
         limits: SchedulerLimits,
+        chunk_size: ChunkSize,
         reservation: Reservation,
         prefixes: PrefixCache | None = None,
     ) -> None:
         """Start empty."""
-        self._limits, self._reservation = limits, reservation
+        self._limits, self._chunk_size, self._reservation = limits, chunk_size, reservation
         self._shares_blocks = prefixes is not None
         self._waiting: list[list[Group]] = [[] for _ in LANES]
         self._begun: list[tuple[Group, ...]] = [()] * len(LANES)
@@ -95,7 +97,7 @@ class PromptQueue:
         start = leaders[0].prefilled - leaders[0].found
         length = max(map(_to_compute, leaders)) - start
         if not mixed:
-            length = min(length, self._limits.prefill_chunk_tokens)
+            length = min(length, self._chunk_size.tokens)
         return PrefillChunk(groups, start, length, mixed=mixed)
 
     def finish(self, chunk: PrefillChunk) -> bool:
@@ -136,7 +138,7 @@ class PromptQueue:
         if waits:
             # A prompt beside which no others fit into a chunk has nothing to wait for.
             self._reservation.look_up(head)
-            waits = wanted * _to_compute(head) <= self._limits.prefill_chunk_tokens
+            waits = wanted * _to_compute(head) <= self._chunk_size.tokens
         self._waited = self._waited + 1 if waits else 0
         return waits
 
@@ -144,7 +146,9 @@ class PromptQueue:
         """Take prompts that a decode step computes; none where the lane's next is too long."""
         if not self._limits.mixed_reads:
             return []
-        packing = StepPacking(self._limits, shares_blocks=self._shares_blocks)
+        packing = StepPacking(
+            self._limits, self._chunk_size.tokens, shares_blocks=self._shares_blocks
+        )
         taken = self._take(self._waiting[rank], packing)
         if taken:
             packing.most_tokens = int(RIDING_CHUNKS * packing.most_tokens)
@@ -154,7 +158,9 @@ class PromptQueue:
 
     def _take_for_chunk(self, rank: int) -> list[Group]:
         """Take one prompt, or as many short ones as fit one chunk when padded alike."""
-        packing = ChunkPacking(self._limits, shares_blocks=self._shares_blocks)
+        packing = ChunkPacking(
+            self._limits, self._chunk_size.tokens, shares_blocks=self._shares_blocks
+        )
         taken = self._take(self._waiting[rank], packing)
         rows = [row for group in taken for row in group]
         found = min(row.found for row in rows)
@@ -184,13 +190,15 @@ class PromptQueue:
 
     def _take_along(self, taken: list[Group], waiting: list[Group]) -> None:
         """Add prompts of a lower lane that make the chunk hardly longer and not much larger."""
-        most = RIDING_CHUNKS * self._limits.prefill_chunk_tokens
+        most = RIDING_CHUNKS * self._chunk_size.tokens
         longest = max(_to_compute(group[0]) for group in taken)
         if not longest:
             return  # all is known: there is no pass to ride in
         length = -(-longest // RIDING_TOKENS) * RIDING_TOKENS
         found = taken[0][0].found
-        packing = ChunkPacking(self._limits, taken, shares_blocks=self._shares_blocks)
+        packing = ChunkPacking(
+            self._limits, self._chunk_size.tokens, taken, shares_blocks=self._shares_blocks
+        )
         while waiting and (len(taken) + 1) * length <= most:
             head = waiting[0][0]
             if head.context_length - found > length:

@@ -9,6 +9,7 @@ the budget (`reservation`). A request of a higher lane may park rows of lower on
 from collections.abc import Iterable
 
 from mlx_serving.worker.engine.prefix.cache import PrefixCache
+from mlx_serving.worker.engine.scheduling.chunk_size import ChunkSize
 from mlx_serving.worker.engine.scheduling.limits import SchedulerLimits
 from mlx_serving.worker.engine.scheduling.parking import NOBODY, Parking, ParkingLot
 from mlx_serving.worker.engine.scheduling.prefill_chunk import Group, PrefillChunk
@@ -31,7 +32,8 @@ class Scheduler:
         self.limits = limits
         self._prefixes = prefixes
         self._reservation = Reservation(limits, prefixes)
-        self._prompts = PromptQueue(limits, self._reservation, prefixes)
+        self.chunk_size = ChunkSize(limits.prefill_chunk_tokens, limits.first_chunk_tokens)
+        self._prompts = PromptQueue(limits, self.chunk_size, self._reservation, prefixes)
         self._parked = ParkingLot(limits, self._reservation)
         self._decoding: dict[Sequence, None] = {}  # an ordered set
         self._rows: dict[tuple[str, int], Sequence] = {}
@@ -168,7 +170,7 @@ class Scheduler:
 
     def chunks_of(self, group: Group) -> list[PrefillChunk]:
         """Return the chunks of one prompt, computed by itself from its beginning."""
-        length, most = group[0].context_length, self.limits.prefill_chunk_tokens
+        length, most = group[0].context_length, self.chunk_size.tokens
         starts = range(0, max(1, length), most)
         return [PrefillChunk((group,), start, min(most, length - start)) for start in starts]
 
