@@ -12,6 +12,7 @@ import structlog
 
 from mlx_serving.worker.engine.aside import aside
 from mlx_serving.worker.engine.residency import ModelBudget
+from mlx_serving.worker.engine.scheduling.chunk_size import step_seconds
 from mlx_serving.worker.engine.scheduling.limits import BatchSize
 
 if TYPE_CHECKING:
@@ -170,6 +171,7 @@ def _load_mlx(
         lane_min_share=settings.lane_min_share,
         lane_headroom=settings.lane_headroom,
         prefer_native=settings.native,
+        step_seconds=step_seconds(settings.engine_stall_seconds),
     )
     engine = yield from load_in_slices(path, options)
     for report in engine.acceleration:
@@ -217,7 +219,10 @@ def _load_simulated(spec: EngineSpec, settings: Settings) -> Generator[None, Non
     batch = batch_size(settings)
     options = (
         simulated.SimulatedOptions(
-            spec.tokens_per_second, spec.prefill_tokens_per_second, batch=batch
+            spec.tokens_per_second,
+            spec.prefill_tokens_per_second,
+            batch=batch,
+            step_seconds=step_seconds(settings.engine_stall_seconds),
         )
         if spec.tokens_per_second
         else simulated.SimulatedOptions.zero_cost(batch)

@@ -185,7 +185,7 @@ class Engine:
         self._collect(self._advance(chunk, outputs), outputs)
         if chunk is not None:
             self.on_prefill(())
-        self._scheduler.chunk_size.note(ChunkStep(self._clock() - began, tokens, waited=waited))
+        self._scheduler.chunk_size.note(ChunkStep(began, self._clock(), tokens, waited=waited))
         return outputs
 
     def _advance(self, chunk: PrefillChunk | None, outputs: list[Output]) -> list[SampledToken]:

@@ -23,7 +23,7 @@ from mlx_serving.worker.engine.model_files import check_model_files, model_revis
 from mlx_serving.worker.engine.model_runner import ModelRunner
 from mlx_serving.worker.engine.paged.planning import MIXED_ROWS
 from mlx_serving.worker.engine.prefix.choice import make_prefix_cache
-from mlx_serving.worker.engine.scheduling.chunk_size import FIRST_TOKENS
+from mlx_serving.worker.engine.scheduling.chunk_size import FIRST_TOKENS, STEP_SECONDS
 from mlx_serving.worker.engine.scheduling.limits import BatchSize, SchedulerLimits
 from mlx_serving.worker.engine.scheduling.scheduler import Scheduler
 from mlx_serving.worker.engine.sequence import ModelInfo, Request, SamplingParams
@@ -45,7 +45,7 @@ class EngineOptions:
 
     `prefix_cache_bytes`: of the KV budget, what prefixes may keep that no row uses; None: half of
     it, 0: every prompt is computed. `kv_cache`, `kv_bits`: see
-    `cache_choice.choose_cache`.
+    `cache_choice.choose_cache`. `step_seconds`: what a step with a part of a prompt may take.
     """
 
     max_batch_rows: int = 64
@@ -55,6 +55,7 @@ class EngineOptions:
     kv_bits: KvBits | None = None
     prefill_chunk_tokens: int = 512
     first_chunk_tokens: int = FIRST_TOKENS
+    step_seconds: float = STEP_SECONDS
     lane_min_share: float = 0.1
     lane_headroom: float = 0.0
     prefer_native: bool = True
@@ -156,6 +157,7 @@ def build_engine(
         kv_capacity_tokens=budget // cost.bytes_per_token,
         prefill_chunk_tokens=options.prefill_chunk_tokens,
         first_chunk_tokens=options.first_chunk_tokens,
+        step_seconds=options.step_seconds,
         kv_row_overhead_tokens=choice.row_overhead_tokens(cost),
         kv_block_tokens=choice.block_tokens,
         mixed_reads=choice.mixed_reads,

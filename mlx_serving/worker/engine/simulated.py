@@ -14,7 +14,7 @@ from mlx_serving.common.errors import InvalidJob
 from mlx_serving.common.jobs import GenerationJob, Lane
 from mlx_serving.common.output_formats import enforces_tools
 from mlx_serving.worker.engine.engine import Engine
-from mlx_serving.worker.engine.scheduling.chunk_size import FIRST_TOKENS
+from mlx_serving.worker.engine.scheduling.chunk_size import FIRST_TOKENS, STEP_SECONDS
 from mlx_serving.worker.engine.scheduling.limits import BatchSize, SchedulerLimits
 from mlx_serving.worker.engine.scheduling.prefill_chunk import PrefillChunk
 from mlx_serving.worker.engine.scheduling.scheduler import Scheduler
@@ -53,6 +53,7 @@ class SimulatedOptions:
     kv_capacity_tokens: int = 1_000_000
     prefill_chunk_tokens: int = 512
     first_chunk_tokens: int = FIRST_TOKENS
+    step_seconds: float = STEP_SECONDS
     double_depth_tokens: int = 0
     name: str = "simulated"
 
@@ -180,7 +181,7 @@ class SimulatedEngine(Engine):
         """Build the engine; `sleep` and `clock`, in seconds, are for tests."""
         limits = SchedulerLimits(
             options.batch, options.kv_capacity_tokens, options.prefill_chunk_tokens,
-            first_chunk_tokens=options.first_chunk_tokens,
+            first_chunk_tokens=options.first_chunk_tokens, step_seconds=options.step_seconds,
         )  # fmt: skip
         info = ModelInfo(options.name, "simulated", "simulated", VOCAB_SIZE, frozenset({EOS_TOKEN}))
         spelled = [f"{WORD_BOUNDARY}{number}".encode() for number in range(VOCAB_SIZE)]

@@ -4,59 +4,87 @@ Nobody knows a device's speed before it has computed something, so the first chu
 doubles while a chunk of twice the size can be expected to leave its step within a second, and
 halves where a step took longer. A token costs more the deeper it stands in its prompt, so it may
 halve in the middle of one.
+
+A step with decoding rows only launches its chunk. What ran until the next step's end may have
+waited for it: that step, another engine's on the same device, a slice of a load. So all this time
+counts, and what it is without a chunk is known from the steps that had none.
 """
 
+from collections import deque
 from dataclasses import dataclass
 from typing import Final
 
 FIRST_TOKENS: Final = 64
 LEAST_TOKENS: Final = 16
 STEP_SECONDS: Final = 1.0  # what a step with a chunk may take
-DECODE_SECONDS: Final = 2.0  # a decode step's own part is not believed to be more: it may compile
+STALL_PART: Final = 0.2  # of the stall time, which it may not be more than
+DECODE_STEPS: Final = 2.0  # such steps' time: a decode step is not believed to take more
+DECODES: Final = 3  # steps without a chunk, of which the shortest is believed: one may compile
 FILLED: Final = 0.5  # of the size: a smaller chunk says little of one that is full
 
 
 @dataclass(frozen=True, slots=True)
 class ChunkStep:
-    """A step as it was measured.
+    """A step as it was measured: when it began and ended, by one clock for all, in seconds.
 
     `tokens` of prompts were in it, padding included; 0: it had none. `waited`: it waited for the
     device to compute them, else the next step does.
     """
 
-    seconds: float
+    began: float
+    ended: float
     tokens: int = 0
     waited: bool = False
 
+    @property
+    def seconds(self) -> float:
+        """What it took."""
+        return self.ended - self.began
 
-_IDLE: Final = ChunkStep(0.0)
+    @property
+    def left(self) -> int:
+        """Tokens that it launched and did not wait for."""
+        return 0 if self.waited else self.tokens
 
 
 class ChunkSize:
     """The size of a prefill chunk, `tokens`, padding included; one an engine."""
 
-    def __init__(self, most: int, first: int = FIRST_TOKENS) -> None:
-        """Begin with `first`; it never exceeds `most`."""
+    def __init__(
+        self, most: int, first: int = FIRST_TOKENS, step_seconds: float = STEP_SECONDS
+    ) -> None:
+        """Begin with `first`; it never exceeds `most`. A step may take `step_seconds`."""
         self.most, self.tokens = most, min(first, most)
         self._least = min(LEAST_TOKENS, self.tokens)
-        self._before = _IDLE  # the step before, where it left its chunk to the next one
-        self._decode_seconds = 0.0  # of the last step that no prompt had a part in
+        self._step_seconds = step_seconds
+        self._before = ChunkStep(0.0, 0.0)
+        self._decodes = deque([0.0] * DECODES, DECODES)  # seconds of those that no prompt was in
 
     def note(self, step: ChunkStep) -> None:
         """Learn from a step."""
-        before, self._before = self._before, _IDLE if step.waited else step
-        if not (step.tokens or before.tokens):
-            self._decode_seconds = step.seconds
+        before, self._before = self._before, step
+        since = step.ended - before.ended
+        if not (step.tokens or before.left):
+            if not step.waited:
+                self._decodes.append(since)
             return
-        decode = 0.0 if step.waited else min(self._decode_seconds, DECODE_SECONDS)
-        allowed = _allowed(decode)
-        if step.seconds - decode > allowed:
-            self._shrink(max(step.tokens, before.tokens))  # either may have been what took so long
+        decode = 0.0 if step.waited else min(*self._decodes, DECODE_STEPS * self._step_seconds)
+        allowed = self._allowed(decode)
+        took = since if before.left and not step.waited else step.seconds
+        if took - decode > allowed:
+            self._shrink(max(step.tokens, before.left))  # either may have been what took so long
         elif step.waited:
-            self._grow(step.tokens, step.seconds / allowed)
+            self._grow(step.tokens, took / allowed)
         else:
-            longest = max(before.seconds, step.seconds)
-            self._grow(before.tokens, (longest - decode) / allowed)
+            self._grow(before.left, (max(before.seconds, took) - decode) / allowed)
+
+    def _allowed(self, decode_seconds: float) -> float:
+        """Return what prompts may add to a decode step, in seconds.
+
+        With that step a second in all; where it takes long by itself, half as much again, or
+        prompts would hardly go on.
+        """
+        return max(self._step_seconds - decode_seconds, decode_seconds / 2)
 
     def _shrink(self, tokens: int) -> None:
         """Halve where a chunk of this size, or a smaller one, took too long.
@@ -73,10 +101,6 @@ class ChunkSize:
             self.tokens = min(self.most, 2 * self.tokens)
 
 
-def _allowed(decode_seconds: float) -> float:
-    """Return what prompts may add to a decode step, in seconds.
-
-    With that step a second in all; where it takes long by itself, half as much again, or prompts
-    would hardly go on.
-    """
-    return max(STEP_SECONDS - decode_seconds, decode_seconds / 2)
+def step_seconds(stall_seconds: float) -> float:
+    """Return what a step with a chunk may take where one of `stall_seconds` counts as hung."""
+    return min(STEP_SECONDS, STALL_PART * stall_seconds)

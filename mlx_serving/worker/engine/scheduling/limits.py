@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from mlx_serving.worker.engine.scheduling.chunk_size import FIRST_TOKENS
+from mlx_serving.worker.engine.scheduling.chunk_size import FIRST_TOKENS, STEP_SECONDS
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,8 @@ class SchedulerLimits:
     """What bounds a batch.
 
     `prefill_chunk_tokens`: the most that a prefill chunk may come to hold, padding included;
-    `first_chunk_tokens`: with how many it begins, see `chunk_size`.
+    `first_chunk_tokens`: with how many it begins; `step_seconds`: what a step with one may take.
+    See `chunk_size`.
     `kv_row_overhead_tokens`: KV tokens that a row may hold beyond its own (the cache grows in
     blocks; layers of fixed size). `kv_capacity_tokens` is the budget of the whole batch.
     `kv_block_tokens`: rows are kept in blocks of so many tokens; 0: padded to the longest row.
@@ -61,6 +62,7 @@ class SchedulerLimits:
     kv_block_tokens: int = 0
     mixed_reads: int = 0
     first_chunk_tokens: int = FIRST_TOKENS
+    step_seconds: float = STEP_SECONDS
 
     def __post_init__(self) -> None:
         """Refuse limits under which nothing could run."""

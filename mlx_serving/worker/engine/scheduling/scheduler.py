@@ -32,7 +32,9 @@ class Scheduler:
         self.limits = limits
         self._prefixes = prefixes
         self._reservation = Reservation(limits, prefixes)
-        self.chunk_size = ChunkSize(limits.prefill_chunk_tokens, limits.first_chunk_tokens)
+        self.chunk_size = ChunkSize(
+            limits.prefill_chunk_tokens, limits.first_chunk_tokens, limits.step_seconds
+        )
         self._prompts = PromptQueue(limits, self.chunk_size, self._reservation, prefixes)
         self._parked = ParkingLot(limits, self._reservation)
         self._decoding: dict[Sequence, None] = {}  # an ordered set
