@@ -195,7 +195,7 @@ class Settings(BaseSettings):
     )
     engine_stall_seconds: PositiveSeconds = Field(
         default=10.0,
-        description="after which an engine that makes no progress is ended; at least 60 before the "
+        description="after which an engine that makes no progress is ended; at least 60 in the "
         "first step of a model that was loaded",
     )
     drain_grace_seconds: float = Field(

@@ -23,7 +23,7 @@ class EngineSet:
 
     def __init__(self) -> None:
         self._engines: dict[str, InferenceEngine] = {}  # replaced, never changed: others read it
-        self._new: frozenset[str] = frozenset()  # models of which no step was timed; replaced, too
+        self._new: frozenset[str] = frozenset()  # models of which no step was timed; as above
         self._stepping = ""  # the model of which a step is under way
         self.on_prefill: Callable[[Iterable[str]], None] = _ignore
         self.on_launch: Callable[[], None] = _ignore
@@ -78,9 +78,11 @@ class EngineSet:
         outputs: list[Output] = []
         for model, engine in self._working():
             self._stepping = model
-            outputs += engine.step()
+            stepped = engine.step()
             self.on_stepped()  # before its model counts as timed, see `Runner.time_left`
-            self._new -= {model}
+            if _waited(engine, stepped):
+                self._new -= {model}
+            outputs += stepped
         self._stepping = ""
         return outputs
 
@@ -89,8 +91,14 @@ class EngineSet:
 
     @property
     def first_use(self) -> bool:
-        """Whether the step under way is its model's first, or the next one may be."""
-        return self._stepping in self._new if self._stepping else bool(self._new)
+        """Whether the step under way, or one that is due, is its model's first that is timed.
+
+        A model that nobody uses is none of them, however long it is in memory.
+        """
+        stepping, new, engines = self._stepping, self._new, self._engines
+        if stepping:
+            return stepping in new
+        return any(engines[model].has_work for model in new.intersection(engines))
 
     @property
     def has_work(self) -> bool:
@@ -148,6 +156,14 @@ class EngineSet:
 
     def _tell_prefill(self, request_ids: Iterable[str]) -> None:
         self.on_prefill(request_ids)
+
+
+def _waited(engine: InferenceEngine, outputs: list[Output]) -> bool:
+    """Whether a step waited for the device: it read tokens, or left nothing there to wait for.
+
+    One whose outputs have no tokens may have had nothing to do there.
+    """
+    return any(output.token_ids for output in outputs) or not (outputs or engine.running)
 
 
 def _ignore(*_news: object) -> None:
