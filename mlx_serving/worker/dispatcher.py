@@ -88,7 +88,7 @@ class Dispatcher:
         self._messages: queue.SimpleQueue[tuple[str, str]] = queue.SimpleQueue()
         self._claim_limit = CLAIM_MOST
         self._claimed = False  # whether anything was since room was last looked at
-        self._unadmitted_since: float | None = None
+        self._unadmitted: tuple[str, float] | None = None  # who waits for room, since when
         self._drain_until: float | None = None
         self._status = 0  # to end with
         self._outage = Outage(protocol.redis)
@@ -156,7 +156,7 @@ class Dispatcher:
 
     def _listen(self) -> None:
         """Wait for a message, then take all that are there."""
-        wait = 0.05 if self._unadmitted_since is not None else POLL_SECONDS
+        wait = 0.05 if self._unadmitted is not None else POLL_SECONDS
         wait = min(wait, self._news.due_in())
         if self._drain_until is not None:
             wait = min(wait, max(0.0, self._drain_until - time.monotonic()), 0.05)
@@ -294,8 +294,7 @@ class Dispatcher:
 
     def _leave(self, job: HeldJob, choices: Choices) -> None:
         """Give a job that is too big for this worker to another one, or fail it."""
-        rows = len(choices)
-        kv_tokens = rows * max(request.kv_tokens for request in choices)
+        rows, kv_tokens = len(choices), _kv_tokens(choices)
         if self._someone_holds(model_of(job.claimed.queue), kv_tokens, rows):
             self._returning.release({job: job.returned(kv_tokens, rows if rows > 1 else 0)})
             return
@@ -320,23 +319,30 @@ class Dispatcher:
         if waiting is None:
             return
         if not waiting:
-            self._unadmitted_since = None
+            self._unadmitted = None
             if self._claimed:  # and all that was claimed had room
                 self._claim_limit = min(CLAIM_MOST, self._claim_limit * 2)
             self._claimed = False
             return
-        self._claim_limit = 1
-        now = time.monotonic()
-        self._unadmitted_since = self._unadmitted_since or now
-        overdue = now - self._unadmitted_since >= UNADMITTED_SECONDS
-        back = waiting if overdue else waiting[1:]
-        caught = self._runner.withdraw({choices[0].id for choices in back})
-        if overdue and waiting[0][0].id in caught:
-            self._runner.shortage.note(waiting[0])
+        self._claim_limit, self._claimed = 1, False
+        now, first = time.monotonic(), waiting[0][0].id
+        if self._unadmitted is None or self._unadmitted[0] != first:
+            self._unadmitted = first, now
+        overdue = now - self._unadmitted[1] >= UNADMITTED_SECONDS
+        self._hand_back(waiting if overdue else waiting[1:])
+
+    def _hand_back(self, waiting: Sequence[Choices]) -> None:
+        """Release jobs that there is no room for; nothing more of theirs is claimed before."""
+        caught = self._runner.withdraw({choices[0].id for choices in waiting})
         held = {job.request_id: job for job in self._publisher.held()}
+        jobs = {}
         # Last first: each goes to the front of its queue, so their order stays.
-        ids = [c[0].id for c in reversed(back) if c[0].id in caught and c[0].id in held]
-        self._returning.release({held[i]: held[i].returned() for i in ids})
+        for choices in reversed(waiting):
+            job = held.get(choices[0].id)
+            if job is not None and choices[0].id in caught:
+                self._runner.shortage.note(choices)
+                jobs[job] = job.returned(_kv_tokens(choices))
+        self._returning.release(jobs)
 
     def _hand_over(self) -> None:
         """Give all that is held to other workers, and go on without: this machine is not ours now.
@@ -382,3 +388,8 @@ class Dispatcher:
             self._outage.note(error)
         log.info("drained", handed_over=len(left), all_written=written)
         return self._status
+
+
+def _kv_tokens(choices: Choices) -> int:
+    """KV tokens that a job's rows need, each as long as the longest may become."""
+    return len(choices) * max(request.kv_tokens for request in choices)

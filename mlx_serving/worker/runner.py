@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 log = structlog.get_logger(__name__)
 
 IDLE_SECONDS = 0.5
-LOOK_SECONDS: Final = 0.25  # how often it looks which requests are still here
+LOOK_SECONDS: Final = 0.25  # how often it looks which requests are still here, and for room
 FIRST_STEP_SECONDS: Final = 60.0  # what a model's first step may take, on any device
 
 
@@ -76,7 +76,8 @@ class Runner(threading.Thread):
         self._at_launch_error: Exception | None = None
         self._outputs: list[Output] = []  # of the last step, until the next one's launch
         self._here: set[str] = set()  # ids of requests that were submitted and are not over
-        self._looked_at = 0.0
+        self._looked_at = self._sought_at = 0.0
+        self._left = False  # whether rows left since room was sought
         self.steps = 0  # of the engine
         self._progress_at = time.monotonic()
         self.engine: EngineSet | None = None
@@ -223,6 +224,7 @@ class Runner(threading.Thread):
         admitted = self._admit(engine)
         if engine.has_work and not paused:
             self._step(engine)
+        self._left |= bool(aborts)
         if aborts or admitted or self._ends_shortage(engine):
             self._on_room()
         if self._slices:
@@ -258,6 +260,7 @@ class Runner(threading.Thread):
         if outputs:
             self._on_outputs(outputs)
             if any(output.finish_reason for output in outputs):
+                self._left = True
                 self._on_room()
 
     def _do_slice(self, slices: Iterator[None]) -> None:
@@ -271,11 +274,17 @@ class Runner(threading.Thread):
             self._progress_at, self._in_slice = time.monotonic(), False
 
     def _ends_shortage(self, engine: EngineSet) -> bool:
-        """Say whether there is room now for a job that there was none for."""
-        shortage = self.shortage
-        return bool(shortage) and shortage.settle(
-            lambda *choices: engine.can_add(*choices) or not engine.has_work
-        )
+        """Say whether there is room now for a job that there was none for.
+
+        To seek room may take as long as a step: it is done now and then, where rows have left.
+        """
+        now = time.monotonic()
+        if not self.shortage or now - self._sought_at < LOOK_SECONDS:
+            return False
+        if engine.has_work and not self._left:
+            return False
+        self._sought_at, self._left = now, False
+        return self.shortage.settle(engine.can_add)
 
     def _admissible(self, engine: EngineSet) -> bool:
         return bool(self._requests) and engine.can_add(*self._requests[0])

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from mlx_serving.worker import dispatcher
+from mlx_serving.worker.claims import shortage
 from tests.stepped_worker import SteppedWorker, spelled_engine, words
 from tests.worker_process import submit
 
@@ -28,6 +29,13 @@ def worker(settled_redis: LocalRedis, monkeypatch: pytest.MonkeyPatch) -> Iterat
     with SteppedWorker(settled_redis.url, spelled_engine("x" * 500, room=ROOM), words) as worker:
         yield worker
         worker.child.fleet.leave()
+
+
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What takes seconds takes parts of one."""
+    monkeypatch.setattr(shortage, "CLOSED_SECONDS", 0.4)
+    monkeypatch.setattr(shortage, "PASSED_SECONDS", 0.4)
 
 
 def turn(worker: SteppedWorker, *, steps: int = 0) -> None:
@@ -108,3 +116,54 @@ def test_another_worker_with_room_takes_it(
     assert client.result(large.id, timeout=1).attempts == 2
     worker.finish()
     assert client.result(runs.id, timeout=1).attempts == 1
+
+
+@pytest.mark.parametrize("how", ["cancelled", "run elsewhere"])
+def test_a_job_that_waits_no_more_holds_nobody_up(
+    client: Client,
+    worker: SteppedWorker,
+    settled_redis: LocalRedis,
+    short: None,
+    how: str,
+) -> None:
+    del short
+    (runs,) = submit(client, 1, 90)
+    turn(worker, steps=3)
+    (large,) = submit(client, 1, 150)
+    turns(worker, waits=2)
+    if how == "cancelled":
+        client.cancel(large.id)
+    else:
+        with SteppedWorker(settled_redis.url, spelled_engine("x" * 500), words, "roomy") as other:
+            other.claim()
+            other.finish()
+    (small,) = submit(client, 1, 20)
+    until = time.monotonic() + 5
+    while client.status(small.id).state.value == "queued" and time.monotonic() < until:
+        turn(worker)
+    assert client.status(small.id).state.value == "running"
+    assert client.status(runs.id).state.value == "running"
+    worker.finish()
+
+
+def test_others_go_on_behind_a_job_that_a_higher_lane_leaves_no_room(
+    client: Client, worker: SteppedWorker, driver: Driver, short: None
+) -> None:
+    """Interactive jobs follow each other without a gap; the small default ones are not starved."""
+    del short
+    submit(client, 1, 90, lane="interactive")
+    turn(worker, steps=3)
+    (large,) = submit(client, 1, 150)
+    small = submit(client, 3, 20)
+    until = time.monotonic() + 20
+    while any(client.status(job.id).state.value != "finished" for job in small):
+        assert time.monotonic() < until, [driver.record(job.id) for job in small]
+        urgent = [job for job in worker.child.publisher.held() if job.lane == "interactive"]
+        waits = driver.listed("tally:interactive")
+        if not waits and all(job.completion_tokens > 60 for job in urgent):
+            submit(client, 1, 90, lane="interactive")
+        turn(worker, steps=1)
+    assert client.status(large.id).state.value in {"queued", "running"}
+    client.cancel(large.id)
+    turn_until(worker, lambda: not driver.listed())
+    worker.finish()

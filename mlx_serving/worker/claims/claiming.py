@@ -160,6 +160,8 @@ class Claims:
         terms = self._terms
         loaded = self._placement.residents.get(group.model)
         capacity = loaded.engine.kv_tokens_capacity if loaded else 0
+        if loaded and self._shortage.passes(group.model):
+            capacity -= loaded.engine.kv_tokens_used
         waits = [self._reserved] if model_of(self._reserved) == group.model else []
         queues = list(dict.fromkeys([*waits, *group.queues]))
         return partial(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING
+import time
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from mlx_serving.common.jobs import LANES, queue_name
 from mlx_serving.worker.claims.demand import Group
@@ -13,47 +14,74 @@ if TYPE_CHECKING:
 
     from mlx_serving.worker.engine.sequence import Request
 
+CLOSED_SECONDS: Final = 5.0  # how long nobody overtakes a job that there was no room for
+PASSED_SECONDS: Final = 5.0  # how long others do then, before it is tried again
+
+
+class Missing(NamedTuple):
+    """A job that was handed back, and when (monotonic seconds)."""
+
+    choices: Sequence[Request]
+    since: float
+
 
 class Shortage:
     """Jobs that were handed back because they did not fit, one a model and lane. Thread-safe.
 
-    Until there is room for such a job, nothing of its lane or a lower one of its model is claimed:
-    it would be claimed again and again, or others would overtake it for ever. It stands at the
-    front of its queue, for any worker that has the room.
+    It stands at the front of its queue, for any worker that has the room. Until there is room for
+    it here, nothing of its lane or a lower one of its model is claimed: it would be claimed again
+    and again, or others would overtake it for ever. After `CLOSED_SECONDS` it is passed: what is
+    claimed then must fit beside what runs. So neither it nor those behind it wait for ever,
+    whatever became of it meanwhile.
     """
 
-    def __init__(self) -> None:
-        self._jobs: dict[tuple[str, int], Sequence[Request]] = {}  # by model and rank of the lane
-        self._lock = threading.Lock()
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._jobs: dict[tuple[str, int], Missing] = {}  # by model and rank of the lane
+        self._clock, self._lock = clock, threading.Lock()
 
     def __bool__(self) -> bool:
         """Whether any job is waited for."""
         return bool(self._jobs)
 
     def note(self, choices: Sequence[Request]) -> None:
-        """Remember a job that was handed back; the first of its lane stands."""
+        """Remember a job that was handed back, in place of the last one of its lane."""
         with self._lock:
-            self._jobs.setdefault((choices[0].model, choices[0].rank), choices)
+            self._jobs[choices[0].model, choices[0].rank] = Missing(choices, self._clock())
 
     def settle(self, has_room: Callable[..., bool]) -> bool:
         """Forget the jobs that there is room for; returns whether there are any."""
         with self._lock:
             jobs = list(self._jobs.items())
-        met = [key for key, choices in jobs if has_room(*choices)]
+        met = [(key, job) for key, job in jobs if has_room(*job.choices)]
+        over = [
+            (key, job) for key, job in jobs if self._age(job) >= CLOSED_SECONDS + PASSED_SECONDS
+        ]
         with self._lock:
-            for key in met:
-                del self._jobs[key]
+            for key, job in met + over:
+                if self._jobs.get(key) is job:
+                    del self._jobs[key]
         return bool(met)
 
     @property
     def closed(self) -> list[str]:
         """Queues of which nothing is to be claimed."""
         with self._lock:
-            keys = list(self._jobs)
+            keys = [key for key, job in self._jobs.items() if self._age(job) < CLOSED_SECONDS]
         return [queue_name(model, lane) for model, rank in keys for lane in LANES[rank:]]
+
+    def passes(self, model: str) -> bool:
+        """Say whether a job of the model is passed: others are claimed that fit now."""
+        with self._lock:
+            return any(
+                key[0] == model and self._age(job) >= CLOSED_SECONDS
+                for key, job in self._jobs.items()
+            )
 
     def open_part(self, groups: list[Group]) -> list[Group]:
         """Return what of these is to be claimed."""
         closed = self.closed
         kept = (Group(g.model, tuple(q for q in g.queues if q not in closed)) for g in groups)
         return [group for group in kept if group.queues]
+
+    def _age(self, job: Missing) -> float:
+        return self._clock() - job.since

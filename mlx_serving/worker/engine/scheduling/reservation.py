@@ -195,6 +195,7 @@ class Trial(Reservation):
         self._widths, self._kept = dict(self._widths), dict(self._kept)
         self._rows, self._kv_tokens = [*self._rows], [*self._kv_tokens]
         self._added: list[Sequence] = []
+        self._known: dict[Sequence, list[int]] = {}  # blocks that the prefix cache has of new rows
         self._freed: Counter[int] = Counter()  # blocks of the prefix cache → rows that left them
 
     def add(self, row: Sequence) -> None:
@@ -245,10 +246,15 @@ class Trial(Reservation):
         found = 0
         newly_held: set[int] = set()
         for row in self._added:
-            try:
-                blocks = self._prefixes.find(row.context_key)
-            except OverflowError:  # no such token; `Engine.add` refuses it by name
-                return 0
+            blocks = self._blocks_of(row)
             found += len(blocks)
             newly_held |= set(filter(self._is_idle, blocks))
         return (found - len(newly_held)) * self._limits.kv_block_tokens
+
+    def _blocks_of(self, row: Sequence) -> list[int]:
+        if row not in self._known and self._prefixes is not None:
+            try:
+                self._known[row] = self._prefixes.find(row.context_key)
+            except OverflowError:  # no such token; `Engine.add` refuses it by name
+                self._known[row] = []
+        return self._known.get(row, [])
