@@ -32,17 +32,17 @@ def _claim(where: str, _: int) -> None:
 
 
 def _prefill(where: str, count: int) -> None:
-    from mlx_serving.worker.engine.engine import Engine
+    from mlx_serving.worker.engine.prefilling import Prefilling
 
     chunks = iter(range(1, 1 << 30))
-    prefill = Engine._try_prefill
+    prefill = Prefilling._try_prefill
 
-    def stopping(engine: Engine, chunk: Any) -> Any:
+    def stopping(prefilling: Prefilling, chunk: Any) -> Any:
         if _is_job(chunk.rows[0].request.id) and next(chunks) == count:
             _stop(where)
-        return prefill(engine, chunk)
+        return prefill(prefilling, chunk)
 
-    Engine._try_prefill = stopping  # type: ignore[assignment, method-assign]
+    Prefilling._try_prefill = stopping  # type: ignore[assignment, method-assign]
 
 
 def _tokens(where: str, count: int) -> None:

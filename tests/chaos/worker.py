@@ -79,11 +79,12 @@ class Observer:
         from mlx_serving.worker.delivery.publisher import Publisher
         from mlx_serving.worker.dispatcher import Dispatcher
         from mlx_serving.worker.engine.engine import Engine
+        from mlx_serving.worker.engine.prefilling import Prefilling
 
         _wrap(Protocol, "run", self._around_call)
         _wrap(Publisher, "push", self._around_push)
         _wrap(Engine, "add", self._around_add)
-        _wrap(Engine, "_try_prefill", self._around_prefill)
+        _wrap(Prefilling, "_try_prefill", self._around_prefill)
         _wrap(Dispatcher, "run", self._around_serving)
 
     def _around_serving(self, run: Callable[[Any], int], dispatcher: Any) -> int:

@@ -7,12 +7,9 @@ from typing import Any, cast
 import mlx.core as mx
 import pytest
 
-from benchmarks.synthetic import build_model, build_tokenizer
+from benchmarks.synthetic import build_model
 from mlx_serving.worker.engine.cache.cache_choice import MIXED_READS, paged_choice
 from mlx_serving.worker.engine.cache.decode_cache import Prompt
-from mlx_serving.worker.engine.engine import Engine
-from mlx_serving.worker.engine.model_runner import ModelRunner
-from mlx_serving.worker.engine.models import EngineOptions, build_engine
 from mlx_serving.worker.engine.paged import cache as cache_module
 from mlx_serving.worker.engine.paged import pools as pools_module
 from mlx_serving.worker.engine.paged.cache import BLOCK_TOKENS, PagedCache
@@ -21,17 +18,12 @@ from mlx_serving.worker.engine.paged.layers import PagedLayer
 from mlx_serving.worker.engine.paged.reference import ReferenceOps
 from mlx_serving.worker.engine.prefix.cache import PrefixCache
 from mlx_serving.worker.engine.prefix.index import PrefixIndex, PrefixKey
-from mlx_serving.worker.engine.sequence import ModelInfo, Request, SamplingParams
+from mlx_serving.worker.engine.sequence import Request, SamplingParams
 from tests.engine_support import drive
 from tests.unit.test_paged_pools import SHAPES
+from tests.unordered import Unordered, engine_on
 
 SAMPLED = SamplingParams(1.0, top_p=0.95, seed=9)
-
-
-class Unordered(ReferenceOps):
-    """As on Metal, as far as the cache can tell."""
-
-    ordered_by_stream = False
 
 
 class Watch:
@@ -90,14 +82,6 @@ class Watch:
         return {name for name, waited in self.seen if not waited}
 
 
-def engine_on(ops: ReferenceOps) -> Engine:
-    model = build_model()
-    runner = ModelRunner(model, paged_choice(model, ops))
-    info = ModelInfo("tiny", "revision", "hash", 300, frozenset())
-    options = EngineOptions(max_batch_rows=3, kv_budget_bytes=1 << 22, prefill_chunk_tokens=64)
-    return build_engine(runner, build_tokenizer(), info, options)
-
-
 def requests() -> list[Request]:
     """Prompts that know each other's beginnings, one that is long, one that others give way to."""
     shared = tuple(range(90))
@@ -114,9 +98,9 @@ def requests() -> list[Request]:
 def test_every_reader_of_blocks_waits_for_the_steps_before(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    engine = engine_on(Unordered())
+    engine = engine_on(Unordered)
     assert not engine.mixes_prompts
-    expected = drive(engine_on(ReferenceOps()), requests(), every=3)
+    expected = drive(engine_on(ReferenceOps), requests(), every=3)
     watch = Watch(monkeypatch)
     collected = drive(engine, requests(), every=3)
     assert watch.readers == {"gather_blocks", "store", "resize", "park", "resume"}
@@ -145,7 +129,7 @@ def test_the_copy_of_a_block_that_is_known_in_part_waits_too(
 
 
 def test_decode_steps_wait_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = engine_on(Unordered())
+    engine = engine_on(Unordered)
     for number in range(3):
         engine.add(Request(str(number), (number, 1), SAMPLED, 40))
     for _ in range(4):
@@ -159,7 +143,7 @@ def test_decode_steps_wait_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_where_the_stream_orders_kernels_nothing_waits_for_known_blocks(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    engine = engine_on(ReferenceOps())
+    engine = engine_on(ReferenceOps)
     object.__setattr__(cast("Any", engine._scheduler._prompts)._limits, "mixed_reads", 0)
     watch = Watch(monkeypatch)
     drive(engine, requests(), every=3)

@@ -163,12 +163,13 @@ def go_together(rows: list[Sequence], limits: SchedulerLimits) -> bool:
     chunk, block = limits.prefill_chunk_tokens, limits.kv_block_tokens
     least, most = min(row.found for row in rows), max(row.found for row in rows)
     longest = max(row.context_length for row in rows)
-    *firsts, needed = (row.context(0, rows[-1].found + block) for row in rows)
+    end = (rows[-1].found // block + 1) * block
+    *firsts, needed = (row.context(0, end) for row in rows)
     return (
         most - least <= block
         and len(rows) * (longest - least) <= chunk
         and len(rows) * longest <= PACKED_CONTEXT_CHUNKS * chunk
-        and not (len(needed) == rows[-1].found + block and needed in firsts)
+        and not (len(needed) == end and needed in firsts)
     )
 
 

@@ -13,7 +13,10 @@ class StepNotBuiltError(RuntimeError):
 
 
 class BatchRunner(Protocol):
-    """What computes: `model_runner.ModelRunner`, or `simulated.SimulatedRunner` without a model."""
+    """What computes: `model_runner.ModelRunner`, or `simulated.SimulatedRunner` without a model.
+
+    Whatever waits for the device may raise `LaunchedWorkError`: the rows of the batch are lost.
+    """
 
     on_launch: Callable[[], None]
     """Called before a launch, which leaves the interpreter to other threads while it lasts."""

@@ -1,20 +1,22 @@
 """The engine: admits requests, steps the batch, turns tokens into text, says why a row ended."""
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 
 from mlx_serving.worker.engine.attachments import NOTHING, Attachments
 from mlx_serving.worker.engine.attempt import attempt
 from mlx_serving.worker.engine.batch_runner import BatchRunner, StepNotBuiltError
+from mlx_serving.worker.engine.launched import LaunchedWorkError, is_memory_short
 from mlx_serving.worker.engine.memory.kv_caches import KvMemory
-from mlx_serving.worker.engine.memory.out_of_memory import is_out_of_memory
 from mlx_serving.worker.engine.memory.recovery import NO_MEMORY, OUT_OF_MEMORY, Recovery
 from mlx_serving.worker.engine.memory.room import MemoryRoom
 from mlx_serving.worker.engine.output.row_output import grammar_ended, parse_output, row_error
+from mlx_serving.worker.engine.prefilling import Failure, Prefilling
 from mlx_serving.worker.engine.scheduling.chunk_size import ChunkStep
 from mlx_serving.worker.engine.scheduling.parking import NOBODY, Parking
-from mlx_serving.worker.engine.scheduling.prefill_chunk import Group, PrefillChunk
+from mlx_serving.worker.engine.scheduling.prefill_chunk import PrefillChunk
 from mlx_serving.worker.engine.scheduling.scheduler import Scheduler
 from mlx_serving.worker.engine.sequence import (
     FINISH_ERROR,
@@ -66,6 +68,8 @@ class Engine:
         self.kv_memory = attachments.kv_memory
         room = self.kv_memory.room if self.kv_memory else MemoryRoom()
         self._recovery = Recovery(scheduler, room)
+        self._prefilling = Prefilling(runner, scheduler, self._tell_prefill)
+        self._failure: Exception | None = None  # of work that was launched, for the next step
 
     def fits(self, *choices: Request) -> bool:
         """Say whether this device's KV budget could ever hold these choices of one request."""
@@ -81,7 +85,11 @@ class Engine:
             check_request(request, self.model_info.vocab_size)
         # What the prefix cache knows changes as rows leave: more may have to than it seemed.
         while (parking := self._scheduler.make_room(*choices)) != NOBODY:
-            self._park(parking)
+            try:
+                self._park(parking)
+            except Exception as error:  # the batch's, and not this request's
+                self._failure = error
+                raise RequestRefusedError("no_room", "a step that was under way failed") from error
         rows = self._scheduler.admit(*choices)
         try:
             for row in rows:
@@ -168,21 +176,28 @@ class Engine:
         """Forget every choice of the request; no Output follows. Unknown ids are ignored."""
         self._early = [o for o in self._early if o.request_id != request_id]
         rows = self._scheduler.find(request_id)
-        self._runner.remove(rows)
+        try:
+            self._runner.remove(rows)
+            for row in rows:
+                self._drop_prefill(row)
+        except LaunchedWorkError as error:
+            self._failure = error
         for row in [*rows, *self._recovery.forget(request_id)]:
-            self._drop_prefill(row)
             self._forget(row)
 
     def step(self) -> list[Output]:
         """Do one prefill chunk and one decode step; return the rows that progressed."""
         began = self._clock()
         outputs, self._early = self._early, []
-        self._recovery.readmit()
-        self._resume(outputs)
+        with self._recovering(outputs):
+            self._raise_failure()
+            self._recovery.readmit()
+            self._resume(outputs)
         chunk = self._scheduler.schedule_prefill()
         tokens = chunk.computed_tokens if chunk else 0
         waited = not (self._scheduler.running or (chunk and chunk.mixed))
-        self._collect(self._advance(chunk, outputs), outputs)
+        with self._recovering(outputs):
+            self._collect(self._advance(chunk, outputs), outputs)
         if chunk is not None:
             self.on_prefill(())
         self._scheduler.chunk_size.note(ChunkStep(began, self._clock(), tokens, waited=waited))
@@ -190,29 +205,40 @@ class Engine:
 
     def _advance(self, chunk: PrefillChunk | None, outputs: list[Output]) -> list[SampledToken]:
         """Prefill and launch a step; what the device still computes is waited for in here."""
+        if chunk is not None:
+            self._compute(self._prefilling.compute(chunk), outputs)
+        return self._decode(chunk, outputs)
+
+    @contextmanager
+    def _recovering(self, outputs: list[Output]) -> Iterator[None]:
+        """Let all rows begin again where memory is short; another error of the batch is raised."""
         try:
-            if chunk is not None:
-                self._prefill(chunk, outputs)
-            return self._decode(chunk, outputs)
+            yield
         except Exception as error:
-            if not is_out_of_memory(error):
+            if not is_memory_short(error):
                 raise
             self._recover(self._scheduler.rows, outputs)
-            return []
+
+    def _raise_failure(self) -> None:
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
 
     def _decode(self, chunk: PrefillChunk | None, outputs: list[Output]) -> list[SampledToken]:
         """Launch a step; prompts with which it can't be built are computed each by itself."""
         try:
             return self._runner.decode()
         except StepNotBuiltError:
-            if chunk is None or not chunk.mixed:
+            groups = self._prefilling.waiting_for_step(chunk)
+            if not groups:
                 raise
-        for row in chunk.rows:
+        rows = [row for group in groups for row in group]
+        for row in rows:
             row.failed = True  # until its prompt is computed
-        self._runner.remove(chunk.rows)
-        sampled = self._runner.decode()
-        self._prefill_apart(chunk.groups, outputs)
-        return sampled
+        self._runner.remove(rows)
+        self._collect(self._runner.decode(), outputs)  # whatever becomes of the prompts
+        self._compute(self._prefilling.compute_apart(groups), outputs)
+        return []
 
     def _recover(self, rows: list[Sequence], outputs: list[Output]) -> None:
         """Let rows that the device had no memory for begin again; alone they may have to end."""
@@ -225,47 +251,10 @@ class Engine:
             outputs.append(self._output(row, FINISH_ERROR, error=error))
             self._forget(row)
 
-    def _prefill(self, chunk: PrefillChunk, outputs: list[Output]) -> None:
-        error = self._try_prefill(chunk)
-        if error is None and self._scheduler.finish_prefill(chunk):
-            error = self._try_join(chunk)
-        if error is None:
-            return
-        if len(chunk.groups) == 1 or error.code == OUT_OF_MEMORY:
-            self._fail(chunk.rows, error, outputs)
-        else:
-            self._prefill_apart(chunk.groups, outputs)
-
-    def _try_prefill(self, chunk: PrefillChunk) -> RowError | None:
-        self.on_prefill([row.request.id for row in chunk.rows])
-        if chunk.mixed:
-            return None
-        error = attempt("prefill", partial(self._runner.prefill, chunk))
-        if error is not None:
-            self._runner.drop_prefill(chunk.lane)
-        return error
-
-    def _try_join(self, chunk: PrefillChunk) -> RowError | None:
-        error = attempt("join", partial(self._runner.join, chunk))
-        if error is None:
-            self._scheduler.joined(chunk.groups)
-        else:
-            self._runner.drop_prefill(chunk.lane)
-        return error
-
-    def _prefill_apart(self, groups: Iterable[Group], outputs: list[Output]) -> None:
-        """Compute prompts one by one: one of them may have been to blame for all."""
-        for group in groups:
-            for row in group:
-                row.failed = False
-                row.found = row.prefilled = 0
-            chunks = self._scheduler.chunks_of(group)
-            error = next(filter(None, map(self._try_prefill, chunks)), None)
-            if error is None:
-                self._scheduler.finish_prefill(chunks[-1])
-                error = self._try_join(chunks[-1])
-            if error is not None:
-                self._fail(group, error, outputs)
+    def _compute(self, failures: Iterable[Failure], outputs: list[Output]) -> None:
+        """Let prompts be computed; what failed of them ends before the next one's turn."""
+        for rows, error in failures:
+            self._fail(rows, error, outputs)
 
     def _fail(self, rows: Iterable[Sequence], error: RowError, outputs: list[Output]) -> None:
         """End rows over which something was raised; without memory for them they begin again."""
@@ -293,6 +282,8 @@ class Engine:
                 output = self._output(row, FINISH_ERROR, error=error)
             else:
                 row.decoded += 1
+                if row.cached is None:
+                    row.cached = row.cached_tokens
                 row.tokens.append(token)
                 text, stopped = ("", False) if token in eos else next(pieces)
                 reason = self._finish_reason(row, token, stopped=stopped)
@@ -305,9 +296,11 @@ class Engine:
             parse_output(row, output, ended_itself=token in eos or grammar_ended(row))
             outputs.append(output)
         if ended:
-            self._runner.remove(ended)
-            for row in ended:
-                self._forget(row)
+            try:
+                self._runner.remove(ended)
+            finally:  # what it raises is for the others
+                for row in ended:
+                    self._forget(row)
 
     def _finish_reason(self, row: Sequence, token: int, *, stopped: bool) -> str | None:
         if stopped or token in self.model_info.eos_token_ids or grammar_ended(row):
@@ -327,6 +320,9 @@ class Engine:
         counts = (len(request.prompt), row.cached_tokens)
         return Output(request.id, request.choice, tokens, text, reason, error, *counts)
 
+    def _tell_prefill(self, request_ids: Iterable[str]) -> None:
+        self.on_prefill(request_ids)
+
     def _tell_launch(self) -> None:
         self.on_launch()
 
@@ -338,7 +334,7 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether `step` would do anything."""
-        return self._scheduler.has_work or bool(self._early or self._recovery)
+        return self._scheduler.has_work or bool(self._early or self._recovery or self._failure)
 
     @property
     def mixes_prompts(self) -> bool:

@@ -26,8 +26,10 @@ from mlx_serving.worker.engine.cache import kv_cache
 from mlx_serving.worker.engine.cache.cache_choice import CacheChoice, choose_cache
 from mlx_serving.worker.engine.cache.decode_cache import ParkedRow, Prefilled, Prompt
 from mlx_serving.worker.engine.cache.kv_cache import LanguageModel
+from mlx_serving.worker.engine.launched import LaunchedWorkError, beside_step, launched_work
 from mlx_serving.worker.engine.memory.out_of_memory import is_out_of_memory
 from mlx_serving.worker.engine.output.structured_output import BatchMasks, Matcher, advance_rows
+from mlx_serving.worker.engine.paged.order import wait_for_launched
 from mlx_serving.worker.engine.prefix.cache import PrefixCache
 from mlx_serving.worker.engine.sampling import (
     BatchSampler,
@@ -119,8 +121,8 @@ class ModelRunner:
         self._rows, self._origins, self._joined = [], [], 0
         self._pending, self._logprobs = mx.array([], dtype=mx.int32), None
         self._rows_changed()
-        with suppress(RuntimeError):  # what is left of the step may fail once more
-            mx.synchronize()
+        with suppress(LaunchedWorkError):  # what is left of the step may fail once more
+            wait_for_launched()
         self._cache.reset()
         mx.clear_cache()
 
@@ -134,6 +136,10 @@ class ModelRunner:
 
     def prefill(self, chunk: PrefillChunk) -> None:
         """Compute one chunk; several prompts are padded on the right to the longest."""
+        with beside_step(decoding=bool(self._rows)):
+            self._compute(chunk)
+
+    def _compute(self, chunk: PrefillChunk) -> None:
         if chunk.start == 0:
             self._prefills[chunk.lane] = self._begin_prefill(chunk)
         layers = self._prefills[chunk.lane].cache
@@ -160,12 +166,18 @@ class ModelRunner:
         """Forget the prompt being prefilled for a lane."""
         dropped = self._prefills.pop(lane, None)
         if dropped is not None and dropped.gathered:
-            mx.synchronize()  # the blocks that it reads may be given to others now
+            wait_for_launched()  # the blocks that it reads may be given to others now
         mx.clear_cache()
 
     def join(self, chunk: PrefillChunk) -> None:
         """Move the rows of the chunk that completed their prefill into the decode batch."""
-        leaders, last_tokens = chunk.leaders, _last_tokens(chunk.rows)
+        last_tokens = _last_tokens(chunk.rows)
+        with beside_step(decoding=bool(self._rows)):
+            self._join_cache(chunk)
+        self._enter(chunk.rows, last_tokens)
+
+    def _join_cache(self, chunk: PrefillChunk) -> None:
+        leaders = chunk.leaders
         keys = [row.context_key for row in leaders]
         if chunk.mixed:
             self._cache.enter(
@@ -179,7 +191,6 @@ class ModelRunner:
             lengths = [row.context_length for row in leaders]
             copies = [index for index, group in enumerate(chunk.groups) for _ in group]
             self._cache.join(Prefilled(layers, lengths, copies, keys))
-        self._enter(chunk.rows, last_tokens)
 
     def _enter(self, joining: Collection[Sequence], last_tokens: mx.array) -> None:
         """Append rows to the batch whose cache has them."""
@@ -207,7 +218,8 @@ class ModelRunner:
         """
         leaving = set(rows)
         launched = self._rows[: len(self._rows) - self._joined]
-        found = self._read(launched, self._pending, self._logprobs, leaving)
+        with launched_work():
+            found = self._read(launched, self._pending, self._logprobs, leaving)
         advance_rows(found)
         for index, row in enumerate(self._rows):
             if row in leaving and row in keep:
@@ -219,7 +231,8 @@ class ModelRunner:
     def resume(self, row: Sequence) -> None:
         """Put a row that was kept back into the decode batch."""
         last_token = _last_tokens([row])
-        self._cache.resume(self._parked[row])
+        with beside_step(decoding=bool(self._rows)):
+            self._cache.resume(self._parked[row])
         del self._parked[row]
         self._enter([row], last_token)
 
@@ -312,6 +325,8 @@ class ModelRunner:
             self._sampler = BatchSampler(self._sampling(), self._words, self._make_draw)
         try:
             return self._cache.step(self._pending)
+        except LaunchedWorkError:
+            raise
         except Exception as error:
             if is_out_of_memory(error):
                 raise

@@ -246,7 +246,7 @@ class Sequence(Struct, eq=False):
     found: int = 0  # tokens of `context` that were in the prefix cache when prefill began
     shared: int = 0  # KV tokens of the row that the prefix cache counts
     order: int = 0  # of admission
-    cached: int | None = None  # what was found at first, once the row has decoded
+    cached: int | None = None  # what was found at first, once the row has a token
 
     def __post_init__(self) -> None:
         """Start the history where the sampler needs one."""

@@ -8,7 +8,7 @@ The pools grow before rows need them and shrink when most of them is unused.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any, Final
 
 import mlx.core as mx
@@ -17,10 +17,11 @@ import numpy as np
 from mlx_serving.worker.engine.cache import kv_cache
 from mlx_serving.worker.engine.cache.decode_cache import ParkedRow, Prefilled, Prompt
 from mlx_serving.worker.engine.cache.kv_cache import LanguageModel
+from mlx_serving.worker.engine.launched import LaunchedWorkError, launched_work
 from mlx_serving.worker.engine.paged.block_allocator import BlockAllocator
 from mlx_serving.worker.engine.paged.gather import gather_blocks
 from mlx_serving.worker.engine.paged.layers import PagedLayer, PagedOps, StepPlan, StoreEntry
-from mlx_serving.worker.engine.paged.order import finish_writes
+from mlx_serving.worker.engine.paged.order import finish_writes, wait_for_launched
 from mlx_serving.worker.engine.paged.placement import Placement
 from mlx_serving.worker.engine.paged.planning import BatchRows, Context, make_plan
 from mlx_serving.worker.engine.paged.pools import LayerShape, Pools
@@ -115,7 +116,11 @@ class PagedCache:
 
     @contextmanager
     def _placing(self) -> Iterator[Placement]:
-        """Take blocks for rows that join; whatever raises, all others are as they were."""
+        """Take blocks for rows that join; whatever raises, all others are as they were.
+
+        Raises:
+            LaunchedWorkError: the step under way failed; in place of what was raised, too.
+        """
         placing = Placement(
             self.allocator,
             self._prefixes,
@@ -125,14 +130,22 @@ class PagedCache:
         try:
             self._need_nobodys()
             yield placing
-        except Exception:
-            with suppress(RuntimeError):  # whoever reads the step under way hears of its errors
-                mx.synchronize()  # what was launched may read or write the blocks
+        except Exception as error:
+            self._wait_and_give_back(placing, error)
+            raise
+
+    def _wait_and_give_back(self, placing: Placement, error: Exception) -> None:
+        """Return blocks that what was launched may read or write."""
+        try:
+            wait_for_launched()
+        except LaunchedWorkError:
+            if not isinstance(error, LaunchedWorkError):
+                raise
+        finally:
             placing.give_back()
             self._plan = None
             if not self._rows:
                 self._leave_pools()
-            raise
 
     def _need_nobodys(self) -> None:
         if not self._nobodys:
@@ -235,7 +248,7 @@ class PagedCache:
         instead; no more, since what they are known for is worth a step that waits.
         """
         if not self.allocator.can_allocate(blocks):
-            mx.synchronize()
+            wait_for_launched()
             self.settle()
         missing = blocks - (self.blocks - self.allocator.used)
         if self.layers and missing <= RECLAIMED_PART * self.allocator.idle:
@@ -259,7 +272,8 @@ class PagedCache:
 
     def _launch_stores(self) -> None:
         """See that pools which are copied next have what was to be stored in them."""
-        mx.async_eval(self._stored)
+        with launched_work():
+            mx.async_eval(self._stored)
 
     def _wanted(self) -> int:
         """Blocks that the pools should have for what is in use."""
@@ -275,7 +289,7 @@ class PagedCache:
 
     def shrink(self) -> None:
         """See `DecodeCache`."""
-        mx.synchronize()
+        wait_for_launched()
         self.settle()
         if not self.allocator.used:
             self._pools.drop()
@@ -298,8 +312,7 @@ class PagedCache:
 
     def _compact(self, size: int) -> None:
         """Move what is used to the beginning of pools of so many blocks."""
-        self._launch_stores()
-        mx.synchronize()
+        wait_for_launched(self._stored)
         self.settle()
         moved = self.allocator.compact()
         self._rows = [[moved[block] for block in row] for row in self._rows]
@@ -311,7 +324,7 @@ class PagedCache:
     def _drop(self) -> None:
         """Forget the pools: no row is left. A running step keeps them alive until it is done."""
         if self._prefixes or self._parked:
-            mx.synchronize()  # pools that stay are free to be written to
+            wait_for_launched()  # pools that stay are free to be written to
         self._leave_pools()
         if self.allocator.used:
             self._shrink()

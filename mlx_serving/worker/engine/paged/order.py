@@ -22,19 +22,34 @@ Who reads or rewrites blocks that an earlier kernel may still write or read:
 | a prefill that is dropped after a gather | waits on every device |
 | a join that failed and gives its blocks back | waits on every device |
 
-A step is launched as soon as it is built, so to wait for what was launched is enough.
+A step is launched as soon as it is built, so to wait for what was launched is enough. What such a
+wait raises is that step's error, see `launched`: every one of them is a `wait_for_launched`.
 """  # noqa: E501 - a table
 
 import mlx.core as mx
 
+from mlx_serving.worker.engine.launched import launched_work
 from mlx_serving.worker.engine.paged.layers import PagedOps
+
+
+def wait_for_launched(*stored: mx.array) -> None:
+    """Launch stores, and wait for all that was launched.
+
+    Raises:
+        LaunchedWorkError: some of it failed.
+    """
+    with launched_work():
+        mx.async_eval(*stored)
+        mx.synchronize()
 
 
 def finish_writes(ops: PagedOps, stored: mx.array) -> None:
     """Wait for steps and stores under way, where nothing else has them come before what follows.
 
     `stored`: int32 [1], 0; depends on every store so far.
+
+    Raises:
+        LaunchedWorkError: see `wait_for_launched`.
     """
     if not ops.ordered_by_stream:
-        mx.async_eval(stored)
-        mx.synchronize()
+        wait_for_launched(stored)

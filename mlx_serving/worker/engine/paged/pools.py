@@ -13,6 +13,7 @@ from typing import Final
 import mlx.core as mx
 
 from mlx_serving.worker.engine.paged.layers import PagedLayer, PagedOps, materialize, resize
+from mlx_serving.worker.engine.paged.order import wait_for_launched
 
 RESIZED_BYTES: Final = 1 << 28  # of pools that are twice there while they grow
 LEFT_BYTES: Final = 1 << 30  # of old pools, what may stay among MLX's cached buffers: so many, …
@@ -79,7 +80,7 @@ class Pools:
     def _grow(self, layers: Sequence[PagedLayer], blocks: int) -> None:
         if not layers:
             return
-        mx.synchronize()
+        wait_for_launched()
         self._left += sum(layer.nbytes for layer in layers)
         resize(layers, blocks, at_once=RESIZED_BYTES)
         # The old pools' buffers fit nothing else, but to clear has the next step ask the system

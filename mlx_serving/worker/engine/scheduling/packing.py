@@ -46,14 +46,17 @@ class Packing(ABC):
         self._rows.append(group[0])
 
     def _computes(self, row: Sequence) -> bool:
-        """Say whether the others are to compute a block's worth of tokens that the row needs next.
+        """Say whether the others are to compute the block that the row needs next to its end.
 
-        Then it waits a step and finds them.
+        Then it waits a step and finds it: together they would have that block once each, while the
+        prefix cache keeps one, and the reservation counts one. Of that block the row may know a
+        part.
         """
         if not self._shares_blocks:
             return False
         salt, tokens = row.context_key
-        end = (row.found + self._limits.kv_block_tokens) * TOKEN_BYTES
+        block = self._limits.kv_block_tokens
+        end = (row.found // block + 1) * block * TOKEN_BYTES
         if end > len(tokens):
             return False
         needed = tokens[:end]

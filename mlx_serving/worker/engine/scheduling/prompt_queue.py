@@ -108,7 +108,6 @@ class PromptQueue:
             return False
         for row in chunk.rows:
             row.phase = Phase.DECODING
-            row.cached = row.found if row.cached is None else row.cached
         self._end(chunk.rows)
         return True
 
