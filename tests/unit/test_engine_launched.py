@@ -182,6 +182,7 @@ def test_an_abort_that_hears_of_it_leaves_it_to_the_next_step(
         run.engine.abort("early1")
         assert failed.raised
         assert run.engine.has_work
+        assert not run.engine.can_add(NEW)
         run.step()
         assert run.lost == ["new"]
         run.finish([])

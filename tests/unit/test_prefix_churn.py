@@ -1,6 +1,7 @@
 """Prefixes under churn: rows that come, go, fail and are cut off; blocks that are evicted."""
 
 import random
+from array import array
 from typing import Any, cast
 
 import mlx.core as mx
@@ -12,6 +13,7 @@ from msgspec.structs import replace
 from mlx_serving.worker.engine.engine import Engine
 from mlx_serving.worker.engine.paged.cache import BLOCK_TOKENS
 from mlx_serving.worker.engine.paged.step import plain_step
+from mlx_serving.worker.engine.prefix.index import PrefixKey
 from mlx_serving.worker.engine.sequence import Request, RequestRefusedError, SamplingParams
 from tests.engine_support import (
     GREEDY,
@@ -206,8 +208,10 @@ def test_what_a_failed_row_leaves_is_not_found_again(raises: bool) -> None:  # n
     bad = Request("bad", (*(1,) * 70, *tail), GREEDY, 12)
     collected = drive(engine, [*good[:2], bad, *good[2:]])
     assert collected["bad"].error_code == ("prefill_failed" if raises else "nan_logits")
-    again = replace(bad, id="again", max_tokens=2)
-    assert drive(engine, [again])["again"].cached_tokens == 64, "what good rows share, no more"
+    key = PrefixKey(b"", array("i", bad.prompt[:-1]).tobytes())
+    assert len(prefixes_of(engine).find(key)) == 2, "what good rows share, no more"
+    again = drive(engine, [replace(bad, id="again", max_tokens=2)])["again"]
+    assert again.cached_tokens == (0 if raises else 64), "computed apart, it begins anew"
     expected = drive(tiny_engine(cast("Any", model.model), eos=()), good)
     assert all(collected[row.id].token_ids == expected[row.id].token_ids for row in good)
     assert_whole(engine)

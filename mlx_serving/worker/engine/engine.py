@@ -77,7 +77,7 @@ class Engine:
 
     def can_add(self, *choices: Request) -> bool:
         """Say whether there is room for these choices of one request now, or can be made."""
-        return not self._recovery and self._recovery.has_room(*choices)
+        return not (self._recovery or self._failure) and self._recovery.has_room(*choices)
 
     def add(self, *choices: Request) -> None:
         """Admit choices of one request; see `InferenceEngine.add` for what it raises."""
