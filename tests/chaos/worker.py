@@ -146,7 +146,7 @@ class Observer:
 
 
 def _attempt(request_id: str) -> list[str]:
-    return request_id.rsplit(":", 1)
+    return request_id.split(":")[:2]
 
 
 def _kind(row: list[Any]) -> str:

@@ -145,8 +145,8 @@ class TwoModels:
         self.run(4)
 
     def _engine(self, model: str, options: SimulatedOptions) -> SimulatedEngine:
-        engine = SimulatedEngine(options, clock=lambda: self.queue.now)
-        engine._runner = QueuedRunner(options, self.queue)
+        runner = QueuedRunner(options, self.queue)
+        engine = SimulatedEngine(options, clock=lambda: self.queue.now, runner=runner)
         self.set.put(model, engine)
         return engine
 

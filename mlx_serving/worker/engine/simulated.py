@@ -177,8 +177,9 @@ class SimulatedEngine(Engine):
         options: SimulatedOptions = SimulatedOptions(),
         sleep: Callable[[float], None] = time.sleep,
         clock: Callable[[], float] = time.monotonic,
+        runner: SimulatedRunner | None = None,
     ) -> None:
-        """Build the engine; `sleep` and `clock`, in seconds, are for tests."""
+        """Build the engine; `sleep` and `clock`, in seconds, and another `runner` are for tests."""
         limits = SchedulerLimits(
             options.batch, options.kv_capacity_tokens, options.prefill_chunk_tokens,
             first_chunk_tokens=options.first_chunk_tokens, step_seconds=options.step_seconds,
@@ -186,5 +187,5 @@ class SimulatedEngine(Engine):
         info = ModelInfo(options.name, "simulated", "simulated", VOCAB_SIZE, frozenset({EOS_TOKEN}))
         spelled = [f"{WORD_BOUNDARY}{number}".encode() for number in range(VOCAB_SIZE)]
         vocabulary = Vocabulary(spelled, "byte_fallback", {EOS_TOKEN}, strip_leading_space=True)
-        runner = SimulatedRunner(options, sleep)
+        runner = runner or SimulatedRunner(options, sleep)
         super().__init__(runner, Scheduler(limits), Detokenizer(vocabulary), info, clock=clock)
