@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 
 def new_nonce() -> str:
-    """Name for a claim that nobody else gives: 64 bits of the system's own randomness."""
+    """Return a random name for a claim: 64 bits from the operating system, as 16 hex digits."""
     return os.urandom(8).hex()
 
 
@@ -15,8 +15,8 @@ class Attempt(NamedTuple):
     """One claim of a job, as its worker speaks of it.
 
     `epoch` counts the job's claims as Redis remembers them. Redis may forget one (a failover, a
-    power loss) and give the same number again, so it is the `nonce` that tells attempts apart: the
-    worker made it for its claim, and never again.
+    power loss) and give the same number again. The `nonce` tells attempts apart: a worker makes a
+    new one for each claim.
     """
 
     job_id: str
@@ -25,7 +25,7 @@ class Attempt(NamedTuple):
 
     @property
     def name(self) -> str:
-        """All of it in a word, which begins with the job's id."""
+        """The attempt as one string: ``<job id>:<epoch>:<nonce>``."""
         return f"{self.job_id}:{self.epoch}:{self.nonce}"
 
     @classmethod
@@ -33,7 +33,7 @@ class Attempt(NamedTuple):
         """Read a name.
 
         Raises:
-            ValueError: it is none.
+            ValueError: the string is not an attempt's name.
 
         """
         job_id, epoch, nonce = name.rsplit(":", 2)

@@ -53,7 +53,7 @@ def shut_out_current_folder() -> None:
 
 
 def _make_children_safe() -> None:
-    """By the environment: multiprocessing passes no other flags on than this interpreter's own."""
+    """Set PYTHONSAFEPATH: multiprocessing hands on only the flags of this interpreter."""
     os.environ["PYTHONSAFEPATH"] = "1"
 
 

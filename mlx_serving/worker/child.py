@@ -296,7 +296,7 @@ class Child:
                 os._exit(EXIT_STALLED)
 
     def _write_the_last(self, timeout: float) -> None:
-        """Let the publisher write what was decoded; whatever it waits for, no longer than this."""
+        """Let the publisher write what was decoded, for at most `timeout` seconds."""
         writing = threading.Thread(target=self.publisher.drain, args=(timeout,), daemon=True)
         writing.start()
         writing.join(timeout)

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from mlx_serving.worker.delivery.sweeper import Sweeper
     from mlx_serving.worker.engine.engine_set import EngineSet
     from mlx_serving.worker.engine.scheduling.limits import BatchSize
+    from mlx_serving.worker.loading import LoadedModel
     from mlx_serving.worker.runner import Choices, Runner
 
 log = structlog.get_logger(__name__)
@@ -243,12 +244,13 @@ class Dispatcher:
         self._claim_ahead(held, more=more)
         requests = []
         for job in held:
-            if self._placement.residents.get(model_of(job.claimed.queue)) is None:
+            model = self._placement.residents.get(model_of(job.claimed.queue))
+            if model is None:
                 self._returning.add(job)  # the reply to its claim came late
                 continue
             try:
                 with self._publisher.manifest.entering(job.request_id):
-                    choices = self._prepare(job)
+                    choices = self._prepare(job, model)
             except (JobRefusedError, MlxServingError) as error:
                 log.warning("job_refused", **job.names(), code=error.code)
                 self._publisher.fail(job, error.code, error.message)
@@ -270,12 +272,10 @@ class Dispatcher:
         if more and self._claim_limit == CLAIM_MOST:
             self._claims.ahead(lambda: self._room(in_hand))
 
-    def _prepare(self, held: HeldJob) -> Choices:
+    def _prepare(self, held: HeldJob, model: LoadedModel) -> Choices:
         claimed, payloads = held.claimed, []
         if claimed.seq:
             payloads = self._protocol.read_events(claimed.job_id, count=claimed.seq + 1)
-        model = self._placement.residents.get(model_of(claimed.queue))
-        assert model is not None  # noqa: S101 -- it was there, and jobs in hand keep it
         return self._preparation.requests(held, payloads, model)
 
     def _place(self, requests: Sequence[Choices]) -> None:

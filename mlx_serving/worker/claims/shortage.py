@@ -28,11 +28,12 @@ class Missing(NamedTuple):
 class Shortage:
     """Jobs that were handed back because they did not fit, one a model and lane. Thread-safe.
 
-    It stands at the front of its queue, for any worker that has the room. Until there is room for
-    it here, nothing of its lane or a lower one of its model is claimed: it would be claimed again
-    and again, or others would overtake it for ever. After `CLOSED_SECONDS` it is passed: what is
-    claimed then must fit beside what runs. So neither it nor those behind it wait for ever,
-    whatever became of it meanwhile.
+    Such a job stands at the front of its queue, for any worker that has room. Until this worker has
+    room, it claims nothing of the job's lane, or of a lower lane of its model: it would claim the
+    job again and again, or others would overtake it for ever. After `CLOSED_SECONDS` the job is
+    passed: the worker claims jobs that fit beside what runs. After `PASSED_SECONDS` more the job
+    is forgotten, and tried again. So nobody waits for ever for a job that was cancelled, or that
+    another worker took.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
