@@ -22,8 +22,11 @@ if TYPE_CHECKING:
     from tests.chaos.plan import Plan
 
 ROOT = Path(__file__).parents[2]
-CHILD_SECONDS = 15.0  # a parent without a child that serves for so long is replaced
-START_SECONDS = 60.0
+# A worker that doesn't serve is stuck once it idled for so long, or once it computed for so long.
+# Neither depends on what else this machine does: a start that waits for a core is not stuck.
+IDLE_SECONDS = 20.0
+BUSY_SECONDS = 60.0
+DRAIN_SECONDS = 300.0  # a worker that hangs in its drain is seen; a slow machine's worker ends
 PREFIX_BYTES = 4 << 20  # less than all prompts and answers of a run: blocks are evicted too
 
 
@@ -33,7 +36,7 @@ class Incarnation:
     def __init__(self, plan: Plan, url: str, folder: Path) -> None:
         folder.mkdir()
         self.folder, self.name = folder, folder.name
-        self.started = self.served_at = time.monotonic()
+        self._effort = Effort()
         self.traps = Traps(folder / "trap")
         given = {
             "url": url, "name": self.name, "folder": str(folder), "engine": plan.engine,
@@ -61,6 +64,14 @@ class Incarnation:
     def runs(self) -> bool:
         return self.parent.poll() is None
 
+    @property
+    def stuck(self) -> bool:
+        """Whether it will not come to serve: it has done nothing for long, or far too much."""
+        if self.serving:
+            self._effort = Effort()
+            return False
+        return self._effort.is_spent(cpu_seconds(self.parent.pid) + cpu_seconds(self.child))
+
     def signal(self, number: int, *, parent: bool = True) -> None:
         pids = [self.parent.pid] if parent and self.runs else []
         child = self.child
@@ -70,6 +81,34 @@ class Incarnation:
 
     def log(self) -> str:
         return (self.folder / "log").read_text(errors="replace")[-3000:]
+
+
+class Effort:
+    """What a worker has put into its start."""
+
+    def __init__(self) -> None:
+        self._known: float | None = None
+        self._busy = 0.0
+        self._moved_at = time.monotonic()
+
+    def is_spent(self, cpu: float) -> bool:
+        """`cpu`: seconds that its processes have computed; less than before for a new child."""
+        moved = 0.0 if self._known is None else abs(cpu - self._known)
+        if moved > 0.02 or self._known is None:  # /proc counts in hundredths
+            self._known, self._moved_at = cpu, time.monotonic()
+            self._busy += moved
+        return self._busy > BUSY_SECONDS or time.monotonic() - self._moved_at > IDLE_SECONDS
+
+
+def cpu_seconds(pid: int) -> float:
+    """Seconds that this process has computed; 0 if it is gone. Without /proc: time since boot."""
+    if not Path("/proc/self/stat").exists():
+        return time.monotonic()
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def settings_of(plan: Plan) -> dict[str, Any]:
@@ -111,11 +150,9 @@ class Slot:
     def tend(self) -> None:
         """Replace a parent that ended, or whose child does not come back."""
         worker = self.worker
-        if worker.serving:
-            worker.served_at = time.monotonic()
-        elif not worker.runs:
+        if not worker.runs:
             self.worker = self._start()
-        elif time.monotonic() - worker.served_at > CHILD_SECONDS + self.fleet.patience:
+        elif worker.stuck:
             worker.signal(signal.SIGCONT)
             self.fleet.kill(worker, "stuck")
 
@@ -126,7 +163,6 @@ class Fleet:
     def __init__(self, plan: Plan, url: str, folder: Path) -> None:
         self.plan, self.url, self.folder = plan, url, folder
         self.deaths: dict[int, tuple[int, str]] = {}  # child's pid → ns of its end, why
-        self.patience = START_SECONDS
         self.slots = [Slot(self, index) for index in range(plan.workers)]
         self._closing = threading.Event()
         self._tender = threading.Thread(target=self._tend, name="fleet")
@@ -138,15 +174,13 @@ class Fleet:
         except BaseException:
             self._end()
             raise
-        self.patience = 0.0
         self._tender.start()
         return self
 
     def _wait_for(self, slot: Slot) -> None:
-        until = time.monotonic() + START_SECONDS
         while not slot.worker.serving:
             assert slot.worker.runs, slot.worker.log()
-            assert time.monotonic() < until, f"no worker in {START_SECONDS} s: {slot.worker.log()}"
+            assert not slot.worker.stuck, f"{slot.worker.name} is stuck: {slot.worker.log()}"
             time.sleep(0.05)
 
     def __exit__(self, *_: object) -> None:
@@ -161,8 +195,16 @@ class Fleet:
         if parent:
             worker.parent.wait()
 
-    def drain(self, timeout: float) -> list[str]:
-        """SIGTERM all; returns what was wrong with the way that they ended."""
+    def drain(self) -> list[str]:
+        """SIGTERM all once they serve; returns what was wrong with the way that they ended.
+
+        Before that a worker may end of the signal itself: its handler may not stand yet.
+        """
+        until = time.monotonic() + DRAIN_SECONDS
+        while not all(slot.worker.serving for slot in self.slots):
+            if time.monotonic() > until:
+                return [f"{slot.worker.name} does not serve" for slot in self.slots]
+            time.sleep(0.05)  # the tender replaces what is stuck
         self._closing.set()
         self._tender.join()
         wrong = []
@@ -170,7 +212,7 @@ class Fleet:
             slot.worker.parent.terminate()
         for slot in self.slots:
             try:
-                status = slot.worker.parent.wait(timeout)
+                status = slot.worker.parent.wait(DRAIN_SECONDS)
             except subprocess.TimeoutExpired:
                 status = -1
             if status:

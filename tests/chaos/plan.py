@@ -12,8 +12,8 @@ Engine = Literal["tally", "simulated"]
 class Plan:
     """Quotas of a run: jobs are submitted until all faults have happened and `jobs` have ended.
 
-    `jobs` counts those of at least `long_tokens` tokens. Times in seconds; `limit` bounds the
-    whole run, `drain` the part of it after the last fault.
+    `jobs` counts those of at least `long_tokens` tokens. Times in seconds; `stall`: without
+    a fault and without a job that ends for so long, the run is given up.
     """
 
     engine: Engine = "tally"
@@ -29,8 +29,7 @@ class Plan:
     answers: int = 60  # different prompts
     lease: float = 2.0
     reap: float = 0.3
-    limit: float = 840.0
-    drain: float = 120.0
+    stall: float = 120.0
     seed: int = 1
     mutant: str = ""
     forms: bool = True  # schemas, regexes, grammars, tool calls, choices, log probabilities
@@ -53,11 +52,11 @@ class Plan:
 FULL = Plan()
 SHORT = Plan(
     jobs=50, kills=6, redis_kills=2, lost_replies=8, stops=4, workers=2, producers=1,
-    in_flight=32, answers=20, lease=1.5, limit=150.0, drain=60.0, patience=4.0,
+    in_flight=32, answers=20, lease=1.5, patience=4.0,
     redis_pause=(3.0, 5.0),
 )  # fmt: skip
 QUICK = replace(
     SHORT, engine="simulated", jobs=40, kills=6, redis_kills=0, lost_replies=16, stops=10,
-    lease=1.0, limit=60.0, drain=30.0, patience=0.5,
+    lease=1.0, stall=40.0, patience=0.5,
 )  # fmt: skip
 """For the mutants: what each removes is found by these faults or not at all."""

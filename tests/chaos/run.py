@@ -52,7 +52,6 @@ class Run:
 
     def __init__(self, plan: Plan, folder: Path, say: Callable[[str], None]) -> None:
         self.plan, self.folder, self.say = plan, folder, say
-        self.until = time.monotonic() + plan.limit
         self.server = LocalRedis(appendonly="always")
         self.producers: list[subprocess.Popen[bytes]] = []
         self.probe: subprocess.Popen[bytes] | None = None
@@ -77,7 +76,7 @@ class Run:
             for error in tormentors.errors:
                 over.add("the run itself", "", repr(error))
             if not self._broken():
-                for wrong in fleet.drain(30):
+                for wrong in fleet.drain():
                     over.add("drain", "", wrong)
             return self._report(over, client, fleet, tormentors, works)
 
@@ -90,7 +89,7 @@ class Run:
         folder.mkdir()
         with Fleet(calm, self.server.url, folder), Client(self.server.url) as client:
             handles = client.submit_many([each.job for each in works])
-            results = [handle.result(timeout=120).raise_for_state() for handle in handles]
+            results = [handle.result(timeout=600).raise_for_state() for handle in handles]
         known = [
             replace(each, answer=answers.told(result.choices))
             for each, result in zip(works, results, strict=True)
@@ -121,13 +120,19 @@ class Run:
             return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
 
     def _torment(self, tormentors: Tormentors) -> None:
-        """Until all has happened that should; then until every job has ended."""
+        """Until all has happened that should; then until every job has ended.
+
+        It is given up only once nothing happens any more: how long it takes is the machine's.
+        """
         started = said = time.monotonic()
         tormentors.start()
         enough = False
-        while time.monotonic() < self.until - self.plan.drain and not self._broken():
+        progress = Progress(self.plan.stall)
+        while not self._broken():
             time.sleep(0.25)
             tormentors.done = self._done()
+            if progress.stalled((tormentors.done, dict(tormentors.counts))):
+                break
             enough = enough or tormentors.done >= self._wanted()
             if enough and tormentors.over:
                 break
@@ -137,9 +142,9 @@ class Run:
         tormentors.stop()
         (self.folder / "stop").touch()
         self.say(f"{time.monotonic() - started:4.0f} s  {self._done()} jobs  the faults are over")
-        until = time.monotonic() + self.plan.drain
-        while time.monotonic() < until and any(p.poll() is None for p in self.producers):
-            if self._broken():
+        progress = Progress(self.plan.stall)
+        while any(p.poll() is None for p in self.producers) and not self._broken():
+            if progress.stalled(self._done()):
                 break
             time.sleep(0.05)
         self.seconds = time.monotonic() - started
@@ -248,6 +253,20 @@ class Run:
             "consumers told to come back": sum(c["unavailable"] for c in consumers),
             "redis outage ms": figures.spread(((up - k) / 1e6 for k, up in outages), 0),
         }
+
+
+class Progress:
+    """Whether anything has changed in the last `stall` seconds."""
+
+    def __init__(self, stall: float) -> None:
+        self._stall = stall
+        self._seen: object = None
+        self._changed_at = time.monotonic()
+
+    def stalled(self, seen: object) -> bool:
+        if seen != self._seen:
+            self._seen, self._changed_at = seen, time.monotonic()
+        return time.monotonic() - self._changed_at > self._stall
 
 
 def chaos(plan: Plan, say: Callable[[str], None] = lambda _: None, keep: str = "") -> Report:

@@ -12,7 +12,7 @@ from tests.chaos.plan import QUICK, SHORT
 from tests.chaos.run import Report, chaos
 from tests.figures import show
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
 def summary(report: Report) -> str:
