@@ -35,7 +35,7 @@ from benchmarks.harness import (
     running_worker,
 )
 from benchmarks.streaming import Load, engine_spec
-from mlx_serving.common.local_redis import LocalRedis
+from mlx_serving.common.redis.local import LocalRedis
 from mlx_serving.common.settings import Settings
 from mlx_serving.producer.async_client import AsyncClient
 from mlx_serving.worker.loading import EngineSpec

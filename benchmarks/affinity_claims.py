@@ -15,9 +15,9 @@ import redis
 
 from benchmarks.harness import Figure, table
 from benchmarks.tenants import FIELDS, MOST, QUEUE, Lane
-from mlx_serving.common import calls
 from mlx_serving.common.attempts import new_nonce
-from mlx_serving.common.local_redis import LocalRedis
+from mlx_serving.common.protocol import calls
+from mlx_serving.common.redis.local import LocalRedis
 
 CLAIMS: Final = 64
 PASSED: Final = 32

@@ -47,9 +47,9 @@ from benchmarks.harness import (
     wait_until,
 )
 from benchmarks.process_cpu import children, cpu_seconds
-from mlx_serving.common.connection import Endpoint, connect
-from mlx_serving.common.jobs import GenerationJob
-from mlx_serving.common.local_redis import LocalRedis
+from mlx_serving.common.job.schema import GenerationJob
+from mlx_serving.common.redis.connection import Endpoint, connect
+from mlx_serving.common.redis.local import LocalRedis
 from mlx_serving.producer.client import Client
 from mlx_serving.producer.envelope import seal
 from mlx_serving.worker.loading import EngineSpec

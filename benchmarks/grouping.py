@@ -35,7 +35,7 @@ from tokenizers import Tokenizer
 
 from benchmarks.harness import MODEL, Figure, bench_settings, progress, report, running_worker
 from benchmarks.streaming import Load, engine_spec
-from mlx_serving.common.local_redis import LocalRedis
+from mlx_serving.common.redis.local import LocalRedis
 from mlx_serving.producer.batch.api import Batches
 from mlx_serving.producer.batch.objects import Batch
 from mlx_serving.worker.loading import EngineSpec

@@ -21,7 +21,7 @@ from typing import Any, Literal, TypeVar
 
 import redis
 
-from mlx_serving.common.keys import Keys
+from mlx_serving.common.protocol.keys import Keys
 from mlx_serving.common.settings import Settings, load_settings
 from mlx_serving.worker.loading import EngineSpec
 

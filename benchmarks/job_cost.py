@@ -15,7 +15,7 @@ import gc
 from benchmarks.dispatch import job
 from benchmarks.harness import MODEL, Figure, bench_settings, table
 from benchmarks.publishing import Stopwatch
-from mlx_serving.common.local_redis import LocalRedis
+from mlx_serving.common.redis.local import LocalRedis
 from mlx_serving.common.telemetry import configure_logging
 from mlx_serving.producer.client import Client
 from mlx_serving.worker.child import Child, ChildSpec

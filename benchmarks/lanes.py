@@ -41,8 +41,8 @@ from benchmarks.harness import (
 )
 from benchmarks.streaming import MODELS, engine_spec
 from benchmarks.streaming import Load as Streams
-from mlx_serving.common.jobs import GenerationJob, queue_name
-from mlx_serving.common.local_redis import LocalRedis
+from mlx_serving.common.job.schema import GenerationJob, queue_name
+from mlx_serving.common.redis.local import LocalRedis
 from mlx_serving.common.settings import Settings
 from mlx_serving.producer.client import Client
 

@@ -36,11 +36,11 @@ from benchmarks.harness import (
     running_worker,
     table,
 )
-from mlx_serving.common import calls
-from mlx_serving.common.connection import Endpoint, connect
-from mlx_serving.common.keys import Keys
-from mlx_serving.common.local_redis import LocalRedis
-from mlx_serving.common.protocol import Protocol
+from mlx_serving.common.protocol import calls
+from mlx_serving.common.protocol.client import Protocol
+from mlx_serving.common.protocol.keys import Keys
+from mlx_serving.common.redis.connection import Endpoint, connect
+from mlx_serving.common.redis.local import LocalRedis
 from mlx_serving.producer.envelope import seal
 from mlx_serving.worker.loading import EngineSpec
 

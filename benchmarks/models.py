@@ -20,7 +20,7 @@ from typing import Final
 
 from benchmarks.harness import MODEL, Figure, bench_settings, percentile, progress, report
 from mlx_serving import Client
-from mlx_serving.common.local_redis import LocalRedis
+from mlx_serving.common.redis.local import LocalRedis
 from mlx_serving.common.results import GenerationResult
 from mlx_serving.common.settings import Settings
 from mlx_serving.common.telemetry import configure_logging

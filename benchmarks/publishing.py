@@ -15,10 +15,10 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from benchmarks.harness import MODEL, Figure, bench_settings, table
-from mlx_serving.common import calls
 from mlx_serving.common.attempts import new_nonce
-from mlx_serving.common.connection import connect, resolve
-from mlx_serving.common.local_redis import LocalRedis
+from mlx_serving.common.protocol import calls
+from mlx_serving.common.redis.connection import connect, resolve
+from mlx_serving.common.redis.local import LocalRedis
 from mlx_serving.producer.client import Client
 from mlx_serving.worker.delivery.engine_link import EngineLink
 from mlx_serving.worker.delivery.held import HeldJob

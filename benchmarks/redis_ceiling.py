@@ -22,14 +22,15 @@ from typing import Any
 import redis
 
 from benchmarks.harness import MODEL, Figure, table
-from mlx_serving.common import calls, events
+from mlx_serving.common import events
 from mlx_serving.common.attempts import Attempt
-from mlx_serving.common.calls import Call, CommitRow
 from mlx_serving.common.events import ChoiceDelta
-from mlx_serving.common.jobs import PROTOCOL, GenerationJob, queue_name
-from mlx_serving.common.keys import Keys
-from mlx_serving.common.local_redis import LocalRedis
-from mlx_serving.common.scripts import script_text
+from mlx_serving.common.job.schema import PROTOCOL, GenerationJob, queue_name
+from mlx_serving.common.protocol import calls
+from mlx_serving.common.protocol.calls import Call, CommitRow
+from mlx_serving.common.protocol.keys import Keys
+from mlx_serving.common.protocol.scripts import script_text
+from mlx_serving.common.redis.local import LocalRedis
 from mlx_serving.producer.envelope import seal
 
 QUEUE = queue_name(MODEL, "default")

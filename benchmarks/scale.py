@@ -43,9 +43,9 @@ from benchmarks.process_cpu import loads, read_all
 from benchmarks.redis_ceiling import ceilings
 from benchmarks.scale_fleet import Counts, Start, consume, host_workers
 from benchmarks.scale_report import Plan, Point, figures, line, write
-from mlx_serving.common.jobs import Lane, queue_name
-from mlx_serving.common.keys import Keys
-from mlx_serving.common.local_redis import LocalRedis
+from mlx_serving.common.job.schema import Lane, queue_name
+from mlx_serving.common.protocol.keys import Keys
+from mlx_serving.common.redis.local import LocalRedis
 from mlx_serving.producer.client import Client
 
 HEADROOM = 1.1  # streams followed over rows that run, so that a job's first token finds a listener

@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.harness import MODEL, Figure, Goal, machine
 from benchmarks.process_cpu import GroupLoad
-from mlx_serving.common.jobs import GenerationJob
+from mlx_serving.common.job.schema import GenerationJob
 
 PROMPT = "The quick brown fox jumps over the lazy dog. " * 5
 

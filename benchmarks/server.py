@@ -41,7 +41,7 @@ from benchmarks.harness import (
 )
 from benchmarks.peers import HOST, PEERS, running_peer
 from benchmarks.streaming import CONSUMERS, RUN_SECONDS, Load, engine_spec
-from mlx_serving.common.local_redis import LocalRedis
+from mlx_serving.common.redis.local import LocalRedis
 from mlx_serving.common.settings import Settings
 
 MODELS: Final = ("tiny", "0.6b")

@@ -43,10 +43,10 @@ from benchmarks.harness import (
     running_worker,
     table,
 )
-from mlx_serving.common.connection import resolve
-from mlx_serving.common.jobs import queue_name
-from mlx_serving.common.keys import Keys
-from mlx_serving.common.local_redis import LocalRedis
+from mlx_serving.common.job.schema import queue_name
+from mlx_serving.common.protocol.keys import Keys
+from mlx_serving.common.redis.connection import resolve
+from mlx_serving.common.redis.local import LocalRedis
 from mlx_serving.common.results import GenerationResult
 from mlx_serving.common.settings import TALLY_PATH, Settings
 from mlx_serving.common.states import TERMINAL

@@ -44,8 +44,8 @@ from benchmarks.harness import (
     table,
     wait_until,
 )
-from mlx_serving.common.jobs import GenerationJob
-from mlx_serving.common.local_redis import LocalRedis
+from mlx_serving.common.job.schema import GenerationJob
+from mlx_serving.common.redis.local import LocalRedis
 from mlx_serving.common.settings import TALLY_PATH, Settings
 from mlx_serving.producer.client import Client
 from mlx_serving.worker.loading import EngineSpec

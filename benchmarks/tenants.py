@@ -14,13 +14,13 @@ from typing import Final
 import redis
 
 from benchmarks.harness import Figure, table
-from mlx_serving.common import calls
 from mlx_serving.common.attempts import new_nonce
-from mlx_serving.common.calls import ClaimedJob
 from mlx_serving.common.events import encode, end_event
-from mlx_serving.common.keys import Keys
-from mlx_serving.common.local_redis import LocalRedis
-from mlx_serving.common.protocol import Protocol
+from mlx_serving.common.protocol import calls
+from mlx_serving.common.protocol.calls import ClaimedJob
+from mlx_serving.common.protocol.client import Protocol
+from mlx_serving.common.protocol.keys import Keys
+from mlx_serving.common.redis.local import LocalRedis
 from mlx_serving.common.states import JobState
 
 QUEUE: Final = "tally:bulk"

@@ -46,9 +46,9 @@ if TYPE_CHECKING:
         UnsuccessfulJob,
     )
     from mlx_serving.common.events import ChoiceDelta, ErrorInfo, Event, Usage
-    from mlx_serving.common.jobs import GenerationJob
-    from mlx_serving.common.local_redis import LocalRedis
-    from mlx_serving.common.messages import Message, TextPart, Tool, ToolCall
+    from mlx_serving.common.job.messages import Message, TextPart, Tool, ToolCall
+    from mlx_serving.common.job.schema import GenerationJob
+    from mlx_serving.common.redis.local import LocalRedis
     from mlx_serving.common.results import ChoiceResult, GenerationResult, Timings
     from mlx_serving.common.settings import Settings, load_settings
     from mlx_serving.common.states import JobState

@@ -17,8 +17,8 @@ from typing import Any, Final
 
 from pydantic import SecretStr
 
-from mlx_serving.common.job_checks import UNSUPPORTED
-from mlx_serving.common.jobs import FEATURE_PROTOCOL, GenerationJob
+from mlx_serving.common.job.checks import UNSUPPORTED
+from mlx_serving.common.job.schema import FEATURE_PROTOCOL, GenerationJob
 from mlx_serving.common.settings import ENV_PREFIX, Settings
 
 ROOT: Final = Path(__file__).parents[1]

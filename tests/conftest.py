@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from mlx_serving.common.connection import Endpoint, connect_async
-from mlx_serving.common.local_redis import LocalRedis
+from mlx_serving.common.redis.connection import Endpoint, connect_async
+from mlx_serving.common.redis.local import LocalRedis
 from mlx_serving.common.settings import Settings, load_settings
 from tests.helpers import leaked_keys, wait_until
 from tests.quiet import turn

@@ -7,7 +7,7 @@ import socket
 import time
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from mlx_serving.common.keys import Keys
+from mlx_serving.common.protocol.keys import Keys
 from mlx_serving.common.states import TERMINAL
 
 if TYPE_CHECKING:

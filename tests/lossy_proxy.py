@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from mlx_serving.common.scripts import script_text
+from mlx_serving.common.protocol.scripts import script_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from msgspec.structs import replace
 
-from mlx_serving.common.jobs import GenerationJob
+from mlx_serving.common.job.schema import GenerationJob
 from mlx_serving.tally.tasks import MODEL_PATH
 from mlx_serving.worker.engine.models import EngineOptions, load_engine
 from mlx_serving.worker.engine.output.output_plan import OutputPlanner

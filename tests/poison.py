@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mlx_serving.common.jobs import GenerationJob
+    from mlx_serving.common.job.schema import GenerationJob
 
 POISON = "poison"
 MARK = 6_666  # the token that it becomes

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from mlx_serving.common import attempts, calls, events
-from mlx_serving.common.keys import Keys
-from mlx_serving.common.protocol import JobRecord, Protocol
+from mlx_serving.common import attempts, events
+from mlx_serving.common.protocol import calls
+from mlx_serving.common.protocol.client import JobRecord, Protocol
+from mlx_serving.common.protocol.keys import Keys
 from mlx_serving.common.states import JobState
 
 if TYPE_CHECKING:
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
     import redis
 
-    from mlx_serving.common.calls import (
+    from mlx_serving.common.protocol.calls import (
         ClaimedJob,
         ClaimReply,
         CommitRow,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 from rq import Queue
 
 from mlx_serving.common.errors import MlxServingError, QueueUnavailable
-from mlx_serving.common.keys import Keys
+from mlx_serving.common.protocol.keys import Keys
 from tests.worker_process import counted
 
 if TYPE_CHECKING:

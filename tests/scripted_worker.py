@@ -7,10 +7,11 @@ import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from mlx_serving.common import calls, events, results
+from mlx_serving.common import events, results
 from mlx_serving.common.attempts import new_nonce
 from mlx_serving.common.events import ChoiceDelta, ErrorInfo, Usage
-from mlx_serving.common.protocol import Protocol
+from mlx_serving.common.protocol import calls
+from mlx_serving.common.protocol.client import Protocol
 from mlx_serving.common.states import JobState
 
 if TYPE_CHECKING:
@@ -18,9 +19,9 @@ if TYPE_CHECKING:
 
     import redis
 
-    from mlx_serving.common.calls import ClaimedJob
     from mlx_serving.common.events import Event
-    from mlx_serving.common.keys import Keys
+    from mlx_serving.common.protocol.calls import ClaimedJob
+    from mlx_serving.common.protocol.keys import Keys
 
 LEASE_MS = 10_000
 

@@ -10,7 +10,7 @@ from typing import Any, Self
 
 import redis
 
-from mlx_serving.common.local_redis import LocalRedis
+from mlx_serving.common.redis.local import LocalRedis
 from tests.helpers import free_port, wait_until
 
 SERVICE = "main"

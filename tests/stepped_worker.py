@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import redis
 
-from mlx_serving.common import calls
+from mlx_serving.common.protocol import calls
 from mlx_serving.common.results import assemble
 from mlx_serving.worker.child import Child, ChildSpec
 from mlx_serving.worker.delivery.token_text import unspelled
@@ -26,9 +26,9 @@ from tests.worker_process import job_events, quick_settings
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from mlx_serving.common.calls import CommitRow
     from mlx_serving.common.events import Event
-    from mlx_serving.common.jobs import GenerationJob
+    from mlx_serving.common.job.schema import GenerationJob
+    from mlx_serving.common.protocol.calls import CommitRow
     from mlx_serving.common.results import GenerationResult
     from mlx_serving.common.states import JobState
     from mlx_serving.producer.client import Client

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from mlx_serving.common import events
-from mlx_serving.common.calls import Call, ClaimedJob, RowReply
+from mlx_serving.common.protocol.calls import Call, ClaimedJob, RowReply
 from mlx_serving.worker.delivery.held import HeldJob
 from mlx_serving.worker.engine.sequence import ModelInfo, Output
 

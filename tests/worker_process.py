@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any, Self
 import redis
 
 from mlx_serving.common import events
-from mlx_serving.common.keys import Keys
-from mlx_serving.common.protocol import Protocol
+from mlx_serving.common.protocol.client import Protocol
+from mlx_serving.common.protocol.keys import Keys
 from mlx_serving.common.settings import Settings, load_settings
 from mlx_serving.worker.child import Child, ChildSpec, run_child
 from mlx_serving.worker.loading import EngineSpec
@@ -98,10 +98,10 @@ def hacked_child(hacks: Hacks, spec: ChildSpec, lifeline: Connection) -> None:
     if hacks.clock_file:
         WrongClock(Path(hacks.clock_file)).start()
     if hacks.protocol:
-        from mlx_serving.common import jobs
+        from mlx_serving.common.job import schema
         from mlx_serving.worker.claims import claiming
 
-        for module in (jobs, claiming):
+        for module in (schema, claiming):
             vars(module)["PROTOCOL"] = hacks.protocol
     run_child(spec, lifeline)
 
@@ -371,8 +371,8 @@ def decoded(client: Client, handles: Iterable[JobHandle]) -> Iterator[int]:
 
 def wait_until_decoded(client: Client, handles: Iterable[JobHandle], tokens: int = 3) -> None:
     """Wait until each job has so many tokens in its stream."""
-    jobs = list(handles)
-    wait_until(lambda: all(count >= tokens for count in decoded(client, jobs)), timeout=20)
+    schema = list(handles)
+    wait_until(lambda: all(count >= tokens for count in decoded(client, schema)), timeout=20)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from unittest import mock
 
 from rq import utils as rq_utils
 
-from mlx_serving.common import calls
+from mlx_serving.common.protocol import calls
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -10,7 +10,7 @@ import typer
 from mlx_serving.cli.options import AsJson, Model, RedisUrl, read_settings
 
 if TYPE_CHECKING:
-    from mlx_serving.common.jobs import GenerationJob
+    from mlx_serving.common.job.schema import GenerationJob
 
 STDIN = "-"
 
@@ -70,7 +70,7 @@ def build_job(text: str, *, raw: bool, system: str | None, **fields: Any) -> Gen
         typer.BadParameter: --system with --raw.
 
     """
-    from mlx_serving.common.jobs import GenerationJob
+    from mlx_serving.common.job.schema import GenerationJob
 
     given = {name: value for name, value in fields.items() if value not in (None, [])}
     if raw:

@@ -10,16 +10,16 @@ from rq import Queue, worker_registration
 from rq.suspension import is_suspended
 from rq.worker.base import BaseWorker
 
-from mlx_serving.common.connection import connect
+from mlx_serving.common.redis.connection import connect
+from mlx_serving.common.redis.retrying import FAULTS, unavailable
 from mlx_serving.common.results import decode_result
-from mlx_serving.common.retrying import FAULTS, unavailable
 
 if TYPE_CHECKING:
     import redis
 
-    from mlx_serving.common.connection import Endpoint
-    from mlx_serving.common.keys import Keys
-    from mlx_serving.common.protocol import JobRecord
+    from mlx_serving.common.protocol.client import JobRecord
+    from mlx_serving.common.protocol.keys import Keys
+    from mlx_serving.common.redis.connection import Endpoint
 
 
 @dataclass(frozen=True, slots=True)

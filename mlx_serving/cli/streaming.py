@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final, Self
 from mlx_serving.cli.console import EXIT_INTERRUPTED, harmless, note
 from mlx_serving.common.errors import MlxServingError
 from mlx_serving.common.events import encode
-from mlx_serving.common.jobs import queue_name
+from mlx_serving.common.job.schema import queue_name
 from mlx_serving.producer.client import Client
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from types import FrameType
 
     from mlx_serving.common.events import Event, TokenLogprob
-    from mlx_serving.common.jobs import GenerationJob
+    from mlx_serving.common.job.schema import GenerationJob
     from mlx_serving.common.results import GenerationResult
     from mlx_serving.common.settings import Settings
 

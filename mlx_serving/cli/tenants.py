@@ -60,7 +60,7 @@ def set_(
 
 
 def _tenancy(redis_url: str | None, model: str | None) -> Tenancy:
-    from mlx_serving.common.connection import resolve
+    from mlx_serving.common.redis.connection import resolve
     from mlx_serving.common.tenancy import Tenancy
 
     return Tenancy(resolve(read_settings(redis_url), model))

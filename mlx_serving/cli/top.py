@@ -39,8 +39,8 @@ def top(
     A table on a terminal; elsewhere lines, or with --json an object a line.
     """
     from mlx_serving.cli.overview import look
-    from mlx_serving.common.connection import connect, resolve
-    from mlx_serving.common.retrying import FAULTS, unavailable
+    from mlx_serving.common.redis.connection import connect, resolve
+    from mlx_serving.common.redis.retrying import FAULTS, unavailable
 
     endpoint = resolve(read_settings(redis_url), model)
     with connect(endpoint) as client:

@@ -86,7 +86,7 @@ def engine_spec(
         MissingDependency: the engine is not installed.
 
     """
-    from mlx_serving.common.connection import resolve_shared
+    from mlx_serving.common.redis.connection import resolve_shared
     from mlx_serving.worker.loading import EngineSpec
 
     resolve_shared(settings, (model, *others))
@@ -126,8 +126,8 @@ def require_redis(settings: Settings, model: str, name: str | None = None) -> No
         QueueUnavailable: it can't be reached, or refuses us.
 
     """
-    from mlx_serving.common.connection import connect, resolve
-    from mlx_serving.common.retrying import answered
+    from mlx_serving.common.redis.connection import connect, resolve
+    from mlx_serving.common.redis.retrying import answered
 
     endpoint = resolve(settings, model)
     with connect(endpoint) as client:

@@ -34,7 +34,7 @@ from pydantic_settings import (
 
 from mlx_serving.common import limits
 from mlx_serving.common.errors import InvalidSettings
-from mlx_serving.common.jobs import ModelName
+from mlx_serving.common.job.schema import ModelName
 from mlx_serving.common.validation import pydantic_errors
 
 ENV_PREFIX: Final = "MLX_SERVING_"

@@ -11,15 +11,15 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
-from mlx_serving.common.connection import connect
 from mlx_serving.common.errors import FieldError, InvalidSettings
-from mlx_serving.common.retrying import answered
+from mlx_serving.common.redis.connection import connect
+from mlx_serving.common.redis.retrying import answered
 from mlx_serving.common.validation import tenant_problems
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from mlx_serving.common.connection import Endpoint
+    from mlx_serving.common.redis.connection import Endpoint
 
 T = TypeVar("T")
 

@@ -13,7 +13,7 @@ from pydantic_core import PydanticCustomError
 
 from mlx_serving.common import limits
 from mlx_serving.common.errors import FieldError
-from mlx_serving.common.messages import TAG_PARTS, TAG_TEXT
+from mlx_serving.common.job.messages import TAG_PARTS, TAG_TEXT
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

@@ -17,7 +17,7 @@ import msgspec
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from mlx_serving.common.jobs import GenerationJob
+    from mlx_serving.common.job.schema import GenerationJob
 
 BEGINNING_CHARS: Final = 512  # about 128 tokens: less is computed sooner than it is waited for
 PROMPT_CHARS: Final = 4 * BEGINNING_CHARS  # of a plain prompt, what tells a conversation

@@ -9,10 +9,10 @@ import asyncio
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypeVar, overload
 
-from mlx_serving.common import calls
-from mlx_serving.common.connection import connect_async
-from mlx_serving.common.protocol import AsyncProtocol
-from mlx_serving.common.retrying import FAULTS, retry_idempotent_async, unavailable
+from mlx_serving.common.protocol import calls
+from mlx_serving.common.protocol.client import AsyncProtocol
+from mlx_serving.common.redis.connection import connect_async
+from mlx_serving.common.redis.retrying import FAULTS, retry_idempotent_async, unavailable
 from mlx_serving.common.states import TERMINAL
 from mlx_serving.producer.base import (
     CANCELLED_BY_CLIENT,
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 
     from mlx_serving.common.events import Event
-    from mlx_serving.common.protocol import JobRecord
+    from mlx_serving.common.protocol.client import JobRecord
     from mlx_serving.common.results import GenerationResult
     from mlx_serving.common.settings import Settings
     from mlx_serving.common.states import JobState

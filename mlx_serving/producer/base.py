@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, Final
 
-from mlx_serving.common import calls, results
-from mlx_serving.common.connection import resolve
+from mlx_serving.common import results
 from mlx_serving.common.errors import (
     CorruptJob,
     FieldError,
@@ -18,6 +17,8 @@ from mlx_serving.common.errors import (
     TenantLimited,
 )
 from mlx_serving.common.events import RESET, decode
+from mlx_serving.common.protocol import calls
+from mlx_serving.common.redis.connection import resolve
 from mlx_serving.common.results import GenerationResult, Timings
 from mlx_serving.common.signing import Signer
 from mlx_serving.common.states import TERMINAL, JobState
@@ -26,11 +27,11 @@ from mlx_serving.producer.envelope import seal
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from mlx_serving.common.calls import Call, EnqueueEntry, EnqueueReply
-    from mlx_serving.common.connection import Endpoint
     from mlx_serving.common.events import Event
-    from mlx_serving.common.jobs import GenerationJob
-    from mlx_serving.common.protocol import JobRecord
+    from mlx_serving.common.job.schema import GenerationJob
+    from mlx_serving.common.protocol.calls import Call, EnqueueEntry, EnqueueReply
+    from mlx_serving.common.protocol.client import JobRecord
+    from mlx_serving.common.redis.connection import Endpoint
     from mlx_serving.common.settings import Settings
     from mlx_serving.producer.stream import StreamAssembler
 
@@ -79,7 +80,7 @@ class BaseClient:
         if job is not None and fields:
             raise TypeError("give a job or its fields as keywords, not both")
         # pydantic's models are a fifth of the import's time: the first job pays it.
-        from mlx_serving.common.jobs import GenerationJob
+        from mlx_serving.common.job.schema import GenerationJob
 
         if not isinstance(job, GenerationJob):
             job = GenerationJob.parse(dict(fields if job is None else _mapping(job)))

@@ -10,10 +10,10 @@ from contextlib import closing
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, overload
 
-from mlx_serving.common import calls
-from mlx_serving.common.connection import connect
-from mlx_serving.common.protocol import Protocol
-from mlx_serving.common.retrying import FAULTS, answered
+from mlx_serving.common.protocol import calls
+from mlx_serving.common.protocol.client import Protocol
+from mlx_serving.common.redis.connection import connect
+from mlx_serving.common.redis.retrying import FAULTS, answered
 from mlx_serving.common.states import TERMINAL
 from mlx_serving.producer.base import (
     CANCELLED_BY_CLIENT,
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Generator, Iterable
 
     from mlx_serving.common.events import Event
-    from mlx_serving.common.protocol import JobRecord
+    from mlx_serving.common.protocol.client import JobRecord
     from mlx_serving.common.results import GenerationResult
     from mlx_serving.common.settings import Settings
     from mlx_serving.common.states import JobState

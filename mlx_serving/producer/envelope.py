@@ -15,8 +15,8 @@ import msgspec
 from rq.job import Job, JobStatus
 from rq.serializers import JSONSerializer
 
-from mlx_serving.common.calls import EnqueueEntry, iso_now
 from mlx_serving.common.errors import FieldError, PayloadTooLarge
+from mlx_serving.common.protocol.calls import EnqueueEntry, iso_now
 from mlx_serving.common.signing import SIGNATURE_FIELD, Signer
 from mlx_serving.producer.affinity import marks
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from redis import Redis
 
-    from mlx_serving.common.jobs import GenerationJob
+    from mlx_serving.common.job.schema import GenerationJob
 
 JOB_FUNCTION: Final = "mlx_serving.worker.task.generate"
 """The one function that a job may name; never imported here."""

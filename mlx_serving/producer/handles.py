@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Generator
 
     from mlx_serving.common.events import Event
-    from mlx_serving.common.protocol import JobRecord
+    from mlx_serving.common.protocol.client import JobRecord
     from mlx_serving.common.results import GenerationResult
     from mlx_serving.common.states import JobState
     from mlx_serving.producer.async_client import AsyncClient

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 import structlog
 from redis.exceptions import ConnectionError as RedisConnectionError
 
-from mlx_serving.common.retrying import FAULTS
+from mlx_serving.common.redis.retrying import FAULTS
 from mlx_serving.producer.live import read_push
 from mlx_serving.producer.outage import Outage
 

@@ -14,7 +14,7 @@ import time
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Literal
 
-from mlx_serving.common.retrying import FAULTS
+from mlx_serving.common.redis.retrying import FAULTS
 from mlx_serving.producer.outage import Outage
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from typing import Final
 
 from redis.backoff import EqualJitterBackoff
 
-from mlx_serving.common.retrying import AWAY, REFUSED, unavailable
+from mlx_serving.common.redis.retrying import AWAY, REFUSED, unavailable
 
 FIRST_S: Final = 2.0  # for a first answer: the caller can come back
 LATER_S: Final = 60.0  # a stream that has begun outlives a Redis restart or a failover

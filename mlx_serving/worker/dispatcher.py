@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Final
 import redis
 import structlog
 
-from mlx_serving.common import calls
 from mlx_serving.common.errors import CorruptEvent, MlxServingError
-from mlx_serving.common.jobs import model_of
+from mlx_serving.common.job.schema import model_of
+from mlx_serving.common.protocol import calls
 from mlx_serving.worker.claims.claiming import Claims, ClaimTerms
 from mlx_serving.worker.claims.intake import JobRefusedError
 from mlx_serving.worker.claims.lane_claims import LaneClaim, LaneNews, LaneRoom
@@ -32,8 +32,8 @@ from mlx_serving.worker.supervision.crash import EXIT_ENGINE, EXIT_RECYCLE
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from mlx_serving.common.calls import ClaimedJob
-    from mlx_serving.common.protocol import Protocol
+    from mlx_serving.common.protocol.calls import ClaimedJob
+    from mlx_serving.common.protocol.client import Protocol
     from mlx_serving.worker.claims.placement import Placement
     from mlx_serving.worker.claims.preparation import Preparation
     from mlx_serving.worker.delivery.publisher import Publisher

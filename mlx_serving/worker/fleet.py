@@ -13,7 +13,7 @@ from mlx_serving.worker.rq_worker import BatchWorker
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from mlx_serving.common.protocol import Protocol
+    from mlx_serving.common.protocol.client import Protocol
 
 log = structlog.get_logger(__name__)
 

@@ -13,7 +13,7 @@ from mlx_serving.worker.rq_worker import read_command
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from mlx_serving.common.keys import Keys
+    from mlx_serving.common.protocol.keys import Keys
 
 log = structlog.get_logger(__name__)
 

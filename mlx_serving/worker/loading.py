@@ -18,7 +18,7 @@ from mlx_serving.worker.engine.scheduling.limits import BatchSize
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Mapping, Sequence
 
-    from mlx_serving.common.jobs import GenerationJob
+    from mlx_serving.common.job.schema import GenerationJob
     from mlx_serving.common.settings import Settings
     from mlx_serving.worker.claims.intake import Plan
     from mlx_serving.worker.delivery.token_text import Spell
@@ -197,7 +197,7 @@ def _speller(engine: Engine) -> Spell:
 def _warm_up(encode: Encode) -> None:
     """Compile the chat template and the job's validators now, so that no job waits for it."""
     # Imported here: pydantic's models are for the child, not for whoever names an engine.
-    from mlx_serving.common.jobs import GenerationJob
+    from mlx_serving.common.job.schema import GenerationJob
 
     job = GenerationJob.parse({"model": "warm-up", "messages": [{"role": "user", "content": "x"}]})
     with suppress(Exception):  # a template may refuse so short a conversation

@@ -16,7 +16,7 @@ from mlx_serving.common.states import JobState
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from mlx_serving.common.calls import ClaimedJob, RowReply
+    from mlx_serving.common.protocol.calls import ClaimedJob, RowReply
     from mlx_serving.worker.delivery.held import HeldJob
     from mlx_serving.worker.engine.sequence import Output
 

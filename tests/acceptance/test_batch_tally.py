@@ -18,7 +18,7 @@ from tests.worker_process import ROOT, WorkerProcess
 if TYPE_CHECKING:
     import redis
 
-    from mlx_serving.common.local_redis import LocalRedis
+    from mlx_serving.common.redis.local import LocalRedis
 
 
 def test_every_line_is_answered_once_and_right_under_three_kills() -> None:

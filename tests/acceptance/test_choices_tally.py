@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from mlx_serving.common.events import ChoiceLogprobs
-    from mlx_serving.common.local_redis import LocalRedis
+    from mlx_serving.common.redis.local import LocalRedis
     from mlx_serving.common.results import ChoiceResult, GenerationResult
     from mlx_serving.producer.handles import JobHandle
 

@@ -11,9 +11,9 @@ import redis
 from pydantic import SecretStr
 
 from mlx_serving.cli.overview import read_overview
-from mlx_serving.common.connection import Endpoint, connect, resolve
-from mlx_serving.common.keys import Keys
-from mlx_serving.common.local_redis import LocalRedis
+from mlx_serving.common.protocol.keys import Keys
+from mlx_serving.common.redis.connection import Endpoint, connect, resolve
+from mlx_serving.common.redis.local import LocalRedis
 from mlx_serving.common.settings import Settings, load_settings
 from mlx_serving.common.states import JobState
 from mlx_serving.producer.client import Client

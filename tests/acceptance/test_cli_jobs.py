@@ -13,9 +13,9 @@ from mlx_serving.cli.doctor import redis_server
 from mlx_serving.cli.doctor.report import Check
 from mlx_serving.cli.main import app
 from mlx_serving.cli.worker import require_redis
-from mlx_serving.common.connection import resolve
-from mlx_serving.common.keys import Keys
-from mlx_serving.common.local_redis import LocalRedis
+from mlx_serving.common.protocol.keys import Keys
+from mlx_serving.common.redis.connection import resolve
+from mlx_serving.common.redis.local import LocalRedis
 from mlx_serving.common.settings import load_settings
 from mlx_serving.producer.client import Client
 from tests.helpers import wait_until

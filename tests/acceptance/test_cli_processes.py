@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import redis
 
-from mlx_serving.common.keys import Keys
-from mlx_serving.common.local_redis import LocalRedis
+from mlx_serving.common.protocol.keys import Keys
+from mlx_serving.common.redis.local import LocalRedis
 from mlx_serving.common.states import JobState
 from mlx_serving.producer.client import Client
 from tests.helpers import wait_until

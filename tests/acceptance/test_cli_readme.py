@@ -9,8 +9,8 @@ from typing import Any
 import httpx
 import pytest
 
-from mlx_serving.common.keys import Keys
-from mlx_serving.common.local_redis import LocalRedis
+from mlx_serving.common.protocol.keys import Keys
+from mlx_serving.common.redis.local import LocalRedis
 from tests.helpers import wait_until
 
 ROOT = Path(__file__).parents[2]

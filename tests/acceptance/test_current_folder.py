@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from mlx_serving import Client
-from mlx_serving.common.keys import Keys
+from mlx_serving.common.protocol.keys import Keys
 from mlx_serving.producer.batch.api import Batches
 from tests.bulk_files import check_simulated, read_jsonl, simulated_line, write_lines
 from tests.helpers import wait_until
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     import redis
 
-    from mlx_serving.common.local_redis import LocalRedis
+    from mlx_serving.common.redis.local import LocalRedis
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import redis
 
     from mlx_serving.common.events import Event
-    from mlx_serving.common.local_redis import LocalRedis
+    from mlx_serving.common.redis.local import LocalRedis
     from mlx_serving.common.results import GenerationResult
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]

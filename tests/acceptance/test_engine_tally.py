@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from mlx_serving.common.jobs import GenerationJob
+from mlx_serving.common.job.schema import GenerationJob
 from mlx_serving.tally.tasks import MODEL_PATH, TASKS, Example, check
 from mlx_serving.worker.engine.engine import Engine
 from mlx_serving.worker.engine.models import EngineOptions, load_engine

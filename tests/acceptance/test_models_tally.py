@@ -22,7 +22,7 @@ from tests.helpers import wait_until
 from tests.worker_process import WorkerProcess, quick_settings
 
 if TYPE_CHECKING:
-    from mlx_serving.common.local_redis import LocalRedis
+    from mlx_serving.common.redis.local import LocalRedis
 
 SIZE = weight_bytes(TALLY_PATH)
 SPEC = EngineSpec("mlx")

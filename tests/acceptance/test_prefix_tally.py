@@ -18,7 +18,7 @@ from tests.worker_process import WorkerProcess
 if TYPE_CHECKING:
     import redis
 
-    from mlx_serving.common.local_redis import LocalRedis
+    from mlx_serving.common.redis.local import LocalRedis
     from mlx_serving.common.results import GenerationResult
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]

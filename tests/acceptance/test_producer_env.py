@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from mlx_serving.common.keys import Keys
+from mlx_serving.common.protocol.keys import Keys
 from tests.helpers import wait_until
 from tests.scripted_worker import ScriptedWorker, queued
 
 if TYPE_CHECKING:
     import redis
 
-    from mlx_serving.common.local_redis import LocalRedis
+    from mlx_serving.common.redis.local import LocalRedis
 
 REPOSITORY = Path(__file__).parents[2]
 WORDS = ["3 ", "4 ", "5"]

@@ -22,7 +22,7 @@ from tests.worker_process import WorkerProcess, job_events
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from mlx_serving.common.local_redis import LocalRedis
+    from mlx_serving.common.redis.local import LocalRedis
     from mlx_serving.common.results import GenerationResult
     from mlx_serving.producer.handles import JobHandle
 

@@ -6,8 +6,9 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from mlx_serving.common import calls, events, results
-from mlx_serving.common.keys import Keys
+from mlx_serving.common import events, results
+from mlx_serving.common.protocol import calls
+from mlx_serving.common.protocol.keys import Keys
 from tests.chaos import answers
 from tests.chaos.producer import digest, seen
 from tests.helpers import leaked_keys

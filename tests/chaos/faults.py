@@ -17,7 +17,7 @@ from tests.chaos.worker import TRAPS
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from mlx_serving.common.local_redis import LocalRedis
+    from mlx_serving.common.redis.local import LocalRedis
     from tests.chaos.fleet import Fleet, Slot
     from tests.chaos.plan import Plan
     from tests.lossy_proxy import LossyProxy

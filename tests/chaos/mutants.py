@@ -10,7 +10,7 @@ import inspect
 import textwrap
 from typing import Final
 
-from mlx_serving.common import protocol, scripts
+from mlx_serving.common.protocol import client, scripts
 
 LUA: Final[dict[str, dict[str, dict[str, str]]]] = {
     # mutant → script → what is replaced by what
@@ -42,8 +42,8 @@ def apply(mutant: str) -> None:
     if mutant == RESTART:
         _restart_from_zero()
         return
-    assert vars(protocol)["script_text"] is scripts.script_text
-    vars(protocol)["script_text"] = script_texts(mutant).__getitem__
+    assert vars(client)["script_text"] is scripts.script_text
+    vars(client)["script_text"] = script_texts(mutant).__getitem__
 
 
 def script_texts(mutant: str) -> dict[str, str]:

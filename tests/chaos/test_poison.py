@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from mlx_serving import Client
-from mlx_serving.common.local_redis import LocalRedis
+from mlx_serving.common.redis.local import LocalRedis
 from tests.figures import show
 from tests.poison import POISON, Poison
 from tests.worker_process import (

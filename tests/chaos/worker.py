@@ -25,7 +25,7 @@ from tests.worker_process import quick_settings
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from mlx_serving.common.calls import Call
+    from mlx_serving.common.protocol.calls import Call
 
 TRAPS: Final = ("claim", "prefill", "attempt", "decode", "before_finish", "after_finish")
 WITH_PARENT: Final = 0x80
@@ -70,12 +70,12 @@ class Observer:
         self._traps = Traps(folder / "trap")
 
     def install_in_parent(self) -> None:
-        from mlx_serving.common.protocol import Protocol
+        from mlx_serving.common.protocol.client import Protocol
 
         _wrap(Protocol, "run", self._around_call)
 
     def install(self) -> None:
-        from mlx_serving.common.protocol import Protocol
+        from mlx_serving.common.protocol.client import Protocol
         from mlx_serving.worker.delivery.publisher import Publisher
         from mlx_serving.worker.dispatcher import Dispatcher
         from mlx_serving.worker.engine.engine import Engine

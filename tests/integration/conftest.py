@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     import redis
 
-    from mlx_serving.common.local_redis import LocalRedis
+    from mlx_serving.common.redis.local import LocalRedis
     from mlx_serving.common.settings import Settings
 
 

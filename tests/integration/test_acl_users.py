@@ -17,13 +17,13 @@ import redis
 from pydantic import SecretStr
 
 from mlx_serving import AsyncClient, Client
-from mlx_serving.common import calls
-from mlx_serving.common.connection import connect, resolve
 from mlx_serving.common.errors import QueueUnavailable, TenantLimited
-from mlx_serving.common.keys import Keys
-from mlx_serving.common.local_redis import LocalRedis
-from mlx_serving.common.protocol import Protocol
-from mlx_serving.common.scripts import NAMES, script_text
+from mlx_serving.common.protocol import calls
+from mlx_serving.common.protocol.client import Protocol
+from mlx_serving.common.protocol.keys import Keys
+from mlx_serving.common.protocol.scripts import NAMES, script_text
+from mlx_serving.common.redis.connection import connect, resolve
+from mlx_serving.common.redis.local import LocalRedis
 from mlx_serving.common.states import JobState
 from mlx_serving.common.tenancy import Tenancy
 from mlx_serving.producer.batch.api import Batches

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from mlx_serving.common.calls import Blame, HeldRows, crash
+from mlx_serving.common.protocol.calls import Blame, HeldRows, crash
 from tests.helpers import wait_until
 from tests.protocol_driver import LANES, QUEUE, Attempt, Driver
 
 if TYPE_CHECKING:
     import redis
 
-    from mlx_serving.common.calls import ClaimReply
+    from mlx_serving.common.protocol.calls import ClaimReply
 
 pytestmark = pytest.mark.may_leak(reason="jobs stay queued or running")
 

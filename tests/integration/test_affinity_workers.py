@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from mlx_serving import Client
-from mlx_serving.common.jobs import GenerationJob
-from mlx_serving.common.keys import Keys
+from mlx_serving.common.job.schema import GenerationJob
+from mlx_serving.common.protocol.keys import Keys
 from mlx_serving.producer.affinity import marks
 from mlx_serving.worker import dispatcher
 from tests.helpers import wait_until
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     import redis
 
-    from mlx_serving.common.local_redis import LocalRedis
+    from mlx_serving.common.redis.local import LocalRedis
     from mlx_serving.producer.handles import JobHandle
 
 BOUND_MS = 150

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import redis
     from typer.testing import Result
 
-    from mlx_serving.common.local_redis import LocalRedis
+    from mlx_serving.common.redis.local import LocalRedis
 
     Run = Callable[..., Result]
 

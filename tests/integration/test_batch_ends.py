@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from mlx_serving import AsyncClient, BatchNotFound, Client, QueueUnavailable
-from mlx_serving.common.keys import Keys
-from mlx_serving.common.local_redis import LocalRedis
+from mlx_serving.common.protocol.keys import Keys
+from mlx_serving.common.redis.local import LocalRedis
 from mlx_serving.common.settings import load_settings
 from mlx_serving.producer.batch import runner as runner_module
 from mlx_serving.producer.batch.api import Batches

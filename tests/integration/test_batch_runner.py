@@ -9,7 +9,7 @@ import pytest
 from pydantic import SecretStr
 
 from mlx_serving import Client, InvalidBatch
-from mlx_serving.common.local_redis import LocalRedis
+from mlx_serving.common.redis.local import LocalRedis
 from mlx_serving.common.settings import load_settings
 from mlx_serving.producer.batch import runner as runner_module
 from mlx_serving.producer.batch.api import Batches

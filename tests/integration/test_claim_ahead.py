@@ -9,9 +9,9 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from mlx_serving.common import calls
-from mlx_serving.common.keys import Keys
-from mlx_serving.common.protocol import Protocol
+from mlx_serving.common.protocol import calls
+from mlx_serving.common.protocol.client import Protocol
+from mlx_serving.common.protocol.keys import Keys
 from mlx_serving.worker.claims.claim_ahead import ClaimAhead
 from mlx_serving.worker.claims.lane_claims import LaneClaim
 from mlx_serving.worker.dispatcher import CLAIM_MOST
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from mlx_serving import Client
-    from mlx_serving.common.local_redis import LocalRedis
+    from mlx_serving.common.redis.local import LocalRedis
 
 pytestmark = pytest.mark.usefixtures("settled_redis")
 

@@ -14,7 +14,7 @@ from tests.worker_process import InProcessWorker, check_answers, submit
 
 if TYPE_CHECKING:
     from mlx_serving import Client
-    from mlx_serving.common.local_redis import LocalRedis
+    from mlx_serving.common.redis.local import LocalRedis
     from tests.protocol_driver import Driver
 
 

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 import pytest
 import redis
 
-from mlx_serving.common.connection import Endpoint, connect, connect_async
 from mlx_serving.common.errors import QueueUnavailable
-from mlx_serving.common.local_redis import LocalRedis
-from mlx_serving.common.retrying import retry_idempotent
+from mlx_serving.common.redis.connection import Endpoint, connect, connect_async
+from mlx_serving.common.redis.local import LocalRedis
+from mlx_serving.common.redis.retrying import retry_idempotent
 from tests.helpers import free_port, wait_until
 
 if TYPE_CHECKING:

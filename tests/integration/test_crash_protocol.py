@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from mlx_serving.common import calls
-from mlx_serving.common.calls import Blame, HeldRows
+from mlx_serving.common.protocol import calls
+from mlx_serving.common.protocol.calls import Blame, HeldRows
 from mlx_serving.common.states import JobState
 from tests.protocol_driver import QUEUE, Driver
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from mlx_serving.common.errors import UnsuccessfulJob
-from mlx_serving.common.local_redis import LocalRedis
+from mlx_serving.common.redis.local import LocalRedis
 from mlx_serving.worker.loading import SIMULATED_BYTES
 from tests.figures import show
 from tests.helpers import wait_until

@@ -14,7 +14,7 @@ import httpx
 import pytest
 import uvicorn
 
-from mlx_serving.common.keys import Keys
+from mlx_serving.common.protocol.keys import Keys
 from tests.helpers import wait_until
 from tests.scripted_worker import ScriptedWorker
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     import redis
 
-    from mlx_serving.common.local_redis import LocalRedis
+    from mlx_serving.common.redis.local import LocalRedis
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "fastapi_app.py"
 JOB = {"model": "tally", "prompt": "count from 3 to 12", "result_ttl": 60}

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import redis
 
     from mlx_serving import Client
-    from mlx_serving.common.local_redis import LocalRedis
+    from mlx_serving.common.redis.local import LocalRedis
     from mlx_serving.producer.handles import JobHandle
 
 FAST, SLOW = 80.0, 20.0  # tokens a second of a row

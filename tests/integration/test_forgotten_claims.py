@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from mlx_serving.common.local_redis import LocalRedis
+from mlx_serving.common.redis.local import LocalRedis
 from tests.helpers import wait_until
 from tests.protocol_driver import Driver
 from tests.worker_process import InProcessWorker, WorkerProcess, check_answers, submit

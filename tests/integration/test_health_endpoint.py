@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from mlx_serving.common.errors import InvalidSettings
-from mlx_serving.common.local_redis import LocalRedis
+from mlx_serving.common.redis.local import LocalRedis
 from mlx_serving.worker.supervision.monitor import Monitor
 from tests.helpers import wait_until
 from tests.monitoring import Probe

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from mlx_serving.common import events
-from mlx_serving.common.jobs import JOB_FUNCTION
+from mlx_serving.common.job.schema import JOB_FUNCTION
 from mlx_serving.worker.delivery import sweeper
 from tests.helpers import wait_until
 from tests.protocol_driver import QUEUE, Driver, rq_fields
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from mlx_serving import Client
-    from mlx_serving.common.local_redis import LocalRedis
+    from mlx_serving.common.redis.local import LocalRedis
 
 GOOD: dict[str, Any] = {"v": 1, "model": "tally", "prompt": "x", "max_tokens": 3, "seed": 1}
 DEEP = 30_000

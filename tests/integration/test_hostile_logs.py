@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from mlx_serving import Client
-from mlx_serving.common.jobs import JOB_FUNCTION
+from mlx_serving.common.job.schema import JOB_FUNCTION
 from tests.helpers import wait_until
 from tests.protocol_driver import QUEUE, Driver, rq_fields
 from tests.worker_process import WorkerProcess, quick_settings
 
 if TYPE_CHECKING:
-    from mlx_serving.common.local_redis import LocalRedis
+    from mlx_serving.common.redis.local import LocalRedis
 
 MARK = "MARKzx81"
 KEY = f"{MARK}-signing-key-of-32-characters"

@@ -10,7 +10,7 @@ from rq import Queue
 from rq.serializers import JSONSerializer
 
 from mlx_serving import AsyncClient, Client
-from mlx_serving.common.jobs import JOB_FUNCTION, GenerationJob
+from mlx_serving.common.job.schema import JOB_FUNCTION, GenerationJob
 from mlx_serving.common.signing import SIGNATURE_FIELD, Signer
 from mlx_serving.producer.envelope import seal
 from tests.helpers import wait_until
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from mlx_serving.common.events import ErrorInfo
-    from mlx_serving.common.local_redis import LocalRedis
+    from mlx_serving.common.redis.local import LocalRedis
     from tests.protocol_driver import Driver
 
 KEY, OTHER, NEXT = "k" * 32, "o" * 32, "n" * 32

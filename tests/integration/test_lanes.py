@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from mlx_serving.common import calls
+from mlx_serving.common.protocol import calls
 from mlx_serving.common.states import TERMINAL
 from tests.stepped_worker import SteppedWorker, spelled_engine, told, words
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from mlx_serving import Client
-    from mlx_serving.common.local_redis import LocalRedis
+    from mlx_serving.common.redis.local import LocalRedis
     from mlx_serving.producer.handles import JobHandle
 
 ROWS = 3

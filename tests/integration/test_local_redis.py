@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import redis
 
-from mlx_serving.common.connection import Endpoint, connect, connect_async
 from mlx_serving.common.errors import MissingDependency, QueueUnavailable
-from mlx_serving.common.local_redis import LocalRedis
+from mlx_serving.common.redis.connection import Endpoint, connect, connect_async
+from mlx_serving.common.redis.local import LocalRedis
 from tests.helpers import leaked_keys
 
 

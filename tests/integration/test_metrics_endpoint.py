@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from mlx_serving import Client
-from mlx_serving.common.keys import Keys
-from mlx_serving.common.local_redis import LocalRedis
-from mlx_serving.common.protocol import Protocol
+from mlx_serving.common.protocol.client import Protocol
+from mlx_serving.common.protocol.keys import Keys
+from mlx_serving.common.redis.local import LocalRedis
 from mlx_serving.worker.delivery.measured_protocol import QueueWatch
 from mlx_serving.worker.measures import Measures
 from tests.helpers import wait_until

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from mlx_serving.common.jobs import PROTOCOL
+from mlx_serving.common.job.schema import PROTOCOL
 from tests.worker_process import (
     Hacks,
     WorkerProcess,
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import redis
 
     from mlx_serving import Client
-    from mlx_serving.common.local_redis import LocalRedis
+    from mlx_serving.common.redis.local import LocalRedis
     from mlx_serving.producer.handles import JobHandle
 
 pytestmark = [

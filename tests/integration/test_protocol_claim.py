@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from mlx_serving.common import calls
+from mlx_serving.common.protocol import calls
 from tests.helpers import wait_until
 from tests.protocol_driver import PAYLOAD, QUEUE, Driver, entry, rq_fields
 
 if TYPE_CHECKING:
-    from mlx_serving.common.local_redis import LocalRedis
+    from mlx_serving.common.redis.local import LocalRedis
 
 pytestmark = pytest.mark.may_leak(reason="jobs stay queued or running at the end of a test")
 

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 import pytest
 import redis
 
-from mlx_serving.common import calls
+from mlx_serving.common.protocol import calls
 from mlx_serving.common.states import JobState
 from tests.protocol_driver import LANES, PAYLOAD, QUEUE, Driver, entry
 
 if TYPE_CHECKING:
-    from mlx_serving.common.local_redis import LocalRedis
+    from mlx_serving.common.redis.local import LocalRedis
 
 pytestmark = pytest.mark.may_leak(reason="jobs stay queued or running at the end of a test")
 

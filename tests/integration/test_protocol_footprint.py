@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
-from mlx_serving.common import calls
-from mlx_serving.common.jobs import GenerationJob
+from mlx_serving.common.job.schema import GenerationJob
+from mlx_serving.common.protocol import calls
 from mlx_serving.common.states import JobState
 from mlx_serving.producer.envelope import seal
 from mlx_serving.worker.delivery.sweeper import Sweeper
@@ -17,7 +17,7 @@ from tests.protocol_driver import LANES, QUEUE, Attempt, Driver
 if TYPE_CHECKING:
     import redis
 
-    from mlx_serving.common.local_redis import LocalRedis
+    from mlx_serving.common.redis.local import LocalRedis
 
 JOBS = 2_000
 EVENTS = 2_000

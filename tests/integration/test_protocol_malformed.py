@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import pytest
 import redis
 
-from mlx_serving.common import calls
 from mlx_serving.common.attempts import new_nonce
+from mlx_serving.common.protocol import calls
 from mlx_serving.common.states import JobState
 from tests.helpers import wait_until
 from tests.protocol_driver import LANES, QUEUE, Attempt, Driver

@@ -6,15 +6,15 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from mlx_serving.common import calls
 from mlx_serving.common.attempts import Attempt as Name
 from mlx_serving.common.attempts import new_nonce
+from mlx_serving.common.protocol import calls
 from tests.protocol_driver import QUEUE, Attempt, Driver
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from mlx_serving.common.local_redis import LocalRedis
+    from mlx_serving.common.redis.local import LocalRedis
 
 pytestmark = pytest.mark.may_leak(reason="jobs stay queued or running at the end of a test")
 

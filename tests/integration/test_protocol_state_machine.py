@@ -19,15 +19,15 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from mlx_serving.common import calls
+from mlx_serving.common.protocol import calls
 from mlx_serving.common.states import TERMINAL, JobState, can_move
 from tests.protocol_driver import QUEUE, Attempt, Driver
 
 if TYPE_CHECKING:
     import redis
 
-    from mlx_serving.common.calls import CommitRow
-    from mlx_serving.common.local_redis import LocalRedis
+    from mlx_serving.common.protocol.calls import CommitRow
+    from mlx_serving.common.redis.local import LocalRedis
 
 pytestmark = pytest.mark.may_leak(reason="jobs stay queued or running at the end of a test")
 

@@ -12,7 +12,7 @@ from tests.worker_process import WorkerProcess, check_answers, job_events, submi
 
 if TYPE_CHECKING:
     from mlx_serving import Client
-    from mlx_serving.common.local_redis import LocalRedis
+    from mlx_serving.common.redis.local import LocalRedis
 
 pytestmark = pytest.mark.may_leak(
     reason="a worker that is killed at the end leaves its name in RQ's sets"

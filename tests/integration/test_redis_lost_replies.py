@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from mlx_serving import Client, JobState
-from mlx_serving.common.local_redis import LocalRedis
+from mlx_serving.common.redis.local import LocalRedis
 from tests.helpers import wait_until
 from tests.lossy_proxy import LossyProxy, calls_of
 from tests.redis_trouble import Followers, Producer, check_results, check_view

@@ -15,7 +15,7 @@ from tests.protocol_driver import LANES, Driver
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from mlx_serving.common.local_redis import LocalRedis
+    from mlx_serving.common.redis.local import LocalRedis
 
 pytestmark = pytest.mark.may_leak(reason="jobs stay queued or running at the end of a test")
 

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 from mlx_serving import Client, JobState
-from mlx_serving.common.connection import Endpoint, connect
 from mlx_serving.common.errors import QueueUnavailable
-from mlx_serving.common.local_redis import LocalRedis
+from mlx_serving.common.redis.connection import Endpoint, connect
+from mlx_serving.common.redis.local import LocalRedis
 from tests.helpers import free_port, wait_until
 from tests.redis_trouble import Followers, check_results, check_view
 from tests.worker_process import LEASE_SECONDS, WorkerProcess, submit

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from mlx_serving import AsyncClient, Client, StreamReset
-from mlx_serving.common import calls, events, results
+from mlx_serving.common import events, results
+from mlx_serving.common.protocol import calls
 from mlx_serving.producer.stream import StreamAssembler
 from tests.stepped_worker import SteppedWorker, spelled_engine, words
 from tests.worker_process import job_events
@@ -16,7 +17,7 @@ from tests.worker_process import job_events
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from mlx_serving.common.local_redis import LocalRedis
+    from mlx_serving.common.redis.local import LocalRedis
     from mlx_serving.producer.handles import JobHandle
 
 pytestmark = pytest.mark.usefixtures("settled_redis")

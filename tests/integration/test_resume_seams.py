@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import redis
 
-from mlx_serving.common import calls
+from mlx_serving.common.protocol import calls
 from tests.stepped_worker import LostReply, SteppedWorker, spelled_engine, told, words
 from tests.worker_process import job_events
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from mlx_serving import Client
-    from mlx_serving.common.local_redis import LocalRedis
+    from mlx_serving.common.redis.local import LocalRedis
     from mlx_serving.producer.handles import JobHandle
 
 pytestmark = pytest.mark.usefixtures("settled_redis")

@@ -15,7 +15,7 @@ from tests.figures import show
 from tests.worker_process import WorkerProcess, check_answers, job_events
 
 if TYPE_CHECKING:
-    from mlx_serving.common.local_redis import LocalRedis
+    from mlx_serving.common.redis.local import LocalRedis
     from mlx_serving.producer.async_client import AsyncClient as Producer
     from mlx_serving.producer.handles import AsyncJobHandle
 

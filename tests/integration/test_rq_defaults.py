@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
     from pathlib import Path
 
-    from mlx_serving.common.local_redis import LocalRedis
+    from mlx_serving.common.redis.local import LocalRedis
     from tests.lossy_proxy import LossyProxy
 
 pytestmark = pytest.mark.may_leak("RQ's own jobs stay where its defaults leave them")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import pytest
 
-from mlx_serving.common.jobs import GenerationJob
+from mlx_serving.common.job.schema import GenerationJob
 from mlx_serving.producer.envelope import seal
 from tests.figures import show
 from tests.helpers import dataset_bytes, wait_until
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import redis
 
     from mlx_serving import Client
-    from mlx_serving.common.local_redis import LocalRedis
+    from mlx_serving.common.redis.local import LocalRedis
     from mlx_serving.producer.handles import JobHandle
 
 pytestmark = [

@@ -15,8 +15,8 @@ import pytest
 import redis
 
 from mlx_serving import Client
-from mlx_serving.common.connection import connect, resolve
 from mlx_serving.common.errors import QueueUnavailable
+from mlx_serving.common.redis.connection import connect, resolve
 from tests.helpers import wait_until
 from tests.redis_trouble import Followers, Producer, check_results, check_view
 from tests.sentinels import SentinelFleet

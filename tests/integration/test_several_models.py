@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import redis
 
-from mlx_serving.common.keys import Keys
+from mlx_serving.common.protocol.keys import Keys
 from mlx_serving.worker.loading import SIMULATED_BYTES
 from tests.helpers import wait_until
 from tests.worker_process import (
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from mlx_serving import Client
-    from mlx_serving.common.local_redis import LocalRedis
+    from mlx_serving.common.redis.local import LocalRedis
 
 TOKENS = 5
 

@@ -11,7 +11,7 @@ from tests.worker_process import Hacks, WorkerProcess, check_answers, submit
 
 if TYPE_CHECKING:
     from mlx_serving import Client
-    from mlx_serving.common.local_redis import LocalRedis
+    from mlx_serving.common.redis.local import LocalRedis
 
 STALL_SECONDS = 2.5
 SLOW = Hacks(prefill_rate=120)  # a chunk of 512 takes over 4 s, one of 64 half a second

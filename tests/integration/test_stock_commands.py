@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from mlx_serving import Client
-    from mlx_serving.common.local_redis import LocalRedis
+    from mlx_serving.common.redis.local import LocalRedis
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "stock_commands.md"
 LONG = 5000

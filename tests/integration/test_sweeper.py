@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from mlx_serving.common.local_redis import LocalRedis
+from mlx_serving.common.redis.local import LocalRedis
 from mlx_serving.worker.delivery.sweeper import Sweeper
 from tests.helpers import wait_until
 from tests.protocol_driver import LANES, QUEUE, Attempt, Driver, rq_fields
@@ -182,7 +182,7 @@ class TestReconcile:
 
     def test_a_job_that_came_back_meanwhile_is_not_enqueued_twice(self, driver: Driver) -> None:
         driver.enqueue("a")
-        from mlx_serving.common import calls
+        from mlx_serving.common.protocol import calls
 
         call = calls.reconcile(QUEUE, ["a"], lease_ms=1)
         assert driver.protocol.run(call).outcomes == []

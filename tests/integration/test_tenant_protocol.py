@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from mlx_serving.common import calls
+from mlx_serving.common.protocol import calls
 from mlx_serving.common.states import JobState
 from tests.protocol_driver import QUEUE, Attempt, Driver, entry
 

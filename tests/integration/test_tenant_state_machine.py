@@ -16,7 +16,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from mlx_serving.common import calls
+from mlx_serving.common.protocol import calls
 from tests.protocol_driver import QUEUE, Attempt, Driver
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ from typer.testing import CliRunner
 
 from mlx_serving import AsyncClient, Client, TenantLimited
 from mlx_serving.cli.main import app
-from mlx_serving.common.connection import resolve
 from mlx_serving.common.errors import InvalidSettings
+from mlx_serving.common.redis.connection import resolve
 from mlx_serving.common.tenancy import Tenancy
 from mlx_serving.producer.batch.api import Batches
 from mlx_serving.producer.batch.feeder import Feeder
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     import redis
 
-    from mlx_serving.common.local_redis import LocalRedis
+    from mlx_serving.common.redis.local import LocalRedis
     from mlx_serving.common.settings import Settings
 
 pytestmark = pytest.mark.may_leak(reason="jobs and limits stay at the end of a test")

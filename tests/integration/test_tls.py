@@ -13,7 +13,7 @@ import pytest
 
 from mlx_serving import AsyncClient, Client
 from mlx_serving.common.errors import QueueUnavailable
-from mlx_serving.common.local_redis import LocalRedis
+from mlx_serving.common.redis.local import LocalRedis
 from tests.helpers import free_port, wait_until
 from tests.worker_process import InProcessWorker, WorkerProcess, quick_settings
 

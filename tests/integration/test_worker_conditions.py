@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import redis
 
     from mlx_serving import Client
-    from mlx_serving.common.local_redis import LocalRedis
+    from mlx_serving.common.redis.local import LocalRedis
 
 
 class Backing(InProcessWorker):

@@ -25,7 +25,7 @@ from tests.worker_process import (
 if TYPE_CHECKING:
     import redis
 
-    from mlx_serving.common.local_redis import LocalRedis
+    from mlx_serving.common.redis.local import LocalRedis
     from mlx_serving.producer.handles import JobHandle
 
 
@@ -126,7 +126,7 @@ def test_rqs_shutdown_command_drains(
 
 
 def test_a_drain_does_not_wait_for_a_redis_that_is_away(client: Client) -> None:
-    from mlx_serving.common.local_redis import LocalRedis
+    from mlx_serving.common.redis.local import LocalRedis
 
     del client
     with (

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from mlx_serving import Client
-from mlx_serving.common.jobs import JOB_FUNCTION, PROTOCOL
+from mlx_serving.common.job.schema import JOB_FUNCTION, PROTOCOL
 from tests.helpers import wait_until
 from tests.protocol_driver import Driver, rq_fields
 from tests.worker_process import (
@@ -25,7 +25,7 @@ from tests.worker_process import (
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from mlx_serving.common.local_redis import LocalRedis
+    from mlx_serving.common.redis.local import LocalRedis
 
 NEWER = PROTOCOL + 1
 GOOD = {"v": 1, "min_protocol": 1, "model": "tally", "prompt": "x", "max_tokens": 3, "seed": 1}

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from mlx_serving import Client
-from mlx_serving.common.local_redis import LocalRedis
+from mlx_serving.common.redis.local import LocalRedis
 from mlx_serving.common.settings import load_settings
 from tests.figures import show
 from tests.helpers import wait_until

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from mlx_serving.common.jobs import GenerationJob
+from mlx_serving.common.job.schema import GenerationJob
 from mlx_serving.producer.affinity import BEGINNING_CHARS, PROMPT_CHARS, marks
 from mlx_serving.producer.envelope import seal
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from mlx_serving.common.errors import BatchNotFound, InvalidBatch
-from mlx_serving.common.jobs import GenerationJob
+from mlx_serving.common.job.schema import GenerationJob
 from mlx_serving.common.results import ChoiceResult, GenerationResult
 from mlx_serving.common.states import JobState
 from mlx_serving.producer.batch.exporting import copy_lines, whole_lines

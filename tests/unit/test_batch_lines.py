@@ -8,8 +8,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mlx_serving.common.errors import InvalidBatch
-from mlx_serving.common.job_checks import UNSUPPORTED
-from mlx_serving.common.jobs import GenerationJob
+from mlx_serving.common.job.checks import UNSUPPORTED
+from mlx_serving.common.job.schema import GenerationJob
 from mlx_serving.producer.batch.body import IGNORED, NEUTRAL
 from mlx_serving.producer.batch.lines import BadLine, LineReader, Request, custom_id_of
 from mlx_serving.producer.batch.objects import CHAT, COMPLETIONS

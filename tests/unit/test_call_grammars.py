@@ -17,7 +17,7 @@ from llguidance import LLMatcher, LLTokenizer
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from mlx_serving.common.errors import InvalidJob
-from mlx_serving.common.jobs import GenerationJob
+from mlx_serving.common.job.schema import GenerationJob
 from mlx_serving.worker.engine.calls.spelling import _MARKER
 from mlx_serving.worker.engine.output.grammar_trial import compile_grammar, try_grammar
 from mlx_serving.worker.engine.output.output_grammar import output_grammar

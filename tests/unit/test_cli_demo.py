@@ -16,7 +16,7 @@ from mlx_serving.cli.demo.run import describe, summary
 from mlx_serving.cli.demo.view import LineView, TableView
 from mlx_serving.cli.overview import WorkerView
 from mlx_serving.common.events import ChoiceDelta, Event, end_event, tokens_event
-from mlx_serving.common.jobs import GenerationJob
+from mlx_serving.common.job.schema import GenerationJob
 from mlx_serving.common.results import (
     ChoiceResult,
     FunctionResult,

@@ -7,7 +7,7 @@ import pytest
 from typer.main import get_command
 
 from mlx_serving.cli.main import app
-from mlx_serving.common.job_checks import UNSUPPORTED
+from mlx_serving.common.job.checks import UNSUPPORTED
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "mlx_serving"

@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from mlx_serving.cli.main import app
-from mlx_serving.common.connection import resolve
+from mlx_serving.common.redis.connection import resolve
 from mlx_serving.common.settings import load_settings
 from mlx_serving.worker.dispatcher import RELEASE_SECONDS
 from mlx_serving.worker.supervision.crash import EXIT_CONFIGURATION

@@ -11,10 +11,10 @@ from redis.asyncio.connection import SSLConnection as AsyncSSLConnection
 from redis.connection import SSLConnection, UnixDomainSocketConnection
 from redis.sentinel import SentinelConnectionPool, SentinelManagedSSLConnection
 
-from mlx_serving.common.connection import Endpoint, connect, connect_async
 from mlx_serving.common.errors import QueueUnavailable
-from mlx_serving.common.keys import Keys
-from mlx_serving.common.retrying import retry_idempotent, retry_idempotent_async
+from mlx_serving.common.protocol.keys import Keys
+from mlx_serving.common.redis.connection import Endpoint, connect, connect_async
+from mlx_serving.common.redis.retrying import retry_idempotent, retry_idempotent_async
 
 # ruff: noqa: S106 -- made-up secrets
 

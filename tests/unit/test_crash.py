@@ -7,7 +7,7 @@ import signal
 import pytest
 
 from mlx_serving.common.attempts import Attempt
-from mlx_serving.common.calls import Blame
+from mlx_serving.common.protocol.calls import Blame
 from mlx_serving.worker.supervision.crash import Cause, classify, judge, loaded_at_death
 from mlx_serving.worker.supervision.manifest import ManifestRow, RowState
 

@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerFast
 
 from benchmarks.synthetic import build_tokenizer
 from mlx_serving.common.errors import InvalidJob
-from mlx_serving.common.jobs import GenerationJob
+from mlx_serving.common.job.schema import GenerationJob
 from mlx_serving.worker.engine.text.prompts import PromptEncoder
 
 TEMPLATE = (

@@ -15,7 +15,7 @@ from mlx_serving.worker.engine.simulated import SimulatedEngine, SimulatedOption
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from mlx_serving.common.jobs import Lane
+    from mlx_serving.common.job.schema import Lane
     from mlx_serving.worker.engine.scheduling.prefill_chunk import PrefillChunk
     from mlx_serving.worker.engine.sequence import SampledToken
 

@@ -11,7 +11,7 @@ from rq.job import Job, JobStatus
 from rq.serializers import JSONSerializer
 
 from mlx_serving.common.errors import PayloadTooLarge
-from mlx_serving.common.jobs import GenerationJob
+from mlx_serving.common.job.schema import GenerationJob
 from mlx_serving.producer.envelope import JOB_FUNCTION, seal
 from mlx_serving.worker.claims.payload import read_job
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from mlx_serving.common import events, results
-from mlx_serving.common.jobs import GenerationJob
-from mlx_serving.common.protocol import parse_record
+from mlx_serving.common.job.schema import GenerationJob
+from mlx_serving.common.protocol.client import parse_record
 from mlx_serving.common.states import JobState
 
 GOLDEN = Path(__file__).parents[1] / "fixtures" / "golden" / "v1"

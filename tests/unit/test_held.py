@@ -15,7 +15,7 @@ from mlx_serving.worker.engine.sequence import Output, RowError, TokenLogprobs
 from tests.worker_fakes import claim_of, held, output
 
 if TYPE_CHECKING:
-    from mlx_serving.common.calls import CommitRow
+    from mlx_serving.common.protocol.calls import CommitRow
 
 
 def decoded(rows: list[CommitRow]) -> list[events.Event]:

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from mlx_serving.common import jobs, limits
+from mlx_serving.common import limits
 from mlx_serving.common.errors import CorruptJob, InvalidJob
-from mlx_serving.common.jobs import LANES, PROTOCOL, GenerationJob, queue_name
+from mlx_serving.common.job import schema
+from mlx_serving.common.job.schema import LANES, PROTOCOL, GenerationJob, queue_name
 
 CALL = {
     "id": "c1",
@@ -199,8 +200,8 @@ def test_a_payload_with_unknown_fields_is_refused() -> None:
 def test_a_feature_of_a_later_protocol_raises_what_a_job_needs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setitem(jobs.FEATURE_PROTOCOL, "top_k", 3)
-    monkeypatch.setitem(jobs.FEATURE_PROTOCOL, "min_p", 2)
+    monkeypatch.setitem(schema.FEATURE_PROTOCOL, "top_k", 3)
+    monkeypatch.setitem(schema.FEATURE_PROTOCOL, "min_p", 2)
     assert job().min_protocol == 1
     assert job(min_p=0.1).min_protocol == 2
     assert job(min_p=0.1, top_k=4).to_wire()["min_protocol"] == 3

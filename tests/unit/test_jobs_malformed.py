@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from mlx_serving.common import limits
 from mlx_serving.common.errors import InvalidJob, PayloadTooLarge
-from mlx_serving.common.job_checks import UNSUPPORTED
-from mlx_serving.common.jobs import GenerationJob
+from mlx_serving.common.job.checks import UNSUPPORTED
+from mlx_serving.common.job.schema import GenerationJob
 from mlx_serving.common.validation import _size, check_data, is_modest, scan
 
 USER = {"role": "user", "content": "hi"}

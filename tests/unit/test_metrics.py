@@ -9,8 +9,8 @@ import pytest
 import redis
 from prometheus_client import CollectorRegistry, generate_latest
 
-from mlx_serving.common.calls import ClaimReply, RowReply, Swept
-from mlx_serving.common.protocol import Protocol
+from mlx_serving.common.protocol.calls import ClaimReply, RowReply, Swept
+from mlx_serving.common.protocol.client import Protocol
 from mlx_serving.common.states import JobState
 from mlx_serving.worker.delivery.measured_protocol import MeasuredProtocol
 from mlx_serving.worker.measures import BUCKETS, COMMIT, E2E, ITL, QUEUE_TIME, TTFT, Measures

@@ -9,8 +9,8 @@ import pytest
 
 from mlx_serving.common import limits
 from mlx_serving.common.errors import InvalidJob
-from mlx_serving.common.jobs import PROTOCOL, GenerationJob
-from mlx_serving.common.output_formats import chosen_tools, enforces_tools, must_call
+from mlx_serving.common.job.output_format import chosen_tools, enforces_tools, must_call
+from mlx_serving.common.job.schema import PROTOCOL, GenerationJob
 
 F: dict[str, Any] = {"type": "function", "function": {"name": "f", "parameters": {}}}
 G: dict[str, Any] = {"type": "function", "function": {"name": "g", "strict": True}}

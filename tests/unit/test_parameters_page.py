@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from mlx_serving.common.job_checks import UNSUPPORTED
-from mlx_serving.common.jobs import GenerationJob
+from mlx_serving.common.job.checks import UNSUPPORTED
+from mlx_serving.common.job.schema import GenerationJob
 from mlx_serving.common.settings import Settings
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_serving.common.errors import CorruptJob, MlxServingError, PayloadTooLarge
-from mlx_serving.common.jobs import JOB_FUNCTION, GenerationJob
+from mlx_serving.common.job.schema import JOB_FUNCTION, GenerationJob
 from mlx_serving.worker.claims.payload import inflate, read_job
 
 LIMIT = 10_000

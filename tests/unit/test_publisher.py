@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import redis
 
-from mlx_serving.common.calls import RowReply
+from mlx_serving.common.protocol.calls import RowReply
 from mlx_serving.worker.delivery.holdings import BULK_SECONDS
 from mlx_serving.worker.engine.sequence import Output, RowError
 from tests.helpers import wait_until

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 import pytest
 import redis
 
-from mlx_serving.common.calls import RowReply
+from mlx_serving.common.protocol.calls import RowReply
 from mlx_serving.worker.delivery import publisher
 from mlx_serving.worker.delivery.held import EVENT_TOKENS
 from mlx_serving.worker.delivery.publisher import BACK_OFF_SECONDS
@@ -22,7 +22,7 @@ from tests.worker_fakes import FakeProtocol, held, output
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from mlx_serving.common.calls import Call
+    from mlx_serving.common.protocol.calls import Call
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_serving.common.jobs import LANES, Lane
+from mlx_serving.common.job.schema import LANES, Lane
 from mlx_serving.worker.engine.scheduling.lane_turns import LaneTurns
 from mlx_serving.worker.engine.scheduling.limits import BatchSize
 from tests.scheduled_batch import ROWS, Batch, limits, request

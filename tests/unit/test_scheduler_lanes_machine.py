@@ -4,7 +4,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from mlx_serving.common.jobs import LANES, Lane
+from mlx_serving.common.job.schema import LANES, Lane
 from mlx_serving.worker.engine.sequence import Phase, Request
 from tests.scheduled_batch import ROWS, Batch, limits, request
 

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from mlx_serving.common.jobs import LANES, Lane
+from mlx_serving.common.job.schema import LANES, Lane
 from mlx_serving.worker.engine.scheduling.limits import BatchSize, SchedulerLimits
 from mlx_serving.worker.engine.scheduling.packing import PACKED_CONTEXT_CHUNKS, ChunkPacking
 from mlx_serving.worker.engine.scheduling.prefill_chunk import PrefillChunk

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-# ruff: noqa: S106 -- made-up secrets
-from mlx_serving.common.connection import Endpoint, resolve
 from mlx_serving.common.errors import InvalidSettings
+
+# ruff: noqa: S106 -- made-up secrets
+from mlx_serving.common.redis.connection import Endpoint, resolve
 from mlx_serving.common.settings import TALLY_PATH, Settings, load_settings
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from mlx_serving.worker.claims.shortage import CLOSED_SECONDS, PASSED_SECONDS, S
 from mlx_serving.worker.engine.sequence import Request, SamplingParams
 
 if TYPE_CHECKING:
-    from mlx_serving.common.jobs import Lane
+    from mlx_serving.common.job.schema import Lane
 
 ALL = Group("a", ("a:interactive", "a:default", "a:bulk"))
 OTHER = Group("b", ("b:default",))

@@ -11,7 +11,7 @@ import pytest
 import structlog
 
 from mlx_serving.common.events import ChoiceDelta, tokens_event
-from mlx_serving.common.jobs import GenerationJob
+from mlx_serving.common.job.schema import GenerationJob
 from mlx_serving.common.telemetry import (
     PRIVATE_KEYS,
     configure_logging,

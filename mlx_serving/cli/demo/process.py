@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Final, NoReturn
 import redis
 
 from mlx_serving.cli.overview import WorkerView, read_worker
-from mlx_serving.common.connection import connect, resolve
 from mlx_serving.common.errors import EngineError
 from mlx_serving.common.interpreter import spawn_context
+from mlx_serving.common.redis.connection import connect, resolve
 from mlx_serving.worker.supervision.supervisor import run_worker
 
 if TYPE_CHECKING:

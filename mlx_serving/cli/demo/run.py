@@ -17,7 +17,7 @@ from mlx_serving.cli.demo.process import DemoWorker, orderly_signals
 from mlx_serving.cli.demo.view import make_view
 from mlx_serving.cli.worker import engine_spec
 from mlx_serving.common.errors import EngineError
-from mlx_serving.common.local_redis import LocalRedis
+from mlx_serving.common.redis.local import LocalRedis
 from mlx_serving.common.settings import load_settings
 from mlx_serving.common.states import JobState
 from mlx_serving.producer.async_client import AsyncClient

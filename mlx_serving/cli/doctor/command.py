@@ -44,7 +44,7 @@ def run_checks(settings: Settings, model: str) -> Iterator[Check]:
     from mlx_serving.cli.doctor.mac import mac_checks
     from mlx_serving.cli.doctor.models import fleet_checks, other_models
     from mlx_serving.cli.doctor.redis_server import redis_checks
-    from mlx_serving.common.connection import resolve
+    from mlx_serving.common.redis.connection import resolve
 
     yield from redis_checks(resolve(settings, model))
     yield from engine_checks(settings, model)

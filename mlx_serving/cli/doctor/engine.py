@@ -13,7 +13,7 @@ from mlx_serving.cli.extras import INSTALL, missing_engine
 from mlx_serving.cli.hub_models import found_path, hub_problem
 from mlx_serving.cli.worker import model_path
 from mlx_serving.common.errors import MlxServingError
-from mlx_serving.common.jobs import GenerationJob
+from mlx_serving.common.job.schema import GenerationJob
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -9,13 +9,13 @@ from mlx_serving.cli.hub_models import found_path
 from mlx_serving.cli.models import BYTES_A_MB, model_view
 from mlx_serving.cli.overview import read_overview
 from mlx_serving.common.errors import MlxServingError
-from mlx_serving.common.jobs import model_of
+from mlx_serving.common.job.schema import model_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from mlx_serving.cli.overview import Overview
-    from mlx_serving.common.connection import Endpoint
+    from mlx_serving.common.redis.connection import Endpoint
     from mlx_serving.common.settings import Settings
 
 

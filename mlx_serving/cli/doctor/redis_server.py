@@ -10,14 +10,14 @@ import redis
 from rq.defaults import RQ_KEY_PREFIX
 
 from mlx_serving.cli.doctor.report import Check, Level
-from mlx_serving.common import calls
-from mlx_serving.common.connection import connect
-from mlx_serving.common.protocol import Protocol
+from mlx_serving.common.protocol import calls
+from mlx_serving.common.protocol.client import Protocol
+from mlx_serving.common.redis.connection import connect
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from mlx_serving.common.connection import Endpoint
+    from mlx_serving.common.redis.connection import Endpoint
 
 PINGS: Final = 20
 SLOW_PING_MS: Final = 5.0

@@ -15,7 +15,7 @@ from mlx_serving.producer.batch.window import Flight, Window
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from mlx_serving.common.jobs import GenerationJob
+    from mlx_serving.common.job.schema import GenerationJob
     from mlx_serving.producer.batch.index import Place
     from mlx_serving.producer.batch.results import Results
     from mlx_serving.producer.client import Client

@@ -10,7 +10,7 @@ import msgspec
 
 from mlx_serving.common import limits
 from mlx_serving.common.errors import FieldError, InvalidJob
-from mlx_serving.common.jobs import GenerationJob
+from mlx_serving.common.job.schema import GenerationJob
 from mlx_serving.producer.batch.body import job_fields
 from mlx_serving.producer.batch.objects import CHAT, COMPLETIONS, ENDPOINTS, LineError
 

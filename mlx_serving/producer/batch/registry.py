@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
 import msgspec
 
-from mlx_serving.common.connection import connect, resolve
 from mlx_serving.common.errors import BatchNotFound
-from mlx_serving.common.retrying import answered
+from mlx_serving.common.redis.connection import connect, resolve
+from mlx_serving.common.redis.retrying import answered
 from mlx_serving.producer.batch.folder import STATE
 from mlx_serving.producer.batch.objects import Batch
 

@@ -6,20 +6,21 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from redis.exceptions import ResponseError
 
-from mlx_serving.common import calls, results
-from mlx_serving.common.connection import connect
+from mlx_serving.common import results
 from mlx_serving.common.errors import CorruptEvent, CorruptJob
 from mlx_serving.common.events import decode
-from mlx_serving.common.protocol import Protocol, parse_record
+from mlx_serving.common.protocol import calls
+from mlx_serving.common.protocol.client import Protocol, parse_record
+from mlx_serving.common.redis.connection import connect
+from mlx_serving.common.redis.retrying import answered
 from mlx_serving.common.results import GenerationResult, Timings
-from mlx_serving.common.retrying import answered
 from mlx_serving.common.states import JobState
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from mlx_serving.common.connection import Endpoint
-    from mlx_serving.common.protocol import JobRecord
+    from mlx_serving.common.protocol.client import JobRecord
+    from mlx_serving.common.redis.connection import Endpoint
 
 T = TypeVar("T")
 

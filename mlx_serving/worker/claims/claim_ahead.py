@@ -12,14 +12,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mlx_serving.common.jobs import lane_of
+from mlx_serving.common.job.schema import lane_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from mlx_serving.common.calls import Call, ClaimReply
-    from mlx_serving.common.jobs import Lane
-    from mlx_serving.common.protocol import Protocol
+    from mlx_serving.common.job.schema import Lane
+    from mlx_serving.common.protocol.calls import Call, ClaimReply
+    from mlx_serving.common.protocol.client import Protocol
     from mlx_serving.worker.claims.lane_claims import LaneClaim
 
 

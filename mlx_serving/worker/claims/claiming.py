@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from mlx_serving.common import calls
 from mlx_serving.common.attempts import new_nonce
-from mlx_serving.common.jobs import PROTOCOL, model_of
+from mlx_serving.common.job.schema import PROTOCOL, model_of
+from mlx_serving.common.protocol import calls
 from mlx_serving.worker.claims.claim_ahead import ClaimAhead, Claimed
 from mlx_serving.worker.claims.demand import Group
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from mlx_serving.common.calls import Call, ClaimReply, HeldRows
-    from mlx_serving.common.protocol import Protocol
+    from mlx_serving.common.protocol.calls import Call, ClaimReply, HeldRows
+    from mlx_serving.common.protocol.client import Protocol
     from mlx_serving.worker.claims.lane_claims import LaneClaim, LaneNews
     from mlx_serving.worker.claims.placement import Placement
     from mlx_serving.worker.claims.shortage import Shortage

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mlx_serving.common.jobs import LANES, queue_name
+from mlx_serving.common.job.schema import LANES, queue_name
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
 
-    from mlx_serving.common.jobs import Lane
+    from mlx_serving.common.job.schema import Lane
 
 
 @dataclass(frozen=True, slots=True)

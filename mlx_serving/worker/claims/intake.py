@@ -15,7 +15,7 @@ from mlx_serving.common.errors import (
     StreamGap,
 )
 from mlx_serving.common.events import ChoiceLogprobs
-from mlx_serving.common.jobs import lane_of, model_of
+from mlx_serving.common.job.schema import lane_of, model_of
 from mlx_serving.common.signing import Signer
 from mlx_serving.worker.claims.payload import read_job
 from mlx_serving.worker.delivery.choice import Committed, CommittedChoice
@@ -24,9 +24,9 @@ from mlx_serving.worker.engine.sequence import Request, SamplingParams
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from mlx_serving.common.calls import ClaimedJob
     from mlx_serving.common.events import ChoiceDelta, Event
-    from mlx_serving.common.jobs import GenerationJob
+    from mlx_serving.common.job.schema import GenerationJob
+    from mlx_serving.common.protocol.calls import ClaimedJob
     from mlx_serving.worker.engine.sequence import ModelInfo
 
     Encode = Callable[[GenerationJob], tuple[int, ...]]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 
 from mlx_serving.common.errors import CorruptJob, ForeignFunction, PayloadTooLarge
-from mlx_serving.common.jobs import JOB_FUNCTION, GenerationJob
+from mlx_serving.common.job.schema import JOB_FUNCTION, GenerationJob
 from mlx_serving.common.validation import is_modest
 
 if TYPE_CHECKING:

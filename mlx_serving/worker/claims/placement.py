@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Final, cast
 
 import structlog
 
-from mlx_serving.common.jobs import LANES, model_of, queue_name
+from mlx_serving.common.job.schema import LANES, model_of, queue_name
 from mlx_serving.worker.claims.demand import Group, Wanted, claim_order, next_to_load
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
-    from mlx_serving.common.jobs import Lane
-    from mlx_serving.common.protocol import Protocol
+    from mlx_serving.common.job.schema import Lane
+    from mlx_serving.common.protocol.client import Protocol
     from mlx_serving.worker.fleet import Fleet
     from mlx_serving.worker.residents import Residents
 

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Final
 import redis
 import structlog
 
-from mlx_serving.common import calls
+from mlx_serving.common.protocol import calls
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from mlx_serving.common.calls import Returned
-    from mlx_serving.common.protocol import Protocol
+    from mlx_serving.common.protocol.calls import Returned
+    from mlx_serving.common.protocol.client import Protocol
     from mlx_serving.worker.delivery.held import HeldJob
     from mlx_serving.worker.delivery.outage import Outage
     from mlx_serving.worker.delivery.publisher import Publisher

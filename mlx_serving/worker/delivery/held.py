@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Final
 from msgspec import Struct, field
 
 from mlx_serving.common import events
-from mlx_serving.common.calls import ClaimedJob, CommitRow, Returned
 from mlx_serving.common.errors import EngineError
 from mlx_serving.common.events import ErrorInfo, Usage
-from mlx_serving.common.jobs import lane_of
+from mlx_serving.common.job.schema import lane_of
+from mlx_serving.common.protocol.calls import ClaimedJob, CommitRow, Returned
 from mlx_serving.common.results import GenerationResult, Timings, encode_result
 from mlx_serving.common.states import JobState
 from mlx_serving.worker.delivery.choice import Choice
@@ -21,7 +21,7 @@ from mlx_serving.worker.engine.sequence import FINISH_ERROR, ModelInfo
 from mlx_serving.worker.rq_worker import rq_failure, rq_success
 
 if TYPE_CHECKING:
-    from mlx_serving.common.jobs import Lane
+    from mlx_serving.common.job.schema import Lane
     from mlx_serving.worker.delivery.choice import Committed
     from mlx_serving.worker.engine.sequence import Output
 

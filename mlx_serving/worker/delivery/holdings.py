@@ -16,7 +16,7 @@ from mlx_serving.worker.supervision.manifest import RowState
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from mlx_serving.common.calls import CommitRow
+    from mlx_serving.common.protocol.calls import CommitRow
     from mlx_serving.worker.delivery.held import HeldJob
     from mlx_serving.worker.engine.sequence import Output
     from mlx_serving.worker.measures import Measures

@@ -10,7 +10,7 @@ import structlog
 from mlx_serving.common.telemetry import says
 
 if TYPE_CHECKING:
-    from mlx_serving.common.calls import RowReply
+    from mlx_serving.common.protocol.calls import RowReply
     from mlx_serving.common.states import JobState
     from mlx_serving.worker.delivery.held import HeldJob
 

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Final
 import redis
 import structlog
 
-from mlx_serving.common import calls
-from mlx_serving.common.calls import HeldRows
 from mlx_serving.common.events import ErrorInfo
+from mlx_serving.common.protocol import calls
+from mlx_serving.common.protocol.calls import HeldRows
 from mlx_serving.common.states import JobState
 from mlx_serving.worker.delivery.holdings import Holdings
 from mlx_serving.worker.delivery.job_log import JobLog
@@ -28,8 +28,8 @@ from mlx_serving.worker.supervision.manifest import Manifest
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from mlx_serving.common.calls import CommitRow, RowReply
-    from mlx_serving.common.protocol import Protocol
+    from mlx_serving.common.protocol.calls import CommitRow, RowReply
+    from mlx_serving.common.protocol.client import Protocol
     from mlx_serving.worker.delivery.engine_link import EngineLink
     from mlx_serving.worker.delivery.held import HeldJob
     from mlx_serving.worker.engine.sequence import Output

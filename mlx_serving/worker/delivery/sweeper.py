@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Final
 import redis
 import structlog
 
-from mlx_serving.common import calls
+from mlx_serving.common.protocol import calls
 from mlx_serving.worker.delivery.tenant_audit import TenantAudit
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from mlx_serving.common.protocol import Protocol
+    from mlx_serving.common.protocol.client import Protocol
     from mlx_serving.worker.delivery.measured_protocol import QueueWatch
 
 log = structlog.get_logger(__name__)

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Final
 import redis
 import structlog
 
-from mlx_serving.common import calls
+from mlx_serving.common.protocol import calls
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from mlx_serving.common.protocol import Protocol
+    from mlx_serving.common.protocol.client import Protocol
 
     Page = tuple[str, list[bytes | str]]
 

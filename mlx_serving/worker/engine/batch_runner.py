@@ -3,7 +3,7 @@
 from collections.abc import Callable, Container, Iterable
 from typing import Protocol
 
-from mlx_serving.common.jobs import Lane
+from mlx_serving.common.job.schema import Lane
 from mlx_serving.worker.engine.scheduling.prefill_chunk import PrefillChunk
 from mlx_serving.worker.engine.sequence import SampledToken, Sequence
 

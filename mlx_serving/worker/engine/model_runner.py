@@ -20,7 +20,7 @@ from typing import Any, Final, cast
 
 import mlx.core as mx
 
-from mlx_serving.common.jobs import Lane
+from mlx_serving.common.job.schema import Lane
 from mlx_serving.worker.engine.batch_runner import StepNotBuiltError
 from mlx_serving.worker.engine.cache import kv_cache
 from mlx_serving.worker.engine.cache.cache_choice import CacheChoice, choose_cache

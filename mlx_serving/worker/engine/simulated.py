@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Final
 
 from mlx_serving.common.errors import InvalidJob
-from mlx_serving.common.jobs import GenerationJob, Lane
-from mlx_serving.common.output_formats import enforces_tools
+from mlx_serving.common.job.output_format import enforces_tools
+from mlx_serving.common.job.schema import GenerationJob, Lane
 from mlx_serving.worker.engine.engine import Engine
 from mlx_serving.worker.engine.scheduling.chunk_size import FIRST_TOKENS, STEP_SECONDS
 from mlx_serving.worker.engine.scheduling.limits import BatchSize, SchedulerLimits

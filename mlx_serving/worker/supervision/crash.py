@@ -6,7 +6,7 @@ import signal
 from enum import Enum
 from typing import TYPE_CHECKING, Final
 
-from mlx_serving.common.calls import Blame
+from mlx_serving.common.protocol.calls import Blame
 from mlx_serving.worker.supervision.manifest import RowState
 
 if TYPE_CHECKING:

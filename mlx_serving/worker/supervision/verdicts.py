@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Final
 import redis
 import structlog
 
-from mlx_serving.common import calls
-from mlx_serving.common.connection import connect, resolve
-from mlx_serving.common.protocol import Protocol
+from mlx_serving.common.protocol import calls
+from mlx_serving.common.protocol.client import Protocol
+from mlx_serving.common.redis.connection import connect, resolve
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from mlx_serving.common.calls import Blame
+    from mlx_serving.common.protocol.calls import Blame
     from mlx_serving.common.settings import Settings
 
 log = structlog.get_logger(__name__)

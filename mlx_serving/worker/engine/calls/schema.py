@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from mlx_serving.common.errors import InvalidJob
-from mlx_serving.common.messages import Tool
+from mlx_serving.common.job.messages import Tool
 
 BLANKS: Final = r"[\x20\x0A\x0D\x09]{1,64}"
 """So much at most between the parts of a JSON text: a model that only indents would never end."""

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from mlx_serving.common.errors import InvalidJob
-from mlx_serving.common.jobs import GenerationJob
-from mlx_serving.common.messages import Tool
-from mlx_serving.common.output_formats import chosen_tools, enforces_tools, must_call
+from mlx_serving.common.job.messages import Tool
+from mlx_serving.common.job.output_format import chosen_tools, enforces_tools, must_call
+from mlx_serving.common.job.schema import GenerationJob
 from mlx_serving.worker.engine.calls.formats import CallFormat, call_format
 from mlx_serving.worker.engine.calls.schema import ToolSchema, json_text
 from mlx_serving.worker.engine.calls.spelling import ANY_TEXT, Spelling, TokenOf, escaped

@@ -6,7 +6,7 @@ from typing import Any
 from msgspec.structs import replace
 
 from mlx_serving.common.errors import InvalidJob
-from mlx_serving.common.jobs import GenerationJob
+from mlx_serving.common.job.schema import GenerationJob
 from mlx_serving.worker.engine.output.grammar_compiler import GrammarCompiler, tokenizer_source
 from mlx_serving.worker.engine.output.output_grammar import output_grammar
 from mlx_serving.worker.engine.output.output_parser import REASONING, TEXT

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable
 
-from mlx_serving.common.jobs import LANES
+from mlx_serving.common.job.schema import LANES
 
 
 class LaneTurns:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from mlx_serving.common.jobs import Lane
+from mlx_serving.common.job.schema import Lane
 from mlx_serving.worker.engine.sequence import Sequence
 
 Group = tuple[Sequence, ...]  # rows with one context, never empty

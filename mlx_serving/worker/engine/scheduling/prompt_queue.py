@@ -21,7 +21,7 @@ from bisect import insort
 from collections.abc import Container, Iterable, Iterator
 from typing import Final
 
-from mlx_serving.common.jobs import LANES
+from mlx_serving.common.job.schema import LANES
 from mlx_serving.worker.engine.prefix.cache import PrefixCache
 from mlx_serving.worker.engine.scheduling.chunk_size import ChunkSize
 from mlx_serving.worker.engine.scheduling.lane_turns import LaneTurns

@@ -5,7 +5,7 @@ from typing import Any, Final
 from jinja2 import TemplateError
 
 from mlx_serving.common.errors import FieldError, InvalidJob
-from mlx_serving.common.jobs import GenerationJob
+from mlx_serving.common.job.schema import GenerationJob
 
 # What apply_chat_template takes for itself: a job that set these would change what is rendered
 # (its own Jinja program among them) or what comes back.

@@ -10,7 +10,7 @@ from __future__ import annotations
 from functools import cache
 from importlib.resources import files
 
-from mlx_serving.common.keys import Keys
+from mlx_serving.common.protocol.keys import Keys
 
 NAMES = (
     "enqueue", "claim", "commit", "renew", "release", "cancel", "reap", "reconcile", "crash",

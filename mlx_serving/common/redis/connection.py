@@ -17,7 +17,7 @@ from redis.retry import Retry
 from redis.sentinel import Sentinel
 
 from mlx_serving.common.errors import InvalidSettings
-from mlx_serving.common.keys import Keys
+from mlx_serving.common.protocol.keys import Keys
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -132,7 +132,7 @@ def connect_async(endpoint: Endpoint, *, block_seconds: float = 0.0) -> AsyncRed
     from redis.asyncio.retry import Retry as AsyncRetry
     from redis.asyncio.sentinel import Sentinel as AsyncSentinel
 
-    from mlx_serving.common.sentinel import SentinelRedis
+    from mlx_serving.common.redis.sentinel import SentinelRedis
 
     options = _options(endpoint, block_seconds)
     if not endpoint.sentinels:

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from redis import exceptions
 
-from mlx_serving.common import calls
 from mlx_serving.common.errors import CorruptJob
-from mlx_serving.common.scripts import NAMES, script_text
+from mlx_serving.common.protocol import calls
+from mlx_serving.common.protocol.scripts import NAMES, script_text
 from mlx_serving.common.states import JobState
 
 if TYPE_CHECKING:
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     import redis.asyncio
     from redis.commands.core import AsyncScript, Script
 
-    from mlx_serving.common.calls import Call
-    from mlx_serving.common.keys import Keys
+    from mlx_serving.common.protocol.calls import Call
+    from mlx_serving.common.protocol.keys import Keys
 
 T = TypeVar("T")
 

@@ -24,9 +24,9 @@ from pydantic import (
 
 from mlx_serving.common import limits
 from mlx_serving.common.errors import CorruptJob, FieldError, InvalidJob
-from mlx_serving.common.job_checks import check_job, invalid_job
-from mlx_serving.common.messages import STRICT, Message, Tool
-from mlx_serving.common.output_formats import ENFORCED_TOOLS_PROTOCOL, TEXT, enforces_tools
+from mlx_serving.common.job.checks import check_job, invalid_job
+from mlx_serving.common.job.messages import STRICT, Message, Tool
+from mlx_serving.common.job.output_format import ENFORCED_TOOLS_PROTOCOL, TEXT, enforces_tools
 from mlx_serving.common.validation import check_data, rules_error
 
 JOB_FUNCTION: Final = "mlx_serving.worker.task.generate"

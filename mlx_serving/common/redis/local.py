@@ -12,8 +12,8 @@ from typing import Final, Literal, Self
 
 import redis
 
-from mlx_serving.common.connection import Endpoint, connect
 from mlx_serving.common.errors import MissingDependency, QueueUnavailable
+from mlx_serving.common.redis.connection import Endpoint, connect
 
 AppendOnly = Literal["no", "everysec", "always"]
 

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from mlx_serving.common import limits
 from mlx_serving.common.errors import FieldError, InvalidJob, PayloadTooLarge
-from mlx_serving.common.messages import message_problem
-from mlx_serving.common.output_formats import format_errors
+from mlx_serving.common.job.messages import message_problem
+from mlx_serving.common.job.output_format import format_errors
 from mlx_serving.common.validation import TOO_LARGE, pydantic_errors, rules_error
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from pydantic import ValidationError
 
-    from mlx_serving.common.jobs import GenerationJob
+    from mlx_serving.common.job.schema import GenerationJob
 
 
 class Unsupported(NamedTuple):

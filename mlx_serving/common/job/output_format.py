@@ -16,8 +16,8 @@ from mlx_serving.common.errors import FieldError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from mlx_serving.common.jobs import GenerationJob
-    from mlx_serving.common.messages import Tool
+    from mlx_serving.common.job.messages import Tool
+    from mlx_serving.common.job.schema import GenerationJob
 
 TEXT: Final = {"type": "text"}
 ENFORCED_TOOLS_PROTOCOL: Final = 3

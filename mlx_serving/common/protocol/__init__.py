@@ -1,0 +1,1 @@
+"""The delivery protocol: keys, calls, scripts, and the client that runs them."""
