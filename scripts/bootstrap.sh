@@ -18,6 +18,7 @@ fingerprint() {
     {
         cat pyproject.toml constraints.txt CMakeLists.txt scripts/bootstrap.sh
         find native -type f | LC_ALL=C sort | xargs cat
+        find mlx_serving -name '*.py' | LC_ALL=C sort  # an editable install maps each module to its file
         printf '%s|%s|%s|%s' "$PWD" "$PYTHON" "${CXX:-}" "${MLX_SERVING_NO_NATIVE_BUILD:-}"
     } | cksum
 }
