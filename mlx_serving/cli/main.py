@@ -9,7 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 from mlx_serving import __version__
-from mlx_serving.cli.batch.commands import app as batch
+from mlx_serving.cli.batch import app as batch
 from mlx_serving.cli.console import EXIT_ERROR, EXIT_INTERRUPTED, fail, fail_at_output
 from mlx_serving.cli.demo.command import demo
 from mlx_serving.cli.doctor.command import doctor

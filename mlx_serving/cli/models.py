@@ -1,16 +1,120 @@
-"""`mlx-serving models`: which aliases there are, and which this machine can load."""
+"""`mlx-serving models`: which aliases there are, where their files are, and how they come here."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Final
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
-from mlx_serving.cli.console import print_json, print_table
-from mlx_serving.cli.hub_models import found_path, hub_problem, known_path, pull
+from mlx_serving.cli.console import note, print_json, print_table
 from mlx_serving.cli.options import AsJson, read_settings
+from mlx_serving.common.errors import FieldError, ModelUnreachable, UnknownModel
+
+if TYPE_CHECKING:
+    from mlx_serving.common.settings import Settings
+    from mlx_serving.worker.engine.hub import Hub
+    from mlx_serving.worker.engine.model_files import ModelFilesError
+
+
+def known_path(settings: Settings, model: str) -> str:
+    """Folder that the settings have for a model, whatever is in it.
+
+    Raises:
+        UnknownModel: they know no such alias.
+
+    """
+    path = settings.models.get(model)
+    if path is None:
+        known = ", ".join(sorted(settings.models))
+        reason = f"{model!r} is no alias of the settings (known: {known})"
+        raise UnknownModel([FieldError("model", reason)])
+    return path
+
+
+def hub_of(settings: Settings) -> Hub:
+    """The hub of the settings."""
+    from mlx_serving.worker.engine.hub import Hub
+
+    return Hub(settings.hub_endpoint, settings.hub_cache)
+
+
+def found_path(settings: Settings, path: str) -> str:
+    """Folder of a model of the settings, as far as it is here; downloads nothing."""
+    from mlx_serving.worker.engine.hub import hub_model, local_folder
+    from mlx_serving.worker.engine.model_files import ModelFilesError
+
+    model = hub_model(path)
+    if model is None:
+        return path
+    try:
+        found = local_folder(model, hub_of(settings))
+    except ModelFilesError:
+        return path  # the look at its files says why
+    return path if found is None else str(found)
+
+
+def hub_problem(alias: str, path: str) -> str | None:
+    """Why a hub's model is not here, where `found_path` found no folder; None for a folder."""
+    from mlx_serving.worker.engine.hub import hub_model, require_pinned
+    from mlx_serving.worker.engine.model_files import ModelFilesError
+
+    model = hub_model(path)
+    if model is None:
+        return None
+    try:
+        require_pinned(model)
+    except ModelFilesError as error:
+        return str(error)
+    return f"not downloaded, or not whole: mlx-serving models pull {alias}"
+
+
+def fetched_path(settings: Settings, path: str) -> str:
+    """Folder of a model of the settings, downloaded first where it is a hub's.
+
+    Raises:
+        ModelFilesError: it can't be downloaded; names model, host and reason.
+
+    """
+    from mlx_serving.worker.engine.hub import download, hub_model
+
+    model = hub_model(path)
+    return path if model is None else str(download(model, hub_of(settings), note))
+
+
+def refusal(alias: str, error: ModelFilesError) -> UnknownModel:
+    """Our error for a model of the settings that can't be had, now or ever."""
+    from mlx_serving.worker.engine.hub import HubUnreachableError
+
+    kind = ModelUnreachable if isinstance(error, HubUnreachableError) else UnknownModel
+    return kind([FieldError(f"models.{alias}", str(error))])
+
+
+def pull(settings: Settings, alias: str) -> None:
+    """Download a model of the settings; of a branch, only say which commit it is.
+
+    Raises:
+        UnknownModel: there is no such alias, it can't be downloaded, or it is not pinned.
+
+    """
+    from mlx_serving.cli.options import require_engine
+    from mlx_serving.worker.engine.hub import hub_model, resolve
+    from mlx_serving.worker.engine.model_files import ModelFilesError
+
+    model = hub_model(known_path(settings, alias))
+    if model is None:
+        return  # a folder, which the list says more of
+    require_engine()
+    try:
+        if not model.pinned:
+            commit = resolve(model, hub_of(settings))
+            reason = f"{model} is not pinned; it is {commit} now: write that"
+            raise UnknownModel([FieldError(f"models.{alias}", reason)])
+        fetched_path(settings, str(model))
+    except ModelFilesError as error:
+        raise refusal(alias, error) from None
+
 
 BYTES_A_MB: Final = 1_000_000
 

@@ -1,15 +1,40 @@
-"""Options that several commands share, and the settings that they lead to."""
+"""Options that several commands share, their settings, and whether the engine is installed."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
 from mlx_serving.cli.console import note
+from mlx_serving.common.errors import MissingDependency
 
 if TYPE_CHECKING:
     from mlx_serving.common.settings import Settings
+
+ENGINE: Final = ("mlx", "mlx_lm")
+
+
+INSTALL: Final = 'pip install "mlx-serving[worker]"'
+
+
+def missing_engine() -> list[str]:
+    """Packages of the [worker] extra that are not installed."""
+    return [package for package in ENGINE if find_spec(package) is None]
+
+
+def require_engine() -> None:
+    """Refuse to go on without the engine.
+
+    Raises:
+        MissingDependency: names what is missing and the command that installs it.
+
+    """
+    missing = missing_engine()
+    if missing:
+        raise MissingDependency(f"{' and '.join(missing)} not installed: {INSTALL}")
+
 
 RedisUrl = Annotated[
     str | None,
@@ -20,8 +45,14 @@ RedisUrl = Annotated[
         show_default=False,
     ),
 ]
+
+
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
 Model = Annotated[str, typer.Option("--model", "-m", help="Alias of the model.")]
+
+
 ForModel = Annotated[
     str | None,
     typer.Option("--model", "-m", help="Look at this model's Redis, where it has its own."),

@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from mlx_serving.cli.console import fail, note
-from mlx_serving.cli.extras import require_engine
-from mlx_serving.cli.hub_models import known_path
-from mlx_serving.cli.options import RedisUrl, read_settings
+from mlx_serving.cli.models import known_path
+from mlx_serving.cli.options import RedisUrl, read_settings, require_engine
 from mlx_serving.common.errors import InvalidSettings, MissingDependency, UnknownModel
 
 if TYPE_CHECKING:
@@ -99,7 +98,7 @@ def engine_spec(
 
 def _paths(settings: Settings, known: dict[str, str]) -> dict[str, str]:
     """Folder of each model, one of which is complete at least."""
-    from mlx_serving.cli.hub_models import found_path
+    from mlx_serving.cli.models import found_path
 
     paths: dict[str, str] = {}
     problems: list[UnknownModel] = []
@@ -145,7 +144,7 @@ def model_path(settings: Settings, model: str) -> str:
     """
     from pathlib import Path
 
-    from mlx_serving.cli.hub_models import fetched_path, refusal
+    from mlx_serving.cli.models import fetched_path, refusal
     from mlx_serving.worker.engine.model_files import ModelFilesError, check_model_files
 
     path = known_path(settings, model)

@@ -14,6 +14,7 @@ from mlx_serving.common.protocol.client import AsyncProtocol
 from mlx_serving.common.redis.connection import connect_async
 from mlx_serving.common.redis.retrying import FAULTS, retry_idempotent_async, unavailable
 from mlx_serving.common.states import TERMINAL
+from mlx_serving.producer.assembler import StreamAssembler
 from mlx_serving.producer.base import (
     CANCELLED_BY_CLIENT,
     BaseClient,
@@ -25,9 +26,8 @@ from mlx_serving.producer.base import (
     wait_s,
 )
 from mlx_serving.producer.handles import AsyncJobHandle
-from mlx_serving.producer.hub import Mailbox, StreamHub
-from mlx_serving.producer.outage import Outage
-from mlx_serving.producer.stream import StreamAssembler
+from mlx_serving.producer.retry_window import Outage
+from mlx_serving.producer.stream_hub import Mailbox, StreamHub
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable

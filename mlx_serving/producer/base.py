@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from mlx_serving.common.protocol.client import JobRecord
     from mlx_serving.common.redis.connection import Endpoint
     from mlx_serving.common.settings import Settings
-    from mlx_serving.producer.stream import StreamAssembler
+    from mlx_serving.producer.assembler import StreamAssembler
 
     JobLike = GenerationJob | Mapping[str, Any]
 

@@ -15,6 +15,7 @@ from mlx_serving.common.protocol.client import Protocol
 from mlx_serving.common.redis.connection import connect
 from mlx_serving.common.redis.retrying import FAULTS, answered
 from mlx_serving.common.states import TERMINAL
+from mlx_serving.producer.assembler import StreamAssembler
 from mlx_serving.producer.base import (
     CANCELLED_BY_CLIENT,
     BaseClient,
@@ -26,9 +27,8 @@ from mlx_serving.producer.base import (
     wait_s,
 )
 from mlx_serving.producer.handles import JobHandle
-from mlx_serving.producer.live import LiveFeed
-from mlx_serving.producer.outage import Outage
-from mlx_serving.producer.stream import StreamAssembler
+from mlx_serving.producer.live_feed import LiveFeed
+from mlx_serving.producer.retry_window import Outage
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterable

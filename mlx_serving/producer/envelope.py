@@ -18,7 +18,7 @@ from rq.serializers import JSONSerializer
 from mlx_serving.common.errors import FieldError, PayloadTooLarge
 from mlx_serving.common.protocol.calls import EnqueueEntry, iso_now
 from mlx_serving.common.signing import SIGNATURE_FIELD, Signer
-from mlx_serving.producer.affinity import marks
+from mlx_serving.producer.marks import marks
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -10,8 +10,8 @@ import pytest
 from typer.testing import CliRunner
 
 from mlx_serving.cli.doctor.engine import check_model
-from mlx_serving.cli.hub_models import found_path
 from mlx_serving.cli.main import app
+from mlx_serving.cli.models import found_path
 from mlx_serving.cli.worker import model_path
 from mlx_serving.common.errors import UnknownModel
 from mlx_serving.common.settings import TALLY_PATH, load_settings

@@ -22,7 +22,7 @@ from mlx_serving import (
     QueueUnavailable,
     ResultTimeout,
 )
-from mlx_serving.producer.hub import Mailbox, StreamHub
+from mlx_serving.producer.stream_hub import Mailbox, StreamHub
 from tests.helpers import wait_until_async
 from tests.scripted_worker import ScriptedWorker, queued
 
@@ -273,7 +273,7 @@ class TestStreams:
         redis_client: redis.Redis,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        monkeypatch.setattr("mlx_serving.producer.hub.PING_S", 0.02)
+        monkeypatch.setattr("mlx_serving.producer.stream_hub.PING_S", 0.02)
         job = await client.submit(**fields())
         reader = asyncio.create_task(collect(client, job))
         await wait_until_async(lambda: subscribed(redis_client))
@@ -291,7 +291,7 @@ class TestStreams:
     async def test_a_connection_that_answers_no_more_is_replaced(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("mlx_serving.producer.hub.PING_S", 0.05)
+        monkeypatch.setattr("mlx_serving.producer.stream_hub.PING_S", 0.05)
         with LocalRedis() as server, server.client() as redis_client:
             async with AsyncClient(server.url) as client:
                 job = await client.submit(**fields())

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from typer.testing import CliRunner
 
-from mlx_serving.cli.batch.view import Pace, report_rows
+from mlx_serving.cli.batch_view import Pace, report_rows
 from mlx_serving.cli.main import app
 from mlx_serving.producer.batch.objects import Batch, RequestCounts
 from mlx_serving.producer.batch.registry import Report

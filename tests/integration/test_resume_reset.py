@@ -10,7 +10,7 @@ import pytest
 from mlx_serving import AsyncClient, Client, StreamReset
 from mlx_serving.common import events, results
 from mlx_serving.common.protocol import calls
-from mlx_serving.producer.stream import StreamAssembler
+from mlx_serving.producer.assembler import StreamAssembler
 from tests.stepped_worker import SteppedWorker, spelled_engine, words
 from tests.worker_process import job_events
 

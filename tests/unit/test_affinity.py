@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from mlx_serving.common.job.schema import GenerationJob
-from mlx_serving.producer.affinity import BEGINNING_CHARS, PROMPT_CHARS, marks
 from mlx_serving.producer.envelope import seal
+from mlx_serving.producer.marks import BEGINNING_CHARS, PROMPT_CHARS, marks
 
 LONG = "You answer politely. " * 30
 FORM = re.compile(r"([0-9a-f]{16})?,([0-9a-f]{16})?")

@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from mlx_serving.common.errors import CorruptEvent, StreamConflict, StreamGap
-from mlx_serving.producer.stream import POLL_S, SILENCE_S, StreamAssembler
+from mlx_serving.producer.assembler import POLL_S, SILENCE_S, StreamAssembler
 
 if TYPE_CHECKING:
     from mlx_serving.common.events import Event

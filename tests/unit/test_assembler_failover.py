@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from mlx_serving.common.errors import StreamConflict
 from mlx_serving.common.events import decode
-from mlx_serving.producer.stream import StreamAssembler
+from mlx_serving.producer.assembler import StreamAssembler
 
 if TYPE_CHECKING:
     from mlx_serving.common.events import Event

@@ -9,7 +9,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from mlx_serving.producer.stream import StreamAssembler
+from mlx_serving.producer.assembler import StreamAssembler
 
 if TYPE_CHECKING:
     from mlx_serving.common.events import Event

@@ -9,7 +9,7 @@ import pytest
 from typer.main import get_command
 from typer.testing import CliRunner
 
-from mlx_serving.cli.batch.commands import app as batch
+from mlx_serving.cli.batch import app as batch
 from mlx_serving.cli.main import app
 from mlx_serving.producer.batch import collector, lines, validation
 from mlx_serving.producer.batch.body import IGNORED, NEUTRAL

@@ -16,18 +16,16 @@ from mlx_serving.common.errors import BatchNotFound, InvalidBatch
 from mlx_serving.common.job.schema import GenerationJob
 from mlx_serving.common.results import ChoiceResult, GenerationResult
 from mlx_serving.common.states import JobState
-from mlx_serving.producer.batch.exporting import copy_lines, whole_lines
+from mlx_serving.producer.batch.feeder import Flight
 from mlx_serving.producer.batch.folder import BatchFolder, BatchState, InputFile
-from mlx_serving.producer.batch.index import Place, prefix_key, read_places
+from mlx_serving.producer.batch.index import ExternalSorter, Place, prefix_key, read_places
 from mlx_serving.producer.batch.line_set import LineSet
 from mlx_serving.producer.batch.objects import CHAT, Batch, LineError
 from mlx_serving.producer.batch.options import BatchOptions
-from mlx_serving.producer.batch.reading import read_lines
 from mlx_serving.producer.batch.records import line_of, record_id
+from mlx_serving.producer.batch.result_file import copy_lines, whole_lines
 from mlx_serving.producer.batch.results import Results
-from mlx_serving.producer.batch.sorting import ExternalSorter
-from mlx_serving.producer.batch.validation import Validation
-from mlx_serving.producer.batch.window import Flight
+from mlx_serving.producer.batch.validation import Validation, read_lines
 
 BATCH = "batch_0123456789abcdef"
 

@@ -14,6 +14,7 @@ from openai.types.chat import ChatCompletion
 from mlx_serving.common.events import Usage
 from mlx_serving.common.results import ChoiceResult, GenerationResult, Timings
 from mlx_serving.common.states import JobState
+from mlx_serving.producer.batch.feeder import Flight
 from mlx_serving.producer.batch.folder import BatchFolder
 from mlx_serving.producer.batch.index import Place
 from mlx_serving.producer.batch.objects import (
@@ -26,7 +27,6 @@ from mlx_serving.producer.batch.objects import (
 )
 from mlx_serving.producer.batch.records import body_of
 from mlx_serving.producer.batch.results import Results
-from mlx_serving.producer.batch.window import Flight
 
 BATCH = "batch_0123456789abcdef"
 STATUSES = (

@@ -10,9 +10,9 @@ from mlx_serving.common.events import ErrorInfo
 from mlx_serving.common.results import GenerationResult
 from mlx_serving.common.states import JobState
 from mlx_serving.producer.batch.collector import PAGE_JOBS, Collector
+from mlx_serving.producer.batch.feeder import Flight, Window
 from mlx_serving.producer.batch.index import Place
 from mlx_serving.producer.batch.objects import CHAT
-from mlx_serving.producer.batch.window import Flight, Window
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

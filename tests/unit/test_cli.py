@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from mlx_serving import __version__
-from mlx_serving.cli import extras
+from mlx_serving.cli import options
 from mlx_serving.cli.console import harmless
 from mlx_serving.cli.generate import build_job
 from mlx_serving.cli.main import app
@@ -200,7 +200,7 @@ def test_a_worker_that_no_restart_mends_says_so_to_its_service_manager(
     monkeypatch.delenv("MLX_SERVING_LEASE_SECONDS")
     monkeypatch.setenv("MLX_SERVING_MODELS", json.dumps({"gone": str(tmp_path / "gone")}))
     no_model = runner.invoke(app, ["worker", "--model", "gone"])
-    monkeypatch.setattr(extras, "ENGINE", ("no_such_engine",))
+    monkeypatch.setattr(options, "ENGINE", ("no_such_engine",))
     no_engine = runner.invoke(app, ["worker"])
     assert [r.exit_code for r in (wrong_setting, no_model, no_engine)] == [EXIT_CONFIGURATION] * 3
     assert [r.stderr.split(": ")[1] for r in (wrong_setting, no_model, no_engine)] == [
@@ -227,13 +227,13 @@ def test_a_worker_without_redis_is_one_line() -> None:
 def test_a_worker_without_the_engine_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(extras, "ENGINE", ("no_such_engine",))
+    monkeypatch.setattr(options, "ENGINE", ("no_such_engine",))
     with pytest.raises(MissingDependency, match=r'pip install "mlx-serving\[worker\]"'):
         engine_spec(load_settings(), "tally")
 
 
 def test_the_simulated_engine_needs_no_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(extras, "ENGINE", ("no_such_engine",))
+    monkeypatch.setattr(options, "ENGINE", ("no_such_engine",))
     spec = engine_spec(load_settings(), "tally", "simulated", 50.0)
     assert (spec.kind, spec.tokens_per_second) == ("simulated", 50.0)
 

@@ -15,7 +15,9 @@ DOCUMENTS = [ROOT / "README.md", ROOT / "ops" / "README.md", *sorted((ROOT / "do
 
 
 def test_the_map_of_the_house_has_every_room_and_no_other() -> None:
-    told = re.findall(r"^\| `([\w/]+)/` \|", (ROOT / "docs" / "architecture.md").read_text(), re.M)
+    told = re.findall(
+        r"^\| `([\w/]+)/` \|", (ROOT / "docs" / "architecture.md").read_text(), re.MULTILINE
+    )
     rooms = sorted(str(p.parent.relative_to(PACKAGE)) for p in PACKAGE.rglob("__init__.py"))
     assert sorted(told) == [room for room in rooms if room != "."]
 

@@ -7,9 +7,8 @@ import pytest
 import redis
 
 from mlx_serving.cli.doctor import engine, redis_server
-from mlx_serving.cli.doctor.conditions import condition_checks
-from mlx_serving.cli.doctor.mac import UNVERIFIED, mac_checks
-from mlx_serving.cli.doctor.models import fleet_problems, other_models
+from mlx_serving.cli.doctor.engine import fleet_problems, other_models
+from mlx_serving.cli.doctor.machine import UNVERIFIED, condition_checks, mac_checks
 from mlx_serving.cli.doctor.report import Check, Level, failed
 from mlx_serving.cli.overview import Overview, QueueView
 from mlx_serving.common.settings import load_settings

@@ -39,10 +39,8 @@ def doctor(
 
 def run_checks(settings: Settings, model: str) -> Iterator[Check]:
     """Run every check, each group whatever became of the others."""
-    from mlx_serving.cli.doctor.conditions import condition_checks
-    from mlx_serving.cli.doctor.engine import engine_checks
-    from mlx_serving.cli.doctor.mac import mac_checks
-    from mlx_serving.cli.doctor.models import fleet_checks, other_models
+    from mlx_serving.cli.doctor.engine import engine_checks, fleet_checks, other_models
+    from mlx_serving.cli.doctor.machine import condition_checks, mac_checks
     from mlx_serving.cli.doctor.redis_server import redis_checks
     from mlx_serving.common.redis.connection import resolve
 

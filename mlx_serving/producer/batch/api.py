@@ -13,12 +13,12 @@ import msgspec
 
 from mlx_serving.common.errors import InvalidBatch, ResultTimeout
 from mlx_serving.producer.batch.background import start_runner
-from mlx_serving.producer.batch.exporting import whole_lines
 from mlx_serving.producer.batch.folder import BatchFolder, BatchState, InputFile
 from mlx_serving.producer.batch.naming import find_folder, find_report, folder_beside, new_id
 from mlx_serving.producer.batch.objects import Batch
 from mlx_serving.producer.batch.options import BatchOptions
 from mlx_serving.producer.batch.registry import Registry, Report
+from mlx_serving.producer.batch.result_file import whole_lines
 from mlx_serving.producer.batch.runner import Runner
 
 if TYPE_CHECKING:

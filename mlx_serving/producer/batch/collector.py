@@ -12,10 +12,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from mlx_serving.common.results import GenerationResult
+    from mlx_serving.producer.batch.feeder import Flight, Window
     from mlx_serving.producer.batch.index import Place
     from mlx_serving.producer.batch.results import Results
     from mlx_serving.producer.batch.store import JobStore
-    from mlx_serving.producer.batch.window import Flight, Window
 
 PAGE_JOBS: Final = 256  # states a round trip
 RESULT_JOBS: Final = 64  # result records a round trip, and in memory at once

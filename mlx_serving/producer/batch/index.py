@@ -1,14 +1,13 @@
-"""The order in which lines are fed: a file of fixed-size records, one a valid line.
-
-Records are sorted by model, then (in order `prefix`) by what a prompt begins with, then by line, so
-that lines which share a system prompt follow each other and a worker's prefix cache finds them.
-"""
+"""The order in which lines are fed: fixed-size records in a file, one a valid line, sorted."""
 
 from __future__ import annotations
 
 import hashlib
+import heapq
+import os
 import struct
-from typing import TYPE_CHECKING, Final, NamedTuple
+import tempfile
+from typing import TYPE_CHECKING, Final, NamedTuple, Self
 
 import msgspec
 
@@ -18,18 +17,78 @@ if TYPE_CHECKING:
 
     from mlx_serving.common.job.schema import GenerationJob
 
+RUN_RECORDS: Final = 65_536
+
+
+_READ_RECORDS: Final = 1024
+
+
+class ExternalSorter:
+    """Sorts byte records of one size. Use it as a context: its file is gone afterwards."""
+
+    def __init__(self, folder: Path, record_bytes: int, run_records: int = RUN_RECORDS) -> None:
+        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 -- closed by __exit__
+        self._size = record_bytes
+        self._run_records = run_records
+        self._run: list[bytes] = []
+        self._runs: list[tuple[int, int]] = []  # offset and end of each
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def add(self, record: bytes) -> None:
+        """Take a record."""
+        self._run.append(record)
+        if len(self._run) >= self._run_records:
+            self._write_run()
+
+    def merged(self) -> Iterator[bytes]:
+        """All records in order."""
+        self._write_run()
+        return heapq.merge(*(self._read_run(*run) for run in self._runs))
+
+    def _write_run(self) -> None:
+        if not self._run:
+            return
+        start = self._file.seek(0, os.SEEK_END)
+        self._run.sort()
+        self._file.writelines(self._run)
+        self._file.flush()
+        self._runs.append((start, start + len(self._run) * self._size))
+        self._run.clear()
+
+    def _read_run(self, start: int, end: int) -> Iterator[bytes]:
+        step = self._size * _READ_RECORDS
+        for at in range(start, end, step):
+            block = os.pread(self._file.fileno(), min(step, end - at), at)
+            for first in range(0, len(block), self._size):
+                yield block[first : first + self._size]
+
+
 MODELS: Final = 256
+
+
 """Most models that one file may name: each is fed on its own."""
 
+
 HEADS: Final = (64, 256, 1024)
+
+
 """Characters of what follows the system turns by which lines are grouped, one level each."""
+
 
 _RECORD: Final = struct.Struct(
     ">H32sQQI"
 )  # model, prefix key, line, offset, length: sorts as bytes
+
+
 RECORD_BYTES: Final = _RECORD.size
+
+
 NO_PREFIX: Final = bytes(32)
-_READ_RECORDS: Final = 1024
 
 
 class Place(NamedTuple):

@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Final
 
 from mlx_serving.common.job.schema import queue_name
 from mlx_serving.producer.batch.collector import PAGE_JOBS, Collector
-from mlx_serving.producer.batch.feeder import Feeder
+from mlx_serving.producer.batch.feeder import Feeder, Window
 from mlx_serving.producer.batch.index import read_places
 from mlx_serving.producer.batch.store import JobStore
-from mlx_serving.producer.batch.window import Window
 from mlx_serving.producer.client import Client
 
 if TYPE_CHECKING:

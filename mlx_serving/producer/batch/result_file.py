@@ -1,12 +1,19 @@
-"""A result file that only grows: whole lines, cut back to whole ones after a crash."""
+"""A result file that only grows: whole lines, cut back to whole ones after a crash; its copies."""
 
 from __future__ import annotations
 
+import contextlib
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
+
+import msgspec
+
+from mlx_serving.common.errors import InvalidBatch
+from mlx_serving.producer.batch.line_set import LineSet
+from mlx_serving.producer.batch.records import line_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
 
@@ -49,3 +56,56 @@ class ResultFile:
             self._file.truncate(good)
             os.fsync(self._file.fileno())
         return torn
+
+
+class _Id(msgspec.Struct):
+    id: str
+
+
+def whole_lines(path: Path, batch_id: str) -> Iterator[bytes]:
+    """Lines of a result file, also while it grows; a torn tail and duplicates are left out."""
+    seen = LineSet()
+    decoder = msgspec.json.Decoder(_Id)
+    with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+        for raw in file:
+            if not raw.endswith(b"\n"):
+                return
+            try:
+                line = line_of(decoder.decode(raw).id, batch_id)
+            except (msgspec.DecodeError, UnicodeDecodeError):
+                return
+            if line is not None and seen.add(line):
+                yield raw
+
+
+def copy_lines(lines: Iterator[bytes], to: Path) -> int:
+    """Write lines to a file that is there whole or not at all; returns how many.
+
+    What is no file (a pipe, a device) is written to as it is, never replaced.
+
+    Raises:
+        InvalidBatch: `to` is a folder, or in none.
+
+    """
+    to = to.resolve()  # a link stays, and so does /dev/stdout
+    if to.is_dir():
+        raise InvalidBatch([("output", f"{to} is a folder")])
+    if not to.parent.is_dir():
+        raise InvalidBatch([("output", f"there is no folder {to.parent}")])
+    if to.exists() and not to.is_file():
+        with to.open("wb") as file:
+            return _write(lines, file)
+    part = to.with_name(f".{to.name}.part")
+    with part.open("wb") as file:
+        count = _write(lines, file)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(to)
+    return count
+
+
+def _write(lines: Iterator[bytes], file: BinaryIO) -> int:
+    count = 0
+    for count, line in enumerate(lines, 1):  # noqa: B007 -- the last one is the number
+        file.write(line)
+    return count

@@ -26,8 +26,8 @@ from mlx_serving.producer.batch.result_file import ResultFile
 if TYPE_CHECKING:
     from mlx_serving.common.events import Usage
     from mlx_serving.common.results import GenerationResult
+    from mlx_serving.producer.batch.feeder import Flight
     from mlx_serving.producer.batch.folder import BatchFolder
-    from mlx_serving.producer.batch.window import Flight
 
 
 class _Tokens(msgspec.Struct, frozen=True):

@@ -1,8 +1,4 @@
-"""The first pass over a bulk file: every line is read, checked and given its place in the order.
-
-Memory does not grow with the file: records are sorted outside, errors go to the error file, and
-what is kept a line is one bit.
-"""
+"""The first pass over a bulk file: every line is read, checked and given its place in the order."""
 
 from __future__ import annotations
 
@@ -12,13 +8,14 @@ import struct
 import time
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, Final
+from typing import TYPE_CHECKING, BinaryIO, Final, NamedTuple
 
 from mlx_serving.producer.batch.folder import InputFile, Section, sync_folder
 from mlx_serving.producer.batch.index import (
     MODELS,
     NO_PREFIX,
     RECORD_BYTES,
+    ExternalSorter,
     Place,
     place_of,
     prefix_key,
@@ -27,17 +24,51 @@ from mlx_serving.producer.batch.index import (
 from mlx_serving.producer.batch.line_set import LineSet
 from mlx_serving.producer.batch.lines import LINE_BYTES, BadLine, LineReader, Request, custom_id_of
 from mlx_serving.producer.batch.objects import NAMED_ERRORS, ErrorList, LineError
-from mlx_serving.producer.batch.reading import read_lines
 from mlx_serving.producer.batch.results import Results
-from mlx_serving.producer.batch.sorting import ExternalSorter
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from mlx_serving.producer.batch.folder import BatchFolder, BatchState
-    from mlx_serving.producer.batch.reading import PlacedLine
+
+_BOM = b"\xef\xbb\xbf"
+
+
+class PlacedLine(NamedTuple):
+    """A line that is not blank: its number from 1, its bytes, and where they are.
+
+    `data` is None where the line is longer than the reader's limit.
+    """
+
+    number: int
+    offset: int
+    length: int
+    data: bytes | None
+
+
+def read_lines(file: BinaryIO, limit: int) -> Iterator[PlacedLine]:
+    """Read from the start; of a line over `limit` bytes no more than these are held at once."""
+    offset = number = 0
+    while piece := file.readline(limit):
+        number += 1
+        length = len(piece)
+        whole = piece.endswith(b"\n") or length < limit
+        while not whole:
+            rest = file.readline(limit)
+            length += len(rest)
+            whole = rest.endswith(b"\n") or len(rest) < limit
+            piece = b""
+        skipped = len(_BOM) if offset == 0 and piece.startswith(_BOM) else 0
+        if length > limit or not piece:
+            yield PlacedLine(number, offset, length, None)
+        elif piece[skipped:].strip():
+            yield PlacedLine(number, offset + skipped, length - skipped, piece[skipped:])
+        offset += length
+
 
 _CUSTOM_ID: Final = struct.Struct(">16sQQI")  # its hash, line, offset, length
+
+
 PROGRESS_LINES: Final = 1000
 
 

@@ -15,13 +15,13 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Literal
 
 from mlx_serving.common.redis.retrying import FAULTS
-from mlx_serving.producer.outage import Outage
+from mlx_serving.producer.retry_window import Outage
 
 if TYPE_CHECKING:
     from redis import Redis
 
     from mlx_serving.common.events import Event
-    from mlx_serving.producer.stream import StreamAssembler
+    from mlx_serving.producer.assembler import StreamAssembler
 
 Kind = Literal["message", "subscribe", "other"]
 

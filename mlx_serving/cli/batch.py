@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Annotated, Literal
 
 import typer
 
-from mlx_serving.cli.batch import options
 from mlx_serving.cli.console import (
     EXIT_ERROR,
     EXIT_INTERRUPTED,
@@ -18,7 +18,95 @@ from mlx_serving.cli.console import (
 )
 from mlx_serving.cli.options import AsJson, RedisUrl, read_settings
 
+Name = Annotated[
+    str | None,
+    typer.Argument(help="Id, folder or input file of a batch; without it, the last one."),
+]
+
+
+Output = Annotated[
+    Path | None, typer.Option("--output", "-o", help="Write to this file; without it, stdout.")
+]
+
+
+Requests = Annotated[str, typer.Argument(help="Requests, one a line; - reads standard input.")]
+
+
+LineModel = Annotated[
+    str | None, typer.Option("--model", "-m", help="Model of lines that name none.")
+]
+
+
+ModelMap = Annotated[
+    list[str] | None,
+    typer.Option(help="FOREIGN=OURS: what a line calls FOREIGN runs on OURS. Repeatable."),
+]
+
+
+MaxTokens = Annotated[
+    int | None, typer.Option(help="Most tokens to decode, for lines that do not say.")
+]
+
+
+Temperature = Annotated[float | None, typer.Option(help="Temperature, for lines that do not say.")]
+
+
+Raw = Annotated[
+    bool, typer.Option("--raw", help="Plain prompts go on as they are: no chat template.")
+]
+
+
+Order = Annotated[
+    Literal["prefix", "file"],
+    typer.Option(help="prefix: lines that begin alike follow each other. file: as they stand."),
+]
+
+
+CompletionWindow = Annotated[
+    str, typer.Option(help="After so long (24h, 90m, 2d) what has not finished expires.")
+]
+
+
+Strict = Annotated[bool, typer.Option("--strict", help="Run nothing where any line is wrong.")]
+
+
+Depth = Annotated[int, typer.Option(help="Lines of a model to keep waiting in its queue.")]
+
+
+InFlight = Annotated[int, typer.Option(help="Most lines of a model in Redis at once.")]
+
+
+Tenant = Annotated[
+    str | None, typer.Option(help="Whose jobs they are: its limits and its share hold.")
+]
+
+
+Folder = Annotated[
+    Path | None, typer.Option(help="Where state and results go; else beside the file.")
+]
+
+
+Wait = Annotated[
+    bool, typer.Option("--wait", help="Watch it to its end; Ctrl-C leaves it running.")
+]
+
+
+Foreground = Annotated[
+    bool, typer.Option("--foreground", help="Run it in this process, for service managers.")
+]
+
+
+def read_model_map(texts: list[str] | None) -> dict[str, str]:
+    """Read FOREIGN=OURS pairs. Raises typer.BadParameter."""
+    pairs = [(text, *text.partition("=")) for text in texts or []]
+    for text, foreign, _, ours in pairs:
+        if not (foreign and ours):
+            raise typer.BadParameter(f"--model-map takes FOREIGN=OURS, not {text!r}")
+    return {foreign: ours for _, foreign, _, ours in pairs}
+
+
 STDIN = "-"
+
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -28,20 +116,20 @@ app = typer.Typer(
 
 @app.command()
 def submit(  # noqa: PLR0913, PLR0917 -- each is an option of the command line
-    file: options.Requests,
-    model: options.LineModel = None,
-    model_map: options.ModelMap = None,
-    max_tokens: options.MaxTokens = None,
-    temperature: options.Temperature = None,
-    raw: options.Raw = False,
-    order: options.Order = "prefix",
-    completion_window: options.CompletionWindow = "24h",
-    strict: options.Strict = False,
-    depth: options.Depth = 512,
-    in_flight: options.InFlight = 8192,
-    tenant: options.Tenant = None,
-    folder: options.Folder = None,
-    wait: options.Wait = False,
+    file: Requests,
+    model: LineModel = None,
+    model_map: ModelMap = None,
+    max_tokens: MaxTokens = None,
+    temperature: Temperature = None,
+    raw: Raw = False,
+    order: Order = "prefix",
+    completion_window: CompletionWindow = "24h",
+    strict: Strict = False,
+    depth: Depth = 512,
+    in_flight: InFlight = 8192,
+    tenant: Tenant = None,
+    folder: Folder = None,
+    wait: Wait = False,
     as_json: AsJson = False,
     redis_url: RedisUrl = None,
 ) -> None:
@@ -52,14 +140,14 @@ def submit(  # noqa: PLR0913, PLR0917 -- each is an option of the command line
 
     Exit status: 0, or 1 where no line can be run (with --wait: where the batch did not complete).
     """
-    from mlx_serving.cli.batch.view import Reading, describe, watch_batch
+    from mlx_serving.cli.batch_view import Reading, describe, watch_batch
     from mlx_serving.producer.batch.api import Batches
 
     batches = Batches(read_settings(redis_url))
     with Reading() as reading:
         batch = batches.submit(
             sys.stdin.buffer if file == STDIN else file, folder=folder, progress=reading.show,
-            model=model, model_map=options.model_map(model_map), max_tokens=max_tokens,
+            model=model, model_map=read_model_map(model_map), max_tokens=max_tokens,
             temperature=temperature, raw=raw, order=order, completion_window=completion_window,
             strict=strict, depth=depth, in_flight=in_flight, tenant=tenant,
         )  # fmt: skip
@@ -75,9 +163,9 @@ def submit(  # noqa: PLR0913, PLR0917 -- each is an option of the command line
 
 
 @app.command()
-def status(name: options.Name = None, as_json: AsJson = False, redis_url: RedisUrl = None) -> None:
+def status(name: Name = None, as_json: AsJson = False, redis_url: RedisUrl = None) -> None:
     """Show a batch, from any machine that reaches Redis."""
-    from mlx_serving.cli.batch.view import report_rows
+    from mlx_serving.cli.batch_view import report_rows
     from mlx_serving.producer.batch.api import Batches
 
     report = Batches(read_settings(redis_url)).report(name)
@@ -90,7 +178,7 @@ def status(name: options.Name = None, as_json: AsJson = False, redis_url: RedisU
 @app.command("list")
 def list_(as_json: AsJson = False, redis_url: RedisUrl = None) -> None:
     """List the batches of the last 30 days."""
-    from mlx_serving.cli.batch.view import state_of
+    from mlx_serving.cli.batch_view import state_of
     from mlx_serving.producer.batch.api import Batches
 
     reports = Batches(read_settings(redis_url)).reports()
@@ -106,12 +194,12 @@ def list_(as_json: AsJson = False, redis_url: RedisUrl = None) -> None:
 
 
 @app.command()
-def watch(name: options.Name = None, redis_url: RedisUrl = None) -> None:
+def watch(name: Name = None, redis_url: RedisUrl = None) -> None:
     """Follow a batch: progress, rate, time left, failures. Ctrl-C stops only the watching.
 
     Exit status: 0 where the batch completed, else 1.
     """
-    from mlx_serving.cli.batch.view import watch_batch
+    from mlx_serving.cli.batch_view import watch_batch
     from mlx_serving.producer.batch.api import Batches
 
     batches = Batches(read_settings(redis_url))
@@ -121,9 +209,7 @@ def watch(name: options.Name = None, redis_url: RedisUrl = None) -> None:
 
 
 @app.command()
-def results(
-    name: options.Name = None, output: options.Output = None, redis_url: RedisUrl = None
-) -> None:
+def results(name: Name = None, output: Output = None, redis_url: RedisUrl = None) -> None:
     """Write the output lines, also of a batch that still runs: whole lines, each once."""
     from mlx_serving.producer.batch.api import Batches
 
@@ -137,8 +223,8 @@ def results(
 
 @app.command()
 def errors(
-    name: options.Name = None,
-    output: options.Output = None,
+    name: Name = None,
+    output: Output = None,
     as_json: AsJson = False,
     redis_url: RedisUrl = None,
 ) -> None:
@@ -159,7 +245,7 @@ def errors(
 
 
 @app.command()
-def cancel(name: options.Name = None, redis_url: RedisUrl = None) -> None:
+def cancel(name: Name = None, redis_url: RedisUrl = None) -> None:
     """Cancel a batch, from any machine; what has finished is kept."""
     from mlx_serving.producer.batch.api import Batches
 
@@ -169,8 +255,8 @@ def cancel(name: options.Name = None, redis_url: RedisUrl = None) -> None:
 
 @app.command()
 def resume(
-    name: options.Name = None,
-    foreground: options.Foreground = False,
+    name: Name = None,
+    foreground: Foreground = False,
     redis_url: RedisUrl = None,
 ) -> None:
     """Go on with a batch whose runner is gone, on the machine that has its folder.
@@ -189,7 +275,7 @@ def resume(
 
 
 def _export(path: Path, batch_id: str, output: Path | None) -> None:
-    from mlx_serving.producer.batch.exporting import copy_lines, whole_lines
+    from mlx_serving.producer.batch.result_file import copy_lines, whole_lines
 
     lines = whole_lines(path, batch_id)
     if output is None:

@@ -18,14 +18,14 @@ import structlog
 from redis.exceptions import ConnectionError as RedisConnectionError
 
 from mlx_serving.common.redis.retrying import FAULTS
-from mlx_serving.producer.live import read_push
-from mlx_serving.producer.outage import Outage
+from mlx_serving.producer.live_feed import read_push
+from mlx_serving.producer.retry_window import Outage
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis
 
     from mlx_serving.common.events import Event
-    from mlx_serving.producer.stream import StreamAssembler
+    from mlx_serving.producer.assembler import StreamAssembler
 
 MAILBOX_EVENTS: Final = 256
 PING_S: Final = 5.0  # a connection silent this long is asked whether it lives

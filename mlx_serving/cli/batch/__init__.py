@@ -1,1 +1,0 @@
-"""`mlx-serving batch`: bulk files of requests, run in the background."""
