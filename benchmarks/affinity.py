@@ -38,7 +38,7 @@ from benchmarks.streaming import Load, engine_spec
 from mlx_serving.common.redis.local import LocalRedis
 from mlx_serving.common.settings import Settings
 from mlx_serving.producer.async_client import AsyncClient
-from mlx_serving.worker.loading import EngineSpec
+from mlx_serving.worker.models.loading import EngineSpec
 
 SYSTEMS: Final = 3
 

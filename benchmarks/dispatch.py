@@ -52,7 +52,7 @@ from mlx_serving.common.redis.connection import Endpoint, connect
 from mlx_serving.common.redis.local import LocalRedis
 from mlx_serving.producer.client import Client
 from mlx_serving.producer.envelope import seal
-from mlx_serving.worker.loading import EngineSpec
+from mlx_serving.worker.models.loading import EngineSpec
 
 QUEUE = f"{MODEL}:default"
 PROMPT = "The quick brown fox jumps over the lazy dog. " * 5

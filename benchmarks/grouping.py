@@ -38,7 +38,7 @@ from benchmarks.streaming import Load, engine_spec
 from mlx_serving.common.redis.local import LocalRedis
 from mlx_serving.producer.batch.api import Batches
 from mlx_serving.producer.batch.objects import Batch
-from mlx_serving.worker.loading import EngineSpec
+from mlx_serving.worker.models.loading import EngineSpec
 
 PREFIXES: Final = 20
 OWN: Final = 24  # characters of each line

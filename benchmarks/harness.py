@@ -23,7 +23,7 @@ import redis
 
 from mlx_serving.common.protocol.keys import Keys
 from mlx_serving.common.settings import Settings, load_settings
-from mlx_serving.worker.loading import EngineSpec
+from mlx_serving.worker.models.loading import EngineSpec
 
 MODEL = "bench"
 T = TypeVar("T")
@@ -129,7 +129,7 @@ def _end_with_parent() -> None:
 def _serve(settings: Settings, spec: EngineSpec, name: str) -> None:
     _end_with_parent()
     from mlx_serving.common.telemetry import configure_logging
-    from mlx_serving.worker.supervision.supervisor import run_worker
+    from mlx_serving.worker.process.supervisor import run_worker
 
     configure_logging(log_format=settings.log_format, level=settings.log_level)
     sys.exit(run_worker(settings, MODEL, spec, name))

@@ -18,9 +18,9 @@ from benchmarks.publishing import Stopwatch
 from mlx_serving.common.redis.local import LocalRedis
 from mlx_serving.common.telemetry import configure_logging
 from mlx_serving.producer.client import Client
-from mlx_serving.worker.child import Child, ChildSpec
 from mlx_serving.worker.dispatcher import CLAIM_MOST
-from mlx_serving.worker.loading import EngineSpec
+from mlx_serving.worker.models.loading import EngineSpec
+from mlx_serving.worker.process.child import Child, ChildSpec
 
 PHASES = ("claim, read, hand over", "engine's turns", "flush")
 

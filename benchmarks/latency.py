@@ -42,7 +42,7 @@ from mlx_serving.common.protocol.keys import Keys
 from mlx_serving.common.redis.connection import Endpoint, connect
 from mlx_serving.common.redis.local import LocalRedis
 from mlx_serving.producer.envelope import seal
-from mlx_serving.worker.loading import EngineSpec
+from mlx_serving.worker.models.loading import EngineSpec
 
 PAUSE_SECONDS = (0.01, 0.03)  # a random one, so that no poll of anybody's keeps step with us
 PATIENCE_SECONDS = 5.0

@@ -46,7 +46,7 @@ def timed(what: Callable[[], Any]) -> float:
 def figures(path: Path, streams: int) -> list[Figure]:
     """Decode, load twice, and compare."""
     from mlx_serving.worker.engine.sequence import Request, SamplingParams
-    from mlx_serving.worker.loading import EngineSpec, finish, load
+    from mlx_serving.worker.models.loading import EngineSpec, finish, load
 
     settings = bench_settings("redis://unused", max_batch_rows=streams, kv_budget_bytes=2 << 30)
     spec = EngineSpec("mlx")

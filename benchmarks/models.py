@@ -24,8 +24,8 @@ from mlx_serving.common.redis.local import LocalRedis
 from mlx_serving.common.results import GenerationResult
 from mlx_serving.common.settings import Settings
 from mlx_serving.common.telemetry import configure_logging
-from mlx_serving.worker.child import Child, ChildSpec
-from mlx_serving.worker.loading import SIMULATED_BYTES, EngineSpec
+from mlx_serving.worker.models.loading import SIMULATED_BYTES, EngineSpec
+from mlx_serving.worker.process.child import Child, ChildSpec
 
 SECOND: Final = "second"
 TOKENS: Final = (16, 128)

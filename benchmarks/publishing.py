@@ -20,12 +20,11 @@ from mlx_serving.common.protocol import calls
 from mlx_serving.common.redis.connection import connect, resolve
 from mlx_serving.common.redis.local import LocalRedis
 from mlx_serving.producer.client import Client
-from mlx_serving.worker.delivery.engine_link import EngineLink
 from mlx_serving.worker.delivery.held import HeldJob
 from mlx_serving.worker.delivery.measured_protocol import MeasuredProtocol
-from mlx_serving.worker.delivery.publisher import Publisher, PublisherOptions
+from mlx_serving.worker.delivery.publisher import EngineLink, Publisher, PublisherOptions
 from mlx_serving.worker.engine.sequence import ModelInfo, Output
-from mlx_serving.worker.measures import Measures
+from mlx_serving.worker.status.counters import Measures
 
 T = TypeVar("T")
 LEASE_MS = 600_000

@@ -11,7 +11,7 @@ from typing import Final
 
 from benchmarks.harness import MODEL
 from mlx_serving.common.settings import Settings
-from mlx_serving.worker.loading import EngineSpec
+from mlx_serving.worker.models.loading import EngineSpec
 
 GAPS_KEPT: Final = 100_000  # of a window: enough for a p99
 
@@ -50,7 +50,7 @@ def host_workers(connection: Connection, settings: Settings) -> None:
     ends the host.
     """
     from mlx_serving.common.telemetry import configure_logging
-    from mlx_serving.worker.child import Child, ChildSpec
+    from mlx_serving.worker.process.child import Child, ChildSpec
 
     configure_logging(log_format="json", level=settings.log_level)
     running: list[tuple[Child, Thread]] = []
@@ -75,7 +75,7 @@ def host_workers(connection: Connection, settings: Settings) -> None:
 
 
 def _count(children: Sequence[object]) -> Counts:
-    from mlx_serving.worker.child import Child
+    from mlx_serving.worker.process.child import Child
 
     tokens = ended = backlog = 0
     for child in children:

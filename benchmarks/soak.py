@@ -52,7 +52,7 @@ from mlx_serving.common.settings import TALLY_PATH, Settings
 from mlx_serving.common.states import TERMINAL
 from mlx_serving.producer.batch.store import JobStore
 from mlx_serving.producer.client import Client
-from mlx_serving.worker.loading import EngineSpec
+from mlx_serving.worker.models.loading import EngineSpec
 
 RECYCLED_SHARE: Final = 0.2  # of the jobs, under recycling
 RECYCLES: Final = 4

@@ -48,7 +48,7 @@ from mlx_serving.common.job.schema import GenerationJob
 from mlx_serving.common.redis.local import LocalRedis
 from mlx_serving.common.settings import TALLY_PATH, Settings
 from mlx_serving.producer.client import Client
-from mlx_serving.worker.loading import EngineSpec
+from mlx_serving.worker.models.loading import EngineSpec
 
 MODELS = ("simulated", "tally", "tiny", "0.6b")
 CONSUMERS = 2
@@ -113,7 +113,7 @@ class Run:
 
 def _bare_loop(connection: Connection, settings: Settings, spec: EngineSpec) -> None:
     from mlx_serving.worker.engine.sequence import Request, SamplingParams
-    from mlx_serving.worker.loading import finish, load
+    from mlx_serving.worker.models.loading import finish, load
 
     loaded = finish(load(spec, settings, spec.model_path, settings.kv_budget_bytes))
     engine, encode = loaded.engine, loaded.encode

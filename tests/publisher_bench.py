@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Self
 
-from mlx_serving.worker.delivery.engine_link import EngineLink
-from mlx_serving.worker.delivery.publisher import Publisher, PublisherOptions
+from mlx_serving.worker.delivery.publisher import EngineLink, Publisher, PublisherOptions
 from tests.helpers import wait_until
 from tests.worker_fakes import FakeProtocol
 

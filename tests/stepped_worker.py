@@ -11,7 +11,6 @@ import redis
 
 from mlx_serving.common.protocol import calls
 from mlx_serving.common.results import assemble
-from mlx_serving.worker.child import Child, ChildSpec
 from mlx_serving.worker.delivery.token_text import unspelled
 from mlx_serving.worker.engine.engine import Engine
 from mlx_serving.worker.engine.scheduling.limits import BatchSize, SchedulerLimits
@@ -20,7 +19,8 @@ from mlx_serving.worker.engine.sequence import ModelInfo, Sequence
 from mlx_serving.worker.engine.simulated import SimulatedOptions, SimulatedRunner, plan
 from mlx_serving.worker.engine.text.detokenizer import Detokenizer
 from mlx_serving.worker.engine.text.vocabulary import Vocabulary
-from mlx_serving.worker.loading import EngineSpec, LoadedModel
+from mlx_serving.worker.models.loading import EngineSpec, LoadedModel
+from mlx_serving.worker.process.child import Child, ChildSpec
 from tests.worker_process import job_events, quick_settings
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from mlx_serving.common.states import JobState
     from mlx_serving.producer.client import Client
     from mlx_serving.producer.handles import JobHandle
-    from mlx_serving.worker.claims.intake import Plan
+    from mlx_serving.worker.claiming.intake import Plan
 
     Encode = Callable[[GenerationJob], tuple[int, ...]]
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     import redis
 
-    from mlx_serving.worker.conditions import Pressure
+    from mlx_serving.worker.status.conditions import Pressure
 
 MODEL = ModelInfo("m", "r1", "h1", 100, frozenset({0}))
 

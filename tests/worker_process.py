@@ -26,8 +26,8 @@ from mlx_serving.common import events
 from mlx_serving.common.protocol.client import Protocol
 from mlx_serving.common.protocol.keys import Keys
 from mlx_serving.common.settings import Settings, load_settings
-from mlx_serving.worker.child import Child, ChildSpec, run_child
-from mlx_serving.worker.loading import EngineSpec
+from mlx_serving.worker.models.loading import EngineSpec
+from mlx_serving.worker.process.child import Child, ChildSpec, run_child
 from tests.freezing import freeze
 from tests.helpers import wait_until
 from tests.poison import Poison, die
@@ -99,15 +99,15 @@ def hacked_child(hacks: Hacks, spec: ChildSpec, lifeline: Connection) -> None:
         WrongClock(Path(hacks.clock_file)).start()
     if hacks.protocol:
         from mlx_serving.common.job import schema
-        from mlx_serving.worker.claims import claiming
+        from mlx_serving.worker.claiming import claims
 
-        for module in (schema, claiming):
+        for module in (schema, claims):
             vars(module)["PROTOCOL"] = hacks.protocol
     run_child(spec, lifeline)
 
 
 def _break_load(how: str) -> None:
-    from mlx_serving.worker import child
+    from mlx_serving.worker.process import child
 
     what, _, where = how.partition(" ")
     load = vars(child)["load"]
@@ -166,7 +166,7 @@ class Pressed:
 
 def main(text: str) -> int:
     given = json.loads(text)
-    from mlx_serving.worker.supervision import supervisor
+    from mlx_serving.worker.process import supervisor
 
     hacks = given["hacks"]
     hacks["poison"] = hacks["poison"] and Poison(**hacks["poison"])

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from mlx_serving.common.settings import Settings
-    from mlx_serving.worker.loading import EngineSpec
+    from mlx_serving.worker.models.loading import EngineSpec
 
 
 def worker(
@@ -48,8 +48,8 @@ def worker(
     start mends nothing, else 1.
     """
     from mlx_serving.common.telemetry import configure_logging, get_logger
-    from mlx_serving.worker.supervision.crash import EXIT_CONFIGURATION
-    from mlx_serving.worker.supervision.supervisor import default_name, run_worker
+    from mlx_serving.worker.process.crash import EXIT_CONFIGURATION
+    from mlx_serving.worker.process.supervisor import default_name, run_worker
 
     first, *others = models = list(dict.fromkeys(model or ["tally"]))
     try:
@@ -86,7 +86,7 @@ def engine_spec(
 
     """
     from mlx_serving.common.redis.connection import resolve_shared
-    from mlx_serving.worker.loading import EngineSpec
+    from mlx_serving.worker.models.loading import EngineSpec
 
     resolve_shared(settings, (model, *others))
     if kind == "simulated":

@@ -19,29 +19,28 @@ import structlog
 from mlx_serving.common.errors import CorruptEvent, MlxServingError
 from mlx_serving.common.job.schema import model_of
 from mlx_serving.common.protocol import calls
-from mlx_serving.worker.claims.claiming import Claims, ClaimTerms
-from mlx_serving.worker.claims.intake import JobRefusedError
-from mlx_serving.worker.claims.lane_claims import LaneClaim, LaneNews, LaneRoom
-from mlx_serving.worker.claims.returning import Returning
-from mlx_serving.worker.conditions import ANY_TIME, Conditions
+from mlx_serving.worker.claiming.claims import Claims, ClaimTerms
+from mlx_serving.worker.claiming.intake import JobRefusedError
+from mlx_serving.worker.claiming.lane_claims import LaneClaim, LaneNews, LaneRoom
+from mlx_serving.worker.claiming.returning import Returning
 from mlx_serving.worker.delivery.held import HeldJob
-from mlx_serving.worker.delivery.job_log import JobLog
-from mlx_serving.worker.delivery.outage import Outage
-from mlx_serving.worker.supervision.crash import EXIT_ENGINE, EXIT_RECYCLE
+from mlx_serving.worker.delivery.log import JobLog, Outage
+from mlx_serving.worker.process.crash import EXIT_ENGINE, EXIT_RECYCLE
+from mlx_serving.worker.status.conditions import ANY_TIME, Conditions
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from mlx_serving.common.protocol.calls import ClaimedJob
     from mlx_serving.common.protocol.client import Protocol
-    from mlx_serving.worker.claims.placement import Placement
-    from mlx_serving.worker.claims.preparation import Preparation
+    from mlx_serving.worker.claiming.intake import Preparation
+    from mlx_serving.worker.claiming.placement import Placement
     from mlx_serving.worker.delivery.publisher import Publisher
     from mlx_serving.worker.delivery.sweeper import Sweeper
     from mlx_serving.worker.engine.engine_set import EngineSet
     from mlx_serving.worker.engine.scheduling.limits import BatchSize
-    from mlx_serving.worker.loading import LoadedModel
-    from mlx_serving.worker.runner import Choices, Runner
+    from mlx_serving.worker.engine_thread import Choices, Runner
+    from mlx_serving.worker.models.loading import LoadedModel
 
 log = structlog.get_logger(__name__)
 

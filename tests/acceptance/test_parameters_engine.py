@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from mlx_serving.worker.claims.intake import build_requests, plan_output
+from mlx_serving.worker.claiming.intake import build_requests, plan_output
 from mlx_serving.worker.delivery.choice import Committed
 from mlx_serving.worker.engine.text.prompts import PromptEncoder
 from tests.output_support import Row, decode_one, job, planner, tally

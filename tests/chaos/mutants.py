@@ -55,7 +55,7 @@ def script_texts(mutant: str) -> dict[str, str]:
 
 
 def _restart_from_zero() -> None:
-    from mlx_serving.worker.claims.preparation import Preparation
+    from mlx_serving.worker.claiming.intake import Preparation
 
     source = textwrap.dedent(inspect.getsource(Preparation.requests))
     changed = _replaced(source, {_RESUME: "committed = Committed()"})

@@ -15,8 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from mlx_serving.worker.child import ChildSpec, run_child
-from mlx_serving.worker.loading import EngineSpec
+from mlx_serving.worker.models.loading import EngineSpec
+from mlx_serving.worker.process.child import ChildSpec, run_child
 from tests.chaos import mutants
 from tests.chaos.trace import TraceWriter, now
 from tests.worker_fakes import commit_rows
@@ -179,7 +179,7 @@ def chaos_child(given: dict[str, Any], spec: ChildSpec, *args: Any) -> None:
 
 def main(text: str) -> int:
     given = json.loads(text)
-    from mlx_serving.worker.supervision import supervisor
+    from mlx_serving.worker.process import supervisor
 
     assert "run_child" in vars(supervisor)
     vars(supervisor)["run_child"] = partial(chaos_child, given)

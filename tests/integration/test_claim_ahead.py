@@ -12,8 +12,8 @@ from redis.retry import Retry
 from mlx_serving.common.protocol import calls
 from mlx_serving.common.protocol.client import Protocol
 from mlx_serving.common.protocol.keys import Keys
-from mlx_serving.worker.claims.claim_ahead import ClaimAhead
-from mlx_serving.worker.claims.lane_claims import LaneClaim
+from mlx_serving.worker.claiming.claims import ClaimAhead
+from mlx_serving.worker.claiming.lane_claims import LaneClaim
 from mlx_serving.worker.dispatcher import CLAIM_MOST
 from tests.protocol_driver import LANES, Driver
 from tests.stepped_worker import SteppedWorker, spelled_engine, words

@@ -12,7 +12,7 @@ import pytest
 
 from mlx_serving.common.errors import UnsuccessfulJob
 from mlx_serving.common.redis.local import LocalRedis
-from mlx_serving.worker.loading import SIMULATED_BYTES
+from mlx_serving.worker.models.loading import SIMULATED_BYTES
 from tests.figures import show
 from tests.helpers import wait_until
 from tests.poison import POISON, Poison

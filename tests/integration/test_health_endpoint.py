@@ -13,7 +13,7 @@ import pytest
 
 from mlx_serving.common.errors import InvalidSettings
 from mlx_serving.common.redis.local import LocalRedis
-from mlx_serving.worker.supervision.monitor import Monitor
+from mlx_serving.worker.status.monitor import Monitor
 from tests.helpers import wait_until
 from tests.monitoring import Probe
 from tests.worker_process import (

@@ -56,7 +56,7 @@ def enqueue(driver: Driver, job_id: str, *, queue: str = "tally:default", **chan
 
 
 def _payload(fields: Any) -> bytes:
-    from mlx_serving.worker.claims.payload import inflate
+    from mlx_serving.worker.claiming.intake import inflate
 
     return inflate(fields["data"], 1 << 20)
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from mlx_serving.worker import dispatcher
-from mlx_serving.worker.claims import shortage
+from mlx_serving.worker.claiming import shortage
 from tests.stepped_worker import SteppedWorker, spelled_engine, words
 from tests.worker_process import submit
 

@@ -225,12 +225,12 @@ def test_a_job_whose_stream_is_gone_fails_and_begins_nothing_anew(
 
 def mutations() -> dict[str, Callable[[pytest.MonkeyPatch], None]]:
     """Ways to break the resume; each has to be caught."""
-    from mlx_serving.worker.claims import intake, preparation
+    from mlx_serving.worker.claiming import intake
     from mlx_serving.worker.engine.engine import Engine
 
     def restart(patch: pytest.MonkeyPatch) -> None:
         read = intake.read_committed
-        patch.setattr(preparation, "read_committed", lambda p, s: type(read(p, s))())
+        patch.setattr(intake, "read_committed", lambda p, s: type(read(p, s))())
 
     def no_replay(patch: pytest.MonkeyPatch) -> None:
         def skip(_: Engine, sequence: Any) -> None:

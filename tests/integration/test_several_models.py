@@ -9,7 +9,7 @@ import pytest
 import redis
 
 from mlx_serving.common.protocol.keys import Keys
-from mlx_serving.worker.loading import SIMULATED_BYTES
+from mlx_serving.worker.models.loading import SIMULATED_BYTES
 from tests.helpers import wait_until
 from tests.worker_process import (
     InProcessWorker,
@@ -115,7 +115,7 @@ def test_two_workers_share_two_models(client: Client, settled_redis: LocalRedis)
 def test_a_load_that_is_longer_than_a_lease_costs_no_job_its_lease(
     client: Client, settled_redis: LocalRedis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mlx_serving.worker.loading.SIMULATED_SLICES", 1)
+    monkeypatch.setattr("mlx_serving.worker.models.loading.SIMULATED_SLICES", 1)
     times: dict[str, Any] = {
         "lease_seconds": 0.5,
         "reap_interval_seconds": 0.1,
@@ -140,7 +140,7 @@ def test_presence_says_which_models_are_here_and_which_can_not_be(
     client: Client, worker: ModelsWorker, monkeypatch: pytest.MonkeyPatch, settled_redis: LocalRedis
 ) -> None:
     wait_until(lambda: worker.resident == ("tally",))
-    monkeypatch.setattr("mlx_serving.worker.child.load", broken)
+    monkeypatch.setattr("mlx_serving.worker.process.child.load", broken)
     (left,) = submit(client, 1, TOKENS, model="big")
     with redis.Redis.from_url(settled_redis.url, decode_responses=True) as connection:
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from mlx_serving.worker.conditions import Conditions, Rules
-from mlx_serving.worker.presence import FACTS, NUMBERS
+from mlx_serving.worker.status.conditions import Conditions, Rules
+from mlx_serving.worker.status.presence import FACTS, NUMBERS
 from tests.helpers import wait_until
 from tests.monitoring import Probe
 from tests.worker_fakes import FakeProbe

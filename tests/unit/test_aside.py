@@ -7,7 +7,7 @@ import threading
 import pytest
 
 from mlx_serving.worker.engine.aside import aside
-from mlx_serving.worker.loading import finish
+from mlx_serving.worker.models.loading import finish
 
 
 def test_it_yields_until_the_work_is_done() -> None:

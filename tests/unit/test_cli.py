@@ -26,7 +26,7 @@ from mlx_serving.common.events import (
 from mlx_serving.common.results import ChoiceResult, GenerationResult
 from mlx_serving.common.settings import TALLY_PATH, load_settings
 from mlx_serving.common.states import JobState
-from mlx_serving.worker.supervision.crash import EXIT_CONFIGURATION
+from mlx_serving.worker.process.crash import EXIT_CONFIGURATION
 
 COMMANDS = ("demo", "worker", "generate", "status", "cancel", "doctor", "models", "batch")
 HEAVY = {"mlx", "mlx_lm", "numpy", "transformers", "mlx_serving.worker", "redis", "rq", "pydantic"}

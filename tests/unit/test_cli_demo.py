@@ -25,7 +25,7 @@ from mlx_serving.common.results import (
 )
 from mlx_serving.common.settings import load_settings
 from mlx_serving.common.states import JobState
-from mlx_serving.worker.loading import EngineSpec
+from mlx_serving.worker.models.loading import EngineSpec
 
 
 def _tokens(seq: int, text: str, count: int) -> Event:

@@ -12,7 +12,7 @@ from mlx_serving.cli.doctor.machine import UNVERIFIED, condition_checks, mac_che
 from mlx_serving.cli.doctor.report import Check, Level, failed
 from mlx_serving.cli.overview import Overview, QueueView
 from mlx_serving.common.settings import load_settings
-from mlx_serving.worker.conditions_mac import MacProbe
+from mlx_serving.worker.status.conditions_mac import MacProbe
 from tests.unit.test_cli_top import worker
 from tests.worker_fakes import FakeProbe
 

@@ -15,8 +15,8 @@ from mlx_serving.cli.main import app
 from mlx_serving.common.redis.connection import resolve
 from mlx_serving.common.settings import load_settings
 from mlx_serving.worker.dispatcher import RELEASE_SECONDS
-from mlx_serving.worker.supervision.crash import EXIT_CONFIGURATION
-from mlx_serving.worker.supervision.supervisor import VERDICT_SECONDS
+from mlx_serving.worker.process.crash import EXIT_CONFIGURATION
+from mlx_serving.worker.process.supervisor import VERDICT_SECONDS
 
 OPS = Path(__file__).parents[2] / "ops"
 UNIT = "mlx-serving-worker@.service"

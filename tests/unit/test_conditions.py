@@ -11,8 +11,8 @@ import structlog
 
 from mlx_serving.common.errors import InvalidSettings
 from mlx_serving.common.settings import load_settings
-from mlx_serving.worker.conditions import REASONS, Conditions, Hours, Rules, local_minute
-from mlx_serving.worker.conditions_mac import MacProbe
+from mlx_serving.worker.status.conditions import REASONS, Conditions, Hours, Rules, local_minute
+from mlx_serving.worker.status.conditions_mac import MacProbe
 from tests.helpers import wait_until
 from tests.worker_fakes import FakeProbe
 

@@ -8,8 +8,8 @@ import pytest
 
 from mlx_serving.common.attempts import Attempt
 from mlx_serving.common.protocol.calls import Blame
-from mlx_serving.worker.supervision.crash import Cause, classify, judge, loaded_at_death
-from mlx_serving.worker.supervision.manifest import ManifestRow, RowState
+from mlx_serving.worker.process.crash import Cause, classify, judge, loaded_at_death
+from mlx_serving.worker.process.inflight_file import ManifestRow, RowState
 
 
 @pytest.mark.parametrize(

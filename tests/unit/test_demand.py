@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mlx_serving.worker.claims.demand import Group, Wanted, claim_order, next_to_load
+from mlx_serving.worker.claiming.placement import Group, Wanted, claim_order, next_to_load
 
 PATIENCE = 15.0
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from mlx_serving.worker.supervision.health import Limits, judge
-from mlx_serving.worker.supervision.status_board import Board, ChildState, Snapshot, View
+from mlx_serving.worker.status.health import Limits, judge
+from mlx_serving.worker.status.status import Board, ChildState, Snapshot, View
 
 LIMITS = Limits(stall_seconds=10.0, buffer_tokens=100)
 

@@ -10,7 +10,7 @@ from mlx_serving.common import events, limits
 from mlx_serving.common.errors import CorruptEvent, StreamGap
 from mlx_serving.common.events import ChoiceDelta, ChoiceLogprobs, TokenLogprob
 from mlx_serving.common.job.schema import GenerationJob
-from mlx_serving.worker.claims.intake import (
+from mlx_serving.worker.claiming.intake import (
     JobRefusedError,
     build_requests,
     can_continue,

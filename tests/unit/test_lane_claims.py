@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_serving.common.job.schema import LANES
-from mlx_serving.worker.claims.lane_claims import LaneClaim, LaneNews, LaneRoom
+from mlx_serving.worker.claiming.lane_claims import LaneClaim, LaneNews, LaneRoom
 from mlx_serving.worker.engine.scheduling.limits import BatchSize
 from mlx_serving.worker.engine.sequence import LaneRows
 

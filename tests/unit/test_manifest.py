@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from mlx_serving.worker.supervision.manifest import SLOT_BYTES, Manifest, ManifestFile, RowState
+from mlx_serving.worker.process.inflight_file import SLOT_BYTES, Manifest, ManifestFile, RowState
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

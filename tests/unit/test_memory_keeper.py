@@ -8,14 +8,14 @@ from mlx_serving.worker.engine.memory.guard import MemoryReading, Relief
 from mlx_serving.worker.engine.memory.kv_caches import KvMemory
 from mlx_serving.worker.engine.memory.room import MemoryRoom
 from mlx_serving.worker.engine.sequence import Request
-from mlx_serving.worker.measures import Measures
-from mlx_serving.worker.memory_keeper import LOOK_SECONDS, MemoryKeeper
-from mlx_serving.worker.supervision.recycling import (
+from mlx_serving.worker.models.memory_keeper import LOOK_SECONDS, MemoryKeeper
+from mlx_serving.worker.process.recycling import (
     LEAST_GROWTH_BYTES,
     WINDOW_LOOKS,
     RecycleRules,
     Recycling,
 )
+from mlx_serving.worker.status.counters import Measures
 from tests.engine_support import GREEDY, drive, prefixes_of, tiny_engine
 
 GIB = 1 << 30

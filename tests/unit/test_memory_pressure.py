@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from mlx_serving.worker.supervision.memory_pressure import (
+from mlx_serving.worker.process.memory_pressure import (
     AvailableMemory,
     DarwinProbe,
     LinuxProbe,

@@ -13,11 +13,11 @@ from mlx_serving.common.protocol.calls import ClaimReply, RowReply, Swept
 from mlx_serving.common.protocol.client import Protocol
 from mlx_serving.common.states import JobState
 from mlx_serving.worker.delivery.measured_protocol import MeasuredProtocol
-from mlx_serving.worker.measures import BUCKETS, COMMIT, E2E, ITL, QUEUE_TIME, TTFT, Measures
-from mlx_serving.worker.supervision.health import Limits
-from mlx_serving.worker.supervision.metrics import COUNTERS, GAUGES, HISTOGRAMS, WorkerCollector
-from mlx_serving.worker.supervision.status_board import Board, Snapshot, decode, encode
-from mlx_serving.worker.vitals import Vitals
+from mlx_serving.worker.status.counters import BUCKETS, COMMIT, E2E, ITL, QUEUE_TIME, TTFT, Measures
+from mlx_serving.worker.status.health import Limits
+from mlx_serving.worker.status.metrics import COUNTERS, GAUGES, HISTOGRAMS, WorkerCollector
+from mlx_serving.worker.status.reporter import Vitals
+from mlx_serving.worker.status.status import Board, Snapshot, decode, encode
 from tests.monitoring import parse
 from tests.worker_fakes import claim_of, held, output
 

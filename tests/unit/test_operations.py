@@ -7,10 +7,9 @@ from pathlib import Path
 import pytest
 
 from mlx_serving.common.settings import Settings
-from mlx_serving.worker import conditions
-from mlx_serving.worker.supervision import health
-from mlx_serving.worker.supervision.metrics import WorkerCollector
-from mlx_serving.worker.supervision.status_board import Board
+from mlx_serving.worker.status import conditions, health
+from mlx_serving.worker.status.metrics import WorkerCollector
+from mlx_serving.worker.status.status import Board
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "operations.md").read_text()

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from mlx_serving.common.errors import CorruptJob, MlxServingError, PayloadTooLarge
 from mlx_serving.common.job.schema import JOB_FUNCTION, GenerationJob
-from mlx_serving.worker.claims.payload import inflate, read_job
+from mlx_serving.worker.claiming.intake import inflate, read_job
 
 LIMIT = 10_000
 JSON = st.recursive(

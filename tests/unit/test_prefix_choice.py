@@ -11,7 +11,7 @@ from mlx_serving.worker.engine.memory.room import MemoryRoom
 from mlx_serving.worker.engine.prefix import choice
 from mlx_serving.worker.engine.prefix.cache import PrefixCache
 from mlx_serving.worker.engine.prefix.index import PrefixIndex
-from mlx_serving.worker.loading import LoadedModel
+from mlx_serving.worker.models.loading import LoadedModel
 
 
 class _Hasty(PrefixIndex):

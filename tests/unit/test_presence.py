@@ -6,7 +6,7 @@ from typing import Any
 
 from mlx_serving import __version__
 from mlx_serving.common.job.schema import PROTOCOL
-from mlx_serving.worker.presence import (
+from mlx_serving.worker.status.presence import (
     FACTS,
     FIELD_CHARS,
     NUMBERS,
@@ -15,7 +15,7 @@ from mlx_serving.worker.presence import (
     machine_facts,
     memory_bytes,
 )
-from mlx_serving.worker.supervision.status_board import Snapshot
+from mlx_serving.worker.status.status import Snapshot
 
 MOST_BYTES = 3 * 1024
 

@@ -8,7 +8,7 @@ import sys
 SCRIPT = """
 import logging, sys, threading
 import mlx.core as mx
-from mlx_serving.worker.supervision.process_end import leave
+from mlx_serving.worker.process.child import leave
 
 kept = []
 

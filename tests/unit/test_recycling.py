@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mlx_serving.common.settings import load_settings
-from mlx_serving.worker.supervision.recycling import (
+from mlx_serving.worker.process.recycling import (
     LEAST_GROWTH_BYTES,
     WINDOW_LOOKS,
     MemoryFloor,

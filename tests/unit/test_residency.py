@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_serving.worker.engine.residency import ModelBudget
+from mlx_serving.worker.models.model_budget import ModelBudget
 
 SIZES = {"a": 4, "b": 4, "c": 2}
 

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from mlx_serving.worker.engine.engine_set import EngineSet
-from mlx_serving.worker.engine.residency import ModelBudget
 from mlx_serving.worker.engine.scheduling.limits import BatchSize
 from mlx_serving.worker.engine.simulated import (
     SimulatedEngine,
@@ -16,8 +15,13 @@ from mlx_serving.worker.engine.simulated import (
     plan,
     spell,
 )
-from mlx_serving.worker.loading import LoadedModel, finish
-from mlx_serving.worker.residents import ModelTooLargeError, ModelUnusableError, Residents
+from mlx_serving.worker.models.loaded_models import (
+    ModelTooLargeError,
+    ModelUnusableError,
+    Residents,
+)
+from mlx_serving.worker.models.loading import LoadedModel, finish
+from mlx_serving.worker.models.model_budget import ModelBudget
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -119,7 +123,7 @@ def test_a_model_that_breaks_while_it_is_loaded_is_tried_ever_more_rarely(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     now = 100.0
-    monkeypatch.setattr("mlx_serving.worker.residents.time.monotonic", lambda: now)
+    monkeypatch.setattr("mlx_serving.worker.models.loaded_models.time.monotonic", lambda: now)
     shelf = Shelf("a", "b", budget=1)
     residents = shelf.first()
     shelf.broken = {"b"}

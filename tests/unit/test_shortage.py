@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mlx_serving.worker.claims.demand import Group
-from mlx_serving.worker.claims.shortage import CLOSED_SECONDS, PASSED_SECONDS, Shortage
+from mlx_serving.worker.claiming.placement import Group
+from mlx_serving.worker.claiming.shortage import CLOSED_SECONDS, PASSED_SECONDS, Shortage
 from mlx_serving.worker.engine.sequence import Request, SamplingParams
 
 if TYPE_CHECKING:

@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import pytest
 
 from mlx_serving.common.settings import load_settings
-from mlx_serving.worker.supervision import monitor
-from mlx_serving.worker.supervision.status_board import Snapshot
-from mlx_serving.worker.supervision.supervisor import BackOff, default_name
+from mlx_serving.worker.process.supervisor import BackOff, default_name
+from mlx_serving.worker.status import monitor
+from mlx_serving.worker.status.status import Snapshot
 
 
 def test_it_doubles_from_half_a_second_to_thirty() -> None:

@@ -15,7 +15,7 @@ from mlx_serving.cli.overview import WorkerView, read_worker
 from mlx_serving.common.errors import EngineError
 from mlx_serving.common.interpreter import spawn_context
 from mlx_serving.common.redis.connection import connect, resolve
-from mlx_serving.worker.supervision.supervisor import run_worker
+from mlx_serving.worker.process.supervisor import run_worker
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from types import FrameType
 
     from mlx_serving.common.settings import Settings
-    from mlx_serving.worker.loading import EngineSpec
+    from mlx_serving.worker.models.loading import EngineSpec
 
 POLL_SECONDS: Final = 0.05
 STOP_SECONDS: Final = 15.0

@@ -13,13 +13,13 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from mlx_serving.common.settings import Settings
-    from mlx_serving.worker.conditions import Probe
+    from mlx_serving.worker.status.conditions import Probe
 
 
 def condition_checks(settings: Settings, probe: Probe | None = None) -> Iterator[Check]:
     """Say what the settings ask for, whether it holds now, and each thing that can't be told."""
-    from mlx_serving.worker.conditions import Conditions, Rules
-    from mlx_serving.worker.conditions_mac import MacProbe, default_probe
+    from mlx_serving.worker.status.conditions import Conditions, Rules
+    from mlx_serving.worker.status.conditions_mac import MacProbe, default_probe
 
     rules = Rules.of(settings)
     probe = probe or default_probe()

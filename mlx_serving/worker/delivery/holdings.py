@@ -11,7 +11,7 @@ from math import inf
 from typing import TYPE_CHECKING, Final
 
 from mlx_serving.worker.delivery.held import EVENT_TOKENS
-from mlx_serving.worker.supervision.manifest import RowState
+from mlx_serving.worker.process.inflight_file import RowState
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from mlx_serving.common.protocol.calls import CommitRow
     from mlx_serving.worker.delivery.held import HeldJob
     from mlx_serving.worker.engine.sequence import Output
-    from mlx_serving.worker.measures import Measures
-    from mlx_serving.worker.supervision.manifest import Manifest
+    from mlx_serving.worker.process.inflight_file import Manifest
+    from mlx_serving.worker.status.counters import Measures
 
 BULK_TOKENS: Final = 16  # a job without `stream` commits every so many tokens a choice …
 BULK_SECONDS: Final = 0.5  # … or so often

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 import redis
 
 from mlx_serving.common.protocol.client import Protocol
-from mlx_serving.worker.measures import COMMIT
+from mlx_serving.worker.status.counters import COMMIT
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from mlx_serving.common.protocol.calls import Call
     from mlx_serving.common.protocol.keys import Keys
-    from mlx_serving.worker.measures import Measures
+    from mlx_serving.worker.status.counters import Measures
 
 T = TypeVar("T")
 

@@ -1,10 +1,4 @@
-"""Writes what the engine decodes to Redis, beside the engine thread, and keeps the leases.
-
-The engine thread hands outputs over and goes on (`push` never waits for Redis). One flush is
-under way at a time: all rows in one script call, sent again unchanged until Redis answers.
-What piles up meanwhile goes into the next flush as one event a job; `backlog` tells the runner
-when to pause.
-"""
+"""Writes what the engine decodes to Redis, beside the engine thread, and keeps the leases."""
 
 from __future__ import annotations
 
@@ -21,28 +15,52 @@ from mlx_serving.common.protocol import calls
 from mlx_serving.common.protocol.calls import HeldRows
 from mlx_serving.common.states import JobState
 from mlx_serving.worker.delivery.holdings import Holdings
-from mlx_serving.worker.delivery.job_log import JobLog
-from mlx_serving.worker.measures import Measures
-from mlx_serving.worker.supervision.manifest import Manifest
+from mlx_serving.worker.delivery.log import JobLog
+from mlx_serving.worker.process.inflight_file import Manifest
+from mlx_serving.worker.status.counters import Measures
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from mlx_serving.common.protocol.calls import CommitRow, RowReply
     from mlx_serving.common.protocol.client import Protocol
-    from mlx_serving.worker.delivery.engine_link import EngineLink
     from mlx_serving.worker.delivery.held import HeldJob
     from mlx_serving.worker.engine.sequence import Output
 
+
+@dataclass(frozen=True, slots=True)
+class EngineLink:
+    """What a publisher tells the engine, and asks it.
+
+    `on_gone(request_id)` is called, outside the publisher's lock, for every attempt that is not to
+    be decoded any further: it failed, was cancelled, or was taken over; not where all its rows
+    ended by themselves, which the engine knows. `fresh()`: whether it makes progress.
+    `has(request_id)`: whether it has an attempt that it was given.
+    """
+
+    on_gone: Callable[[str], None]
+    fresh: Callable[[], bool]
+    has: Callable[[str], bool]
+
+
 log = structlog.get_logger(__name__)
 
+
 ROWS_A_CALL: Final = 128  # a longer script would hold up Redis's other clients
+
+
 WITHOUT_STEP: Final = 1.25  # of the interval: a flush goes by the clock, where no step comes
+
+
 TRANSIENT: Final = (
     "OOM", "MISCONF", "READONLY", "NOREPLICAS", "LOADING", "MASTERDOWN", "BUSY", "NOPERM",
     "ERR The user executing the script", "The user executing the script",  # Redis 7.0's NOPERM
 )  # fmt: skip
+
+
 DEMOTED: Final = ("READONLY", "ReadOnlyError")
+
+
 BACK_OFF_SECONDS: Final = (0.05, 0.1, 0.2)  # short: what a kill loses piles up meanwhile
 
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from mlx_serving.common.protocol.calls import Returned
     from mlx_serving.common.protocol.client import Protocol
     from mlx_serving.worker.delivery.held import HeldJob
-    from mlx_serving.worker.delivery.outage import Outage
+    from mlx_serving.worker.delivery.log import Outage
     from mlx_serving.worker.delivery.publisher import Publisher
 
 log = structlog.get_logger(__name__)

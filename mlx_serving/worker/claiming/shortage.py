@@ -7,7 +7,7 @@ import time
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from mlx_serving.common.job.schema import LANES, queue_name
-from mlx_serving.worker.claims.demand import Group
+from mlx_serving.worker.claiming.placement import Group
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 import structlog
 
 from mlx_serving.worker.engine.aside import aside
-from mlx_serving.worker.engine.residency import ModelBudget
 from mlx_serving.worker.engine.scheduling.chunk_size import step_seconds
 from mlx_serving.worker.engine.scheduling.limits import BatchSize
+from mlx_serving.worker.models.model_budget import ModelBudget
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Mapping, Sequence
 
     from mlx_serving.common.job.schema import GenerationJob
     from mlx_serving.common.settings import Settings
-    from mlx_serving.worker.claims.intake import Plan
+    from mlx_serving.worker.claiming.intake import Plan
     from mlx_serving.worker.delivery.token_text import Spell
     from mlx_serving.worker.engine.engine import Engine
     from mlx_serving.worker.engine.engine_set import EngineSet

@@ -1,30 +1,97 @@
-"""Which of its models a worker claims for, and which one it brings up, beside the other workers.
-
-For the main thread. A worker with a single model never asks: it has it, or it would not run.
-"""
+"""Which of its models a worker claims for, and which one it brings up, beside the other workers."""
 
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, cast
 
 import structlog
 
 from mlx_serving.common.job.schema import LANES, model_of, queue_name
-from mlx_serving.worker.claims.demand import Group, Wanted, claim_order, next_to_load
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
     from mlx_serving.common.job.schema import Lane
     from mlx_serving.common.protocol.client import Protocol
-    from mlx_serving.worker.fleet import Fleet
-    from mlx_serving.worker.residents import Residents
+    from mlx_serving.worker.models.loaded_models import Residents
+    from mlx_serving.worker.status.fleet import Fleet
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Queues of one model, in order of priority: what one claim looks into."""
+
+    model: str
+    queues: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """A model that is not here and has jobs waiting; the oldest of them since so many seconds.
+
+    `elsewhere`: a live worker has it in memory. Of those that would have to leave for it,
+    `victims_busy` says whether any has rows, and `victims_served` for how many seconds the last
+    to come has been here; None where none has to.
+    """
+
+    model: str
+    seconds: float
+    elsewhere: bool = False
+    victims_busy: bool = False
+    victims_served: float | None = None
+
+
+def claim_order(
+    models: Sequence[str], waiting: Mapping[str, int], lanes: Sequence[Lane] = LANES
+) -> list[Group]:
+    """Groups of queues with jobs, by the order of `lanes`, within a lane by that of `models`.
+
+    `waiting` is how many jobs each queue has.
+    """
+    groups: list[Group] = []
+    for lane in lanes:
+        for model in models:
+            queue = queue_name(model, lane)
+            if not waiting.get(queue):
+                continue
+            if groups and groups[-1].model == model:
+                groups[-1] = Group(model, (*groups[-1].queues, queue))
+            else:
+                groups.append(Group(model, (queue,)))
+    return groups
+
+
+def next_to_load(wanted: Collection[Wanted], *, idle: bool, patience: float) -> str | None:
+    """Return the model to load now, the one that has been waited for the longest; or none.
+
+    `idle`: nothing waits for the models that are here. A model that nobody has is loaded where
+    that is so and those that leave for it have no rows; elsewhere once its jobs have waited for
+    `patience` seconds and those that leave have had as long. A model that another worker has is
+    that one's to serve: it is loaded here too only where it has jobs that waited so long, and we
+    have none.
+    """
+    for one in sorted(wanted, key=lambda w: w.seconds, reverse=True):
+        overdue = one.seconds >= patience
+        free = idle and not one.victims_busy
+        served = one.victims_served is None or one.victims_served >= patience
+        if free and (overdue or not one.elsewhere):
+            return one.model
+        if overdue and served and not one.elsewhere:
+            return one.model
+    return None
+
 
 log = structlog.get_logger(__name__)
 
+
 DECIDE_SECONDS: Final = 0.25
+
+
 BRINGING_MS: Final = 6000  # longer than presence takes to say that the model is here
+
+
 FRUITLESS_SECONDS: Final = 60.0
 
 

@@ -19,18 +19,18 @@ from typing import TYPE_CHECKING, Final
 import structlog
 
 from mlx_serving.common.interpreter import spawn_context
-from mlx_serving.worker.child import ChildSpec, run_child
-from mlx_serving.worker.supervision.crash import (
+from mlx_serving.worker.process.child import ChildSpec, run_child
+from mlx_serving.worker.process.crash import (
     EXIT_CONFIGURATION,
     Cause,
     classify,
     judge,
     loaded_at_death,
 )
-from mlx_serving.worker.supervision.manifest import ManifestFile
-from mlx_serving.worker.supervision.memory_pressure import default_probe
-from mlx_serving.worker.supervision.monitor import Monitor
-from mlx_serving.worker.supervision.verdicts import VerdictWriter
+from mlx_serving.worker.process.inflight_file import ManifestFile
+from mlx_serving.worker.process.memory_pressure import default_probe
+from mlx_serving.worker.process.verdicts import VerdictWriter
+from mlx_serving.worker.status.monitor import Monitor
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
@@ -38,8 +38,8 @@ if TYPE_CHECKING:
     from types import FrameType
 
     from mlx_serving.common.settings import Settings
-    from mlx_serving.worker.loading import EngineSpec
-    from mlx_serving.worker.supervision.memory_pressure import MemoryProbe
+    from mlx_serving.worker.models.loading import EngineSpec
+    from mlx_serving.worker.process.memory_pressure import MemoryProbe
 
 log = structlog.get_logger(__name__)
 

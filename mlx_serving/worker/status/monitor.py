@@ -20,8 +20,8 @@ import msgspec
 import structlog
 
 from mlx_serving.common.errors import InvalidSettings, MissingDependency
-from mlx_serving.worker.supervision.health import Limits, judge
-from mlx_serving.worker.supervision.status_board import Board, decode
+from mlx_serving.worker.status.health import Limits, judge
+from mlx_serving.worker.status.status import Board, decode
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -172,7 +172,7 @@ class Monitor:
             from prometheus_client import CollectorRegistry
             from prometheus_client.exposition import choose_encoder
 
-            from mlx_serving.worker.supervision.metrics import WorkerCollector
+            from mlx_serving.worker.status.metrics import WorkerCollector
         except ModuleNotFoundError as error:
             raise MissingDependency(
                 f'{error.name}, for metrics_port: pip install "mlx-serving[worker]"'

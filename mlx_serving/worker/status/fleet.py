@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Final
 
 import structlog
 
-from mlx_serving.worker.presence import Peer, bounded
 from mlx_serving.worker.rq_worker import BatchWorker
+from mlx_serving.worker.status.presence import Peer, bounded
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

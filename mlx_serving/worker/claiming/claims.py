@@ -1,4 +1,4 @@
-"""Takes jobs from the queues of the models that are in memory."""
+"""Takes jobs from the queues of the models that are in memory, the next while these are read."""
 
 from __future__ import annotations
 
@@ -9,21 +9,72 @@ from typing import TYPE_CHECKING
 import structlog
 
 from mlx_serving.common.attempts import new_nonce
-from mlx_serving.common.job.schema import PROTOCOL, model_of
+from mlx_serving.common.job.schema import PROTOCOL, lane_of, model_of
 from mlx_serving.common.protocol import calls
-from mlx_serving.worker.claims.claim_ahead import ClaimAhead, Claimed
-from mlx_serving.worker.claims.demand import Group
+from mlx_serving.worker.claiming.placement import Group
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from mlx_serving.common.job.schema import Lane
     from mlx_serving.common.protocol.calls import Call, ClaimReply, HeldRows
     from mlx_serving.common.protocol.client import Protocol
-    from mlx_serving.worker.claims.lane_claims import LaneClaim, LaneNews
-    from mlx_serving.worker.claims.placement import Placement
-    from mlx_serving.worker.claims.shortage import Shortage
+    from mlx_serving.worker.claiming.lane_claims import LaneClaim, LaneNews
+    from mlx_serving.worker.claiming.placement import Placement
+    from mlx_serving.worker.claiming.shortage import Shortage
 
     _ClaimCall = Callable[..., Call[ClaimReply]]  # takes `most`
+
+
+@dataclass(frozen=True, slots=True)
+class Claimed:
+    """What a claim brought; `others`: other models have jobs waiting too."""
+
+    reply: ClaimReply
+    asked: LaneClaim
+    others: bool = False
+    in_order: bool = True  # lanes were looked into as they were asked for
+
+    @property
+    def full(self) -> bool:
+        """Whether it took all that it asked for."""
+        return len(self.reply.jobs) == self.asked.most
+
+    @property
+    def last_lane(self) -> Lane | None:
+        """Lane that the last job came from, where those before it have no more."""
+        known = self.in_order and not self.others and self.reply.jobs
+        return lane_of(self.reply.jobs[-1].queue) if known else None
+
+
+class ClaimAhead:
+    """At most one claim under way, on a connection of its own. For the thread that claims."""
+
+    def __init__(self, protocol: Protocol) -> None:
+        self._protocol = protocol
+        self._under_way: tuple[Callable[[float | None], ClaimReply], LaneClaim] | None = None
+
+    @property
+    def under_way(self) -> bool:
+        """Whether a claim was sent whose reply nobody has taken."""
+        return self._under_way is not None
+
+    def begin(self, call: Call[ClaimReply], asked: LaneClaim) -> None:
+        """Send a claim; `take` has its reply. No other may be under way."""
+        self._under_way = self._protocol.send(call), asked
+
+    def take(self, timeout: float | None = None) -> Claimed | None:
+        """Wait for the claim under way; None where there is none.
+
+        Raises:
+            redis.RedisError: it failed, or is not back within `timeout` seconds.
+
+        """
+        if self._under_way is None:
+            return None
+        (receive, asked), self._under_way = self._under_way, None
+        return Claimed(receive(timeout), asked)
+
 
 log = structlog.get_logger(__name__)
 

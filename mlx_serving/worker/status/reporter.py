@@ -8,15 +8,15 @@ import time
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
 
-from mlx_serving.worker.memory_keeper import MemoryState
-from mlx_serving.worker.residents import Standing
-from mlx_serving.worker.supervision.status_board import Snapshot, encode
+from mlx_serving.worker.models.loaded_models import Standing
+from mlx_serving.worker.models.memory_keeper import MemoryState
+from mlx_serving.worker.status.status import Snapshot, encode
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from multiprocessing.connection import Connection
 
-    from mlx_serving.worker.measures import Measures
+    from mlx_serving.worker.status.counters import Measures
 
 REPORT_SECONDS: Final = 0.5
 LAST_WORD_SECONDS: Final = 1.0

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final, Literal
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from mlx_serving.worker.supervision.status_board import Snapshot, View
+    from mlx_serving.worker.status.status import Snapshot, View
 
 Status = Literal["ok", "starting", "draining", "paused", "degraded", "red"]
 STATUSES: Final[tuple[Status, ...]] = (

@@ -17,16 +17,16 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
-from mlx_serving.worker.measures import BUCKETS, COMMIT, E2E, ITL, QUEUE_TIME, TTFT
-from mlx_serving.worker.supervision.health import STATUSES, Limits, judge
-from mlx_serving.worker.supervision.recycling import REASONS as RECYCLE_REASONS
+from mlx_serving.worker.process.recycling import REASONS as RECYCLE_REASONS
+from mlx_serving.worker.status.counters import BUCKETS, COMMIT, E2E, ITL, QUEUE_TIME, TTFT
+from mlx_serving.worker.status.health import STATUSES, Limits, judge
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
     from prometheus_client.metrics_core import Metric
 
-    from mlx_serving.worker.supervision.status_board import Board, Snapshot, View
+    from mlx_serving.worker.status.status import Board, Snapshot, View
 
 PREFIX: Final = "mlx_serving_"
 

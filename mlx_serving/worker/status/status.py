@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final, Literal
 
 import msgspec
 
-from mlx_serving.worker.measures import BUCKETS, Counts, Histograms
+from mlx_serving.worker.status.counters import BUCKETS, Counts, Histograms
 
 if TYPE_CHECKING:
     from collections.abc import Callable

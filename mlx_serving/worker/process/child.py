@@ -1,15 +1,16 @@
-"""The engine child: builds the worker's parts, runs them, and never outlives a dead engine."""
+"""How a process ends in which a thread has used MLX."""
 
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import signal
 import sys
 import threading
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NoReturn
 
 import structlog
 
@@ -18,19 +19,17 @@ from mlx_serving.common.job.schema import LANES, queue_name
 from mlx_serving.common.redis.connection import connect, resolve_shared
 from mlx_serving.common.signing import Signer
 from mlx_serving.common.telemetry import configure_logging
-from mlx_serving.worker.claims.placement import Placement
-from mlx_serving.worker.claims.preparation import Preparation
-from mlx_serving.worker.conditions import Conditions, Rules
-from mlx_serving.worker.conditions_mac import default_probe
-from mlx_serving.worker.delivery.engine_link import EngineLink
+from mlx_serving.worker.claiming.intake import Preparation
+from mlx_serving.worker.claiming.placement import Placement
 from mlx_serving.worker.delivery.measured_protocol import MeasuredProtocol, QueueWatch
-from mlx_serving.worker.delivery.publisher import Publisher, PublisherOptions
+from mlx_serving.worker.delivery.publisher import EngineLink, Publisher, PublisherOptions
 from mlx_serving.worker.delivery.sweeper import Sweeper
 from mlx_serving.worker.dispatcher import Dispatcher, DispatcherOptions
 from mlx_serving.worker.engine.engine_set import EngineSet
-from mlx_serving.worker.fleet import Fleet
+from mlx_serving.worker.engine_thread import Runner, RunnerTimes
 from mlx_serving.worker.listener import Listener
-from mlx_serving.worker.loading import (
+from mlx_serving.worker.models.loaded_models import Residents
+from mlx_serving.worker.models.loading import (
     EngineSpec,
     batch_size,
     describe,
@@ -39,21 +38,21 @@ from mlx_serving.worker.loading import (
     model_bytes,
     plan_memory,
 )
-from mlx_serving.worker.measures import Measures
-from mlx_serving.worker.memory_keeper import MemoryKeeper
-from mlx_serving.worker.presence import Presence, machine_facts
-from mlx_serving.worker.residents import Residents
-from mlx_serving.worker.runner import Runner, RunnerTimes
-from mlx_serving.worker.supervision.crash import (
+from mlx_serving.worker.models.memory_keeper import MemoryKeeper
+from mlx_serving.worker.process.crash import (
     EXIT_CONFIGURATION,
     EXIT_ENGINE,
     EXIT_STALLED,
 )
-from mlx_serving.worker.supervision.manifest import Manifest
-from mlx_serving.worker.supervision.memory_pressure import AvailableMemory
-from mlx_serving.worker.supervision.process_end import leave
-from mlx_serving.worker.supervision.recycling import RecycleRules, Recycling
-from mlx_serving.worker.vitals import Reporter, Vitals
+from mlx_serving.worker.process.inflight_file import Manifest
+from mlx_serving.worker.process.memory_pressure import AvailableMemory
+from mlx_serving.worker.process.recycling import RecycleRules, Recycling
+from mlx_serving.worker.status.conditions import Conditions, Rules
+from mlx_serving.worker.status.conditions_mac import default_probe
+from mlx_serving.worker.status.counters import Measures
+from mlx_serving.worker.status.fleet import Fleet
+from mlx_serving.worker.status.presence import Presence, machine_facts
+from mlx_serving.worker.status.reporter import Reporter, Vitals
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Sequence
@@ -61,15 +60,39 @@ if TYPE_CHECKING:
 
     from mlx_serving.common.settings import Settings
     from mlx_serving.worker.engine.sequence import Output
-    from mlx_serving.worker.loading import LoadedModel
+    from mlx_serving.worker.models.loading import LoadedModel
+
+
+def leave(status: int) -> NoReturn:
+    """End the process at once, with everything said that was to be said.
+
+    MLX keeps compiled functions by thread. Those of the engine's thread are dropped when it ends,
+    after Python counts it as joined, and dropping them takes the interpreter's lock: where the
+    interpreter is being torn down by then, the process aborts ("terminate called without an
+    active exception"). On CUDA the driver may be gone before MLX's threads are, too. What a
+    worker leaves behind is in Redis; a teardown adds nothing to it.
+    """
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            stream.flush()
+    os._exit(status)
+
 
 log = structlog.get_logger(__name__)
+
 
 # The engine's thread gives the interpreter's lock up in each of MLX's calls. It is to have it back
 # well before a step is over, and Python's 5 ms are most of one.
 SWITCH_SECONDS: Final = 0.0005
+
+
 WATCH_SECONDS: Final = 0.5
+
+
 LAST_WRITE_SECONDS: Final = 1.0  # that a stalled worker's publisher gets for what was decoded
+
+
 READ_SECONDS: Final = 1.0
 
 

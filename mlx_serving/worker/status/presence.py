@@ -13,7 +13,7 @@ from mlx_serving.common.job.schema import PROTOCOL
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from mlx_serving.worker.supervision.status_board import Snapshot
+    from mlx_serving.worker.status.status import Snapshot
 
 FIELD_CHARS: Final = 200  # of a fact: a device's name, what is native and why
 TOKENS: Final = "generation_tokens"  # of `Measures`

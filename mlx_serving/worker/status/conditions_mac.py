@@ -7,12 +7,12 @@ import subprocess
 import sys
 from typing import TYPE_CHECKING, Final
 
-from mlx_serving.worker.conditions import SILENT
+from mlx_serving.worker.status.conditions import SILENT
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from mlx_serving.worker.conditions import Pressure, Probe
+    from mlx_serving.worker.status.conditions import Pressure, Probe
 
 COMMAND_SECONDS: Final = 5.0
 NANOSECONDS: Final = 1e9

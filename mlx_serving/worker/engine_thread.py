@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 import structlog
 
-from mlx_serving.worker.claims.shortage import Shortage
+from mlx_serving.worker.claiming.shortage import Shortage
 from mlx_serving.worker.engine.sequence import RequestRefusedError
 
 if TYPE_CHECKING:

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Final
 
 import structlog
 
-from mlx_serving.worker.engine.residency import ModelBudget
-from mlx_serving.worker.loading import finish
+from mlx_serving.worker.models.loading import finish
+from mlx_serving.worker.models.model_budget import ModelBudget
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 
     from mlx_serving.worker.engine.engine_set import EngineSet
-    from mlx_serving.worker.loading import LoadedModel
+    from mlx_serving.worker.models.loading import LoadedModel
 
     Load = Callable[[str], Generator[None, None, LoadedModel]]
 

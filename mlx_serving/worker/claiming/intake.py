@@ -1,23 +1,30 @@
-"""From a claimed job to a request for the engine: decode, resume, tokenize."""
+"""From a claimed job to a request for the engine: read, trusted in nothing, resumed, tokenized."""
 
 from __future__ import annotations
 
 import hashlib
+import zlib
+from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
 
 from mlx_serving.common import events, limits
 from mlx_serving.common.errors import (
     CorruptEvent,
     CorruptJob,
     EngineError,
+    ForeignFunction,
     MlxServingError,
+    PayloadTooLarge,
     StreamGap,
 )
 from mlx_serving.common.events import ChoiceLogprobs
-from mlx_serving.common.job.schema import lane_of, model_of
+from mlx_serving.common.job.schema import JOB_FUNCTION, GenerationJob, lane_of, model_of
 from mlx_serving.common.signing import Signer
-from mlx_serving.worker.claims.payload import read_job
+from mlx_serving.common.telemetry import trace_id
+from mlx_serving.common.validation import is_modest
 from mlx_serving.worker.delivery.choice import Committed, CommittedChoice
 from mlx_serving.worker.engine.sequence import Request, SamplingParams
 
@@ -25,12 +32,106 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from mlx_serving.common.events import ChoiceDelta, Event
-    from mlx_serving.common.job.schema import GenerationJob
     from mlx_serving.common.protocol.calls import ClaimedJob
+    from mlx_serving.worker.delivery.held import HeldJob
     from mlx_serving.worker.engine.sequence import ModelInfo
+    from mlx_serving.worker.engine_thread import Choices
+    from mlx_serving.worker.models.loading import LoadedModel
 
     Encode = Callable[[GenerationJob], tuple[int, ...]]
     Plan = Callable[[GenerationJob, Sequence[Request]], list[Request]]
+
+_PARTS: Final = 4  # RQ's form: [function, instance, arguments, keyword arguments]
+
+
+def inflate(data: bytes, limit: int) -> bytes:
+    """Decompress at most `limit` bytes, so that a bomb costs no more than that.
+
+    Raises:
+        PayloadTooLarge: there is more.
+        CorruptJob: it is not zlib.
+
+    """
+    stream = zlib.decompressobj()
+    try:
+        raw = stream.decompress(data, limit + 1)
+    except zlib.error:
+        message = "data: the job's payload is not zlib-compressed"
+        raise CorruptJob(message) from None
+    if len(raw) > limit:
+        reason = f"the job's payload is over {limit} bytes when decompressed"
+        raise PayloadTooLarge([("data", reason)])
+    return raw
+
+
+def read_job(
+    data: bytes, *, limit: int, check: Callable[[bytes], None] = lambda _: None
+) -> GenerationJob:
+    """Decompress, check, parse and validate the payload of an RQ job.
+
+    `check` sees the payload before it is parsed, and raises where it is not to be.
+
+    Raises:
+        PayloadTooLarge, CorruptJob, ForeignFunction, InvalidJob: as their names say.
+
+    """
+    payload = inflate(data, limit)
+    check(payload)
+    try:
+        call: Any = msgspec.json.decode(payload)
+    except (ValueError, RecursionError):
+        message = "data: the job's payload is not JSON"
+        raise CorruptJob(message) from None
+    if not isinstance(call, list) or len(call) != _PARTS:
+        message = "data: the job's payload is not RQ's [function, instance, args, kwargs]"
+        raise CorruptJob(message)
+    function, instance, arguments, keywords = call
+    if function != JOB_FUNCTION or instance is not None or keywords:
+        message = f"data: the job does not name {JOB_FUNCTION}"
+        raise ForeignFunction(message)
+    if not isinstance(arguments, list) or len(arguments) != 1:
+        message = "data: the job's function takes one argument"
+        raise CorruptJob(message)
+    return GenerationJob.from_wire(arguments[0], modest=is_modest(payload))
+
+
+@dataclass(frozen=True, slots=True)
+class Preparation:
+    """How a job is read: whose signature it needs, how large it may be."""
+
+    signer: Signer
+    max_payload_bytes: int
+
+    def requests(self, held: HeldJob, payloads: Sequence[bytes], loaded: LoadedModel) -> Choices:
+        """A request for each choice that has not ended, to be decoded by its model.
+
+        `payloads` are the events that earlier attempts wrote.
+
+        Raises:
+            JobRefusedError: the job can't be run.
+            CorruptEvent: the stream does not hold what the job says.
+            StreamGap: it does not hold all of it.
+
+        """
+        claimed, committed, model = held.claimed, Committed(), loaded.engine.model_info
+        held.spell = loaded.spell
+        if claimed.seq:
+            committed = read_committed(payloads, claimed.seq)
+            held.resume(committed)  # first: also a job that is refused keeps what it has
+        job = open_payload(claimed, self.max_payload_bytes, self.signer)
+        held.trace_id = trace_id(job.traceparent) if job.traceparent else ""
+        if len(held.choices) > job.n:
+            raise CorruptEvent("the job's stream holds more choices than the job asks for")
+        held.expect(job.n)
+        if claimed.seq and not can_continue(committed, model, job):
+            committed = Committed()
+            held.restart()
+        requests = build_requests(claimed, job, committed, loaded.encode, model.vocab_size)
+        held.prompt_tokens = len(requests[0].prompt)
+        held.model, held.model_name = model, job.model
+        left = [r for r in requests if not held.choices[r.choice].finish_reason]
+        return plan_output(loaded.plan, job, left)
+
 
 UNSIGNED = Signer()
 

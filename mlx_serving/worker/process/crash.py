@@ -7,12 +7,12 @@ from enum import Enum
 from typing import TYPE_CHECKING, Final
 
 from mlx_serving.common.protocol.calls import Blame
-from mlx_serving.worker.supervision.manifest import RowState
+from mlx_serving.worker.process.inflight_file import RowState
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from mlx_serving.worker.supervision.manifest import ManifestRow
+    from mlx_serving.worker.process.inflight_file import ManifestRow
 
 EXIT_STALLED: Final = 69  # sysexits' EX_UNAVAILABLE: the engine made no progress for too long
 EXIT_ENGINE: Final = 70  # sysexits' EX_SOFTWARE: the engine is dead

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Final
 import structlog
 
 from mlx_serving.worker.engine.memory.guard import KvUse, MemoryGuard, Relief
-from mlx_serving.worker.supervision.recycling import MemoryFloor, Recycling
+from mlx_serving.worker.process.recycling import MemoryFloor, Recycling
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from mlx_serving.worker.engine.memory.device_memory import DeviceMemory
     from mlx_serving.worker.engine.memory.kv_caches import KvMemory
-    from mlx_serving.worker.measures import Measures
+    from mlx_serving.worker.status.counters import Measures
 
 log = structlog.get_logger(__name__)
 

@@ -1,1 +1,0 @@
-"""From a queue to the engine: which jobs a worker takes, and what their payloads ask for."""

@@ -1,1 +1,0 @@
-"""The parent and what it knows: the child's life, health, metrics, crashes and their verdicts."""
