@@ -32,11 +32,11 @@ from mlx_lm.sample_utils import make_sampler
 from msgspec.structs import replace
 
 from benchmarks.synthetic import SHAPES, build_bare_engine, build_model, build_served_model
-from mlx_serving.worker.engine.cache.kv_cache import LanguageModel
 from mlx_serving.worker.engine.engine import Engine
+from mlx_serving.worker.engine.kv.padded import LanguageModel
+from mlx_serving.worker.engine.kv.paged.cache import PagedCache
 from mlx_serving.worker.engine.model_runner import ModelRunner
-from mlx_serving.worker.engine.paged.cache import PagedCache
-from mlx_serving.worker.engine.sequence import Request, SamplingParams
+from mlx_serving.worker.engine.row import Request, SamplingParams
 
 PROMPT_TOKENS = 32
 SWAPS_A_ROUND = 2  # of settings, at most: where the KV cache grew beside one, it is taken again

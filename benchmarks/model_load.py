@@ -24,7 +24,7 @@ STEPS = 50
 def folder_of(shape: str, folder: Path | None) -> Iterator[Path]:
     """Yield a folder with a model of the shape, made where it is not there yet."""
     from benchmarks.synthetic import save_model
-    from mlx_serving.worker.engine.device import device_name
+    from mlx_serving.worker.engine.memory.device import device_name
 
     progress(device_name())
     with tempfile.TemporaryDirectory() as temporary:
@@ -45,7 +45,7 @@ def timed(what: Callable[[], Any]) -> float:
 
 def figures(path: Path, streams: int) -> list[Figure]:
     """Decode, load twice, and compare."""
-    from mlx_serving.worker.engine.sequence import Request, SamplingParams
+    from mlx_serving.worker.engine.row import Request, SamplingParams
     from mlx_serving.worker.models.loading import EngineSpec, finish, load
 
     settings = bench_settings("redis://unused", max_batch_rows=streams, kv_budget_bytes=2 << 30)

@@ -21,15 +21,15 @@ import mlx.core as mx
 
 from benchmarks.synthetic import SHAPES, build_bare_engine, build_model
 from mlx_serving.worker.engine.acceleration import load_native
-from mlx_serving.worker.engine.cache.cache_choice import choose_cache
 from mlx_serving.worker.engine.engine import Engine
+from mlx_serving.worker.engine.kv.choice import choose_cache
+from mlx_serving.worker.engine.kv.paged.cache import BLOCK_TOKENS, PROMPT_TOKENS
+from mlx_serving.worker.engine.kv.prefix import index as twin
+from mlx_serving.worker.engine.kv.prefix.choice import choose_prefix_index
+from mlx_serving.worker.engine.loader import warm_up
 from mlx_serving.worker.engine.model_runner import ModelRunner
-from mlx_serving.worker.engine.models import warm_up
-from mlx_serving.worker.engine.paged.cache import BLOCK_TOKENS, PROMPT_TOKENS
-from mlx_serving.worker.engine.prefix import index as twin
-from mlx_serving.worker.engine.prefix.choice import choose_prefix_index
-from mlx_serving.worker.engine.scheduling.prefill_chunk import PrefillChunk
-from mlx_serving.worker.engine.sequence import Request, SamplingParams
+from mlx_serving.worker.engine.row import Request, SamplingParams
+from mlx_serving.worker.engine.scheduling.chunk import PrefillChunk
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -18,6 +18,7 @@ from msgspec.structs import replace
 
 from benchmarks.engine import device_name, distinct_settings
 from mlx_serving.worker.engine.acceleration import choose_sampler
+from mlx_serving.worker.engine.row import SamplingParams
 from mlx_serving.worker.engine.sampling import (
     BatchSampler,
     MakeDraw,
@@ -25,7 +26,6 @@ from mlx_serving.worker.engine.sampling import (
     RowSampling,
     token_words,
 )
-from mlx_serving.worker.engine.sequence import SamplingParams
 
 HISTORY_TOKENS = 1024
 TOP_LOGPROBS = 5

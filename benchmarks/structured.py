@@ -25,8 +25,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from benchmarks.engine import Case, device_name, measure, start_engine, time_calls
 from benchmarks.synthetic import SHAPES, build_served_model
 from mlx_serving.worker.engine.engine import Engine
-from mlx_serving.worker.engine.output.grammar_compiler import GrammarCompiler, tokenizer_source
-from mlx_serving.worker.engine.sequence import SamplingParams
+from mlx_serving.worker.engine.row import SamplingParams
+from mlx_serving.worker.engine.structured.grammar_compiler import GrammarCompiler, tokenizer_source
 
 if TYPE_CHECKING:
     from mlx_serving.worker.engine.model_runner import ModelRunner

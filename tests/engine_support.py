@@ -11,14 +11,14 @@ import mlx.core as mx
 from mlx_lm.generate import generate_step
 
 from benchmarks.synthetic import TINY, build_model, build_tokenizer
-from mlx_serving.worker.engine.cache.cache_choice import CacheChoice, paged_choice
-from mlx_serving.worker.engine.cache.kv_cache import LanguageModel
 from mlx_serving.worker.engine.engine import Engine
+from mlx_serving.worker.engine.kv.choice import CacheChoice, paged_choice
+from mlx_serving.worker.engine.kv.padded import LanguageModel
+from mlx_serving.worker.engine.kv.paged.reference import ReferenceOps
+from mlx_serving.worker.engine.kv.prefix.cache import PrefixCache
+from mlx_serving.worker.engine.loader import EngineOptions, build_engine
 from mlx_serving.worker.engine.model_runner import ModelRunner
-from mlx_serving.worker.engine.models import EngineOptions, build_engine
-from mlx_serving.worker.engine.paged.reference import ReferenceOps
-from mlx_serving.worker.engine.prefix.cache import PrefixCache
-from mlx_serving.worker.engine.sequence import ModelInfo, Output, Request, SamplingParams
+from mlx_serving.worker.engine.row import ModelInfo, Output, Request, SamplingParams
 from tests.model_families import CONVOLUTIONAL
 
 EOS = 256

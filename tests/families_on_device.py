@@ -15,9 +15,9 @@ import sys
 import time
 from typing import TYPE_CHECKING, Final
 
-from mlx_serving.worker.engine.cache.cache_choice import PAGED_CACHE
 from mlx_serving.worker.engine.fused_layers import fuse
-from mlx_serving.worker.engine.sequence import Request
+from mlx_serving.worker.engine.kv.choice import PAGED_CACHE
+from mlx_serving.worker.engine.row import Request
 from tests.engine_support import GREEDY, Collected, drive, tiny_engine
 from tests.figures import show
 from tests.model_families import FAMILIES, VOCABULARY, Reference, build, by_mlx_lm

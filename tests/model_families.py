@@ -13,7 +13,7 @@ from mlx_lm.utils import _get_classes
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from mlx_serving.worker.engine.cache.kv_cache import LanguageModel
+    from mlx_serving.worker.engine.kv.padded import LanguageModel
 
 VOCABULARY: Final = 300
 WINDOW: Final = 24  # tokens; shorter than most prompts of the tests

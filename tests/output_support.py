@@ -11,16 +11,16 @@ from msgspec.structs import replace
 
 from mlx_serving.common.job.schema import GenerationJob
 from mlx_serving.tally.tasks import MODEL_PATH
-from mlx_serving.worker.engine.models import EngineOptions, load_engine
-from mlx_serving.worker.engine.output.output_plan import OutputPlanner
-from mlx_serving.worker.engine.sequence import Request, RowError, SamplingParams, ToolCall
+from mlx_serving.worker.engine.loader import EngineOptions, load_engine
+from mlx_serving.worker.engine.row import Request, RowError, SamplingParams, ToolCall
+from mlx_serving.worker.engine.structured.plan import OutputPlanner
 from mlx_serving.worker.engine.text.prompts import PromptEncoder
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from mlx_serving.worker.engine.engine import Engine
-    from mlx_serving.worker.engine.sequence import Output
+    from mlx_serving.worker.engine.row import Output
 
 ASK = [{"role": "user", "content": "json name=Ann age=34"}]
 

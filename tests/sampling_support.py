@@ -8,6 +8,7 @@ import pytest
 
 from mlx_serving.worker.engine.acceleration import load_native
 from mlx_serving.worker.engine.kernels import dialect
+from mlx_serving.worker.engine.row import SamplingParams
 from mlx_serving.worker.engine.sampling import (
     BatchSampler,
     MakeDraw,
@@ -15,9 +16,7 @@ from mlx_serving.worker.engine.sampling import (
     RowSampling,
     token_words,
 )
-from mlx_serving.worker.engine.sampling.kernel import KernelDraw
-from mlx_serving.worker.engine.sampling.native import NativeDraw
-from mlx_serving.worker.engine.sequence import SamplingParams
+from mlx_serving.worker.engine.sampling.kernels import KernelDraw, NativeDraw
 
 _native = load_native()[0]
 

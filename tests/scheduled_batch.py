@@ -4,12 +4,12 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from mlx_serving.common.job.schema import Lane
+from mlx_serving.worker.engine.row import Phase, Request, Row, SamplingParams
 from mlx_serving.worker.engine.scheduling.limits import BatchSize, SchedulerLimits
 from mlx_serving.worker.engine.scheduling.scheduler import Scheduler
-from mlx_serving.worker.engine.sequence import Phase, Request, SamplingParams, Sequence
 
 if TYPE_CHECKING:
-    from mlx_serving.worker.engine.scheduling.prefill_chunk import PrefillChunk
+    from mlx_serving.worker.engine.scheduling.chunk import PrefillChunk
 
 ROWS, CHUNK = 6, 16
 
@@ -24,7 +24,7 @@ class Batch:
     def __init__(self, limits: SchedulerLimits) -> None:
         self.limits = limits
         self.scheduler = Scheduler(limits)
-        self.rows: list[Sequence] = []
+        self.rows: list[Row] = []
         self.ended: list[str] = []
         self.chunks: list[PrefillChunk] = []
 
@@ -40,7 +40,7 @@ class Batch:
         self.rows += self.scheduler.add(*choices)
         return True
 
-    def check_newest(self, row: Sequence) -> None:
+    def check_newest(self, row: Row) -> None:
         """Of its lane, a row that loses as little and came later would have given way first."""
         assert not [
             other
@@ -67,18 +67,18 @@ class Batch:
             if len(row.tokens) >= row.request.max_tokens:
                 self.remove(row)
 
-    def remove(self, row: Sequence) -> None:
+    def remove(self, row: Row) -> None:
         self.rows.remove(row)
         self.scheduler.remove(row)
         self.ended.append(row.request.id)
 
-    def parked(self, lane: Lane) -> list[Sequence]:
+    def parked(self, lane: Lane) -> list[Row]:
         return [r for r in self.rows if r.phase is Phase.PARKED and r.request.lane == lane]
 
-    def active(self, lane: Lane) -> list[Sequence]:
+    def active(self, lane: Lane) -> list[Row]:
         return [r for r in self.rows if r.phase is not Phase.PARKED and r.request.lane == lane]
 
-    def has_share(self, rows: Iterable[Sequence]) -> bool:
+    def has_share(self, rows: Iterable[Row]) -> bool:
         widths = [self.scheduler._reservation._width(row.request) for row in rows]
         return self.limits.is_share(len(widths), sum(widths))
 

@@ -13,9 +13,9 @@ from mlx_serving.common.protocol import calls
 from mlx_serving.common.results import assemble
 from mlx_serving.worker.delivery.token_text import unspelled
 from mlx_serving.worker.engine.engine import Engine
+from mlx_serving.worker.engine.row import ModelInfo, Row
 from mlx_serving.worker.engine.scheduling.limits import BatchSize, SchedulerLimits
 from mlx_serving.worker.engine.scheduling.scheduler import Scheduler
-from mlx_serving.worker.engine.sequence import ModelInfo, Sequence
 from mlx_serving.worker.engine.simulated import SimulatedOptions, SimulatedRunner, plan
 from mlx_serving.worker.engine.text.detokenizer import Detokenizer
 from mlx_serving.worker.engine.text.vocabulary import Vocabulary
@@ -179,7 +179,7 @@ class UnevenRunner(SimulatedRunner):
         super().__init__(options)
         self._length, self._uneven = length, uneven
 
-    def _next_token(self, row: Sequence) -> int:
+    def _next_token(self, row: Row) -> int:
         end = self._length - self._uneven * row.request.choice
         return EOS if row.decoded >= end else super()._next_token(row)
 

@@ -3,13 +3,13 @@
 from functools import cache
 
 from benchmarks.synthetic import build_model, build_tokenizer
-from mlx_serving.worker.engine.cache.cache_choice import CacheChoice, paged_choice
-from mlx_serving.worker.engine.cache.kv_cache import LanguageModel
 from mlx_serving.worker.engine.engine import Engine
+from mlx_serving.worker.engine.kv.choice import CacheChoice, paged_choice
+from mlx_serving.worker.engine.kv.padded import LanguageModel
+from mlx_serving.worker.engine.kv.paged.reference import ReferenceOps
+from mlx_serving.worker.engine.loader import EngineOptions, build_engine
 from mlx_serving.worker.engine.model_runner import ModelRunner
-from mlx_serving.worker.engine.models import EngineOptions, build_engine
-from mlx_serving.worker.engine.paged.reference import ReferenceOps
-from mlx_serving.worker.engine.sequence import ModelInfo
+from mlx_serving.worker.engine.row import ModelInfo
 
 
 class Unordered(ReferenceOps):

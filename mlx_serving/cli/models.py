@@ -14,8 +14,8 @@ from mlx_serving.common.errors import FieldError, ModelUnreachable, UnknownModel
 
 if TYPE_CHECKING:
     from mlx_serving.common.settings import Settings
-    from mlx_serving.worker.engine.hub import Hub
     from mlx_serving.worker.engine.model_files import ModelFilesError
+    from mlx_serving.worker.engine.model_hub import Hub
 
 
 def known_path(settings: Settings, model: str) -> str:
@@ -35,15 +35,15 @@ def known_path(settings: Settings, model: str) -> str:
 
 def hub_of(settings: Settings) -> Hub:
     """The hub of the settings."""
-    from mlx_serving.worker.engine.hub import Hub
+    from mlx_serving.worker.engine.model_hub import Hub
 
     return Hub(settings.hub_endpoint, settings.hub_cache)
 
 
 def found_path(settings: Settings, path: str) -> str:
     """Folder of a model of the settings, as far as it is here; downloads nothing."""
-    from mlx_serving.worker.engine.hub import hub_model, local_folder
     from mlx_serving.worker.engine.model_files import ModelFilesError
+    from mlx_serving.worker.engine.model_hub import hub_model, local_folder
 
     model = hub_model(path)
     if model is None:
@@ -57,8 +57,8 @@ def found_path(settings: Settings, path: str) -> str:
 
 def hub_problem(alias: str, path: str) -> str | None:
     """Why a hub's model is not here, where `found_path` found no folder; None for a folder."""
-    from mlx_serving.worker.engine.hub import hub_model, require_pinned
     from mlx_serving.worker.engine.model_files import ModelFilesError
+    from mlx_serving.worker.engine.model_hub import hub_model, require_pinned
 
     model = hub_model(path)
     if model is None:
@@ -77,7 +77,7 @@ def fetched_path(settings: Settings, path: str) -> str:
         ModelFilesError: it can't be downloaded; names model, host and reason.
 
     """
-    from mlx_serving.worker.engine.hub import download, hub_model
+    from mlx_serving.worker.engine.model_hub import download, hub_model
 
     model = hub_model(path)
     return path if model is None else str(download(model, hub_of(settings), note))
@@ -85,7 +85,7 @@ def fetched_path(settings: Settings, path: str) -> str:
 
 def refusal(alias: str, error: ModelFilesError) -> UnknownModel:
     """Our error for a model of the settings that can't be had, now or ever."""
-    from mlx_serving.worker.engine.hub import HubUnreachableError
+    from mlx_serving.worker.engine.model_hub import HubUnreachableError
 
     kind = ModelUnreachable if isinstance(error, HubUnreachableError) else UnknownModel
     return kind([FieldError(f"models.{alias}", str(error))])
@@ -99,8 +99,8 @@ def pull(settings: Settings, alias: str) -> None:
 
     """
     from mlx_serving.cli.options import require_engine
-    from mlx_serving.worker.engine.hub import hub_model, resolve
     from mlx_serving.worker.engine.model_files import ModelFilesError
+    from mlx_serving.worker.engine.model_hub import hub_model, resolve
 
     model = hub_model(known_path(settings, alias))
     if model is None:

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Final
 import structlog
 
 from mlx_serving.worker.claiming.shortage import Shortage
-from mlx_serving.worker.engine.sequence import RequestRefusedError
+from mlx_serving.worker.engine.row import RequestRefusedError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from mlx_serving.worker.engine.engine_set import EngineSet
-    from mlx_serving.worker.engine.sequence import Output, Request
+    from mlx_serving.worker.engine.row import Output, Request
 
     Choices = Sequence[Request]  # of one job: admitted together, or not at all
 

@@ -9,9 +9,9 @@ import pytest
 
 from benchmarks import engine as benchmark
 from benchmarks.synthetic import build_model
-from mlx_serving.worker.engine.cache.cache_choice import choose_cache
+from mlx_serving.worker.engine.kv.choice import choose_cache
+from mlx_serving.worker.engine.kv.paged.cache import PagedCache
 from mlx_serving.worker.engine.model_runner import ModelRunner
-from mlx_serving.worker.engine.paged.cache import PagedCache
 
 
 def test_the_published_command_runs_to_its_end(

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import pytest
 
-from mlx_serving.worker.engine.cache.cache_choice import paged_choice
-from mlx_serving.worker.engine.cache.kv_cache import UnsupportedModelError
 from mlx_serving.worker.engine.fused_layers import fuse
-from mlx_serving.worker.engine.paged.reference import ReferenceOps
+from mlx_serving.worker.engine.kv.choice import paged_choice
+from mlx_serving.worker.engine.kv.padded import UnsupportedModelError
+from mlx_serving.worker.engine.kv.paged.reference import ReferenceOps
 from tests.engine_support import drive, tiny_engine
 from tests.families_on_device import CHUNK, near_ties, requests
 from tests.figures import show

@@ -9,14 +9,14 @@ import mlx_lm
 import pytest
 
 from benchmarks.synthetic import save_model
+from mlx_serving.worker.engine.loader import EngineOptions, load_engine
 from mlx_serving.worker.engine.model_files import (
     ModelFilesError,
     check_model_files,
     model_revision,
     tokenizer_hash,
 )
-from mlx_serving.worker.engine.models import EngineOptions, load_engine
-from mlx_serving.worker.engine.sequence import Request, SamplingParams
+from mlx_serving.worker.engine.row import Request, SamplingParams
 from tests.engine_support import drive
 
 

@@ -11,8 +11,8 @@ from msgspec.structs import replace
 from mlx_serving.common.job.schema import GenerationJob
 from mlx_serving.tally.tasks import MODEL_PATH, TASKS, Example, check
 from mlx_serving.worker.engine.engine import Engine
-from mlx_serving.worker.engine.models import EngineOptions, load_engine
-from mlx_serving.worker.engine.sequence import Request, SamplingParams
+from mlx_serving.worker.engine.loader import EngineOptions, load_engine
+from mlx_serving.worker.engine.row import Request, SamplingParams
 from mlx_serving.worker.engine.text.prompts import PromptEncoder
 from tests.engine_support import Collected, drive
 

@@ -15,9 +15,9 @@ from mlx_serving.cli.models import found_path
 from mlx_serving.cli.worker import model_path
 from mlx_serving.common.errors import UnknownModel
 from mlx_serving.common.settings import TALLY_PATH, load_settings
-from mlx_serving.worker.engine import hub as hub_module
-from mlx_serving.worker.engine.hub import Hub, HubModel, download, hub_model, local_folder
+from mlx_serving.worker.engine import model_hub as hub_module
 from mlx_serving.worker.engine.model_files import ModelFilesError
+from mlx_serving.worker.engine.model_hub import Hub, HubModel, download, hub_model, local_folder
 from tests.hub_server import COMMIT, FakeHub, model_at
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def test_a_download_that_broke_off_goes_on_with_what_is_missing(server: FakeHub,
 
 def test_two_processes_that_ask_at_once_download_once(server: FakeHub, hub: Hub) -> None:
     code = (
-        "import sys; from pathlib import Path; from mlx_serving.worker.engine.hub import *;"
+        "import sys; from pathlib import Path; from mlx_serving.worker.engine.model_hub import *;"
         "print(download(HubModel(*sys.argv[1:3]), Hub(sys.argv[3], Path(sys.argv[4])), print))"
     )
     command = [sys.executable, "-c", code, REPO, COMMIT, server.endpoint, str(hub.cache)]

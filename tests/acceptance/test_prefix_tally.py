@@ -9,7 +9,7 @@ import pytest
 
 from mlx_serving.producer.client import Client
 from mlx_serving.tally.tasks import MODEL_PATH
-from mlx_serving.worker.engine.models import EngineOptions, load_engine
+from mlx_serving.worker.engine.loader import EngineOptions, load_engine
 from mlx_serving.worker.engine.text.prompts import PromptEncoder
 from tests.acceptance.test_engine_tally import assert_right, examples, requests_of
 from tests.engine_support import drive, prefixes_of

@@ -9,7 +9,7 @@ import pytest
 
 from mlx_serving import Client
 from mlx_serving.tally.tasks import MODEL_PATH
-from mlx_serving.worker.engine.models import EngineOptions, load_engine
+from mlx_serving.worker.engine.loader import EngineOptions, load_engine
 from mlx_serving.worker.engine.text.prompts import PromptEncoder
 from tests.freezing import FROZEN
 from tests.helpers import wait_until

@@ -10,7 +10,7 @@ from unittest.mock import patch
 import pytest
 
 from mlx_serving.common.errors import InvalidJob
-from mlx_serving.worker.engine.output.grammar_trial import COMPILE_SECONDS
+from mlx_serving.worker.engine.structured.grammar_trial import COMPILE_SECONDS
 from tests.output_support import decode_one, job, planner, request, tally
 from tests.schemas_for_tests import schema
 

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from msgspec.structs import replace
 
-from mlx_serving.worker.engine.output.structured_output import (
+from mlx_serving.worker.engine.row import Request, SamplingParams
+from mlx_serving.worker.engine.structured.masks import (
     BatchMasks,
     Matcher,
     words_of,
 )
-from mlx_serving.worker.engine.sequence import Request, SamplingParams
 from tests.output_support import decode, decode_one, job, planner, request, resumed, tally
 
 OBJECT = {
@@ -78,7 +78,10 @@ def test_the_end_of_sequence_is_allowed_exactly_where_the_grammar_accepts() -> N
 
 def test_ids_beyond_the_tokenizer_are_never_allowed() -> None:
     """Models are often wider than their tokenizer."""
-    from mlx_serving.worker.engine.output.grammar_compiler import GrammarCompiler, tokenizer_source
+    from mlx_serving.worker.engine.structured.grammar_compiler import (
+        GrammarCompiler,
+        tokenizer_source,
+    )
 
     compiler = GrammarCompiler(tokenizer_source(tally().tokenizer, 500, frozenset(EOS)))
     try:

@@ -12,7 +12,7 @@ from msgspec.structs import replace
 
 from mlx_serving.common.errors import InvalidJob
 from mlx_serving.tally.tasks import TASKS, tool_schema
-from mlx_serving.worker.engine.sequence import Parts
+from mlx_serving.worker.engine.row import Parts
 from tests.output_support import Row, decode, decode_one, job, request, resumed
 
 WEATHER = [{"role": "user", "content": "weather in Paris"}]

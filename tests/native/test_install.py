@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 REPORT = """
 from mlx_serving.worker.engine.acceleration import reports
-from mlx_serving.worker.engine.sampling.kernel import kernel_source
+from mlx_serving.worker.engine.sampling.kernels import kernel_source
 assert all(kernel_source(dialect) for dialect in ("cuda", "metal"))
 print(*reports(prefer_native=True))
 """

@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 
 from mlx_serving.worker.engine.kernels import Dialect
-from mlx_serving.worker.engine.paged.kernel_ops import head_tile, kernel_source, team_lanes
-from mlx_serving.worker.engine.paged.layers import (
+from mlx_serving.worker.engine.kv.paged.kernel_ops import head_tile, kernel_source, team_lanes
+from mlx_serving.worker.engine.kv.paged.layers import (
     PagedLayer,
     StepPlan,
     StoreEntry,
 )
-from mlx_serving.worker.engine.paged.reference import ReferenceOps
+from mlx_serving.worker.engine.kv.paged.reference import ReferenceOps
 
 COMPILER = os.environ.get("CXX", "c++")
 BLOCK = 8

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from mlx_serving.worker.engine.aside import aside
+from mlx_serving.worker.engine.in_thread import aside
 from mlx_serving.worker.models.loading import finish
 
 

@@ -5,7 +5,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from mlx_serving.worker.engine.paged.block_allocator import BlockAllocator, OutOfBlocksError
+from mlx_serving.worker.engine.kv.paged.block_allocator import BlockAllocator, OutOfBlocksError
 
 LIMIT = 24
 

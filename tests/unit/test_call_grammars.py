@@ -18,13 +18,13 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from mlx_serving.common.errors import InvalidJob
 from mlx_serving.common.job.schema import GenerationJob
-from mlx_serving.worker.engine.calls.spelling import _MARKER
-from mlx_serving.worker.engine.output.grammar_trial import compile_grammar, try_grammar
-from mlx_serving.worker.engine.output.output_grammar import output_grammar
-from mlx_serving.worker.engine.output.tool_formats import ModelFormat, RequestFormat
+from mlx_serving.worker.engine.structured.grammar import output_grammar
+from mlx_serving.worker.engine.structured.grammar_trial import compile_grammar, try_grammar
+from mlx_serving.worker.engine.structured.tool_formats import ModelFormat, RequestFormat
+from mlx_serving.worker.engine.structured.tool_grammars.spelling import _MARKER
 
 if TYPE_CHECKING:
-    from mlx_serving.worker.engine.sequence import Parts
+    from mlx_serving.worker.engine.row import Parts
 
 SAMPLES: Final[dict[str, str]] = json.loads(
     (Path(__file__).parents[1] / "fixtures" / "tool_calls.json").read_text()

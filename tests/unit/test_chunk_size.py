@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from mlx_serving.worker.engine.scheduling.chunk_size import (
+from mlx_serving.worker.engine.scheduling.chunk import (
     DECODES,
     ChunkSize,
     ChunkStep,

@@ -9,8 +9,8 @@ from mlx_lm.models import gemma3_text, lfm2, mamba
 from mlx_lm.models.cache import BatchKVCache, ChunkedKVCache, KVCache
 
 from benchmarks.synthetic import TINY, build_model
-from mlx_serving.worker.engine.cache import kv_cache
-from mlx_serving.worker.engine.sequence import Request
+from mlx_serving.worker.engine.kv import padded
+from mlx_serving.worker.engine.row import Request
 from tests.engine_support import (
     GREEDY,
     HYBRID,
@@ -60,21 +60,21 @@ def test_a_model_whose_cache_can_not_be_batched_is_refused_by_name() -> None:
                 layer.update_and_fetch(block, block)
             return mx.zeros((*inputs.shape, 300))
 
-    with pytest.raises(kv_cache.UnsupportedModelError, match="layer 1 keeps a ChunkedKVCache"):
+    with pytest.raises(padded.UnsupportedModelError, match="layer 1 keeps a ChunkedKVCache"):
         tiny_engine(Chunked())
 
 
 def test_cost_is_measured_from_the_models_own_cache() -> None:
-    cost = kv_cache.measure(build_model())
+    cost = padded.measure(build_model())
     # 2 layers x (keys + values) x 2 heads x 16 x 4 bytes
-    assert cost == kv_cache.CacheCost(512, 0, TINY["vocab_size"])
+    assert cost == padded.CacheCost(512, 0, TINY["vocab_size"])
     assert cost.overhead_tokens == 256
-    half = kv_cache.measure(build_model(dtype=mx.bfloat16))
+    half = padded.measure(build_model(dtype=mx.bfloat16))
     assert half.bytes_per_token == 256
 
 
 def test_fixed_states_count_as_overhead() -> None:
-    cost = kv_cache.measure(other_model(lfm2, HYBRID))
+    cost = padded.measure(other_model(lfm2, HYBRID))
     assert cost.fixed_bytes > 0
     assert cost.overhead_tokens > 256
 
@@ -93,7 +93,7 @@ def test_the_kv_budget_bounds_admission_in_bytes() -> None:
 def test_rows_are_kept_as_mlx_lm_keeps_them(kept: list[int]) -> None:
     lengths = [5, 9, 2, 7]
     ours, theirs = (BatchKVCache.merge([filled(n) for n in lengths]) for _ in range(2))
-    kv_cache.keep_rows([ours], kept, max(lengths[index] for index in kept))
+    padded.keep_rows([ours], kept, max(lengths[index] for index in kept))
     theirs.filter(kept)
     assert ours.size() == theirs.size()
     for a, b in zip(cast("Any", ours.state[:4]), cast("Any", theirs.state[:4]), strict=True):

@@ -8,7 +8,7 @@ from mlx_lm.models import gemma3_text, lfm2
 
 from benchmarks.synthetic import build_model
 from mlx_serving.worker.engine.engine import Engine
-from mlx_serving.worker.engine.sequence import Request, RequestRefusedError, SamplingParams
+from mlx_serving.worker.engine.row import Request, RequestRefusedError, SamplingParams
 from tests.engine_support import GREEDY, HYBRID, SLIDING, drive, other_model, tiny_engine
 
 SAMPLED = SamplingParams(1.0, top_p=0.95, seed=77)

@@ -3,7 +3,7 @@
 import pytest
 
 from benchmarks.synthetic import build_model, build_tokenizer
-from mlx_serving.worker.engine.sequence import Request, SamplingParams
+from mlx_serving.worker.engine.row import Request, SamplingParams
 from tests.engine_support import (
     EOS,
     GREEDY,

@@ -8,10 +8,10 @@ from msgspec.structs import replace
 from benchmarks.synthetic import TINY, build_model
 from mlx_serving.common.job.schema import Lane
 from mlx_serving.worker.engine.engine import Engine
-from mlx_serving.worker.engine.paged import cache as cache_module
-from mlx_serving.worker.engine.paged.step import plain_step
+from mlx_serving.worker.engine.kv.paged import cache as cache_module
+from mlx_serving.worker.engine.kv.paged.step import plain_step
+from mlx_serving.worker.engine.row import Phase, Request, RequestRefusedError, SamplingParams
 from mlx_serving.worker.engine.sampling import BatchSampler
-from mlx_serving.worker.engine.sequence import Phase, Request, RequestRefusedError, SamplingParams
 from tests.engine_support import GREEDY, POISON, PoisonedModel, drive, greedy_by_mlx_lm, tiny_engine
 
 GOOD = [Request(f"good{n}", (n + 1, 5, 9), GREEDY, 12) for n in range(4)]

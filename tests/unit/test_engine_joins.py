@@ -8,12 +8,12 @@ import pytest
 from mlx_lm.models import longcat_flash_ngram
 from mlx_lm.models.cache import BatchKVCache, CacheList, KVCache
 
-from mlx_serving.worker.engine.cache import kv_cache
 from mlx_serving.worker.engine.engine import Engine
-from mlx_serving.worker.engine.paged.cache import PagedCache
-from mlx_serving.worker.engine.paged.layers import PagedLayer
-from mlx_serving.worker.engine.paged.placement import Placement
-from mlx_serving.worker.engine.sequence import Request, SamplingParams
+from mlx_serving.worker.engine.kv import padded
+from mlx_serving.worker.engine.kv.paged.cache import PagedCache
+from mlx_serving.worker.engine.kv.paged.layers import PagedLayer
+from mlx_serving.worker.engine.kv.paged.placement import Placement
+from mlx_serving.worker.engine.row import Request, SamplingParams
 from tests.engine_support import Collected, drive, other_model, prefixes_of, tiny_engine
 
 SAMPLED = SamplingParams(1.0, top_p=0.95, seed=5)
@@ -74,7 +74,7 @@ def break_call(owner: Any, name: str, *, after: bool = False) -> Break:
 
 
 PADDED = {
-    "merge": break_call(kv_cache, "as_batch"),
+    "merge": break_call(padded, "as_batch"),
     "the first layer's extend": break_extend(0),
     "a later layer's extend": break_extend(1),
 }
@@ -276,9 +276,9 @@ def test_a_twin_is_spared_what_is_done_to_the_other_in_place() -> None:
     for layer in layers:
         for part in layer.caches:
             part.update_and_fetch(mx.ones((1, 2, 3, 4)), mx.ones((1, 2, 3, 4)))
-    cache = kv_cache.as_batch(layers)
+    cache = padded.as_batch(layers)
     before = [(part.offset.tolist(), part.keys.shape) for layer in cache for part in layer.caches]
-    twice = kv_cache.extended(cache, kv_cache.as_batch(layers))
+    twice = padded.extended(cache, padded.as_batch(layers))
     for layer in twice:
         for part in layer.caches:
             part.offset += 5

@@ -10,11 +10,11 @@ import mlx.core as mx
 import pytest
 
 from mlx_serving.worker.engine.engine import Engine
-from mlx_serving.worker.engine.launched import LaunchedWorkError, beside_step
-from mlx_serving.worker.engine.paged.cache import PagedCache
-from mlx_serving.worker.engine.paged.placement import Placement
-from mlx_serving.worker.engine.paged.reference import ReferenceOps
-from mlx_serving.worker.engine.sequence import Output, Request, RequestRefusedError, SamplingParams
+from mlx_serving.worker.engine.failures import LaunchedWorkError, beside_step
+from mlx_serving.worker.engine.kv.paged.cache import PagedCache
+from mlx_serving.worker.engine.kv.paged.placement import Placement
+from mlx_serving.worker.engine.kv.paged.reference import ReferenceOps
+from mlx_serving.worker.engine.row import Output, Request, RequestRefusedError, SamplingParams
 from tests.engine_support import Collected, drive
 from tests.unordered import Unordered, engine_on
 

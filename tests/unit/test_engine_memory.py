@@ -8,9 +8,9 @@ import pytest
 
 from benchmarks.synthetic import build_model
 from mlx_serving.worker.engine.engine import Engine
-from mlx_serving.worker.engine.memory.out_of_memory import is_out_of_memory
-from mlx_serving.worker.engine.paged.step import plain_step
-from mlx_serving.worker.engine.sequence import Request, SamplingParams
+from mlx_serving.worker.engine.kv.paged.step import plain_step
+from mlx_serving.worker.engine.memory.recovery import is_out_of_memory
+from mlx_serving.worker.engine.row import Request, SamplingParams
 from tests.engine_support import GREEDY, Collected, drive, prefixes_of, tiny_engine
 
 METAL = "[metal::malloc] Resource limit (499000) exceeded."

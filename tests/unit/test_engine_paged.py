@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from benchmarks.synthetic import build_model
 from mlx_serving.worker.engine.engine import Engine
-from mlx_serving.worker.engine.paged.cache import BLOCK_TOKENS, PagedCache
-from mlx_serving.worker.engine.paged.step import plain_step
-from mlx_serving.worker.engine.sequence import Request, SamplingParams
+from mlx_serving.worker.engine.kv.paged.cache import BLOCK_TOKENS, PagedCache
+from mlx_serving.worker.engine.kv.paged.step import plain_step
+from mlx_serving.worker.engine.row import Request, SamplingParams
 from tests.engine_support import (
     GREEDY,
     POISON,

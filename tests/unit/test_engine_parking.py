@@ -13,7 +13,7 @@ from msgspec.structs import replace
 from benchmarks.synthetic import build_model
 from mlx_serving.common.job.schema import Lane
 from mlx_serving.worker.engine.engine import Engine
-from mlx_serving.worker.engine.sequence import Output, Request, RequestRefusedError, SamplingParams
+from mlx_serving.worker.engine.row import Output, Request, RequestRefusedError, SamplingParams
 from tests.engine_support import HYBRID, SLIDING, other_model, prefixes_of, tiny_engine
 
 SAMPLED = SamplingParams(1.0, top_p=0.95, seed=5, repetition_penalty=1.2, logprobs=2)

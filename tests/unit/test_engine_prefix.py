@@ -7,9 +7,9 @@ from typing import Any, cast
 import pytest
 from msgspec.structs import replace
 
-from mlx_serving.worker.engine.paged.cache import BLOCK_TOKENS
-from mlx_serving.worker.engine.scheduling.prefill_chunk import PrefillChunk
-from mlx_serving.worker.engine.sequence import Request, SamplingParams
+from mlx_serving.worker.engine.kv.paged.cache import BLOCK_TOKENS
+from mlx_serving.worker.engine.row import Request, SamplingParams
+from mlx_serving.worker.engine.scheduling.chunk import PrefillChunk
 from tests.engine_support import GREEDY, drive, prefixes_of, tiny_engine
 
 SAMPLED = SamplingParams(1.0, top_p=0.95, seed=77)

@@ -10,17 +10,17 @@ from mlx_lm.models import gemma3_text, mamba
 from benchmarks.synthetic import TINY, build_model, build_tokenizer
 from mlx_serving.common.errors import InvalidSettings
 from mlx_serving.common.settings import load_settings
-from mlx_serving.worker.engine.cache.cache_choice import (
+from mlx_serving.worker.engine.engine import Engine
+from mlx_serving.worker.engine.kv.choice import (
     choose_cache,
     padded_choice,
     quantized_choice,
 )
-from mlx_serving.worker.engine.cache.kv_cache import LanguageModel, UnsupportedModelError
-from mlx_serving.worker.engine.cache.quantized_cache import KvBits
-from mlx_serving.worker.engine.engine import Engine
+from mlx_serving.worker.engine.kv.padded import LanguageModel, UnsupportedModelError
+from mlx_serving.worker.engine.kv.quantized import KvBits
+from mlx_serving.worker.engine.loader import EngineOptions, build_engine
 from mlx_serving.worker.engine.model_runner import ModelRunner
-from mlx_serving.worker.engine.models import EngineOptions, build_engine
-from mlx_serving.worker.engine.sequence import ModelInfo, Request, SamplingParams
+from mlx_serving.worker.engine.row import ModelInfo, Request, SamplingParams
 from tests.engine_support import GREEDY, RECURRENT, SLIDING, Collected, drive, other_model
 
 SAMPLED = SamplingParams(0.9, top_p=0.9, seed=3)

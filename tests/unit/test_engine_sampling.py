@@ -9,9 +9,9 @@ import pytest
 from msgspec.structs import replace
 
 from benchmarks.synthetic import build_model
-from mlx_serving.worker.engine.cache.kv_cache import LanguageModel, new_cache
+from mlx_serving.worker.engine.kv.padded import LanguageModel, new_cache
+from mlx_serving.worker.engine.row import Request, SamplingParams
 from mlx_serving.worker.engine.sampling.sampler import RECENT_TOKENS
-from mlx_serving.worker.engine.sequence import Request, SamplingParams
 from mlx_serving.worker.engine.simulated import SimulatedEngine
 from tests.engine_support import GREEDY, Collected, drive, tiny_engine
 

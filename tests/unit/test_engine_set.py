@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mlx_serving.worker.engine.engine_set import EngineSet
-from mlx_serving.worker.engine.sequence import Request, SamplingParams
+from mlx_serving.worker.engine.row import Request, SamplingParams
 from mlx_serving.worker.engine.simulated import SimulatedEngine, SimulatedOptions
 
 if TYPE_CHECKING:
-    from mlx_serving.worker.engine.sequence import SampledToken
+    from mlx_serving.worker.engine.row import SampledToken
 
 FREE = SimulatedOptions(0.0, 0.0)
 

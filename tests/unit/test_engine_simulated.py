@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from mlx_serving.common.job.schema import GenerationJob
-from mlx_serving.worker.engine.sequence import InferenceEngine, Request, SamplingParams
+from mlx_serving.worker.engine.row import InferenceEngine, Request, SamplingParams
 from mlx_serving.worker.engine.simulated import (
     SimulatedEngine,
     SimulatedOptions,

@@ -7,17 +7,17 @@ from typing import TYPE_CHECKING
 import pytest
 
 from mlx_serving.worker.engine.engine_set import EngineSet
+from mlx_serving.worker.engine.row import Request, SamplingParams
 from mlx_serving.worker.engine.scheduling.limits import SchedulerLimits
 from mlx_serving.worker.engine.scheduling.scheduler import Scheduler
-from mlx_serving.worker.engine.sequence import Request, SamplingParams
 from mlx_serving.worker.engine.simulated import SimulatedEngine, SimulatedOptions, SimulatedRunner
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from mlx_serving.common.job.schema import Lane
-    from mlx_serving.worker.engine.scheduling.prefill_chunk import PrefillChunk
-    from mlx_serving.worker.engine.sequence import SampledToken
+    from mlx_serving.worker.engine.row import SampledToken
+    from mlx_serving.worker.engine.scheduling.chunk import PrefillChunk
 
 PARAMS = SamplingParams()
 

@@ -8,8 +8,8 @@ from typing import Any, cast
 import pytest
 
 from mlx_serving.worker.engine.engine import Engine
-from mlx_serving.worker.engine.paged.cache import BLOCK_TOKENS
-from mlx_serving.worker.engine.sequence import Request, SamplingParams
+from mlx_serving.worker.engine.kv.paged.cache import BLOCK_TOKENS
+from mlx_serving.worker.engine.row import Request, SamplingParams
 from tests.engine_support import drive, prefixes_of, tiny_engine
 
 SAMPLED = SamplingParams(1.0, top_p=0.95, seed=9)

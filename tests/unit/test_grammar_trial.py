@@ -16,9 +16,9 @@ from llguidance import LLTokenizer
 from benchmarks.structured import grammars, word_tokenizer
 from benchmarks.synthetic import build_tokenizer
 from mlx_serving.common.errors import InvalidSchema
-from mlx_serving.worker.engine.output import grammar_compiler
-from mlx_serving.worker.engine.output.grammar_compiler import GrammarCompiler, tokenizer_source
-from mlx_serving.worker.engine.output.grammar_trial import GrammarTrial, compile_grammar, serve
+from mlx_serving.worker.engine.structured import grammar_compiler
+from mlx_serving.worker.engine.structured.grammar_compiler import GrammarCompiler, tokenizer_source
+from mlx_serving.worker.engine.structured.grammar_trial import GrammarTrial, compile_grammar, serve
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -53,7 +53,7 @@ def test_it_answers_a_line_a_grammar_until_its_input_ends() -> None:
 
 
 def test_a_grammar_that_hangs_ends_it_even_where_nobody_is_left_to_kill_it() -> None:
-    module = "mlx_serving.worker.engine.output.grammar_trial"
+    module = "mlx_serving.worker.engine.structured.grammar_trial"
     process = subprocess.Popen([sys.executable, "-m", module], stdin=subprocess.PIPE)
     process.communicate(lines(settings(0.3), SLOW), timeout=30)
     assert process.returncode == -signal.SIGALRM

@@ -8,7 +8,7 @@ import mlx.core as mx
 import pytest
 
 from benchmarks.synthetic import TINY, build_model
-from mlx_serving.worker.engine.sequence import Request, RequestRefusedError, SamplingParams
+from mlx_serving.worker.engine.row import Request, RequestRefusedError, SamplingParams
 from tests.engine_support import GREEDY, drive, greedy_by_mlx_lm, tiny_engine
 
 NAN, OOM = 299, 298  # token ids that only hostile prompts hold

@@ -18,7 +18,7 @@ from mlx_serving.worker.claiming.intake import (
     read_committed,
 )
 from mlx_serving.worker.delivery.choice import Committed, CommittedChoice
-from mlx_serving.worker.engine.sequence import ModelInfo, SamplingParams
+from mlx_serving.worker.engine.row import ModelInfo, SamplingParams
 from tests.worker_fakes import MODEL, claim_of
 
 

@@ -7,8 +7,8 @@ import pytest
 
 from mlx_serving.common.job.schema import LANES, Lane
 from mlx_serving.worker.claiming.lane_claims import LaneClaim, LaneRoom
+from mlx_serving.worker.engine.row import Request
 from mlx_serving.worker.engine.scheduling.limits import BatchSize, SchedulerLimits
-from mlx_serving.worker.engine.sequence import Request
 from tests.scheduled_batch import Batch, request
 
 CLAIM_MOST = 32

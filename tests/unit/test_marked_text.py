@@ -12,16 +12,16 @@ from transformers import PreTrainedTokenizerFast
 
 from mlx_serving.worker.engine.acceleration import make_detokenizer
 from mlx_serving.worker.engine.engine import Engine
-from mlx_serving.worker.engine.output.tool_formats import ModelFormat, RequestFormat
-from mlx_serving.worker.engine.scheduling.limits import BatchSize, SchedulerLimits
-from mlx_serving.worker.engine.scheduling.scheduler import Scheduler
-from mlx_serving.worker.engine.sequence import (
+from mlx_serving.worker.engine.row import (
     ModelInfo,
     Parts,
     Request,
     SampledToken,
     SamplingParams,
 )
+from mlx_serving.worker.engine.scheduling.limits import BatchSize, SchedulerLimits
+from mlx_serving.worker.engine.scheduling.scheduler import Scheduler
+from mlx_serving.worker.engine.structured.tool_formats import ModelFormat, RequestFormat
 from mlx_serving.worker.engine.text.marked_detokenizer import MarkedDetokenizer, with_markers
 
 if TYPE_CHECKING:

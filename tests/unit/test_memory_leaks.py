@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.synthetic import build_model
 from mlx_serving.worker.engine.engine import Engine
-from mlx_serving.worker.engine.sequence import Request, SamplingParams
+from mlx_serving.worker.engine.row import Request, SamplingParams
 from tests.engine_support import GREEDY, drive, tiny_engine
 
 SLACK_BYTES = 4096  # an idle engine's few small arrays

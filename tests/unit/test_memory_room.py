@@ -1,7 +1,7 @@
 """Which requests the device has memory for now: their keys and values, and their prompt twice."""
 
-from mlx_serving.worker.engine.memory.room import RELAX_LOOKS, MemoryRoom
-from mlx_serving.worker.engine.sequence import Request, SamplingParams
+from mlx_serving.worker.engine.memory.guard import RELAX_LOOKS, MemoryRoom
+from mlx_serving.worker.engine.row import Request, SamplingParams
 
 
 def request(prompt: int, max_tokens: int = 10, choice: int = 0) -> Request:

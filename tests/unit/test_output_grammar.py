@@ -14,9 +14,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from mlx_serving.common.errors import InvalidJob
 from mlx_serving.common.job.schema import GenerationJob
-from mlx_serving.worker.engine.output.grammar_trial import compile_grammar, try_grammar
-from mlx_serving.worker.engine.output.output_grammar import output_grammar
-from mlx_serving.worker.engine.output.tool_formats import ModelFormat
+from mlx_serving.worker.engine.structured.grammar import output_grammar
+from mlx_serving.worker.engine.structured.grammar_trial import compile_grammar, try_grammar
+from mlx_serving.worker.engine.structured.tool_formats import ModelFormat
 from tests.schemas_for_tests import schema
 
 MARKERS = ("<think>", "</think>", "<tool_call>", "</tool_call>")

@@ -11,14 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mlx_lm.generate import TextStateMachine
 
-from mlx_serving.worker.engine.output.output_parser import (
+from mlx_serving.worker.engine.row import Parts
+from mlx_serving.worker.engine.structured.parser import (
     CALL,
     REASONING,
     TEXT,
     MarkedTextParser,
     ReadCall,
 )
-from mlx_serving.worker.engine.sequence import Parts
 
 TRANSITIONS = {
     TEXT: (("<think>", REASONING), ("<tool_call>", CALL)),

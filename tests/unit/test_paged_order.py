@@ -8,17 +8,17 @@ import mlx.core as mx
 import pytest
 
 from benchmarks.synthetic import build_model
-from mlx_serving.worker.engine.cache.cache_choice import MIXED_READS, paged_choice
-from mlx_serving.worker.engine.cache.decode_cache import Prompt
-from mlx_serving.worker.engine.paged import cache as cache_module
-from mlx_serving.worker.engine.paged import pools as pools_module
-from mlx_serving.worker.engine.paged.cache import BLOCK_TOKENS, PagedCache
-from mlx_serving.worker.engine.paged.kernel_ops import KernelOps
-from mlx_serving.worker.engine.paged.layers import PagedLayer
-from mlx_serving.worker.engine.paged.reference import ReferenceOps
-from mlx_serving.worker.engine.prefix.cache import PrefixCache
-from mlx_serving.worker.engine.prefix.index import PrefixIndex, PrefixKey
-from mlx_serving.worker.engine.sequence import Request, SamplingParams
+from mlx_serving.worker.engine.kv.choice import MIXED_READS, paged_choice
+from mlx_serving.worker.engine.kv.decode_cache import Prompt
+from mlx_serving.worker.engine.kv.paged import cache as cache_module
+from mlx_serving.worker.engine.kv.paged import pools as pools_module
+from mlx_serving.worker.engine.kv.paged.cache import BLOCK_TOKENS, PagedCache
+from mlx_serving.worker.engine.kv.paged.kernel_ops import KernelOps
+from mlx_serving.worker.engine.kv.paged.layers import PagedLayer
+from mlx_serving.worker.engine.kv.paged.reference import ReferenceOps
+from mlx_serving.worker.engine.kv.prefix.cache import PrefixCache
+from mlx_serving.worker.engine.kv.prefix.index import PrefixIndex, PrefixKey
+from mlx_serving.worker.engine.row import Request, SamplingParams
 from tests.engine_support import drive
 from tests.unit.test_paged_pools import SHAPES
 from tests.unordered import Unordered, engine_on
@@ -162,6 +162,6 @@ def test_metal_alone_orders_kernels_by_data(
     ordered: bool,  # noqa: FBT001 - parametrized
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    module = "mlx_serving.worker.engine.paged.kernel_ops._make"
+    module = "mlx_serving.worker.engine.kv.paged.kernel_ops._make"
     monkeypatch.setattr(module, lambda *_: None)
     assert KernelOps(language).ordered_by_stream is ordered

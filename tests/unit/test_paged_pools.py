@@ -8,15 +8,15 @@ import mlx.core as mx
 import pytest
 
 from benchmarks.synthetic import build_model
-from mlx_serving.worker.engine.cache.decode_cache import Prompt
-from mlx_serving.worker.engine.paged import pools as pools_module
-from mlx_serving.worker.engine.paged.block_allocator import BlockAllocator
-from mlx_serving.worker.engine.paged.cache import BLOCK_TOKENS, PagedCache
-from mlx_serving.worker.engine.paged.layers import PagedLayer
-from mlx_serving.worker.engine.paged.pools import LEFT_BYTES, LayerShape, Pools
-from mlx_serving.worker.engine.paged.reference import ReferenceOps
-from mlx_serving.worker.engine.prefix.cache import PrefixCache
-from mlx_serving.worker.engine.prefix.index import PrefixIndex, PrefixKey
+from mlx_serving.worker.engine.kv.decode_cache import Prompt
+from mlx_serving.worker.engine.kv.paged import pools as pools_module
+from mlx_serving.worker.engine.kv.paged.block_allocator import BlockAllocator
+from mlx_serving.worker.engine.kv.paged.cache import BLOCK_TOKENS, PagedCache
+from mlx_serving.worker.engine.kv.paged.layers import PagedLayer
+from mlx_serving.worker.engine.kv.paged.pools import LEFT_BYTES, LayerShape, Pools
+from mlx_serving.worker.engine.kv.paged.reference import ReferenceOps
+from mlx_serving.worker.engine.kv.prefix.cache import PrefixCache
+from mlx_serving.worker.engine.kv.prefix.index import PrefixIndex, PrefixKey
 
 SHAPES = [LayerShape(2, 16, mx.float32)] * 2
 ROWS = 30

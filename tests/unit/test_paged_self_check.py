@@ -8,17 +8,17 @@ import pytest
 from mlx_lm.models import gemma2, gemma3_text, lfm2
 
 from benchmarks.synthetic import TINY, build_model
-from mlx_serving.worker.engine.cache import cache_choice
-from mlx_serving.worker.engine.cache.cache_choice import CacheChoice, choose_cache, paged_choice
-from mlx_serving.worker.engine.cache.decode_cache import PaddedCache
-from mlx_serving.worker.engine.paged import dispatch
-from mlx_serving.worker.engine.paged.cache import PagedCache
-from mlx_serving.worker.engine.paged.layers import (
+from mlx_serving.worker.engine.kv import choice as cache_choice
+from mlx_serving.worker.engine.kv.choice import CacheChoice, choose_cache, paged_choice
+from mlx_serving.worker.engine.kv.decode_cache import PaddedCache
+from mlx_serving.worker.engine.kv.paged import dispatch
+from mlx_serving.worker.engine.kv.paged.cache import PagedCache
+from mlx_serving.worker.engine.kv.paged.layers import (
     PagedLayer,
     StepPlan,
     StoreEntry,
 )
-from mlx_serving.worker.engine.paged.reference import ReferenceOps
+from mlx_serving.worker.engine.kv.paged.reference import ReferenceOps
 from tests.engine_support import HYBRID, SLIDING, other_model
 
 

@@ -10,21 +10,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.synthetic import build_model
-from mlx_serving.worker.engine.cache.decode_cache import Prefilled
-from mlx_serving.worker.engine.paged import dispatch
-from mlx_serving.worker.engine.paged.cache import PagedCache
-from mlx_serving.worker.engine.paged.layers import PagedLayer, StepPlan, materialize, resize
-from mlx_serving.worker.engine.paged.planning import (
+from mlx_serving.worker.engine.kv.decode_cache import Prefilled
+from mlx_serving.worker.engine.kv.paged import dispatch
+from mlx_serving.worker.engine.kv.paged.cache import PagedCache
+from mlx_serving.worker.engine.kv.paged.layers import PagedLayer, StepPlan, materialize, resize
+from mlx_serving.worker.engine.kv.paged.pools import LayerShape
+from mlx_serving.worker.engine.kv.paged.reference import ReferenceOps
+from mlx_serving.worker.engine.kv.paged.step import (
     CHUNK_TOKENS,
     SPLIT_ABOVE_TOKENS,
     BatchRows,
     Context,
+    compiled_step,
     make_plan,
+    plain_step,
     plan_work,
+    round_up_rows,
 )
-from mlx_serving.worker.engine.paged.pools import LayerShape
-from mlx_serving.worker.engine.paged.reference import ReferenceOps
-from mlx_serving.worker.engine.paged.step import compiled_step, plain_step, round_up_rows
 
 
 @pytest.mark.parametrize(

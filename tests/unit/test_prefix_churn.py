@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from mlx_serving.worker.engine.engine import Engine
-from mlx_serving.worker.engine.paged.cache import BLOCK_TOKENS
-from mlx_serving.worker.engine.paged.step import plain_step
-from mlx_serving.worker.engine.prefix.index import PrefixKey
-from mlx_serving.worker.engine.sequence import Request, RequestRefusedError, SamplingParams
+from mlx_serving.worker.engine.kv.paged.cache import BLOCK_TOKENS
+from mlx_serving.worker.engine.kv.paged.step import plain_step
+from mlx_serving.worker.engine.kv.prefix.index import PrefixKey
+from mlx_serving.worker.engine.row import Request, RequestRefusedError, SamplingParams
 from tests.engine_support import (
     GREEDY,
     POISON,
@@ -267,7 +267,7 @@ def test_a_shared_block_is_never_written_to() -> None:
 
 
 def _key(engine: Engine, prompt: tuple[int, ...]) -> Any:
-    from mlx_serving.worker.engine.sequence import Sequence
+    from mlx_serving.worker.engine.row import Row
 
     del engine
-    return Sequence(Request("key", prompt, GREEDY, 1)).context_key
+    return Row(Request("key", prompt, GREEDY, 1)).context_key

@@ -10,7 +10,7 @@ import redis
 
 from mlx_serving.common.protocol.calls import RowReply
 from mlx_serving.worker.delivery.holdings import BULK_SECONDS
-from mlx_serving.worker.engine.sequence import Output, RowError
+from mlx_serving.worker.engine.row import Output, RowError
 from tests.helpers import wait_until
 from tests.publisher_bench import FLUSH, Bench
 from tests.worker_fakes import held, output

@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 PACKAGE = Path(mlx_serving.__file__).parent
 # Regexes of how models write tool calls, matched where `names`, `plain` and `null` are asked.
 FORMS = {
-    "worker/engine/calls/parameters.py",
-    "worker/engine/calls/schema.py",
-    "worker/engine/output/output_grammar.py",
+    "worker/engine/structured/tool_grammars/parameters.py",
+    "worker/engine/structured/tool_grammars/schema.py",
+    "worker/engine/structured/grammar.py",
 }
 FORM_FIELDS = {"names", "plain", "null", "nullable_null"}
 CALLS = {"compile", "match", "search", "fullmatch", "sub", "subn", "split", "findall", "finditer"}

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from mlx_serving.worker.engine.sequence import Output, Request, RequestRefusedError, SamplingParams
+from mlx_serving.worker.engine.row import Output, Request, RequestRefusedError, SamplingParams
 from mlx_serving.worker.engine_thread import FIRST_STEP_SECONDS, Runner, RunnerTimes
 from tests.helpers import wait_until
 

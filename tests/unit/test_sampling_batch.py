@@ -6,8 +6,8 @@ import random
 import mlx.core as mx
 import pytest
 
+from mlx_serving.worker.engine.row import SamplingParams
 from mlx_serving.worker.engine.sampling import BatchSampler, MakeDraw, RowSampling, token_words
-from mlx_serving.worker.engine.sequence import SamplingParams
 from tests.sampling_support import IMPLEMENTATIONS
 
 pytestmark = pytest.mark.parametrize("make", IMPLEMENTATIONS)

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from mlx_serving.worker.engine import acceleration, kernels
-from mlx_serving.worker.engine.sampling import ReferenceDraw, kernel, native
-from mlx_serving.worker.engine.sampling.draws import Draws, Logprobs, StepInputs
-from mlx_serving.worker.engine.sampling.parameters import Column
+from mlx_serving.worker.engine.sampling import ReferenceDraw
+from mlx_serving.worker.engine.sampling import kernels as sampling_kernels
+from mlx_serving.worker.engine.sampling.parameters import Column, Draws, Logprobs, StepInputs
 from mlx_serving.worker.engine.sampling.self_check import NEAR_TIE
 from tests.engine_support import tiny_engine
 
@@ -44,7 +44,7 @@ class _DoesNotCompile:
 def pretend(monkeypatch: pytest.MonkeyPatch, draw: Any) -> None:
     """A GPU on which the kernel is `draw`."""
     monkeypatch.setattr(kernels, "dialect", lambda: "cuda")
-    monkeypatch.setattr(kernel, "KernelDraw", draw)
+    monkeypatch.setattr(kernels, "KernelDraw", draw)
 
 
 class _Kernel(ReferenceDraw):
@@ -125,7 +125,7 @@ def test_a_cpu_uses_the_native_piece_where_it_agrees(
 ) -> None:
     monkeypatch.setattr(kernels, "dialect", lambda: None)
     monkeypatch.setattr(acceleration, "load_native", lambda: (object(), "built"))
-    monkeypatch.setattr(native, "native_sampler", lambda _: draw)
+    monkeypatch.setattr(kernels, "native_sampler", lambda _: draw)
     make, report = acceleration.choose_sampler(prefer_native=True)
     if draw is _Kernel:
         assert make is _Kernel
@@ -165,7 +165,7 @@ def test_the_native_piece_names_a_buffer_that_does_not_fit() -> None:
 
 def test_both_dialects_have_their_source() -> None:
     for dialect, barrier in (("cuda", "__syncthreads"), ("metal", "threadgroup_barrier")):
-        header, body = kernel.kernel_source(dialect)  # type: ignore[arg-type]
+        header, body = sampling_kernels.kernel_source(dialect)  # type: ignore[arg-type]
         assert barrier in header
         assert "sample_row" in header
         assert "mlxs::sample_row(row, result, group);" in body
@@ -180,6 +180,6 @@ METAL_WORDS = {
 
 def test_the_shared_source_uses_no_word_of_metals() -> None:
     """No Metal compiler runs here; these are plain names in every other dialect."""
-    for name in (*kernel.PARTS, kernel.BODY):
-        code = re.sub(r"//.*", "", kernels.read_source(kernel.FOLDER, name))
+    for name in (*sampling_kernels.PARTS, sampling_kernels.BODY):
+        code = re.sub(r"//.*", "", kernels.read_source(sampling_kernels.FOLDER, name))
         assert METAL_WORDS & set(re.findall(r"[A-Za-z_]\w*", code)) == set()

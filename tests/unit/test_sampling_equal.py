@@ -6,9 +6,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlx_serving.worker.engine.row import SamplingParams
 from mlx_serving.worker.engine.sampling import BatchSampler, MakeDraw, RowSampling, token_words
 from mlx_serving.worker.engine.sampling.self_check import first_difference
-from mlx_serving.worker.engine.sequence import SamplingParams
 from tests.sampling_support import IMPLEMENTATIONS, KERNELS, ints
 
 ROWS = 16

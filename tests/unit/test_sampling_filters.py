@@ -6,8 +6,8 @@ from collections import Counter
 import mlx.core as mx
 import pytest
 
+from mlx_serving.worker.engine.row import INVALID_TOKEN, SamplingParams
 from mlx_serving.worker.engine.sampling import BatchSampler, MakeDraw, RowSampling, token_words
-from mlx_serving.worker.engine.sequence import INVALID_TOKEN, SamplingParams
 from tests.sampling_support import FAST_IMPLEMENTATIONS
 
 pytestmark = pytest.mark.parametrize("make", FAST_IMPLEMENTATIONS)

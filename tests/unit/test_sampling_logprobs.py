@@ -6,6 +6,7 @@ import random
 import mlx.core as mx
 import pytest
 
+from mlx_serving.worker.engine.row import SamplingParams, TokenLogprobs
 from mlx_serving.worker.engine.sampling import (
     BatchSampler,
     MakeDraw,
@@ -13,7 +14,6 @@ from mlx_serving.worker.engine.sampling import (
     read_logprobs,
     token_words,
 )
-from mlx_serving.worker.engine.sequence import SamplingParams, TokenLogprobs
 from tests.sampling_support import IMPLEMENTATIONS, ints
 
 VOCAB = 70

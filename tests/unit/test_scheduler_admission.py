@@ -2,9 +2,9 @@
 
 import pytest
 
+from mlx_serving.worker.engine.row import Request, RequestRefusedError, SamplingParams
 from mlx_serving.worker.engine.scheduling.limits import BatchSize, SchedulerLimits
 from mlx_serving.worker.engine.scheduling.scheduler import Scheduler
-from mlx_serving.worker.engine.sequence import Request, RequestRefusedError, SamplingParams
 
 
 def request(name: str, prompt: int = 10, max_tokens: int = 10, committed: int = 0) -> Request:

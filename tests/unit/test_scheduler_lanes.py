@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_serving.common.job.schema import LANES, Lane
-from mlx_serving.worker.engine.scheduling.lane_turns import LaneTurns
 from mlx_serving.worker.engine.scheduling.limits import BatchSize
+from mlx_serving.worker.engine.scheduling.prompt_queue import LaneTurns
 from tests.scheduled_batch import ROWS, Batch, limits, request
 
 

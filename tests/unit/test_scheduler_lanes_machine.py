@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from mlx_serving.common.job.schema import LANES, Lane
-from mlx_serving.worker.engine.sequence import Phase, Request
+from mlx_serving.worker.engine.row import Phase, Request
 from tests.scheduled_batch import ROWS, Batch, limits, request
 
 _LAST = (Phase.PREFILLING, Phase.DECODING, Phase.WAITING)

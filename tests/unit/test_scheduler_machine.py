@@ -4,9 +4,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from mlx_serving.worker.engine.row import Phase, Request, Row, SamplingParams
 from mlx_serving.worker.engine.scheduling.limits import BatchSize, SchedulerLimits
 from mlx_serving.worker.engine.scheduling.scheduler import Scheduler
-from mlx_serving.worker.engine.sequence import Phase, Request, SamplingParams, Sequence
 
 ROWS, CAPACITY, CHUNK, OVERHEAD = 6, 400, 16, 3
 
@@ -21,9 +21,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.scheduler = Scheduler(
             SchedulerLimits(BatchSize(ROWS), CAPACITY, CHUNK, OVERHEAD, self.block_tokens)
         )
-        self.rows: list[Sequence] = []
-        self.computed: dict[Sequence, int] = {}
-        self.started: list[Sequence] = []
+        self.rows: list[Row] = []
+        self.computed: dict[Row, int] = {}
+        self.started: list[Row] = []
         self.count = 0
 
     @rule(

@@ -6,12 +6,12 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from mlx_serving.common.job.schema import LANES, Lane
+from mlx_serving.worker.engine.row import Phase, Request, Row, SamplingParams
+from mlx_serving.worker.engine.scheduling.chunk import PrefillChunk
 from mlx_serving.worker.engine.scheduling.limits import BatchSize, SchedulerLimits
 from mlx_serving.worker.engine.scheduling.packing import PACKED_CONTEXT_CHUNKS, ChunkPacking
-from mlx_serving.worker.engine.scheduling.prefill_chunk import PrefillChunk
 from mlx_serving.worker.engine.scheduling.prompt_queue import ROWS_PER_PROMPT
 from mlx_serving.worker.engine.scheduling.scheduler import Scheduler
-from mlx_serving.worker.engine.sequence import Phase, Request, SamplingParams, Sequence
 
 
 def chunks_of(contexts: list[int], chunk_tokens: int = 16) -> list[tuple[int, int, int]]:
@@ -158,7 +158,7 @@ def test_a_prompt_that_has_begun_does_not_wait_between_its_chunks() -> None:
     assert scheduler.running == 3 * ROWS_PER_PROMPT + 1
 
 
-def go_together(rows: list[Sequence], limits: SchedulerLimits) -> bool:
+def go_together(rows: list[Row], limits: SchedulerLimits) -> bool:
     """Say, from all of them at once, whether the last one may share a chunk with the others."""
     chunk, block = limits.prefill_chunk_tokens, limits.kv_block_tokens
     least, most = min(row.found for row in rows), max(row.found for row in rows)
@@ -179,10 +179,10 @@ def test_each_prompt_is_judged_as_if_all_were_looked_at_anew(
 ) -> None:
     limits = SchedulerLimits(BatchSize(64), 100_000, 24, kv_block_tokens=4)
     packing = ChunkPacking(limits, limits.prefill_chunk_tokens, shares_blocks=True)
-    packed: list[Sequence] = []
+    packed: list[Row] = []
     for number, (length, found, own) in enumerate(prompts):
         tokens = (number if own else 7,) * length
-        row = Sequence(Request(str(number), tokens, SamplingParams(), 4))
+        row = Row(Request(str(number), tokens, SamplingParams(), 4))
         row.found = min(found, row.context_length)
         assert packing.has_room_for((row,)) == (not packed or go_together([*packed, row], limits))
         if packing.has_room_for((row,)):

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from mlx_serving.worker.claiming.placement import Group
 from mlx_serving.worker.claiming.shortage import CLOSED_SECONDS, PASSED_SECONDS, Shortage
-from mlx_serving.worker.engine.sequence import Request, SamplingParams
+from mlx_serving.worker.engine.row import Request, SamplingParams
 
 if TYPE_CHECKING:
     from mlx_serving.common.job.schema import Lane

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import pytest
 
-from mlx_serving.worker.engine.sampling import BatchSampler, RowSampling, kernel, token_words
-from mlx_serving.worker.engine.sequence import Request, SamplingParams
+from mlx_serving.worker.engine.row import Request, SamplingParams
+from mlx_serving.worker.engine.sampling import BatchSampler, RowSampling, kernels, token_words
 from tests.engine_support import tiny_engine
 
 if TYPE_CHECKING:
@@ -53,11 +53,11 @@ class Launches:
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[Launches]:
     found = Launches()
-    monkeypatch.setattr(kernel, "make_kernel", found.make_kernel)
-    monkeypatch.setattr(kernel, "dialect", lambda: "cuda")
-    kernel._kernel.cache_clear()
+    monkeypatch.setattr(kernels, "make_kernel", found.make_kernel)
+    monkeypatch.setattr(kernels, "dialect", lambda: "cuda")
+    kernels._kernel.cache_clear()
     yield found
-    kernel._kernel.cache_clear()
+    kernels._kernel.cache_clear()
 
 
 def some_rows(chance: random.Random) -> list[RowSampling]:
@@ -87,7 +87,7 @@ def test_no_setting_compiles_another_sampling_kernel(launches: Launches) -> None
     logits = mx.zeros((ROWS, VOCABULARY), mx.bfloat16)
     tokens, mask = mx.zeros(ROWS, mx.int32), mx.zeros((ROWS, -(-VOCABULARY // 32)), mx.int32)
     for _ in range(100):
-        sampler = BatchSampler(some_rows(chance), words, kernel.KernelDraw)
+        sampler = BatchSampler(some_rows(chance), words, kernels.KernelDraw)
         for _ in range(2):
             sampler.sample(logits, tokens, mask if chance.random() < 0.5 else mask + 1)
     assert len(launches.compiled) == 1
@@ -99,7 +99,7 @@ def test_another_type_of_logits_does_compile_one(launches: Launches) -> None:
     words = token_words(VOCABULARY)
     rows = [RowSampling(SamplingParams(), 0, 0)] * ROWS
     for dtype in (mx.bfloat16, mx.float16):
-        BatchSampler(rows, words, kernel.KernelDraw).sample(mx.zeros((ROWS, VOCABULARY), dtype))
+        BatchSampler(rows, words, kernels.KernelDraw).sample(mx.zeros((ROWS, VOCABULARY), dtype))
     assert len(launches.compiled) == 2
 
 

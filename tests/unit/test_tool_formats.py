@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_serving.worker.engine.output.tool_formats import ModelFormat, RequestFormat
-from mlx_serving.worker.engine.sequence import Parts
+from mlx_serving.worker.engine.row import Parts
+from mlx_serving.worker.engine.structured.tool_formats import ModelFormat, RequestFormat
 
 TOOL: dict[str, Any] = {
     "type": "function",

@@ -102,7 +102,7 @@ def check_versions() -> Check:
 
 def check_device() -> Check:
     """Name MLX's device; on a CPU say whether a fast BLAS is loaded."""
-    from mlx_serving.worker.engine.device import device_name
+    from mlx_serving.worker.engine.memory.device import device_name
 
     device = device_name()
     if sys.platform == "linux" and device.startswith("cpu") and not openblas_loaded():
@@ -131,7 +131,7 @@ def check_acceleration(settings: Settings) -> Iterator[Check]:
 
 def check_model(settings: Settings, model: str) -> Check:
     """Load the model and let it answer; only Tally's answer is known."""
-    from mlx_serving.worker.engine.models import EngineOptions, load_engine
+    from mlx_serving.worker.engine.loader import EngineOptions, load_engine
 
     name = f"model {model}"
     try:
@@ -160,7 +160,7 @@ def check_model(settings: Settings, model: str) -> Check:
 
 def _answer(engine: Engine, model: str) -> tuple[str, int]:
     """Decode the probe's answer, greedy; returns its text and its count of tokens."""
-    from mlx_serving.worker.engine.sequence import Request, SamplingParams
+    from mlx_serving.worker.engine.row import Request, SamplingParams
     from mlx_serving.worker.engine.text.prompts import PromptEncoder
 
     job = GenerationJob.build(model=model, messages=[{"role": "user", "content": PROBE[0]}])

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 Argument = str | bytes | int | float
-Row = Literal["OK", "DUP", "FENCED", "GAP", "ERROR"]
+RowStatus = Literal["OK", "DUP", "FENCED", "GAP", "ERROR"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +158,7 @@ class CommitRow(msgspec.Struct, frozen=True, gc=False):
 class RowReply(msgspec.Struct, frozen=True, gc=False):
     """What became of a row; `reason`: why its job should stop ('' if not), or Redis's error."""
 
-    status: Row
+    status: RowStatus
     reason: str = ""
 
 
@@ -337,7 +337,7 @@ def renew(worker: str, held: Sequence[Attempt], *, lease_ms: int) -> Call[list[R
     return Call("renew", arguments, _row_replies)
 
 
-def release(worker: str, held: Sequence[Returned]) -> Call[list[Row]]:
+def release(worker: str, held: Sequence[Returned]) -> Call[list[RowStatus]]:
     """Hand jobs back to the front of their queues, uncharged."""
     arguments: list[Argument] = [worker, iso_now()]
     for row in held:

@@ -26,7 +26,7 @@ from mlx_serving.common.signing import Signer
 from mlx_serving.common.telemetry import trace_id
 from mlx_serving.common.validation import is_modest
 from mlx_serving.worker.delivery.choice import Committed, CommittedChoice
-from mlx_serving.worker.engine.sequence import Request, SamplingParams
+from mlx_serving.worker.engine.row import Request, SamplingParams
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from mlx_serving.common.events import ChoiceDelta, Event
     from mlx_serving.common.protocol.calls import ClaimedJob
     from mlx_serving.worker.delivery.held import HeldJob
-    from mlx_serving.worker.engine.sequence import ModelInfo
+    from mlx_serving.worker.engine.row import ModelInfo
     from mlx_serving.worker.engine_thread import Choices
     from mlx_serving.worker.models.loading import LoadedModel
 

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from mlx_serving.common.job.schema import Lane
+    from mlx_serving.worker.engine.row import LaneRows
     from mlx_serving.worker.engine.scheduling.limits import BatchSize
-    from mlx_serving.worker.engine.sequence import LaneRows
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from mlx_serving.worker.claiming.placement import Group
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from mlx_serving.worker.engine.sequence import Request
+    from mlx_serving.worker.engine.row import Request
 
 CLOSED_SECONDS: Final = 5.0  # how long nobody overtakes a job that there was no room for
 PASSED_SECONDS: Final = 5.0  # how long others do then, before it is tried again

@@ -71,7 +71,7 @@ def make_detokenizer(
 def reports(*, prefer_native: bool) -> list[AccelerationReport]:
     """What an engine started now would use, piece by piece."""
     # Imported here: it uses this module.
-    from mlx_serving.worker.engine.prefix.choice import choose_prefix_index
+    from mlx_serving.worker.engine.kv.prefix.choice import choose_prefix_index
 
     choices = (choose_detokenizer, choose_sampler, choose_prefix_index)
     return [choose(prefer_native=prefer_native)[1] for choose in choices]
@@ -105,8 +105,7 @@ def choose_sampler(
 def _accelerated_sampler() -> "tuple[MakeDraw | None, str]":
     """What this device has, and its name; or None and why."""
     from mlx_serving.worker.engine import kernels
-    from mlx_serving.worker.engine.sampling.kernel import KernelDraw
-    from mlx_serving.worker.engine.sampling.native import native_sampler
+    from mlx_serving.worker.engine.sampling.kernels import KernelDraw, native_sampler
 
     dialect = kernels.dialect()
     if dialect is not None:

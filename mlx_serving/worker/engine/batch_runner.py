@@ -1,11 +1,35 @@
-"""What the engine asks of whatever computes its batch."""
+"""What the engine asks of whatever computes its batch, and what it carries for its owner."""
 
-from collections.abc import Callable, Container, Iterable
-from typing import Protocol
+from __future__ import annotations
 
-from mlx_serving.common.job.schema import Lane
-from mlx_serving.worker.engine.scheduling.prefill_chunk import PrefillChunk
-from mlx_serving.worker.engine.sequence import SampledToken, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Container, Iterable
+
+    from mlx_serving.common.job.schema import Lane
+    from mlx_serving.worker.engine.acceleration import AccelerationReport
+    from mlx_serving.worker.engine.memory.kv_caches import KvMemory
+    from mlx_serving.worker.engine.row import Row, SampledToken
+    from mlx_serving.worker.engine.scheduling.chunk import PrefillChunk
+
+
+@dataclass(frozen=True, slots=True)
+class Attachments:
+    """What an engine carries for its owner and doesn't use itself.
+
+    `tokenizer` is mlx-lm's wrapper (for `prompts.PromptEncoder`), None without a model;
+    `acceleration` says for each accelerated piece whether it is native or the twin; `kv_memory` is
+    the memory guard's way to the KV caches, None where there are none.
+    """
+
+    tokenizer: Any = None
+    acceleration: tuple[AccelerationReport, ...] = ()
+    kv_memory: KvMemory | None = None
+
+
+NOTHING = Attachments()
 
 
 class StepNotBuiltError(RuntimeError):
@@ -34,16 +58,16 @@ class BatchRunner(Protocol):
         decode batch is as it was.
         """
 
-    def remove(self, rows: Iterable[Sequence]) -> None:
+    def remove(self, rows: Iterable[Row]) -> None:
         """Take rows out of the decode batch, or drop what is kept of them; others are ignored."""
 
-    def park(self, rows: Iterable[Sequence], keep: Container[Sequence]) -> list[SampledToken]:
+    def park(self, rows: Iterable[Row], keep: Container[Row]) -> list[SampledToken]:
         """Take rows out of the decode batch; return the tokens that were on their way.
 
         The keys and values of those in `keep` stay, for `resume` or `remove`.
         """
 
-    def resume(self, row: Sequence) -> None:
+    def resume(self, row: Row) -> None:
         """Put a row that was kept back into the decode batch; whatever this raises, it is kept."""
 
     def reset(self) -> None:

@@ -5,20 +5,19 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
-from mlx_serving.worker.engine.attachments import NOTHING, Attachments
-from mlx_serving.worker.engine.attempt import attempt
-from mlx_serving.worker.engine.batch_runner import BatchRunner, StepNotBuiltError
-from mlx_serving.worker.engine.launched import LaunchedWorkError, is_memory_short
+from mlx_serving.worker.engine.batch_runner import (
+    NOTHING,
+    Attachments,
+    BatchRunner,
+    StepNotBuiltError,
+)
+from mlx_serving.worker.engine.failures import LaunchedWorkError, attempt, is_memory_short
+from mlx_serving.worker.engine.memory.guard import MemoryRoom
 from mlx_serving.worker.engine.memory.kv_caches import KvMemory
 from mlx_serving.worker.engine.memory.recovery import NO_MEMORY, OUT_OF_MEMORY, Recovery
-from mlx_serving.worker.engine.memory.room import MemoryRoom
-from mlx_serving.worker.engine.output.row_output import grammar_ended, parse_output, row_error
 from mlx_serving.worker.engine.prefilling import Failure, Prefilling
-from mlx_serving.worker.engine.scheduling.chunk_size import ChunkStep
-from mlx_serving.worker.engine.scheduling.parking import NOBODY, Parking
-from mlx_serving.worker.engine.scheduling.prefill_chunk import PrefillChunk
-from mlx_serving.worker.engine.scheduling.scheduler import Scheduler
-from mlx_serving.worker.engine.sequence import (
+from mlx_serving.worker.engine.request_checks import check_request
+from mlx_serving.worker.engine.row import (
     FINISH_ERROR,
     FINISH_LENGTH,
     FINISH_STOP,
@@ -28,13 +27,16 @@ from mlx_serving.worker.engine.sequence import (
     Phase,
     Request,
     RequestRefusedError,
+    Row,
     RowError,
     SampledToken,
-    Sequence,
 )
+from mlx_serving.worker.engine.scheduling.chunk import ChunkStep, PrefillChunk
+from mlx_serving.worker.engine.scheduling.parking import NOBODY, Parking
+from mlx_serving.worker.engine.scheduling.scheduler import Scheduler
+from mlx_serving.worker.engine.structured.plan import grammar_ended, parse_output, row_error
 from mlx_serving.worker.engine.text.detokenizer import DetokenizerProtocol
 from mlx_serving.worker.engine.text.marked_detokenizer import MarkedDetokenizer
-from mlx_serving.worker.engine.validation import check_request
 
 
 class Engine:
@@ -101,7 +103,7 @@ class Engine:
         for row in rows:
             self._begin(row)
 
-    def _begin(self, row: Sequence) -> None:
+    def _begin(self, row: Row) -> None:
         """Give the row its parser and its place in its grammar, where it has them; resume it."""
         request = row.request
         if request.format is not None:
@@ -117,7 +119,7 @@ class Engine:
             return detokenizer.open_marked(request.stop)
         return detokenizer.open(request.stop)
 
-    def _replay(self, sequence: Sequence) -> None:
+    def _replay(self, sequence: Row) -> None:
         """Bring a resumed row to where its last attempt stood; its text is out already."""
         committed = sequence.request.committed
         live = [token for token in committed if token not in self.model_info.eos_token_ids]
@@ -148,14 +150,14 @@ class Engine:
             self._scheduler.park(row)
         self._drop(parking.drop)
 
-    def _drop(self, rows: Iterable[Sequence]) -> None:
+    def _drop(self, rows: Iterable[Row]) -> None:
         """Give the KV of parked rows back."""
         leaving = list(filter(self._scheduler.is_here, rows))
         self._runner.remove(leaving)
         for row in leaving:
             self._scheduler.drop(row)
 
-    def _drop_prefill(self, row: Sequence) -> None:
+    def _drop_prefill(self, row: Row) -> None:
         """Forget a prefill under way that a row leaves alone."""
         if row.phase is Phase.PREFILLING and self._scheduler.is_alone_in_prefill(row):
             self._runner.drop_prefill(row.request.lane)
@@ -240,13 +242,13 @@ class Engine:
         self._compute(self._prefilling.compute_apart(groups), outputs)
         return []
 
-    def _recover(self, rows: list[Sequence], outputs: list[Output]) -> None:
+    def _recover(self, rows: list[Row], outputs: list[Output]) -> None:
         """Let rows that the device had no memory for begin again; alone they may have to end."""
         self._end(self._recovery.take(rows), NO_MEMORY, outputs)
         if not self._scheduler.has_work:
             self._runner.reset()
 
-    def _end(self, rows: Iterable[Sequence], error: RowError, outputs: list[Output]) -> None:
+    def _end(self, rows: Iterable[Row], error: RowError, outputs: list[Output]) -> None:
         for row in rows:
             outputs.append(self._output(row, FINISH_ERROR, error=error))
             self._forget(row)
@@ -256,7 +258,7 @@ class Engine:
         for rows, error in failures:
             self._fail(rows, error, outputs)
 
-    def _fail(self, rows: Iterable[Sequence], error: RowError, outputs: list[Output]) -> None:
+    def _fail(self, rows: Iterable[Row], error: RowError, outputs: list[Output]) -> None:
         """End rows over which something was raised; without memory for them they begin again."""
         if error.code == OUT_OF_MEMORY:
             self._recover(list(rows), outputs)
@@ -302,14 +304,14 @@ class Engine:
                 for row in ended:
                     self._forget(row)
 
-    def _finish_reason(self, row: Sequence, token: int, *, stopped: bool) -> str | None:
+    def _finish_reason(self, row: Row, token: int, *, stopped: bool) -> str | None:
         if stopped or token in self.model_info.eos_token_ids or grammar_ended(row):
             return FINISH_STOP
         return FINISH_LENGTH if row.decoded >= row.request.max_tokens else None
 
     def _output(
         self,
-        row: Sequence,
+        row: Row,
         reason: str | None,
         text: str = "",
         token_ids: Iterable[int] = (),
@@ -326,7 +328,7 @@ class Engine:
     def _tell_launch(self) -> None:
         self.on_launch()
 
-    def _forget(self, row: Sequence) -> None:
+    def _forget(self, row: Row) -> None:
         self._scheduler.remove(row)
         if row.slot >= 0:
             self._detokenizer.close(row.slot)

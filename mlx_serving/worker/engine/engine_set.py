@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 from mlx_serving.common.job.schema import LANES
 from mlx_serving.worker.engine.memory.kv_caches import KvMemory
-from mlx_serving.worker.engine.sequence import (
+from mlx_serving.worker.engine.row import (
     InferenceEngine,
     LaneRows,
     Output,

@@ -22,15 +22,15 @@ import mlx.core as mx
 
 from mlx_serving.common.job.schema import Lane
 from mlx_serving.worker.engine.batch_runner import StepNotBuiltError
-from mlx_serving.worker.engine.cache import kv_cache
-from mlx_serving.worker.engine.cache.cache_choice import CacheChoice, choose_cache
-from mlx_serving.worker.engine.cache.decode_cache import ParkedRow, Prefilled, Prompt
-from mlx_serving.worker.engine.cache.kv_cache import LanguageModel
-from mlx_serving.worker.engine.launched import LaunchedWorkError, beside_step, launched_work
-from mlx_serving.worker.engine.memory.out_of_memory import is_out_of_memory
-from mlx_serving.worker.engine.output.structured_output import BatchMasks, Matcher, advance_rows
-from mlx_serving.worker.engine.paged.order import wait_for_launched
-from mlx_serving.worker.engine.prefix.cache import PrefixCache
+from mlx_serving.worker.engine.failures import LaunchedWorkError, beside_step, launched_work
+from mlx_serving.worker.engine.kv import padded
+from mlx_serving.worker.engine.kv.choice import CacheChoice, choose_cache
+from mlx_serving.worker.engine.kv.decode_cache import ParkedRow, Prefilled, Prompt
+from mlx_serving.worker.engine.kv.padded import LanguageModel
+from mlx_serving.worker.engine.kv.paged.pools import wait_for_launched
+from mlx_serving.worker.engine.kv.prefix.cache import PrefixCache
+from mlx_serving.worker.engine.memory.recovery import is_out_of_memory
+from mlx_serving.worker.engine.row import Row, SampledToken, TokenLogprobs
 from mlx_serving.worker.engine.sampling import (
     BatchSampler,
     Logprobs,
@@ -40,13 +40,13 @@ from mlx_serving.worker.engine.sampling import (
     read_logprobs,
     token_words,
 )
-from mlx_serving.worker.engine.scheduling.prefill_chunk import PrefillChunk
-from mlx_serving.worker.engine.sequence import SampledToken, Sequence, TokenLogprobs
+from mlx_serving.worker.engine.scheduling.chunk import PrefillChunk
+from mlx_serving.worker.engine.structured.masks import BatchMasks, Matcher, advance_rows
 
 TRIM_EVERY_LAUNCHES: Final = 512  # freed buffers go back to the system, as in mlx-lm
 
 
-_LaunchLogprobs = tuple[list[Sequence], Logprobs] | None
+_LaunchLogprobs = tuple[list[Row], Logprobs] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +76,8 @@ class ModelRunner:
         mx.eval(self._words)
         self._prefills: dict[Lane, _Prefill] = {}
         self._cache = self.choice.make()
-        self._rows: list[Sequence] = []
-        self._parked: dict[Sequence, ParkedRow] = {}
+        self._rows: list[Row] = []
+        self._parked: dict[Row, ParkedRow] = {}
         # Launch number (may be negative) at which the row's position was 0.
         self._origins: list[int] = []
         self._launches = 0
@@ -96,7 +96,7 @@ class ModelRunner:
     def logits_dtype(self) -> mx.Dtype:
         """What the model's logits are; nothing is computed for it."""
         token = mx.zeros((1, 1), dtype=mx.int32)
-        return self._model(token, cache=kv_cache.new_cache(self._model, 1)).dtype
+        return self._model(token, cache=padded.new_cache(self._model, 1)).dtype
 
     def use_sampler(self, make_draw: MakeDraw) -> None:
         """Sample by another implementation than the reference from the next launch on."""
@@ -153,7 +153,7 @@ class ModelRunner:
         # returns has done its work.
         evaluate = mx.async_eval if self._rows else mx.eval
         self.on_launch()
-        evaluate(kv_cache.states(layers))
+        evaluate(padded.states(layers))
 
     def _begin_prefill(self, chunk: PrefillChunk) -> _Prefill:
         found = chunk.leaders[0].found
@@ -192,7 +192,7 @@ class ModelRunner:
             copies = [index for index, group in enumerate(chunk.groups) for _ in group]
             self._cache.join(Prefilled(layers, lengths, copies, keys))
 
-    def _enter(self, joining: Collection[Sequence], last_tokens: mx.array) -> None:
+    def _enter(self, joining: Collection[Row], last_tokens: mx.array) -> None:
         """Append rows to the batch whose cache has them."""
         self._rows += joining
         self._origins += [self._launches - row.decoded for row in joining]
@@ -200,7 +200,7 @@ class ModelRunner:
         self._joined += len(joining)
         self._rows_changed()
 
-    def remove(self, rows: Iterable[Sequence]) -> None:
+    def remove(self, rows: Iterable[Row]) -> None:
         """Take rows out of the decode batch, or drop what is kept of them; others are ignored."""
         leaving = set(rows)
         for row in leaving.intersection(self._parked):
@@ -210,7 +210,7 @@ class ModelRunner:
                 self._cache.remember(index, None if row.failed else row.context_key)
         self._take_out(leaving)
 
-    def park(self, rows: Iterable[Sequence], keep: Container[Sequence]) -> list[SampledToken]:
+    def park(self, rows: Iterable[Row], keep: Container[Row]) -> list[SampledToken]:
         """Take rows out of the decode batch; return the tokens that were on their way.
 
         Waits for the launch under way, so that the rows' last tokens are known and nothing of
@@ -228,7 +228,7 @@ class ModelRunner:
         self.remove(leaving.difference(self._parked))
         return found
 
-    def resume(self, row: Sequence) -> None:
+    def resume(self, row: Row) -> None:
         """Put a row that was kept back into the decode batch."""
         last_token = _last_tokens([row])
         with beside_step(decoding=bool(self._rows)):
@@ -236,7 +236,7 @@ class ModelRunner:
         del self._parked[row]
         self._enter([row], last_token)
 
-    def _take_out(self, leaving: set[Sequence]) -> None:
+    def _take_out(self, leaving: set[Row]) -> None:
         kept = [index for index, row in enumerate(self._rows) if row not in leaving]
         if len(kept) == len(self._rows):
             return
@@ -270,7 +270,7 @@ class ModelRunner:
 
     def _decode_masked(
         self,
-        sampled: list[Sequence],
+        sampled: list[Row],
         previous: mx.array,
         logprobs: _LaunchLogprobs,
         logits: mx.array | None,
@@ -288,10 +288,10 @@ class ModelRunner:
 
     def _read(
         self,
-        sampled: list[Sequence],
+        sampled: list[Row],
         previous: mx.array,
         logprobs: _LaunchLogprobs,
-        only: Container[Sequence] | None = None,
+        only: Container[Row] | None = None,
     ) -> list[SampledToken]:
         """Wait for the tokens of a launch, and for what goes with them; `only` some rows'."""
         wanted = [row for row in sampled if only is None or row in only]
@@ -367,13 +367,13 @@ class ModelRunner:
         ]
 
 
-def _last_tokens(rows: Iterable[Sequence]) -> mx.array:
+def _last_tokens(rows: Iterable[Row]) -> mx.array:
     return mx.array([row.last_token for row in rows], dtype=mx.int32)
 
 
 def _read_logprobs(
-    tokens: dict[Sequence, int], rows: list[Sequence], logprobs: Logprobs
-) -> dict[Sequence, TokenLogprobs]:
+    tokens: dict[Row, int], rows: list[Row], logprobs: Logprobs
+) -> dict[Row, TokenLogprobs]:
     """Read the log probabilities of those `rows`, as they stood at the launch, that asked."""
     asked = [
         (index, row, row.request.sampling.logprobs)

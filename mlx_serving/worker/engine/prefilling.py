@@ -3,14 +3,14 @@
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 
-from mlx_serving.worker.engine.attempt import attempt
 from mlx_serving.worker.engine.batch_runner import BatchRunner
+from mlx_serving.worker.engine.failures import attempt
 from mlx_serving.worker.engine.memory.recovery import OUT_OF_MEMORY
-from mlx_serving.worker.engine.scheduling.prefill_chunk import Group, PrefillChunk
+from mlx_serving.worker.engine.row import Row, RowError
+from mlx_serving.worker.engine.scheduling.chunk import Group, PrefillChunk
 from mlx_serving.worker.engine.scheduling.scheduler import Scheduler
-from mlx_serving.worker.engine.sequence import RowError, Sequence
 
-Failure = tuple[Iterable[Sequence], RowError]
+Failure = tuple[Iterable[Row], RowError]
 
 
 class Prefilling:

@@ -14,17 +14,16 @@ from mlx_serving.common.errors import InvalidJob
 from mlx_serving.common.job.output_format import enforces_tools
 from mlx_serving.common.job.schema import GenerationJob, Lane
 from mlx_serving.worker.engine.engine import Engine
-from mlx_serving.worker.engine.scheduling.chunk_size import FIRST_TOKENS, STEP_SECONDS
-from mlx_serving.worker.engine.scheduling.limits import BatchSize, SchedulerLimits
-from mlx_serving.worker.engine.scheduling.prefill_chunk import PrefillChunk
-from mlx_serving.worker.engine.scheduling.scheduler import Scheduler
-from mlx_serving.worker.engine.sequence import (
+from mlx_serving.worker.engine.row import (
     ModelInfo,
     Request,
+    Row,
     SampledToken,
-    Sequence,
     TokenLogprobs,
 )
+from mlx_serving.worker.engine.scheduling.chunk import FIRST_TOKENS, STEP_SECONDS, PrefillChunk
+from mlx_serving.worker.engine.scheduling.limits import BatchSize, SchedulerLimits
+from mlx_serving.worker.engine.scheduling.scheduler import Scheduler
 from mlx_serving.worker.engine.text.detokenizer import Detokenizer
 from mlx_serving.worker.engine.text.vocabulary import WORD_BOUNDARY, Vocabulary
 
@@ -80,7 +79,7 @@ class SimulatedRunner:
         """Take the rates, and a `sleep` in seconds that tests replace."""
         self._options = options
         self._sleep = sleep
-        self._rows: dict[Sequence, None] = {}
+        self._rows: dict[Row, None] = {}
         self.on_launch: Callable[[], None] = lambda: None
 
     def prefill(self, chunk: PrefillChunk) -> None:
@@ -100,18 +99,18 @@ class SimulatedRunner:
         """Start to decode these rows."""
         self._rows |= dict.fromkeys(chunk.rows)
 
-    def remove(self, rows: Iterable[Sequence]) -> None:
+    def remove(self, rows: Iterable[Row]) -> None:
         """Stop to decode these rows."""
         for row in rows:
             self._rows.pop(row, None)
 
-    def park(self, rows: Iterable[Sequence], keep: Container[Sequence]) -> list[SampledToken]:
+    def park(self, rows: Iterable[Row], keep: Container[Row]) -> list[SampledToken]:
         """Stop to decode these rows; a row counts on from where it was, kept or not."""
         del keep
         self.remove(rows)
         return []
 
-    def resume(self, row: Sequence) -> None:
+    def resume(self, row: Row) -> None:
         """Decode the row again."""
         self._rows[row] = None
 
@@ -126,14 +125,14 @@ class SimulatedRunner:
             self._sleep(1.0 / self._options.tokens_per_second)
         return [self._next(row) for row in self._rows]
 
-    def _next(self, row: Sequence) -> SampledToken:
+    def _next(self, row: Row) -> SampledToken:
         token = self._next_token(row)
         asked = row.request.sampling.logprobs
         if asked is None:
             return SampledToken(row, token)
         return SampledToken(row, token, TokenLogprobs(token, 0.0, ((token, 0.0),)[:asked]))
 
-    def _next_token(self, row: Sequence) -> int:
+    def _next_token(self, row: Row) -> int:
         end = self._options.answer_tokens
         if end is not None and row.decoded >= end:
             return EOS_TOKEN

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 import structlog
 
-from mlx_serving.worker.engine.aside import aside
-from mlx_serving.worker.engine.scheduling.chunk_size import step_seconds
+from mlx_serving.worker.engine.in_thread import aside
+from mlx_serving.worker.engine.scheduling.chunk import step_seconds
 from mlx_serving.worker.engine.scheduling.limits import BatchSize
 from mlx_serving.worker.models.model_budget import ModelBudget
 
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from mlx_serving.worker.delivery.token_text import Spell
     from mlx_serving.worker.engine.engine import Engine
     from mlx_serving.worker.engine.engine_set import EngineSet
-    from mlx_serving.worker.engine.memory.device_memory import DeviceMemory
+    from mlx_serving.worker.engine.memory.device import DeviceMemory
     from mlx_serving.worker.engine.memory.kv_caches import KvMemory
-    from mlx_serving.worker.engine.sequence import InferenceEngine
+    from mlx_serving.worker.engine.row import InferenceEngine
 
     Encode = Callable[[GenerationJob], tuple[int, ...]]
 
@@ -118,7 +118,7 @@ def plan_memory(
         frozenset(settings.pinned_models), settings.model_budget_bytes, settings.kv_budget_bytes,
     )  # fmt: skip
     if spec.kind == "mlx" and len(sizes) > 1 and (bound is None or kv is None):
-        from mlx_serving.worker.engine.models import default_budgets  # imports MLX
+        from mlx_serving.worker.engine.loader import default_budgets  # imports MLX
 
         model_bytes_, kv_bytes = default_budgets(sum(sizes.values()), bound)
         bound, kv = bound or model_bytes_, kv or kv_bytes
@@ -135,7 +135,7 @@ def memory_of(
     """
     if spec.kind == "simulated":
         return None, tuple
-    from mlx_serving.worker.engine.memory.device_memory import MlxMemory  # imports MLX
+    from mlx_serving.worker.engine.memory.device import MlxMemory  # imports MLX
 
     return MlxMemory(available), lambda: engine.kv_memories
 
@@ -147,7 +147,7 @@ def describe(spec: EngineSpec, engine: InferenceEngine) -> dict[str, str]:
     """
     if spec.kind == "simulated":
         return {"device": "simulated", "acceleration": "none"}
-    from mlx_serving.worker.engine.device import device_name  # imports MLX
+    from mlx_serving.worker.engine.memory.device import device_name  # imports MLX
 
     reports = getattr(engine, "acceleration", ())
     return {"device": device_name(), "acceleration": "; ".join(map(str, reports))}
@@ -157,8 +157,8 @@ def _load_mlx(
     settings: Settings, path: str, kv_budget_bytes: int | None
 ) -> Generator[None, None, LoadedModel]:
     # Imported here: the parent and the simulated engine must not load MLX.
-    from mlx_serving.worker.engine.models import EngineOptions, load_in_slices
-    from mlx_serving.worker.engine.output.output_plan import OutputPlanner
+    from mlx_serving.worker.engine.loader import EngineOptions, load_in_slices
+    from mlx_serving.worker.engine.structured.plan import OutputPlanner
     from mlx_serving.worker.engine.text.prompts import PromptEncoder
 
     options = EngineOptions(

@@ -18,7 +18,7 @@ from mlx_serving.worker.process.recycling import MemoryFloor, Recycling
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from mlx_serving.worker.engine.memory.device_memory import DeviceMemory
+    from mlx_serving.worker.engine.memory.device import DeviceMemory
     from mlx_serving.worker.engine.memory.kv_caches import KvMemory
     from mlx_serving.worker.status.counters import Measures
 

@@ -59,7 +59,7 @@ if TYPE_CHECKING:
     from multiprocessing.connection import Connection
 
     from mlx_serving.common.settings import Settings
-    from mlx_serving.worker.engine.sequence import Output
+    from mlx_serving.worker.engine.row import Output
     from mlx_serving.worker.models.loading import LoadedModel
 
 

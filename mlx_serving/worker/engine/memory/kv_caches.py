@@ -2,9 +2,8 @@
 
 from typing import Protocol
 
-from mlx_serving.worker.engine.memory.guard import KvUse
-from mlx_serving.worker.engine.memory.room import MemoryRoom
-from mlx_serving.worker.engine.prefix.cache import PrefixCache
+from mlx_serving.worker.engine.kv.prefix.cache import PrefixCache
+from mlx_serving.worker.engine.memory.guard import KvUse, MemoryRoom
 
 
 class Caches(Protocol):

@@ -1,24 +1,41 @@
-"""Rows that lost their keys and values to an out-of-memory error of the device. Pure.
+"""Tells a device that ran out of memory from other errors; which rows lost their state. Pure."""
 
-They are taken out of the batch and admitted again, as a resumed job's rows are: prompt and decoded
-tokens are prefilled, and with the same random numbers the same tokens follow. After each error only
-half as much is let in (`MemoryRoom.strike`), so that the batch shrinks to what the device holds.
-The one row that runs out of memory by itself, twice at the same token, is ended.
-"""
+from __future__ import annotations
 
+import re
 from collections import deque
-from collections.abc import Sequence as SequenceOf
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from msgspec.structs import replace
 
-from mlx_serving.worker.engine.memory.room import MemoryRoom
+from mlx_serving.worker.engine.row import Request, RequestRefusedError, Row, RowError
 from mlx_serving.worker.engine.scheduling.parking import NOBODY
-from mlx_serving.worker.engine.scheduling.scheduler import Scheduler
-from mlx_serving.worker.engine.sequence import Request, RequestRefusedError, RowError, Sequence
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from mlx_serving.worker.engine.memory.guard import MemoryRoom
+    from mlx_serving.worker.engine.scheduling.scheduler import Scheduler
+
+_SIGNS: Final = re.compile(
+    r"out of memory|OutOfMemory|insufficient memory|unable to allocate|\[metal::malloc\]"
+    r"|cudaErrorMemoryAllocation",
+    re.IGNORECASE,
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Say whether the error is the device's lack of memory."""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError | ValueError) and bool(_SIGNS.search(str(error)))
+    )
+
 
 OUT_OF_MEMORY: Final = "out_of_memory"
+
+
 NO_MEMORY: Final = RowError(OUT_OF_MEMORY, "the device ran out of memory over this request")
+
 
 Place = tuple[str, int, int]  # of a row: request, choice, decoded tokens
 
@@ -29,14 +46,14 @@ class Recovery:
     def __init__(self, scheduler: Scheduler, room: MemoryRoom) -> None:
         """Start empty."""
         self._scheduler, self._room = scheduler, room
-        self._rows: deque[Sequence] = deque()
+        self._rows: deque[Row] = deque()
         self._alone: Place | None = None  # the last row that ran out of memory by itself
 
     def __len__(self) -> int:
         """Rows that wait for room."""
         return len(self._rows)
 
-    def take(self, rows: SequenceOf[Sequence]) -> list[Sequence]:
+    def take(self, rows: Sequence[Row]) -> list[Row]:
         """Take admitted rows out of the scheduler; return those that are to be ended instead."""
         scheduler = self._scheduler
         places = [(row.request.id, row.request.choice, row.decoded) for row in rows]
@@ -83,18 +100,18 @@ class Recovery:
         )
 
     @property
-    def rows(self) -> list[Sequence]:
+    def rows(self) -> list[Row]:
         """Rows that are to begin again."""
         return list(self._rows)
 
-    def forget(self, request_id: str) -> list[Sequence]:
+    def forget(self, request_id: str) -> list[Row]:
         """Forget a request's rows; returns them."""
         gone = [row for row in self._rows if row.request.id == request_id]
         self._rows = deque(row for row in self._rows if row.request.id != request_id)
         return gone
 
 
-def _carry_over(lost: Sequence, row: Sequence) -> None:
+def _carry_over(lost: Row, row: Row) -> None:
     """Let the new row go on where the lost one stood; its text is out already."""
     row.slot, row.decoded, row.parser = lost.slot, lost.decoded, lost.parser
     row.cached = lost.cached

@@ -1,6 +1,6 @@
 """One sampler for the whole batch: a pure-MLX reference and a fused kernel of the same meaning."""
 
-from mlx_serving.worker.engine.sampling.draws import Draws, Logprobs
+from mlx_serving.worker.engine.sampling.logprobs import read_logprobs
 from mlx_serving.worker.engine.sampling.noise import (
     hash_tokens,
     mix,
@@ -9,8 +9,7 @@ from mlx_serving.worker.engine.sampling.noise import (
     stream_key,
     token_words,
 )
-from mlx_serving.worker.engine.sampling.parameters import GREEDY_BELOW, RowSampling
-from mlx_serving.worker.engine.sampling.reading import read_logprobs
+from mlx_serving.worker.engine.sampling.parameters import GREEDY_BELOW, Draws, Logprobs, RowSampling
 from mlx_serving.worker.engine.sampling.reference import ReferenceDraw
 from mlx_serving.worker.engine.sampling.sampler import BatchSampler, MakeDraw
 

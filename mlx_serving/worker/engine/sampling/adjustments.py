@@ -4,8 +4,7 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_serving.worker.engine.sampling.draws import StepInputs
-from mlx_serving.worker.engine.sampling.parameters import Column, Parameters
+from mlx_serving.worker.engine.sampling.parameters import Column, Parameters, StepInputs
 
 
 class Adjustments:

@@ -1,13 +1,44 @@
-"""Log probabilities of the model's own distribution, in pure MLX operations."""
+"""Log probabilities of the model's own distribution: on the device, and in the host's own types."""
 
-from typing import Final
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Final
 
 import mlx.core as mx
+import numpy as np
 
-from mlx_serving.worker.engine.sampling.draws import Logprobs
-from mlx_serving.worker.engine.sampling.parameters import Parameters
+from mlx_serving.worker.engine.row import TokenLogprobs
+from mlx_serving.worker.engine.sampling.parameters import Logprobs, Parameters
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+
+def read_logprobs(logprobs: Logprobs, asked: Iterable[tuple[int, int, int]]) -> list[TokenLogprobs]:
+    """Read what some rows asked for; waits for the device.
+
+    `asked` names (row, token it sampled, how many of the likeliest). Tokens without any
+    probability are left out: their log probability is not a number that JSON has.
+    """
+    chosen, ids, top = (np.array(values) for values in logprobs)
+    return [
+        TokenLogprobs(
+            token,
+            float(chosen[row]),
+            tuple(
+                (int(i), float(p))
+                for i, p in zip(ids[row, :count], top[row, :count], strict=True)
+                if p > -math.inf
+            ),
+        )
+        for row, token, count in asked
+    ]
+
 
 _MAGNITUDE: Final = 0x7FFFFFFF
+
+
 _LEAST: Final = -(2**31)
 
 

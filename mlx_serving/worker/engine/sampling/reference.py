@@ -12,12 +12,17 @@ from typing import Final
 
 import mlx.core as mx
 
+from mlx_serving.worker.engine.row import INVALID_TOKEN
 from mlx_serving.worker.engine.sampling.adjustments import Adjustments
-from mlx_serving.worker.engine.sampling.draws import Draws, StepInputs
 from mlx_serving.worker.engine.sampling.logprobs import LogprobReport
 from mlx_serving.worker.engine.sampling.noise import hash_tokens, negative_gumbel, position_keys
-from mlx_serving.worker.engine.sampling.parameters import Column, Parameters, is_greedy
-from mlx_serving.worker.engine.sequence import INVALID_TOKEN
+from mlx_serving.worker.engine.sampling.parameters import (
+    Column,
+    Draws,
+    Parameters,
+    StepInputs,
+    is_greedy,
+)
 
 _SUM_BLOCK: Final = 512  # values; sums of sums lose less of a long tail than one running sum
 

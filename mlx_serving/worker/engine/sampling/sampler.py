@@ -6,8 +6,14 @@ from typing import Final
 import mlx.core as mx
 import numpy as np
 
-from mlx_serving.worker.engine.sampling.draws import Draw, Draws, StepInputs
-from mlx_serving.worker.engine.sampling.parameters import Parameters, RowSampling, pack
+from mlx_serving.worker.engine.sampling.parameters import (
+    Draw,
+    Draws,
+    Parameters,
+    RowSampling,
+    StepInputs,
+    pack,
+)
 from mlx_serving.worker.engine.sampling.reference import ReferenceDraw
 
 RECENT_TOKENS: Final = 64  # steps after which a batch with penalties is packed again

@@ -12,12 +12,19 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_serving.worker.engine.sampling.draws import Draw, Draws, StepInputs
+from mlx_serving.worker.engine.row import SamplingParams
 from mlx_serving.worker.engine.sampling.noise import token_words
-from mlx_serving.worker.engine.sampling.parameters import Parameters, RowSampling, is_greedy, pack
+from mlx_serving.worker.engine.sampling.parameters import (
+    Draw,
+    Draws,
+    Parameters,
+    RowSampling,
+    StepInputs,
+    is_greedy,
+    pack,
+)
 from mlx_serving.worker.engine.sampling.reference import ReferenceDraw
 from mlx_serving.worker.engine.sampling.sampler import MakeDraw
-from mlx_serving.worker.engine.sequence import SamplingParams
 
 NEAR_TIE: Final = 1e-3  # of a score; its scale is that of logit / temperature + noise
 LOGPROB_TOLERANCE: Final = 1e-3

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from mlx_serving.worker.engine.scheduling.chunk_size import FIRST_TOKENS, STEP_SECONDS
+from mlx_serving.worker.engine.scheduling.chunk import FIRST_TOKENS, STEP_SECONDS
 
 
 @dataclass(frozen=True, slots=True)

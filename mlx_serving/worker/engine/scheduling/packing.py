@@ -10,10 +10,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from typing import Final
 
-from mlx_serving.worker.engine.prefix.index import TOKEN_BYTES, PrefixKey
+from mlx_serving.worker.engine.kv.prefix.index import TOKEN_BYTES, PrefixKey
+from mlx_serving.worker.engine.row import Row
+from mlx_serving.worker.engine.scheduling.chunk import Group
 from mlx_serving.worker.engine.scheduling.limits import SchedulerLimits
-from mlx_serving.worker.engine.scheduling.prefill_chunk import Group
-from mlx_serving.worker.engine.sequence import Sequence
 
 # Of a chunk: what prompts that are computed at once may hold, known tokens included.
 PACKED_CONTEXT_CHUNKS: Final = 8
@@ -29,7 +29,7 @@ class Packing(ABC):
         """Start without any; `chunk_tokens` is the size of a chunk now."""
         self._limits, self._chunk_tokens = limits, chunk_tokens
         self._shares_blocks = shares_blocks
-        self._rows: list[Sequence] = []  # a prompt's first
+        self._rows: list[Row] = []  # a prompt's first
         self._keys: list[PrefixKey] = []  # of these, as far as they were needed
 
     def has_room_for(self, group: Group) -> bool:
@@ -45,7 +45,7 @@ class Packing(ABC):
         """Take a prompt."""
         self._rows.append(group[0])
 
-    def _computes(self, row: Sequence) -> bool:
+    def _computes(self, row: Row) -> bool:
         """Say whether the others are to compute the block that the row needs next to its end.
 
         Then it waits a step and finds it: together they would have that block once each, while the
@@ -128,7 +128,7 @@ class StepPacking(Packing):
         self._reads += reads
         super().add(group)
 
-    def _cost(self, row: Sequence) -> tuple[int, int]:
+    def _cost(self, row: Row) -> tuple[int, int]:
         """Tokens to compute, and KV tokens that they read."""
         tokens = row.context_length - row.found
         return tokens, tokens * row.context_length

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from typing import Final
 
 from mlx_serving.common.job.schema import LANES
+from mlx_serving.worker.engine.row import Phase, Request, Row
 from mlx_serving.worker.engine.scheduling.limits import SchedulerLimits
 from mlx_serving.worker.engine.scheduling.reservation import Reservation, Trial
-from mlx_serving.worker.engine.sequence import Phase, Request, Sequence
 
 # Which rows of a lane give way first: those that lose nothing, last the one that loses most.
 _PHASES = (Phase.WAITING, Phase.DECODING, Phase.PREFILLING)
@@ -26,8 +26,8 @@ _PHASES = (Phase.WAITING, Phase.DECODING, Phase.PREFILLING)
 class Parking:
     """What makes room: rows to `park`; rows, of these and of parked ones, to `drop` the KV of."""
 
-    park: tuple[Sequence, ...] = ()
-    drop: tuple[Sequence, ...] = ()
+    park: tuple[Row, ...] = ()
+    drop: tuple[Row, ...] = ()
 
 
 NOBODY: Final = Parking()
@@ -40,7 +40,7 @@ class ParkingLot:
     def __init__(self, limits: SchedulerLimits, reservation: Reservation) -> None:
         """Start empty."""
         self._limits, self._reservation = limits, reservation
-        self._parked: list[list[Sequence]] = [[] for _ in LANES]  # each in order of admission
+        self._parked: list[list[Row]] = [[] for _ in LANES]  # each in order of admission
 
     def __len__(self) -> int:
         """Parked rows."""
@@ -51,17 +51,17 @@ class ParkingLot:
         """Parked rows of each lane."""
         return tuple(map(len, self._parked))
 
-    def enter(self, row: Sequence) -> None:
+    def enter(self, row: Row) -> None:
         """Take a row that left the batch."""
         rows = self._parked[row.request.rank]
         rows.append(row)
         rows.sort(key=lambda parked: parked.order)
 
-    def leave(self, row: Sequence) -> None:
+    def leave(self, row: Row) -> None:
         """Forget a row."""
         self._parked[row.request.rank].remove(row)
 
-    def make_room(self, choices: tuple[Request, ...], rows: Iterable[Sequence]) -> Parking | None:
+    def make_room(self, choices: tuple[Request, ...], rows: Iterable[Row]) -> Parking | None:
         """Say who of all rows gives way to choices of one lane; None: not enough of them can."""
         if not len(self) and self._reservation.can_add(choices):
             return NOBODY
@@ -70,15 +70,15 @@ class ParkingLot:
             return None
         trial = Trial(self._reservation, rank)
         for request in choices:
-            trial.add(Sequence(request))
+            trial.add(Row(request))
         self._reserve_shares(trial, below=rank)
         if trial.fits:
             return NOBODY
         return self._give_way(trial, rank, rows)
 
-    def _give_way(self, trial: Trial, rank: int, rows: Iterable[Sequence]) -> Parking | None:
-        parked: list[Sequence] = []
-        dropped: list[Sequence] = []
+    def _give_way(self, trial: Trial, rank: int, rows: Iterable[Row]) -> Parking | None:
+        parked: list[Row] = []
+        dropped: list[Row] = []
         lower = [row for row in rows if row.request.rank > rank and row.phase in _PHASES]
         candidates = _candidates(trial, lower)
         while not trial.fits:
@@ -94,7 +94,7 @@ class ParkingLot:
             parked.append(row)
         return Parking(tuple(parked), tuple(dropped))
 
-    def _kept(self, trial: Trial, rank: int, parked: list[Sequence]) -> list[Sequence]:
+    def _kept(self, trial: Trial, rank: int, parked: list[Row]) -> list[Row]:
         """Rows of lanes below whose keys and values could go, the first to go first."""
         rows = [row for lane in self._parked[rank + 1 :] for row in lane] + parked
         kept = [row for row in rows if trial.keeps(row)]
@@ -124,13 +124,13 @@ class ParkingLot:
             blocked = True
         return None
 
-    def _try(self, row: Sequence) -> Parking | None:
+    def _try(self, row: Row) -> Parking | None:
         rank = row.request.rank
         trial = Trial(self._reservation, rank)
         must = not trial.has_share(rank) or not trial.rows
         trial.add(row)
         self._reserve_shares(trial, below=rank)
-        dropped: list[Sequence] = []
+        dropped: list[Row] = []
         if must and trial.fits_rows:
             kept = (kept for kept in self._kept(trial, rank - 1, []) if kept is not row)
             while not trial.fits_kv and (newest := next(kept, None)) is not None:
@@ -139,7 +139,7 @@ class ParkingLot:
         return Parking((row,), tuple(dropped)) if trial.fits else None
 
 
-def _candidates(trial: Trial, lower: list[Sequence]) -> Iterator[Sequence]:
+def _candidates(trial: Trial, lower: list[Row]) -> Iterator[Row]:
     """Rows that may give way, in turn, as long as their lane keeps its share without them."""
     for rank in range(len(LANES) - 1, 0, -1):
         lane = [row for row in lower if row.request.rank == rank]

@@ -1,39 +1,57 @@
-"""Whose prompt is prefilled next. Pure.
+"""Whose prompt is prefilled next. Pure."""
 
-One engine step does at most one prefill chunk and one decode step. A chunk computes at most
-as many tokens as `ChunkSize` says now, padding included: either the next part of one long prompt or
-several whole prompts, from the head of a lane's queue. So decoding rows wait for one chunk
-at most, and a prompt of a higher lane for one chunk of a lower one: that is set aside where it
-stands, and goes on later. Within a lane prompts are served first in, first out; each lane has its
-share of the chunks (`lane_turns`), so that none starves.
+from __future__ import annotations
 
-What the prefix cache knows of a prompt is looked up when its turn comes, so that prompts which
-arrive together compute what they share once.
-
-Where the cache lets it, short prompts need no pass of their own: the decode step computes them.
-
-Only where many rows decode, a prompt of a lower lane waits a few steps for others: a chunk of one
-short prompt costs the decoding rows much the same as a chunk of several. For the same reason short
-prompts of lower lanes ride along in a chunk of a higher one.
-"""
-
+import math
 from bisect import insort
-from collections.abc import Container, Iterable, Iterator
-from typing import Final
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Final
 
 from mlx_serving.common.job.schema import LANES
-from mlx_serving.worker.engine.prefix.cache import PrefixCache
-from mlx_serving.worker.engine.scheduling.chunk_size import ChunkSize
-from mlx_serving.worker.engine.scheduling.lane_turns import LaneTurns
-from mlx_serving.worker.engine.scheduling.limits import SchedulerLimits
+from mlx_serving.worker.engine.row import Phase, Row
+from mlx_serving.worker.engine.scheduling.chunk import ChunkSize, Group, PrefillChunk
 from mlx_serving.worker.engine.scheduling.packing import ChunkPacking, Packing, StepPacking
-from mlx_serving.worker.engine.scheduling.prefill_chunk import Group, PrefillChunk
-from mlx_serving.worker.engine.scheduling.reservation import Reservation
-from mlx_serving.worker.engine.sequence import Phase, Sequence
+
+if TYPE_CHECKING:
+    from collections.abc import Container, Iterable, Iterator
+
+    from mlx_serving.worker.engine.kv.prefix.cache import PrefixCache
+    from mlx_serving.worker.engine.scheduling.limits import SchedulerLimits
+    from mlx_serving.worker.engine.scheduling.reservation import Reservation
+
+
+class LaneTurns:
+    """The highest lane first, but each lane that waits gets its share of the turns."""
+
+    def __init__(self, min_share: float) -> None:
+        """Let one turn in 1 / `min_share` go to a lane that waits; 0: none."""
+        self._patience = math.ceil(1 / min_share) - 1 if min_share else math.inf
+        self._passed = [0] * len(LANES)  # turns since a lane that waits had one
+
+    def next(self, waiting: Iterable[int]) -> int:
+        """Return whose turn it is of the ranks that wait, at least one; they don't change."""
+        ranks = sorted(waiting)
+        overdue = (rank for rank in ranks if self._passed[rank] >= self._patience)
+        return next(overdue, ranks[0])
+
+    def take(self, turn: int, waiting: Iterable[int]) -> None:
+        """Note that a lane had its turn while these waited."""
+        ranks = set(waiting)
+        self._passed = [
+            passed + 1 if rank in ranks and rank != turn else 0
+            for rank, passed in enumerate(self._passed)
+        ]
+
 
 ROWS_PER_PROMPT: Final = 16  # so many decoding rows make one more prompt worth waiting for
+
+
 PATIENCE_STEPS: Final = (0, 4, 8)  # by lane, the most that a prompt waits for others
+
+
 RIDING_CHUNKS: Final = 0.5  # of a chunk: what it may come to hold by prompts that ride along
+
+
 RIDING_TOKENS: Final = 32  # such a prompt is as long as the others, rounded up to so many
 
 
@@ -62,7 +80,7 @@ class PromptQueue:
             row.phase = Phase.WAITING
             self._reservation.look_up(row)
 
-    def remove(self, row: Sequence) -> None:
+    def remove(self, row: Row) -> None:
         """Forget a row; one that is not here is ignored."""
         rank = row.request.rank
         if row.phase is Phase.WAITING:
@@ -111,7 +129,7 @@ class PromptQueue:
         self._end(chunk.rows)
         return True
 
-    def _end(self, rows: Container[Sequence]) -> None:
+    def _end(self, rows: Container[Row]) -> None:
         """Let prefills under way go on without these rows, which may ride with another lane."""
         self._begun = [tuple(_without(groups, rows)) for groups in self._begun]
 
@@ -212,11 +230,11 @@ class PromptQueue:
             packing.add(taken[-1])
 
 
-def _without(groups: Iterable[Group], leaving: Container[Sequence]) -> Iterator[Group]:
+def _without(groups: Iterable[Group], leaving: Container[Row]) -> Iterator[Group]:
     for group in groups:
         if kept := tuple(row for row in group if row not in leaving):
             yield kept
 
 
-def _to_compute(row: Sequence) -> int:
+def _to_compute(row: Row) -> int:
     return row.context_length - row.found

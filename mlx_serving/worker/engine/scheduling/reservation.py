@@ -10,10 +10,10 @@ from collections import Counter
 from collections.abc import Iterable
 
 from mlx_serving.common.job.schema import LANES
-from mlx_serving.worker.engine.prefix.cache import PrefixCache
-from mlx_serving.worker.engine.prefix.index import TOKEN_BYTES, PrefixKey
+from mlx_serving.worker.engine.kv.prefix.cache import PrefixCache
+from mlx_serving.worker.engine.kv.prefix.index import TOKEN_BYTES, PrefixKey
+from mlx_serving.worker.engine.row import Phase, Request, Row
 from mlx_serving.worker.engine.scheduling.limits import SchedulerLimits
-from mlx_serving.worker.engine.sequence import Phase, Request, Sequence
 
 
 class Reservation:
@@ -25,8 +25,8 @@ class Reservation:
         """Start empty; `prefixes` has the blocks of the decode batch's own cache."""
         self._limits = limits
         self._prefixes = prefixes
-        self._widths: dict[Sequence, int] = {}  # of active rows
-        self._kept: dict[Sequence, int] = {}  # of parked rows
+        self._widths: dict[Row, int] = {}  # of active rows
+        self._kept: dict[Row, int] = {}  # of parked rows
         self._widest = 0  # of active rows
         self._total = 0  # their sum, without what the prefix cache counts
         self._lane_min_rows = limits.batch.lane_min_rows
@@ -60,7 +60,7 @@ class Reservation:
         """Blocks of the prefix cache that rows use, each counted once."""
         return self._prefixes.held if self._prefixes else 0
 
-    def has_share(self, rank: int, without: Sequence | None = None) -> bool:
+    def has_share(self, rank: int, without: Row | None = None) -> bool:
         """Say whether a lane's active rows are its share, also when one of them leaves."""
         rows, kv_tokens = self._rows[rank], self._kv_tokens[rank]
         if without is not None:
@@ -73,7 +73,7 @@ class Reservation:
         beyond = rank == 0 or self._rows[rank] < self._lane_min_rows
         return batch.most_rows if beyond else batch.max_rows
 
-    def keeps(self, row: Sequence) -> bool:
+    def keeps(self, row: Row) -> bool:
         """Say whether a parked row's keys and values are there."""
         return row in self._kept
 
@@ -100,7 +100,7 @@ class Reservation:
         block = self._limits.kv_block_tokens or 1
         return -(-(tokens + self._limits.kv_row_overhead_tokens) // block) * block
 
-    def add(self, row: Sequence) -> None:
+    def add(self, row: Row) -> None:
         """Reserve all that a new row, or one that was parked, can need."""
         width = self._width(row.request)
         self._total += width - self._kept.pop(row, 0)
@@ -108,13 +108,13 @@ class Reservation:
         self._widest = max(self._widest, width)
         self._count(row, 1, width)
 
-    def remove(self, row: Sequence) -> None:
+    def remove(self, row: Row) -> None:
         """Give back all that a row has."""
         if row in self._widths:
             self._leave(row)
         self.drop(row)
 
-    def park(self, row: Sequence) -> None:
+    def park(self, row: Row) -> None:
         """Reserve no more than what an active row holds now; one that waits holds nothing."""
         width = self._leave(row)
         if row.phase is not Phase.DECODING:
@@ -124,12 +124,12 @@ class Reservation:
         self._kept[row] = held
         self._total += held
 
-    def drop(self, row: Sequence) -> None:
+    def drop(self, row: Row) -> None:
         """Give back what a parked row holds."""
         self._total -= self._kept.pop(row, 0)
         self._unshare(row)
 
-    def _leave(self, row: Sequence) -> int:
+    def _leave(self, row: Row) -> int:
         width = self._widths.pop(row)
         self._total -= width
         self._count(row, -1, -width)
@@ -137,21 +137,21 @@ class Reservation:
             self._widest = max(self._widths.values(), default=0)
         return width
 
-    def _count(self, row: Sequence, rows: int, kv_tokens: int) -> None:
+    def _count(self, row: Row, rows: int, kv_tokens: int) -> None:
         self._rows[row.request.rank] += rows
         self._kv_tokens[row.request.rank] += kv_tokens
 
-    def share(self, row: Sequence, tokens: int) -> None:
+    def share(self, row: Row, tokens: int) -> None:
         """Leave so many of the row's tokens to the prefix cache to count."""
         self._total += row.shared - tokens
         row.shared = tokens
 
-    def _unshare(self, row: Sequence) -> None:
+    def _unshare(self, row: Row) -> None:
         self.share(row, 0)
 
     # What the prefix cache knows of rows that wait for their prefill
 
-    def look_up(self, row: Sequence) -> None:
+    def look_up(self, row: Row) -> None:
         """Let a row that waits hold what is known of its context by now."""
         if self._prefixes is None:
             return
@@ -169,13 +169,13 @@ class Reservation:
             self._prefixes.unpin(held)
         row.prefilled = row.found
 
-    def let_go(self, row: Sequence) -> None:
+    def let_go(self, row: Row) -> None:
         """Let a row hold nothing that it has not in its own blocks."""
         if self._prefixes is not None:
             held, row.prefix = row.prefix, []
             self._prefixes.unpin(held)
 
-    def joined(self, row: Sequence) -> None:
+    def joined(self, row: Row) -> None:
         """Note that a row has its own blocks, of which the prefix cache counts the full ones."""
         if self._prefixes is not None:
             block = self._limits.kv_block_tokens
@@ -194,11 +194,11 @@ class Trial(Reservation):
         self._row_limit = of.row_limit(rank)
         self._widths, self._kept = dict(self._widths), dict(self._kept)
         self._rows, self._kv_tokens = [*self._rows], [*self._kv_tokens]
-        self._added: list[Sequence] = []
-        self._known: dict[Sequence, list[int]] = {}  # blocks that the prefix cache has of new rows
+        self._added: list[Row] = []
+        self._known: dict[Row, list[int]] = {}  # blocks that the prefix cache has of new rows
         self._freed: Counter[int] = Counter()  # blocks of the prefix cache → rows that left them
 
-    def add(self, row: Sequence) -> None:
+    def add(self, row: Row) -> None:
         """See `Reservation.add`."""
         if row not in self._kept:
             self._added.append(row)
@@ -220,7 +220,7 @@ class Trial(Reservation):
         over = self.over
         return over <= 0 or over <= self._savings()
 
-    def share(self, row: Sequence, tokens: int) -> None:
+    def share(self, row: Row, tokens: int) -> None:
         """Note that a row leaves its part of the prefix cache."""
         del tokens
         self._total += row.shared
@@ -251,7 +251,7 @@ class Trial(Reservation):
             newly_held |= set(filter(self._is_idle, blocks))
         return (found - len(newly_held)) * self._limits.kv_block_tokens
 
-    def _blocks_of(self, row: Sequence) -> list[int]:
+    def _blocks_of(self, row: Row) -> list[int]:
         if row not in self._known and self._prefixes is not None:
             try:
                 self._known[row] = self._prefixes.find(row.context_key)

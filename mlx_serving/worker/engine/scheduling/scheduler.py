@@ -8,20 +8,19 @@ the budget (`reservation`). A request of a higher lane may park rows of lower on
 
 from collections.abc import Iterable
 
-from mlx_serving.worker.engine.prefix.cache import PrefixCache
-from mlx_serving.worker.engine.scheduling.chunk_size import ChunkSize
-from mlx_serving.worker.engine.scheduling.limits import SchedulerLimits
-from mlx_serving.worker.engine.scheduling.parking import NOBODY, Parking, ParkingLot
-from mlx_serving.worker.engine.scheduling.prefill_chunk import Group, PrefillChunk
-from mlx_serving.worker.engine.scheduling.prompt_queue import PromptQueue
-from mlx_serving.worker.engine.scheduling.reservation import Reservation
-from mlx_serving.worker.engine.sequence import (
+from mlx_serving.worker.engine.kv.prefix.cache import PrefixCache
+from mlx_serving.worker.engine.row import (
     LaneRows,
     Phase,
     Request,
     RequestRefusedError,
-    Sequence,
+    Row,
 )
+from mlx_serving.worker.engine.scheduling.chunk import ChunkSize, Group, PrefillChunk
+from mlx_serving.worker.engine.scheduling.limits import SchedulerLimits
+from mlx_serving.worker.engine.scheduling.parking import NOBODY, Parking, ParkingLot
+from mlx_serving.worker.engine.scheduling.prompt_queue import PromptQueue
+from mlx_serving.worker.engine.scheduling.reservation import Reservation
 
 
 class Scheduler:
@@ -37,8 +36,8 @@ class Scheduler:
         )
         self._prompts = PromptQueue(limits, self.chunk_size, self._reservation, prefixes)
         self._parked = ParkingLot(limits, self._reservation)
-        self._decoding: dict[Sequence, None] = {}  # an ordered set
-        self._rows: dict[tuple[str, int], Sequence] = {}
+        self._decoding: dict[Row, None] = {}  # an ordered set
+        self._rows: dict[tuple[str, int], Row] = {}
         self._admitted = 0
 
     def fits(self, *choices: Request) -> bool:
@@ -64,7 +63,7 @@ class Scheduler:
             raise RequestRefusedError("no_room", "the batch has no room for this request now")
         return parking
 
-    def add(self, *choices: Request) -> list[Sequence]:
+    def add(self, *choices: Request) -> list[Row]:
         """Admit the choices of one request, all or none, to the end of their lane's queue.
 
         Raises:
@@ -75,9 +74,9 @@ class Scheduler:
             raise RequestRefusedError("no_room", "others are to be parked first")
         return self.admit(*choices)
 
-    def admit(self, *choices: Request) -> list[Sequence]:
+    def admit(self, *choices: Request) -> list[Row]:
         """Admit choices for which `make_room` has just asked nobody to give way; see `add`."""
-        rows = [Sequence(request, order=self._admitted) for request in choices]
+        rows = [Row(request, order=self._admitted) for request in choices]
         self._admitted += 1
         for row in rows:
             self._rows[row.request.id, row.request.choice] = row
@@ -111,15 +110,15 @@ class Scheduler:
                 message = f"id: choice {number} of request {first.id} is already here"
                 raise RequestRefusedError("duplicate_request", message)
 
-    def find(self, request_id: str) -> list[Sequence]:
+    def find(self, request_id: str) -> list[Row]:
         """Return every admitted choice of the request."""
         return [row for (key, _), row in self._rows.items() if key == request_id]
 
-    def is_here(self, row: Sequence) -> bool:
+    def is_here(self, row: Row) -> bool:
         """Say whether a row was admitted and not removed."""
         return self._rows.get((row.request.id, row.request.choice)) is row
 
-    def remove(self, row: Sequence) -> None:
+    def remove(self, row: Row) -> None:
         """Forget a row in whatever phase it is and give its reservation back."""
         if not self.is_here(row):
             return
@@ -130,20 +129,20 @@ class Scheduler:
             self._take_out(row)
         self._reservation.remove(row)
 
-    def _take_out(self, row: Sequence) -> None:
+    def _take_out(self, row: Row) -> None:
         self._decoding.pop(row, None)
         self._prompts.remove(row)
 
     # Parking
 
-    def park(self, row: Sequence) -> None:
+    def park(self, row: Row) -> None:
         """Note that a row left the batch; one that decoded keeps its keys and values."""
         self._take_out(row)
         self._reservation.park(row)
         row.phase = Phase.PARKED
         self._parked.enter(row)
 
-    def drop(self, row: Sequence) -> None:
+    def drop(self, row: Row) -> None:
         """Note that a parked row's keys and values are gone, where it had any."""
         self._reservation.drop(row)
 
@@ -151,7 +150,7 @@ class Scheduler:
         """Say which row goes on now (`park`, one row), and whose keys and values go for it."""
         return self._parked.next() if len(self._parked) else None
 
-    def resume(self, row: Sequence) -> bool:
+    def resume(self, row: Row) -> bool:
         """Let a parked row go on; returns whether it decodes. Else its prompt is queued again."""
         kept = self._reservation.keeps(row)
         self._parked.leave(row)
@@ -176,7 +175,7 @@ class Scheduler:
         starts = range(0, max(1, length), most)
         return [PrefillChunk((group,), start, min(most, length - start)) for start in starts]
 
-    def is_alone_in_prefill(self, row: Sequence) -> bool:
+    def is_alone_in_prefill(self, row: Row) -> bool:
         """Say whether the prefill under way of the row's lane is its own alone."""
         return self._prompts.begun(row.request.rank) == ((row,),)
 
@@ -220,7 +219,7 @@ class Scheduler:
         return len(self._rows)
 
     @property
-    def rows(self) -> list[Sequence]:
+    def rows(self) -> list[Row]:
         """Every admitted row, in order of arrival."""
         return list(self._rows.values())
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from mlx_serving.worker.engine.acceleration import choose_detokenizer
-from mlx_serving.worker.engine.output.tool_formats import ModelFormat
+from mlx_serving.worker.engine.structured.tool_formats import ModelFormat
 from mlx_serving.worker.engine.text.detokenizer import DetokenizerProtocol
 from mlx_serving.worker.engine.text.vocabulary import read_vocabulary
 

@@ -1,0 +1,1 @@
+"""KV caches of a batch whose members come and go."""

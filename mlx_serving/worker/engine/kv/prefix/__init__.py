@@ -1,0 +1,1 @@
+"""The prefix cache: blocks that are found again by their tokens."""

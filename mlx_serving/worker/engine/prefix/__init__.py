@@ -1,1 +1,0 @@
-"""The prefix cache: what prompts have in common is computed once."""

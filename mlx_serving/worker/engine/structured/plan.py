@@ -1,0 +1,124 @@
+"""From a job to how its rows are decoded: the grammar they follow, how their text is read."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+from msgspec.structs import replace
+
+from mlx_serving.common.errors import InvalidJob
+from mlx_serving.worker.engine.row import (
+    FINISH_STOP,
+    FINISH_TOOL_CALLS,
+    INVALID_TOKEN,
+    Grammar,
+    ModelInfo,
+    Output,
+    OutputFormat,
+    Request,
+    Row,
+    RowError,
+)
+from mlx_serving.worker.engine.structured.grammar import output_grammar
+from mlx_serving.worker.engine.structured.grammar_compiler import GrammarCompiler, tokenizer_source
+from mlx_serving.worker.engine.structured.parser import REASONING, TEXT
+from mlx_serving.worker.engine.structured.tool_formats import ModelFormat, RequestFormat
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from mlx_serving.common.job.schema import GenerationJob
+
+NAN_LOGITS: Final = RowError("nan_logits", "the model's logits for this row were not finite")
+
+
+def row_error(row: Row, token: int) -> RowError | None:
+    """Why the row can't go on with this token; None where it can."""
+    failure = row.matcher.failure if row.matcher is not None else None
+    if failure is not None:
+        return RowError("grammar_failed", f"the grammar can't be followed further: {failure}")
+    return NAN_LOGITS if token == INVALID_TOKEN else None
+
+
+def grammar_ended(row: Row) -> bool:
+    """Whether the row's grammar is satisfied, so that nothing more can follow."""
+    return row.matcher is not None and row.matcher.ended
+
+
+def parse_output(row: Row, output: Output, *, ended_itself: bool) -> None:
+    """Split the output's text into its parts, in place; a row that called tools ends by that.
+
+    `ended_itself`: the model or the grammar ended the text, no stop string or limit.
+    """
+    if row.parser is None:
+        return
+    parts = row.parser.push(output.text)
+    if output.finish_reason is not None:
+        parts += row.parser.finish(whole=ended_itself)
+    output.text, output.reasoning = parts.text, parts.reasoning
+    output.tool_calls = parts.tool_calls
+    if output.finish_reason == FINISH_STOP and row.parser.called:
+        output.finish_reason = FINISH_TOOL_CALLS
+
+
+class OutputPlanner:
+    """Plans the output of one model's jobs. Used by the thread that takes jobs in."""
+
+    def __init__(self, tokenizer: Any, info: ModelInfo) -> None:  # noqa: ANN401 - forwards by getattr
+        """Take mlx-lm's TokenizerWrapper, and the model's vocabulary and eos ids."""
+        self._tokenizer = tokenizer
+        self._format = ModelFormat.of(tokenizer)
+        self._compiler = GrammarCompiler(
+            tokenizer_source(tokenizer, info.vocab_size, info.eos_token_ids)
+        )
+
+    def warm_up(self) -> None:
+        """Build what the first grammar would wait for."""
+        self._compiler.warm_up()
+
+    def close(self) -> None:
+        """End the process that tries grammars."""
+        self._compiler.close()
+
+    def plan(self, job: GenerationJob, requests: Sequence[Request]) -> list[Request]:
+        """Return the job's requests with their grammar and their format.
+
+        Raises:
+            InvalidSchema: the job's schema, regex or grammar can't be compiled.
+            InvalidJob: tools that this model has no format for.
+        """
+        if not requests:
+            return []
+        if job.tools and self._format.parse is None:
+            raise InvalidJob([("tools", "mlx-lm knows no format of tool calls for this model")])
+        reasoning = self._in_reasoning(job, requests[0].prompt)
+        grammar = self._grammar(job, reasoning=reasoning)
+        form = self._request_format(job, reasoning=reasoning)
+        return [replace(request, grammar=grammar, format=form) for request in requests]
+
+    def _in_reasoning(self, job: GenerationJob, prompt: tuple[int, ...]) -> bool:
+        """Whether the prompt ends within the model's reasoning, as some templates leave it."""
+        if job.messages is None or not self._tokenizer.has_thinking:
+            return False
+        tokens = list(prompt)
+        start: int = self._tokenizer.rfind_think_start(tokens)
+        end: int = self._tokenizer.rfind_think_end(tokens)
+        return start > end
+
+    def _grammar(self, job: GenerationJob, *, reasoning: bool) -> Grammar | None:
+        spec = output_grammar(job, self._format, self._token_of, reasoning=reasoning)
+        return None if spec is None else self._compiler.compile(spec.text, spec.path)
+
+    def _request_format(self, job: GenerationJob, *, reasoning: bool) -> OutputFormat | None:
+        """None where all text is text: a prompt that passes no chat template, or no markers."""
+        tools = tuple(job.template_tools() or ())
+        transitions = self._format.transitions if tools else self._format.without_calls()
+        if job.messages is None or not any(transitions.values()):
+            return None
+        state = self._format.initial or (REASONING if reasoning else TEXT)
+        return RequestFormat(self._format, state, tools)
+
+    def _token_of(self, marker: str) -> int | None:
+        ids = self._tokenizer.encode(marker, add_special_tokens=False)
+        special = self._compiler.special_ids(ids)
+        return ids[0] if len(ids) == 1 and special[0] else None
