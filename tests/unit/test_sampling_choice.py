@@ -44,7 +44,7 @@ class _DoesNotCompile:
 def pretend(monkeypatch: pytest.MonkeyPatch, draw: Any) -> None:
     """A GPU on which the kernel is `draw`."""
     monkeypatch.setattr(kernels, "dialect", lambda: "cuda")
-    monkeypatch.setattr(kernels, "KernelDraw", draw)
+    monkeypatch.setattr(sampling_kernels, "KernelDraw", draw)
 
 
 class _Kernel(ReferenceDraw):
@@ -125,7 +125,7 @@ def test_a_cpu_uses_the_native_piece_where_it_agrees(
 ) -> None:
     monkeypatch.setattr(kernels, "dialect", lambda: None)
     monkeypatch.setattr(acceleration, "load_native", lambda: (object(), "built"))
-    monkeypatch.setattr(kernels, "native_sampler", lambda _: draw)
+    monkeypatch.setattr(sampling_kernels, "native_sampler", lambda _: draw)
     make, report = acceleration.choose_sampler(prefer_native=True)
     if draw is _Kernel:
         assert make is _Kernel

@@ -34,7 +34,7 @@ from mlx_serving.worker.engine.row import (
 from mlx_serving.worker.engine.scheduling.chunk import ChunkStep, PrefillChunk
 from mlx_serving.worker.engine.scheduling.parking import NOBODY, Parking
 from mlx_serving.worker.engine.scheduling.scheduler import Scheduler
-from mlx_serving.worker.engine.structured.plan import grammar_ended, parse_output, row_error
+from mlx_serving.worker.engine.structured.parser import grammar_ended, parse_output, row_error
 from mlx_serving.worker.engine.text.detokenizer import DetokenizerProtocol
 from mlx_serving.worker.engine.text.marked_detokenizer import MarkedDetokenizer
 

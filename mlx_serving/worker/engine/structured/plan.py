@@ -2,63 +2,26 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from msgspec.structs import replace
 
 from mlx_serving.common.errors import InvalidJob
-from mlx_serving.worker.engine.row import (
-    FINISH_STOP,
-    FINISH_TOOL_CALLS,
-    INVALID_TOKEN,
-    Grammar,
-    ModelInfo,
-    Output,
-    OutputFormat,
-    Request,
-    Row,
-    RowError,
-)
 from mlx_serving.worker.engine.structured.grammar import output_grammar
 from mlx_serving.worker.engine.structured.grammar_compiler import GrammarCompiler, tokenizer_source
 from mlx_serving.worker.engine.structured.parser import REASONING, TEXT
 from mlx_serving.worker.engine.structured.tool_formats import ModelFormat, RequestFormat
 
 if TYPE_CHECKING:
+    from mlx_serving.worker.engine.row import (
+        Grammar,
+        ModelInfo,
+        OutputFormat,
+        Request,
+    )
     from collections.abc import Sequence
 
     from mlx_serving.common.job.schema import GenerationJob
-
-NAN_LOGITS: Final = RowError("nan_logits", "the model's logits for this row were not finite")
-
-
-def row_error(row: Row, token: int) -> RowError | None:
-    """Why the row can't go on with this token; None where it can."""
-    failure = row.matcher.failure if row.matcher is not None else None
-    if failure is not None:
-        return RowError("grammar_failed", f"the grammar can't be followed further: {failure}")
-    return NAN_LOGITS if token == INVALID_TOKEN else None
-
-
-def grammar_ended(row: Row) -> bool:
-    """Whether the row's grammar is satisfied, so that nothing more can follow."""
-    return row.matcher is not None and row.matcher.ended
-
-
-def parse_output(row: Row, output: Output, *, ended_itself: bool) -> None:
-    """Split the output's text into its parts, in place; a row that called tools ends by that.
-
-    `ended_itself`: the model or the grammar ended the text, no stop string or limit.
-    """
-    if row.parser is None:
-        return
-    parts = row.parser.push(output.text)
-    if output.finish_reason is not None:
-        parts += row.parser.finish(whole=ended_itself)
-    output.text, output.reasoning = parts.text, parts.reasoning
-    output.tool_calls = parts.tool_calls
-    if output.finish_reason == FINISH_STOP and row.parser.called:
-        output.finish_reason = FINISH_TOOL_CALLS
 
 
 class OutputPlanner:
