@@ -17,19 +17,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
-from benchmarks import (
-    affinity,
-    dispatch,
-    grouping,
-    lanes,
-    latency,
-    scale,
-    server,
-    streaming,
-    tenants,
-)
-from benchmarks.harness import Figure, Goal, machine, table
-from benchmarks.scale_report import QUICK, SMALL, Plan
+from benchmarks.contract import dispatch, lanes, latency, scale, streaming
+from benchmarks.lib.harness import Figure, Goal, machine, table
+from benchmarks.lib.scale_report import QUICK, SMALL, Plan
+from benchmarks.peers import streams
+from benchmarks.studies import affinity, grouping, tenants
 
 ROOT: Final = Path(__file__).parents[1]
 RESULTS: Final = Path(__file__).parent / "results"
@@ -87,10 +79,10 @@ def engine_8b(*, quick: bool) -> list[Figure]:
 
 
 def step_figures(shape: str, *arguments: str) -> list[Figure]:
-    """Run `benchmarks.engine`."""
+    """Run `benchmarks.contract.engine`."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "engine.json"
-        run_module("engine", "--shape", shape, *arguments, "--output", str(output))
+        run_module("contract.engine", "--shape", shape, *arguments, "--output", str(output))
         report: dict[str, Any] = json.loads(output.read_text())
     goals = ENGINE_GOALS if shape == "0.6b" else {}
     return [
@@ -105,7 +97,7 @@ def structured(*, quick: bool) -> list[Figure]:
     shape = "0.6b" if has_gpu() and not quick else "tiny"
     size = ["--batch", "8", "--steps", "10"] if quick else ["--batch", "64", "--steps", "100"]
     dtype = "bfloat16" if shape == "0.6b" else "float32"
-    report = module_report("structured", "--shape", shape, "--dtype", dtype, *size)
+    report = module_report("studies.structured", "--shape", shape, "--dtype", dtype, *size)
     goals = {"all_over_free": Goal("≤", 1.2)}
     return [
         Figure(f"{name} [{shape}]", value, _unit(name), goals.get(name))
@@ -123,31 +115,31 @@ def _unit(name: str) -> str:
 def churn(*, quick: bool) -> list[Figure]:
     """Jobs that come and go, against BatchGenerator."""
     if quick:
-        return module_figures("churn", "--batch", "8", "--steps", "10", "--rounds", "1")
-    return module_figures("churn", "--shape", "0.6b" if has_gpu() else "tiny")
+        return module_figures("peers.churn", "--batch", "8", "--steps", "10", "--rounds", "1")
+    return module_figures("peers.churn", "--shape", "0.6b" if has_gpu() else "tiny")
 
 
 def ragged(*, quick: bool) -> list[Figure]:
     """One long row among short ones."""
     if quick:
         size = ("--batch", "4", "--long", "600", "--steps", "5", "--rounds", "1")
-        return module_figures("ragged", *size)
-    return module_figures("ragged", "--shape", "0.6b" if has_gpu() else "tiny")
+        return module_figures("studies.ragged", *size)
+    return module_figures("studies.ragged", "--shape", "0.6b" if has_gpu() else "tiny")
 
 
 def peer_server(*, quick: bool) -> list[Figure]:
     """Streams through Redis against `mlx_lm.server`."""
     if quick:
-        return server.measure(streaming.Load("tiny", streams=4, tokens=20), (0,), rounds=1)
-    return server.measure(streaming.Load("0.6b" if has_gpu() else "tiny", tokens=192))
+        return streams.measure(streaming.Load("tiny", streams=4, tokens=20), (0,), rounds=1)
+    return streams.measure(streaming.Load("0.6b" if has_gpu() else "tiny", tokens=192))
 
 
 def timeline(*, quick: bool) -> list[Figure]:
     """Parts of a step on the host."""
     if quick or not has_gpu():
         size = ("--streams", "8", "--steps", "10") if quick else ()
-        return module_figures("timeline", "--model", "tiny", "--dtype", "float32", *size)
-    return module_figures("timeline", "--model", "0.6b")
+        return module_figures("studies.timeline", "--model", "tiny", "--dtype", "float32", *size)
+    return module_figures("studies.timeline", "--model", "0.6b")
 
 
 def stream(*, quick: bool) -> list[Figure]:
@@ -177,7 +169,7 @@ def scale_out(*, quick: bool) -> list[Figure]:
 
 def prefixes(*, quick: bool) -> list[Figure]:
     """P5: prompt tokens computed over unique ones."""
-    report = module_report("prefix", *(("--rounds", "1") if quick else ()))
+    report = module_report("studies.prefix", *(("--rounds", "1") if quick else ()))
     goals = {"with_cache_1024_computed_over_unique": Goal("≤", 1.1)}
     return [
         Figure(name, value, _unit(name), goals.get(name))
@@ -209,7 +201,7 @@ def chats(*, quick: bool) -> list[Figure]:
 def detokenizer(*, quick: bool) -> list[Figure]:
     """Native and twin."""
     del quick
-    report = json.loads(run_module("detokenizer"))
+    report = json.loads(run_module("studies.detokenizer"))
     return [Figure(n, v, "µs/step") for n, v in report.items() if isinstance(v, float)]
 
 
@@ -220,7 +212,7 @@ def sampler(*, quick: bool) -> list[Figure]:
         size = [] if has_gpu() else ["--rows", "8", "--vocabulary", "32000", "--dtype", "float32"]
     return [
         Figure(name, value, "×" if name.endswith("over native") else "ms")
-        for name, value in module_report("sampler", *size).items()
+        for name, value in module_report("studies.sampler", *size).items()
         if isinstance(value, float)
     ]
 

@@ -5,7 +5,7 @@
 
 Meaning, type, range and default are the schema's own (`GenerationJob`, `Settings`); only the test
 that shows a field at work, and a setting's place, are named here, and held by
-`tests/unit/test_parameters_page.py`.
+`tests/unit/house/test_parameters_page.py`.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ _CHOICES: Final = "tests/acceptance/test_choices_tally.py"
 _TOOLS: Final = "tests/acceptance/test_tool_calls_engine.py"
 _TIME: Final = "tests/integration/test_worker_cancel.py::TestTime"
 _REFUSED: Final = (
-    "tests/unit/test_jobs_malformed.py::test_what_the_engine_cannot_do_is_refused_by_name"
+    "tests/unit/common/test_jobs_malformed.py::test_what_the_engine_cannot_do_is_refused_by_name"
 )
 
 SHOWN_BY: Final[dict[str, str]] = {
-    "v": "tests/unit/test_jobs.py::test_the_wire_form_leaves_defaults_out",
+    "v": "tests/unit/common/test_jobs.py::test_the_wire_form_leaves_defaults_out",
     "kind": _REFUSED,
     "model": "tests/integration/test_client_submit.py::TestSubmit::"
     "test_a_job_is_queued_where_rq_sees_it",
@@ -41,7 +41,7 @@ SHOWN_BY: Final[dict[str, str]] = {
     "prompt": f"{_ENGINE}::test_messages_pass_the_chat_template_and_a_prompt_does_not",
     "tools": f"{_TOOLS}::test_a_call_is_no_text_and_ends_the_choice_as_such",
     "tool_choice": f"{_TOOLS}::test_required_forces_a_call_of_one_of_the_tools",
-    "chat_template_kwargs": "tests/unit/test_engine_prompts.py::test_what_the_model_reads",
+    "chat_template_kwargs": "tests/unit/worker/engine/test_prompts.py::test_what_the_model_reads",
     "adapter": _REFUSED,
     "max_tokens": f"{_ENGINE}::test_max_tokens_ends_a_choice",
     "stop": f"{_ENGINE}::test_a_stop_string_ends_a_choice_and_is_not_in_it",
@@ -74,7 +74,7 @@ SHOWN_BY: Final[dict[str, str]] = {
     "test_an_idempotency_key_enqueues_once",
     "tenant": "tests/acceptance/test_prefix_tally.py::"
     "test_usage_reports_hits_to_the_tenant_that_had_the_prompt_before",
-    "metadata": "tests/unit/test_jobs.py::test_the_wire_form_is_read_back_equal",
+    "metadata": "tests/unit/common/test_jobs.py::test_the_wire_form_is_read_back_equal",
     "traceparent": "tests/integration/test_metrics_endpoint.py::"
     "test_every_record_on_a_job_names_job_attempt_and_trace",
 }

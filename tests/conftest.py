@@ -11,8 +11,8 @@ import pytest
 from mlx_serving.common.redis.connection import Endpoint, connect_async
 from mlx_serving.common.redis.local import LocalRedis
 from mlx_serving.common.settings import Settings, load_settings
-from tests.helpers import leaked_keys, wait_until
-from tests.quiet import turn
+from tests.support.helpers import leaked_keys, wait_until
+from tests.support.quiet import turn
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Generator, Iterator

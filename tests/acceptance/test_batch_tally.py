@@ -10,10 +10,11 @@ import pytest
 
 from mlx_serving.common.settings import load_settings
 from mlx_serving.producer.batch.api import Batches
-from tests.bulk_files import text_of
 from tests.chaos.bulk import run
-from tests.figures import show
-from tests.worker_process import ROOT, WorkerProcess
+from tests.support.bulk_files import text_of
+from tests.support.figures import show
+from tests.support.paths import ROOT
+from tests.support.worker_process import WorkerProcess
 
 if TYPE_CHECKING:
     import redis

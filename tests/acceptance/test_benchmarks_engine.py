@@ -7,8 +7,8 @@ from typing import Any, cast
 
 import pytest
 
-from benchmarks import engine as benchmark
-from benchmarks.synthetic import build_model
+from benchmarks.contract import engine as benchmark
+from benchmarks.lib.synthetic import build_model
 from mlx_serving.worker.engine.kv.choice import choose_cache
 from mlx_serving.worker.engine.kv.paged.cache import PagedCache
 from mlx_serving.worker.engine.model_runner import ModelRunner

@@ -5,26 +5,27 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from benchmarks import affinity
 from benchmarks.__main__ import BENCHMARKS, chosen
-from benchmarks.dispatch import figures as dispatch_figures
-from benchmarks.harness import Figure, Goal
-from benchmarks.job_cost import PHASES
-from benchmarks.job_cost import measure as job_cost
-from benchmarks.latency import Samples
-from benchmarks.latency import figures as latency_figures
-from benchmarks.server import Bout, Heard, Pass, requests
-from benchmarks.server import figures as server_figures
-from benchmarks.streaming import Run
-from benchmarks.streaming import figures as streaming_figures
-from benchmarks.timeline import Stopwatches, shares
+from benchmarks.contract.dispatch import figures as dispatch_figures
+from benchmarks.contract.latency import Samples
+from benchmarks.contract.latency import figures as latency_figures
+from benchmarks.contract.streaming import Run
+from benchmarks.contract.streaming import figures as streaming_figures
+from benchmarks.lib.harness import Figure, Goal
+from benchmarks.peers.streams import Bout, Heard, Pass, requests
+from benchmarks.peers.streams import figures as server_figures
+from benchmarks.studies import affinity
+from benchmarks.studies.job_cost import PHASES
+from benchmarks.studies.job_cost import measure as job_cost
+from benchmarks.studies.timeline import Stopwatches, shares
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).parents[2]
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 def by_name(figures: list[Figure]) -> dict[str, Figure]:

@@ -11,8 +11,8 @@ import pytest
 from mlx_serving import Client
 from mlx_serving.common.results import assemble
 from mlx_serving.tally.tasks import digits_of
-from tests.helpers import wait_until
-from tests.worker_process import WorkerProcess, job_events
+from tests.support.helpers import wait_until
+from tests.support.worker_process import WorkerProcess, job_events
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -17,9 +17,9 @@ from mlx_serving.common.redis.local import LocalRedis
 from mlx_serving.common.settings import Settings, load_settings
 from mlx_serving.common.states import JobState
 from mlx_serving.producer.client import Client
-from tests.helpers import wait_until
+from tests.support.helpers import wait_until
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).parents[2]
 USERS = ROOT / "ops" / "redis" / "users.acl"
 KEYS = Keys()
 

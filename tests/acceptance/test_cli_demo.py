@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers import wait_until
+from tests.support.helpers import wait_until
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).parents[2]
 DEMO = [sys.executable, "-m", "mlx_serving", "demo"]
 
 

@@ -18,7 +18,7 @@ from mlx_serving.common.redis.connection import resolve
 from mlx_serving.common.redis.local import LocalRedis
 from mlx_serving.common.settings import load_settings
 from mlx_serving.producer.client import Client
-from tests.helpers import wait_until
+from tests.support.helpers import wait_until
 
 runner = CliRunner()
 KEYS = Keys()

@@ -6,7 +6,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 import redis
@@ -15,11 +14,11 @@ from mlx_serving.common.protocol.keys import Keys
 from mlx_serving.common.redis.local import LocalRedis
 from mlx_serving.common.states import JobState
 from mlx_serving.producer.client import Client
-from tests.helpers import wait_until
+from tests.support.helpers import wait_until
+from tests.support.paths import ROOT
 
 COMMAND = [sys.executable, "-m", "mlx_serving"]
 KEYS = Keys()
-ROOT = Path(__file__).parents[2]
 
 
 @contextmanager

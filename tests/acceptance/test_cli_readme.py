@@ -3,7 +3,6 @@
 import re
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -11,9 +10,8 @@ import pytest
 
 from mlx_serving.common.protocol.keys import Keys
 from mlx_serving.common.redis.local import LocalRedis
-from tests.helpers import wait_until
-
-ROOT = Path(__file__).parents[2]
+from tests.support.helpers import wait_until
+from tests.support.paths import ROOT
 
 
 def _start_worker() -> subprocess.Popen[bytes]:

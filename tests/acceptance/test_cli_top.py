@@ -8,7 +8,6 @@ import pty
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -16,13 +15,13 @@ import pytest
 from mlx_serving.common.redis.local import LocalRedis
 from mlx_serving.common.settings import load_settings
 from mlx_serving.producer.client import Client
-from tests.helpers import wait_until
-from tests.worker_process import InProcessWorker
+from tests.support.helpers import wait_until
+from tests.support.paths import ROOT
+from tests.support.worker_process import InProcessWorker
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-ROOT = Path(__file__).parents[2]
 USERS = ROOT / "ops" / "redis" / "users.acl"
 TOP = [sys.executable, "-m", "mlx_serving", "top", "--interval", "0.2"]
 

@@ -17,10 +17,10 @@ import pytest
 from mlx_serving import Client
 from mlx_serving.common.protocol.keys import Keys
 from mlx_serving.producer.batch.api import Batches
-from tests.bulk_files import check_simulated, read_jsonl, simulated_line, write_lines
-from tests.helpers import wait_until
-from tests.schemas_for_tests import PERSON, schema
-from tests.worker_process import WorkerProcess, quick_settings
+from tests.support.bulk_files import check_simulated, read_jsonl, simulated_line, write_lines
+from tests.support.helpers import wait_until
+from tests.support.schemas_for_tests import PERSON, schema
+from tests.support.worker_process import WorkerProcess, quick_settings
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

@@ -17,8 +17,8 @@ from mlx_serving.common.states import JobState
 from mlx_serving.producer.async_client import AsyncClient
 from mlx_serving.producer.client import Client
 from mlx_serving.tally.tasks import TASKS, Example, check, digits_of
-from tests.helpers import wait_until
-from tests.worker_process import WorkerProcess
+from tests.support.helpers import wait_until
+from tests.support.worker_process import WorkerProcess
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -12,10 +12,10 @@ from mlx_serving.worker.engine.fused_layers import fuse
 from mlx_serving.worker.engine.kv.choice import paged_choice
 from mlx_serving.worker.engine.kv.padded import UnsupportedModelError
 from mlx_serving.worker.engine.kv.paged.reference import ReferenceOps
-from tests.engine_support import drive, tiny_engine
-from tests.families_on_device import CHUNK, near_ties, requests
-from tests.figures import show
-from tests.model_families import FAMILIES, FORGETFUL, REFUSED, VOCABULARY, build, by_mlx_lm
+from tests.support.engine_support import drive, tiny_engine
+from tests.support.families_on_device import CHUNK, near_ties, requests
+from tests.support.figures import show
+from tests.support.model_families import FAMILIES, FORGETFUL, REFUSED, VOCABULARY, build, by_mlx_lm
 
 
 @pytest.mark.parametrize("family", FAMILIES)

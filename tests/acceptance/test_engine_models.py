@@ -8,7 +8,7 @@ from typing import Any, cast
 import mlx_lm
 import pytest
 
-from benchmarks.synthetic import save_model
+from benchmarks.lib.synthetic import save_model
 from mlx_serving.worker.engine.loader import EngineOptions, load_engine
 from mlx_serving.worker.engine.model_files import (
     ModelFilesError,
@@ -17,7 +17,7 @@ from mlx_serving.worker.engine.model_files import (
     tokenizer_hash,
 )
 from mlx_serving.worker.engine.row import Request, SamplingParams
-from tests.engine_support import drive
+from tests.support.engine_support import drive
 
 
 @pytest.fixture(scope="module", params=["qwen3", "llama"])

@@ -14,7 +14,7 @@ from mlx_serving.worker.engine.engine import Engine
 from mlx_serving.worker.engine.loader import EngineOptions, load_engine
 from mlx_serving.worker.engine.row import Request, SamplingParams
 from mlx_serving.worker.engine.text.prompts import PromptEncoder
-from tests.engine_support import Collected, drive
+from tests.support.engine_support import Collected, drive
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from mlx_serving.common.settings import TALLY_PATH, load_settings
 from mlx_serving.worker.engine import model_hub as hub_module
 from mlx_serving.worker.engine.model_files import ModelFilesError
 from mlx_serving.worker.engine.model_hub import Hub, HubModel, download, hub_model, local_folder
-from tests.hub_server import COMMIT, FakeHub, model_at
+from tests.support.hub_server import COMMIT, FakeHub, model_at
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

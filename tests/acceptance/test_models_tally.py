@@ -18,8 +18,8 @@ from mlx_serving.worker.engine.row import Request, SamplingParams
 from mlx_serving.worker.models.loaded_models import Residents
 from mlx_serving.worker.models.loading import EngineSpec, finish, load, plan_memory
 from mlx_serving.worker.models.model_budget import ModelBudget
-from tests.helpers import wait_until
-from tests.worker_process import WorkerProcess, quick_settings
+from tests.support.helpers import wait_until
+from tests.support.worker_process import WorkerProcess, quick_settings
 
 if TYPE_CHECKING:
     from mlx_serving.common.redis.local import LocalRedis

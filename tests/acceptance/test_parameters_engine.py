@@ -7,8 +7,8 @@ from typing import Any, Final
 from mlx_serving.worker.claiming.intake import build_requests, plan_output
 from mlx_serving.worker.delivery.choice import Committed
 from mlx_serving.worker.engine.text.prompts import PromptEncoder
-from tests.output_support import Row, decode_one, job, planner, tally
-from tests.worker_fakes import claim_of
+from tests.support.output_support import Row, decode_one, job, planner, tally
+from tests.support.worker_fakes import claim_of
 
 DICE: Final = {"content": "dice 30", "role": "user"}
 COUNT: Final = {"content": "count from 3 to 12", "role": "user"}

@@ -12,8 +12,8 @@ from mlx_serving.tally.tasks import MODEL_PATH
 from mlx_serving.worker.engine.loader import EngineOptions, load_engine
 from mlx_serving.worker.engine.text.prompts import PromptEncoder
 from tests.acceptance.test_engine_tally import assert_right, examples, requests_of
-from tests.engine_support import drive, prefixes_of
-from tests.worker_process import WorkerProcess
+from tests.support.engine_support import drive, prefixes_of
+from tests.support.worker_process import WorkerProcess
 
 if TYPE_CHECKING:
     import redis

@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING
 import pytest
 
 from mlx_serving.common.protocol.keys import Keys
-from tests.helpers import wait_until
-from tests.scripted_worker import ScriptedWorker, queued
+from tests.support.helpers import wait_until
+from tests.support.paths import ROOT
+from tests.support.scripted_worker import ScriptedWorker, queued
 
 if TYPE_CHECKING:
     import redis
 
     from mlx_serving.common.redis.local import LocalRedis
 
-REPOSITORY = Path(__file__).parents[2]
 WORDS = ["3 ", "4 ", "5"]
 
 PRODUCER = """
@@ -56,7 +56,7 @@ def producer_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
     environment = os.environ | {"MLX_SERVING_NO_NATIVE_BUILD": "1"}
     # The wheel is built with the tools that the test run has; nothing else of them is used.
     build = ["wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder)]
-    _pip(Path(sys.executable), [*build, str(REPOSITORY)], environment)
+    _pip(Path(sys.executable), [*build, str(ROOT)], environment)
     (wheel,) = folder.glob("mlx_serving-*.whl")
     venv.create(folder / "venv", with_pip=True)
     python = folder / "venv" / "bin" / "python"

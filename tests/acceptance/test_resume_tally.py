@@ -11,10 +11,10 @@ from mlx_serving import Client
 from mlx_serving.tally.tasks import MODEL_PATH
 from mlx_serving.worker.engine.loader import EngineOptions, load_engine
 from mlx_serving.worker.engine.text.prompts import PromptEncoder
-from tests.freezing import FROZEN
-from tests.helpers import wait_until
-from tests.stepped_worker import SteppedWorker, told
-from tests.worker_process import Hacks, WorkerProcess, job_events
+from tests.support.freezing import FROZEN
+from tests.support.helpers import wait_until
+from tests.support.stepped_worker import SteppedWorker, told
+from tests.support.worker_process import Hacks, WorkerProcess, job_events
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

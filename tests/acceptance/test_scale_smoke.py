@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from benchmarks.redis_ceiling import ceilings
+from benchmarks.studies.redis_ceiling import ceilings
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).parents[2]
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 @pytest.mark.quiet  # a row that ended gives its place away before its end is written
@@ -20,8 +21,8 @@ ROOT = Path(__file__).parents[2]
 def test_a_small_fleet(tmp_path: Path) -> None:
     output = tmp_path / "scale.json"
     command = [
-        sys.executable, "-m", "benchmarks.scale", "--workers", "1,2", "--rows", "4", "--rate", "20",
-        "--tokens", "10", "--bulk-tokens", "10", "--queued", "200", "--hosts", "2", "--consumers",
+        sys.executable, "-m", "benchmarks.contract.scale", "--workers", "1,2", "--rows", "4", "--rate",
+        "20", "--tokens", "10", "--bulk-tokens", "10", "--queued", "200", "--hosts", "2", "--consumers",
         "1", "--seconds", "2", "--bulk", "20", "--durable", "--output", str(output),
     ]  # fmt: skip
     done = subprocess.run(

@@ -11,8 +11,8 @@ import pytest
 
 from mlx_serving.common.errors import InvalidJob
 from mlx_serving.worker.engine.structured.grammar_trial import COMPILE_SECONDS
-from tests.output_support import decode_one, job, planner, request, tally
-from tests.schemas_for_tests import schema
+from tests.support.output_support import decode_one, job, planner, request, tally
+from tests.support.schemas_for_tests import schema
 
 pytestmark = pytest.mark.quiet  # the batch's gaps are a clock's seconds
 SECONDS = 1.0

@@ -17,7 +17,7 @@ from mlx_serving.worker.engine.structured.masks import (
     Matcher,
     words_of,
 )
-from tests.output_support import decode, decode_one, job, planner, request, resumed, tally
+from tests.support.output_support import decode, decode_one, job, planner, request, resumed, tally
 
 OBJECT = {
     "type": "object",

@@ -6,8 +6,8 @@ import json
 
 import jsonschema
 
-from tests.output_support import decode, job, request
-from tests.schemas_for_tests import schemas
+from tests.support.output_support import decode, job, request
+from tests.support.schemas_for_tests import schemas
 
 MAX_TOKENS = 300
 

@@ -13,11 +13,11 @@ from mlx_serving import Client
 from mlx_serving.common.results import assemble
 from mlx_serving.tally.tasks import tool_schema
 from mlx_serving.worker.engine.text.prompts import PromptEncoder
-from tests.helpers import wait_until
-from tests.output_support import planner, tally
-from tests.schemas_for_tests import PERSON, schema
-from tests.stepped_worker import SteppedWorker, told
-from tests.worker_process import WorkerProcess, job_events
+from tests.support.helpers import wait_until
+from tests.support.output_support import planner, tally
+from tests.support.schemas_for_tests import PERSON, schema
+from tests.support.stepped_worker import SteppedWorker, told
+from tests.support.worker_process import WorkerProcess, job_events
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -13,7 +13,7 @@ from msgspec.structs import replace
 from mlx_serving.common.errors import InvalidJob
 from mlx_serving.tally.tasks import TASKS, tool_schema
 from mlx_serving.worker.engine.row import Parts
-from tests.output_support import Row, decode, decode_one, job, request, resumed
+from tests.support.output_support import Row, decode, decode_one, job, request, resumed
 
 WEATHER = [{"role": "user", "content": "weather in Paris"}]
 TOOLS = [tool_schema("get_weather"), tool_schema("add")]
@@ -39,7 +39,7 @@ def test_a_call_is_no_text_and_ends_the_choice_as_such() -> None:
 
 
 def _tokens(row: Row) -> list[str]:
-    from tests.output_support import tally
+    from tests.support.output_support import tally
 
     return [tally().tokenizer.decode([token]) for token in row.token_ids]
 

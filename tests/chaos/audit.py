@@ -11,7 +11,7 @@ from mlx_serving.common.protocol import calls
 from mlx_serving.common.protocol.keys import Keys
 from tests.chaos import answers
 from tests.chaos.producer import digest, seen
-from tests.helpers import leaked_keys
+from tests.support.helpers import leaked_keys
 
 if TYPE_CHECKING:
     import redis

@@ -30,10 +30,11 @@ from mlx_serving.producer.batch.background import encode_settings
 from mlx_serving.tally import TASKS
 from mlx_serving.tally.examples import check as is_right
 from mlx_serving.tally.one_turn import system_turn
-from tests.bulk_files import read_jsonl, simulated_line, text_of, tokens_of, write_lines
 from tests.chaos import bulk_runner
-from tests.figures import show
-from tests.worker_process import ROOT, WorkerProcess, counted
+from tests.support.bulk_files import read_jsonl, simulated_line, text_of, tokens_of, write_lines
+from tests.support.figures import show
+from tests.support.paths import ROOT
+from tests.support.worker_process import WorkerProcess, counted
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from mlx_serving.common.redis.local import LocalRedis
     from tests.chaos.fleet import Fleet, Slot
     from tests.chaos.plan import Plan
-    from tests.lossy_proxy import LossyProxy
+    from tests.support.lossy_proxy import LossyProxy
 
 TRAP_SECONDS: Final = 4.0  # how long an armed worker may live on
 WORKER_CALLS: Final = ("commit", "commit", "commit", "claim", "renew", "release")

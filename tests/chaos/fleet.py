@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any, Self
 
 from tests.chaos.trace import now
 from tests.chaos.worker import Traps
+from tests.support.paths import ROOT
 
 if TYPE_CHECKING:
     import random
 
     from tests.chaos.plan import Plan
 
-ROOT = Path(__file__).parents[2]
 # A worker that doesn't serve is stuck once it idled for so long, or once it computed for so long.
 # Neither depends on what else this machine does: a start that waits for a core is not stuck.
 IDLE_SECONDS = 20.0

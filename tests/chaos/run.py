@@ -17,8 +17,9 @@ from mlx_serving.common.redis.local import LocalRedis
 from mlx_serving.producer.client import Client
 from tests.chaos import answers, audit, figures, trace, work
 from tests.chaos.faults import Tormentors
-from tests.chaos.fleet import ROOT, Fleet
-from tests.lossy_proxy import LossyProxy
+from tests.chaos.fleet import Fleet
+from tests.support.lossy_proxy import LossyProxy
+from tests.support.paths import ROOT
 
 if TYPE_CHECKING:
     from collections.abc import Callable

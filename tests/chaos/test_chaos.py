@@ -10,7 +10,7 @@ import pytest
 from tests.chaos.mutants import MUTANTS
 from tests.chaos.plan import QUICK, SHORT
 from tests.chaos.run import Report, chaos
-from tests.figures import show
+from tests.support.figures import show
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 

@@ -10,9 +10,9 @@ import pytest
 
 from mlx_serving import Client
 from mlx_serving.common.redis.local import LocalRedis
-from tests.figures import show
-from tests.poison import POISON, Poison
-from tests.worker_process import (
+from tests.support.figures import show
+from tests.support.poison import POISON, Poison
+from tests.support.worker_process import (
     Hacks,
     WorkerProcess,
     check_answers,

@@ -12,8 +12,8 @@ import pytest
 
 from mlx_serving.producer.async_client import AsyncClient
 from tests.chaos.figures import percentile
-from tests.figures import show
-from tests.worker_process import WorkerProcess
+from tests.support.figures import show
+from tests.support.worker_process import WorkerProcess
 
 if TYPE_CHECKING:
     import redis

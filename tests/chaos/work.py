@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from mlx_serving.tally.one_turn import system_turn
 from mlx_serving.tally.tasks import TASKS
 from mlx_serving.tally.two_turns import tool_schema
-from tests.schemas_for_tests import PERSON
-from tests.worker_process import counted
+from tests.support.schemas_for_tests import PERSON
+from tests.support.worker_process import counted
 
 if TYPE_CHECKING:
     from collections.abc import Callable

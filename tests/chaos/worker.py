@@ -19,8 +19,8 @@ from mlx_serving.worker.models.loading import EngineSpec
 from mlx_serving.worker.process.child import ChildSpec, run_child
 from tests.chaos import mutants
 from tests.chaos.trace import TraceWriter, now
-from tests.worker_fakes import commit_rows
-from tests.worker_process import quick_settings
+from tests.support.worker_fakes import commit_rows
+from tests.support.worker_process import quick_settings
 
 if TYPE_CHECKING:
     from collections.abc import Callable

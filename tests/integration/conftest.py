@@ -12,10 +12,10 @@ import pytest
 
 from mlx_serving import Client
 from mlx_serving.producer.batch.api import Batches
-from tests.bulk_driver import make_quick
-from tests.lossy_proxy import LossyProxy
-from tests.protocol_driver import Driver
-from tests.worker_process import quick_settings
+from tests.support.bulk_driver import make_quick
+from tests.support.lossy_proxy import LossyProxy
+from tests.support.protocol_driver import Driver
+from tests.support.worker_process import quick_settings
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -9,7 +9,6 @@ import asyncio
 import subprocess
 import sys
 from contextlib import suppress
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -27,15 +26,17 @@ from mlx_serving.common.redis.local import LocalRedis
 from mlx_serving.common.states import JobState
 from mlx_serving.common.tenancy import Tenancy
 from mlx_serving.producer.batch.api import Batches
-from tests.bulk_files import simulated_line, write_lines
-from tests.helpers import wait_until
-from tests.protocol_driver import LANES, Driver
-from tests.worker_process import InProcessWorker, quick_settings, submit
+from tests.support.bulk_files import simulated_line, write_lines
+from tests.support.helpers import wait_until
+from tests.support.paths import ROOT
+from tests.support.protocol_driver import LANES, Driver
+from tests.support.worker_process import InProcessWorker, quick_settings, submit
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
-USERS = Path(__file__).parents[2] / "ops" / "redis" / "users.acl"
+USERS = ROOT / "ops" / "redis" / "users.acl"
 UNTRUSTED = ("producer", "worker", "monitor", "operator")
 
 

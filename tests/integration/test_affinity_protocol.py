@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from mlx_serving.common.protocol.calls import Blame, HeldRows, crash
-from tests.helpers import wait_until
-from tests.protocol_driver import LANES, QUEUE, Attempt, Driver
+from tests.support.helpers import wait_until
+from tests.support.protocol_driver import LANES, QUEUE, Attempt, Driver
 
 if TYPE_CHECKING:
     import redis

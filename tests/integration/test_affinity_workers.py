@@ -11,8 +11,14 @@ from mlx_serving.common.job.schema import GenerationJob
 from mlx_serving.common.protocol.keys import Keys
 from mlx_serving.producer.marks import marks
 from mlx_serving.worker import dispatcher
-from tests.helpers import wait_until
-from tests.worker_process import InProcessWorker, check_answers, job_events, quick_settings, submit
+from tests.support.helpers import wait_until
+from tests.support.worker_process import (
+    InProcessWorker,
+    check_answers,
+    job_events,
+    quick_settings,
+    submit,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

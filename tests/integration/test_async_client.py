@@ -23,8 +23,8 @@ from mlx_serving import (
     ResultTimeout,
 )
 from mlx_serving.producer.stream_hub import Mailbox, StreamHub
-from tests.helpers import wait_until_async
-from tests.scripted_worker import ScriptedWorker, queued
+from tests.support.helpers import wait_until_async
+from tests.support.scripted_worker import ScriptedWorker, queued
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from mlx_serving.common.events import Event
     from mlx_serving.common.settings import Settings
     from mlx_serving.producer.handles import AsyncJobHandle
-    from tests.scripted_worker import Row
+    from tests.support.scripted_worker import Row
 
 WORDS = [f"w{i} " for i in range(20)]
 PROMPT = "count from 3 to 12"

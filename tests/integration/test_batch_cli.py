@@ -13,8 +13,8 @@ from mlx_serving.cli.batch_view import Pace, report_rows
 from mlx_serving.cli.main import app
 from mlx_serving.producer.batch.objects import Batch, RequestCounts
 from mlx_serving.producer.batch.registry import Report
-from tests.bulk_files import check_simulated, read_jsonl, simulated_line, write_lines
-from tests.worker_process import WorkerProcess
+from tests.support.bulk_files import check_simulated, read_jsonl, simulated_line, write_lines
+from tests.support.worker_process import WorkerProcess
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -17,7 +17,7 @@ from mlx_serving.producer.batch import runner as runner_module
 from mlx_serving.producer.batch.api import Batches
 from mlx_serving.producer.batch.registry import Registry
 from mlx_serving.producer.batch.runner import Runner
-from tests.bulk_driver import (
+from tests.support.bulk_driver import (
     QUEUE,
     errors,
     job_keys,
@@ -26,9 +26,9 @@ from tests.bulk_driver import (
     running,
     submitted,
 )
-from tests.bulk_files import check_simulated, read_jsonl, simulated_line, write_lines
-from tests.helpers import wait_until
-from tests.worker_process import InProcessWorker
+from tests.support.bulk_files import check_simulated, read_jsonl, simulated_line, write_lines
+from tests.support.helpers import wait_until
+from tests.support.worker_process import InProcessWorker
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -7,9 +7,15 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from mlx_serving.worker.rq_worker import BatchWorker
-from tests.helpers import wait_until
-from tests.stepped_worker import SteppedWorker, spelled_engine, told_by_choice, whole_stream, words
-from tests.worker_process import InProcessWorker, counted, job_events
+from tests.support.helpers import wait_until
+from tests.support.stepped_worker import (
+    SteppedWorker,
+    spelled_engine,
+    told_by_choice,
+    whole_stream,
+    words,
+)
+from tests.support.worker_process import InProcessWorker, counted, job_events
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

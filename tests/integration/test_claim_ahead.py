@@ -15,9 +15,9 @@ from mlx_serving.common.protocol.keys import Keys
 from mlx_serving.worker.claiming.claims import ClaimAhead
 from mlx_serving.worker.claiming.lane_claims import LaneClaim
 from mlx_serving.worker.dispatcher import CLAIM_MOST
-from tests.protocol_driver import LANES, Driver
-from tests.stepped_worker import SteppedWorker, spelled_engine, words
-from tests.worker_process import submit
+from tests.support.protocol_driver import LANES, Driver
+from tests.support.stepped_worker import SteppedWorker, spelled_engine, words
+from tests.support.worker_process import submit
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -8,14 +8,14 @@ import pytest
 import redis
 
 from mlx_serving.worker.engine.simulated import SimulatedEngine
-from tests.helpers import wait_until
 from tests.integration.test_several_models import TOKENS, ModelsWorker
-from tests.worker_process import InProcessWorker, check_answers, submit
+from tests.support.helpers import wait_until
+from tests.support.worker_process import InProcessWorker, check_answers, submit
 
 if TYPE_CHECKING:
     from mlx_serving import Client
     from mlx_serving.common.redis.local import LocalRedis
-    from tests.protocol_driver import Driver
+    from tests.support.protocol_driver import Driver
 
 
 class LostReply:

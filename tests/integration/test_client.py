@@ -21,8 +21,8 @@ from mlx_serving import (
     StreamGap,
 )
 from mlx_serving.common.events import encode
-from tests.helpers import wait_until
-from tests.scripted_worker import Running, ScriptedWorker
+from tests.support.helpers import wait_until
+from tests.support.scripted_worker import Running, ScriptedWorker
 
 if TYPE_CHECKING:
     import redis

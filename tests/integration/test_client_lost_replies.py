@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mlx_serving import AsyncClient, Client, JobState
-from tests.scripted_worker import ScriptedWorker, queued
+from tests.support.scripted_worker import ScriptedWorker, queued
 
 if TYPE_CHECKING:
     import redis
 
-    from tests.lossy_proxy import LossyProxy
+    from tests.support.lossy_proxy import LossyProxy
 
 
 JOB = {"model": "tally", "prompt": "count from 3 to 12", "result_ttl": 60}

@@ -20,7 +20,7 @@ from mlx_serving import (
     PayloadTooLarge,
     QueueUnavailable,
 )
-from tests.scripted_worker import Row, ScriptedWorker, queued
+from tests.support.scripted_worker import Row, ScriptedWorker, queued
 
 if TYPE_CHECKING:
     import redis

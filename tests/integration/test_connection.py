@@ -14,7 +14,7 @@ from mlx_serving.common.errors import QueueUnavailable
 from mlx_serving.common.redis.connection import Endpoint, connect, connect_async
 from mlx_serving.common.redis.local import LocalRedis
 from mlx_serving.common.redis.retrying import retry_idempotent
-from tests.helpers import free_port, wait_until
+from tests.support.helpers import free_port, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -9,7 +9,7 @@ import pytest
 from mlx_serving.common.protocol import calls
 from mlx_serving.common.protocol.calls import Blame, HeldRows
 from mlx_serving.common.states import JobState
-from tests.protocol_driver import QUEUE, Driver
+from tests.support.protocol_driver import QUEUE, Driver
 
 pytestmark = pytest.mark.may_leak(reason="jobs stay queued or running at the end of a test")
 

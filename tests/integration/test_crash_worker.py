@@ -13,10 +13,10 @@ import pytest
 from mlx_serving.common.errors import UnsuccessfulJob
 from mlx_serving.common.redis.local import LocalRedis
 from mlx_serving.worker.models.loading import SIMULATED_BYTES
-from tests.figures import show
-from tests.helpers import wait_until
-from tests.poison import POISON, Poison
-from tests.worker_process import (
+from tests.support.figures import show
+from tests.support.helpers import wait_until
+from tests.support.poison import POISON, Poison
+from tests.support.worker_process import (
     Hacks,
     WorkerProcess,
     check_answers,

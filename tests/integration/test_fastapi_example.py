@@ -7,7 +7,6 @@ import json
 import socket
 import sys
 import threading
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -15,8 +14,9 @@ import pytest
 import uvicorn
 
 from mlx_serving.common.protocol.keys import Keys
-from tests.helpers import wait_until
-from tests.scripted_worker import ScriptedWorker
+from tests.support.helpers import wait_until
+from tests.support.paths import ROOT
+from tests.support.scripted_worker import ScriptedWorker
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from mlx_serving.common.redis.local import LocalRedis
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "fastapi_app.py"
+EXAMPLE = ROOT / "examples" / "fastapi_app.py"
 JOB = {"model": "tally", "prompt": "count from 3 to 12", "result_ttl": 60}
 WORDS = [f"w{i} " for i in range(30)]
 

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.figures import show
-from tests.helpers import wait_until
-from tests.worker_process import (
+from tests.support.figures import show
+from tests.support.helpers import wait_until
+from tests.support.worker_process import (
     InProcessWorker,
     WorkerProcess,
     check_answers,

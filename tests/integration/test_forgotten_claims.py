@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from mlx_serving.common.redis.local import LocalRedis
-from tests.helpers import wait_until
-from tests.protocol_driver import Driver
-from tests.worker_process import InProcessWorker, WorkerProcess, check_answers, submit
+from tests.support.helpers import wait_until
+from tests.support.protocol_driver import Driver
+from tests.support.worker_process import InProcessWorker, WorkerProcess, check_answers, submit
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -14,9 +14,9 @@ import pytest
 from mlx_serving.common.errors import InvalidSettings
 from mlx_serving.common.redis.local import LocalRedis
 from mlx_serving.worker.status.monitor import Monitor
-from tests.helpers import wait_until
-from tests.monitoring import Probe
-from tests.worker_process import (
+from tests.support.helpers import wait_until
+from tests.support.monitoring import Probe
+from tests.support.worker_process import (
     Hacks,
     WorkerProcess,
     check_answers,

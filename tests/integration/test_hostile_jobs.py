@@ -17,9 +17,9 @@ import pytest
 from mlx_serving.common import events
 from mlx_serving.common.job.schema import JOB_FUNCTION
 from mlx_serving.worker.delivery import sweeper
-from tests.helpers import wait_until
-from tests.protocol_driver import QUEUE, Driver, rq_fields
-from tests.worker_process import InProcessWorker, check_answers, submit
+from tests.support.helpers import wait_until
+from tests.support.protocol_driver import QUEUE, Driver, rq_fields
+from tests.support.worker_process import InProcessWorker, check_answers, submit
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

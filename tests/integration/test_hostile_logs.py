@@ -11,9 +11,9 @@ import pytest
 
 from mlx_serving import Client
 from mlx_serving.common.job.schema import JOB_FUNCTION
-from tests.helpers import wait_until
-from tests.protocol_driver import QUEUE, Driver, rq_fields
-from tests.worker_process import WorkerProcess, quick_settings
+from tests.support.helpers import wait_until
+from tests.support.protocol_driver import QUEUE, Driver, rq_fields
+from tests.support.worker_process import WorkerProcess, quick_settings
 
 if TYPE_CHECKING:
     from mlx_serving.common.redis.local import LocalRedis

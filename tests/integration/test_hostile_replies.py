@@ -10,8 +10,8 @@ import pytest
 from mlx_serving import AsyncClient, Client
 from mlx_serving.common import events
 from mlx_serving.common.errors import CorruptEvent, CorruptJob, MlxServingError, StreamGap
-from tests.protocol_driver import Driver
-from tests.worker_process import quick_settings
+from tests.support.protocol_driver import Driver
+from tests.support.worker_process import quick_settings
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -13,8 +13,8 @@ from mlx_serving import AsyncClient, Client
 from mlx_serving.common.job.schema import JOB_FUNCTION, GenerationJob
 from mlx_serving.common.signing import SIGNATURE_FIELD, Signer
 from mlx_serving.producer.envelope import seal
-from tests.helpers import wait_until
-from tests.worker_process import (
+from tests.support.helpers import wait_until
+from tests.support.worker_process import (
     InProcessWorker,
     WorkerProcess,
     check_answers,
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from mlx_serving.common.events import ErrorInfo
     from mlx_serving.common.redis.local import LocalRedis
-    from tests.protocol_driver import Driver
+    from tests.support.protocol_driver import Driver
 
 KEY, OTHER, NEXT = "k" * 32, "o" * 32, "n" * 32
 JOB = GenerationJob.build(model="tally", prompt="x", max_tokens=5, result_ttl=60, seed=1)

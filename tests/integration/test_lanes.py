@@ -8,7 +8,7 @@ import pytest
 
 from mlx_serving.common.protocol import calls
 from mlx_serving.common.states import TERMINAL
-from tests.stepped_worker import SteppedWorker, spelled_engine, told, words
+from tests.support.stepped_worker import SteppedWorker, spelled_engine, told, words
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -11,7 +11,7 @@ import redis
 from mlx_serving.common.errors import MissingDependency, QueueUnavailable
 from mlx_serving.common.redis.connection import Endpoint, connect, connect_async
 from mlx_serving.common.redis.local import LocalRedis
-from tests.helpers import leaked_keys
+from tests.support.helpers import leaked_keys
 
 
 def test_acknowledged_writes_survive_a_kill_with_aof_always() -> None:

@@ -15,9 +15,9 @@ from mlx_serving.common.protocol.keys import Keys
 from mlx_serving.common.redis.local import LocalRedis
 from mlx_serving.worker.delivery.measured_protocol import QueueWatch
 from mlx_serving.worker.status.counters import Measures
-from tests.helpers import wait_until
-from tests.monitoring import Probe
-from tests.worker_process import (
+from tests.support.helpers import wait_until
+from tests.support.monitoring import Probe
+from tests.support.worker_process import (
     WorkerProcess,
     check_answers,
     submit,

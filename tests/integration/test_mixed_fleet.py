@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from mlx_serving.common.job.schema import PROTOCOL
-from tests.worker_process import (
+from tests.support.worker_process import (
     Hacks,
     WorkerProcess,
     check_answers,

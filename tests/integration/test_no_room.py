@@ -9,15 +9,15 @@ import pytest
 
 from mlx_serving.worker import dispatcher
 from mlx_serving.worker.claiming import shortage
-from tests.stepped_worker import SteppedWorker, spelled_engine, words
-from tests.worker_process import submit
+from tests.support.stepped_worker import SteppedWorker, spelled_engine, words
+from tests.support.worker_process import submit
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from mlx_serving import Client
     from mlx_serving.common.redis.local import LocalRedis
-    from tests.protocol_driver import Driver
+    from tests.support.protocol_driver import Driver
 
 ROOM = (8, 200)  # rows and KV tokens; a row counts as the widest one does
 WAITS_SECONDS = 0.05  # for room, before a job goes back; 1 s where it is not shortened

@@ -9,7 +9,7 @@ import pytest
 from mlx_serving.common.states import JobState
 
 if TYPE_CHECKING:
-    from tests.protocol_driver import Driver
+    from tests.support.protocol_driver import Driver
 
 pytestmark = pytest.mark.may_leak(reason="jobs stay running at the end of a test")
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from mlx_serving.common.protocol import calls
-from tests.helpers import wait_until
-from tests.protocol_driver import PAYLOAD, QUEUE, Driver, entry, rq_fields
+from tests.support.helpers import wait_until
+from tests.support.protocol_driver import PAYLOAD, QUEUE, Driver, entry, rq_fields
 
 if TYPE_CHECKING:
     from mlx_serving.common.redis.local import LocalRedis

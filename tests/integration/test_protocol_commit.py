@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from mlx_serving.common.states import JobState
-from tests.protocol_driver import QUEUE, Attempt, Driver
+from tests.support.protocol_driver import QUEUE, Attempt, Driver
 
 if TYPE_CHECKING:
     from collections.abc import Callable

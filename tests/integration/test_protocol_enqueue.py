@@ -9,7 +9,7 @@ import redis
 
 from mlx_serving.common.protocol import calls
 from mlx_serving.common.states import JobState
-from tests.protocol_driver import LANES, PAYLOAD, QUEUE, Driver, entry
+from tests.support.protocol_driver import LANES, PAYLOAD, QUEUE, Driver, entry
 
 if TYPE_CHECKING:
     from mlx_serving.common.redis.local import LocalRedis

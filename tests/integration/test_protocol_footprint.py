@@ -11,8 +11,8 @@ from mlx_serving.common.protocol import calls
 from mlx_serving.common.states import JobState
 from mlx_serving.producer.envelope import seal
 from mlx_serving.worker.delivery.sweeper import Sweeper
-from tests.helpers import dataset_bytes, wait_until
-from tests.protocol_driver import LANES, QUEUE, Attempt, Driver
+from tests.support.helpers import dataset_bytes, wait_until
+from tests.support.protocol_driver import LANES, QUEUE, Attempt, Driver
 
 if TYPE_CHECKING:
     import redis

@@ -10,8 +10,8 @@ import redis
 from mlx_serving.common.attempts import new_nonce
 from mlx_serving.common.protocol import calls
 from mlx_serving.common.states import JobState
-from tests.helpers import wait_until
-from tests.protocol_driver import LANES, QUEUE, Attempt, Driver
+from tests.support.helpers import wait_until
+from tests.support.protocol_driver import LANES, QUEUE, Attempt, Driver
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -9,7 +9,7 @@ import pytest
 from mlx_serving.common.attempts import Attempt as Name
 from mlx_serving.common.attempts import new_nonce
 from mlx_serving.common.protocol import calls
-from tests.protocol_driver import QUEUE, Attempt, Driver
+from tests.support.protocol_driver import QUEUE, Attempt, Driver
 
 if TYPE_CHECKING:
     from collections.abc import Callable

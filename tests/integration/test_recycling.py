@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.helpers import wait_until
-from tests.monitoring import Probe
-from tests.worker_process import WorkerProcess, check_answers, job_events, submit
+from tests.support.helpers import wait_until
+from tests.support.monitoring import Probe
+from tests.support.worker_process import WorkerProcess, check_answers, job_events, submit
 
 if TYPE_CHECKING:
     from mlx_serving import Client

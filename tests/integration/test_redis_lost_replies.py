@@ -9,10 +9,10 @@ import pytest
 
 from mlx_serving import Client, JobState
 from mlx_serving.common.redis.local import LocalRedis
-from tests.helpers import wait_until
-from tests.lossy_proxy import LossyProxy, calls_of
-from tests.redis_trouble import Followers, Producer, check_results, check_view
-from tests.worker_process import (
+from tests.support.helpers import wait_until
+from tests.support.lossy_proxy import LossyProxy, calls_of
+from tests.support.redis_trouble import Followers, Producer, check_results, check_view
+from tests.support.worker_process import (
     LEASE_SECONDS,
     InProcessWorker,
     WorkerProcess,

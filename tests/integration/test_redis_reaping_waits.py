@@ -9,8 +9,8 @@ import pytest
 import redis
 
 from mlx_serving.worker.delivery.sweeper import Sweeper
-from tests.helpers import wait_until
-from tests.protocol_driver import LANES, Driver
+from tests.support.helpers import wait_until
+from tests.support.protocol_driver import LANES, Driver
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -15,9 +15,9 @@ from mlx_serving import Client, JobState
 from mlx_serving.common.errors import QueueUnavailable
 from mlx_serving.common.redis.connection import Endpoint, connect
 from mlx_serving.common.redis.local import LocalRedis
-from tests.helpers import free_port, wait_until
-from tests.redis_trouble import Followers, check_results, check_view
-from tests.worker_process import LEASE_SECONDS, WorkerProcess, submit
+from tests.support.helpers import free_port, wait_until
+from tests.support.redis_trouble import Followers, check_results, check_view
+from tests.support.worker_process import LEASE_SECONDS, WorkerProcess, submit
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

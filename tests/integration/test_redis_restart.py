@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 from mlx_serving.common.redis.local import LocalRedis
-from tests.helpers import wait_until
-from tests.redis_trouble import Followers, Producer, check_results, check_view
-from tests.worker_process import LEASE_SECONDS, WorkerProcess, submit
+from tests.support.helpers import wait_until
+from tests.support.redis_trouble import Followers, Producer, check_results, check_view
+from tests.support.worker_process import LEASE_SECONDS, WorkerProcess, submit
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

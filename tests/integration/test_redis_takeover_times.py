@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from mlx_serving.common.redis.local import LocalRedis
-from tests.helpers import wait_until
-from tests.redis_trouble import Followers, check_results, check_view
-from tests.worker_process import InProcessWorker, WorkerProcess, submit
+from tests.support.helpers import wait_until
+from tests.support.redis_trouble import Followers, check_results, check_view
+from tests.support.worker_process import InProcessWorker, WorkerProcess, submit
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -11,8 +11,8 @@ from mlx_serving import AsyncClient, Client, StreamReset
 from mlx_serving.common import events, results
 from mlx_serving.common.protocol import calls
 from mlx_serving.producer.assembler import StreamAssembler
-from tests.stepped_worker import SteppedWorker, spelled_engine, words
-from tests.worker_process import job_events
+from tests.support.stepped_worker import SteppedWorker, spelled_engine, words
+from tests.support.worker_process import job_events
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -12,8 +12,8 @@ import pytest
 import redis
 
 from mlx_serving.common.protocol import calls
-from tests.stepped_worker import LostReply, SteppedWorker, spelled_engine, told, words
-from tests.worker_process import job_events
+from tests.support.stepped_worker import LostReply, SteppedWorker, spelled_engine, told, words
+from tests.support.worker_process import job_events
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from mlx_serving import AsyncClient, Client
-from tests.figures import show
-from tests.worker_process import WorkerProcess, check_answers, job_events
+from tests.support.figures import show
+from tests.support.worker_process import WorkerProcess, check_answers, job_events
 
 if TYPE_CHECKING:
     from mlx_serving.common.redis.local import LocalRedis

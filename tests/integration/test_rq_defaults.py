@@ -25,15 +25,15 @@ from rq.registry import FailedJobRegistry, StartedJobRegistry
 from rq.serializers import JSONSerializer
 from rq.utils import current_timestamp
 
-from tests import rq_jobs
-from tests.helpers import wait_until
+from tests.support import rq_jobs
+from tests.support.helpers import wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
     from pathlib import Path
 
     from mlx_serving.common.redis.local import LocalRedis
-    from tests.lossy_proxy import LossyProxy
+    from tests.support.lossy_proxy import LossyProxy
 
 pytestmark = pytest.mark.may_leak("RQ's own jobs stay where its defaults leave them")
 
@@ -70,7 +70,9 @@ def stock_worker(*queues: Queue) -> SimpleWorker:
 
 
 def start(server: LocalRedis, how: str, *queues: str) -> subprocess.Popen[bytes]:
-    return subprocess.Popen([sys.executable, "-m", "tests.rq_jobs", server.url, how, *queues])
+    return subprocess.Popen(
+        [sys.executable, "-m", "tests.support.rq_jobs", server.url, how, *queues]
+    )
 
 
 def members(client: redis.Redis, key: bytes) -> list[str]:

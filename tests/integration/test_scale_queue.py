@@ -13,9 +13,9 @@ import pytest
 
 from mlx_serving.common.job.schema import GenerationJob
 from mlx_serving.producer.envelope import seal
-from tests.figures import show
-from tests.helpers import dataset_bytes, wait_until
-from tests.worker_process import WorkerProcess, check_answers
+from tests.support.figures import show
+from tests.support.helpers import dataset_bytes, wait_until
+from tests.support.worker_process import WorkerProcess, check_answers
 
 if TYPE_CHECKING:
     import redis

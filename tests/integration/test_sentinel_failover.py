@@ -17,10 +17,10 @@ import redis
 from mlx_serving import Client
 from mlx_serving.common.errors import QueueUnavailable
 from mlx_serving.common.redis.connection import connect, resolve
-from tests.helpers import wait_until
-from tests.redis_trouble import Followers, Producer, check_results, check_view
-from tests.sentinels import SentinelFleet
-from tests.worker_process import WorkerProcess, quick_settings
+from tests.support.helpers import wait_until
+from tests.support.redis_trouble import Followers, Producer, check_results, check_view
+from tests.support.sentinels import SentinelFleet
+from tests.support.worker_process import WorkerProcess, quick_settings
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

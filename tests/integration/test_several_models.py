@@ -10,8 +10,8 @@ import redis
 
 from mlx_serving.common.protocol.keys import Keys
 from mlx_serving.worker.models.loading import SIMULATED_BYTES
-from tests.helpers import wait_until
-from tests.worker_process import (
+from tests.support.helpers import wait_until
+from tests.support.worker_process import (
     InProcessWorker,
     check_answers,
     job_events,

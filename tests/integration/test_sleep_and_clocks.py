@@ -12,16 +12,16 @@ import pytest
 
 from mlx_serving import Client, JobState
 from mlx_serving.common.redis.local import LocalRedis
-from tests.helpers import wait_until
-from tests.redis_trouble import Followers, check_results, check_view
-from tests.worker_process import (
+from tests.support.helpers import wait_until
+from tests.support.redis_trouble import Followers, check_results, check_view
+from tests.support.worker_process import (
     LEASE_SECONDS,
     Hacks,
     WorkerProcess,
     job_events,
     submit,
 )
-from tests.wrong_clock import WrongClock
+from tests.support.wrong_clock import WrongClock
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.figures import show
-from tests.worker_process import Hacks, WorkerProcess, check_answers, submit
+from tests.support.figures import show
+from tests.support.worker_process import Hacks, WorkerProcess, check_answers, submit
 
 if TYPE_CHECKING:
     from mlx_serving import Client

@@ -22,9 +22,10 @@ from rq.serializers import JSONSerializer
 from rq.suspension import resume, suspend
 
 from mlx_serving.worker.delivery.sweeper import Sweeper
-from tests.helpers import wait_until
-from tests.protocol_driver import LANES, QUEUE, Driver, rq_fields
-from tests.worker_process import (
+from tests.support.helpers import wait_until
+from tests.support.paths import ROOT
+from tests.support.protocol_driver import LANES, QUEUE, Driver, rq_fields
+from tests.support.worker_process import (
     InProcessWorker,
     check_answers,
     counted,
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     from mlx_serving import Client
     from mlx_serving.common.redis.local import LocalRedis
 
-DOCUMENT = Path(__file__).parents[2] / "docs" / "stock_commands.md"
+DOCUMENT = ROOT / "docs" / "stock_commands.md"
 LONG = 5000
 JSON = "rq.serializers.JSONSerializer"
 

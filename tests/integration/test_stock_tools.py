@@ -14,9 +14,9 @@ from rq.registry import FailedJobRegistry, FinishedJobRegistry, StartedJobRegist
 from rq.results import Result
 from rq.serializers import JSONSerializer
 
-from tests.helpers import wait_until
-from tests.protocol_driver import QUEUE, Driver, rq_fields
-from tests.worker_process import (
+from tests.support.helpers import wait_until
+from tests.support.protocol_driver import QUEUE, Driver, rq_fields
+from tests.support.worker_process import (
     InProcessWorker,
     check_answers,
     counted,

@@ -8,8 +8,8 @@ import pytest
 
 from mlx_serving.common.redis.local import LocalRedis
 from mlx_serving.worker.delivery.sweeper import Sweeper
-from tests.helpers import wait_until
-from tests.protocol_driver import LANES, QUEUE, Attempt, Driver, rq_fields
+from tests.support.helpers import wait_until
+from tests.support.protocol_driver import LANES, QUEUE, Attempt, Driver, rq_fields
 
 pytestmark = [
     pytest.mark.usefixtures("settled_redis"),

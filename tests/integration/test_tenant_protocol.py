@@ -9,7 +9,7 @@ import pytest
 
 from mlx_serving.common.protocol import calls
 from mlx_serving.common.states import JobState
-from tests.protocol_driver import QUEUE, Attempt, Driver, entry
+from tests.support.protocol_driver import QUEUE, Attempt, Driver, entry
 
 pytestmark = pytest.mark.may_leak(reason="jobs stay queued or running at the end of a test")
 

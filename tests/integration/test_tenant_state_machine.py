@@ -17,7 +17,7 @@ from hypothesis.stateful import (
 )
 
 from mlx_serving.common.protocol import calls
-from tests.protocol_driver import QUEUE, Attempt, Driver
+from tests.support.protocol_driver import QUEUE, Attempt, Driver
 
 if TYPE_CHECKING:
     import redis

@@ -16,10 +16,10 @@ from mlx_serving.common.tenancy import Tenancy
 from mlx_serving.producer.batch.api import Batches
 from mlx_serving.producer.batch.feeder import Feeder
 from mlx_serving.worker.delivery.sweeper import Sweeper
-from tests.bulk_driver import make_quick, output, submitted
-from tests.bulk_files import check_simulated
-from tests.protocol_driver import LANES, Driver
-from tests.worker_process import InProcessWorker
+from tests.support.bulk_driver import make_quick, output, submitted
+from tests.support.bulk_files import check_simulated
+from tests.support.protocol_driver import LANES, Driver
+from tests.support.worker_process import InProcessWorker
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -14,8 +14,8 @@ import pytest
 from mlx_serving import AsyncClient, Client
 from mlx_serving.common.errors import QueueUnavailable
 from mlx_serving.common.redis.local import LocalRedis
-from tests.helpers import free_port, wait_until
-from tests.worker_process import InProcessWorker, WorkerProcess, quick_settings
+from tests.support.helpers import free_port, wait_until
+from tests.support.worker_process import InProcessWorker, WorkerProcess, quick_settings
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from mlx_serving.worker.delivery import holdings
-from tests.helpers import wait_until
-from tests.worker_process import (
+from tests.support.helpers import wait_until
+from tests.support.worker_process import (
     InProcessWorker,
     check_answers,
     counted,
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from mlx_serving import Client
     from mlx_serving.common.redis.local import LocalRedis
-    from tests.protocol_driver import Driver
+    from tests.support.protocol_driver import Driver
 
 RATE = 50.0
 STEP_SECONDS = 1 / RATE

@@ -9,10 +9,10 @@ import pytest
 
 from mlx_serving.worker.status.conditions import Conditions, Rules
 from mlx_serving.worker.status.presence import FACTS, NUMBERS
-from tests.helpers import wait_until
-from tests.monitoring import Probe
-from tests.worker_fakes import FakeProbe
-from tests.worker_process import (
+from tests.support.helpers import wait_until
+from tests.support.monitoring import Probe
+from tests.support.worker_fakes import FakeProbe
+from tests.support.worker_process import (
     InProcessWorker,
     WorkerProcess,
     check_answers,

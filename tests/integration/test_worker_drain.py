@@ -11,8 +11,8 @@ import pytest
 from rq.command import send_shutdown_command
 
 from mlx_serving import Client
-from tests.helpers import wait_until
-from tests.worker_process import (
+from tests.support.helpers import wait_until
+from tests.support.worker_process import (
     WorkerProcess,
     check_answers,
     decoded,

@@ -11,9 +11,9 @@ import pytest
 
 from mlx_serving import Client
 from mlx_serving.common.job.schema import JOB_FUNCTION, PROTOCOL
-from tests.helpers import wait_until
-from tests.protocol_driver import Driver, rq_fields
-from tests.worker_process import (
+from tests.support.helpers import wait_until
+from tests.support.protocol_driver import Driver, rq_fields
+from tests.support.worker_process import (
     Hacks,
     InProcessWorker,
     WorkerProcess,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.worker_process import (
+from tests.support.worker_process import (
     InProcessWorker,
     check_answers,
     submit,
@@ -21,7 +21,7 @@ from tests.worker_process import (
 if TYPE_CHECKING:
     from mlx_serving import Client
     from mlx_serving.common.redis.local import LocalRedis
-    from tests.protocol_driver import Driver
+    from tests.support.protocol_driver import Driver
 
 
 def test_jobs_taken_from_a_worker_and_claimed_by_it_again_are_right(

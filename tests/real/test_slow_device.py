@@ -15,15 +15,15 @@ import pytest
 from mlx_serving import Client
 from mlx_serving.common.redis.local import LocalRedis
 from mlx_serving.common.settings import load_settings
-from tests.figures import show
-from tests.helpers import wait_until
+from tests.support.figures import show
+from tests.support.helpers import wait_until
+from tests.support.paths import ROOT
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from mlx_serving.common.results import GenerationResult
 
-ROOT = Path(__file__).parents[2]
 LONG_TEXT = (ROOT / "docs" / "architecture.md").read_text()[:15_000]
 SHORT = (
     "What is the capital of France?", "Write a haiku about the sea.", "Name three primes.",

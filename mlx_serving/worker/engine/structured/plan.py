@@ -13,15 +13,15 @@ from mlx_serving.worker.engine.structured.parser import REASONING, TEXT
 from mlx_serving.worker.engine.structured.tool_formats import ModelFormat, RequestFormat
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from mlx_serving.common.job.schema import GenerationJob
     from mlx_serving.worker.engine.row import (
         Grammar,
         ModelInfo,
         OutputFormat,
         Request,
     )
-    from collections.abc import Sequence
-
-    from mlx_serving.common.job.schema import GenerationJob
 
 
 class OutputPlanner:
