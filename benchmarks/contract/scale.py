@@ -14,7 +14,8 @@ something only while no group of processes used more than 70% of its cores.
 
 After that, at the most workers: AOF `always`; Redis's own ceiling, from redis-benchmark on the same
 scripts (`benchmarks.studies.redis_ceiling`); the same jobs in bulk (no `stream`: a commit each 16
-tokens or 500 ms, nothing published); and `--fast` tokens/s a row, to see what happens past saturation.
+tokens or 500 ms, nothing published); and `--fast` tokens/s a row, to see what happens past
+saturation.
 """
 
 import argparse

@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 def test_a_small_fleet(tmp_path: Path) -> None:
     output = tmp_path / "scale.json"
     command = [
-        sys.executable, "-m", "benchmarks.contract.scale", "--workers", "1,2", "--rows", "4", "--rate",
-        "20", "--tokens", "10", "--bulk-tokens", "10", "--queued", "200", "--hosts", "2", "--consumers",
-        "1", "--seconds", "2", "--bulk", "20", "--durable", "--output", str(output),
+        sys.executable, "-m", "benchmarks.contract.scale", "--workers", "1,2", "--rows", "4",
+        "--rate", "20", "--tokens", "10", "--bulk-tokens", "10", "--queued", "200", "--hosts", "2",
+        "--consumers", "1", "--seconds", "2", "--bulk", "20", "--durable", "--output", str(output),
     ]  # fmt: skip
     done = subprocess.run(
         command, cwd=ROOT, check=True, capture_output=True, text=True, timeout=110
