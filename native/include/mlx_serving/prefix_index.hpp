@@ -1,5 +1,6 @@
 // Which blocks of the KV cache hold which tokens: a radix tree whose digits are blocks of tokens,
-// one tree a salt. The Python twin, with the reasons, is mlx_serving/worker/engine/kv/prefix/index.py.
+// one tree a salt. The Python twin, with the reasons, is
+// mlx_serving/worker/engine/kv/prefix/index.py.
 #pragma once
 
 #include <cstdint>
@@ -45,7 +46,7 @@ class PrefixIndex {
   void release(std::span<const BlockId> blocks);
   // Forgets up to `count` idle blocks, the least recently released first; returns them.
   std::vector<BlockId> evict(std::int64_t count);
-  // Forgets a path from its end up to the first block that another path shares; returns what went.
+  // Forgets a path from its end up to the first block that another path shares; returns these.
   std::vector<BlockId> forget(std::span<const BlockId> blocks);
   // Calls block blocks[n] n from now on. They are in rising order; no other is known. Throws
   // std::invalid_argument if a known block is missing, and changes nothing then.
