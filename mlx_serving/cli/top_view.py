@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
 
-    from mlx_serving.cli.overview import Overview, QueueView, WorkerView
+    from mlx_serving.cli.overview import Overview, QueueView
+    from mlx_serving.common.worker_record import WorkerRecord
 
 WIDE: Final = 120  # columns from which on there is room for device, memory and version
 STYLES: Final = {"serving": "green", "paused": "yellow", "suspended": "yellow"}
@@ -59,14 +60,14 @@ def span(seconds: float | None) -> str:
     return f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"  # noqa: PLR2004
 
 
-def state_of(worker: WorkerView) -> str:
+def state_of(worker: WorkerRecord) -> str:
     """Its state, and why it is paused."""
     return f"{worker.state}: {', '.join(worker.reasons)}" if worker.reasons else worker.state
 
 
-def models_of(worker: WorkerView) -> str:
+def models_of(worker: WorkerRecord) -> str:
     """Its models: first those in memory, then the others in brackets, and what it loads now."""
-    away = [model for model in worker.model.split(",") if model not in worker.resident]
+    away = [model for model in worker.models if model not in worker.resident]
     names = [*worker.resident, *(f"({model})" for model in away if model != worker.loading)]
     return " ".join(names + ([f"{worker.loading}…"] if worker.loading else []))
 
@@ -76,27 +77,27 @@ def failures_of(overview: Overview) -> list[str]:
     return [f"{w.name} can't load {why}" for w in overview.workers for why in w.unloadable]
 
 
-def lease_of(worker: WorkerView) -> str:
+def lease_of(worker: WorkerRecord) -> str:
     """Age of its last renewal, and whether renewals fail."""
     age = "" if worker.lease_age_ms is None else span(worker.lease_age_ms / 1000)
     return f"{age} failing".strip() if worker.lease_failing else age
 
 
-def _rows(worker: WorkerView) -> str:
+def _rows(worker: WorkerRecord) -> str:
     parked = f", {worker.parked} parked" if worker.parked else ""
     return f"{worker.rows}/{worker.batch_rows}{parked}"
 
 
-def _kv(worker: WorkerView) -> str:
+def _kv(worker: WorkerRecord) -> str:
     capacity = worker.kv_tokens_capacity
     return f"{worker.kv_tokens_used / capacity:.0%}" if capacity else ""
 
 
-def _memory(worker: WorkerView) -> str:
+def _memory(worker: WorkerRecord) -> str:
     return f"{worker.memory_bytes / BYTES_A_GIB:.0f} GiB" if worker.memory_bytes else ""
 
 
-def by_model(overview: Overview) -> list[WorkerView]:
+def by_model(overview: Overview) -> list[WorkerRecord]:
     """All workers, those of a model together."""
     return sorted(overview.workers, key=lambda w: (w.model, w.name))
 
@@ -141,7 +142,7 @@ def _table(*columns: str) -> Table:
     return table
 
 
-def _workers(workers: list[WorkerView], *, wide: bool) -> Table:
+def _workers(workers: list[WorkerRecord], *, wide: bool) -> Table:
     from rich.text import Text
 
     more = ("device", ">memory", "version") if wide else ()

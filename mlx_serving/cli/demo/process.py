@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final, NoReturn
 
 import redis
 
-from mlx_serving.cli.overview import WorkerView, read_worker
+from mlx_serving.cli.overview import read_worker
 from mlx_serving.common.errors import EngineError
 from mlx_serving.common.interpreter import spawn_context
 from mlx_serving.common.redis.connection import connect, resolve
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from types import FrameType
 
     from mlx_serving.common.settings import Settings
+    from mlx_serving.common.worker_record import WorkerRecord
     from mlx_serving.worker.models.loading import EngineSpec
 
 POLL_SECONDS: Final = 0.05
@@ -116,7 +117,7 @@ class DemoWorker:
                 with suppress(ProcessLookupError):
                     os.kill(self._child_pid, signal.SIGKILL)
 
-    def wait_until_ready(self, seconds: float) -> WorkerView:
+    def wait_until_ready(self, seconds: float) -> WorkerRecord:
         """Wait until the engine is loaded and the worker has registered.
 
         Raises:
@@ -143,7 +144,7 @@ class DemoWorker:
         lines = self._log.read_text(encoding="utf-8", errors="replace").splitlines()
         return "\n".join(lines[-LOG_LINES:])
 
-    def _look(self, client: redis.Redis) -> WorkerView | None:
+    def _look(self, client: redis.Redis) -> WorkerRecord | None:
         try:
             return read_worker(client, self._endpoint.keys, self.name)
         except redis.RedisError as error:

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
     from mlx_serving.cli.demo.jobs import DemoJob
     from mlx_serving.cli.demo.view import LineView, TableView
-    from mlx_serving.cli.overview import WorkerView
     from mlx_serving.common.settings import Settings
+    from mlx_serving.common.worker_record import WorkerRecord
     from mlx_serving.producer.handles import AsyncJobHandle
 
 
@@ -80,7 +80,7 @@ def private_settings(server: LocalRedis) -> Settings:
     )  # fmt: skip
 
 
-def describe(worker: WorkerView) -> str:
+def describe(worker: WorkerRecord) -> str:
     """Say what computes: device, native or twin, and from which queues it takes jobs."""
     return (
         f"worker {worker.name}: model {worker.model} (revision {worker.revision}) on MLX device "
