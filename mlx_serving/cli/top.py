@@ -67,7 +67,7 @@ def now() -> str:
 def _looks(
     first: Overview, read: Callable[[], Overview], pause: Callable[[], bool], count: int
 ) -> Iterator[tuple[Overview, str]]:
-    """Yield what was read, and what went wrong; what was read before stands while Redis is away."""
+    """Yield each overview, and what went wrong; while Redis is away, the last one again."""
     from mlx_serving.common.errors import QueueUnavailable
 
     overview, notice, looks = first, "", 1
@@ -114,7 +114,7 @@ def _show_on(first: Overview, read: Callable[[], Overview], interval: float, cou
 
 @contextmanager
 def _keyboard() -> Iterator[Callable[[float], bool]]:
-    """Yield a wait of so many seconds that a key ends: True where it was one of `END_KEYS`."""
+    """Yield a function that waits so many seconds; True if one of `END_KEYS` was pressed."""
     if not sys.stdin.isatty():
         yield _sleep
         return

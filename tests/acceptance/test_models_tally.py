@@ -57,7 +57,7 @@ def test_a_model_s_memory_is_free_once_another_took_its_place(loaded_models: Loa
     for model in ("copy", "tally", "copy", "tally"):
         victims = loaded_models.victims(model)
         finish(loaded_models.bring_up(model, victims or ()))  # type: ignore[arg-type]
-        assert loaded_models.claimable() == (model,)
+        assert loaded_models.resident() == (model,)
         gc.collect()
         memory.append(mx.get_active_memory())
     assert memory[-1] < memory[0] + SIZE // 2
@@ -74,7 +74,7 @@ def test_rows_decode_while_another_model_is_loaded(loaded_models: LoadedModels) 
     for _ in loaded_models.bring_up("copy", loaded_models.victims("copy") or ()):
         decoded += sum(len(output.token_ids) for output in engines.step())
         slices += 1
-    assert loaded_models.claimable() == ("tally", "copy")
+    assert loaded_models.resident() == ("tally", "copy")
     assert slices > 8
     assert decoded > slices // 2
     engines.add(request("b", "copy", 10))

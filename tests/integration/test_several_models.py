@@ -42,7 +42,7 @@ class ModelsWorker(InProcessWorker):
 
     @property
     def resident(self) -> tuple[str, ...]:
-        return self.child.loaded_models.claimable()
+        return self.child.loaded_models.resident()
 
 
 @pytest.fixture

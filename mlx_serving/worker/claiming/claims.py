@@ -188,7 +188,7 @@ class Claims:
     def _groups(self, room: LaneClaim) -> list[Group]:
         """What to look into: first the model whose suspect waits for us to have room."""
         groups, model = self._open_groups(room), model_of(self._reserved)
-        if model not in self._placement.loaded_models.claimable():
+        if model not in self._placement.loaded_models.resident():
             return groups
         first = next((g for g in groups if g.model == model), Group(model, ()))
         return [first, *(g for g in groups if g is not first)]

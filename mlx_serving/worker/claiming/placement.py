@@ -119,9 +119,8 @@ class Placement:
         self.loaded_models, self.fleet = loaded_models, fleet
         self._protocol, self._worker = protocol, worker
         self._interleave, self._held, self._patience = interleave, held, patience
-        self._turn = list(
-            loaded_models.models
-        )  # who comes first among equals, the longest ago first
+        # Who comes first among equals: the model whose jobs were claimed the longest ago.
+        self._turn = list(loaded_models.models)
         self._coming = ""  # the model that is to be brought up
         self._decided_at = float("-inf")
         self._depths: dict[str, int] = {}
@@ -137,7 +136,7 @@ class Placement:
             (model,) = loaded_models.models
             return [Group(model, tuple(queue_name(model, lane) for lane in lanes))]
         self._look()
-        here = loaded_models.claimable()
+        here = loaded_models.resident()
         turn = [model for model in self._turn if model in here]
         return claim_order(turn, self._depths, lanes)
 
@@ -191,7 +190,7 @@ class Placement:
     def _choose(self) -> str:
         """Return the model to bring up, which is the one we are at while it is still wanted; ''."""
         self._look()
-        here = self.loaded_models.claimable()
+        here = self.loaded_models.resident()
         away = [
             model for model in self.loaded_models.models
             if self.loaded_models.get(model) is None and self._waiting(model)

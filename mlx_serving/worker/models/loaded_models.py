@@ -52,7 +52,7 @@ class LoadFailure:
 class ModelsStatus:
     """What a worker's record and metrics say of its models."""
 
-    claimable: tuple[str, ...] = ()  # those in memory that jobs are claimed for
+    resident: tuple[str, ...] = ()  # those in memory that jobs are claimed for
     loading: str = ""  # the one that is being loaded; "": none
     capacities: Mapping[str, int] = field(default_factory=dict)  # KV tokens by alias, once known
     failures: Mapping[str, str] = field(default_factory=dict)  # why those failed that could not be
@@ -101,7 +101,7 @@ class LoadedModels:
         """Return the model if it is in memory."""
         return self._loaded.get(model)
 
-    def claimable(self) -> tuple[str, ...]:
+    def resident(self) -> tuple[str, ...]:
         """Models in memory that jobs may be claimed for."""
         return tuple(m for m in self.models if m in self._loaded and m not in self.leaving)
 
@@ -115,7 +115,7 @@ class LoadedModels:
         """What the worker's record and metrics say of the models."""
         info = {**self._info, "revision": self._revisions()} if self._info else {}
         failures = {model: failure.reason for model, failure in self._failures.items()}
-        return ModelsStatus(self.claimable(), self.loading, self._capacities, failures, info)
+        return ModelsStatus(self.resident(), self.loading, self._capacities, failures, info)
 
     def _revisions(self) -> str:
         """The revision of the model in memory; of several, each after its alias."""

@@ -166,7 +166,7 @@ class Child:
         presence = Presence(
             spec.name, tuple(self._paths), spec.settings.max_batch_rows, self.snapshotter.snapshot
         )
-        return Fleet(self.protocol, self.queues, presence, self.loaded_models.claimable)
+        return Fleet(self.protocol, self.queues, presence, self.loaded_models.resident)
 
     def _build_dispatcher(self) -> Dispatcher:
         settings, name, lease_ms = self._spec.settings, self._spec.name, self._lease_ms

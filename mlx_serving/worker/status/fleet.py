@@ -24,7 +24,7 @@ EXPIRY_SECONDS: Final = 30  # of the record, after the last beat
 
 
 class Fleet:
-    """One worker's part in the fleet. `claimable` names the models that it claims jobs for.
+    """One worker's part in the fleet. `resident` names the models that it claims jobs for.
 
     Raises:
         redis.RedisError: from every method but the constructor.
@@ -36,10 +36,10 @@ class Fleet:
         protocol: Protocol,
         queues: Sequence[str],
         presence: Presence,
-        claimable: Callable[[], tuple[str, ...]],
+        resident: Callable[[], tuple[str, ...]],
     ) -> None:
         self.name = presence.name
-        self._protocol, self._presence, self._claimable = protocol, presence, claimable
+        self._protocol, self._presence, self._resident = protocol, presence, resident
         self._rq = BatchWorker(queues, self.name, protocol.redis)
         self._beaten_at = float("-inf")
         self._shown: tuple[object, ...] | None = None
@@ -50,7 +50,7 @@ class Fleet:
         `held`: how many jobs the worker holds; `suspended`: whether it may not claim now.
         """
         now = time.monotonic()
-        shown = (held > 0, suspended, self._claimable())
+        shown = (held > 0, suspended, self._resident())
         if now - self._beaten_at < (BEAT_SECONDS if shown == self._shown else CHANGE_SECONDS):
             return
         self._beaten_at, self._shown = now, shown

@@ -76,7 +76,7 @@ class Presence:
             lease_failing=now.redis_failing > 0,
             memory_active_bytes=now.memory_active,
             memory_limit_bytes=now.memory_limit,
-            resident=now.claimable,
+            resident=now.resident,
             loading=now.loading,
             unloadable=tuple(f"{model}: {reason}" for model, reason in now.failures.items()),
             capacities=now.capacities,

@@ -125,7 +125,7 @@ class Snapshotter:
             parked=engine.parked if engine else 0,
             kv_used=engine.kv_tokens_used if engine else 0,
             kv_capacity=engine.kv_tokens_capacity if engine else 0,
-            claimable=models.claimable,
+            resident=models.resident,
             loading=models.loading,
             capacities=dict(models.capacities),
             failures=dict(models.failures),

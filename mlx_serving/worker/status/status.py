@@ -44,7 +44,7 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     parked: int = 0  # rows that left it in favour of others
     kv_used: int = 0  # KV tokens that admitted rows reserve
     kv_capacity: int = 0  # KV tokens that rows may reserve
-    claimable: tuple[str, ...] = ()  # models in memory, as the next three in `ModelsStatus`
+    resident: tuple[str, ...] = ()  # models in memory, as the next three in `ModelsStatus`
     loading: str = ""
     capacities: dict[str, int] = msgspec.field(default_factory=dict)
     failures: dict[str, str] = msgspec.field(default_factory=dict)

@@ -65,7 +65,7 @@ class Shelf:
 
 def test_all_that_fit_are_loaded_before_the_first_claim() -> None:
     shelf = Shelf("a", "b", "c", budget=2)
-    assert shelf.first().claimable() == ("a", "b")
+    assert shelf.first().resident() == ("a", "b")
     assert shelf.loads == shelf.changed == ["a", "b"]
 
 
@@ -75,7 +75,7 @@ def test_the_least_recently_used_leaves_and_is_closed() -> None:
     loaded_models.touch("b")
     loaded_models.touch("a")
     shelf.bring_up("c")
-    assert loaded_models.claimable() == ("a", "c")
+    assert loaded_models.resident() == ("a", "c")
     assert shelf.closed == ["b"]
     assert [loaded_models.engines.has(m) for m in "abc"] == [True, False, True]
 
@@ -84,7 +84,7 @@ def test_a_missing_model_leaves_its_place_to_the_next() -> None:
     shelf = Shelf("a", "b", budget=1)
     shelf.missing = {"a"}
     loaded_models = shelf.first()
-    assert loaded_models.claimable() == ("b",)
+    assert loaded_models.resident() == ("b",)
     assert loaded_models.status().failures == {"a": "FileNotFoundError: no a here"}
     assert not loaded_models.loadable("a")
     assert loaded_models.loadable("b")
@@ -109,13 +109,13 @@ def test_a_model_that_is_missing_makes_nobody_leave() -> None:
     loaded_models = shelf.first()
     shelf.missing = {"c"}
     shelf.bring_up("c")
-    assert loaded_models.claimable() == ("a", "b")
+    assert loaded_models.resident() == ("a", "b")
     assert (shelf.closed, loaded_models.loading) == ([], "")
     assert "c" in loaded_models.status().failures
     shelf.missing = set()
     loaded_models.touch("b")
     shelf.bring_up("c")
-    assert loaded_models.claimable() == ("b", "c")
+    assert loaded_models.resident() == ("b", "c")
     assert loaded_models.status().failures == {}
 
 
@@ -135,17 +135,17 @@ def test_a_model_that_breaks_while_it_is_loaded_is_tried_ever_more_rarely(
             now += 10
         pauses.append(now - failed_at)
     assert pauses == [60, 120, 240, 480, 960, 1920, 3600, 3600]
-    assert loaded_models.claimable() == ()
+    assert loaded_models.resident() == ()
 
 
 def test_a_model_that_a_process_died_over_is_left_alone_while_there_are_others() -> None:
     shelf = Shelf("a", "b")
     shelf.loaded_models.avoid(["a"])
-    assert shelf.first().claimable() == ("b",)
+    assert shelf.first().resident() == ("b",)
     assert not shelf.loaded_models.loadable("a")
     alone = Shelf("a")
     alone.loaded_models.avoid(["a"])
-    assert alone.first().claimable() == ("a",)
+    assert alone.first().resident() == ("a",)
 
 
 def test_where_all_are_to_be_left_alone_it_says_so() -> None:
@@ -158,7 +158,7 @@ def test_where_all_are_to_be_left_alone_it_says_so() -> None:
 def test_what_is_leaving_is_not_claimed_for() -> None:
     loaded_models = Shelf("a", "b").first()
     loaded_models.leaving = frozenset({"a"})
-    assert loaded_models.claimable() == ("b",)
+    assert loaded_models.resident() == ("b",)
     assert loaded_models.get("a") is not None
 
 

@@ -276,7 +276,7 @@ class Models:
     """Stands in for the loaded models."""
 
     def status(self) -> ModelsStatus:
-        return ModelsStatus(claimable=("tally",), info={"device": "cpu"})
+        return ModelsStatus(resident=("tally",), info={"device": "cpu"})
 
 
 def snapshotter(counters: Counters, *, alive: bool = True, failing: bool = False) -> Snapshotter:
@@ -295,7 +295,7 @@ def test_a_snapshot_is_what_the_parts_say() -> None:
     assert told.parked == 1
     assert (told.engine_dead, told.publisher_dead, told.info) == (False, False, {"device": "cpu"})
     assert (told.redis_failing, told.redis_age < 1, told.main_age < 1) == (0.0, True, True)
-    assert (told.claimable, told.recycling) == (("tally",), "")
+    assert (told.resident, told.recycling) == (("tally",), "")
 
 
 def test_a_worker_that_drains_says_so_and_why_it_is_replaced() -> None:

@@ -47,7 +47,7 @@ def test_every_number_is_there() -> None:
 
 def test_it_says_which_models_are_here_and_which_can_not_be() -> None:
     said = Worker().says(
-        claimable=("tally",), loading="third", failures={"big": "ValueError: torn"},
+        resident=("tally",), loading="third", failures={"big": "ValueError: torn"},
         capacities={"tally": 1000},
     )  # fmt: skip
     assert (said.models, said.resident, said.loading) == (["tally", "big"], ("tally",), "third")
