@@ -11,7 +11,7 @@
     * BadSignature        it is not signed by a key that this worker knows
   * CorruptEvent          what Redis holds is no event of ours
   * JobNotFound           no such job, or its `result_ttl` is over
-  * UnsuccessfulJob       the job ended, and not in `finished`; `.result` keeps what was generated
+  * UnsuccessfulJob       (in `results`) the job ended, but did not finish; `.result` keeps its text
     * JobFailed
       * JobDead           poison: it crashed the engine again while it ran alone
     * JobCancelled
@@ -42,8 +42,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
-
-    from mlx_serving.common.results import GenerationResult
 
 
 class FieldError(NamedTuple):
@@ -141,47 +139,6 @@ class JobNotFound(MlxServingError):
     """There is no such job, or its result has expired."""
 
     code = "job_not_found"
-
-
-class UnsuccessfulJob(MlxServingError):
-    """The job ended without finishing."""
-
-    code = "job_unsuccessful"
-
-    def __init__(
-        self, message: str | None = None, *, result: GenerationResult | None = None
-    ) -> None:
-        """Carry the result record, which keeps the text generated so far."""
-        self.result = result
-        super().__init__(message)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle with the result, which `Exception` would leave out."""
-        return _rebuild, (type(self), self.message, self.result)
-
-
-class JobFailed(UnsuccessfulJob):
-    """The job failed."""
-
-    code = "job_failed"
-
-
-class JobDead(JobFailed):
-    """The job was given up, because it crashes the engine or used up its attempts."""
-
-    code = "job_dead"
-
-
-class JobCancelled(UnsuccessfulJob):
-    """The job was cancelled."""
-
-    code = "job_cancelled"
-
-
-class JobExpired(UnsuccessfulJob):
-    """The job passed its deadline, its timeout, or the time that somebody listened."""
-
-    code = "job_expired"
 
 
 class InvalidBatch(_FieldErrors, MlxServingError):
@@ -308,12 +265,6 @@ def field_errors(errors: Iterable[FieldError | tuple[str, str]] | str | None) ->
 def _summary(kind: type[MlxServingError]) -> str:
     """First line of the class's docstring without its full stop; under `-OO`, the code."""
     return (kind.__doc__ or kind.code).strip().splitlines()[0].rstrip(".")
-
-
-def _rebuild(
-    kind: type[UnsuccessfulJob], message: str, result: GenerationResult | None
-) -> UnsuccessfulJob:
-    return kind(message, result=result)
 
 
 def _rebuild_reset(message: str, seq: int) -> StreamReset:

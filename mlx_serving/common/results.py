@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
+# ruff: noqa: N818 -- the errors are named as what happened, as in `errors`
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
-from mlx_serving.common.errors import (
-    CorruptJob,
-    JobCancelled,
-    JobDead,
-    JobExpired,
-    JobFailed,
-    MlxServingError,
-    UnsuccessfulJob,
-)
+from mlx_serving.common.errors import CorruptJob, MlxServingError
 from mlx_serving.common.events import (
     END,
     RESET,
@@ -122,6 +115,47 @@ class GenerationResult(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=
         raise kind(message, result=self)
 
 
+class UnsuccessfulJob(MlxServingError):
+    """The job ended without finishing."""
+
+    code = "job_unsuccessful"
+
+    def __init__(
+        self, message: str | None = None, *, result: GenerationResult | None = None
+    ) -> None:
+        """Carry the result record, which keeps the text generated so far."""
+        self.result = result
+        super().__init__(message)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle with the result, which `Exception` would leave out."""
+        return _rebuild, (type(self), self.message, self.result)
+
+
+class JobFailed(UnsuccessfulJob):
+    """The job failed."""
+
+    code = "job_failed"
+
+
+class JobDead(JobFailed):
+    """The job was given up, because it crashes the engine or used up its attempts."""
+
+    code = "job_dead"
+
+
+class JobCancelled(UnsuccessfulJob):
+    """The job was cancelled."""
+
+    code = "job_cancelled"
+
+
+class JobExpired(UnsuccessfulJob):
+    """The job passed its deadline, its timeout, or the time that somebody listened."""
+
+    code = "job_expired"
+
+
 ERROR_OF_STATE: Final[dict[JobState, type[UnsuccessfulJob]]] = {
     JobState.FAILED: JobFailed,
     JobState.DEAD: JobDead,
@@ -216,6 +250,12 @@ def _joined_call(parts: list[ToolCallDelta]) -> ToolCallResult:
             "".join(function.arguments for function in functions),
         ),
     )
+
+
+def _rebuild(
+    kind: type[UnsuccessfulJob], message: str, result: GenerationResult | None
+) -> UnsuccessfulJob:
+    return kind(message, result=result)
 
 
 def error_info(error: BaseException) -> ErrorInfo:

@@ -24,9 +24,21 @@ from pydantic import (
 
 from mlx_serving.common import limits
 from mlx_serving.common.errors import CorruptJob, FieldError, InvalidJob
-from mlx_serving.common.job.checks import check_job, invalid_job
+from mlx_serving.common.job.checks import (
+    chat_only_errors,
+    invalid_job,
+    listener_errors,
+    size_errors,
+    source_errors,
+    unsupported_errors,
+)
 from mlx_serving.common.job.messages import STRICT, Message, Tool
-from mlx_serving.common.job.output_format import ENFORCED_TOOLS_PROTOCOL, TEXT, enforces_tools
+from mlx_serving.common.job.output_format import (
+    ENFORCED_TOOLS_PROTOCOL,
+    TEXT,
+    enforces_tools,
+    format_errors,
+)
 from mlx_serving.common.validation import check_data, rules_error
 
 JOB_FUNCTION: Final = "mlx_serving.worker.task.generate"
@@ -256,7 +268,17 @@ class GenerationJob(BaseModel):
 
     @model_validator(mode="after")
     def _after(self) -> Self:
-        check_job(self)
+        fields = self.__dict__
+        errors = [
+            *source_errors(self.messages, self.prompt),
+            *chat_only_errors(fields),
+            *format_errors(self.response_format, self.tools, self.tool_choice),
+            *size_errors(self.n, self.max_tokens, self.top_logprobs, logprobs=self.logprobs),
+            *listener_errors(self.abandon_after, stream=self.stream),
+            *unsupported_errors(fields),
+        ]
+        if errors:
+            raise rules_error(errors)
         return self
 
     @classmethod
@@ -314,7 +336,7 @@ class GenerationJob(BaseModel):
     def min_protocol(self) -> int:
         """Oldest protocol whose workers honour every field that this job sets."""
         needs = (protocol for field, protocol in FEATURE_PROTOCOL.items() if self._asks(field))
-        enforced = ENFORCED_TOOLS_PROTOCOL if enforces_tools(self) else 1
+        enforced = ENFORCED_TOOLS_PROTOCOL if enforces_tools(self.tools, self.tool_choice) else 1
         return max([enforced, *needs])
 
     def _asks(self, field: str) -> bool:
