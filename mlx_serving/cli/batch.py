@@ -141,9 +141,9 @@ def submit(  # noqa: PLR0913, PLR0917 -- each is an option of the command line
     Exit status: 0, or 1 where no line can be run (with --wait: where the batch did not complete).
     """
     from mlx_serving.cli.batch_view import Reading, describe, watch_batch
-    from mlx_serving.producer.batch.api import Batches
+    from mlx_serving.producer.client import Client
 
-    batches = Batches(read_settings(redis_url))
+    batches = Client(settings=read_settings(redis_url)).batches
     with Reading() as reading:
         batch = batches.submit(
             sys.stdin.buffer if file == STDIN else file, folder=folder, progress=reading.show,
@@ -166,9 +166,9 @@ def submit(  # noqa: PLR0913, PLR0917 -- each is an option of the command line
 def status(name: Name = None, as_json: AsJson = False, redis_url: RedisUrl = None) -> None:
     """Show a batch, from any machine that reaches Redis."""
     from mlx_serving.cli.batch_view import report_rows
-    from mlx_serving.producer.batch.api import Batches
+    from mlx_serving.producer.client import Client
 
-    report = Batches(read_settings(redis_url)).report(name)
+    report = Client(settings=read_settings(redis_url)).batches.report(name)
     if as_json:
         print_json(report.batch)
     else:
@@ -179,9 +179,9 @@ def status(name: Name = None, as_json: AsJson = False, redis_url: RedisUrl = Non
 def list_(as_json: AsJson = False, redis_url: RedisUrl = None) -> None:
     """List the batches of the last 30 days."""
     from mlx_serving.cli.batch_view import state_of
-    from mlx_serving.producer.batch.api import Batches
+    from mlx_serving.producer.client import Client
 
-    reports = Batches(read_settings(redis_url)).reports()
+    reports = Client(settings=read_settings(redis_url)).batches.reports()
     if as_json:
         print_json([report.batch for report in reports])
         return
@@ -200,9 +200,9 @@ def watch(name: Name = None, redis_url: RedisUrl = None) -> None:
     Exit status: 0 where the batch completed, else 1.
     """
     from mlx_serving.cli.batch_view import watch_batch
-    from mlx_serving.producer.batch.api import Batches
+    from mlx_serving.producer.client import Client
 
-    batches = Batches(read_settings(redis_url))
+    batches = Client(settings=read_settings(redis_url)).batches
     batch = watch_batch(batches, batches.report(name).batch.id)
     if batch.status != "completed":
         raise typer.Exit(EXIT_ERROR)
@@ -211,9 +211,9 @@ def watch(name: Name = None, redis_url: RedisUrl = None) -> None:
 @app.command()
 def results(name: Name = None, output: Output = None, redis_url: RedisUrl = None) -> None:
     """Write the output lines, also of a batch that still runs: whole lines, each once."""
-    from mlx_serving.producer.batch.api import Batches
+    from mlx_serving.producer.client import Client
 
-    folder = Batches(read_settings(redis_url)).folder(name)
+    folder = Client(settings=read_settings(redis_url)).batches.folder(name)
     _export(folder.output, folder.read().batch.id, output)
     batch = folder.read().batch
     if not batch.ended:
@@ -229,9 +229,9 @@ def errors(
     redis_url: RedisUrl = None,
 ) -> None:
     """Show the lines that failed or were refused: line, field and reason."""
-    from mlx_serving.producer.batch.api import Batches
+    from mlx_serving.producer.client import Client
 
-    batches = Batches(read_settings(redis_url))
+    batches = Client(settings=read_settings(redis_url)).batches
     if output is not None or as_json:
         folder = batches.folder(name)
         _export(folder.errors, folder.read().batch.id, output)
@@ -247,9 +247,9 @@ def errors(
 @app.command()
 def cancel(name: Name = None, redis_url: RedisUrl = None) -> None:
     """Cancel a batch, from any machine; what has finished is kept."""
-    from mlx_serving.producer.batch.api import Batches
+    from mlx_serving.producer.client import Client
 
-    batch = Batches(read_settings(redis_url)).cancel(name)
+    batch = Client(settings=read_settings(redis_url)).batches.cancel(name)
     typer.echo(batch.status if batch.ended else "cancelling")
 
 
@@ -263,9 +263,9 @@ def resume(
 
     Without effect on one that has a runner, or has ended.
     """
-    from mlx_serving.producer.batch.api import Batches
+    from mlx_serving.producer.client import Client
 
-    batches = Batches(read_settings(redis_url))
+    batches = Client(settings=read_settings(redis_url)).batches
     try:
         batch = batches.run(name) if foreground else batches.resume(name)
     except KeyboardInterrupt:

@@ -86,13 +86,13 @@ def _print_on(
 ) -> None:
     import msgspec
 
-    from mlx_serving.cli.top_view import Totals, lines
+    from mlx_serving.cli.top_view import FleetTotals, lines
 
     for overview, notice in _looks(first, read, lambda: _sleep(interval), count):
         if notice:
             typer.echo(f"{now()} {notice}", err=True)
         elif as_json:
-            whole = {"at": now(), "totals": asdict(Totals.of(overview))} | asdict(overview)
+            whole = {"at": now(), "totals": asdict(FleetTotals.of(overview))} | asdict(overview)
             typer.echo(msgspec.json.encode(whole).decode())
         else:
             for line in lines(overview, now()):

@@ -22,7 +22,7 @@ LATE_LEASE_MS: Final = 5000  # half a lease: renewals come four times a lease
 
 
 @dataclass(frozen=True, slots=True)
-class Totals:
+class FleetTotals:
     """Sums over a fleet."""
 
     workers: int
@@ -33,7 +33,7 @@ class Totals:
     tokens_per_second: float
 
     @classmethod
-    def of(cls, overview: Overview) -> Totals:
+    def of(cls, overview: Overview) -> FleetTotals:
         """Add up."""
         workers, queues = overview.workers, overview.queues
         return cls(
@@ -103,7 +103,7 @@ def by_model(overview: Overview) -> list[WorkerView]:
 
 def lines(overview: Overview, at: str) -> Iterator[str]:
     """One line of totals, one a worker, one a queue."""
-    yield f"{at} {Totals.of(overview)}" + (" SUSPENDED" if overview.suspended else "")
+    yield f"{at} {FleetTotals.of(overview)}" + (" SUSPENDED" if overview.suspended else "")
     for w in by_model(overview):
         yield (
             f"worker {w.name} {models_of(w)}: {state_of(w)}, rows {_rows(w)}, KV {_kv(w)}, "
@@ -120,7 +120,7 @@ def frame(overview: Overview, at: str, *, width: int, notice: str = "") -> Rende
     from rich.console import Group
     from rich.text import Text
 
-    head = Text(f"mlx-serving  {at}  {Totals.of(overview)}", "bold", no_wrap=True)
+    head = Text(f"mlx-serving  {at}  {FleetTotals.of(overview)}", "bold", no_wrap=True)
     parts: list[RenderableType] = [head]
     if overview.suspended:
         parts.append(Text("RQ is suspended: no worker takes a job until `rq resume`", "yellow"))

@@ -26,7 +26,7 @@ from mlx_serving.producer.base import (
     wait_s,
 )
 from mlx_serving.producer.handles import AsyncJobHandle
-from mlx_serving.producer.retry_window import Outage
+from mlx_serving.producer.retry_window import RetryWindow
 from mlx_serving.producer.stream_hub import Mailbox, StreamHub
 
 if TYPE_CHECKING:
@@ -82,8 +82,9 @@ class AsyncClient(BaseClient):
     def batches(self) -> AsyncBatches:
         """Bulk files of requests, in the OpenAI Batch format."""
         from mlx_serving.producer.batch.api import AsyncBatches
+        from mlx_serving.producer.client import Client
 
-        return AsyncBatches(self.settings)
+        return AsyncBatches(self.settings, partial(Client, settings=self.settings))
 
     async def submit(self, job: JobLike | None = None, /, **fields: Any) -> AsyncJobHandle:
         """Enqueue one job; see :meth:`Client.submit`."""
@@ -161,13 +162,13 @@ class AsyncClient(BaseClient):
         self, job_id: str, assembler: StreamAssembler, deadline_s: float | None = None
     ) -> AsyncGenerator[Event, None]:
         loop = asyncio.get_running_loop()
-        outage = Outage()
+        retries = RetryWindow()
         mailbox: Mailbox | None = None
         try:
             while not assembler.ended:
                 timeout_s = wait_s(assembler, deadline_s, loop.time())
                 if assembler.needs_replay:
-                    ready = await self._replay(job_id, assembler, outage)
+                    ready = await self._replay(job_id, assembler, retries)
                 elif mailbox is None and assembler.wants_live:
                     mailbox = self._hub.open(self.keys.channel(job_id))
                     continue
@@ -179,16 +180,18 @@ class AsyncClient(BaseClient):
             if mailbox is not None:
                 self._hub.close(mailbox)
 
-    async def _replay(self, job_id: str, assembler: StreamAssembler, outage: Outage) -> list[Event]:
+    async def _replay(
+        self, job_id: str, assembler: StreamAssembler, retries: RetryWindow
+    ) -> list[Event]:
         try:
             async with self._calls, self._redis.pipeline(transaction=False) as pipe:
                 self._queue_snapshot(pipe, job_id, assembler.replay_from)
                 replies = await pipe.execute()
         except FAULTS as error:
             assembler.distrust()
-            await asyncio.sleep(outage.failed(error, asyncio.get_running_loop().time()))
+            await asyncio.sleep(retries.failed(error, asyncio.get_running_loop().time()))
             return []
-        outage.over()
+        retries.succeeded()
         return self._feed(assembler, job_id, replies)
 
     async def _texts(

@@ -28,7 +28,7 @@ from mlx_serving.producer.base import (
 )
 from mlx_serving.producer.handles import JobHandle
 from mlx_serving.producer.live_feed import LiveFeed
-from mlx_serving.producer.retry_window import Outage
+from mlx_serving.producer.retry_window import RetryWindow
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterable
@@ -81,7 +81,7 @@ class Client(BaseClient):
         """Bulk files of requests, in the OpenAI Batch format."""
         from mlx_serving.producer.batch.api import Batches
 
-        return Batches(self.settings)
+        return Batches(self.settings, partial(Client, settings=self.settings))
 
     def submit(self, job: JobLike | None = None, /, **fields: Any) -> JobHandle:
         """Enqueue one job, given as a `GenerationJob`, a mapping, or keywords.
@@ -192,28 +192,28 @@ class Client(BaseClient):
     def _follow(
         self, job_id: str, assembler: StreamAssembler, deadline_s: float | None = None
     ) -> Generator[Event, None, None]:
-        outage = Outage()
+        retries = RetryWindow()
         with closing(LiveFeed(self._live, self.keys.channel(job_id))) as feed:
             while not assembler.ended:
                 timeout_s = wait_s(assembler, deadline_s, time.monotonic())
                 if assembler.needs_replay:
-                    yield from self._replay(job_id, assembler, outage)
+                    yield from self._replay(job_id, assembler, retries)
                 elif assembler.wants_live:
                     yield from feed.wait(assembler, timeout_s)
                 else:
                     time.sleep(timeout_s)
                     assembler.silent()
 
-    def _replay(self, job_id: str, assembler: StreamAssembler, outage: Outage) -> list[Event]:
+    def _replay(self, job_id: str, assembler: StreamAssembler, retries: RetryWindow) -> list[Event]:
         try:
             with self._redis.pipeline(transaction=False) as pipe:
                 self._queue_snapshot(pipe, job_id, assembler.replay_from)
                 replies = pipe.execute()
         except FAULTS as error:
             assembler.distrust()
-            time.sleep(outage.failed(error, time.monotonic()))
+            time.sleep(retries.failed(error, time.monotonic()))
             return []
-        outage.over()
+        retries.succeeded()
         return self._feed(assembler, job_id, replies)
 
     def _texts(

@@ -15,7 +15,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Literal
 
 from mlx_serving.common.redis.retrying import FAULTS
-from mlx_serving.producer.retry_window import Outage
+from mlx_serving.producer.retry_window import RetryWindow
 
 if TYPE_CHECKING:
     from redis import Redis
@@ -47,7 +47,7 @@ class LiveFeed:
         self._pool = redis.connection_pool
         self._channel = channel
         self._connection: Any = None
-        self._outage = Outage(math.inf, math.inf)  # the stream itself is read meanwhile
+        self._retries = RetryWindow(math.inf, math.inf)  # the stream itself is read meanwhile
         self._retry_at_s = 0.0
 
     def wait(self, assembler: StreamAssembler, timeout_s: float) -> list[Event]:
@@ -62,7 +62,7 @@ class LiveFeed:
         except FAULTS as error:
             self.close()
             assembler.disconnected()
-            self._retry_at_s = time.monotonic() + self._outage.failed(error, time.monotonic())
+            self._retry_at_s = time.monotonic() + self._retries.failed(error, time.monotonic())
             return []
 
     def close(self) -> None:
@@ -90,6 +90,6 @@ class LiveFeed:
             if kind == "message":
                 ready += assembler.receive(payload)
             elif kind == "subscribe":
-                self._outage.over()
+                self._retries.succeeded()
                 assembler.subscribed()
         return ready

@@ -19,7 +19,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 
 from mlx_serving.common.redis.retrying import FAULTS
 from mlx_serving.producer.live_feed import read_push
-from mlx_serving.producer.retry_window import Outage
+from mlx_serving.producer.retry_window import RetryWindow
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis
@@ -135,15 +135,15 @@ class StreamHub:
             await asyncio.gather(task, return_exceptions=True)
 
     async def _run(self) -> None:
-        outage = Outage(math.inf, math.inf)  # each stream decides how long it waits
+        retries = RetryWindow(math.inf, math.inf)  # each stream decides how long it waits
         while not self._closed:
             try:
-                await self._session(outage)
+                await self._session(retries)
             except FAULTS as error:
                 _log.info("pubsub_connection_lost", error=type(error).__name__)
-                await asyncio.sleep(outage.failed(error, asyncio.get_running_loop().time()))
+                await asyncio.sleep(retries.failed(error, asyncio.get_running_loop().time()))
 
-    async def _session(self, outage: Outage) -> None:
+    async def _session(self, retries: RetryWindow) -> None:
         """Serve on one connection until it fails.
 
         One task only reads and this one only writes, on a bare connection: redis-py's
@@ -151,7 +151,7 @@ class StreamHub:
         """
         pool: Any = self._redis.connection_pool
         connection = await pool.get_connection()
-        reader = asyncio.create_task(self._read(connection, outage))
+        reader = asyncio.create_task(self._read(connection, retries))
         try:
             while not (reader.done() or self._closed):
                 self._changed.clear()
@@ -189,7 +189,7 @@ class StreamHub:
         finally:
             changed.cancel()
 
-    async def _read(self, connection: Any, outage: Outage) -> None:  # noqa: ANN401 -- as above
+    async def _read(self, connection: Any, retries: RetryWindow) -> None:  # noqa: ANN401 -- as above
         """Sort what arrives into mailboxes; ask a silent peer whether it is there."""
         asked = False
         while True:
@@ -199,7 +199,7 @@ class StreamHub:
             if response is not None:
                 self._sort(response)
                 asked = False
-                outage.over()
+                retries.succeeded()
             elif asked:
                 raise RedisConnectionError("no answer to PING")
             else:

@@ -52,7 +52,7 @@ BUCKETS = (
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
+class TrainingBatch:
     """Rows of tokens; arrays are [rows, length + 1], [rows, length], [rows, length]."""
 
     tokens: NDArray[np.int16]
@@ -60,8 +60,8 @@ class Batch:
     any_digit: NDArray[np.bool_]  # targets where each of the ten digits is right
 
 
-def make_batch(seed: int, bucket: int, index: int, rows: int) -> Batch:
-    """Batch number `index` of a bucket."""
+def make_batch(seed: int, bucket: int, index: int, rows: int) -> TrainingBatch:
+    """TrainingBatch number `index` of a bucket."""
     rng = Random(f"{seed} {bucket} {index}")
     shape = BUCKETS[bucket]
     tokens = np.zeros((rows, shape.length + 1), np.int16)
@@ -76,7 +76,7 @@ def make_batch(seed: int, bucket: int, index: int, rows: int) -> Batch:
         weights[row, first : len(ids) - 1] = len(answer) ** -0.5
         if random:
             any_digit[row, first : len(ids) - 1] = np.isin(answer, DIGIT_IDS)
-    return Batch(tokens, weights / weights.sum(), any_digit)
+    return TrainingBatch(tokens, weights / weights.sum(), any_digit)
 
 
 def draw_row(rng: Random, bucket: Bucket) -> tuple[list[int], list[int], bool]:

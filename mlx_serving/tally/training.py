@@ -18,7 +18,7 @@ from mlx.nn.utils import value_and_grad
 from mlx.utils import tree_flatten
 from mlx_lm.models.qwen3 import Model, ModelArgs
 
-from mlx_serving.tally.data import BUCKETS, Batch, make_batch
+from mlx_serving.tally.data import BUCKETS, TrainingBatch, make_batch
 from mlx_serving.tally.evaluate import teacher_forced
 from mlx_serving.tally.tasks import MODEL_PATH
 from mlx_serving.tally.tokenizer import DIGIT_IDS, write_tokenizer
@@ -92,9 +92,9 @@ def make_step(model: Model, optimizer: optim.Optimizer) -> Step:
     return step
 
 
-def batches(pool: Pool, seed: int, bucket: int, rows: int, ahead: int) -> Iterator[Batch]:
+def batches(pool: Pool, seed: int, bucket: int, rows: int, ahead: int) -> Iterator[TrainingBatch]:
     """A bucket's batches in order, `ahead` of them being made."""
-    pending: deque[AsyncResult[Batch]] = deque()
+    pending: deque[AsyncResult[TrainingBatch]] = deque()
     index = 0
     while True:
         while len(pending) < ahead:

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 from mlx_serving.cli.demo.measure import called
-from mlx_serving.tally.tasks import Example, ask, check, tool_schema
+from mlx_serving.tally.examples import Example, ask, check
+from mlx_serving.tally.two_turns import tool_schema
 
 if TYPE_CHECKING:
     from mlx_serving.common.results import GenerationResult, ToolCallResult

@@ -60,7 +60,7 @@ PROBE_SECONDS: Final = 5.0
 BYTES_A_GIB: Final = 1 << 30
 
 
-class MacProbe(Protocol):
+class CommandProbe(Protocol):
     """Asks the system; tests put a fake in its place."""
 
     platform: str
@@ -85,7 +85,7 @@ class SystemProbe:
         return done.stdout.strip()
 
 
-def mac_checks(probe: MacProbe | None = None) -> Iterator[Check]:
+def mac_checks(probe: CommandProbe | None = None) -> Iterator[Check]:
     """Check chip, memory, wired limit, sleep and low-power mode; nothing on other systems."""
     probe = probe or SystemProbe()
     if probe.platform != "darwin":
@@ -101,7 +101,7 @@ def _check(name: str, level: Level, detail: str) -> Check:
     return Check(f"mac {name}", level, f"{detail} {UNVERIFIED}")
 
 
-def _hardware(probe: MacProbe) -> Check:
+def _hardware(probe: CommandProbe) -> Check:
     chip = probe.read("sysctl", "-n", "machdep.cpu.brand_string") or "unknown chip"
     memory = probe.read("sysctl", "-n", "hw.memsize") or ""
     system = probe.read("sw_vers", "-productVersion") or "unknown"
@@ -110,7 +110,7 @@ def _hardware(probe: MacProbe) -> Check:
     return _check("hardware", level, f"{chip}, {size}, macOS {system}")
 
 
-def _wired_limit(probe: MacProbe) -> Check:
+def _wired_limit(probe: CommandProbe) -> Check:
     limit = probe.read("sysctl", "-n", "iogpu.wired_limit_mb")
     if limit is None:
         return _check("wired limit", Level.WARN, "iogpu.wired_limit_mb can't be read")
@@ -118,7 +118,7 @@ def _wired_limit(probe: MacProbe) -> Check:
     return _check("wired limit", Level.OK, f"GPU memory limit: {text}")
 
 
-def _sleep(probe: MacProbe) -> Check:
+def _sleep(probe: CommandProbe) -> Check:
     """A Mac that sleeps loses its leases; its jobs go to another worker after 10 s."""
     match = re.search(r"^\s*sleep\s+(\d+)", probe.read("pmset", "-g") or "", re.MULTILINE)
     if match is None:
@@ -130,7 +130,7 @@ def _sleep(probe: MacProbe) -> Check:
     return _check("sleep", Level.OK, "never sleeps when idle")
 
 
-def _low_power(probe: MacProbe) -> Check:
+def _low_power(probe: CommandProbe) -> Check:
     match = re.search(
         r"^\s*(lowpowermode|powermode)\s+(\d)", probe.read("pmset", "-g") or "", re.MULTILINE
     )

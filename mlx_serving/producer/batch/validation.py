@@ -22,7 +22,13 @@ from mlx_serving.producer.batch.index import (
     record,
 )
 from mlx_serving.producer.batch.line_set import LineSet
-from mlx_serving.producer.batch.lines import LINE_BYTES, BadLine, LineReader, Request, custom_id_of
+from mlx_serving.producer.batch.lines import (
+    LINE_BYTES,
+    BadLine,
+    LineReader,
+    RequestLine,
+    custom_id_of,
+)
 from mlx_serving.producer.batch.objects import NAMED_ERRORS, ErrorList, LineError
 from mlx_serving.producer.batch.results import Results
 
@@ -128,12 +134,12 @@ class Validation:
         if self._state.batch.model is None:
             self._state.batch.model, self._state.batch.endpoint = found.job.model, found.url
 
-    def _parse(self, line: PlacedLine) -> Request | BadLine:
+    def _parse(self, line: PlacedLine) -> RequestLine | BadLine:
         if line.data is None:
             reason = f"is longer than {LINE_BYTES} bytes"
             return _bad(line.number, None, "line_too_long", reason)
         found = self._reader.read(line.data, line.number)
-        if isinstance(found, Request):
+        if isinstance(found, RequestLine):
             self._models.setdefault(found.job.model, len(self._models))
             if len(self._models) > MODELS:
                 del self._models[found.job.model]
