@@ -44,30 +44,30 @@ ModelMap = Annotated[
 
 
 MaxTokens = Annotated[
-    int | None, typer.Option(help="Most tokens to decode, for lines that do not say.")
+    int | None, typer.Option(help="Most tokens to decode, for lines that set none.")
 ]
 
 
-Temperature = Annotated[float | None, typer.Option(help="Temperature, for lines that do not say.")]
+Temperature = Annotated[float | None, typer.Option(help="Temperature, for lines that set none.")]
 
 
 Raw = Annotated[
-    bool, typer.Option("--raw", help="Plain prompts go on as they are: no chat template.")
+    bool, typer.Option("--raw", help="Plain prompts go to the model as they are: no chat template.")
 ]
 
 
 Order = Annotated[
     Literal["prefix", "file"],
-    typer.Option(help="prefix: lines that begin alike follow each other. file: as they stand."),
+    typer.Option(help="prefix: lines that begin alike run together. file: the file's order."),
 ]
 
 
 CompletionWindow = Annotated[
-    str, typer.Option(help="After so long (24h, 90m, 2d) what has not finished expires.")
+    str, typer.Option(help="After this time (24h, 90m, 2d) unfinished lines expire.")
 ]
 
 
-Strict = Annotated[bool, typer.Option("--strict", help="Run nothing where any line is wrong.")]
+Strict = Annotated[bool, typer.Option("--strict", help="Run nothing if any line is wrong.")]
 
 
 Depth = Annotated[int, typer.Option(help="Lines of a model to keep waiting in its queue.")]
@@ -77,12 +77,12 @@ InFlight = Annotated[int, typer.Option(help="Most lines of a model in Redis at o
 
 
 Tenant = Annotated[
-    str | None, typer.Option(help="Whose jobs they are: its limits and its share hold.")
+    str | None, typer.Option(help="Whose jobs they are: its limits and its share apply.")
 ]
 
 
 Folder = Annotated[
-    Path | None, typer.Option(help="Where state and results go; else beside the file.")
+    Path | None, typer.Option(help="Where state and results go; by default beside the file.")
 ]
 
 
@@ -138,7 +138,7 @@ def submit(  # noqa: PLR0913, PLR0917 -- each is an option of the command line
     Lines are OpenAI's (custom_id, method, url, body), or plain prompts: a JSON string, or
     {"prompt": …} with any field of a body. A wrong line becomes an error line; the others run.
 
-    Exit status: 0, or 1 where no line can be run (with --wait: where the batch did not complete).
+    Exit status: 0, or 1 if no line can be run (with --wait: if the batch did not complete).
     """
     from mlx_serving.cli.batch_view import Reading, describe, watch_batch
     from mlx_serving.producer.client import Client
@@ -197,7 +197,7 @@ def list_(as_json: AsJson = False, redis_url: RedisUrl = None) -> None:
 def watch(name: Name = None, redis_url: RedisUrl = None) -> None:
     """Follow a batch: progress, rate, time left, failures. Ctrl-C stops only the watching.
 
-    Exit status: 0 where the batch completed, else 1.
+    Exit status: 0 if the batch completed, else 1.
     """
     from mlx_serving.cli.batch_view import watch_batch
     from mlx_serving.producer.client import Client
@@ -210,7 +210,7 @@ def watch(name: Name = None, redis_url: RedisUrl = None) -> None:
 
 @app.command()
 def results(name: Name = None, output: Output = None, redis_url: RedisUrl = None) -> None:
-    """Write the output lines, also of a batch that still runs: whole lines, each once."""
+    """Write the output lines so far, each once, also while the batch runs."""
     from mlx_serving.producer.client import Client
 
     folder = Client(settings=read_settings(redis_url)).batches.folder(name)
@@ -261,7 +261,7 @@ def resume(
 ) -> None:
     """Go on with a batch whose runner is gone, on the machine that has its folder.
 
-    Without effect on one that has a runner, or has ended.
+    No effect on a batch that has a runner or has ended.
     """
     from mlx_serving.producer.client import Client
 

@@ -16,7 +16,7 @@ def status(
     model: ForModel = None,
     redis_url: RedisUrl = None,
 ) -> None:
-    """Show a job, or without an id the queues and the workers."""
+    """Show a job; without an id, show the queues and the workers."""
     from mlx_serving.cli.overview import job_view, read_overview
     from mlx_serving.cli.top_view import failures_of, models_of, span, state_of
     from mlx_serving.producer.client import Client
@@ -67,7 +67,7 @@ def cancel(
 ) -> None:
     """Cancel a job: a queued one at once, a running one within two steps.
 
-    Prints its state after the call; `running` means that its worker has been told.
+    Prints the state after the call; `running` means that its worker has been told.
     """
     from mlx_serving.producer.client import Client
 

@@ -36,7 +36,7 @@ def top(
 ) -> None:
     """Show all workers and queues of a Redis, again and again, until q or Ctrl-C.
 
-    A table on a terminal; elsewhere lines, or with --json an object a line.
+    On a terminal a table, else lines; with --json one object a line.
     """
     from mlx_serving.cli.overview import look
     from mlx_serving.common.redis.connection import connect, resolve
@@ -67,7 +67,7 @@ def now() -> str:
 def _looks(
     first: Overview, read: Callable[[], Overview], pause: Callable[[], bool], count: int
 ) -> Iterator[tuple[Overview, str]]:
-    """Yield what was read, and what went wrong; what was read before stands while Redis is away."""
+    """Yield each overview and an error text; while Redis is away, the last overview again."""
     from mlx_serving.common.errors import QueueUnavailable
 
     overview, notice, looks = first, "", 1
@@ -114,7 +114,7 @@ def _show_on(first: Overview, read: Callable[[], Overview], interval: float, cou
 
 @contextmanager
 def _keyboard() -> Iterator[Callable[[float], bool]]:
-    """Yield a wait of so many seconds that a key ends: True where it was one of `END_KEYS`."""
+    """Yield a function that waits some seconds; it returns True if a key of `END_KEYS` came."""
     if not sys.stdin.isatty():
         yield _sleep
         return

@@ -23,7 +23,7 @@ LATE_LEASE_MS: Final = 5000  # half a lease: renewals come four times a lease
 
 @dataclass(frozen=True, slots=True)
 class FleetTotals:
-    """Sums over a fleet."""
+    """Sums over all workers and queues."""
 
     workers: int
     rows: int
@@ -50,7 +50,7 @@ class FleetTotals:
 
 
 def span(seconds: float | None) -> str:
-    """A time for people: 0.3 s, 12 s, 5 min, 3.2 h; '' for None."""
+    """A time to read: 0.3 s, 12 s, 5 min, 3.2 h; '' for None."""
     if seconds is None:
         return ""
     if seconds < 120:  # noqa: PLR2004 -- two minutes
@@ -65,7 +65,7 @@ def state_of(worker: WorkerView) -> str:
 
 
 def models_of(worker: WorkerView) -> str:
-    """Its models: first those in memory, then the others in brackets, and what it loads now."""
+    """Its models: those in memory, the others in brackets, and the one that it loads now."""
     away = [model for model in worker.model.split(",") if model not in worker.resident]
     names = [*worker.resident, *(f"({model})" for model in away if model != worker.loading)]
     return " ".join(names + ([f"{worker.loading}…"] if worker.loading else []))
@@ -97,7 +97,7 @@ def _memory(worker: WorkerView) -> str:
 
 
 def by_model(overview: Overview) -> list[WorkerView]:
-    """All workers, those of a model together."""
+    """All workers, sorted by model."""
     return sorted(overview.workers, key=lambda w: (w.model, w.name))
 
 
@@ -116,7 +116,7 @@ def lines(overview: Overview, at: str) -> Iterator[str]:
 
 
 def frame(overview: Overview, at: str, *, width: int, notice: str = "") -> RenderableType:
-    """All of it as a terminal shows it; `notice` is what went wrong since."""
+    """The whole screen; `notice` is an error since the last read."""
     from rich.console import Group
     from rich.text import Text
 

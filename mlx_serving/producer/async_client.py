@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 CONCURRENT_CALLS: Final = 16
-"""Commands on their way at once: a hundred streams that replay share these connections."""
+"""Most commands at once: a hundred streams that replay share as many connections."""
 
 
 class AsyncClient(BaseClient):
@@ -70,10 +70,10 @@ class AsyncClient(BaseClient):
         await self.aclose()
 
     async def aclose(self) -> None:
-        """Close all connections; idempotent. Jobs go on.
+        """Close all connections; jobs go on. Idempotent.
 
-        A call that is made later opens connections again, and its streams have no live messages:
-        they read the job's stream now and then.
+        A later call opens connections again, but its streams get no live messages: they only
+        poll the job's stream.
         """
         await self._hub.aclose()
         await self._redis.aclose()
@@ -123,8 +123,8 @@ class AsyncClient(BaseClient):
     ) -> AsyncGenerator[Event, None] | AsyncGenerator[str, None]:
         """Follow a job from the event after ``after_seq`` to its end; see :meth:`Client.stream`.
 
-        Close the iterator where it is left early (`contextlib.aclosing`): its
-        subscription ends then, not whenever it is collected.
+        Close the iterator (`contextlib.aclosing`) if you leave it early: that ends its
+        subscription at once, not when it is garbage-collected.
         """
         events = self._follow(check_id(job_id), StreamAssembler(after_seq))
         return self._texts(job_id, events) if text else events
@@ -203,7 +203,7 @@ class AsyncClient(BaseClient):
         (await self.result(job_id)).raise_for_state()
 
     async def _answered(self, call: Callable[[], Awaitable[T]]) -> T:
-        """Run a call that may run twice; whatever Redis fails with is QueueUnavailable."""
+        """Run a call that may run twice; raise QueueUnavailable for any error of Redis."""
         try:
             async with self._calls:
                 return await retry_idempotent_async(call)
@@ -214,7 +214,7 @@ class AsyncClient(BaseClient):
 async def _news(
     mailbox: Mailbox | None, assembler: StreamAssembler, timeout_s: float
 ) -> list[Event]:
-    """Wait for the mailbox, or without one for the time to read the stream again."""
+    """Wait for messages in the mailbox, or without one until the stream is to be read again."""
     if mailbox is None:
         await asyncio.sleep(timeout_s)
     elif await mailbox.wait(timeout_s):

@@ -1,7 +1,7 @@
 """Score Tally on held-out prompts: `python -m mlx_serving.tally.evaluate [--model folder]`.
 
 Greedy answers of mlx-lm's own batch generator for every task, sampled answers beside them, and a
-chi-square test of the dice. Exits 1 where a task is under 99%.
+chi-square test of the dice. Exits 1 if a task is under 99%.
 """
 
 import argparse
@@ -33,7 +33,7 @@ _FORCED_TOKENS = 40_000  # a teacher-forced batch, padding included
 
 
 class Sampling(TypedDict, total=False):
-    """mlx-lm's sampler settings; greedy where empty."""
+    """mlx-lm's sampler settings; greedy if empty."""
 
     temp: float
     min_p: float

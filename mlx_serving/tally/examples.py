@@ -13,7 +13,7 @@ Message = dict[str, Any]
 class Example:
     """A conversation that asks for one more assistant turn, and the right one.
 
-    `answer` is None where any of many texts is right (dice): ask `check`.
+    `answer` is None if any of many texts is right (dice): ask `check`.
     `key` is what the prompt asks, context aside: it decides between training and held-out.
     """
 

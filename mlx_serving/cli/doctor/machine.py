@@ -1,4 +1,4 @@
-"""What this machine says: whether a worker may work now, and what only a Mac can show."""
+"""Checks of this machine: the conditions on when a worker may work, and a Mac's state."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def condition_checks(settings: Settings, probe: Probe | None = None) -> Iterator[Check]:
-    """Say what the settings ask for, whether it holds now, and each thing that can't be told."""
+    """Report the conditions in the settings, whether they hold, and what can't be determined."""
     from mlx_serving.worker.status.conditions import Conditions, Rules
     from mlx_serving.worker.status.conditions_mac import MacProbe, default_probe
 
@@ -39,7 +39,7 @@ def condition_checks(settings: Settings, probe: Probe | None = None) -> Iterator
         if told is not None:
             yield Check(f"work {name}", Level.OK, told + mark)
         elif wanted:
-            detail = "set, but this machine can't tell: it will stop nothing"
+            detail = "set, but this machine can't tell: it has no effect"
             yield Check(f"work {name}", Level.WARN, detail)
 
 
@@ -61,12 +61,12 @@ BYTES_A_GIB: Final = 1 << 30
 
 
 class CommandProbe(Protocol):
-    """Asks the system; tests put a fake in its place."""
+    """Runs commands of the system; tests replace it by a fake."""
 
     platform: str
 
     def read(self, *command: str) -> str | None:
-        """Output of a command, None where it failed or is not there."""
+        """Output of a command; None if it failed or does not exist."""
 
 
 class SystemProbe:

@@ -83,7 +83,7 @@ def _response_format(form: dict[str, Any]) -> Iterator[FieldError]:
 def _unknown(path: str, form: dict[str, Any], known: tuple[str, ...]) -> Iterator[FieldError]:
     for key in form:
         if key not in known:
-            yield FieldError(f"{path}.{key[:64]}", "is no field here")
+            yield FieldError(f"{path}.{key[:64]}", "is not a known field")
 
 
 def _grammar_text(kind: str, text: object) -> Iterator[FieldError]:
@@ -130,7 +130,7 @@ def _references(path: str, schema: dict[str, Any]) -> Iterator[FieldError]:
         elif isinstance(part, dict):
             reference = part.get("$ref")
             if isinstance(reference, str) and not _resolves(schema, reference):
-                reason = "leads nowhere in this schema, and references are never fetched"
+                reason = "points to nothing in this schema, and references are never fetched"
                 yield FieldError(f"{place}.$ref", reason)
             stack.extend(
                 (f"{place}.{key[:64]}", child)
@@ -178,7 +178,7 @@ def _forced_choice(choice: object, tools: Sequence[Tool]) -> Iterator[FieldError
             reason = 'must be {"type": "function", "function": {"name": ...}}'
             yield FieldError("tool_choice", reason)
         elif name not in names:
-            yield FieldError("tool_choice.function.name", "is none of the tools")
+            yield FieldError("tool_choice.function.name", "is not one of the tools")
 
 
 def _named(choice: dict[str, Any]) -> str | None:

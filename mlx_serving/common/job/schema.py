@@ -42,10 +42,10 @@ from mlx_serving.common.job.output_format import (
 from mlx_serving.common.validation import check_data, rules_error
 
 JOB_FUNCTION: Final = "mlx_serving.worker.task.generate"
-"""The one function that an RQ job of ours names; producers never import it."""
+"""The one function that our RQ jobs name; producers never import it."""
 
 PROTOCOL: Final = 3
-"""Newest protocol that this code speaks. A worker leaves jobs that need a newer one queued."""
+"""Newest protocol that this code speaks; a worker leaves jobs queued that need a newer one."""
 
 FEATURE_PROTOCOL: Final[dict[str, int]] = {
     "on_model_change": 2,
@@ -79,7 +79,7 @@ MetadataValue = Annotated[str, Field(max_length=limits.METADATA_VALUE_CHARS)]
 
 
 MODEST: Final[dict[str, Any]] = {}
-"""Validation context of data in which `check_data` has nothing to find."""
+"""Validation context of data that is too small for `check_data` to find anything."""
 
 
 class GenerationJob(BaseModel):
@@ -290,7 +290,7 @@ class GenerationJob(BaseModel):
     def parse(cls, data: object, *, modest: bool = False) -> Self:
         """Build from plain data, as JSON gives it. Raises InvalidJob with each wrong path.
 
-        `modest`: msgspec read it from JSON that `validation.is_modest`.
+        `modest`: msgspec parsed it from JSON text for which `validation.is_modest` is true.
         """
         try:
             return cls.model_validate(data, context=MODEST if modest else None)
@@ -299,10 +299,10 @@ class GenerationJob(BaseModel):
 
     @classmethod
     def from_wire(cls, wire: object, *, modest: bool = False) -> Self:
-        """Read what a producer sent. Raises CorruptJob for no object, InvalidJob for a wrong one.
+        """Read what a producer sent. Raises CorruptJob if it is no object, else InvalidJob.
 
-        A worker checks it all again: who can write to Redis is not always our producer. `modest`
-        as in `parse`.
+        A worker checks everything again: not only our producers can write to Redis. `modest` as in
+        `parse`.
         """
         if not isinstance(wire, dict):
             raise CorruptJob("the job's payload is not an object")
@@ -320,7 +320,7 @@ class GenerationJob(BaseModel):
         return {"v": self.v, "min_protocol": self.min_protocol, **fields}
 
     def resolved(self) -> Self:
-        """Itself with a seed: one is drawn here where none was given."""
+        """Itself with a seed: one is drawn if none was given."""
         if self.seed is not None:
             return self
         return self.model_copy(update={"seed": secrets.randbelow(limits.SEED)})
@@ -340,7 +340,7 @@ class GenerationJob(BaseModel):
         return max([enforced, *needs])
 
     def _asks(self, field: str) -> bool:
-        """Whether a field is set to what changes anything: {} and 0 say no more than None."""
+        """Whether a field has a value that changes anything: {} and 0 mean the same as None."""
         value, default = getattr(self, field), type(self).model_fields[field].default
         return bool(value != default and (value or default))
 
@@ -350,11 +350,11 @@ class GenerationJob(BaseModel):
         return queue_name(self.model, self.lane)
 
     def template_messages(self) -> list[dict[str, Any]]:
-        """Messages as chat templates expect them; empty where the job has a prompt."""
+        """Messages as chat templates expect them; empty if the job has a prompt."""
         return [message.for_template() for message in self.messages or ()]
 
     def template_tools(self) -> list[dict[str, Any]] | None:
-        """Tools for the chat template; None without any, or where tool_choice is "none"."""
+        """Tools for the chat template; None if there are none or tool_choice is "none"."""
         if not self.tools or self.tool_choice == "none":
             return None
         return [tool.model_dump(mode="json", exclude_none=True) for tool in self.tools]
@@ -380,12 +380,12 @@ def lane_of(queue: str) -> Lane:
     lane = _LANES.get(queue.rpartition(":")[2])
     if lane is not None and ":" in queue:
         return lane
-    message = f"queue {queue} is no lane of a model"
+    message = f"queue {queue} is not the lane of a model"
     raise ValueError(message)
 
 
 def _plain_fields(data: dict[Any, Any]) -> dict[Any, Any]:
-    """Drop what is null, as in the OpenAI API; settle max_tokens against its alias."""
+    """Drop null fields, as the OpenAI API does; check that max_tokens agrees with its alias."""
     fields = {key: value for key, value in data.items() if value is not None}
     if fields.get("response_format") == TEXT:  # the default, spelled out
         del fields["response_format"]

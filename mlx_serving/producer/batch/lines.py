@@ -78,7 +78,7 @@ class LineReader:
         try:
             value = msgspec.json.decode(raw)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            return _bad(line, None, "invalid_json_line", [FieldError("", f"is no JSON: {error}")])
+            return _bad(line, None, "invalid_json_line", [FieldError("", f"is not JSON: {error}")])
         if isinstance(value, str):
             value = {"prompt": value}
         if not isinstance(value, dict):
@@ -147,7 +147,7 @@ class LineReader:
 
 
 def custom_id_of(raw: bytes, line: int) -> str | None:
-    """Custom id of a line that was read before."""
+    """Custom id of a line that was read before; None if it isn't JSON."""
     try:
         value = msgspec.json.decode(raw)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
@@ -157,7 +157,7 @@ def custom_id_of(raw: bytes, line: int) -> str | None:
 
 
 def _form_errors(value: dict[str, Any]) -> list[FieldError]:
-    errors = [FieldError(name, "is no field here") for name in sorted(value.keys() - _FORM)]
+    errors = [FieldError(name, "is not a known field") for name in sorted(value.keys() - _FORM)]
     errors += _custom_id_errors(value.get("custom_id"))
     if value.get("method") != "POST":
         errors.append(FieldError("method", 'must be "POST"'))

@@ -1,4 +1,4 @@
-"""The first pass over a bulk file: every line is read, checked and given its place in the order."""
+"""The first pass over a bulk file: reads and checks every line, and writes the index."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ _BOM = b"\xef\xbb\xbf"
 class PlacedLine(NamedTuple):
     """A line that is not blank: its number from 1, its bytes, and where they are.
 
-    `data` is None where the line is longer than the reader's limit.
+    `data` is None if the line is longer than the reader's limit.
     """
 
     number: int
@@ -53,7 +53,7 @@ class PlacedLine(NamedTuple):
 
 
 def read_lines(file: BinaryIO, limit: int) -> Iterator[PlacedLine]:
-    """Read from the start; of a line over `limit` bytes no more than these are held at once."""
+    """Read all lines; of a line, never more than `limit` bytes are in memory."""
     offset = number = 0
     while piece := file.readline(limit):
         number += 1
@@ -79,7 +79,7 @@ PROGRESS_LINES: Final = 1000
 
 
 class Validation:
-    """One pass; `run` may be made again after a crash and starts from nothing."""
+    """One pass over the file; after a crash, `run` starts again from nothing."""
 
     def __init__(
         self, folder: BatchFolder, state: BatchState, progress: Callable[[int], object] | None
@@ -94,7 +94,7 @@ class Validation:
         self._lines = 0
 
     def run(self) -> None:
-        """Validate, and leave the state `in_progress`, or `failed` where nothing can be run."""
+        """Validate; afterwards the batch is `in_progress`, or `failed` if no line can be run."""
         for path in (self._folder.index, self._folder.output, self._folder.errors):
             path.unlink(missing_ok=True)
         source = Path(self._state.input.path)
@@ -148,7 +148,7 @@ class Validation:
         return found
 
     def _drop_duplicates(self, file: BinaryIO, results: Results, ids: ExternalSorter) -> LineSet:
-        """Keep the first line of each custom_id; the others are errors."""
+        """Make an error of each line whose custom_id an earlier line has; return those lines."""
         dropped = LineSet()
         first: tuple[bytes, int] = (b"", 0)
         for packed in ids.merged():

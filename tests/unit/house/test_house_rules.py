@@ -6,8 +6,6 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -15,8 +13,7 @@ import pytest
 
 import mlx_serving
 from tests.support.paths import ROOT
-
-PACKAGE = ROOT / "mlx_serving"
+from tests.support.sources import PACKAGE, Module, modules
 
 MAX_FILE_LINES = 450
 MEDIAN_FILE_LINES = 150
@@ -27,35 +24,6 @@ STARTS_INTERPRETERS = "mlx_serving.common.interpreter"
 SCORES_BY_MLX_LM = "mlx_serving.tally.evaluate"
 
 
-@dataclass(frozen=True)
-class Module:
-    """A source file, parsed once."""
-
-    name: str
-    path: Path
-    tree: ast.Module
-
-    @property
-    def is_package(self) -> bool:
-        return self.path.name == "__init__.py"
-
-    def imports(self) -> set[str]:
-        """Dotted names imported, wherever in the module."""
-        return {name for node in ast.walk(self.tree) for name in self.imported_by(node)}
-
-    def imported_by(self, node: ast.AST) -> Iterator[str]:
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            base = node.module or ""
-            if node.level:
-                parts = self.name.split(".")
-                kept = parts[: len(parts) - node.level + self.is_package]
-                base = ".".join([*kept, base] if base else kept)
-            yield base
-            yield from (f"{base}.{alias.name}" for alias in node.names)
-
-
 def _nodes_run(tree: ast.AST) -> Iterator[ast.AST]:
     """All but what only a type checker reads."""
     for node in ast.iter_child_nodes(tree):
@@ -63,21 +31,6 @@ def _nodes_run(tree: ast.AST) -> Iterator[ast.AST]:
             continue
         yield node
         yield from _nodes_run(node)
-
-
-def _module_name(path: Path) -> str:
-    parts = path.relative_to(ROOT).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-
-
-@cache
-def modules() -> dict[str, Module]:
-    found = sorted(PACKAGE.rglob("*.py"))
-    return {
-        name: Module(name, path, ast.parse(path.read_text(), str(path)))
-        for path in found
-        for name in [_module_name(path)]
-    }
 
 
 def under(*packages: str) -> list[Module]:
