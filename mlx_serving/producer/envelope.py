@@ -6,6 +6,7 @@ RQ itself builds the hash, so that RQ's tools can read it.
 from __future__ import annotations
 
 import math
+import secrets
 import zlib
 from functools import lru_cache
 from types import MappingProxyType
@@ -15,6 +16,7 @@ import msgspec
 from rq.job import Job, JobStatus
 from rq.serializers import JSONSerializer
 
+from mlx_serving.common import limits
 from mlx_serving.common.errors import FieldError, PayloadTooLarge
 from mlx_serving.common.protocol.calls import EnqueueEntry, iso_now
 from mlx_serving.common.signing import SIGNATURE_FIELD, Signer
@@ -43,7 +45,9 @@ def seal(job: GenerationJob, *, max_payload_bytes: int, signer: Signer = UNSIGNE
         PayloadTooLarge: its JSON form is over ``max_payload_bytes``.
 
     """
-    wire = job.resolved().to_wire()
+    wire = job.to_wire()
+    if job.seed is None:
+        wire["seed"] = secrets.randbelow(limits.SEED)
     payload = _payload(wire)
     if len(payload) > max_payload_bytes:
         reason = f"the job is {len(payload)} bytes of JSON, more than {max_payload_bytes}"

@@ -7,7 +7,6 @@ left out, so the defaults of released fields never change (golden fixtures hold 
 from __future__ import annotations
 
 import hashlib
-import secrets
 import uuid
 from typing import Annotated, Any, Final, Literal, Self
 
@@ -318,12 +317,6 @@ class GenerationJob(BaseModel):
         """Plain JSON data without defaults: what the RQ job carries."""
         fields = self.model_dump(mode="json", exclude_defaults=True)
         return {"v": self.v, "min_protocol": self.min_protocol, **fields}
-
-    def resolved(self) -> Self:
-        """Itself with a seed: one is drawn if none was given."""
-        if self.seed is not None:
-            return self
-        return self.model_copy(update={"seed": secrets.randbelow(limits.SEED)})
 
     def job_id(self) -> str:
         """32 hex digits: the same for the same tenant and idempotency key, else new each time."""
