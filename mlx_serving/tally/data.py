@@ -61,7 +61,7 @@ class TrainingBatch:
 
 
 def make_batch(seed: int, bucket: int, index: int, rows: int) -> TrainingBatch:
-    """TrainingBatch number `index` of a bucket."""
+    """Batch number `index` of a bucket."""
     rng = Random(f"{seed} {bucket} {index}")
     shape = BUCKETS[bucket]
     tokens = np.zeros((rows, shape.length + 1), np.int16)
@@ -93,7 +93,7 @@ def draw_row(rng: Random, bucket: Bucket) -> tuple[list[int], list[int], bool]:
 
 
 def answer_text(rng: Random, example: Example) -> str:
-    """The right answer; for dice one of them, of any entropy, for the target is any digit."""
+    """The right answer; for dice any one of them, since any digit counts as the target."""
     if example.answer is not None:
         return example.answer
     faces = "0123456789" if rng.random() < 0.6 else rng.choices("0123456789", k=rng.randint(1, 4))

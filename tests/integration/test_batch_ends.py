@@ -187,7 +187,7 @@ class TestNames:
         folder = batches.folder(batch.id).path
         folder.rename(tmp_path / "moved")
         assert batches.status(batch.id).id == batch.id
-        with pytest.raises(BatchNotFound, match="lies in"):
+        with pytest.raises(BatchNotFound, match=" is in "):
             batches.folder(batch.id)
         with pytest.raises(BatchNotFound):
             batches.status("batch_none")

@@ -50,7 +50,7 @@ def orderly_signals() -> Iterator[None]:
 
 @contextmanager
 def _signals_held() -> Iterator[None]:
-    """Let an ending signal wait: a process half told what to run ends with a traceback.
+    """Defer signals to end: a process that is being started would end with a traceback.
 
     Blocking them would not do: a signal goes to any thread that takes it, and runs in this one.
     """

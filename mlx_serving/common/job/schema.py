@@ -298,7 +298,7 @@ class GenerationJob(BaseModel):
 
     @classmethod
     def from_wire(cls, wire: object, *, modest: bool = False) -> Self:
-        """Read what a producer sent. Raises CorruptJob if it is no object, else InvalidJob.
+        """Read what a producer sent. Raises CorruptJob if not an object, InvalidJob if wrong.
 
         A worker checks everything again: not only our producers can write to Redis. `modest` as in
         `parse`.

@@ -56,7 +56,7 @@ class Endpoint:
 
     @property
     def keys(self) -> Keys:
-        """Spelling of all keys on this server."""
+        """Names of all keys on this server."""
         return Keys(self.key_prefix, self.rq_prefix)
 
 
@@ -92,7 +92,7 @@ def resolve_shared(settings: Settings, models: Sequence[str]) -> Endpoint:
     """Return the Redis of a worker's models.
 
     Raises:
-        InvalidSettings: they have not all the same one.
+        InvalidSettings: they do not share one.
 
     """
     first = resolve(settings, models[0])
