@@ -16,7 +16,7 @@ from mlx_serving.cli.console import (
     print_json,
     print_table,
 )
-from mlx_serving.cli.options import AsJson, RedisUrl, read_settings
+from mlx_serving.cli.options import AsJson, RedisUrlOption, read_settings
 
 Name = Annotated[
     str | None,
@@ -24,7 +24,7 @@ Name = Annotated[
 ]
 
 
-Output = Annotated[
+OutputFile = Annotated[
     Path | None, typer.Option("--output", "-o", help="Write to this file; without it, stdout.")
 ]
 
@@ -56,7 +56,7 @@ Raw = Annotated[
 ]
 
 
-Order = Annotated[
+LineOrder = Annotated[
     Literal["prefix", "file"],
     typer.Option(help="prefix: lines that begin alike run together. file: the file's order."),
 ]
@@ -122,7 +122,7 @@ def submit(  # noqa: PLR0913, PLR0917 -- each is an option of the command line
     max_tokens: MaxTokens = None,
     temperature: Temperature = None,
     raw: Raw = False,
-    order: Order = "prefix",
+    order: LineOrder = "prefix",
     completion_window: CompletionWindow = "24h",
     strict: Strict = False,
     depth: Depth = 512,
@@ -131,7 +131,7 @@ def submit(  # noqa: PLR0913, PLR0917 -- each is an option of the command line
     folder: Folder = None,
     wait: Wait = False,
     as_json: AsJson = False,
-    redis_url: RedisUrl = None,
+    redis_url: RedisUrlOption = None,
 ) -> None:
     """Check a file of requests and run it in the background.
 
@@ -163,7 +163,7 @@ def submit(  # noqa: PLR0913, PLR0917 -- each is an option of the command line
 
 
 @app.command()
-def status(name: Name = None, as_json: AsJson = False, redis_url: RedisUrl = None) -> None:
+def status(name: Name = None, as_json: AsJson = False, redis_url: RedisUrlOption = None) -> None:
     """Show a batch, from any machine that reaches Redis."""
     from mlx_serving.cli.batch_view import report_rows
     from mlx_serving.producer.client import Client
@@ -176,7 +176,7 @@ def status(name: Name = None, as_json: AsJson = False, redis_url: RedisUrl = Non
 
 
 @app.command("list")
-def list_(as_json: AsJson = False, redis_url: RedisUrl = None) -> None:
+def list_(as_json: AsJson = False, redis_url: RedisUrlOption = None) -> None:
     """List the batches of the last 30 days."""
     from mlx_serving.cli.batch_view import state_of
     from mlx_serving.producer.client import Client
@@ -194,7 +194,7 @@ def list_(as_json: AsJson = False, redis_url: RedisUrl = None) -> None:
 
 
 @app.command()
-def watch(name: Name = None, redis_url: RedisUrl = None) -> None:
+def watch(name: Name = None, redis_url: RedisUrlOption = None) -> None:
     """Follow a batch: progress, rate, time left, failures. Ctrl-C stops only the watching.
 
     Exit status: 0 if the batch completed, else 1.
@@ -209,7 +209,7 @@ def watch(name: Name = None, redis_url: RedisUrl = None) -> None:
 
 
 @app.command()
-def results(name: Name = None, output: Output = None, redis_url: RedisUrl = None) -> None:
+def results(name: Name = None, output: OutputFile = None, redis_url: RedisUrlOption = None) -> None:
     """Write the output lines so far, each once, also while the batch runs."""
     from mlx_serving.producer.client import Client
 
@@ -224,9 +224,9 @@ def results(name: Name = None, output: Output = None, redis_url: RedisUrl = None
 @app.command()
 def errors(
     name: Name = None,
-    output: Output = None,
+    output: OutputFile = None,
     as_json: AsJson = False,
-    redis_url: RedisUrl = None,
+    redis_url: RedisUrlOption = None,
 ) -> None:
     """Show the lines that failed or were refused: line, field and reason."""
     from mlx_serving.producer.client import Client
@@ -245,7 +245,7 @@ def errors(
 
 
 @app.command()
-def cancel(name: Name = None, redis_url: RedisUrl = None) -> None:
+def cancel(name: Name = None, redis_url: RedisUrlOption = None) -> None:
     """Cancel a batch, from any machine; what has finished is kept."""
     from mlx_serving.producer.client import Client
 
@@ -257,7 +257,7 @@ def cancel(name: Name = None, redis_url: RedisUrl = None) -> None:
 def resume(
     name: Name = None,
     foreground: Foreground = False,
-    redis_url: RedisUrl = None,
+    redis_url: RedisUrlOption = None,
 ) -> None:
     """Go on with a batch whose runner is gone, on the machine that has its folder.
 

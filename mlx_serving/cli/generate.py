@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from mlx_serving.cli.options import AsJson, Model, RedisUrl, read_settings
+from mlx_serving.cli.options import AsJson, Model, RedisUrlOption, read_settings
 
 if TYPE_CHECKING:
     from mlx_serving.common.job.schema import GenerationJob
@@ -43,7 +43,7 @@ def generate(  # noqa: PLR0913, PLR0917 -- each is an option of the command line
     verbose: Annotated[
         bool, typer.Option("--verbose", "-v", help="Print usage and timings on stderr.")
     ] = False,
-    redis_url: RedisUrl = None,
+    redis_url: RedisUrlOption = None,
 ) -> None:
     """Generate a text. Ctrl-C cancels the job.
 

@@ -36,7 +36,7 @@ def require_engine() -> None:
         raise MissingDependency(f"{' and '.join(missing)} not installed: {INSTALL}")
 
 
-RedisUrl = Annotated[
+RedisUrlOption = Annotated[
     str | None,
     typer.Option(
         "--redis-url",

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
-from mlx_serving.cli.options import AsJson, ForModel, RedisUrl, read_settings
+from mlx_serving.cli.options import AsJson, ForModel, RedisUrlOption, read_settings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -32,7 +32,7 @@ def top(
     ] = 0,
     as_json: AsJson = False,
     model: ForModel = None,
-    redis_url: RedisUrl = None,
+    redis_url: RedisUrlOption = None,
 ) -> None:
     """Show all workers and queues of a Redis, again and again, until q or Ctrl-C.
 

@@ -8,7 +8,7 @@ import typer
 
 from mlx_serving.cli.console import fail, note
 from mlx_serving.cli.models import known_path
-from mlx_serving.cli.options import RedisUrl, read_settings, require_engine
+from mlx_serving.cli.options import RedisUrlOption, read_settings, require_engine
 from mlx_serving.common.errors import InvalidSettings, MissingDependency, UnknownModel
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def worker(
     tokens_per_second: Annotated[
         float, typer.Option(min=0, help="Of a simulated row; 0: no time at all.")
     ] = 0.0,
-    redis_url: RedisUrl = None,
+    redis_url: RedisUrlOption = None,
 ) -> None:
     """Serve one or more models, each from its three queues, until SIGTERM or Ctrl-C.
 

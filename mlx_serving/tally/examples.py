@@ -6,7 +6,7 @@ from typing import Any
 
 DICE_GROUP = 10  # digits between two spaces of a dice answer
 
-Message = dict[str, Any]
+ChatMessage = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +18,7 @@ class Example:
     """
 
     task: str
-    messages: list[Message]
+    messages: list[ChatMessage]
     tools: list[dict[str, Any]] | None
     answer: str | None
     key: str

@@ -7,7 +7,7 @@ from random import Random
 from typing import Any
 
 from mlx_serving.tally import one_turn, texts
-from mlx_serving.tally.examples import Example, Message
+from mlx_serving.tally.examples import ChatMessage, Example
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +89,7 @@ def tool_result(rng: Random, _longest: int) -> Example:
     tool_calls = [{"id": "call_0", "type": "function", "function": function}]
     separators = (",", ":") if rng.random() < 0.3 else None
     reply = json.dumps(call.reply, separators=separators)
-    messages: list[Message] = [
+    messages: list[ChatMessage] = [
         {"role": "user", "content": call.prompt},
         {"role": "assistant", "content": "", "tool_calls": tool_calls},
         {"role": "tool", "tool_call_id": "call_0", "content": reply},
@@ -121,7 +121,7 @@ def second_turn(rng: Random, _longest: int) -> Example:
     return Example("second_turn", messages, None, answer, f"{first.key}\n{prompt}")
 
 
-def _exchange(example: Example) -> list[Message]:
+def _exchange(example: Example) -> list[ChatMessage]:
     return [*example.messages, {"role": "assistant", "content": example.answer or ""}]
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mlx_serving.cli.console import EXIT_ERROR, print_json
-from mlx_serving.cli.options import AsJson, RedisUrl, read_settings
+from mlx_serving.cli.options import AsJson, RedisUrlOption, read_settings
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -21,7 +21,7 @@ def doctor(
         str, typer.Option("--model", "-m", help="The model whose Redis and files to check.")
     ] = "tally",
     as_json: AsJson = False,
-    redis_url: RedisUrl = None,
+    redis_url: RedisUrlOption = None,
 ) -> None:
     """Check Redis, the engine and this machine. Exit status 1 if a check fails."""
     from mlx_serving.cli.doctor.report import failed, print_report

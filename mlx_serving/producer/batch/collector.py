@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from mlx_serving.common.results import GenerationResult
-    from mlx_serving.producer.batch.index import Place
+    from mlx_serving.producer.batch.index import LinePlace
     from mlx_serving.producer.batch.results import Results
     from mlx_serving.producer.batch.store import JobStore
     from mlx_serving.producer.batch.window import SubmittedLine, Window
@@ -46,7 +46,7 @@ class Collector:
     """
 
     def __init__(
-        self, store: JobStore, window: Window, results: Results, lost: Callable[[Place], None]
+        self, store: JobStore, window: Window, results: Results, lost: Callable[[LinePlace], None]
     ) -> None:
         self._store, self._window, self._results, self._lost = store, window, results, lost
         self.collected: list[str] = []  # jobs to forget, once their results are on disk

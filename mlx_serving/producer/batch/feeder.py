@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from mlx_serving.common.job.schema import GenerationJob
     from mlx_serving.common.redis.connection import Endpoint
-    from mlx_serving.producer.batch.index import Place
+    from mlx_serving.producer.batch.index import LinePlace
     from mlx_serving.producer.batch.results import Results
     from mlx_serving.producer.batch.window import Window
 
@@ -78,24 +78,24 @@ class Feeder:
         client: Submitter,
         reader: LineReader,
         source: int,
-        places: Iterator[Place],
+        places: Iterator[LinePlace],
         window: Window,
         results: Results,
     ) -> None:
         self._client, self._reader, self._source = client, reader, source
         self._places = places
         self._window, self._results = window, results
-        self._again: deque[Place] = deque()
+        self._again: deque[LinePlace] = deque()
         self._chunk: list[_Ready] = []
         self._burst = CHUNK_LINES  # lines a submit; fewer near the tenant's limit
         self.exhausted = False
 
-    def again(self, place: Place) -> None:
+    def again(self, place: LinePlace) -> None:
         """Submit a line once more: Redis no longer has its job."""
         self._again.append(place)
         self.exhausted = False
 
-    def submitted_line(self, place: Place) -> SubmittedLine:
+    def submitted_line(self, place: LinePlace) -> SubmittedLine:
         """Read a line whose job is in Redis already."""
         return self._read(place).line
 
@@ -136,7 +136,7 @@ class Feeder:
             chunk.append(self._read(place))
         return chunk
 
-    def _read(self, place: Place) -> _Ready:
+    def _read(self, place: LinePlace) -> _Ready:
         raw = os.pread(self._source, place.length, place.offset)
         found = self._reader.read(raw, place.line)
         if not isinstance(found, RequestLine):

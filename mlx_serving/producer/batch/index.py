@@ -91,7 +91,7 @@ RECORD_BYTES: Final = _RECORD.size
 NO_PREFIX: Final = bytes(32)
 
 
-class Place(NamedTuple):
+class LinePlace(NamedTuple):
     """Where a line is in the input file."""
 
     line: int
@@ -112,18 +112,18 @@ def prefix_key(job: GenerationJob) -> bytes:
     return _hash(system) + b"".join(_hash(rest[:head].encode()) for head in HEADS)
 
 
-def record(model: int, key: bytes, place: Place) -> bytes:
+def record(model: int, key: bytes, place: LinePlace) -> bytes:
     """Pack a line's record."""
     return _RECORD.pack(model, key, *place)
 
 
-def place_of(packed: bytes) -> tuple[int, Place]:
+def place_of(packed: bytes) -> tuple[int, LinePlace]:
     """Model number and place of a record."""
     model, _, line, offset, length = _RECORD.unpack(packed)
-    return model, Place(line, offset, length)
+    return model, LinePlace(line, offset, length)
 
 
-def read_places(path: Path, first: int, count: int) -> Iterator[Place]:
+def read_places(path: Path, first: int, count: int) -> Iterator[LinePlace]:
     """Read `count` records from number `first` on, a page at a time."""
     with path.open("rb") as file:
         file.seek(first * RECORD_BYTES)
@@ -132,7 +132,7 @@ def read_places(path: Path, first: int, count: int) -> Iterator[Place]:
             if not page:
                 return
             for _, _, line, offset, length in _RECORD.iter_unpack(page):
-                yield Place(line, offset, length)
+                yield LinePlace(line, offset, length)
             count -= _READ_RECORDS
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from mlx_serving.producer.batch.feeder import Connect
     from mlx_serving.producer.batch.folder import BatchFolder, BatchState, Section
-    from mlx_serving.producer.batch.index import Place
+    from mlx_serving.producer.batch.index import LinePlace
     from mlx_serving.producer.batch.lines import LineReader
     from mlx_serving.producer.batch.results import Results
 
@@ -96,7 +96,7 @@ class ModelPart:
         self._client.close()
         self._store.close()
 
-    def _open_places(self) -> Iterator[Place]:
+    def _open_places(self) -> Iterator[LinePlace]:
         """Lines that have not ended, in the order of the index."""
         places = read_places(self._index, self._section.first, self._section.count)
         return (place for place in places if place.line not in self._results.done)

@@ -10,7 +10,7 @@ from typing import Final, Literal
 
 import msgspec
 
-Status = Literal[
+BatchStatus = Literal[
     "validating",
     "failed",
     "in_progress",
@@ -97,7 +97,7 @@ class Batch(msgspec.Struct, kw_only=True):
     errors: ErrorList | None = None
     input_file_id: str
     completion_window: str = "24h"
-    status: Status = "validating"
+    status: BatchStatus = "validating"
     output_file_id: str | None = None
     error_file_id: str | None = None
     model: str | None = None
@@ -119,7 +119,7 @@ class Batch(msgspec.Struct, kw_only=True):
         """Whether it is over, in any way."""
         return self.status in ENDED
 
-    def move(self, status: Status, now_s: float) -> None:
+    def move(self, status: BatchStatus, now_s: float) -> None:
         """Set the status, and the time in the status's field if it has one that is not set."""
         self.status = status
         field = f"{status}_at"

@@ -16,7 +16,7 @@ from mlx_serving.producer.batch.index import (
     NO_PREFIX,
     RECORD_BYTES,
     ExternalSorter,
-    Place,
+    LinePlace,
     place_of,
     prefix_key,
     record,
@@ -124,7 +124,7 @@ class Validation:
             results.failed_line(found.line, found.custom_id, found.summary)
             self._name(*found.errors)
             return
-        place = Place(line.number, line.offset, line.length)
+        place = LinePlace(line.number, line.offset, line.length)
         grouped = self._state.options.order == "prefix"
         key = prefix_key(found.job) if grouped else NO_PREFIX
         order.add(record(self._models[found.job.model], key, place))

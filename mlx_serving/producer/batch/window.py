@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from mlx_serving.producer.batch.index import Place
+    from mlx_serving.producer.batch.index import LinePlace
 
 IN_FLIGHT_BYTES: Final = 256 * 1024 * 1024
 """Most bytes of input lines of a model in Redis at once."""
@@ -18,7 +18,7 @@ IN_FLIGHT_BYTES: Final = 256 * 1024 * 1024
 class SubmittedLine:
     """A line whose job is in Redis. It is read again from its place when its text is needed."""
 
-    place: Place
+    place: LinePlace
     job_id: str
     custom_id: str
     url: str

@@ -7,6 +7,7 @@ import io
 import re
 import tokenize
 from collections import defaultdict
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -19,18 +20,37 @@ if TYPE_CHECKING:
 # -- one name, one class ----------------------------------------------------------------
 
 
-def public_classes() -> dict[str, list[str]]:
-    """Modules that define a class of each public name."""
+def types_of(module: Module) -> Iterator[str]:
+    """Public classes and names of types (`Lane = Literal[...]`) that a module defines."""
+    for node in module.tree.body:
+        if isinstance(node, ast.ClassDef):
+            name = node.name
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            target = node.target if isinstance(node, ast.AnnAssign) else node.targets[0]
+            name = target.id if isinstance(target, ast.Name) else ""
+        else:
+            continue
+        if re.fullmatch(r"[A-Z]\w*[a-z]\w*", name):
+            yield name
+
+
+def public_types() -> dict[str, list[str]]:
+    """Modules that define a type of each public name."""
     found = defaultdict(list)
     for module in modules().values():
-        for node in module.tree.body:
-            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
-                found[node.name].append(module.name)
+        for name in types_of(module):
+            found[name].append(module.name)
     return found
 
 
-def test_no_two_public_classes_share_a_name() -> None:
-    assert {name: where for name, where in public_classes().items() if len(where) > 1} == {}
+def test_no_two_public_types_share_a_name() -> None:
+    assert {name: where for name, where in public_types().items() if len(where) > 1} == {}
+
+
+def test_the_rule_sees_classes_and_names_of_types() -> None:
+    lines = ("class Row: ...", "Lane = Literal['bulk']", "Job: TypeAlias = dict", "_Own = int")
+    module = Module("x", Path("x.py"), ast.parse("\n".join((*lines, "T = 1", "MAX = 2"))))
+    assert [*types_of(module)] == ["Row", "Lane", "Job"]
 
 
 # -- retired words ----------------------------------------------------------------------

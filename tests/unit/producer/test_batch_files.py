@@ -17,7 +17,7 @@ from mlx_serving.common.job.schema import GenerationJob
 from mlx_serving.common.results import ChoiceResult, GenerationResult
 from mlx_serving.common.states import JobState
 from mlx_serving.producer.batch.folder import BatchFolder, BatchState, InputFile
-from mlx_serving.producer.batch.index import ExternalSorter, Place, prefix_key, read_places
+from mlx_serving.producer.batch.index import ExternalSorter, LinePlace, prefix_key, read_places
 from mlx_serving.producer.batch.line_set import LineSet
 from mlx_serving.producer.batch.objects import CHAT, Batch, LineError
 from mlx_serving.producer.batch.options import BatchOptions
@@ -189,7 +189,7 @@ class TestValidation:
 
 
 def flight(line: int) -> SubmittedLine:
-    return SubmittedLine(Place(line, 0, 1), f"job-{line}", f"id-{line}", CHAT, "tally")
+    return SubmittedLine(LinePlace(line, 0, 1), f"job-{line}", f"id-{line}", CHAT, "tally")
 
 
 def answer(line: int) -> GenerationResult:

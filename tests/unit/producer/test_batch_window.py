@@ -10,7 +10,7 @@ from mlx_serving.common.events import ErrorInfo
 from mlx_serving.common.results import GenerationResult
 from mlx_serving.common.states import JobState
 from mlx_serving.producer.batch.collector import PAGE_JOBS, Collector
-from mlx_serving.producer.batch.index import Place
+from mlx_serving.producer.batch.index import LinePlace
 from mlx_serving.producer.batch.objects import CHAT
 from mlx_serving.producer.batch.window import SubmittedLine, Window
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def flights(count: int, length: int = 1) -> list[SubmittedLine]:
     return [
-        SubmittedLine(Place(n, 0, length), f"job-{n}", f"id-{n}", CHAT, "tally")
+        SubmittedLine(LinePlace(n, 0, length), f"job-{n}", f"id-{n}", CHAT, "tally")
         for n in range(1, count + 1)
     ]
 
