@@ -185,7 +185,7 @@ def assemble(
 
 def _joined(index: int, deltas: list[ChoiceDelta]) -> ChoiceResult:
     """One choice from all that it gained."""
-    forms = [d.logprobs for d in deltas if isinstance(d.logprobs, ChoiceLogprobs)]
+    forms = [d.logprobs for d in deltas if d.logprobs is not None]
     content = [entry for form in forms for entry in form.content]
     return ChoiceResult(
         index=index,

@@ -16,8 +16,10 @@ from rq.job import Job, JobStatus
 from rq.serializers import JSONSerializer
 
 from mlx_serving.common.errors import FieldError, PayloadTooLarge
+from mlx_serving.common.job.schema import JOB_FUNCTION
 from mlx_serving.common.protocol.calls import EnqueueEntry, iso_now
-from mlx_serving.common.signing import SIGNATURE_FIELD, Signer
+from mlx_serving.common.protocol.fields import SIGNATURE_FIELD
+from mlx_serving.common.signing import Signer
 from mlx_serving.producer.marks import marks
 
 if TYPE_CHECKING:
@@ -26,9 +28,6 @@ if TYPE_CHECKING:
     from redis import Redis
 
     from mlx_serving.common.job.schema import GenerationJob
-
-JOB_FUNCTION: Final = "mlx_serving.worker.task.generate"
-"""The one function that a job may name; never imported here."""
 
 UNSIGNED: Final = Signer()
 

@@ -250,7 +250,7 @@ def test_what_comes_back_is_left_to_nobody(driver: Driver, how: str) -> None:
     if how == "released":
         driver.release(Attempt(job, "a"))
     else:
-        driver.protocol.run(crash("a", [Blame(job.attempt, company=2)]))
+        driver.protocol.run(crash("a", [Blame(job.attempt, max_unproven=2)]))
     assert ids(claim(driver, "b")) == ["second"]
 
 

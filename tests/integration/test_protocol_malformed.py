@@ -83,7 +83,7 @@ def end_what_is_left(driver: Driver) -> None:
     """Run the jobs, where they still can, until they are dead at the latest."""
     for _ in range(8):
         for job in driver.claim("w9").jobs:
-            blame = calls.Blame(job.attempt, company=1, alone=True)
+            blame = calls.Blame(job.attempt, max_unproven=1, alone=True)
             driver.protocol.run(calls.crash("w9", [blame]))
         driver.reap()
         candidates = driver.indexed()

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from mlx_serving import Client
-from mlx_serving.common.job.schema import JOB_FUNCTION, PROTOCOL
+from mlx_serving.common.job.schema import JOB_FUNCTION
+from mlx_serving.common.queues import PROTOCOL
 from tests.support.helpers import wait_until
 from tests.support.protocol_driver import Driver, rq_fields
 from tests.support.worker_process import (

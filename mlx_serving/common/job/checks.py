@@ -30,8 +30,8 @@ UNSUPPORTED: Final[tuple[Unsupported, ...]] = (
     Unsupported("kind", ("generate",), "only 'generate' is supported yet"),
     Unsupported("adapter", (None,), "adapters are not supported yet"),
 )
-"""Refused by name, never ignored. Lift a line when the engine honours the field, and give the
-field its protocol number in `jobs.FEATURE_PROTOCOL`."""
+"""Refused by name, never ignored. When the engine honours a field, remove its line here and
+give the field its protocol number in `schema.FEATURE_PROTOCOL`."""
 
 
 def check_job(job: GenerationJob) -> None:

@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from mlx_serving.common.job.schema import GenerationJob
 
 TEXT: Final = {"type": "text"}
-ENFORCED_TOOLS_PROTOCOL: Final = 3
-"""Protocol of the workers that hold a model to its tools: required, named or strict ones."""
 
 _FIELDS: Final[dict[str, tuple[str, ...]]] = {
     "text": (),

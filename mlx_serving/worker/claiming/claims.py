@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING
 import structlog
 
 from mlx_serving.common.attempts import new_nonce
-from mlx_serving.common.job.schema import PROTOCOL, lane_of, model_of
 from mlx_serving.common.protocol import calls
+from mlx_serving.common.queues import PROTOCOL, lane_of, model_of
 from mlx_serving.worker.claiming.placement import Group
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from mlx_serving.common.job.schema import Lane
     from mlx_serving.common.protocol.calls import Call, ClaimReply, HeldRows
     from mlx_serving.common.protocol.client import Protocol
+    from mlx_serving.common.queues import Lane
     from mlx_serving.worker.claiming.lane_claims import LaneClaim, LaneNews
     from mlx_serving.worker.claiming.placement import Placement
     from mlx_serving.worker.claiming.shortage import Shortage

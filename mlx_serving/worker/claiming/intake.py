@@ -20,8 +20,8 @@ from mlx_serving.common.errors import (
     PayloadTooLarge,
     StreamGap,
 )
-from mlx_serving.common.events import ChoiceLogprobs
-from mlx_serving.common.job.schema import JOB_FUNCTION, GenerationJob, lane_of, model_of
+from mlx_serving.common.job.schema import JOB_FUNCTION, GenerationJob
+from mlx_serving.common.queues import lane_of, model_of
 from mlx_serving.common.signing import Signer
 from mlx_serving.common.telemetry import trace_id
 from mlx_serving.common.validation import is_modest
@@ -187,7 +187,7 @@ def _committed(decoded: Sequence[Event]) -> Committed:
 
 
 def _choice(deltas: Sequence[ChoiceDelta]) -> CommittedChoice:
-    forms = [d.logprobs for d in deltas if isinstance(d.logprobs, ChoiceLogprobs)]
+    forms = [d.logprobs for d in deltas if d.logprobs is not None]
     return CommittedChoice(
         token_ids=tuple(t for d in deltas for t in d.token_ids),
         text="".join(d.text for d in deltas),
@@ -223,9 +223,9 @@ def open_payload(claimed: ClaimedJob, limit: int, signer: Signer = UNSIGNED) -> 
         JobRefusedError: with the code of what is wrong, found by the claim or here.
 
     """
-    if claimed.problem:
-        code, _, name = claimed.problem.partition(":")
-        raise JobRefusedError(code, f"{name}: {PROBLEMS.get(code, 'is not accepted')}")
+    if code := claimed.problem:
+        reason = PROBLEMS.get(code, "is not accepted")
+        raise JobRefusedError(code, f"{claimed.problem_field}: {reason}")
     check = partial(signer.verify, claimed.signature, claimed.job_id, claimed.queue)
     try:
         return read_job(claimed.data, limit=limit, check=check)
@@ -267,7 +267,7 @@ def build_requests(
     sampling = _sampling(claimed, job, vocab_size)
     return [
         Request(
-            id=claimed.request_id, prompt=prompt, sampling=sampling, max_tokens=job.max_tokens,
+            id=claimed.attempt.name, prompt=prompt, sampling=sampling, max_tokens=job.max_tokens,
             stop=job.stop, committed=committed.of(index).token_ids, choice=index,
             salt=job.tenant or "", lane=lane_of(claimed.queue), model=model_of(claimed.queue),
         )

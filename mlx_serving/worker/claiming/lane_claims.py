@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from math import inf
 from typing import TYPE_CHECKING
 
-from mlx_serving.common.job.schema import LANES, lane_of
+from mlx_serving.common.queues import LANES, lane_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from mlx_serving.common.job.schema import Lane
+    from mlx_serving.common.queues import Lane
     from mlx_serving.worker.engine.row import LaneRows
     from mlx_serving.worker.engine.scheduling.limits import BatchSize
 

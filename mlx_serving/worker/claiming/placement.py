@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Final, cast
 
 import structlog
 
-from mlx_serving.common.job.schema import LANES, model_of, queue_name
+from mlx_serving.common.protocol.fields import JobField
+from mlx_serving.common.queues import LANES, model_of, queue_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
-    from mlx_serving.common.job.schema import Lane
     from mlx_serving.common.protocol.client import Protocol
+    from mlx_serving.common.queues import Lane
     from mlx_serving.worker.models.loaded_models import Residents
     from mlx_serving.worker.status.fleet import Fleet
 
@@ -235,7 +236,7 @@ class Placement:
             pipe.time()
             for head in heads:
                 name = head.decode(errors="replace") if isinstance(head, bytes) else ""
-                pipe.hget(keys.job(name), "en")
+                pipe.hget(keys.job(name), JobField.ENQUEUED_MS)
             (seconds, micros), *times = pipe.execute(raise_on_error=False)
         ages: dict[str, float] = {}
         for queue, enqueued in zip(queues, times, strict=True):

@@ -6,7 +6,7 @@ import threading
 import time
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from mlx_serving.common.job.schema import LANES, queue_name
+from mlx_serving.common.queues import LANES, queue_name
 from mlx_serving.worker.claiming.placement import Group
 
 if TYPE_CHECKING:

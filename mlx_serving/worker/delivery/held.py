@@ -11,8 +11,8 @@ from msgspec import Struct, field
 from mlx_serving.common import events
 from mlx_serving.common.errors import EngineError
 from mlx_serving.common.events import ErrorInfo, Usage
-from mlx_serving.common.job.schema import lane_of
-from mlx_serving.common.protocol.calls import ClaimedJob, CommitRow, Returned
+from mlx_serving.common.protocol.calls import ClaimedJob, CommitRow, JobEnd, Returned
+from mlx_serving.common.queues import lane_of
 from mlx_serving.common.results import GenerationResult, Timings, encode_result
 from mlx_serving.common.states import JobState
 from mlx_serving.worker.delivery.choice import Choice
@@ -21,7 +21,7 @@ from mlx_serving.worker.engine.row import FINISH_ERROR, ModelInfo
 from mlx_serving.worker.rq_worker import rq_failure, rq_success
 
 if TYPE_CHECKING:
-    from mlx_serving.common.job.schema import Lane
+    from mlx_serving.common.queues import Lane
     from mlx_serving.worker.delivery.choice import Committed
     from mlx_serving.worker.engine.row import Output
 
@@ -57,7 +57,7 @@ class HeldJob(Struct, eq=False):
 
     claimed: ClaimedJob
     job_id: str = ""
-    request_id: str = ""  # its rows in the engine
+    request_id: str = ""  # the attempt's name in the engine, which knows no attempts
     claimed_at: float = field(default_factory=time.monotonic)
     expires_at: float = inf  # monotonic seconds
     expiry_reason: str = ""
@@ -83,7 +83,7 @@ class HeldJob(Struct, eq=False):
 
     def __post_init__(self) -> None:
         """Start at what is committed, and fix when the job's time is over."""
-        self.job_id, self.request_id = self.claimed.job_id, self.claimed.request_id
+        self.job_id, self.request_id = self.claimed.job_id, self.claimed.attempt.name
         self.seq = self.claimed.seq
         self.first_token_ms = self.claimed.first_token_ms
         self.committed_at = self.claimed_at
@@ -249,7 +249,7 @@ class HeldJob(Struct, eq=False):
 
     def _row(self, event: events.Event) -> CommitRow:
         claimed = self.claimed
-        return CommitRow(claimed.attempt, event.seq, events.encode(event), claimed.stream)
+        return CommitRow.of(claimed.attempt, event, publish=claimed.stream)
 
     def _next_seq(self) -> int:
         self.seq += 1
@@ -274,12 +274,11 @@ class HeldJob(Struct, eq=False):
         error = ending.error
         summary = f"{error.code}: {error.message}" if error else ""
         finished = ending.state is JobState.FINISHED
-        return CommitRow(
-            self.claimed.attempt, event.seq, events.encode(event), self.claimed.stream,
-            state=ending.state, result=result,
-            rq_result=rq_success(result) if finished else rq_failure(summary),
-            error_code=error.code if error else "", message=error.message if error else "",
+        end = JobEnd(
+            ending.state, result, rq_success(result) if finished else rq_failure(summary),
+            error.code if error else "", error.message if error else "",
         )  # fmt: skip
+        return CommitRow.of(self.claimed.attempt, event, publish=self.claimed.stream, end=end)
 
     def _result(self, ending: Ending, usage: Usage, worker: str) -> GenerationResult:
         choices = [choice.result() for choice in self.choices]

@@ -1,7 +1,7 @@
 """The jobs that a worker holds, and what of them no flush has taken. Its owner's lock guards it.
 
-The engine's thread leaves its steps here as they are, at little cost; they are given to their jobs
-where somebody asks, which is mostly the next flush, while the device computes.
+The engine's thread leaves its steps here as they are, at little cost. They are given to their jobs
+when somebody asks: mostly the next flush does, while the device computes.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ class Holdings:
     def __init__(self, manifest: Manifest, measures: Measures) -> None:
         self._manifest, self._measures = manifest, measures
         self.jobs: dict[str, HeldJob] = {}
+        self._by_request: dict[str, HeldJob] = {}  # the same, by the name of the attempt
         self._dirty: dict[str, HeldJob] = {}
         self._steps: list[tuple[float, Sequence[Output]]] = []
         self._waited = 0  # steps since rows were taken
@@ -46,7 +47,7 @@ class Holdings:
 
     def hold(self, job: HeldJob) -> None:
         """Keep a job."""
-        self.jobs[job.job_id] = job
+        self.jobs[job.job_id] = self._by_request[job.request_id] = job
         self._unbegun.add(job.request_id)
         self._manifest.hold(job.request_id)
         self._expires_at = min(self._expires_at, job.expires_at)
@@ -56,14 +57,10 @@ class Holdings:
         job = self.jobs.pop(job_id, None)
         self._dirty.pop(job_id, None)
         if job is not None:
+            del self._by_request[job.request_id]
             self._manifest.drop(job.request_id)
             self._unbegun.discard(job.request_id)
             self.backlog -= job.unsent
-
-    def find(self, request_id: str) -> HeldJob | None:
-        """Return the attempt of this name, where it is held."""
-        job = self.jobs.get(request_id.partition(":")[0])
-        return job if job is not None and job.request_id == request_id else None
 
     def mark(self, job: HeldJob) -> None:
         """Say that a job has something to write."""
@@ -109,8 +106,8 @@ class Holdings:
         return urgent, failed
 
     def _live(self, output: Output) -> HeldJob | None:
-        """The held attempt that decoded it, while its end is open."""
-        job = self.find(output.request_id)
+        """The job whose held attempt decoded it, while its end is open."""
+        job = self._by_request.get(output.request_id)
         if job is None or job.ending is not None:
             self.backlog -= len(output.token_ids)
             return None

@@ -133,13 +133,11 @@ class Publisher(threading.Thread):
         for request_id in replaced:
             self._on_gone(request_id)
 
-    def placed(self, jobs: Iterable[str]) -> None:
-        """Note that the engine has been given the rows of these attempts."""
+    def placed(self, jobs: Iterable[HeldJob]) -> None:
+        """Note that the engine has been given the rows of these jobs."""
         with self._changed:
-            for request_id in jobs:
-                job = self._holdings.find(request_id)
-                if job is not None:
-                    job.placed = True
+            for job in jobs:
+                job.placed = True
 
     def fail(self, job: HeldJob, code: str, message: str) -> None:
         """End a job with an error of its own."""
@@ -181,7 +179,7 @@ class Publisher(threading.Thread):
         with self._changed:
             self._give()
             rows = [job for job in self._holdings.jobs.values() if job.ending is None]
-            unproven = [job.claimed.company for job in rows if not job.proven]
+            unproven = [job.claimed.max_unproven for job in rows if not job.proven]
         return HeldRows(len(rows), len(unproven), min(filter(None, unproven), default=0))
 
     def let_go(self, jobs: Iterable[HeldJob]) -> None:
@@ -334,10 +332,10 @@ class Publisher(threading.Thread):
                     self._holdings.forget(job_id)
                     lost.append((job, reply))
                     gone.append(job.request_id)
-                elif row.state is not None:
+                elif row.end is not None:
                     self._holdings.forget(job_id)
-                    ended.append((job, row.state))
-                    gone += stopped(job, row.state)
+                    ended.append((job, row.end.state))
+                    gone += to_abort(job, row.end.state)
                 elif reply.reason and job.ending is None:
                     self._cancel(job, reply.reason)
                     gone.append(job.request_id)
@@ -408,6 +406,6 @@ class Publisher(threading.Thread):
             self.cancel(job.job_id, job.expiry_reason)
 
 
-def stopped(job: HeldJob, state: JobState) -> list[str]:
-    """Name of an attempt that ended, where its rows may not have ended by themselves."""
+def to_abort(job: HeldJob, state: JobState) -> list[str]:
+    """Return the attempt that the engine is to abort: none if the job finished normally."""
     return [] if state is JobState.FINISHED else [job.request_id]

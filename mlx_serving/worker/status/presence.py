@@ -8,7 +8,7 @@ from collections import deque
 from typing import TYPE_CHECKING, Final
 
 from mlx_serving import __version__
-from mlx_serving.common.job.schema import PROTOCOL
+from mlx_serving.common.queues import PROTOCOL
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

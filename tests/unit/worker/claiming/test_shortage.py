@@ -9,7 +9,7 @@ from mlx_serving.worker.claiming.shortage import CLOSED_SECONDS, PASSED_SECONDS,
 from mlx_serving.worker.engine.row import Request, SamplingParams
 
 if TYPE_CHECKING:
-    from mlx_serving.common.job.schema import Lane
+    from mlx_serving.common.queues import Lane
 
 ALL = Group("a", ("a:interactive", "a:default", "a:bulk"))
 OTHER = Group("b", ("b:default",))
