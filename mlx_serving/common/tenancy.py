@@ -1,4 +1,4 @@
-"""Limits on tenants: an operator's, kept in Redis, where the scripts hold every job against them.
+"""The operator's limits on tenants: kept in Redis, where the scripts check every job against them.
 
 One hash has them all: the fields ``queued`` and ``running`` limit every tenant, the fields
 ``queued:<tenant>`` and ``running:<tenant>`` one tenant, and go before those. A value is a number,

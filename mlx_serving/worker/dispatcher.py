@@ -218,7 +218,7 @@ class Dispatcher:
         return self._news.worth(claim and claim.up_to(self._claim_limit))
 
     def _claim(self) -> bool:
-        """Claim up to the room there is; True where there may be more."""
+        """Claim up to the room there is; True if there may be more."""
         try:
             claimed = self._claims.take(self._room)
         except redis.RedisError:

@@ -8,6 +8,7 @@ import pytest
 
 from mlx_serving.common.protocol import calls
 from mlx_serving.common.protocol.calls import Blame, HeldRows
+from mlx_serving.common.protocol.fields import JobField
 from mlx_serving.common.states import JobState
 from tests.support.protocol_driver import QUEUE, Driver
 
@@ -37,7 +38,7 @@ def suspects(driver: Driver, max_unproven: int, *ids: str, **fields: Any) -> Non
 
 def starve(driver: Driver, *ids: str) -> None:
     for job_id in ids:
-        driver.redis.hset(driver.keys.job(job_id), "su", 1)
+        driver.redis.hset(driver.keys.job(job_id), JobField.SUSPECT_SINCE_MS, 1)
 
 
 class TestVerdict:

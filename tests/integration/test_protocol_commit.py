@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from mlx_serving.common.protocol.fields import JobField
 from mlx_serving.common.states import JobState
 from tests.support.protocol_driver import QUEUE, Attempt, Driver, payload
 
@@ -77,7 +78,7 @@ class TestRows:
         driver.lapse("b")
         driver.redis.delete("mlxs:ev:c")
         driver.redis.set("mlxs:ev:c", "not a stream")
-        driver.redis.hset("mlxs:job:b", "ep", 2)
+        driver.redis.hset("mlxs:job:b", JobField.EPOCH, 2)
         rows = [odd.row(), stolen.row(), good.row(), good.end()]
         assert driver.commit(good, *rows) == ["ERROR", "FENCED", "OK", "OK"]
         assert driver.state("a") == "finished"

@@ -9,6 +9,7 @@ import pytest
 from mlx_serving.common.attempts import Attempt as Name
 from mlx_serving.common.attempts import new_nonce
 from mlx_serving.common.protocol import calls
+from mlx_serving.common.protocol.fields import JobField
 from tests.support.protocol_driver import QUEUE, Attempt, Driver
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ class TestForgottenClaim:
         driver.enqueue("a")
         first = driver.take()
         driver.protocol.run(calls.crash("w1", [calls.Blame(first.job.attempt, max_unproven=2)]))
-        driver.redis.hset(driver.keys.job("a"), "ep", 0)
+        driver.redis.hset(driver.keys.job("a"), JobField.EPOCH, 0)
         second = driver.take()
         driver.release(second)
         blame = calls.Blame(second.job.attempt, max_unproven=2)
@@ -247,7 +248,7 @@ def test_a_job_without_a_nonce_is_nobodys(
 ) -> None:
     del settled_redis
     attempt = driver.start("a")
-    driver.redis.hdel(driver.keys.job("a"), "no")
+    driver.redis.hdel(driver.keys.job("a"), JobField.NONCE)
     blame = calls.Blame(attempt.job.attempt, max_unproven=1)
     outcome: Callable[[], object] = {
         "renew": lambda: driver.renew(attempt).status,

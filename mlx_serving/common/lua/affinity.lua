@@ -1,5 +1,6 @@
 -- Which workers likely have the beginning of a job's prompt computed: those that took a job with one of its marks lately.
--- Follows the prelude, before claim.lua. A job's marks are "<conversation>,<beginning>", either may be empty. Nothing here decides more than who goes first: whatever is lost or odd under these keys delays a job by the bound.
+-- Follows the prelude, before claim.lua. A job's marks are "<conversation>,<beginning>", either may be empty. Nothing here
+-- decides more than who goes first: if something is lost or odd under these keys, a job is delayed by the bound at most.
 
 local note_holder, better_place, is_elsewhere  -- what claim.lua calls; the rest is of this block (Lua has room for 200 locals)
 
@@ -48,7 +49,7 @@ local function note_beginning(mark, worker)
   set_holders(mark, table.concat(names, '\n'))
 end
 
--- A conversation is where its last turn was; a beginning where any of the last jobs that have it were.
+-- A conversation is at the worker that took its last turn; a beginning at every worker that took one of the last jobs with it.
 function note_holder(job, worker)
   local conversation, beginning = marks_of(job)
   if conversation ~= '' then set_holders(conversation, '\n' .. worker .. '\n') end
@@ -81,7 +82,7 @@ local function has_row(p) return p.held < p.rows end
 local function any() return true end
 
 -- The worker that should have the job rather than this one, which holds `rows`; nil if this one should.
--- A conversation goes where it is while there is room. A beginning is soon everywhere: it spreads as the load does.
+-- A conversation stays at its worker while that one has room. A beginning is soon everywhere: it spreads as the load does.
 function better_place(job, queue, worker, rows)
   local conversation, beginning = marks_of(job)
   if conversation ~= '' and holders_of(conversation) ~= '' then

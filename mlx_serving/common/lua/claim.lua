@@ -1,6 +1,6 @@
 -- Takes up to `most` jobs from the queues in priority order; an id is never in neither place.
 -- Tenants take turns: a place on the list that is a tenant's goes to the first job in the line of the tenant whose turn it
--- is, wherever on the list that job stands. A tenant that runs as many jobs as it may lets its turns pass.
+-- is, however far back on the list that job stands. A tenant that runs as many jobs as it may lets its turns pass.
 -- A young job is left for a moment to another worker that likely has its prompt's beginning and room (see affinity.lua); one
 -- of the lane bulk that another worker has the beginning of is taken after those further back that none or this one has.
 -- A claim sent again with its nonce takes nothing more: it returns what it took before, as far as that is still this worker's.

@@ -41,7 +41,7 @@ local function read_fields(id, list)
   return job
 end
 
--- The same, where anything may be under the key: nothing if it is no hash.
+-- The same for a key that may hold anything: an empty table if it is no hash.
 local function find_fields(id, list)
   return is_hash(k_job(id)) and read_fields(id, list) or {}
 end
@@ -187,7 +187,7 @@ local function view_start(id, queue, epoch, worker, iso, now)
   redis.call('PERSIST', k_rq_job(id))
   redis.call('HSET', k_rq_execution(execution), 'id', epoch, 'job_id', id,
              'created_at', now / 1000, 'last_heartbeat', now / 1000, 'worker_name', worker)
-  -- Scored +inf: stock maintenance, by whatever wall clock, never ends a lease.
+  -- Scored +inf: stock maintenance, which goes by its wall clock, never ends a lease.
   redis.call('ZADD', k_rq_executions(id), '+inf', epoch)
   shown('ZADD', k_rq_started(queue), '+inf', execution)
   shown('SADD', k_rq_worker_executions(worker), execution)

@@ -46,11 +46,11 @@ class JobRecord:
     deadline_ms: int
     error_code: str
     message: str
-    result: bytes  # the result record, JSON; empty where the job ended without a worker
+    result: bytes  # the result record, JSON; empty if the job ended without a worker
 
 
 def parse_record(job_id: str, raw: Any) -> JobRecord | None:  # noqa: ANN401 -- redis-py's union
-    """Read a control hash as HGETALL returns it; None where there is none.
+    """Read a control hash as HGETALL returns it; None if there is none.
 
     Raises:
         CorruptJob: it does not read as one of ours.
@@ -105,7 +105,7 @@ class Protocol(_Base):
     """The protocol over a blocking connection (``decode_responses=False``).
 
     Raises:
-        redis.RedisError: from every method, where Redis fails; each call may then be sent again.
+        redis.RedisError: from every method, if Redis fails; each call may then be sent again.
     """
 
     def __init__(self, redis: redis.Redis, keys: Keys) -> None:

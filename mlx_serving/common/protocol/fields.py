@@ -1,6 +1,6 @@
 """Names the fields of our hashes and stream entries, once for Python and for the Lua scripts.
 
-A stored name is short where every job has the field. Code never spells a stored name: Python says
+A stored name is short if every job has the field. Code never spells a stored name: Python says
 ``JobField.STATE``, a script ``F.state`` (`lua_tables`). The worker's hash is not here yet.
 """
 

@@ -1,4 +1,4 @@
-"""From a claimed job to a request for the engine: read, trusted in nothing, resumed, tokenized."""
+"""From a claimed job to requests for the engine: read it, check it, resume it, tokenize it."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def read_job(
 ) -> GenerationJob:
     """Decompress, check, parse and validate the payload of an RQ job.
 
-    `check` sees the payload before it is parsed, and raises where it is not to be.
+    `check` sees the payload before it is parsed, and raises if it must not be.
 
     Raises:
         PayloadTooLarge, CorruptJob, ForeignFunction, InvalidJob: as their names say.
@@ -199,7 +199,7 @@ def _choice(deltas: Sequence[ChoiceDelta]) -> CommittedChoice:
 
 
 def can_continue(committed: Committed, model: ModelInfo, job: GenerationJob) -> bool:
-    """Whether this model goes on from there; False where it begins anew, as the job allows.
+    """Whether this model goes on from there; False if it begins anew, as the job allows.
 
     Raises:
         JobRefusedError: the revision or the tokenizer differs (`model_changed`).
@@ -207,7 +207,7 @@ def can_continue(committed: Committed, model: ModelInfo, job: GenerationJob) -> 
     """
     author = (committed.model_revision, committed.tokenizer_hash)
     same = author == (model.revision, model.tokenizer_hash)
-    # Where only the end is missing, no model has anything to add.
+    # If only the end is missing, no model has anything to add.
     if same or not committed.has_tokens or committed.ends(job.n):
         return True
     if job.on_model_change == "reset":
@@ -217,7 +217,7 @@ def can_continue(committed: Committed, model: ModelInfo, job: GenerationJob) -> 
 
 
 def open_payload(claimed: ClaimedJob, limit: int, signer: Signer = UNSIGNED) -> GenerationJob:
-    """Read the job out of its claim, where its signature allows.
+    """Read the job out of its claim, if its signature allows.
 
     Raises:
         JobRefusedError: with the code of what is wrong, found by the claim or here.
@@ -231,7 +231,7 @@ def open_payload(claimed: ClaimedJob, limit: int, signer: Signer = UNSIGNED) -> 
         return read_job(claimed.data, limit=limit, check=check)
     except MlxServingError as error:
         raise JobRefusedError(error.code, error.message) from None
-    except Exception as error:  # noqa: BLE001 -- whatever a payload makes a parser raise is its own
+    except Exception as error:  # noqa: BLE001 -- a parser may raise anything, and only this job fails
         message = f"data: reading the job's payload raised {type(error).__name__}"
         raise JobRefusedError(CorruptJob.code, message) from None
 
@@ -262,7 +262,7 @@ def build_requests(
     except MlxServingError as error:
         raise JobRefusedError(error.code, error.message) from None
     except Exception as error:  # noqa: BLE001 -- see below
-        # A chat template is foreign code: whatever it raises concerns this job alone.
+        # A chat template is foreign code: what it raises concerns this job alone.
         raise JobRefusedError(EngineError.code, f"messages: {type(error).__name__}") from None
     sampling = _sampling(claimed, job, vocab_size)
     return [

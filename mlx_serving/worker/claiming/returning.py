@@ -1,4 +1,4 @@
-"""Jobs that go back to their queues, uncharged, for whoever can run them."""
+"""Jobs that go back to their queues, uncharged, for a worker that can run them."""
 
 from __future__ import annotations
 

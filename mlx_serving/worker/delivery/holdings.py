@@ -79,7 +79,7 @@ class Holdings:
     # Steps of the engine
 
     def add(self, outputs: Sequence[Output], now: float) -> bool:
-        """Keep a step's outputs; True where they can't wait to be given to their jobs."""
+        """Keep a step's outputs; True if they are to be given to their jobs at once."""
         self._steps.append((now, outputs))
         self._waited += 1
         self.backlog += sum(len(output.token_ids) for output in outputs)
@@ -90,7 +90,7 @@ class Holdings:
         )
 
     def give(self) -> tuple[bool, list[str]]:
-        """Give all steps to their jobs, outputs of attempts that are gone to nobody.
+        """Give all steps to their jobs; drop the outputs of attempts that are gone.
 
         Returns whether a consumer should not wait, and the attempts of which a row failed.
         """
@@ -126,7 +126,7 @@ class Holdings:
     # What a flush takes
 
     def rows(self, worker: str, *, everything: bool) -> list[CommitRow]:
-        """Rows of all jobs that are due; bulk jobs too where `everything` is."""
+        """Rows of all jobs that are due; with `everything` of bulk jobs too."""
         self._waited, now = 0, time.monotonic()
         rows: list[CommitRow] = []
         for job in [j for j in self._dirty.values() if everything or _is_due(j, now)]:
