@@ -20,7 +20,8 @@ DOCUMENTS = [ROOT / "README.md", ROOT / "ops" / "README.md", *sorted((ROOT / "do
 
 def commands(text: str) -> list[str]:
     """Command lines of ours in a page's blocks, without settings before and pipes behind them."""
-    blocks = re.findall(r"^```(?:sh)?\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    fences = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    blocks = [block for language, block in fences if language in {"", "sh"}]
     lines = [line.partition("#")[0] for block in blocks for line in block.splitlines()]
     found = [
         re.search(r"(?:^|[\s=])(mlx-serving [a-z][^|>&]*)", line.removeprefix("$ "))
