@@ -13,9 +13,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from mlx_serving.worker.status import health
+from mlx_serving.worker.status.health import HealthLimits
 from mlx_serving.worker.status.metrics import PREFIX, WorkerCollector
-from mlx_serving.worker.status.status import Board
+from mlx_serving.worker.status.status import StatusTracker
 
 if TYPE_CHECKING:
     from prometheus_client.metrics_core import Metric
@@ -48,7 +48,7 @@ This page is written by `python scripts/metrics_page.py` from the collector.
 
 def page() -> str:
     """The page's text."""
-    collector = WorkerCollector(Board(), health.Limits(), "tally", "w")
+    collector = WorkerCollector(StatusTracker(), HealthLimits(), "tally", "w")
     return _HEAD + "".join(sorted(map(_row, collector.collect())))
 
 
