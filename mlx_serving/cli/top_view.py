@@ -23,8 +23,8 @@ LATE_LEASE_MS: Final = 5000  # half a lease: renewals come four times a lease
 
 
 @dataclass(frozen=True, slots=True)
-class Totals:
-    """Sums over a fleet."""
+class FleetTotals:
+    """Sums over all workers and queues."""
 
     workers: int
     rows: int
@@ -34,7 +34,7 @@ class Totals:
     tokens_per_second: float
 
     @classmethod
-    def of(cls, overview: Overview) -> Totals:
+    def of(cls, overview: Overview) -> FleetTotals:
         """Add up."""
         workers, queues = overview.workers, overview.queues
         return cls(
@@ -51,7 +51,7 @@ class Totals:
 
 
 def span(seconds: float | None) -> str:
-    """A time for people: 0.3 s, 12 s, 5 min, 3.2 h; '' for None."""
+    """A time to read: 0.3 s, 12 s, 5 min, 3.2 h; '' for None."""
     if seconds is None:
         return ""
     if seconds < 120:  # noqa: PLR2004 -- two minutes
@@ -98,13 +98,13 @@ def _memory(worker: WorkerRecord) -> str:
 
 
 def by_model(overview: Overview) -> list[WorkerRecord]:
-    """All workers, those of a model together."""
+    """All workers, sorted by model."""
     return sorted(overview.workers, key=lambda w: (w.model, w.name))
 
 
 def lines(overview: Overview, at: str) -> Iterator[str]:
     """One line of totals, one a worker, one a queue."""
-    yield f"{at} {Totals.of(overview)}" + (" SUSPENDED" if overview.suspended else "")
+    yield f"{at} {FleetTotals.of(overview)}" + (" SUSPENDED" if overview.suspended else "")
     for w in by_model(overview):
         yield (
             f"worker {w.name} {models_of(w)}: {state_of(w)}, rows {_rows(w)}, KV {_kv(w)}, "
@@ -117,11 +117,11 @@ def lines(overview: Overview, at: str) -> Iterator[str]:
 
 
 def frame(overview: Overview, at: str, *, width: int, notice: str = "") -> RenderableType:
-    """All of it as a terminal shows it; `notice` is what went wrong since."""
+    """The whole screen; `notice` is an error since the last read."""
     from rich.console import Group
     from rich.text import Text
 
-    head = Text(f"mlx-serving  {at}  {Totals.of(overview)}", "bold", no_wrap=True)
+    head = Text(f"mlx-serving  {at}  {FleetTotals.of(overview)}", "bold", no_wrap=True)
     parts: list[RenderableType] = [head]
     if overview.suspended:
         parts.append(Text("RQ is suspended: no worker takes a job until `rq resume`", "yellow"))

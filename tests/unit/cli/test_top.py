@@ -7,7 +7,7 @@ from rich.console import Console
 
 from mlx_serving.cli.overview import Overview, QueueView
 from mlx_serving.cli.top import _looks
-from mlx_serving.cli.top_view import Totals, frame, lease_of, lines, models_of, span, state_of
+from mlx_serving.cli.top_view import FleetTotals, frame, lease_of, lines, models_of, span, state_of
 from mlx_serving.common.errors import QueueUnavailable
 from mlx_serving.common.worker_record import WorkerRecord
 
@@ -104,7 +104,7 @@ def test_a_lease_that_fails_is_said() -> None:
 
 
 def test_totals_of_nothing() -> None:
-    assert Totals.of(Overview()) == Totals(0, 0, 0, 0, 0, 0.0)
+    assert FleetTotals.of(Overview()) == FleetTotals(0, 0, 0, 0, 0, 0.0)
 
 
 @pytest.mark.parametrize(
