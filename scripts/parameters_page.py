@@ -88,19 +88,19 @@ SETTINGS: Final[dict[str, tuple[str, ...]]] = {
         "sentinel_password", "key_prefix", "rq_prefix",
     ),
     "Jobs": ("signing_keys", "max_payload_bytes"),
-    "Models ([models.md](models.md))": (
+    "Models ([models.md](explanation/models.md))": (
         "models", "hub_endpoint", "hub_cache", "model_budget_bytes", "pinned_models",
         "model_wait_seconds", "model_load_seconds",
     ),
-    "The batch ([engine.md](engine.md))": (
+    "The batch ([engine.md](explanation/engine.md))": (
         "max_batch_rows", "lane_min_share", "lane_headroom", "kv_budget_bytes",
         "prefill_chunk_tokens", "kv_cache", "kv_bits", "prefix_cache_bytes", "native",
     ),
-    "Delivery ([protocol.md](protocol.md))": (
+    "Delivery ([protocol.md](reference/protocol.md))": (
         "lease_seconds", "reap_interval_seconds", "engine_stall_seconds", "drain_grace_seconds",
         "flush_interval_ms", "buffer_tokens", "prefix_affinity_ms",
     ),
-    "When the engine is replaced ([memory.md](memory.md))": (
+    "When the engine is replaced ([memory.md](explanation/memory.md))": (
         "recycle_after_steps", "recycle_after_tokens", "recycle_after_hours",
     ),
     "When a worker works ([operations.md](operations.md))": (
@@ -123,7 +123,7 @@ environment, a table (`models`, `redis_by_model`) is JSON there. A wrong value, 
 that is none, is `invalid_settings` with that name; such a name in the environment is a warning.
 Settings are read at start. Each has a default that works; what workers and producers must agree on
 is under *Redis* and *Jobs*. None is for the wired limit of macOS, which a worker leaves alone
-([memory.md](memory.md)).
+([memory.md](explanation/memory.md)).
 
 ```toml
 redis_url = "rediss://queue.internal:6379/0"
@@ -185,7 +185,7 @@ def _refused() -> str:
 No text parameter is among them. What a model can't do is refused by the worker, by the field's
 path: tools for a model of which mlx-lm knows no format of calls, messages for one without a chat
 template, a schema that no grammar has (`invalid_schema`), a part of a tool's schema that the
-model's format of calls has no way to write ([engine.md](engine.md)).
+model's format of calls has no way to write ([engine.md](explanation/engine.md)).
 """
 
 

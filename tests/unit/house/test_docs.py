@@ -11,19 +11,18 @@ from mlx_serving.common.job.checks import UNSUPPORTED
 from tests.support.paths import ROOT
 
 PACKAGE = ROOT / "mlx_serving"
+ARCHITECTURE = ROOT / "docs" / "explanation" / "architecture.md"
 DOCUMENTS = [ROOT / "README.md", ROOT / "ops" / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def test_the_map_of_the_house_has_every_room_and_no_other() -> None:
-    told = re.findall(
-        r"^\| `([\w/]+)/` \|", (ROOT / "docs" / "architecture.md").read_text(), re.MULTILINE
-    )
+    told = re.findall(r"^\| `([\w/]+)/` \|", ARCHITECTURE.read_text(), re.MULTILINE)
     rooms = sorted(str(p.parent.relative_to(PACKAGE)) for p in PACKAGE.rglob("__init__.py"))
     assert sorted(told) == [room for room in rooms if room != "."]
 
 
 def test_every_script_is_in_the_life_of_a_job() -> None:
-    text = (ROOT / "docs" / "architecture.md").read_text()
+    text = ARCHITECTURE.read_text()
     scripts = sorted((PACKAGE / "common" / "lua").glob("*.lua"))
     assert [path.name for path in scripts if path.name not in text] == []
 
