@@ -32,7 +32,7 @@ def test_every_script_is_in_the_life_of_a_job() -> None:
 
 
 def test_every_command_is_in_the_command_lines_page() -> None:
-    text = (ROOT / "docs" / "cli.md").read_text()
+    text = (ROOT / "docs" / "reference" / "cli.md").read_text()
     commands = getattr(get_command(app), "commands", {})
     assert len(commands) == 10
     assert [name for name in commands if f"| `{name}" not in text] == []

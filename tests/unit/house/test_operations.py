@@ -11,7 +11,7 @@ from mlx_serving.worker.status.metrics import WorkerCollector
 from mlx_serving.worker.status.status import Board
 from tests.support.paths import ROOT
 
-PAGE = (ROOT / "docs" / "operations.md").read_text()
+PAGE = (ROOT / "docs" / "how-to" / "operations.md").read_text()
 RULES = (ROOT / "ops" / "prometheus" / "mlx-serving.rules.yml").read_text()
 
 
