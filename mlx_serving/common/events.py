@@ -1,4 +1,4 @@
-"""The events of a job, as they travel in its stream and channel. Frozen from the first release.
+"""The events of a job, as its stream and channel carry them. Frozen from the first release.
 
 `seq` counts a job's events 1, 2, 3… over all choices and attempts. Types:
 
@@ -6,7 +6,7 @@
   `tokenizer_hash`) and the seq it starts at (`start_seq`, its own).
 * `tokens` carries the newly decoded tokens of one or more choices.
 * `end` is the last event, exactly one a job: the terminal `state`, `usage`, `error`.
-* `reset` takes back all that came before it: the tokens of every choice are void, and decoding
+* `reset` takes back everything before it: the tokens of every choice are void, and decoding
   begins anew. Only jobs with `on_model_change: "reset"` ever get one.
 
 Readers ignore fields and types that they don't know; writers omit what is absent.
@@ -37,9 +37,9 @@ def event_version() -> int:
 class TopLogprob(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     """A token and its log probability, in the words of the OpenAI chat API.
 
-    `logprob` is natural, of the model's own distribution; -9999.0 stands for a probability of
-    nothing. `bytes` are left out where they are the UTF-8 of `token`; a token that is a part of
-    a character shows as U+FFFD there, and has them.
+    `logprob` is natural, of the model's own distribution; -9999.0 stands for a probability of 0.
+    `bytes` is None if it would be the UTF-8 of `token`. A token that is only a part of a
+    character shows as U+FFFD in `token`, and its `bytes` are given.
     """
 
     token: str
@@ -53,13 +53,13 @@ class TopLogprob(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
 
 
 class TokenLogprob(TopLogprob, frozen=True, omit_defaults=True, gc=False):
-    """The chosen token of one position, and the likeliest ones there, likeliest first."""
+    """The chosen token at one position, and the likeliest tokens there, likeliest first."""
 
     top_logprobs: list[TopLogprob] = []
 
 
 class ChoiceLogprobs(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
-    """Log probabilities of what a choice gained: an entry a token of `token_ids`."""
+    """Log probabilities of a delta's tokens: one entry for each of its `token_ids`."""
 
     content: list[TokenLogprob] = []
 
@@ -67,8 +67,8 @@ class ChoiceLogprobs(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
 if TYPE_CHECKING:
     LogprobsField = ChoiceLogprobs
 else:
-    # The first release reserved the field without a form. No writer ever filled it, but its
-    # golden fixture holds a list, and what was released is read for ever.
+    # The first release reserved the field but did not define it. No writer ever filled it, but
+    # the golden fixture of that release holds a list, and readers must accept it for ever.
     LogprobsField = ChoiceLogprobs | list
 
 
@@ -95,9 +95,9 @@ class ToolCallDelta(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
 class ChoiceDelta(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     """What one choice gained.
 
-    `token_ids` names every decoded token (the end-of-sequence token too); `text` is what the
-    detokenizer released of them, so either may be empty where the other is not. What the model
-    wrote as reasoning or as a tool call is in `reasoning` and `tool_calls`, not in `text`.
+    `token_ids` has every decoded token (also the end-of-sequence token); `text` is what the
+    detokenizer has released so far, so one may be empty while the other is not. Reasoning and
+    tool calls are in `reasoning` and `tool_calls`, not in `text`.
     """
 
     index: int
@@ -125,13 +125,13 @@ class Usage(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
 
     @classmethod
     def of(cls, prompt_tokens: int, completion_tokens: int, cached_tokens: int = 0) -> Usage:
-        """Build with the total added up; the details only where the cache served some."""
+        """Build with the total added up; with details only if the prefix cache served any."""
         details = PromptTokensDetails(cached_tokens) if cached_tokens else None
         return cls(prompt_tokens, completion_tokens, prompt_tokens + completion_tokens, details)
 
 
 class ErrorInfo(msgspec.Struct, frozen=True, gc=False):
-    """Why a job did not finish: a stable code, a sentence, and whether another try may help."""
+    """Why a job did not finish: a stable code, a sentence, and whether to try again may help."""
 
     code: str
     message: str
@@ -183,9 +183,9 @@ def encode(event: Event) -> bytes:
 
 
 def decode(data: bytes) -> Event:
-    """Parse an event; of a type that is not known, only the header has to be readable.
+    """Parse an event; if its type is unknown, only the header has to be readable.
 
-    Raises CorruptEvent where it isn't.
+    Raises CorruptEvent if that is not so.
     """
     try:
         return _decoder.decode(data)
@@ -194,7 +194,7 @@ def decode(data: bytes) -> Event:
 
 
 def _decode_header(data: bytes, cause: Exception) -> Event:
-    """Keep the seq of a future type whose fields have another shape than ours."""
+    """Read only the header: a newer release may give its types' fields another form."""
     try:
         header = _header_decoder.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:

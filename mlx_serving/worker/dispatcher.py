@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from mlx_serving.worker.engine.engine_set import EngineSet
     from mlx_serving.worker.engine.scheduling.limits import BatchSize
     from mlx_serving.worker.engine_thread import Choices, Runner
+    from mlx_serving.worker.messages import Messages
     from mlx_serving.worker.models.loading import LoadedModel
 
 log = structlog.get_logger(__name__)
@@ -55,10 +56,11 @@ CLAIM_MOST: Final = 32
 
 @dataclass(frozen=True, slots=True)
 class DispatcherOptions:
-    """What the loop needs to know of the settings."""
+    """What the loop needs to know of the settings, where its messages come, what may pause it."""
 
     worker: str
     batch: BatchSize
+    messages: Messages
     lease_ms: int = 10_000
     drain_grace_seconds: float = 30.0
     max_payload_bytes: int = 4 * 1024 * 1024
@@ -68,7 +70,7 @@ class DispatcherOptions:
 
 
 class Dispatcher:
-    """Runs until drained; `post` is safe from any thread and from signal handlers."""
+    """Runs until drained; other threads and signal handlers leave it messages."""
 
     def __init__(
         self,
@@ -83,9 +85,9 @@ class Dispatcher:
         self._options, self._protocol = options, protocol
         self._runner, self._publisher, self._sweeper = runner, publisher, sweeper
         self._fleet, self._placement, self._preparation = placement.fleet, placement, preparation
-        self._measures = publisher.measures
+        self._counters = publisher.counters
         self._log = JobLog()
-        self._messages: queue.SimpleQueue[tuple[str, str]] = queue.SimpleQueue()
+        self._messages = options.messages
         self._claim_limit = CLAIM_MOST
         self._claimed = False  # whether anything was since room was last looked at
         self._unadmitted: tuple[str, float] | None = None  # who waits for room, since when
@@ -101,13 +103,6 @@ class Dispatcher:
         self._claims = Claims(
             terms, protocol, placement, publisher.held_rows, self._news, runner.shortage
         )
-
-    def post(self, what: str, argument: str = "") -> None:
-        """Leave a message.
-
-        'wake' <queue>, 'room', 'cancel' or 'stop_job' <id>, 'drain', 'recycle' <why>, 'hand_over'.
-        """
-        self._messages.put((what, argument))
 
     @property
     def draining(self) -> bool:
@@ -176,10 +171,11 @@ class Dispatcher:
             self._stop_job(argument)
         elif what == "hand_over":
             self._status, self._drain_until = 0, time.monotonic()
+            self._counters.draining = True
         elif what == "drain":
             self._drain(self._options.drain_grace_seconds)
         elif what == "recycle" and not self.draining and not self._publisher.failing:
-            self._measures.count("recycles", argument)
+            self._counters.count("recycles", argument)
             self._drain(min(RECYCLE_SECONDS, self._options.drain_grace_seconds), argument)
 
     def _drain(self, grace: float, recycled_for: str = "") -> None:
@@ -188,6 +184,7 @@ class Dispatcher:
             held = len(self._publisher.held())
             log.info("draining", held=held, grace_seconds=grace, recycled_for=recycled_for)
             self._drain_until = time.monotonic() + grace
+            self._counters.draining = True
 
     def _stop_job(self, job_id: str) -> None:
         """RQ's stop-job: through the control hash, so that it holds whoever runs the job."""
@@ -243,12 +240,12 @@ class Dispatcher:
         self._claim_ahead(held, more=more)
         requests = []
         for job in held:
-            model = self._placement.residents.get(model_of(job.claimed.queue))
+            model = self._placement.loaded_models.get(model_of(job.claimed.queue))
             if model is None:
                 self._returning.add(job)  # the reply to its claim came late
                 continue
             try:
-                with self._publisher.manifest.entering(job.request_id):
+                with self._publisher.inflight.entering(job.request_id):
                     choices = self._prepare(job, model)
             except (JobRefusedError, MlxServingError) as error:
                 log.warning("job_refused", **job.names(), code=error.code)
@@ -260,7 +257,7 @@ class Dispatcher:
                 self._outage.note(error)
                 self._returning.add(job)
             else:
-                self._measures.resumed(job.kept_tokens)
+                self._counters.resumed(job.kept_tokens)
                 self._log.started(job)
                 if not (job.claimed.seq and self._publisher.conclude(job)):
                     requests.append(choices)

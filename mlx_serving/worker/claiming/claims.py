@@ -146,7 +146,7 @@ class Claims:
 
         Nothing is done where such a claim is under way.
         """
-        if self._ahead.under_way or self._placement.residents.several or self._reserved:
+        if self._ahead.under_way or self._placement.loaded_models.several or self._reserved:
             return
         asked = room()
         groups = self._open_groups(asked) if asked is not None else []
@@ -188,7 +188,7 @@ class Claims:
     def _groups(self, room: LaneClaim) -> list[Group]:
         """What to look into: first the model whose suspect waits for us to have room."""
         groups, model = self._open_groups(room), model_of(self._reserved)
-        if model not in self._placement.residents.resident():
+        if model not in self._placement.loaded_models.resident():
             return groups
         first = next((g for g in groups if g.model == model), Group(model, ()))
         return [first, *(g for g in groups if g is not first)]
@@ -209,7 +209,7 @@ class Claims:
 
     def _call(self, group: Group) -> _ClaimCall:
         terms = self._terms
-        loaded = self._placement.residents.get(group.model)
+        loaded = self._placement.loaded_models.get(group.model)
         capacity = loaded.engine.kv_tokens_capacity if loaded else 0
         if loaded and self._shortage.passes(group.model):
             capacity -= loaded.engine.kv_tokens_used

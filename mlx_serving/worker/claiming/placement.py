@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from mlx_serving.common.job.schema import Lane
     from mlx_serving.common.protocol.client import Protocol
-    from mlx_serving.worker.models.loaded_models import Residents
+    from mlx_serving.worker.models.loaded_models import LoadedModels
     from mlx_serving.worker.status.fleet import Fleet
 
 
@@ -96,7 +96,7 @@ FRUITLESS_SECONDS: Final = 60.0
 
 
 class Placement:
-    """The main thread's side of `Residents`.
+    """The main thread's side of `LoadedModels`.
 
     `interleave` has the engine thread do slices; `held` names the queues of the jobs held now.
 
@@ -107,7 +107,7 @@ class Placement:
 
     def __init__(
         self,
-        residents: Residents,
+        loaded_models: LoadedModels,
         protocol: Protocol,
         fleet: Fleet,
         worker: str,
@@ -116,10 +116,11 @@ class Placement:
         held: Callable[[], Iterable[str]],
         patience: float,
     ) -> None:
-        self.residents, self.fleet = residents, fleet
+        self.loaded_models, self.fleet = loaded_models, fleet
         self._protocol, self._worker = protocol, worker
         self._interleave, self._held, self._patience = interleave, held, patience
-        self._turn = list(residents.models)  # who comes first among equals, the longest ago first
+        # Who comes first among equals: the model whose jobs were claimed the longest ago.
+        self._turn = list(loaded_models.models)
         self._coming = ""  # the model that is to be brought up
         self._decided_at = float("-inf")
         self._depths: dict[str, int] = {}
@@ -130,19 +131,19 @@ class Placement:
 
     def groups(self, lanes: Sequence[Lane]) -> list[Group]:
         """Queues of these lanes to claim from now, those of one model in one claim, in order."""
-        residents = self.residents
-        if not residents.several:
-            (model,) = residents.models
+        loaded_models = self.loaded_models
+        if not loaded_models.several:
+            (model,) = loaded_models.models
             return [Group(model, tuple(queue_name(model, lane) for lane in lanes))]
         self._look()
-        here = residents.resident()
+        here = loaded_models.resident()
         turn = [model for model in self._turn if model in here]
         return claim_order(turn, self._depths, lanes)
 
     def claimed(self, group: Group, jobs: int) -> None:
         """Note what a claim brought: the model's next turn comes after the others'."""
         if jobs:
-            self.residents.touch(group.model)
+            self.loaded_models.touch(group.model)
             self._turn.remove(group.model)
             self._turn.append(group.model)
             return
@@ -151,7 +152,7 @@ class Placement:
 
     def _look(self) -> None:
         keys = self._protocol.keys
-        queues = [queue_name(model, lane) for model in self.residents.models for lane in LANES]
+        queues = [queue_name(model, lane) for model in self.loaded_models.models for lane in LANES]
         with self._protocol.redis.pipeline(transaction=False) as pipe:
             for queue in queues:
                 pipe.llen(keys.rq_queue(queue))
@@ -170,34 +171,34 @@ class Placement:
         `claiming`: whether this worker takes jobs at all now.
         """
         now = time.monotonic()
-        if not self.residents.several or now - self._decided_at < DECIDE_SECONDS:
+        if not self.loaded_models.several or now - self._decided_at < DECIDE_SECONDS:
             return
         self._decided_at = now
-        if self.residents.loading:
-            self._reserve(self.residents.loading)
+        if self.loaded_models.loading:
+            self._reserve(self.loaded_models.loading)
             return
         self._coming = self._choose() if claiming else ""
         if not self._coming or not self._reserve(self._coming):
-            self._coming, self.residents.leaving = "", frozenset()
+            self._coming, self.loaded_models.leaving = "", frozenset()
             return
-        victims = self.residents.victims(self._coming) or ()
-        self.residents.leaving = frozenset(victims)
+        victims = self.loaded_models.victims(self._coming) or ()
+        self.loaded_models.leaving = frozenset(victims)
         if not self._busy(victims):
-            self.residents.loading = self._coming
-            self._interleave(self.residents.bring_up(self._coming, victims))
+            self.loaded_models.loading = self._coming
+            self._interleave(self.loaded_models.bring_up(self._coming, victims))
 
     def _choose(self) -> str:
         """Return the model to bring up, which is the one we are at while it is still wanted; ''."""
         self._look()
-        here = self.residents.resident()
+        here = self.loaded_models.resident()
         away = [
-            model for model in self.residents.models
-            if self.residents.get(model) is None and self._waiting(model)
-            and self.residents.loadable(model)
+            model for model in self.loaded_models.models
+            if self.loaded_models.get(model) is None and self._waiting(model)
+            and self.loaded_models.loadable(model)
         ]  # fmt: skip
         if not away:
             return ""
-        elsewhere = self.fleet.residents_elsewhere()
+        elsewhere = self.fleet.models_elsewhere()
         if self._coming in away and self._coming not in elsewhere:
             return self._coming
         ages = self._ages(away)
@@ -206,8 +207,8 @@ class Placement:
         return next_to_load(wanted, idle=idle, patience=self._patience) or ""
 
     def _wanted(self, model: str, seconds: float, *, elsewhere: bool) -> Wanted:
-        victims = self.residents.victims(model) or ()
-        served = min(map(self.residents.served_for, victims), default=None)
+        victims = self.loaded_models.victims(model) or ()
+        served = min(map(self.loaded_models.served_for, victims), default=None)
         return Wanted(model, seconds, elsewhere, self._busy(victims), served)
 
     def _busy(self, models: Iterable[str]) -> bool:

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from mlx_serving.common.protocol.calls import CommitRow
     from mlx_serving.worker.delivery.held import HeldJob
     from mlx_serving.worker.engine.row import Output
-    from mlx_serving.worker.process.inflight_file import Manifest
-    from mlx_serving.worker.status.counters import Measures
+    from mlx_serving.worker.process.inflight_file import InflightJobs
+    from mlx_serving.worker.status.counters import Counters
 
 BULK_TOKENS: Final = 16  # a job without `stream` commits every so many tokens a choice …
 BULK_SECONDS: Final = 0.5  # … or so often
@@ -29,8 +29,8 @@ BULK_SECONDS: Final = 0.5  # … or so often
 class Holdings:
     """Held jobs by id, steps that no job has been given, and jobs with something to write."""
 
-    def __init__(self, manifest: Manifest, measures: Measures) -> None:
-        self._manifest, self._measures = manifest, measures
+    def __init__(self, inflight: InflightJobs, counters: Counters) -> None:
+        self._inflight, self._counters = inflight, counters
         self.jobs: dict[str, HeldJob] = {}
         self._dirty: dict[str, HeldJob] = {}
         self._steps: list[tuple[float, Sequence[Output]]] = []
@@ -48,7 +48,7 @@ class Holdings:
         """Keep a job."""
         self.jobs[job.job_id] = job
         self._unbegun.add(job.request_id)
-        self._manifest.hold(job.request_id)
+        self._inflight.hold(job.request_id)
         self._expires_at = min(self._expires_at, job.expires_at)
 
     def forget(self, job_id: str) -> None:
@@ -56,7 +56,7 @@ class Holdings:
         job = self.jobs.pop(job_id, None)
         self._dirty.pop(job_id, None)
         if job is not None:
-            self._manifest.drop(job.request_id)
+            self._inflight.drop(job.request_id)
             self._unbegun.discard(job.request_id)
             self.backlog -= job.unsent
 
@@ -105,7 +105,7 @@ class Holdings:
                 urgent |= self._give(job, output, now)
                 if output.error is not None:  # its other choices stop
                     failed.append(job.request_id)
-            self._measures.stepped(progress, now)
+            self._counters.stepped(progress, now)
         return urgent, failed
 
     def _live(self, output: Output) -> HeldJob | None:
@@ -121,9 +121,9 @@ class Holdings:
         self._unbegun.discard(job.request_id)
         self._dirty[job.job_id] = job
         if job.ending is not None:
-            self._manifest.mark(job.request_id, RowState.HELD)
+            self._inflight.mark(job.request_id, RowState.HELD)
         elif job.proves(now):
-            self._manifest.mark(job.request_id, RowState.PROVEN)
+            self._inflight.mark(job.request_id, RowState.PROVEN)
         return urgent
 
     # What a flush takes

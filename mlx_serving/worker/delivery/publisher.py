@@ -16,8 +16,8 @@ from mlx_serving.common.protocol.calls import HeldRows
 from mlx_serving.common.states import JobState
 from mlx_serving.worker.delivery.holdings import Holdings
 from mlx_serving.worker.delivery.log import JobLog
-from mlx_serving.worker.process.inflight_file import Manifest
-from mlx_serving.worker.status.counters import Measures
+from mlx_serving.worker.process.inflight_file import InflightJobs
+from mlx_serving.worker.status.counters import Counters
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -87,17 +87,17 @@ class Publisher(threading.Thread):
         options: PublisherOptions,
         engine: EngineLink,
         *,
-        manifest: Manifest | None = None,
-        measures: Measures | None = None,
+        inflight: InflightJobs | None = None,
+        counters: Counters | None = None,
     ) -> None:
         super().__init__(name="publisher", daemon=True)
         self._protocol, self._worker, self._options = protocol, worker, options
         self._engine, self._on_gone = engine, engine.on_gone
         self._log = JobLog()
-        self.manifest = manifest or Manifest()
-        self.measures = measures or Measures()
+        self.inflight = inflight or InflightJobs()
+        self.counters = counters or Counters()
         self._changed = threading.Condition()
-        self._holdings = Holdings(self.manifest, self.measures)
+        self._holdings = Holdings(self.inflight, self.counters)
         self._urgent = self._due = self._draining = self._looking = self._resting = False
         self._idle = threading.Event()
         self._stopping = threading.Event()
@@ -347,7 +347,7 @@ class Publisher(threading.Thread):
         for job, reply in lost:
             self._note_lost(job, reply)
         for job, state in ended:
-            self.measures.ended(job, state)
+            self.counters.ended(job, state)
             self._log.ended(job, state)
         return [row for row in rows if row.attempt.job_id in again]
 

@@ -162,7 +162,7 @@ def plan(job: GenerationJob, requests: Iterable[Request]) -> list[Request]:
     Raises:
         InvalidJob: the job asks for one.
     """
-    if job.response_format is not None or enforces_tools(job):
+    if job.response_format is not None or enforces_tools(job.tools, job.tool_choice):
         field = "tools" if job.response_format is None else "response_format"
         raise InvalidJob([(field, "the simulated engine can't be held to a form")])
     return list(requests)

@@ -137,7 +137,8 @@ def test_a_wrong_choice_of_tools_is_refused_by_path(fields: dict[str, Any], path
 
 
 def names(**fields: Any) -> list[str]:
-    return [tool.function.name for tool in chosen_tools(job(**fields))]
+    made = job(**fields)
+    return [tool.function.name for tool in chosen_tools(made.tools, made.tool_choice)]
 
 
 def test_the_choice_says_which_tools_there_are_and_whether_one_must_be_called() -> None:
@@ -145,9 +146,9 @@ def test_the_choice_says_which_tools_there_are_and_whether_one_must_be_called() 
     assert names(tools=[F, G]) == names(tools=[F, G], tool_choice="required") == ["f", "g"]
     assert names(tools=[F, G], tool_choice="none") == []
     assert names(tools=[F, G], tool_choice=NAMED) == ["f"]
-    assert must_call(job(tools=[F], tool_choice="required"))
-    assert must_call(job(tools=[F], tool_choice=NAMED))
-    assert not must_call(job(tools=[F], tool_choice="auto"))
+    assert must_call(job(tools=[F], tool_choice="required").tool_choice)
+    assert must_call(job(tools=[F], tool_choice=NAMED).tool_choice)
+    assert not must_call(job(tools=[F], tool_choice="auto").tool_choice)
 
 
 @pytest.mark.parametrize(
@@ -165,6 +166,6 @@ def test_enforced_tools_need_workers_that_enforce(
     fields: dict[str, Any], *, enforced: bool
 ) -> None:
     made = job(**fields)
-    assert enforces_tools(made) is enforced
+    assert enforces_tools(made.tools, made.tool_choice) is enforced
     assert made.min_protocol == (3 if enforced else 1)
     assert GenerationJob.from_wire(json.loads(json.dumps(made.to_wire()))) == made

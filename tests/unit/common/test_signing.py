@@ -93,7 +93,7 @@ def test_keys_rotate_without_a_job_refused() -> None:
     for before, after in itertools.pairwise(phases):
         for signs, verifies in ((before, after), (after, before)):
             verifies.verify(signs.sign(*PARTS) or "", *PARTS)
-    with pytest.raises(BadSignature, match="by a key that is not known here"):
+    with pytest.raises(BadSignature, match="by a key that this worker does not know"):
         phases[-1].verify(phases[0].sign(*PARTS) or "", *PARTS)
 
 
