@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final, Self
 from mlx_serving.cli.console import EXIT_INTERRUPTED, harmless, note
 from mlx_serving.common.errors import MlxServingError
 from mlx_serving.common.events import encode
-from mlx_serving.common.job.schema import queue_name
+from mlx_serving.common.queues import queue_name
 from mlx_serving.producer.client import Client
 
 if TYPE_CHECKING:

@@ -15,11 +15,12 @@ Readers ignore fields and types that they don't know; writers omit what is absen
 from __future__ import annotations
 
 import builtins
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import msgspec
 
 from mlx_serving.common.errors import CorruptEvent
+from mlx_serving.common.protocol.fields import EVENT_OPENING
 
 EVENT_VERSION: Final = 1
 ATTEMPT: Final = "attempt"
@@ -64,14 +65,6 @@ class ChoiceLogprobs(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     content: list[TokenLogprob] = []
 
 
-if TYPE_CHECKING:
-    LogprobsField = ChoiceLogprobs
-else:
-    # The first release reserved the field but did not define it. No writer ever filled it, but
-    # the golden fixture of that release holds a list, and readers must accept it for ever.
-    LogprobsField = ChoiceLogprobs | list
-
-
 class FunctionDelta(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     """A part of a call: the function's name once, its arguments as pieces of a JSON text."""
 
@@ -103,7 +96,7 @@ class ChoiceDelta(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     index: int
     text: str = ""
     token_ids: list[int] = []
-    logprobs: LogprobsField | None = None
+    logprobs: ChoiceLogprobs | None = None
     tool_calls: list[ToolCallDelta] | None = None
     reasoning: str | None = None
     finish_reason: str | None = None
@@ -162,6 +155,11 @@ class Event(msgspec.Struct, frozen=True, omit_defaults=True, gc=False, kw_only=T
         """Text that choice 0 gained by this event."""
         return "".join(choice.text for choice in self.choices if choice.index == 0)
 
+    @property
+    def has_tokens(self) -> bool:
+        """Whether any choice gained a token."""
+        return any(choice.token_ids for choice in self.choices)
+
 
 class _Header(msgspec.Struct, frozen=True, gc=False):
     """The part of an event that every version shares."""
@@ -172,6 +170,7 @@ class _Header(msgspec.Struct, frozen=True, gc=False):
     type: str
 
 
+_OPENING: Final = EVENT_OPENING.encode()
 _encoder = msgspec.json.Encoder()
 _decoder = msgspec.json.Decoder(Event)
 _header_decoder = msgspec.json.Decoder(_Header)
@@ -180,6 +179,16 @@ _header_decoder = msgspec.json.Decoder(_Header)
 def encode(event: Event) -> bytes:
     """Compact JSON of an event, absent fields omitted."""
     return _encoder.encode(event)
+
+
+def opening(attempt: bytes, seq: bytes) -> bytes:
+    """How the JSON of every event begins, from its numbers as decimal text."""
+    return _OPENING % (attempt, seq)
+
+
+def body(event: Event) -> bytes:
+    """JSON of an event without its opening, which its row and its entry say by other means."""
+    return encode(event)[len(EVENT_OPENING % (event.attempt, event.seq)) :]
 
 
 def decode(data: bytes) -> Event:

@@ -219,7 +219,7 @@ def assemble(
 
 def _joined(index: int, deltas: list[ChoiceDelta]) -> ChoiceResult:
     """Build one choice from its deltas."""
-    forms = [d.logprobs for d in deltas if isinstance(d.logprobs, ChoiceLogprobs)]
+    forms = [d.logprobs for d in deltas if d.logprobs is not None]
     content = [entry for form in forms for entry in form.content]
     return ChoiceResult(
         index=index,

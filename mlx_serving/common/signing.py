@@ -20,9 +20,6 @@ from mlx_serving.common.errors import BadSignature
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-SIGNATURE_FIELD: Final = "mlxs_sig"
-"""Field of RQ's job hash; `claim.lua` reads the same one."""
-
 VERSION: Final = "v1"
 _JOB_DOMAIN: Final = b"mlx-serving job v1"
 _KEY_ID_DOMAIN: Final = b"mlx-serving key id v1"

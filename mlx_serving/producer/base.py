@@ -18,6 +18,7 @@ from mlx_serving.common.errors import (
 )
 from mlx_serving.common.events import RESET, decode
 from mlx_serving.common.protocol import calls
+from mlx_serving.common.protocol.fields import JobField
 from mlx_serving.common.redis.connection import resolve
 from mlx_serving.common.results import GenerationResult, Timings
 from mlx_serving.common.signing import Signer
@@ -105,7 +106,7 @@ class BaseClient:
 
     def _queue_snapshot(self, pipe: Any, job_id: str, after_seq: int) -> None:  # noqa: ANN401 -- a sync or async pipeline
         """Queue a read of a job: first its control hash, so that the stream is at least as new."""
-        pipe.hmget(self.keys.job(job_id), "st", "seq", "sm")
+        pipe.hmget(self.keys.job(job_id), JobField.STATE, JobField.SEQ, JobField.STREAM)
         pipe.xrange(self.keys.events(job_id), f"({after_seq}-0", "+", count=PAGE_EVENTS)
 
     @staticmethod

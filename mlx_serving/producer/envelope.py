@@ -18,8 +18,10 @@ from rq.serializers import JSONSerializer
 
 from mlx_serving.common import limits
 from mlx_serving.common.errors import FieldError, PayloadTooLarge
+from mlx_serving.common.job.schema import JOB_FUNCTION
 from mlx_serving.common.protocol.calls import EnqueueEntry, iso_now
-from mlx_serving.common.signing import SIGNATURE_FIELD, Signer
+from mlx_serving.common.protocol.fields import SIGNATURE_FIELD
+from mlx_serving.common.signing import Signer
 from mlx_serving.producer.marks import marks
 
 if TYPE_CHECKING:
@@ -28,9 +30,6 @@ if TYPE_CHECKING:
     from redis import Redis
 
     from mlx_serving.common.job.schema import GenerationJob
-
-JOB_FUNCTION: Final = "mlx_serving.worker.task.generate"
-"""The one function that a job may name; producers never import it."""
 
 UNSIGNED: Final = Signer()
 

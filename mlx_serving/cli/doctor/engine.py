@@ -14,7 +14,8 @@ from mlx_serving.cli.options import INSTALL, missing_engine
 from mlx_serving.cli.overview import read_overview
 from mlx_serving.cli.worker import model_path
 from mlx_serving.common.errors import MlxServingError
-from mlx_serving.common.job.schema import GenerationJob, model_of
+from mlx_serving.common.job.schema import GenerationJob
+from mlx_serving.common.queues import model_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from mlx_serving.common.job.messages import Tool
 
 TEXT: Final = {"type": "text"}
-ENFORCED_TOOLS_PROTOCOL: Final = 3
-"""First protocol whose workers enforce tools that are required, named or strict."""
 
 _FIELDS: Final[dict[str, tuple[str, ...]]] = {
     "text": (),

@@ -32,38 +32,15 @@ from mlx_serving.common.job.checks import (
     unsupported_errors,
 )
 from mlx_serving.common.job.messages import STRICT, Message, Tool
-from mlx_serving.common.job.output_format import (
-    ENFORCED_TOOLS_PROTOCOL,
-    TEXT,
-    enforces_tools,
-    format_errors,
-)
+from mlx_serving.common.job.output_format import TEXT, format_errors
+from mlx_serving.common.queues import PROTOCOL, Lane, queue_name
 from mlx_serving.common.validation import check_data, rules_error
 
 JOB_FUNCTION: Final = "mlx_serving.worker.task.generate"
 """The one function that our RQ jobs name; producers never import it."""
 
-PROTOCOL: Final = 3
-"""Newest protocol that this code speaks; a worker leaves jobs queued that need a newer one."""
-
-FEATURE_PROTOCOL: Final[dict[str, int]] = {
-    "on_model_change": 2,
-    "n": 3,
-    "repetition_penalty": 3,
-    "presence_penalty": 3,
-    "frequency_penalty": 3,
-    "logit_bias": 3,
-    "logprobs": 3,
-    "top_logprobs": 3,
-    "response_format": 3,
-}
-"""Fields that only workers of a later protocol honour, with that protocol."""
-
-Lane = Literal["interactive", "default", "bulk"]
-LANES: Final[tuple[Lane, ...]] = ("interactive", "default", "bulk")
-"""In order of priority."""
-
-_LANES: Final[dict[str, Lane]] = {lane: lane for lane in LANES}
+FEATURE_PROTOCOL: Final[dict[str, int]] = {}
+"""Fields that only workers of a later protocol than 1 honour, with that protocol. None yet."""
 
 # A model's name is a part of queue names and keys: no ':', no braces, no blanks.
 ModelName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,127}$")]
@@ -329,8 +306,7 @@ class GenerationJob(BaseModel):
     def min_protocol(self) -> int:
         """Oldest protocol whose workers honour every field that this job sets."""
         needs = (protocol for field, protocol in FEATURE_PROTOCOL.items() if self._asks(field))
-        enforced = ENFORCED_TOOLS_PROTOCOL if enforces_tools(self.tools, self.tool_choice) else 1
-        return max([enforced, *needs])
+        return max(needs, default=1)
 
     def _asks(self, field: str) -> bool:
         """Whether a field has a value that changes anything: {} and 0 mean the same as None."""
@@ -351,30 +327,6 @@ class GenerationJob(BaseModel):
         if not self.tools or self.tool_choice == "none":
             return None
         return [tool.model_dump(mode="json", exclude_none=True) for tool in self.tools]
-
-
-def queue_name(model: str, lane: Lane) -> str:
-    """RQ queue of a model's lane."""
-    return f"{model}:{lane}"
-
-
-def model_of(queue: str) -> str:
-    """Return the alias of the model that a queue is for."""
-    return queue.rpartition(":")[0]
-
-
-def lane_of(queue: str) -> Lane:
-    """Lane of an RQ queue of ours.
-
-    Raises:
-        ValueError: it is named otherwise.
-
-    """
-    lane = _LANES.get(queue.rpartition(":")[2])
-    if lane is not None and ":" in queue:
-        return lane
-    message = f"queue {queue} is not the lane of a model"
-    raise ValueError(message)
 
 
 def _plain_fields(data: dict[Any, Any]) -> dict[Any, Any]:

@@ -6,7 +6,7 @@ import math
 from itertools import islice
 from typing import TYPE_CHECKING, Final
 
-from mlx_serving.common.job.schema import queue_name
+from mlx_serving.common.queues import queue_name
 from mlx_serving.producer.batch.collector import PAGE_JOBS, Collector
 from mlx_serving.producer.batch.feeder import Feeder
 from mlx_serving.producer.batch.index import read_places

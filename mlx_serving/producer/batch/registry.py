@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 import msgspec
 
 from mlx_serving.common.errors import BatchNotFound
+from mlx_serving.common.protocol.fields import BatchField
 from mlx_serving.common.redis.connection import connect, resolve
 from mlx_serving.common.redis.retrying import answered
 from mlx_serving.producer.batch.folder import STATE
@@ -91,12 +92,12 @@ class Registry:
         key, index = self._keys.batch(report.batch.id), self._keys.batches()
 
         def send(pipe: Any) -> None:  # noqa: ANN401 -- redis has no type
-            pipe.hset(key, "report", msgspec.json.encode(report))
+            pipe.hset(key, BatchField.REPORT, msgspec.json.encode(report))
             pipe.expire(key, KEEP_SECONDS)
             pipe.zadd(index, {report.batch.id: report.at_ms}, nx=True)  # by the first report
             pipe.zremrangebyscore(index, "-inf", report.at_ms - KEEP_SECONDS * 1000)
             pipe.expire(index, KEEP_SECONDS)
-            pipe.hget(key, "cancel")
+            pipe.hget(key, BatchField.CANCEL)
 
         return self._pipelined(send)[-1] is not None
 
@@ -123,11 +124,11 @@ class Registry:
     def ask_to_cancel(self, batch_id: str) -> Report:
         """Ask the runner, on any machine, to cancel the batch. Raises BatchNotFound."""
         report = self.find(batch_id)
-        answered(lambda: self._redis.hset(self._keys.batch(batch_id), "cancel", "1"))
+        answered(lambda: self._redis.hset(self._keys.batch(batch_id), BatchField.CANCEL, "1"))
         return report
 
     def _read(self, batch_id: str) -> tuple[bytes | None, int]:
-        raw: Any = answered(lambda: self._redis.hget(self._keys.batch(batch_id), "report"))
+        raw: Any = answered(lambda: self._redis.hget(self._keys.batch(batch_id), BatchField.REPORT))
         return raw, self._now_ms()
 
     def _now_ms(self) -> int:

@@ -11,6 +11,7 @@ from mlx_serving.common.errors import CorruptEvent, CorruptJob
 from mlx_serving.common.events import decode
 from mlx_serving.common.protocol import calls
 from mlx_serving.common.protocol.client import Protocol, parse_record
+from mlx_serving.common.protocol.fields import JobField
 from mlx_serving.common.redis.connection import connect
 from mlx_serving.common.redis.retrying import answered
 from mlx_serving.common.results import GenerationResult, Timings
@@ -51,7 +52,9 @@ class JobStore:
 
         A key of another type counts as failed; `results` says why.
         """
-        found = self._pipelined(lambda pipe: [pipe.hget(self._keys.job(i), "st") for i in job_ids])
+        found = self._pipelined(
+            lambda pipe: [pipe.hget(self._keys.job(i), JobField.STATE) for i in job_ids]
+        )
         return [_state(state) for state in found]
 
     def results(self, job_ids: Sequence[str]) -> list[GenerationResult | None]:

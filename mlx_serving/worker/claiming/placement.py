@@ -8,19 +8,20 @@ from typing import TYPE_CHECKING, Final, cast
 
 import structlog
 
-from mlx_serving.common.job.schema import LANES, model_of, queue_name
+from mlx_serving.common.protocol.fields import JobField
+from mlx_serving.common.queues import LANES, model_of, queue_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
-    from mlx_serving.common.job.schema import Lane
     from mlx_serving.common.protocol.client import Protocol
+    from mlx_serving.common.queues import Lane
     from mlx_serving.worker.models.loaded_models import LoadedModels
     from mlx_serving.worker.status.fleet import Fleet
 
 
 @dataclass(frozen=True, slots=True)
-class Group:
+class ModelQueues:
     """Queues of one model, in order of priority: what one claim looks into."""
 
     model: str
@@ -33,7 +34,7 @@ class Wanted:
 
     `elsewhere`: a live worker has it in memory. Of those that would have to leave for it,
     `victims_busy` says whether any has rows, and `victims_served` for how many seconds the last
-    to come has been here; None where none has to.
+    to come has been here; None if none has to.
     """
 
     model: str
@@ -45,32 +46,32 @@ class Wanted:
 
 def claim_order(
     models: Sequence[str], waiting: Mapping[str, int], lanes: Sequence[Lane] = LANES
-) -> list[Group]:
+) -> list[ModelQueues]:
     """Groups of queues with jobs, by the order of `lanes`, within a lane by that of `models`.
 
     `waiting` is how many jobs each queue has.
     """
-    groups: list[Group] = []
+    groups: list[ModelQueues] = []
     for lane in lanes:
         for model in models:
             queue = queue_name(model, lane)
             if not waiting.get(queue):
                 continue
             if groups and groups[-1].model == model:
-                groups[-1] = Group(model, (*groups[-1].queues, queue))
+                groups[-1] = ModelQueues(model, (*groups[-1].queues, queue))
             else:
-                groups.append(Group(model, (queue,)))
+                groups.append(ModelQueues(model, (queue,)))
     return groups
 
 
 def next_to_load(wanted: Collection[Wanted], *, idle: bool, patience: float) -> str | None:
     """Return the model to load now, the one that has been waited for the longest; or none.
 
-    `idle`: nothing waits for the models that are here. A model that nobody has is loaded where
-    that is so and those that leave for it have no rows; elsewhere once its jobs have waited for
+    `idle`: nothing waits for the models that are here. A model that nobody has is loaded if this
+    worker is idle and the models that leave for it have no rows; else once its jobs have waited for
     `patience` seconds and those that leave have had as long. A model that another worker has is
-    that one's to serve: it is loaded here too only where it has jobs that waited so long, and we
-    have none.
+    that worker's to serve: it is loaded here too only if its jobs have waited so long and this
+    worker is idle.
     """
     for one in sorted(wanted, key=lambda w: w.seconds, reverse=True):
         overdue = one.seconds >= patience
@@ -129,18 +130,18 @@ class Placement:
 
     # Claiming
 
-    def groups(self, lanes: Sequence[Lane]) -> list[Group]:
+    def groups(self, lanes: Sequence[Lane]) -> list[ModelQueues]:
         """Queues of these lanes to claim from now, those of one model in one claim, in order."""
         loaded_models = self.loaded_models
         if not loaded_models.several:
             (model,) = loaded_models.models
-            return [Group(model, tuple(queue_name(model, lane) for lane in lanes))]
+            return [ModelQueues(model, tuple(queue_name(model, lane) for lane in lanes))]
         self._look()
         here = loaded_models.resident()
         turn = [model for model in self._turn if model in here]
         return claim_order(turn, self._depths, lanes)
 
-    def claimed(self, group: Group, jobs: int) -> None:
+    def claimed(self, group: ModelQueues, jobs: int) -> None:
         """Note what a claim brought: the model's next turn comes after the others'."""
         if jobs:
             self.loaded_models.touch(group.model)
@@ -216,7 +217,7 @@ class Placement:
         return not {model_of(queue) for queue in self._held()}.isdisjoint(models)
 
     def _waiting(self, model: str) -> bool:
-        """Whether jobs wait that we could take: not those that a claim left where they are."""
+        """Whether jobs wait that we could take: not those that a claim left behind."""
         now = time.monotonic()
         for queue in (queue_name(model, lane) for lane in LANES):
             depth, (left, at) = self._depths.get(queue, 0), self._fruitless.get(queue, (0, 0.0))
@@ -236,7 +237,7 @@ class Placement:
             pipe.time()
             for head in heads:
                 name = head.decode(errors="replace") if isinstance(head, bytes) else ""
-                pipe.hget(keys.job(name), "en")
+                pipe.hget(keys.job(name), JobField.ENQUEUED_MS)
             (seconds, micros), *times = pipe.execute(raise_on_error=False)
         ages: dict[str, float] = {}
         for queue, enqueued in zip(queues, times, strict=True):
@@ -246,7 +247,7 @@ class Placement:
         return ages
 
     def _reserve(self, model: str) -> bool:
-        """Say that we bring the model up; False where another worker does."""
+        """Say that we bring the model up; False if another worker does."""
         key, redis = self._protocol.keys.bringing(model), self._protocol.redis
         owner = cast(
             "bytes | None", redis.set(key, self._worker, nx=True, get=True, px=BRINGING_MS)

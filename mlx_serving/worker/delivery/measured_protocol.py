@@ -1,4 +1,4 @@
-"""The delivery protocol with a look at its calls: latency, outcomes, whether Redis answers."""
+"""The delivery protocol with figures of its calls: latency, outcomes, whether Redis answers."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class QueueWatch:
         self._looked_at = float("-inf")
 
     def look(self) -> None:
-        """Note that the main loop came round; read depths and ages where that is due.
+        """Note that the main loop came round; read depths and ages if that is due.
 
         Raises:
             redis.RedisError: Redis does not answer.

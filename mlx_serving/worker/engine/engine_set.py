@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 
-from mlx_serving.common.job.schema import LANES
+from mlx_serving.common.queues import LANES
 from mlx_serving.worker.engine.memory.kv_caches import KvMemory
 from mlx_serving.worker.engine.row import (
     InferenceEngine,

@@ -12,7 +12,8 @@ from typing import Final
 
 from mlx_serving.common.errors import InvalidJob
 from mlx_serving.common.job.output_format import enforces_tools
-from mlx_serving.common.job.schema import GenerationJob, Lane
+from mlx_serving.common.job.schema import GenerationJob
+from mlx_serving.common.queues import Lane
 from mlx_serving.worker.engine.engine import Engine
 from mlx_serving.worker.engine.row import (
     ModelInfo,

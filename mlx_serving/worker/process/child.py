@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final, NoReturn
 import structlog
 
 from mlx_serving.common.errors import MlxServingError
-from mlx_serving.common.job.schema import LANES, queue_name
+from mlx_serving.common.queues import LANES, queue_name
 from mlx_serving.common.redis.connection import connect, resolve_shared
 from mlx_serving.common.signing import Signer
 from mlx_serving.common.telemetry import configure_logging

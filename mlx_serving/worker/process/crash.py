@@ -103,10 +103,10 @@ def judge(rows: Sequence[InflightRow], cause: Cause) -> list[Blame]:
     ran = fresh + [row for row in rows if row.state is RowState.PROVEN]
     if not cause.charges or loading:
         return [Blame(row.attempt) for row in rows]
-    max_unproven = dict.fromkeys(fresh or ran, _half(fresh or ran))
-    max_unproven |= dict.fromkeys(entering, _half(entering))
-    blamed = [Blame(row.attempt, max_unproven.get(row, 0), alone=len(ran) == 1) for row in rows]
-    return sorted(blamed, key=lambda b: b.company or len(rows) + 1)
+    bound = dict.fromkeys(fresh or ran, _half(fresh or ran))
+    bound |= dict.fromkeys(entering, _half(entering))
+    blamed = [Blame(row.attempt, bound.get(row, 0), alone=len(ran) == 1) for row in rows]
+    return sorted(blamed, key=lambda b: b.max_unproven or len(rows) + 1)
 
 
 def loaded_at_death(rows: Sequence[InflightRow]) -> list[str]:

@@ -8,7 +8,7 @@ from collections import deque
 from typing import TYPE_CHECKING, Final
 
 from mlx_serving import __version__
-from mlx_serving.common.job.schema import PROTOCOL
+from mlx_serving.common.queues import PROTOCOL
 from mlx_serving.common.worker_record import WorkerRecord
 
 if TYPE_CHECKING:

@@ -12,7 +12,10 @@ from pydantic import ValidationError
 from mlx_serving.common import limits
 from mlx_serving.common.errors import CorruptJob, InvalidJob
 from mlx_serving.common.job import schema
-from mlx_serving.common.job.schema import LANES, PROTOCOL, GenerationJob, queue_name
+from mlx_serving.common.job.schema import GenerationJob
+from mlx_serving.common.queues import LANES, PROTOCOL, queue_name
+
+NEWER = PROTOCOL + 1
 
 CALL = {
     "id": "c1",
@@ -93,9 +96,11 @@ def test_a_prompt_has_no_template_messages() -> None:
         {"kind": "generate"},
     ],
 )
-def test_neutral_values_of_later_fields_are_accepted_and_need_no_later_worker(
-    fields: dict[str, Any],
+def test_neutral_values_are_accepted_and_say_no_more_than_none(
+    fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Also if only a newer worker honoured the field: it has nothing to honour."""
+    monkeypatch.setattr(schema, "FEATURE_PROTOCOL", dict.fromkeys(fields, NEWER))
     assert job(**fields).min_protocol == 1
 
 
@@ -113,10 +118,14 @@ def test_neutral_values_of_later_fields_are_accepted_and_need_no_later_worker(
         {"logit_bias": {"0": -100, "50256": 100}},
     ],
 )
-def test_fields_of_protocol_3_need_it(fields: dict[str, Any]) -> None:
+def test_other_values_are_carried_and_need_a_worker_that_honours_them(
+    fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     made = job(**fields)
-    assert made.min_protocol == 3
+    assert made.min_protocol == 1
     assert GenerationJob.from_wire(made.to_wire()) == made
+    monkeypatch.setattr(schema, "FEATURE_PROTOCOL", dict.fromkeys(fields, NEWER))
+    assert job(**fields).min_protocol == NEWER
 
 
 def test_null_means_not_given() -> None:

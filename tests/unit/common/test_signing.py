@@ -16,8 +16,9 @@ from rq.serializers import JSONSerializer
 
 from mlx_serving.common.errors import BadSignature, CorruptJob, InvalidSettings
 from mlx_serving.common.job.schema import JOB_FUNCTION, GenerationJob
+from mlx_serving.common.protocol.fields import SIGNATURE_FIELD
 from mlx_serving.common.settings import load_settings
-from mlx_serving.common.signing import SIGNATURE_FIELD, Signer, SigningKey
+from mlx_serving.common.signing import Signer, SigningKey
 from mlx_serving.producer.envelope import seal
 
 OLD, NEW = "o" * 32, "n" * 40

@@ -12,8 +12,8 @@ from rq.serializers import JSONSerializer
 
 from mlx_serving.common import limits
 from mlx_serving.common.errors import PayloadTooLarge
-from mlx_serving.common.job.schema import GenerationJob
-from mlx_serving.producer.envelope import JOB_FUNCTION, seal
+from mlx_serving.common.job.schema import JOB_FUNCTION, GenerationJob
+from mlx_serving.producer.envelope import seal
 from mlx_serving.worker.claiming.intake import read_job
 
 MOMENT = ("created_at", "enqueued_at")

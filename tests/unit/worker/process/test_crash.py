@@ -64,7 +64,7 @@ def rows(states: str) -> list[InflightRow]:
 
 
 def companies(states: str) -> list[int]:
-    blamed = {row.attempt.job_id: row.company for row in judge(rows(states), Cause.CRASHED)}
+    blamed = {row.attempt.job_id: row.max_unproven for row in judge(rows(states), Cause.CRASHED)}
     return [blamed[str(n)] for n in range(len(states))]
 
 
@@ -99,7 +99,8 @@ def test_a_death_from_outside_charges_nobody(cause: Cause) -> None:
     [("R", True), ("E", True), ("HRH", True), ("P", True), ("RP", False), ("ER", False)],
 )
 def test_alone_is_who_was_the_only_one_in_the_engine(states: str, alone: bool) -> None:  # noqa: FBT001
-    assert any(row.alone and row.company for row in judge(rows(states), Cause.CRASHED)) is alone
+    blamed = judge(rows(states), Cause.CRASHED)
+    assert any(row.alone and row.max_unproven for row in blamed) is alone
 
 
 def test_the_closest_suspects_run_first_the_untouched_last() -> None:
@@ -123,6 +124,6 @@ def test_a_death_while_a_model_was_loaded_charges_nobody() -> None:
     assert loaded_at_death(rows("HERP")) == []
     for cause in Cause:
         blamed = judge(given, cause)
-        assert [(b.attempt.job_id, b.company, b.alone) for b in blamed] == [
+        assert [(b.attempt.job_id, b.max_unproven, b.alone) for b in blamed] == [
             (str(n), 0, False) for n in range(4)
         ]

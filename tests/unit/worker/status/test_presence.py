@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from mlx_serving import __version__
-from mlx_serving.common.job.schema import PROTOCOL
+from mlx_serving.common.queues import PROTOCOL
 from mlx_serving.worker.status.presence import Presence, memory_bytes
 from mlx_serving.worker.status.status import Snapshot
 
