@@ -185,7 +185,7 @@ def _refused() -> str:
 No text parameter is among them. What a model can't do is refused by the worker, by the field's
 path: tools for a model of which mlx-lm knows no format of calls, messages for one without a chat
 template, a schema that no grammar has (`invalid_schema`), a part of a tool's schema that the
-model's format of calls has no way to write ([engine.md](../explanation/engine.md)).
+model's format of calls can't write ([structured output](../explanation/structured_output.md)).
 """
 
 

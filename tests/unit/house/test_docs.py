@@ -15,7 +15,12 @@ from mlx_serving.common.job.checks import UNSUPPORTED
 from tests.support.paths import ROOT
 
 PACKAGE = ROOT / "mlx_serving"
-DOCUMENTS = [ROOT / "README.md", ROOT / "ops" / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+DOCS = ROOT / "docs"
+DOCUMENTS = [ROOT / "README.md", ROOT / "ops" / "README.md", *sorted(DOCS.rglob("*.md"))]
+ARCHITECTURE = DOCS / "explanation" / "architecture.md"
+EXPLANATIONS = sorted((DOCS / "explanation").glob("*.md"))
+LINK = re.compile(r"\]\(([^)#]*)(?:#([^)]*))?\)")
+PARAGRAPH_WORDS = 90
 
 
 def commands(text: str) -> list[str]:
@@ -34,15 +39,13 @@ COMMANDS = sorted({one for document in DOCUMENTS for one in commands(document.re
 
 
 def test_the_map_of_the_house_has_every_room_and_no_other() -> None:
-    told = re.findall(
-        r"^\| `([\w/]+)/` \|", (ROOT / "docs" / "architecture.md").read_text(), re.MULTILINE
-    )
+    told = re.findall(r"^\| `([\w/]+)/` \|", ARCHITECTURE.read_text(), re.MULTILINE)
     rooms = sorted(str(p.parent.relative_to(PACKAGE)) for p in PACKAGE.rglob("__init__.py"))
     assert sorted(told) == [room for room in rooms if room != "."]
 
 
 def test_every_script_is_in_the_life_of_a_job() -> None:
-    text = (ROOT / "docs" / "architecture.md").read_text()
+    text = ARCHITECTURE.read_text()
     scripts = sorted((PACKAGE / "common" / "lua").glob("*.lua"))
     assert [path.name for path in scripts if path.name not in text] == []
 
@@ -75,9 +78,41 @@ def test_every_command_line_on_a_page_is_one(command: str) -> None:
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_links_lead_somewhere(document: Path) -> None:
-    targets = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", document.read_text())
-    local = [target for target in targets if "://" not in target]
-    assert [target for target in local if not (document.parent / target).exists()] == []
+    for target, anchor in LINK.findall(document.read_text()):
+        if "://" in target:
+            continue
+        page = (document.parent / target).resolve() if target else document
+        assert page.exists(), target
+        assert not anchor or anchor in anchors(page), f"{target}#{anchor}"
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors that GitHub makes of a page's headings."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    plain = (re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading).lower() for heading in headings)
+    return {re.sub(r"[^\w\- ]", "", heading).strip().replace(" ", "-") for heading in plain}
+
+
+def test_the_index_leads_to_every_page() -> None:
+    index = DOCS / "index.md"
+    listed = {(DOCS / target).resolve() for target, _ in LINK.findall(index.read_text())}
+    pages = {page for page in DOCS.rglob("*.md") if page.parent.name != "decisions"} - {index}
+    assert sorted(str(page.relative_to(ROOT)) for page in pages - listed) == []
+
+
+def test_the_list_of_decisions_has_each_of_them() -> None:
+    listed = (DOCS / "decisions" / "README.md").read_text()
+    decisions = sorted((DOCS / "decisions").glob("0*.md"))
+    assert [path.name for path in decisions if f"({path.name})" not in listed] == []
+
+
+@pytest.mark.parametrize("page", EXPLANATIONS, ids=lambda path: path.name)
+def test_paragraphs_are_short(page: Path) -> None:
+    """Tables and code are no paragraphs; each item of a list is one."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    text = re.sub(r"^(\||#| {4}).*$", "", text, flags=re.MULTILINE)
+    paragraphs = re.split(r"\n\s*\n|\n(?=\s*(?:[-*]|\d+\.) )", text)
+    assert [p[:60] for p in paragraphs if len(p.split()) > PARAGRAPH_WORDS] == []
 
 
 def test_the_readme_says_what_is_refused() -> None:
