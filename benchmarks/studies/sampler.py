@@ -18,7 +18,7 @@ from msgspec.structs import replace
 
 from benchmarks.contract.engine import device_name, distinct_settings
 from mlx_serving.worker.engine.acceleration import choose_sampler
-from mlx_serving.worker.engine.row import SamplingParams
+from mlx_serving.worker.engine.interface import SamplingParams
 from mlx_serving.worker.engine.sampling import (
     BatchSampler,
     MakeDraw,

@@ -7,8 +7,8 @@ import mlx.core as mx
 import pytest
 
 from mlx_serving.worker.engine.acceleration import load_native
+from mlx_serving.worker.engine.interface import SamplingParams
 from mlx_serving.worker.engine.kernels import dialect
-from mlx_serving.worker.engine.row import SamplingParams
 from mlx_serving.worker.engine.sampling import (
     BatchSampler,
     MakeDraw,

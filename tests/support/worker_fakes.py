@@ -11,7 +11,7 @@ import msgspec
 from mlx_serving.common import events
 from mlx_serving.common.protocol.calls import Call, ClaimedJob, RowReply
 from mlx_serving.worker.delivery.held import HeldJob
-from mlx_serving.worker.engine.row import ModelInfo, Output
+from mlx_serving.worker.engine.interface import ModelInfo, Output
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -16,11 +16,11 @@ from mlx_serving.common.events import (
 )
 from mlx_serving.common.results import ChoiceResult, joined_calls
 from mlx_serving.worker.delivery.token_text import render
-from mlx_serving.worker.engine.row import TokenLogprobs
+from mlx_serving.worker.engine.interface import TokenLogprobs
 
 if TYPE_CHECKING:
     from mlx_serving.worker.delivery.token_text import Spell
-    from mlx_serving.worker.engine.row import Output, ToolCall
+    from mlx_serving.worker.engine.interface import Output, ToolCall
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
+from mlx_serving.worker.engine.interface import RowError
 from mlx_serving.worker.engine.memory.recovery import NO_MEMORY, is_out_of_memory
-from mlx_serving.worker.engine.row import RowError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

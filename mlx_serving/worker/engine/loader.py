@@ -14,7 +14,8 @@ from mlx_serving.worker.engine.acceleration import choose_sampler, make_detokeni
 from mlx_serving.worker.engine.batch_runner import Attachments
 from mlx_serving.worker.engine.engine import Engine
 from mlx_serving.worker.engine.fused_layers import fuse
-from mlx_serving.worker.engine.in_thread import aside
+from mlx_serving.worker.engine.in_thread import in_thread
+from mlx_serving.worker.engine.interface import ModelInfo, Request, SamplingParams
 from mlx_serving.worker.engine.kv.choice import CacheKind, choose_cache
 from mlx_serving.worker.engine.kv.paged.step import MIXED_ROWS
 from mlx_serving.worker.engine.kv.prefix.choice import make_prefix_cache
@@ -23,7 +24,6 @@ from mlx_serving.worker.engine.memory.guard import MemoryRoom
 from mlx_serving.worker.engine.memory.kv_caches import KvMemory
 from mlx_serving.worker.engine.model_files import check_model_files, model_revision, tokenizer_hash
 from mlx_serving.worker.engine.model_runner import ModelRunner
-from mlx_serving.worker.engine.row import ModelInfo, Request, SamplingParams
 from mlx_serving.worker.engine.scheduling.chunk import FIRST_TOKENS, STEP_SECONDS
 from mlx_serving.worker.engine.scheduling.limits import BatchSize, SchedulerLimits
 from mlx_serving.worker.engine.scheduling.scheduler import Scheduler
@@ -97,7 +97,7 @@ def load_in_slices(
     """Load as `load_engine` does, a slice at each `next`: a thread may step others in between.
 
     A slice is one of the load's parts, or some 256 MiB of weights, or one step of the warm-up; the
-    tokenizer is read aside. Closed before its end, it leaves nothing behind.
+    tokenizer is read in a thread of its own. Closed before its end, it leaves nothing behind.
     """
     path = Path(model_path)
     check_model_files(path)
@@ -108,7 +108,7 @@ def load_in_slices(
         fuse(model)
     yield
     trusted, eos = {"trust_remote_code": False}, config.get("eos_token_id")
-    tokenizer = yield from aside(lambda: load_tokenizer(path, trusted, eos_token_ids=eos))
+    tokenizer = yield from in_thread(lambda: load_tokenizer(path, trusted, eos_token_ids=eos))
     choice = choose_cache(
         model, prefer_native=options.prefer_native, kind=options.kv_cache, bits=options.kv_bits
     )

@@ -23,6 +23,7 @@ import mlx.core as mx
 from mlx_serving.common.job.schema import Lane
 from mlx_serving.worker.engine.batch_runner import StepNotBuiltError
 from mlx_serving.worker.engine.failures import LaunchedWorkError, beside_step, launched_work
+from mlx_serving.worker.engine.interface import TokenLogprobs
 from mlx_serving.worker.engine.kv import padded
 from mlx_serving.worker.engine.kv.choice import CacheChoice, choose_cache
 from mlx_serving.worker.engine.kv.decode_cache import ParkedRow, Prefilled, Prompt
@@ -30,7 +31,7 @@ from mlx_serving.worker.engine.kv.padded import LanguageModel
 from mlx_serving.worker.engine.kv.paged.pools import wait_for_launched
 from mlx_serving.worker.engine.kv.prefix.cache import PrefixCache
 from mlx_serving.worker.engine.memory.recovery import is_out_of_memory
-from mlx_serving.worker.engine.row import Row, SampledToken, TokenLogprobs
+from mlx_serving.worker.engine.row import Row, SampledToken
 from mlx_serving.worker.engine.sampling import (
     BatchSampler,
     Logprobs,
@@ -50,7 +51,7 @@ _LaunchLogprobs = tuple[list[Row], Logprobs] | None
 
 
 @dataclass(frozen=True, slots=True)
-class _Prefill:
+class _PromptCache:
     """A chunk's prompts under way: the model's cache; whether that reads the decode batch's."""
 
     cache: list[Any]
@@ -74,7 +75,7 @@ class ModelRunner:
         self._model = model
         self._words = token_words(self.cost.vocab_size)
         mx.eval(self._words)
-        self._prefills: dict[Lane, _Prefill] = {}
+        self._prefills: dict[Lane, _PromptCache] = {}
         self._cache = self.choice.make()
         self._rows: list[Row] = []
         self._parked: dict[Row, ParkedRow] = {}
@@ -145,9 +146,8 @@ class ModelRunner:
         layers = self._prefills[chunk.lane].cache
         if chunk.length:
             end = chunk.start + chunk.length
-            contexts = [
-                row.context(row.found + chunk.start, row.found + end) for row in chunk.leaders
-            ]
+            cached = chunk.leaders[0].prefill.cached_tokens
+            contexts = [row.context(cached + chunk.start, cached + end) for row in chunk.leaders]
             self._cache.forward_prompts(contexts, layers)
         # With nothing to decode there is nothing to overlap with: wait, so that a step that
         # returns has done its work.
@@ -155,12 +155,12 @@ class ModelRunner:
         self.on_launch()
         evaluate(padded.states(layers))
 
-    def _begin_prefill(self, chunk: PrefillChunk) -> _Prefill:
-        found = chunk.leaders[0].found
-        if found:
-            blocks = [row.prefix for row in chunk.leaders]
-            return _Prefill(self._cache.gather(blocks, found), gathered=True)
-        return _Prefill(self._cache.new_prompts(len(chunk.groups)), gathered=False)
+    def _begin_prefill(self, chunk: PrefillChunk) -> _PromptCache:
+        cached = chunk.leaders[0].prefill.cached_tokens
+        if cached:
+            blocks = [row.prefill.pinned_blocks for row in chunk.leaders]
+            return _PromptCache(self._cache.gather(blocks, cached), gathered=True)
+        return _PromptCache(self._cache.new_prompts(len(chunk.groups)), gathered=False)
 
     def drop_prefill(self, lane: Lane) -> None:
         """Forget the prompt being prefilled for a lane."""
@@ -180,10 +180,12 @@ class ModelRunner:
         leaders = chunk.leaders
         keys = [row.context_key for row in leaders]
         if chunk.mixed:
+            contexts = [row.context(0, row.context_length) for row in leaders]
+            prefills = [row.prefill for row in leaders]
             self._cache.enter(
                 [
-                    Prompt(row.context(0, row.context_length), key, row.found, row.prefix)
-                    for row, key in zip(leaders, keys, strict=True)
+                    Prompt(context, key, prefill.cached_tokens, prefill.pinned_blocks)
+                    for context, key, prefill in zip(contexts, keys, prefills, strict=True)
                 ]
             )
         else:
@@ -357,7 +359,7 @@ class ModelRunner:
         return [
             RowSampling(
                 row.request.sampling,
-                row.request.choice,
+                row.choice.index,
                 self._launches - origin,
                 row.history or (),
                 len(row.request.prompt),

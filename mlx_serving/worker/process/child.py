@@ -26,7 +26,7 @@ from mlx_serving.worker.delivery.publisher import EngineLink, Publisher, Publish
 from mlx_serving.worker.delivery.sweeper import Sweeper
 from mlx_serving.worker.dispatcher import Dispatcher, DispatcherOptions
 from mlx_serving.worker.engine.engine_set import EngineSet
-from mlx_serving.worker.engine_thread import Runner, RunnerTimes
+from mlx_serving.worker.engine_thread import EngineThread, LoopTimes
 from mlx_serving.worker.listener import Listener
 from mlx_serving.worker.models.loaded_models import Residents
 from mlx_serving.worker.models.loading import (
@@ -59,7 +59,7 @@ if TYPE_CHECKING:
     from multiprocessing.connection import Connection
 
     from mlx_serving.common.settings import Settings
-    from mlx_serving.worker.engine.row import Output
+    from mlx_serving.worker.engine.interface import Output
     from mlx_serving.worker.models.loading import LoadedModel
 
 
@@ -180,15 +180,15 @@ class Child:
         residents.avoid(spec.avoid)
         return residents
 
-    def _runner(self) -> Runner:
+    def _runner(self) -> EngineThread:
         settings = self._spec.settings
-        return Runner(
+        return EngineThread(
             self._load,
             on_outputs=self._push,
             on_refused=self._refused,
             on_room=lambda: self.dispatcher.post("room"),
             paused=lambda: self.publisher.backlog >= settings.buffer_tokens,
-            times=RunnerTimes(settings.engine_stall_seconds, settings.model_load_seconds),
+            times=LoopTimes(settings.engine_stall_seconds, settings.model_load_seconds),
             tend=self.keeper.tend,
         )
 

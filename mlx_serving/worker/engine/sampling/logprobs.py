@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 import mlx.core as mx
 import numpy as np
 
-from mlx_serving.worker.engine.row import TokenLogprobs
+from mlx_serving.worker.engine.interface import TokenLogprobs
 from mlx_serving.worker.engine.sampling.parameters import Logprobs, Parameters
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from mlx_serving.worker.engine.row import SamplingParams
+    from mlx_serving.worker.engine.interface import SamplingParams
 
 
 class StepInputs(NamedTuple):

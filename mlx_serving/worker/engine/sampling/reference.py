@@ -12,7 +12,7 @@ from typing import Final
 
 import mlx.core as mx
 
-from mlx_serving.worker.engine.row import INVALID_TOKEN
+from mlx_serving.worker.engine.interface import INVALID_TOKEN
 from mlx_serving.worker.engine.sampling.adjustments import Adjustments
 from mlx_serving.worker.engine.sampling.logprobs import LogprobReport
 from mlx_serving.worker.engine.sampling.noise import hash_tokens, negative_gumbel, position_keys

@@ -12,7 +12,7 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_serving.worker.engine.row import SamplingParams
+from mlx_serving.worker.engine.interface import SamplingParams
 from mlx_serving.worker.engine.sampling.noise import token_words
 from mlx_serving.worker.engine.sampling.parameters import (
     Draw,

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Final
 import mlx.core as mx
 import numpy as np
 
-from mlx_serving.worker.engine.row import INVALID_TOKEN, SampledToken
+from mlx_serving.worker.engine.interface import INVALID_TOKEN
+from mlx_serving.worker.engine.row import SampledToken
 
 if TYPE_CHECKING:
     from llguidance import LLExecutor, LLMatcher

@@ -11,7 +11,7 @@ from mlx_serving.common.events import TokenLogprob
 from mlx_serving.common.states import JobState
 from mlx_serving.worker.delivery.choice import Committed, CommittedChoice
 from mlx_serving.worker.delivery.held import HeldJob
-from mlx_serving.worker.engine.row import Output, RowError, TokenLogprobs
+from mlx_serving.worker.engine.interface import Output, RowError, TokenLogprobs
 from tests.support.worker_fakes import claim_of, held, output
 
 if TYPE_CHECKING:

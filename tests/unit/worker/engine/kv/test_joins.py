@@ -9,11 +9,11 @@ from mlx_lm.models import longcat_flash_ngram
 from mlx_lm.models.cache import BatchKVCache, CacheList, KVCache
 
 from mlx_serving.worker.engine.engine import Engine
+from mlx_serving.worker.engine.interface import Request, SamplingParams
 from mlx_serving.worker.engine.kv import padded
 from mlx_serving.worker.engine.kv.paged.cache import PagedCache
 from mlx_serving.worker.engine.kv.paged.layers import PagedLayer
 from mlx_serving.worker.engine.kv.paged.placement import Placement
-from mlx_serving.worker.engine.row import Request, SamplingParams
 from tests.support.engine_support import Collected, drive, other_model, prefixes_of, tiny_engine
 
 SAMPLED = SamplingParams(1.0, top_p=0.95, seed=5)

@@ -6,7 +6,7 @@ import random
 import mlx.core as mx
 import pytest
 
-from mlx_serving.worker.engine.row import SamplingParams
+from mlx_serving.worker.engine.interface import SamplingParams
 from mlx_serving.worker.engine.sampling import BatchSampler, MakeDraw, RowSampling, token_words
 from tests.support.sampling_support import IMPLEMENTATIONS
 

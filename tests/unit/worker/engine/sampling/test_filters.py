@@ -6,7 +6,7 @@ from collections import Counter
 import mlx.core as mx
 import pytest
 
-from mlx_serving.worker.engine.row import INVALID_TOKEN, SamplingParams
+from mlx_serving.worker.engine.interface import INVALID_TOKEN, SamplingParams
 from mlx_serving.worker.engine.sampling import BatchSampler, MakeDraw, RowSampling, token_words
 from tests.support.sampling_support import FAST_IMPLEMENTATIONS
 

@@ -6,7 +6,7 @@ import random
 import mlx.core as mx
 import pytest
 
-from mlx_serving.worker.engine.row import SamplingParams, TokenLogprobs
+from mlx_serving.worker.engine.interface import SamplingParams, TokenLogprobs
 from mlx_serving.worker.engine.sampling import (
     BatchSampler,
     MakeDraw,
