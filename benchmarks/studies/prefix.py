@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 
 from benchmarks.lib.synthetic import SHAPES, build_bare_engine, build_model
-from mlx_serving.worker.engine.acceleration import load_native
 from mlx_serving.worker.engine.engine import Engine
 from mlx_serving.worker.engine.interface import Request, SamplingParams
 from mlx_serving.worker.engine.kv.choice import choose_cache
@@ -29,6 +28,7 @@ from mlx_serving.worker.engine.kv.prefix import index as twin
 from mlx_serving.worker.engine.kv.prefix.choice import choose_prefix_index
 from mlx_serving.worker.engine.loader import warm_up
 from mlx_serving.worker.engine.model_runner import ModelRunner
+from mlx_serving.worker.engine.native import load_native
 from mlx_serving.worker.engine.scheduling.chunk import PrefillChunk
 
 if TYPE_CHECKING:

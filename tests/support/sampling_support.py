@@ -6,9 +6,9 @@ from typing import Any, cast
 import mlx.core as mx
 import pytest
 
-from mlx_serving.worker.engine.acceleration import load_native
 from mlx_serving.worker.engine.interface import SamplingParams
 from mlx_serving.worker.engine.kernels import dialect
+from mlx_serving.worker.engine.native import load_native
 from mlx_serving.worker.engine.sampling import (
     BatchSampler,
     MakeDraw,

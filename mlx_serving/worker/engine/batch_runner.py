@@ -9,8 +9,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Container, Iterable
 
     from mlx_serving.common.job.schema import Lane
-    from mlx_serving.worker.engine.acceleration import AccelerationReport
     from mlx_serving.worker.engine.memory.kv_caches import KvMemory
+    from mlx_serving.worker.engine.native import AccelerationReport
     from mlx_serving.worker.engine.row import Row, SampledToken
     from mlx_serving.worker.engine.scheduling.chunk import PrefillChunk
 

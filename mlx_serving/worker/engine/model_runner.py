@@ -26,7 +26,7 @@ from mlx_serving.worker.engine.failures import LaunchedWorkError, beside_step, l
 from mlx_serving.worker.engine.interface import TokenLogprobs
 from mlx_serving.worker.engine.kv import padded
 from mlx_serving.worker.engine.kv.choice import CacheChoice, choose_cache
-from mlx_serving.worker.engine.kv.decode_cache import ParkedRow, Prefilled, Prompt
+from mlx_serving.worker.engine.kv.interface import BlockCache, ParkedRow, Prefilled, Prompt
 from mlx_serving.worker.engine.kv.padded import LanguageModel
 from mlx_serving.worker.engine.kv.paged.pools import wait_for_launched
 from mlx_serving.worker.engine.kv.prefix.cache import PrefixCache
@@ -133,7 +133,14 @@ class ModelRunner:
 
     def use_prefixes(self, prefixes: PrefixCache) -> None:
         """Let prompts begin with what `prefixes` knows of them; only for a cache of blocks."""
-        self._cache.use_prefixes(prefixes)
+        self._block_cache.use_prefixes(prefixes)
+
+    @property
+    def _block_cache(self) -> BlockCache:
+        """The cache, if it keeps blocks: only then are prefixes cached and steps mixed."""
+        cache = self._cache
+        assert isinstance(cache, BlockCache)  # noqa: S101 - see above
+        return cache
 
     def prefill(self, chunk: PrefillChunk) -> None:
         """Compute one chunk; several prompts are padded on the right to the longest."""
@@ -159,7 +166,7 @@ class ModelRunner:
         cached = chunk.leaders[0].prefill.cached_tokens
         if cached:
             blocks = [row.prefill.pinned_blocks for row in chunk.leaders]
-            return _PromptCache(self._cache.gather(blocks, cached), gathered=True)
+            return _PromptCache(self._block_cache.gather(blocks, cached), gathered=True)
         return _PromptCache(self._cache.new_prompts(len(chunk.groups)), gathered=False)
 
     def drop_prefill(self, lane: Lane) -> None:
@@ -182,7 +189,7 @@ class ModelRunner:
         if chunk.mixed:
             contexts = [row.context(0, row.context_length) for row in leaders]
             prefills = [row.prefill for row in leaders]
-            self._cache.enter(
+            self._block_cache.enter(
                 [
                     Prompt(context, key, prefill.cached_tokens, prefill.pinned_blocks)
                     for context, key, prefill in zip(contexts, keys, prefills, strict=True)

@@ -12,11 +12,11 @@ from typing import Final, Literal
 import mlx.core as mx
 from mlx_lm.models.cache import KVCache
 
-from mlx_serving.worker.engine.acceleration import AccelerationReport
 from mlx_serving.worker.engine.kernels import dialect
 from mlx_serving.worker.engine.kv import padded
-from mlx_serving.worker.engine.kv.decode_cache import DecodeCache, PaddedCache, QuantizedCache
+from mlx_serving.worker.engine.kv.interface import DecodeCache
 from mlx_serving.worker.engine.kv.padded import CacheCost, LanguageModel
+from mlx_serving.worker.engine.kv.padded_cache import PaddedCache, QuantizedCache
 from mlx_serving.worker.engine.kv.paged import dispatch
 from mlx_serving.worker.engine.kv.paged.cache import BLOCK_TOKENS, LOOKAHEAD_TOKENS, PagedCache
 from mlx_serving.worker.engine.kv.paged.kernel_ops import KernelOps, supports
@@ -25,6 +25,7 @@ from mlx_serving.worker.engine.kv.paged.pools import LayerShape
 from mlx_serving.worker.engine.kv.paged.reference import ReferenceOps
 from mlx_serving.worker.engine.kv.paged.self_check import check
 from mlx_serving.worker.engine.kv.quantized import KvBits, bytes_per_token, quantization_of
+from mlx_serving.worker.engine.native import AccelerationReport
 
 PAGED_CACHE: Final = "paged KV cache"
 MIXED_READS: Final = 1 << 17  # as 512 tokens of prompts of 256

@@ -11,13 +11,9 @@ from typing import Any, Final, cast
 import mlx.core as mx
 from mlx_lm.models.cache import KVCache
 
-from mlx_serving.worker.engine.kv.decode_cache import (
-    DecodeCache,
-    PaddedCache,
-    Prefilled,
-    Prompt,
-)
+from mlx_serving.worker.engine.kv.interface import DecodeCache, Prefilled, Prompt
 from mlx_serving.worker.engine.kv.padded import LanguageModel
+from mlx_serving.worker.engine.kv.padded_cache import PaddedCache
 from mlx_serving.worker.engine.kv.paged.cache import BLOCK_TOKENS, PagedCache
 from mlx_serving.worker.engine.kv.paged.layers import (
     PagedLayer,

@@ -10,7 +10,7 @@ import pytest
 from benchmarks.lib.synthetic import build_model
 from mlx_serving.worker.engine.interface import Request, SamplingParams
 from mlx_serving.worker.engine.kv.choice import MIXED_READS, paged_choice
-from mlx_serving.worker.engine.kv.decode_cache import Prompt
+from mlx_serving.worker.engine.kv.interface import Prompt
 from mlx_serving.worker.engine.kv.paged import cache as cache_module
 from mlx_serving.worker.engine.kv.paged import pools as pools_module
 from mlx_serving.worker.engine.kv.paged.cache import BLOCK_TOKENS, PagedCache
