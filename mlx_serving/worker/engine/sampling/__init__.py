@@ -1,4 +1,4 @@
-"""One sampler for the whole batch: a pure-MLX reference and a fused kernel of the same meaning."""
+"""One sampler for the whole batch: a reference in pure MLX and fused kernels that equal it."""
 
 from mlx_serving.worker.engine.sampling.logprobs import read_logprobs
 from mlx_serving.worker.engine.sampling.noise import (
