@@ -33,8 +33,6 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 OUT_OF_MEMORY: Final = "out_of_memory"
-
-
 NO_MEMORY: Final = RowError(OUT_OF_MEMORY, "the device ran out of memory over this request")
 
 

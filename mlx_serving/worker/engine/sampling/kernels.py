@@ -26,11 +26,7 @@ if TYPE_CHECKING:
     from mlx_serving.worker.engine.sampling.sampler import MakeDraw
 
 FOLDER: Final = "sampler"
-
-
 BODY: Final = "main.inc"
-
-
 PARTS: Final = ("row.h", "noise.h", "passes.h", "adjustments.h", "filters.h", "sampler.h")
 
 

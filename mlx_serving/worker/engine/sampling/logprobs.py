@@ -37,8 +37,6 @@ def read_logprobs(logprobs: Logprobs, asked: Iterable[tuple[int, int, int]]) -> 
 
 
 _MAGNITUDE: Final = 0x7FFFFFFF
-
-
 _LEAST: Final = -(2**31)
 
 

@@ -74,8 +74,6 @@ GREEDY_BELOW: Final = 1e-5  # a lower temperature counts as 0
 
 # Metal passes arrays of fewer elements to a kernel in another address space.
 _SHORTEST: Final = 8
-
-
 _NO_LOGPROBS: Final = (1 << 32) - 1  # -1 as a word
 
 
