@@ -11,7 +11,7 @@ from msgspec.structs import replace
 from mlx_serving.common.job.schema import GenerationJob
 from mlx_serving.tally.tasks import MODEL_PATH, TASKS, Example, check
 from mlx_serving.worker.engine.engine import Engine
-from mlx_serving.worker.engine.interface import Choice, Request, SamplingParams
+from mlx_serving.worker.engine.interface import Request, RequestChoice, SamplingParams
 from mlx_serving.worker.engine.loader import EngineOptions, load_engine
 from mlx_serving.worker.engine.text.prompts import PromptEncoder
 from tests.support.engine_support import Collected, drive
@@ -84,7 +84,7 @@ def dice(encoder: PromptEncoder, count: int, seed: int, committed: tuple[int, ..
     messages = [{"role": "user", "content": f"dice {count}"}]
     job = GenerationJob.build(model="tally", messages=messages)
     prompt = encoder.encode(job)
-    choices = (Choice(0, committed),)
+    choices = (RequestChoice(0, committed),)
     return Request(f"dice{seed}", prompt, SamplingParams(1.0, seed=seed), 512, choices=choices)
 
 

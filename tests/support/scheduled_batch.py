@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from mlx_serving.common.job.schema import Lane
-from mlx_serving.worker.engine.interface import Choice, Request, SamplingParams
+from mlx_serving.worker.engine.interface import Request, RequestChoice, SamplingParams
 from mlx_serving.worker.engine.row import Phase, Row
 from mlx_serving.worker.engine.scheduling.limits import BatchSize, SchedulerLimits
 from mlx_serving.worker.engine.scheduling.scheduler import Scheduler
@@ -16,7 +16,7 @@ ROWS, CHUNK = 6, 16
 
 
 def request(name: str, lane: Lane, prompt: int = 4, tokens: int = 8, choices: int = 1) -> Request:
-    indices = tuple(map(Choice, range(choices)))
+    indices = tuple(map(RequestChoice, range(choices)))
     return Request(name, (1,) * prompt, SamplingParams(), tokens, choices=indices, lane=lane)
 
 

@@ -26,7 +26,7 @@ from mlx_serving.common.signing import Signer
 from mlx_serving.common.telemetry import trace_id
 from mlx_serving.common.validation import is_modest
 from mlx_serving.worker.delivery.choice import Committed, CommittedChoice
-from mlx_serving.worker.engine.interface import Choice, Request, SamplingParams
+from mlx_serving.worker.engine.interface import Request, RequestChoice, SamplingParams
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -264,7 +264,7 @@ def build_request(
         # A chat template is foreign code: whatever it raises concerns this job alone.
         raise JobRefusedError(EngineError.code, f"messages: {type(error).__name__}") from None
     sampling = _sampling(claimed, job, vocab_size)
-    choices = tuple(Choice(index, committed.of(index).token_ids) for index in range(job.n))
+    choices = tuple(RequestChoice(index, committed.of(index).token_ids) for index in range(job.n))
     return Request(
         id=claimed.request_id, prompt=prompt, sampling=sampling, max_tokens=job.max_tokens,
         stop=job.stop, choices=choices, salt=job.tenant or "", lane=lane_of(claimed.queue),

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 DETOKENIZER: Final = "detokenizer"
 SAMPLER: Final = "sampler"
 
-Make = Callable[[VocabularyTable], DetokenizerProtocol]
+MakeDetokenizer = Callable[[VocabularyTable], DetokenizerProtocol]
 
 
 def make_detokenizer(
@@ -88,7 +88,7 @@ def _accelerated_sampler() -> "tuple[MakeDraw | None, str]":
     return (None, reason) if native is None else (native_sampler(native), "the native piece")
 
 
-def choose_detokenizer(*, prefer_native: bool) -> tuple[Make, AccelerationReport]:
+def choose_detokenizer(*, prefer_native: bool) -> tuple[MakeDetokenizer, AccelerationReport]:
     """Return the implementation to use; takes some 10 ms, most of it the self-check."""
     make, reason = _try_native(prefer_native=prefer_native)
     if make is None:
@@ -96,7 +96,7 @@ def choose_detokenizer(*, prefer_native: bool) -> tuple[Make, AccelerationReport
     return make, AccelerationReport(DETOKENIZER, "native", reason)
 
 
-def _try_native(*, prefer_native: bool) -> tuple[Make | None, str]:
+def _try_native(*, prefer_native: bool) -> tuple[MakeDetokenizer | None, str]:
     if not prefer_native:
         return None, SWITCHED_OFF
     native, reason = load_native()
@@ -108,7 +108,7 @@ def _try_native(*, prefer_native: bool) -> tuple[Make | None, str]:
     return _maker(native), "self-check passed"
 
 
-def _maker(native: ModuleType) -> Make:
+def _maker(native: ModuleType) -> MakeDetokenizer:
     def make(table: VocabularyTable) -> DetokenizerProtocol:
         vocabulary = native.Vocabulary(
             table.tokens, table.kind, table.special_ids, table.strip_leading_space
@@ -146,7 +146,7 @@ _CHECK_EMOJI: Final = {0: 3, 1: 4, 2: 5, 3: 6}  # step -> id: a whole character,
 _CHECK_EMOJI_EVERY: Final = 12  # steps; in between, any ids
 
 
-def _self_check(make: Make) -> str | None:
+def _self_check(make: MakeDetokenizer) -> str | None:
     """Run the same random streams through a piece and its twin; return the first difference."""
     for table in _CHECK_TABLES:
         expected = _check_run(_make_twin(table))

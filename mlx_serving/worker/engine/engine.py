@@ -26,7 +26,7 @@ from mlx_serving.worker.engine.interface import (
 from mlx_serving.worker.engine.memory.guard import MemoryRoom
 from mlx_serving.worker.engine.memory.kv_caches import KvMemory
 from mlx_serving.worker.engine.memory.recovery import NO_MEMORY, OUT_OF_MEMORY, Recovery
-from mlx_serving.worker.engine.prefilling import Failure, Prefilling
+from mlx_serving.worker.engine.prefilling import FailedRows, Prefilling
 from mlx_serving.worker.engine.request_checks import check_request
 from mlx_serving.worker.engine.row import Phase, Row, SampledToken
 from mlx_serving.worker.engine.scheduling.chunk import ChunkStep, PrefillChunk
@@ -250,7 +250,7 @@ class Engine:
             outputs.append(self._output(row, FINISH_ERROR, error=error))
             self._forget(row)
 
-    def _compute(self, failures: Iterable[Failure], outputs: list[Output]) -> None:
+    def _compute(self, failures: Iterable[FailedRows], outputs: list[Output]) -> None:
         """Compute prompts one after the other; end those that fail before the next one."""
         for rows, error in failures:
             self._fail(rows, error, outputs)

@@ -81,7 +81,7 @@ class Grammar(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class ToolCall:
+class ParsedToolCall:
     """A call that the model wrote; `arguments` is a JSON object as text, `index` counts from 0.
 
     A call that was just read has index 0, and id "" if the model gave none; the row's parser then
@@ -100,7 +100,7 @@ class Parts:
 
     text: str = ""
     reasoning: str = ""
-    tool_calls: list[ToolCall] = field(default_factory=list)
+    tool_calls: list[ParsedToolCall] = field(default_factory=list)
 
     def __add__(self, other: "Parts") -> "Parts":
         return Parts(
@@ -131,7 +131,7 @@ class OutputFormat(Protocol):
         """Return a parser for a new row; ids of calls are derived from both arguments."""
 
 
-class Choice(Struct, frozen=True):
+class RequestChoice(Struct, frozen=True):
     """One completion of a request: a row of the batch decodes it.
 
     `committed` are tokens that earlier attempts decoded (resume): they are prefilled after the
@@ -156,7 +156,7 @@ class Request(Struct, frozen=True):
     sampling: SamplingParams
     max_tokens: int
     stop: tuple[str, ...] = ()
-    choices: tuple[Choice, ...] = (Choice(),)
+    choices: tuple[RequestChoice, ...] = (RequestChoice(),)
     grammar: Grammar | None = None
     format: OutputFormat | None = None
     salt: str = ""
@@ -173,7 +173,7 @@ class Request(Struct, frozen=True):
         """The most KV-cache tokens that the row of each choice can hold: prompt + max_tokens."""
         return [self.kv_tokens_of(choice) for choice in self.choices]
 
-    def kv_tokens_of(self, choice: Choice) -> int:
+    def kv_tokens_of(self, choice: RequestChoice) -> int:
         """Return the most KV-cache tokens that the choice's row can hold."""
         return len(self.prompt) + max(self.max_tokens, len(choice.committed))
 
@@ -219,7 +219,7 @@ class Output(Struct):
     cached_tokens: int = 0
     logprobs: list[TokenLogprobs] = []
     reasoning: str = ""
-    tool_calls: list[ToolCall] = []
+    tool_calls: list[ParsedToolCall] = []
 
 
 @dataclass(frozen=True, slots=True)

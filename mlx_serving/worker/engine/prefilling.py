@@ -8,10 +8,10 @@ from mlx_serving.worker.engine.failures import attempt
 from mlx_serving.worker.engine.interface import RowError
 from mlx_serving.worker.engine.memory.recovery import OUT_OF_MEMORY
 from mlx_serving.worker.engine.row import Row
-from mlx_serving.worker.engine.scheduling.chunk import Group, PrefillChunk
+from mlx_serving.worker.engine.scheduling.chunk import PrefillChunk, RowGroup
 from mlx_serving.worker.engine.scheduling.scheduler import Scheduler
 
-Failure = tuple[Iterable[Row], RowError]
+FailedRows = tuple[Iterable[Row], RowError]
 
 
 class Prefilling:
@@ -27,7 +27,7 @@ class Prefilling:
         """Take runner and scheduler; `tell` is called with the request ids of each chunk."""
         self._runner, self._scheduler, self._tell = runner, scheduler, tell
 
-    def compute(self, chunk: PrefillChunk) -> Iterator[Failure]:
+    def compute(self, chunk: PrefillChunk) -> Iterator[FailedRows]:
         """Compute a chunk; if it completes its prompts, their rows join the batch."""
         error = self._try_prefill(chunk)
         if error is None and self._scheduler.finish_prefill(chunk):
@@ -39,7 +39,7 @@ class Prefilling:
         else:
             yield from self.compute_apart(chunk.groups)
 
-    def compute_apart(self, groups: Iterable[Group]) -> Iterator[Failure]:
+    def compute_apart(self, groups: Iterable[RowGroup]) -> Iterator[FailedRows]:
         """Compute prompts one by one: one of them may have made all fail."""
         for group in groups:
             for row in group:
@@ -53,7 +53,7 @@ class Prefilling:
             if error is not None:
                 yield group, error
 
-    def waiting_for_step(self, chunk: PrefillChunk | None) -> list[Group]:
+    def waiting_for_step(self, chunk: PrefillChunk | None) -> list[RowGroup]:
         """Return the prompts that the next decode step computes, without those that failed."""
         if chunk is None or not chunk.mixed:
             return []

@@ -8,9 +8,9 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from mlx_serving.worker.engine.interface import (
-    Choice,
     OutputParser,
     Request,
+    RequestChoice,
     TokenLogprobs,
     TokenMatcher,
 )
@@ -54,7 +54,7 @@ class Row(Struct, eq=False):
     """
 
     request: Request
-    choice: Choice
+    choice: RequestChoice
     order: int = 0  # of admission
     slot: int = -1  # of the detokenizer
     phase: Phase = Phase.WAITING

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 from mlx_serving.worker.engine.interface import (
-    Choice,
     Output,
     Request,
+    RequestChoice,
     RequestRefusedError,
     SamplingParams,
 )
@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 
 
 def request(name: str, choices: int = 1) -> Request:
-    return Request(name, (1,), SamplingParams(), 4, choices=tuple(map(Choice, range(choices))))
+    return Request(
+        name, (1,), SamplingParams(), 4, choices=tuple(map(RequestChoice, range(choices)))
+    )
 
 
 class FakeEngine:

@@ -8,7 +8,12 @@ from typing import TYPE_CHECKING, Final
 
 from msgspec.structs import replace
 
-from mlx_serving.worker.engine.interface import Choice, Request, RequestRefusedError, RowError
+from mlx_serving.worker.engine.interface import (
+    Request,
+    RequestChoice,
+    RequestRefusedError,
+    RowError,
+)
 from mlx_serving.worker.engine.scheduling.parking import NO_PARKING
 
 if TYPE_CHECKING:
@@ -75,7 +80,7 @@ class Recovery:
         """Admit rows again in their order while there is room; one always, if no other is here."""
         while self._rows:
             lost = self._rows[0]
-            choice = Choice(lost.choice.index, (*lost.choice.committed, *lost.tokens))
+            choice = RequestChoice(lost.choice.index, (*lost.choice.committed, *lost.tokens))
             request = replace(lost.request, choices=(choice,))
             if not self._can_readmit(request):
                 return

@@ -11,7 +11,7 @@ from mlx_serving.worker.engine.row import Row
 if TYPE_CHECKING:
     from mlx_serving.common.job.schema import Lane
 
-Group = tuple[Row, ...]  # rows with one context, never empty
+RowGroup = tuple[Row, ...]  # rows with one context, never empty
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,7 @@ class PrefillChunk:
     tokens. It computes all uncached tokens of each group; their `cached_tokens` may differ.
     """
 
-    groups: tuple[Group, ...]
+    groups: tuple[RowGroup, ...]
     start: int
     length: int
     mixed: bool = False

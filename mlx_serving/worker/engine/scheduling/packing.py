@@ -12,7 +12,7 @@ from typing import Final
 
 from mlx_serving.worker.engine.kv.prefix.index import TOKEN_BYTES, PrefixKey
 from mlx_serving.worker.engine.row import Row
-from mlx_serving.worker.engine.scheduling.chunk import Group
+from mlx_serving.worker.engine.scheduling.chunk import RowGroup
 from mlx_serving.worker.engine.scheduling.limits import SchedulerLimits
 
 # In chunks: tokens that prompts computed at once may have, cached ones included.
@@ -32,16 +32,16 @@ class Packing(ABC):
         self._rows: list[Row] = []  # the first row of each prompt
         self._keys: list[PrefixKey] = []  # of these rows, as far as they were needed
 
-    def has_room_for(self, group: Group) -> bool:
+    def has_room_for(self, group: RowGroup) -> bool:
         """Say whether one more prompt may be computed with the others."""
         return self._fits(group) and not self._will_compute_block_of(group[0])
 
     @abstractmethod
-    def _fits(self, group: Group) -> bool:
+    def _fits(self, group: RowGroup) -> bool:
         """Say whether the prompt fits beside the others."""
 
     @abstractmethod
-    def add(self, group: Group) -> None:
+    def add(self, group: RowGroup) -> None:
         """Take a prompt."""
         self._rows.append(group[0])
 
@@ -71,7 +71,7 @@ class ChunkPacking(Packing):
         self,
         limits: SchedulerLimits,
         chunk_tokens: int,
-        groups: Iterable[Group] = (),
+        groups: Iterable[RowGroup] = (),
         *,
         shares_blocks: bool,
     ) -> None:
@@ -81,7 +81,7 @@ class ChunkPacking(Packing):
         for group in groups:
             self.add(group)
 
-    def _fits(self, group: Group) -> bool:
+    def _fits(self, group: RowGroup) -> bool:
         """See `Packing._fits`. No prompt gives up more than a block of its cached tokens."""
         if not self._rows:
             return True
@@ -95,7 +95,7 @@ class ChunkPacking(Packing):
             and rows * longest <= PACKED_CONTEXT_CHUNKS * self._chunk_tokens
         )
 
-    def add(self, group: Group) -> None:
+    def add(self, group: RowGroup) -> None:
         """See `Packing.add`."""
         row = group[0]
         cached = row.prefill.cached_tokens
@@ -114,7 +114,7 @@ class StepPacking(Packing):
         self.most_tokens = chunk_tokens
         self._tokens = self._reads = 0
 
-    def _fits(self, group: Group) -> bool:
+    def _fits(self, group: RowGroup) -> bool:
         """See `Packing._fits`. A prompt of several choices needs a chunk of its own."""
         tokens, reads = self._cost(group[0])
         return (
@@ -123,7 +123,7 @@ class StepPacking(Packing):
             and self._reads + reads <= self._limits.mixed_reads
         )
 
-    def add(self, group: Group) -> None:
+    def add(self, group: RowGroup) -> None:
         """See `Packing.add`."""
         tokens, reads = self._cost(group[0])
         self._tokens += tokens

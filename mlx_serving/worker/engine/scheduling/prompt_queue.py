@@ -11,7 +11,7 @@ from msgspec.structs import replace
 
 from mlx_serving.common.job.schema import LANES
 from mlx_serving.worker.engine.row import Phase, Row
-from mlx_serving.worker.engine.scheduling.chunk import ChunkSize, Group, PrefillChunk
+from mlx_serving.worker.engine.scheduling.chunk import ChunkSize, PrefillChunk, RowGroup
 from mlx_serving.worker.engine.scheduling.packing import ChunkPacking, Packing, StepPacking
 
 if TYPE_CHECKING:
@@ -64,12 +64,12 @@ class PromptQueue:
         """Start empty."""
         self._limits, self._chunk_size, self._reservation = limits, chunk_size, reservation
         self._shares_blocks = prefixes is not None
-        self._waiting: list[list[Group]] = [[] for _ in LANES]
-        self._begun: list[tuple[Group, ...]] = [()] * len(LANES)
+        self._waiting: list[list[RowGroup]] = [[] for _ in LANES]
+        self._begun: list[tuple[RowGroup, ...]] = [()] * len(LANES)
         self._turns = LaneTurns(limits.batch.lane_min_share)
         self._waited = 0  # steps that the next prompt was put off
 
-    def add(self, group: Group) -> None:
+    def add(self, group: RowGroup) -> None:
         """Queue a prompt, in its lane's order of admission."""
         insort(self._waiting[group[0].request.rank], group, key=lambda rows: rows[0].order)
         for row in group:
@@ -85,7 +85,7 @@ class PromptQueue:
             self._end((row,))
         row.prefill = self._reservation.unpin_prefix(row)
 
-    def begun(self, rank: int) -> tuple[Group, ...]:
+    def begun(self, rank: int) -> tuple[RowGroup, ...]:
         """Return the prompts under way in a lane's chunk, those that ride along included.
 
         Between two steps there is at most one: the lane's own, which takes several chunks. A chunk
@@ -143,7 +143,7 @@ class PromptQueue:
                 row.phase = Phase.PREFILLING
         return mixed
 
-    def _waits_for_more(self, waiting: list[Group], decoding: int) -> bool:
+    def _waits_for_more(self, waiting: list[RowGroup], decoding: int) -> bool:
         """Say whether to put the next chunk off by a step, so that more prompts share it."""
         head, wanted = waiting[0][0], decoding // ROWS_PER_PROMPT
         patience = PATIENCE_STEPS[head.request.rank]
@@ -157,7 +157,7 @@ class PromptQueue:
         self._waited = self._waited + 1 if waits else 0
         return waits
 
-    def _take_for_step(self, rank: int) -> list[Group]:
+    def _take_for_step(self, rank: int) -> list[RowGroup]:
         """Take prompts that a decode step computes; none if the lane's next prompt is too long."""
         if not self._limits.mixed_reads:
             return []
@@ -171,7 +171,7 @@ class PromptQueue:
                 taken += self._take(waiting, packing)
         return taken
 
-    def _take_for_chunk(self, rank: int) -> list[Group]:
+    def _take_for_chunk(self, rank: int) -> list[RowGroup]:
         """Take one prompt, or as many short ones as fit one chunk when padded to one length."""
         packing = ChunkPacking(
             self._limits, self._chunk_size.tokens, shares_blocks=self._shares_blocks
@@ -185,15 +185,15 @@ class PromptQueue:
             self._take_along(taken, waiting)
         return taken
 
-    def _lower(self, rank: int) -> Iterator[list[Group]]:
+    def _lower(self, rank: int) -> Iterator[list[RowGroup]]:
         """Yield the waiting prompts of each lower lane that has no prefill under way."""
         for lower in range(rank + 1, len(LANES)):
             if not self._begun[lower]:
                 yield self._waiting[lower]
 
-    def _take(self, waiting: list[Group], packing: Packing) -> list[Group]:
+    def _take(self, waiting: list[RowGroup], packing: Packing) -> list[RowGroup]:
         """Take prompts in their order, as long as there is room for the next one."""
-        taken: list[Group] = []
+        taken: list[RowGroup] = []
         while waiting:
             self._pin_prefixes(waiting[0])
             if not packing.has_room_for(waiting[0]):
@@ -202,7 +202,7 @@ class PromptQueue:
             taken.append(waiting.pop(0))
         return taken
 
-    def _take_along(self, taken: list[Group], waiting: list[Group]) -> None:
+    def _take_along(self, taken: list[RowGroup], waiting: list[RowGroup]) -> None:
         """Add prompts of a lower lane that make the chunk little longer and not much larger."""
         most = RIDING_CHUNKS * self._chunk_size.tokens
         longest = max(group[0].uncached_tokens for group in taken)
@@ -225,12 +225,12 @@ class PromptQueue:
                 row.begin_prefill(cached)
             packing.add(taken[-1])
 
-    def _pin_prefixes(self, group: Group) -> None:
+    def _pin_prefixes(self, group: RowGroup) -> None:
         for row in group:
             row.prefill = self._reservation.pin_prefix(row)
 
 
-def _without(groups: Iterable[Group], leaving: Container[Row]) -> Iterator[Group]:
+def _without(groups: Iterable[RowGroup], leaving: Container[Row]) -> Iterator[RowGroup]:
     for group in groups:
         if kept := tuple(row for row in group if row not in leaving):
             yield kept

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from mlx_serving.worker.engine.interface import LaneRows, Request, RequestRefusedError
 from mlx_serving.worker.engine.kv.prefix.cache import PrefixCache
 from mlx_serving.worker.engine.row import Phase, Row
-from mlx_serving.worker.engine.scheduling.chunk import ChunkSize, Group, PrefillChunk
+from mlx_serving.worker.engine.scheduling.chunk import ChunkSize, PrefillChunk, RowGroup
 from mlx_serving.worker.engine.scheduling.limits import SchedulerLimits
 from mlx_serving.worker.engine.scheduling.parking import NO_PARKING, Parking, ParkingLot, Resumption
 from mlx_serving.worker.engine.scheduling.prompt_queue import PromptQueue
@@ -160,7 +160,7 @@ class Scheduler:
         """Choose the next prefill chunk; None if no prompt is pending, or the next one waits."""
         return self._prompts.schedule(len(self._decoding))
 
-    def chunks_of(self, group: Group) -> list[PrefillChunk]:
+    def chunks_of(self, group: RowGroup) -> list[PrefillChunk]:
         """Return the chunks of one prompt, computed by itself from its beginning."""
         length, most = group[0].context_length, self.chunk_size.tokens
         starts = range(0, max(1, length), most)
@@ -177,7 +177,7 @@ class Scheduler:
             self._decoding |= dict.fromkeys(chunk.rows)
         return done
 
-    def join(self, groups: Iterable[Group]) -> None:
+    def join(self, groups: Iterable[RowGroup]) -> None:
         """Note that rows have their own blocks: the prefix cache counts the full ones."""
         for row in (row for group in groups for row in group):
             row.prefill = self._reservation.join(row)

@@ -19,9 +19,9 @@ from mlx_serving.worker.engine.interface import (
     FINISH_TOOL_CALLS,
     INVALID_TOKEN,
     Output,
+    ParsedToolCall,
     Parts,
     RowError,
-    ToolCall,
 )
 from mlx_serving.worker.engine.row import Row
 
@@ -33,7 +33,7 @@ Transitions = Mapping[str, tuple[tuple[str, str], ...]]
 """State → its markers, each with the state that it leads to. States are named as in mlx-lm."""
 
 
-ReadCalls = Callable[[str], list[ToolCall] | None]
+ReadCalls = Callable[[str], list[ParsedToolCall] | None]
 """From a call's text, without its markers, to the calls in it; None: it holds none."""
 
 

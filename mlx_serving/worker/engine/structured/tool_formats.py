@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from mlx_serving.worker.engine.interface import ToolCall
+from mlx_serving.worker.engine.interface import ParsedToolCall
 from mlx_serving.worker.engine.structured.parser import (
     CALL,
     REASONING,
@@ -101,7 +101,7 @@ class RequestFormat:
         job_id = request_id.partition(":")[0]  # the same in every attempt
         return MarkedTextParser(transitions, self.state, self.read_calls, f"{job_id}\0{choice}")
 
-    def read_calls(self, text: str) -> list[ToolCall] | None:
+    def read_calls(self, text: str) -> list[ParsedToolCall] | None:
         """Read the calls in a call's text; None if it is malformed or names an unknown tool.
 
         The parser is foreign code, and its text may be anything: any error counts as malformed.
@@ -115,7 +115,7 @@ class RequestFormat:
         return calls if calls and all(call.name in names for call in calls) else None
 
 
-def _checked(call: Any) -> ToolCall:  # noqa: ANN401 - what a parser returns
+def _checked(call: Any) -> ParsedToolCall:  # noqa: ANN401 - what a parser returns
     """Return the call with its arguments as JSON text. A malformed one raises some error."""
     arguments = call.get("arguments", {})
     if isinstance(arguments, str):  # some models write them as a JSON text
@@ -126,4 +126,4 @@ def _checked(call: Any) -> ToolCall:  # noqa: ANN401 - what a parser returns
     text.encode()  # an event can't hold a lone surrogate
     identity = call.get("id")
     usable = isinstance(identity, str) and identity.isprintable() and 0 < len(identity) <= _ID_CHARS
-    return ToolCall(0, identity if usable else "", call["name"], text)
+    return ParsedToolCall(0, identity if usable else "", call["name"], text)

@@ -18,7 +18,7 @@ from mlx_serving.worker.claiming.intake import (
     read_committed,
 )
 from mlx_serving.worker.delivery.choice import Committed, CommittedChoice
-from mlx_serving.worker.engine.interface import Choice, ModelInfo, SamplingParams
+from mlx_serving.worker.engine.interface import ModelInfo, RequestChoice, SamplingParams
 from tests.support.worker_fakes import MODEL, claim_of
 
 
@@ -207,7 +207,7 @@ def test_one_request_has_the_prompt_and_each_choice_its_own_tokens() -> None:
     committed = read_committed(several(), 3)
     request = build_request(claim_of(), job(n=3), committed, lambda _: (7, 8), 100)
     assert (request.id, request.prompt) == ("a:1:0f", (7, 8))
-    assert request.choices == (Choice(0, (1, 0)), Choice(1, (2,)), Choice(2))
+    assert request.choices == (RequestChoice(0, (1, 0)), RequestChoice(1, (2,)), RequestChoice(2))
 
 
 def test_a_request_carries_penalties_biases_and_log_probabilities() -> None:

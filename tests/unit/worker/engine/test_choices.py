@@ -9,7 +9,12 @@ from msgspec.structs import replace
 
 from benchmarks.lib.synthetic import build_model
 from mlx_serving.worker.engine.engine import Engine
-from mlx_serving.worker.engine.interface import Choice, Request, RequestRefusedError, SamplingParams
+from mlx_serving.worker.engine.interface import (
+    Request,
+    RequestChoice,
+    RequestRefusedError,
+    SamplingParams,
+)
 from tests.support.engine_support import GREEDY, HYBRID, SLIDING, drive, other_model, tiny_engine
 
 SAMPLED = SamplingParams(1.0, top_p=0.95, seed=77)
@@ -22,7 +27,7 @@ def choices_of(
     committed: dict[int, tuple[int, ...]] | None = None,
 ) -> Request:
     tails = committed or {}
-    choices = tuple(Choice(index, tails.get(index, ())) for index in range(count))
+    choices = tuple(RequestChoice(index, tails.get(index, ())) for index in range(count))
     return Request("n", prompt, SAMPLED, 12, choices=choices)
 
 
@@ -142,7 +147,9 @@ def test_all_choices_are_admitted_or_none() -> None:
 
 def test_a_bad_stop_string_admits_no_choice() -> None:
     engine = tiny_engine()
-    bad = Request("n", PROMPT, GREEDY, 4, stop=("\ud800",), choices=(Choice(0), Choice(1)))
+    bad = Request(
+        "n", PROMPT, GREEDY, 4, stop=("\ud800",), choices=(RequestChoice(0), RequestChoice(1))
+    )
     with pytest.raises(RequestRefusedError, match="stop: "):
         engine.add(bad)
     assert not engine.has_work
@@ -152,7 +159,7 @@ def test_a_bad_stop_string_admits_no_choice() -> None:
 def test_a_choice_that_a_request_names_twice_is_refused() -> None:
     engine = tiny_engine()
     with pytest.raises(RequestRefusedError, match="choice 0 of request n") as refusal:
-        engine.add(Request("n", (1, 2), GREEDY, 4, choices=(Choice(0), Choice(0))))
+        engine.add(Request("n", (1, 2), GREEDY, 4, choices=(RequestChoice(0), RequestChoice(0))))
     assert refusal.value.code == "duplicate_request"
     assert not engine.has_work
 

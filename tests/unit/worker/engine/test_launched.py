@@ -13,7 +13,7 @@ from mlx_serving.worker.engine.engine import Engine
 from mlx_serving.worker.engine.failures import LaunchedWorkError, beside_step
 from mlx_serving.worker.engine.interface import Output, Request, RequestRefusedError, SamplingParams
 from mlx_serving.worker.engine.kv.paged.cache import PagedCache
-from mlx_serving.worker.engine.kv.paged.placement import Placement
+from mlx_serving.worker.engine.kv.paged.placement import BlockPlacement
 from mlx_serving.worker.engine.kv.paged.reference import ReferenceOps
 from tests.support.engine_support import Collected, drive
 from tests.support.unordered import Unordered, engine_on
@@ -123,16 +123,16 @@ WAITS: dict[str, tuple[str, list[Request]]] = {
 def prepare(patch: pytest.MonkeyPatch, run: Run, name: str, message: str) -> FailedStep:
     if name == "placing":
         real, failed = (
-            Placement.place_prefilled,
+            BlockPlacement.place_prefilled,
             FailedStep(patch, run.engine, WAITS[name][0], message),
         )
 
-        def place(placing: Placement, prefilled: Any) -> None:
+        def place(placing: BlockPlacement, prefilled: Any) -> None:
             if not failed.raised:
                 raise ValueError
             real(placing, prefilled)
 
-        patch.setattr(Placement, "place_prefilled", place)
+        patch.setattr(BlockPlacement, "place_prefilled", place)
         return failed
     return FailedStep(patch, run.engine, WAITS[name][0], message)
 

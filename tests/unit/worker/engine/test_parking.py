@@ -14,9 +14,9 @@ from benchmarks.lib.synthetic import build_model
 from mlx_serving.common.job.schema import Lane
 from mlx_serving.worker.engine.engine import Engine
 from mlx_serving.worker.engine.interface import (
-    Choice,
     Output,
     Request,
+    RequestChoice,
     RequestRefusedError,
     SamplingParams,
 )
@@ -275,7 +275,7 @@ def test_any_traffic_gives_what_each_job_gives_alone(
     pending = []
     for number, (lane, prompt, tokens, count, wait) in enumerate(jobs):
         first = bulk(f"j{number}", prompt, tokens, lane)
-        request = replace(first, choices=tuple(map(Choice, range(count))))
+        request = replace(first, choices=tuple(map(RequestChoice, range(count))))
         if engine.fits(request):
             pending.append((wait, request))
     each = [

@@ -20,7 +20,7 @@ from mlx_serving.worker.engine.kv.interface import ParkedRow, Prefilled, Prompt
 from mlx_serving.worker.engine.kv.padded import LanguageModel
 from mlx_serving.worker.engine.kv.paged.block_allocator import BlockAllocator
 from mlx_serving.worker.engine.kv.paged.layers import PagedLayer, PagedOps, StepPlan, StoreEntry
-from mlx_serving.worker.engine.kv.paged.placement import Placement
+from mlx_serving.worker.engine.kv.paged.placement import BlockPlacement
 from mlx_serving.worker.engine.kv.paged.pools import (
     LayerShape,
     Pools,
@@ -125,13 +125,13 @@ class PagedCache:
             self._append(placing, self._copy(placing.entries))
 
     @contextmanager
-    def _placing(self) -> Iterator[Placement]:
+    def _placing(self) -> Iterator[BlockPlacement]:
         """Allocate blocks for rows that join; after an error, free them: other rows are unchanged.
 
         Raises:
             LaunchedWorkError: the step under way failed; raised in place of any other error.
         """
-        placing = Placement(
+        placing = BlockPlacement(
             self.allocator,
             self._prefixes,
             block_tokens=BLOCK_TOKENS,
@@ -144,7 +144,7 @@ class PagedCache:
             self._wait_and_give_back(placing, error)
             raise
 
-    def _wait_and_give_back(self, placing: Placement, error: Exception) -> None:
+    def _wait_and_give_back(self, placing: BlockPlacement, error: Exception) -> None:
         """Free the blocks of a failed join, after launched work that may read or write them."""
         try:
             wait_for_launched()
@@ -167,7 +167,7 @@ class PagedCache:
             self.allocator.free([self._padding_block])
             self._padding_block = None
 
-    def _append(self, placing: Placement, stored: mx.array) -> None:
+    def _append(self, placing: BlockPlacement, stored: mx.array) -> None:
         lengths = np.concatenate([self._lengths, np.array(placing.lengths, dtype=np.int32)])
         placing.publish()
         self._rows += placing.rows

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from mlx_serving.worker.engine.kv.prefix.index import PrefixKey
 
 
-class Placement:
+class BlockPlacement:
     """Rows that join after `first_row` others: the blocks and the length of each, in order.
 
     `entries`: what to store, from computed prompts or from cached blocks. `contexts`: what the next

@@ -134,8 +134,8 @@ class Pools:
         wait_for_launched()
         self._left += sum(layer.nbytes for layer in layers)
         resize(layers, blocks, at_once=RESIZED_BYTES)
-        # Nothing else fits the old pools' buffers. But after a clear, the next step allocates all of
-        # its memory anew: so a few bytes stay until the runner clears, now and then.
+        # Nothing else fits the old pools' buffers. But after a clear, the next step allocates all
+        # of its memory anew: so a few bytes stay until the runner clears, now and then.
         if self._left > self._may_leave:
             self._left = 0
             mx.clear_cache()

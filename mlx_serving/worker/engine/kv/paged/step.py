@@ -98,7 +98,7 @@ def plan_work(lengths: Sequence[int]) -> tuple[list[tuple[int, int, int]], list[
 STEP_ROWS: Final = 8  # batch sizes are multiples of it, or a smaller power of two
 
 
-Step = Callable[[mx.array, StepPlan, Sequence[PagedLayer]], tuple[mx.array, mx.array]]
+StepFunction = Callable[[mx.array, StepPlan, Sequence[PagedLayer]], tuple[mx.array, mx.array]]
 
 
 """From tokens int32 [B], a plan and layers to logits [B, V] and the next step's lengths [B]."""
@@ -121,7 +121,7 @@ def round_up_to_power(count: int) -> int:
     return 1 << (count - 1).bit_length()
 
 
-def plain_step(model: LanguageModel) -> Step:
+def plain_step(model: LanguageModel) -> StepFunction:
     """Return a step that Python builds anew each time."""
 
     def step(
@@ -134,7 +134,7 @@ def plain_step(model: LanguageModel) -> Step:
     return step
 
 
-def compiled_step(model: LanguageModel, ops: PagedOps) -> Step:
+def compiled_step(model: LanguageModel, ops: PagedOps) -> StepFunction:
     """Return the compiled step; `ops` work in place, so the only outputs are the results."""
     plain = plain_step(model)
 

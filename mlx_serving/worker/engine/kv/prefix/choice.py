@@ -15,7 +15,7 @@ PREFIX_CACHE: Final = "prefix cache"
 # The part of the KV budget that idle prefixes may keep, unless the settings say otherwise.
 DEFAULT_IDLE_FRACTION: Final = 0.5
 
-Make = Callable[[int], PrefixIndexProtocol]
+MakeIndex = Callable[[int], PrefixIndexProtocol]
 
 
 def make_prefix_cache(
@@ -42,7 +42,7 @@ def make_prefix_cache(
     return PrefixCache(make(block_tokens), block_tokens, *blocks), report
 
 
-def choose_prefix_index(*, prefer_native: bool) -> tuple[Make, AccelerationReport]:
+def choose_prefix_index(*, prefer_native: bool) -> tuple[MakeIndex, AccelerationReport]:
     """Return the implementation to use; takes some 5 ms, most of it the self-check."""
     make, reason = _try_native(prefer_native=prefer_native)
     if make is None:
@@ -50,7 +50,7 @@ def choose_prefix_index(*, prefer_native: bool) -> tuple[Make, AccelerationRepor
     return make, AccelerationReport(PREFIX_INDEX, "native", reason)
 
 
-def _try_native(*, prefer_native: bool) -> tuple[Make | None, str]:
+def _try_native(*, prefer_native: bool) -> tuple[MakeIndex | None, str]:
     if not prefer_native:
         return None, SWITCHED_OFF
     native, reason = load_native()
@@ -58,7 +58,7 @@ def _try_native(*, prefer_native: bool) -> tuple[Make | None, str]:
         return None, reason
     expected = _check_run(twin.PrefixIndex)
     try:
-        make: Make = native.PrefixIndex
+        make: MakeIndex = native.PrefixIndex
         got = _check_run(make)
     except Exception as error:  # noqa: BLE001 - after any error the twin is used
         difference = f"{type(error).__name__}: {error}"
@@ -73,7 +73,7 @@ _CHECK_BLOCK_TOKENS: Final = 3  # not a multiple of eight bytes
 _CHECK_DEPTH: Final = 6
 
 
-def _check_run(make: Make) -> list[Any]:
+def _check_run(make: MakeIndex) -> list[Any]:
     """Add and remove rows with random prefixes of two salts; return every answer of the index."""
     chance = random.Random(0)  # noqa: S311 - test data
     index = make(_CHECK_BLOCK_TOKENS)

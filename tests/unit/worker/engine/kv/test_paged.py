@@ -12,7 +12,7 @@ from msgspec.structs import replace
 
 from benchmarks.lib.synthetic import build_model
 from mlx_serving.worker.engine.engine import Engine
-from mlx_serving.worker.engine.interface import Choice, Request, SamplingParams
+from mlx_serving.worker.engine.interface import Request, RequestChoice, SamplingParams
 from mlx_serving.worker.engine.kv.paged.cache import BLOCK_TOKENS, PagedCache
 from mlx_serving.worker.engine.kv.paged.step import plain_step
 from tests.support.engine_support import (
@@ -85,7 +85,7 @@ def test_a_prompt_that_fills_its_blocks_exactly(engine: Engine) -> None:
 @pytest.mark.parametrize("length", [1, 40, 33, 150])
 def test_choices_share_the_full_blocks_of_their_prompt(engine: Engine, length: int) -> None:
     prompt = tuple(range(length))
-    request = Request("n", prompt, SAMPLED, 12, choices=tuple(map(Choice, range(4))))
+    request = Request("n", prompt, SAMPLED, 12, choices=tuple(map(RequestChoice, range(4))))
     engine.add(request)
     tokens: list[list[int]] = [[] for _ in request.choices]
     most = 0
@@ -162,7 +162,9 @@ def test_blocks_never_exceed_the_budget_and_none_is_lost(
     cache = cache_of(engine)
     assert cache.allocator.limit == 640 // BLOCK_TOKENS + 1
     pending = [
-        Request(f"r{n}", (1,) * prompt, GREEDY, most, choices=tuple(map(Choice, range(choices))))
+        Request(
+            f"r{n}", (1,) * prompt, GREEDY, most, choices=tuple(map(RequestChoice, range(choices)))
+        )
         for n, (prompt, most, choices) in enumerate(jobs)
     ]
     pending = [request for request in pending if engine.fits(request)]

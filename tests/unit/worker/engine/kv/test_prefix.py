@@ -7,7 +7,7 @@ from typing import Any, cast
 import pytest
 from msgspec.structs import replace
 
-from mlx_serving.worker.engine.interface import Choice, Request, SamplingParams
+from mlx_serving.worker.engine.interface import Request, RequestChoice, SamplingParams
 from mlx_serving.worker.engine.kv.paged.cache import BLOCK_TOKENS
 from mlx_serving.worker.engine.scheduling.chunk import PrefillChunk
 from tests.support.engine_support import GREEDY, drive, prefixes_of, tiny_engine
@@ -200,7 +200,7 @@ def test_a_resumed_job_finds_prompt_and_committed_tokens(counted: Counted) -> No
     whole = request("a", (1, 2), sampling=SAMPLED, max_tokens=80)
     counted.computed(whole)
     tokens = counted.collected["a"].token_ids
-    committed = Choice(0, tuple(tokens[:50]))
+    committed = RequestChoice(0, tuple(tokens[:50]))
     resumed = request("a", (1, 2), sampling=SAMPLED, max_tokens=80, choices=(committed,))
     assert counted.computed(resumed) == 0, "the last block of the answer has these tokens too"
     assert counted.collected["a"].token_ids == tokens[50:]
@@ -210,7 +210,7 @@ def test_a_resumed_job_finds_prompt_and_committed_tokens(counted: Counted) -> No
 
 def test_choices_share_what_is_known_of_their_prompt(counted: Counted) -> None:
     counted.computed(request("first", (1, 2, 3)))
-    asked = request("n", (1, 2, 4), sampling=SAMPLED, choices=tuple(map(Choice, range(4))))
+    asked = request("n", (1, 2, 4), sampling=SAMPLED, choices=tuple(map(RequestChoice, range(4))))
     counted.prompt_tokens = 0
     counted.engine.add(asked)
     tokens: list[list[int]] = [[] for _ in asked.choices]

@@ -11,7 +11,12 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from mlx_serving.worker.engine.engine import Engine
-from mlx_serving.worker.engine.interface import Choice, Request, RequestRefusedError, SamplingParams
+from mlx_serving.worker.engine.interface import (
+    Request,
+    RequestChoice,
+    RequestRefusedError,
+    SamplingParams,
+)
 from mlx_serving.worker.engine.kv.paged.cache import BLOCK_TOKENS
 from mlx_serving.worker.engine.kv.paged.step import plain_step
 from mlx_serving.worker.engine.kv.prefix.index import PrefixKey
@@ -128,7 +133,7 @@ def test_no_block_is_lost_and_none_is_over_budget(
     pending = [
         Request(
             f"r{n}", (stem,) * length, GREEDY, most,
-            choices=tuple(map(Choice, range(choices))), salt=salt,
+            choices=tuple(map(RequestChoice, range(choices))), salt=salt,
         )
         for n, (stem, length, most, choices, salt) in enumerate(jobs)
     ]  # fmt: skip
@@ -272,4 +277,4 @@ def _key(engine: Engine, prompt: tuple[int, ...]) -> Any:
     from mlx_serving.worker.engine.row import Row
 
     del engine
-    return Row(Request("key", prompt, GREEDY, 1), Choice()).context_key
+    return Row(Request("key", prompt, GREEDY, 1), RequestChoice()).context_key

@@ -12,7 +12,7 @@ from benchmarks.lib.synthetic import TINY, build_model, build_tokenizer
 from mlx_serving.common.errors import InvalidSettings
 from mlx_serving.common.settings import load_settings
 from mlx_serving.worker.engine.engine import Engine
-from mlx_serving.worker.engine.interface import Choice, ModelInfo, Request, SamplingParams
+from mlx_serving.worker.engine.interface import ModelInfo, Request, RequestChoice, SamplingParams
 from mlx_serving.worker.engine.kv.choice import (
     choose_cache,
     padded_choice,
@@ -71,12 +71,14 @@ def test_a_row_that_resumes_goes_on_as_it_would_have(model: LanguageModel) -> No
     whole = drive(engine_of(model, 4), [job])["long"].token_ids
     assert len(whole) > 8
     for cut in (1, 7):
-        rest = Request("long", job.prompt, SAMPLED, 24, choices=(Choice(0, tuple(whole[:cut])),))
+        rest = Request(
+            "long", job.prompt, SAMPLED, 24, choices=(RequestChoice(0, tuple(whole[:cut])),)
+        )
         assert drive(engine_of(model, 4), [rest])["long"].token_ids == whole[cut:]
 
 
 def test_choices_share_their_prompt(model: LanguageModel) -> None:
-    asked = Request("n", tuple(range(9)), SAMPLED, 6, choices=tuple(map(Choice, range(3))))
+    asked = Request("n", tuple(range(9)), SAMPLED, 6, choices=tuple(map(RequestChoice, range(3))))
     engine = engine_of(model, 8)
     engine.add(asked)
     got: dict[int, list[int]] = {}

@@ -1,11 +1,11 @@
 """Which requests the device has memory for now: their keys and values, and their prompt twice."""
 
-from mlx_serving.worker.engine.interface import Choice, Request, SamplingParams
+from mlx_serving.worker.engine.interface import Request, RequestChoice, SamplingParams
 from mlx_serving.worker.engine.memory.guard import RELAX_LOOKS, MemoryRoom
 
 
 def request(prompt: int, max_tokens: int = 10, choices: int = 1) -> Request:
-    indices = tuple(map(Choice, range(choices)))
+    indices = tuple(map(RequestChoice, range(choices)))
     return Request("a", (1,) * prompt, SamplingParams(), max_tokens, choices=indices)
 
 

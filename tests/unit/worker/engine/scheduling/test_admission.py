@@ -2,13 +2,18 @@
 
 import pytest
 
-from mlx_serving.worker.engine.interface import Choice, Request, RequestRefusedError, SamplingParams
+from mlx_serving.worker.engine.interface import (
+    Request,
+    RequestChoice,
+    RequestRefusedError,
+    SamplingParams,
+)
 from mlx_serving.worker.engine.scheduling.limits import BatchSize, SchedulerLimits
 from mlx_serving.worker.engine.scheduling.scheduler import Scheduler
 
 
 def request(name: str, prompt: int = 10, max_tokens: int = 10, committed: int = 0) -> Request:
-    choices = (Choice(0, (2,) * committed),)
+    choices = (RequestChoice(0, (2,) * committed),)
     return Request(name, (1,) * prompt, SamplingParams(), max_tokens, choices=choices)
 
 

@@ -4,7 +4,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from mlx_serving.worker.engine.interface import Choice, Request, SamplingParams
+from mlx_serving.worker.engine.interface import Request, RequestChoice, SamplingParams
 from mlx_serving.worker.engine.row import Phase, Row
 from mlx_serving.worker.engine.scheduling.limits import BatchSize, SchedulerLimits
 from mlx_serving.worker.engine.scheduling.scheduler import Scheduler
@@ -36,7 +36,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         """Add as many choices as `committed` has entries."""
         self.count += 1
         choices = tuple(
-            Choice(index, (2,) * min(tokens, max_tokens - 1))
+            RequestChoice(index, (2,) * min(tokens, max_tokens - 1))
             for index, tokens in enumerate(committed)
         )
         request = Request(

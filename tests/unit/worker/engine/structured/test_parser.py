@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mlx_lm.generate import TextStateMachine
 
-from mlx_serving.worker.engine.interface import Parts, ToolCall
+from mlx_serving.worker.engine.interface import ParsedToolCall, Parts
 from mlx_serving.worker.engine.structured.parser import (
     CALL,
     REASONING,
@@ -31,10 +31,10 @@ FRAGMENTS = (
 texts = st.lists(st.sampled_from(FRAGMENTS), max_size=20).map("".join)
 
 
-def read(text: str) -> list[ToolCall] | None:
+def read(text: str) -> list[ParsedToolCall] | None:
     try:
         found = json.loads(text)
-        return [ToolCall(0, "", found["name"], json.dumps(found["arguments"]))]
+        return [ParsedToolCall(0, "", found["name"], json.dumps(found["arguments"]))]
     except (ValueError, KeyError, TypeError):
         return None
 
