@@ -46,7 +46,8 @@ class EngineThread(threading.Thread):
     threads can work on the outputs then. `on_refused(request_id, code, message)` is called for a
     request that the engine refused; `on_room` when rows left the batch or requests entered it.
     `paused` is called before each step: a deliberate pause counts as progress, a step that does
-    not return does not (`stalled_for`). `tend` is called between steps, at least twice a second.
+    not return does not (`stalled_for`). `tend` is called between steps, at least twice a second,
+    with the number of steps so far.
     """
 
     def __init__(
@@ -58,7 +59,7 @@ class EngineThread(threading.Thread):
         on_room: Callable[[], None],
         paused: Callable[[], bool],
         times: LoopTimes = LoopTimes(),
-        tend: Callable[[], None] = lambda: None,
+        tend: Callable[[int], None] = lambda _: None,
     ) -> None:
         super().__init__(name="engine", daemon=True)
         self._load, self._on_outputs, self._on_refused = load, on_outputs, on_refused
@@ -212,7 +213,7 @@ class EngineThread(threading.Thread):
             aborts, self._aborts = self._aborts, deque()
             if self._halting:
                 return False
-        self._tend()
+        self._tend(self.steps)
         self._look(engine)
         for request_id in aborts:
             engine.abort(request_id)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 
-from mlx_serving.common.job.schema import LANES
+from mlx_serving.common.queues import LANES
 from mlx_serving.worker.engine.interface import (
     InferenceEngine,
     LaneRows,
@@ -21,12 +21,12 @@ class EngineSet:
     number of rows.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, on_prefill: Callable[[Iterable[str]], None] | None = None) -> None:
         # Other threads read these two: they are replaced, never changed in place.
         self._engines: dict[str, InferenceEngine] = {}
         self._new: frozenset[str] = frozenset()  # models of which no step was timed
         self._stepping = ""  # the model whose step is under way
-        self.on_prefill: Callable[[Iterable[str]], None] = _ignore
+        self.on_prefill: Callable[[Iterable[str]], None] = on_prefill or _ignore
         self.on_launch: Callable[[], None] = _ignore
         self.on_stepped: Callable[[], None] = _ignore  # called after each model's step
 

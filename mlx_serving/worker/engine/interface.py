@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 from msgspec import Struct
 
-from mlx_serving.common.job.schema import LANES, Lane
+from mlx_serving.common.queues import LANES, Lane
 
 if TYPE_CHECKING:
     from mlx_serving.worker.engine.memory.kv_caches import KvMemory

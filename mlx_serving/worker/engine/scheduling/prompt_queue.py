@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 
 from msgspec.structs import replace
 
-from mlx_serving.common.job.schema import LANES
+from mlx_serving.common.queues import LANES
 from mlx_serving.worker.engine.row import Phase, Row
 from mlx_serving.worker.engine.scheduling.chunk import ChunkSize, PrefillChunk, RowGroup
 from mlx_serving.worker.engine.scheduling.packing import ChunkPacking, Packing, StepPacking

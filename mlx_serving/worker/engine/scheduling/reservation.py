@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from msgspec.structs import replace
 
-from mlx_serving.common.job.schema import LANES
+from mlx_serving.common.queues import LANES
 from mlx_serving.worker.engine.kv.prefix.index import TOKEN_BYTES, PrefixKey
 from mlx_serving.worker.engine.row import Phase, Prefill, Row
 

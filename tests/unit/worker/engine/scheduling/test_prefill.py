@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from mlx_serving.common.job.schema import LANES, Lane
+from mlx_serving.common.queues import LANES, Lane
 from mlx_serving.worker.engine.interface import Request, RequestChoice, SamplingParams
 from mlx_serving.worker.engine.row import Phase, Row
 from mlx_serving.worker.engine.scheduling.chunk import PrefillChunk
