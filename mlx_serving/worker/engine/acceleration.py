@@ -19,7 +19,7 @@ from mlx_serving.worker.engine.text.vocabulary import Vocabulary, VocabularyTabl
 if TYPE_CHECKING:
     import mlx.core as mx
 
-    from mlx_serving.worker.engine.sampling import MakeDraw
+    from mlx_serving.worker.engine.sampling.sampler import MakeDraw
 
 DETOKENIZER: Final = "detokenizer"
 SAMPLER: Final = "sampler"

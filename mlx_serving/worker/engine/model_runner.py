@@ -32,15 +32,11 @@ from mlx_serving.worker.engine.kv.paged.pools import wait_for_launched
 from mlx_serving.worker.engine.kv.prefix.cache import PrefixCache
 from mlx_serving.worker.engine.memory.recovery import is_out_of_memory
 from mlx_serving.worker.engine.row import Row, SampledToken
-from mlx_serving.worker.engine.sampling import (
-    BatchSampler,
-    Logprobs,
-    MakeDraw,
-    ReferenceDraw,
-    RowSampling,
-    read_logprobs,
-    token_words,
-)
+from mlx_serving.worker.engine.sampling.logprobs import read_logprobs
+from mlx_serving.worker.engine.sampling.noise import token_words
+from mlx_serving.worker.engine.sampling.parameters import Logprobs, RowSampling
+from mlx_serving.worker.engine.sampling.reference import ReferenceDraw
+from mlx_serving.worker.engine.sampling.sampler import BatchSampler, MakeDraw
 from mlx_serving.worker.engine.scheduling.chunk import PrefillChunk
 from mlx_serving.worker.engine.structured.masks import BatchMasks, Matcher, advance_rows
 

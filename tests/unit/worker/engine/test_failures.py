@@ -17,7 +17,7 @@ from mlx_serving.worker.engine.interface import (
 from mlx_serving.worker.engine.kv.paged import cache as cache_module
 from mlx_serving.worker.engine.kv.paged.step import plain_step
 from mlx_serving.worker.engine.row import Phase
-from mlx_serving.worker.engine.sampling import BatchSampler
+from mlx_serving.worker.engine.sampling.sampler import BatchSampler
 from tests.support.engine_support import (
     GREEDY,
     POISON,

@@ -17,7 +17,10 @@ import mlx.core as mx
 import pytest
 
 from mlx_serving.worker.engine.interface import Request, SamplingParams
-from mlx_serving.worker.engine.sampling import BatchSampler, RowSampling, kernels, token_words
+from mlx_serving.worker.engine.sampling import kernels
+from mlx_serving.worker.engine.sampling.noise import token_words
+from mlx_serving.worker.engine.sampling.parameters import RowSampling
+from mlx_serving.worker.engine.sampling.sampler import BatchSampler
 from tests.support.engine_support import tiny_engine
 
 if TYPE_CHECKING:
