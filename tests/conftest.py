@@ -30,9 +30,20 @@ FOLDER_MARKS = {
     "real": "real",
 }
 LEFT_OUT = ("chaos", "real")  # unless asked for by -m: `make chaos`, `make real`
+# Of all processes that a run starts: pytest's own beside each other, workers, commands. Threads of
+# OpenBLAS wait for each other by spinning, which with more processes than cores takes the time that
+# they wait for; MLX's buffers come and go with each step, and go back to the system meanwhile.
+ENVIRONMENT = {
+    "OPENBLAS_NUM_THREADS": "1",
+    "MALLOC_TRIM_THRESHOLD_": "1000000000",
+    "MALLOC_MMAP_THRESHOLD_": "1000000000",
+}
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # each start would compile hundreds of modules
     config.addinivalue_line("markers", "may_leak(reason): leaves keys without a TTL in Redis")
 
 
