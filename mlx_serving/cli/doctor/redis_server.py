@@ -1,4 +1,4 @@
-"""Redis: reachable, recent, durable, and not one that throws keys away."""
+"""Checks of Redis: reachable, recent, durable, and that it does not evict keys."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ DEBIAN_ADVICE: Final = (
 
 
 def redis_checks(endpoint: Endpoint) -> Iterator[Check]:
-    """Check the Redis of an endpoint; where it does not answer, that is the only outcome."""
+    """Check the Redis of an endpoint; if it does not answer, that is the only outcome."""
     with connect(endpoint) as client:
         try:
             client.ping()
@@ -64,7 +64,7 @@ def check_version(client: redis.Redis) -> Check:
 
 
 def check_persistence(client: redis.Redis) -> Check:
-    """Say what a crash of Redis, or of its machine, would cost."""
+    """Report what a crash of Redis, or of its machine, would lose."""
     if not int(_info(client, "persistence").get("aof_enabled", 0)):
         detail = (
             "appendonly no: a Redis restart loses jobs that were acknowledged (D1 does not "
@@ -96,7 +96,7 @@ def check_eviction(client: redis.Redis) -> Check:
 
 
 def check_latency(client: redis.Redis) -> Check:
-    """Time round trips: each flush of tokens pays one."""
+    """Time round trips: each flush of tokens needs one."""
     samples = []
     for _ in range(PINGS):
         began = time.perf_counter()
@@ -108,7 +108,7 @@ def check_latency(client: redis.Redis) -> Check:
 
 
 def check_scripts(client: redis.Redis, endpoint: Endpoint) -> Check:
-    """Run one script of the protocol on a job that there isn't; it writes nothing."""
+    """Run one script of the protocol on a job that does not exist; it writes nothing."""
     try:
         Protocol(client, endpoint.keys).run(calls.cancel("doctor", "doctor"))
     except redis.RedisError as error:
@@ -117,7 +117,7 @@ def check_scripts(client: redis.Redis, endpoint: Endpoint) -> Check:
 
 
 def check_rq_prefix(prefix: str) -> Check:
-    """RQ reads its prefix when it is imported; our scripts write under the settings' one."""
+    """Compare RQ's prefix, which it reads when it is imported, with that of the settings."""
     if prefix == RQ_KEY_PREFIX:
         return Check("rq prefix", Level.OK, f"{prefix!r}, as RQ has it")
     detail = f"settings say {prefix!r}, RQ says {RQ_KEY_PREFIX!r}: set RQ_KEY_PREFIX for both"
