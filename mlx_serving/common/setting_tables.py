@@ -250,7 +250,7 @@ class EngineSettings(Table):
     recycle_after_tokens: int = Field(
         default=20_000_000,
         ge=0,
-        le=1 << 53,
+        le=10**15,
         description="tokens after which the child is replaced; 0: never for that",
     )
     recycle_after_hours: float = Field(

@@ -63,7 +63,7 @@ class Settings(Table):
     jobs: JobSettings = JobSettings()
     models: Annotated[dict[ModelName, str], JsonObject] = Field(
         default={},
-        description="alias → folder on this machine, or `organisation/name@commit` of a hub",
+        description="folder on this machine, or `organisation/name@commit` of a hub",
     )
     batch: BatchSettings = BatchSettings()
     cache: CacheSettings = CacheSettings()

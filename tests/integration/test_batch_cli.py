@@ -98,7 +98,7 @@ def test_resume_in_the_foreground(run: Run, local_redis: LocalRedis, tmp_path: P
     from mlx_serving.producer.batch.api import Batches
 
     path = write_lines(tmp_path / "in.jsonl", map(simulated_line, range(1, 6)))
-    batch = Batches(load_settings(redis_url=local_redis.url)).submit(path, start=False)
+    batch = Batches(load_settings(redis__url=local_redis.url)).submit(path, start=False)
     with worker(local_redis):
         assert run("resume", batch.id, "--foreground").stdout.strip() == "completed"
 

@@ -54,7 +54,7 @@ class TestEnds:
     def test_expiry_keeps_what_finished(
         self, batches: Batches, redis_client: redis.Redis, local_redis: LocalRedis, tmp_path: Path
     ) -> None:
-        with InProcessWorker(local_redis.url, rate=20, max_batch_rows=4) as worker:
+        with InProcessWorker(local_redis.url, rate=20, batch__max_rows=4) as worker:
             wait_until(lambda: redis_client.exists(Keys().worker(worker.name)), timeout=30)
             batch = submitted(batches, tmp_path, 300, completion_window="4s", depth=20)
             batch = batches.run(batch.id)
@@ -85,7 +85,7 @@ class TestEnds:
     ) -> None:
         monkeypatch.setattr(runner_module, "AWAY_SECONDS", 0.1)
         with LocalRedis(appendonly="always") as server, server.client() as client:
-            batches = Batches(load_settings(redis_url=server.url))
+            batches = Batches(load_settings(redis__url=server.url))
             batch = submitted(batches, tmp_path, 30, in_flight=20)
             folder = batches.folder(batch.id)
             with InProcessWorker(server.url, rate=1000):
@@ -94,7 +94,7 @@ class TestEnds:
             server.kill()
             expire(folder)
             ended: list[Any] = []
-            runner = Runner(folder, load_settings(redis_url=server.url))
+            runner = Runner(folder, load_settings(redis__url=server.url))
             thread = threading.Thread(target=lambda: ended.append(runner.run()))
             thread.start()
             time.sleep(1)
@@ -119,7 +119,7 @@ class TestEnds:
     ) -> None:
         batch = submitted(batches, tmp_path, 300, depth=20)
         with (
-            InProcessWorker(local_redis.url, rate=20, max_batch_rows=4),
+            InProcessWorker(local_redis.url, rate=20, batch__max_rows=4),
             running(batches, batch) as ended,
         ):
             wait_until(lambda: batches.status(batch.id).request_counts.completed > 3)
@@ -194,14 +194,14 @@ class TestNames:
         self, batches: Batches, tmp_path: Path
     ) -> None:
         batch = submitted(batches, tmp_path, 1)
-        away = Batches(load_settings(redis_url="unix:///nowhere.sock"))
+        away = Batches(load_settings(redis__url="unix:///nowhere.sock"))
         report = away.report(str(batches.folder(batch.id).path))
         assert (report.batch, report.running) == (batch, False)
         with pytest.raises(QueueUnavailable):
             away.report(batch.id)
 
     def test_without_redis_nothing_is_written(self, tmp_path: Path) -> None:
-        batches = Batches(load_settings(redis_url="unix:///nowhere.sock"))
+        batches = Batches(load_settings(redis__url="unix:///nowhere.sock"))
         with pytest.raises(QueueUnavailable):
             submitted(batches, tmp_path, 1)
         assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]

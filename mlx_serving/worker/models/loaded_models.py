@@ -226,5 +226,7 @@ class Residents:
         pins = sorted(budget.pinned - {model})
         beside = f" beside {', '.join(pins)}" if pins else ""
         size = budget.sizes[model]
-        message = f"{size} bytes do not fit into model_budget_bytes {budget.budget_bytes}{beside}"
+        message = (
+            f"{size} bytes do not fit into worker.model_budget_bytes {budget.budget_bytes}{beside}"
+        )
         raise ModelTooLargeError(message)

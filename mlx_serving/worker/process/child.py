@@ -23,7 +23,7 @@ from mlx_serving.worker.claiming.intake import Preparation
 from mlx_serving.worker.claiming.placement import Placement
 from mlx_serving.worker.delivery.measured_protocol import MeasuredProtocol, QueueWatch
 from mlx_serving.worker.delivery.publisher import EngineLink, Publisher, PublisherOptions
-from mlx_serving.worker.delivery.sweeper import Sweeper
+from mlx_serving.worker.delivery.sweeper import Sweeper, reap_interval_seconds
 from mlx_serving.worker.dispatcher import Dispatcher, DispatcherOptions
 from mlx_serving.worker.engine.engine_set import EngineSet
 from mlx_serving.worker.engine_thread import Runner, RunnerTimes
@@ -90,6 +90,9 @@ SWITCH_SECONDS: Final = 0.0005
 WATCH_SECONDS: Final = 0.5
 
 
+LOAD_SLICE_SECONDS: Final = 300.0  # the most that a slice of a model's load may take
+
+
 LAST_WRITE_SECONDS: Final = 1.0  # that a stalled worker's publisher gets for what was decoded
 
 
@@ -116,14 +119,14 @@ class Child:
         settings = spec.settings
         self._paths = spec.engine.paths(spec.model)
         endpoint = resolve_shared(settings, tuple(self._paths))
-        lease_ms = int(settings.lease_seconds * 1000)
+        lease_ms = int(settings.worker.lease_seconds * 1000)
         queues = tuple(queue_name(model, lane) for model in self._paths for lane in LANES)
-        self.stall_seconds = settings.engine_stall_seconds
+        self.stall_seconds = settings.engine.stall_seconds
         self.measures = Measures()
         self.protocol = MeasuredProtocol(connect(endpoint), endpoint.keys, self.measures)
         self._spec = spec
         self._manifest = Manifest.open(spec.manifest) if spec.manifest else Manifest()
-        self._kv_budget: int | None = settings.kv_budget_bytes
+        self._kv_budget: int | None = settings.cache.budget_bytes
         self._description: dict[str, str] = {}
         self.residents = self._residents()
         self.available = AvailableMemory()
@@ -132,7 +135,7 @@ class Child:
         self.publisher = Publisher(
             MeasuredProtocol(connect(endpoint), endpoint.keys, self.measures),
             spec.name,
-            PublisherOptions(lease_ms, settings.flush_interval_ms / 1000),
+            PublisherOptions(lease_ms, settings.worker.flush_interval_ms / 1000),
             self._engine_link(),
             manifest=self._manifest,
             measures=self.measures,
@@ -141,7 +144,8 @@ class Child:
         self.fleet.resident = self.residents.resident
         self.conditions = Conditions(Rules.of(settings), default_probe())
         sweeper = Sweeper(
-            self.protocol, queues, lease_ms=lease_ms, reap_seconds=settings.reap_interval_seconds,
+            self.protocol, queues, lease_ms=lease_ms,
+            reap_seconds=reap_interval_seconds(settings.worker.lease_seconds),
             watch=QueueWatch(self.protocol, queues, self.measures),
         )  # fmt: skip
         self.dispatcher = Dispatcher(
@@ -187,8 +191,8 @@ class Child:
             on_outputs=self._push,
             on_refused=self._refused,
             on_room=lambda: self.dispatcher.post("room"),
-            paused=lambda: self.publisher.backlog >= settings.buffer_tokens,
-            times=RunnerTimes(settings.engine_stall_seconds, settings.model_load_seconds),
+            paused=lambda: self.publisher.backlog >= settings.worker.buffer_tokens,
+            times=RunnerTimes(settings.engine.stall_seconds, LOAD_SLICE_SECONDS),
             tend=self.keeper.tend,
         )
 
@@ -196,8 +200,8 @@ class Child:
         settings = self._spec.settings
         return DispatcherOptions(
             self._spec.name, batch_size(settings), lease_ms,
-            settings.drain_grace_seconds, settings.max_payload_bytes, self.conditions,
-            lambda: self.keeper.state.refuses, settings.prefix_affinity_ms,
+            settings.worker.drain_seconds, settings.jobs.max_bytes, self.conditions,
+            lambda: self.keeper.state.refuses, settings.cache.prefix_affinity_ms,
         )  # fmt: skip
 
     def _placement(self) -> Placement:
@@ -205,14 +209,14 @@ class Child:
             self.residents, self.protocol, self.fleet, self._spec.name,
             interleave=self.runner.interleave,
             held=lambda: [job.claimed.queue for job in self.publisher.held()],
-            patience=self._spec.settings.model_wait_seconds,
+            patience=self._spec.settings.worker.model_wait_seconds,
         )  # fmt: skip
 
     def _preparation(self) -> Preparation:
         settings = self._spec.settings
         return Preparation(
-            Signer(key.get_secret_value() for key in settings.signing_keys),
-            settings.max_payload_bytes,
+            Signer(key.get_secret_value() for key in settings.jobs.signing_keys),
+            settings.jobs.max_bytes,
         )  # fmt: skip
 
     def _load(self) -> EngineSet:
@@ -248,7 +252,7 @@ class Child:
             self.vitals.facts = {"revision": self._revisions(), "implementation": implementation}
             self.fleet.facts = {
                 "model": ",".join(self._paths), "revision": self._revisions(),
-                "batch_rows": str(self._spec.settings.max_batch_rows),
+                "batch_rows": str(self._spec.settings.batch.max_rows),
                 **machine_facts(), **self._description,
             }  # fmt: skip
         self.dispatcher.post("room")
@@ -352,7 +356,7 @@ def _follow_parent(lifeline: Connection, child: Child) -> None:
 
 def run_child(spec: ChildSpec, lifeline: Connection) -> None:
     """Entry point of the spawned process; exits with the worker's status."""
-    configure_logging(log_format=spec.settings.log_format, level=spec.settings.log_level)
+    configure_logging(log_format=spec.settings.log.format, level=spec.settings.log.level)
     try:
         child = Child(spec)
     except MlxServingError as error:

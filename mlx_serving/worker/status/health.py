@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Literal
 
+from mlx_serving.common import defaults
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -33,7 +35,7 @@ class Limits:
     """The settings that a verdict goes by: seconds, and decoded tokens not yet in Redis."""
 
     stall_seconds: float = 10.0
-    buffer_tokens: int = 65_536
+    buffer_tokens: int = defaults.BUFFER_TOKENS
 
     def red_seconds(self, child: Snapshot) -> float:
         """How long an engine may be silent before it counts as hung."""

@@ -1,7 +1,7 @@
 """`/healthz` and `/metrics`, served by the parent: it outlives an engine that hangs or dies.
 
 Each child reports through a pipe, which a thread here reads. The HTTP server and its threads are
-there only where `metrics_port` is set.
+there only where `metrics.port` is set.
 """
 
 from __future__ import annotations
@@ -45,21 +45,21 @@ class Monitor:
     """What the supervisor calls.
 
     Raises:
-        InvalidSettings: `metrics_host` and `metrics_port` can't be listened on.
+        InvalidSettings: `metrics.host` and `metrics.port` can't be listened on.
         MissingDependency: prometheus-client is not installed.
 
     """
 
     def __init__(self, settings: Settings, model: str, worker: str) -> None:
         self.board = Board()
-        self._limits = Limits(settings.engine_stall_seconds, settings.buffer_tokens)
+        self._limits = Limits(settings.engine.stall_seconds, settings.worker.buffer_tokens)
         self._model, self._worker = model, worker
         self._ends: tuple[Connection, Connection] | None = None
         self._reader: threading.Thread | None = None
         self._began = time.monotonic()
         self._server: _Server | None = None
-        if settings.metrics_port is not None:
-            self._server = self._serve(settings.metrics_host, settings.metrics_port)
+        if settings.metrics.port is not None:
+            self._server = self._serve(settings.metrics.host, settings.metrics.port)
 
     @property
     def port(self) -> int | None:
@@ -72,7 +72,7 @@ class Monitor:
             server = _Server(host, port, routes)
         except OSError as error:
             raise InvalidSettings(
-                [("metrics_port", f"can't listen on {host}, port {port}: {error.strerror}")]
+                [("metrics.port", f"can't listen on {host}, port {port}: {error.strerror}")]
             ) from None
         thread = threading.Thread(target=server.serve_forever, name="monitor", daemon=True)
         thread.start()
@@ -175,7 +175,7 @@ class Monitor:
             from mlx_serving.worker.status.metrics import WorkerCollector
         except ModuleNotFoundError as error:
             raise MissingDependency(
-                f'{error.name}, for metrics_port: pip install "mlx-serving[worker]"'
+                f'{error.name}, for metrics.port: pip install "mlx-serving[worker]"'
             ) from None
         registry = CollectorRegistry(auto_describe=False)
         registry.register(WorkerCollector(self.board, self._limits, self._model, self._worker))
