@@ -20,7 +20,7 @@ inline void that(bool holds, const char* expression, const char* file, int line)
   std::cerr << file << ':' << line << ": " << expression << '\n';
 }
 
-// The message of the std::invalid_argument that `action` throws; "" where it throws none.
+// The message of the std::invalid_argument that `action` throws; "" if it throws none.
 template <typename Action>
 std::string rejection(Action action) {
   try {

@@ -1,5 +1,6 @@
 // Which blocks of the KV cache hold which tokens: a radix tree whose digits are blocks of tokens,
-// one tree a salt. The Python twin, with the reasons, is mlx_serving/worker/engine/prefix_index.py.
+// one tree a salt. The Python twin, with the reasons, is
+// mlx_serving/worker/engine/kv/prefix/index.py.
 #pragma once
 
 #include <cstdint>
@@ -15,8 +16,8 @@ namespace mlx_serving {
 
 using BlockId = std::int64_t;
 
-// A known prefix: its blocks, in order, and how many tokens it has. Of the last block, it may be
-// that only the first tokens are the prefix's.
+// A known prefix: its blocks, in order, and how many tokens it has. The prefix may end within
+// its last block.
 struct Prefix {
   std::vector<BlockId> blocks;
   std::size_t tokens = 0;
@@ -34,8 +35,8 @@ class PrefixIndex {
 
   // The longest known prefix. `tokens` are native int32s.
   [[nodiscard]] Prefix match(std::string_view salt, std::string_view tokens) const;
-  // Takes in the blocks of a prefix, in order; returns those that are new, which are held. Ends
-  // where the tokens or the blocks do, or where another block holds the same prefix. Throws
+  // Takes in the blocks of a prefix, in order; returns those that are new, which are held. Stops
+  // at the end of the tokens or of the blocks, or at a prefix that another block holds. Throws
   // std::invalid_argument for a block that is known by other tokens, and changes nothing then.
   std::vector<BlockId> insert(std::string_view salt, std::string_view tokens,
                               std::span<const BlockId> blocks);
@@ -45,14 +46,14 @@ class PrefixIndex {
   void release(std::span<const BlockId> blocks);
   // Forgets up to `count` idle blocks, the least recently released first; returns them.
   std::vector<BlockId> evict(std::int64_t count);
-  // Forgets a path from its end up to where others go on from it; returns what went.
+  // Forgets a path from its end up to the first block that another path shares; returns these.
   std::vector<BlockId> forget(std::span<const BlockId> blocks);
   // Calls block blocks[n] n from now on. They are in rising order; no other is known. Throws
-  // std::invalid_argument where a known block is missing, and changes nothing then.
+  // std::invalid_argument if a known block is missing, and changes nothing then.
   void renumber(std::span<const BlockId> blocks);
   // Every block, and whether it is held.
   [[nodiscard]] std::vector<std::pair<BlockId, bool>> blocks() const;
-  // Throws std::runtime_error where the index contradicts itself.
+  // Throws std::runtime_error if the index contradicts itself.
   void check() const;
 
  private:

@@ -20,7 +20,7 @@ struct SamplerInputs {
   const int* state;     // [B, C]
   const int* inputs;    // [B]
   const int* lists;
-  const int* mask;      // [B, W]; null where no row is masked
+  const int* mask;      // [B, W]; null if no row is masked
   std::size_t rows;
   std::size_t vocabulary;
   std::size_t state_size;

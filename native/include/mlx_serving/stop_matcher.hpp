@@ -9,8 +9,8 @@
 
 namespace mlx_serving {
 
-// The stop string that is complete first ends the text right before it; where two end together,
-// the longer. One Knuth-Morris-Pratt automaton a stop string: its state is the length of the
+// The stop string that is complete first ends the text right before it; if two end together, the
+// longer does. One Knuth-Morris-Pratt automaton a stop string: its state is the length of the
 // longest end of the text that the string begins with, which is exactly what must be held back.
 class StopMatcher {
  public:

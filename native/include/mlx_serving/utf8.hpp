@@ -13,7 +13,7 @@ inline constexpr std::string_view kReplacement = "\xEF\xBF\xBD";  // U+FFFD
 // Appends a code point's UTF-8 bytes; the code point must be a Unicode scalar value.
 void append_utf8(std::string& out, std::uint32_t code_point);
 
-// True where every byte belongs to a well-formed character (no surrogates, no overlong forms).
+// True if every byte belongs to a well-formed character (no surrogates, no overlong forms).
 [[nodiscard]] bool is_utf8(std::string_view bytes);
 
 // Turns a stream of bytes into well-formed UTF-8. Each maximal part of an ill-formed sequence

@@ -1,5 +1,5 @@
 // Stores the keys and values of a step's own tokens in a paged KV cache: the body of a CUDA kernel.
-// attention.cu does it itself, but where rows attend to what other rows of the step store.
+// attention.cu stores them itself, unless rows attend to what other rows of the step store.
 //
 // Inputs: keys and values T [B, KVH, 1, D], key_pool and value_pool [blocks, KVH, BLOCK, D], table
 // int32 [B, table width], lengths int32 [B]: each row's place.

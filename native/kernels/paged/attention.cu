@@ -12,10 +12,10 @@
 // one), work int32 [W, 3] (row or -1, start, stop), scale float32 [1], after (unread: comes first).
 // Constants: T, D, GROUP, TILES (tiles of GROUP heads in a KV head), BLOCK, LANES, SPLIT, STORE, OUT
 // (the type of out).
-// Outputs: SPLIT false: out T [B, H, 1, D], where every row has one item. SPLIT true: out float32
+// Outputs: SPLIT false: out T [B, H, 1, D]; every row has one item. SPLIT true: out float32
 // [W, H, D], not yet divided, and stats float32 [W, H, 2] (maximum, sum), for the second kernel.
 //
-// Where STORE, the step's own k and v are written to the pools here: MLX knows the pools as inputs
+// STORE: the step's own k and v are written to the pools here: MLX knows the pools as inputs
 // only. That is safe because no other read in the step touches that place, and because each layer of
 // the next step depends on this one's output.
 

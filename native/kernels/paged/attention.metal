@@ -1,6 +1,6 @@
 // Attention of one decode step over a paged KV cache: the body of a Metal kernel, to which
 // mx.fast.metal_kernel adds the signature. The same algorithm, inputs and outputs as in
-// attention.cu, where they are described.
+// attention.cu, which describes them.
 //
 // A warp there is a SIMD group here, of 32 threads on every Apple GPU.
 

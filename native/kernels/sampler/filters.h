@@ -5,15 +5,15 @@
 
 namespace mlx_serving_sampler {
 
-// Where the floor is: `low` is not kept (or below all), `high` is; `above` values beat `low`.
+// The interval that holds the floor: `low` is not kept (or below all), `high` is; `above` values beat `low`.
 struct Interval {
   word low;
   word high;
   word above;
 };
 
-// A value is kept where fewer than `count` values beat it (top-k), or where their mass is below
-// `mass` (top-p, by_mass).
+// A value is kept if fewer than `count` values beat it (top-k), or if their mass is below `mass`
+// (top-p, by_mass).
 struct Kept {
   word count;
   float mass;
@@ -71,14 +71,14 @@ MLXS_FUNCTION Interval narrow(const MLXS_THREAD Share& share, Interval interval,
       interval.low = pivots[pivot];
       interval.above = all.counts[pivot];
     }
-    // No value of the interval lies outside [least, best]: where they meet, it holds one value.
+    // No value of the interval lies outside [least, best]: if they meet, it holds one value.
     if (all.best_key < interval.high) interval.high = all.best_key;
     if (all.least_key - 1 > interval.low) interval.low = all.least_key - 1;
   }
   return interval;
 }
 
-// Puts what is above `floor` aside; false where some thread has too many.
+// Puts what is above `floor` aside; false if some thread has too many.
 template <typename Share>
 MLXS_FUNCTION bool put_aside(const MLXS_THREAD Share& share, word floor, MLXS_THREAD Aside& aside,
                              Group group) {

@@ -24,7 +24,7 @@ struct Row {
   word size;
   const MLXS_DEVICE int* columns;
   const MLXS_DEVICE int* lists;  // of all rows: histories, biased tokens, biases by their bits
-  const MLXS_DEVICE int* mask;   // a bit a token, set where it is allowed
+  const MLXS_DEVICE int* mask;   // a bit a token, set if it is allowed
   const MLXS_DEVICE int* state;  // calls before this one, then the tokens they took in
   int input;                     // what the model took in at this one
   MLXS_DEVICE float* scratch;    // [size], of rows with penalties, bias or a mask
