@@ -201,7 +201,7 @@ def _settings(table: str) -> str:
     ]
     about = holder.__doc__ if table in TABLES else "Models by alias, which jobs name."
     page = TABLE_PAGES.get(table)
-    more = f" More: [{page}]({page})." if page else ""
+    more = f" More: [{Path(page).name}]({page})." if page else ""
     columns = ("setting", "meaning", "type, range", "default")
     return f"## `[{table}]`\n\n{about}{more}\n\n{_table(columns, rows)}"
 

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger(__name__)
 
+LOAD_SLICE_SECONDS: Final = 300.0  # the most that a slice of a model's load may take
 SIMULATED_BYTES: Final = 1 << 30  # what a simulated model counts for in a budget
 SIMULATED_SLICES: Final = 10  # of its load
 

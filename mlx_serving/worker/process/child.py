@@ -30,6 +30,7 @@ from mlx_serving.worker.engine_thread import Runner, RunnerTimes
 from mlx_serving.worker.listener import Listener
 from mlx_serving.worker.models.loaded_models import Residents
 from mlx_serving.worker.models.loading import (
+    LOAD_SLICE_SECONDS,
     EngineSpec,
     batch_size,
     describe,
@@ -88,9 +89,6 @@ SWITCH_SECONDS: Final = 0.0005
 
 
 WATCH_SECONDS: Final = 0.5
-
-
-LOAD_SLICE_SECONDS: Final = 300.0  # the most that a slice of a model's load may take
 
 
 LAST_WRITE_SECONDS: Final = 1.0  # that a stalled worker's publisher gets for what was decoded
