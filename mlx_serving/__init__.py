@@ -26,10 +26,6 @@ if TYPE_CHECKING:
         InvalidBatch,
         InvalidJob,
         InvalidSettings,
-        JobCancelled,
-        JobDead,
-        JobExpired,
-        JobFailed,
         JobNotFound,
         JobTooLarge,
         LeaseLost,
@@ -43,13 +39,21 @@ if TYPE_CHECKING:
         StreamReset,
         TenantLimited,
         UnknownModel,
-        UnsuccessfulJob,
     )
     from mlx_serving.common.events import ChoiceDelta, ErrorInfo, Event, Usage
     from mlx_serving.common.job.messages import Message, TextPart, Tool, ToolCall
     from mlx_serving.common.job.schema import GenerationJob
     from mlx_serving.common.redis.local import LocalRedis
-    from mlx_serving.common.results import ChoiceResult, GenerationResult, Timings
+    from mlx_serving.common.results import (
+        ChoiceResult,
+        GenerationResult,
+        JobCancelled,
+        JobDead,
+        JobExpired,
+        JobFailed,
+        Timings,
+        UnsuccessfulJob,
+    )
     from mlx_serving.common.settings import Settings, load_settings
     from mlx_serving.common.states import JobState
     from mlx_serving.producer.async_client import AsyncClient
@@ -121,12 +125,17 @@ _ELSEWHERE: Final = {
     "ToolCall": "common.job.messages",
     "ChoiceResult": "common.results",
     "GenerationResult": "common.results",
+    "JobCancelled": "common.results",
+    "JobDead": "common.results",
+    "JobExpired": "common.results",
+    "JobFailed": "common.results",
     "Timings": "common.results",
+    "UnsuccessfulJob": "common.results",
     "Settings": "common.settings",
     "load_settings": "common.settings",
     "JobState": "common.states",
 }
-"""Where each name lives; a name that is not here is an error's."""
+"""The module of each public name; those that are not listed are in `common.errors`."""
 
 
 def __getattr__(name: str) -> object:

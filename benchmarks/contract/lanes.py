@@ -41,7 +41,8 @@ from benchmarks.lib.harness import (
     running_worker,
     wait_until,
 )
-from mlx_serving.common.job.schema import GenerationJob, queue_name
+from mlx_serving.common.job.schema import GenerationJob
+from mlx_serving.common.queues import queue_name
 from mlx_serving.common.redis.local import LocalRedis
 from mlx_serving.common.settings import Settings
 from mlx_serving.producer.client import Client

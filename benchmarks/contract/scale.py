@@ -44,8 +44,8 @@ from benchmarks.lib.process_cpu import loads, read_all
 from benchmarks.lib.scale_fleet import Counts, Start, consume, host_workers
 from benchmarks.lib.scale_report import Plan, Point, figures, line, write
 from benchmarks.studies.redis_ceiling import ceilings
-from mlx_serving.common.job.schema import Lane, queue_name
 from mlx_serving.common.protocol.keys import Keys
+from mlx_serving.common.queues import Lane, queue_name
 from mlx_serving.common.redis.local import LocalRedis
 from mlx_serving.producer.client import Client
 

@@ -43,8 +43,8 @@ from benchmarks.lib.harness import (
     running_worker,
     table,
 )
-from mlx_serving.common.job.schema import queue_name
 from mlx_serving.common.protocol.keys import Keys
+from mlx_serving.common.queues import queue_name
 from mlx_serving.common.redis.connection import resolve
 from mlx_serving.common.redis.local import LocalRedis
 from mlx_serving.common.results import GenerationResult

@@ -65,7 +65,7 @@ def host_workers(connection: Connection, settings: Settings) -> None:
                 running.append((child, thread))
         elif message == "stop":
             for child, _ in running:
-                child.dispatcher.post("hand_over")
+                child.messages.post("hand_over")
             for _, thread in running:
                 thread.join()
             running.clear()
@@ -80,7 +80,7 @@ def _count(children: Sequence[object]) -> Counts:
     tokens = ended = backlog = 0
     for child in children:
         assert isinstance(child, Child)
-        counts, _ = child.measures.read()
+        counts, _ = child.counters.read()
         tokens += int(sum(counts.get("generation_tokens", {}).values()))
         ended += int(sum(counts.get("jobs_ended", {}).values()))
         backlog += child.publisher.backlog

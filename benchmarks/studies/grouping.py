@@ -36,8 +36,8 @@ from tokenizers import Tokenizer
 from benchmarks.contract.streaming import Load, engine_spec
 from benchmarks.lib.harness import MODEL, Figure, bench_settings, progress, report, running_worker
 from mlx_serving.common.redis.local import LocalRedis
-from mlx_serving.producer.batch.api import Batches
 from mlx_serving.producer.batch.objects import Batch
+from mlx_serving.producer.client import Client
 from mlx_serving.worker.models.loading import EngineSpec
 
 PREFIXES: Final = 20
@@ -126,7 +126,7 @@ def run(bench: Bench, case: Case, spec: EngineSpec, path: Path) -> tuple[Batch, 
         )  # fmt: skip
         for n in range(case.workers):
             stack.enter_context(running_worker(settings, spec, client, name=f"grouping-{n}"))
-        batches = Batches(settings)
+        batches = Client(settings=settings).batches
         folder = path.with_suffix(f".{time.monotonic_ns()}")
         options: dict[str, Any] = {
             "model": MODEL,

@@ -40,7 +40,7 @@ class SteppedChild:
 
     def decode(self) -> None:
         """Run the engine thread's turns until its work is done."""
-        runner, engine = self._child.runner, self._child.residents.engines
+        runner, engine = self._child.runner, self._child.loaded_models.engines
         while engine.has_work or runner.in_line():
             runner._turn(engine)  # noqa: SLF001 -- as above
 

@@ -66,7 +66,7 @@ def running(settings: Settings, load: Load, name: str) -> Iterator[Child]:
     try:
         yield child
     finally:
-        child.dispatcher.post("hand_over")
+        child.messages.post("hand_over")
         thread.join()
 
 
@@ -89,7 +89,7 @@ def run(load: Load) -> list[Figure]:
         progress(f"{len(handles)} jobs are in")
         results = [(model, handle.result(timeout=300)) for model, handle in handles]
         took = time.monotonic() - began
-        counts = [worker.measures.read()[0].get("model_loads", {}) for worker in workers]
+        counts = [worker.counters.read()[0].get("model_loads", {}) for worker in workers]
     loads = sum(sum(by_model.values()) for by_model in counts) - load.workers
     return figures(load, results, loads, took)
 

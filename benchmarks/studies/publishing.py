@@ -24,7 +24,7 @@ from mlx_serving.worker.delivery.held import HeldJob
 from mlx_serving.worker.delivery.measured_protocol import MeasuredProtocol
 from mlx_serving.worker.delivery.publisher import EngineLink, Publisher, PublisherOptions
 from mlx_serving.worker.engine.row import ModelInfo, Output
-from mlx_serving.worker.status.counters import Measures
+from mlx_serving.worker.status.counters import Counters
 
 T = TypeVar("T")
 LEASE_MS = 600_000
@@ -69,16 +69,16 @@ def _claimed(protocol: MeasuredProtocol, rows: int) -> list[HeldJob]:
 
 def measure(rows: int = 64, steps: int = 400) -> list[Figure]:
     """A flush a step, all rows with one token each."""
-    watch, measures = Stopwatch(), Measures()
+    watch, counters = Stopwatch(), Counters()
     with LocalRedis() as server:
         settings = bench_settings(server.url)
         endpoint = resolve(settings, MODEL)
-        protocol = MeasuredProtocol(connect(endpoint), endpoint.keys, measures)
+        protocol = MeasuredProtocol(connect(endpoint), endpoint.keys, counters)
         with Client(settings=settings) as client:
             client.submit_many([{"model": MODEL, "prompt": "x", "max_tokens": steps + 1}] * rows)
         publisher = Publisher(
             protocol, "w", PublisherOptions(LEASE_MS, flush_seconds=0.0),
-            EngineLink(lambda _: None, lambda: True, lambda _: True), measures=measures,
+            EngineLink(lambda _: None, lambda: True, lambda _: True), counters=counters,
         )  # fmt: skip
         held = _claimed(protocol, rows)
         publisher.hold(held)

@@ -25,11 +25,12 @@ from benchmarks.lib.harness import MODEL, Figure, table
 from mlx_serving.common import events
 from mlx_serving.common.attempts import Attempt
 from mlx_serving.common.events import ChoiceDelta
-from mlx_serving.common.job.schema import PROTOCOL, GenerationJob, queue_name
+from mlx_serving.common.job.schema import GenerationJob
 from mlx_serving.common.protocol import calls
 from mlx_serving.common.protocol.calls import Call, CommitRow
 from mlx_serving.common.protocol.keys import Keys
 from mlx_serving.common.protocol.scripts import script_text
+from mlx_serving.common.queues import PROTOCOL, queue_name
 from mlx_serving.common.redis.local import LocalRedis
 from mlx_serving.producer.envelope import seal
 
@@ -49,13 +50,14 @@ local worker, first, last = ARGV[3], tonumber(ARGV[4]), tonumber(ARGV[5])
 local now = now_ms()
 for n = first, last do
   local id = string.format('%012d', n)
-  redis.call('HSET', k_job(id), 'st', 'running', 'q', ARGV[6], 'ep', 1, 'ow', worker, 'seq', 1,
-    'no', 'n', 'at', 0, 'ma', 2, 'mp', 1, 'dl', 0, 'to', 0, 'ab', 0, 'ttl', 3600, 'sm', 1, 'ca', '',
-    'en', int(now), 'nd', 0, 'sa', int(now), 'ft', int(now))
+  local job = new_job(ARGV[6], now, {})
+  job.state, job.owner, job.epoch, job.nonce, job.seq = 'running', worker, 1, 'n', 1
+  job.started_ms, job.first_token_ms = int(now), int(now)
+  set_fields(id, job)
   redis.call('ZADD', k_open(ARGV[6]), int(now), id)
   redis.call('ZADD', k_leases(ARGV[6]), int(now + 600000), id)
   redis.call('HSET', k_rq_job(id), 'status', 'started')
-  redis.call('XADD', k_events(id), '1-0', 'e', ARGV[7])
+  append_event(id, 1, entry_of(1, ENTRY.body, ARGV[7]))
 end
 """
 
@@ -103,16 +105,15 @@ def claim_call() -> Call[Any]:
 def commit_call(rows: int) -> Call[Any]:
     """One token of each of so many jobs."""
     delta = ChoiceDelta(index=0, text=" 1234", token_ids=[1234])
-    event = events.encode(events.tokens_event(attempt=1, seq=2, choices=[delta]))
-    return calls.commit(
-        WORKER, [CommitRow(RUNNING_ATTEMPT, 2, event) for _ in range(rows)], lease_ms=600_000
-    )
+    event = events.tokens_event(attempt=1, seq=2, choices=[delta])
+    row = CommitRow.of(RUNNING_ATTEMPT, event)
+    return calls.commit(WORKER, [row] * rows, lease_ms=600_000)
 
 
 def prepare_running(client: redis.Redis, running: int) -> None:
     """Put so many running jobs there; a multiple of 1,000."""
     head = script_text("renew").partition("-- Renews leases")[0]
-    event = events.encode(events.attempt_event(
+    event = events.body(events.attempt_event(
         attempt=1, seq=1, worker=WORKER, model=MODEL, model_revision="r", tokenizer_hash="h",
     ))  # fmt: skip
     for first in range(0, running, 1000):

@@ -15,7 +15,7 @@ import redis
 
 from benchmarks.lib.harness import Figure, table
 from mlx_serving.common.attempts import new_nonce
-from mlx_serving.common.events import encode, end_event
+from mlx_serving.common.events import end_event
 from mlx_serving.common.protocol import calls
 from mlx_serving.common.protocol.calls import ClaimedJob
 from mlx_serving.common.protocol.client import Protocol
@@ -77,10 +77,9 @@ class Lane:
         rows = []
         for job in held:
             seq = job.seq + 1
-            event = encode(end_event(attempt=job.epoch, seq=seq, state=JobState.FINISHED))
-            rows.append(
-                calls.CommitRow(job.attempt, seq, event, publish=False, state=JobState.FINISHED)
-            )
+            event = end_event(attempt=job.epoch, seq=seq, state=JobState.FINISHED)
+            end = calls.JobEnd(JobState.FINISHED)
+            rows.append(calls.CommitRow.of(job.attempt, event, publish=False, end=end))
         if rows:
             self.protocol.run(calls.commit("w", rows, lease_ms=60_000))
 

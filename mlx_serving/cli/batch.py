@@ -16,7 +16,7 @@ from mlx_serving.cli.console import (
     print_json,
     print_table,
 )
-from mlx_serving.cli.options import AsJson, RedisUrl, read_settings
+from mlx_serving.cli.options import AsJson, RedisUrlOption, read_settings
 
 Name = Annotated[
     str | None,
@@ -24,7 +24,7 @@ Name = Annotated[
 ]
 
 
-Output = Annotated[
+OutputFile = Annotated[
     Path | None, typer.Option("--output", "-o", help="Write to this file; without it, stdout.")
 ]
 
@@ -44,30 +44,30 @@ ModelMap = Annotated[
 
 
 MaxTokens = Annotated[
-    int | None, typer.Option(help="Most tokens to decode, for lines that do not say.")
+    int | None, typer.Option(help="Most tokens to decode, for lines that set none.")
 ]
 
 
-Temperature = Annotated[float | None, typer.Option(help="Temperature, for lines that do not say.")]
+Temperature = Annotated[float | None, typer.Option(help="Temperature, for lines that set none.")]
 
 
 Raw = Annotated[
-    bool, typer.Option("--raw", help="Plain prompts go on as they are: no chat template.")
+    bool, typer.Option("--raw", help="Plain prompts go to the model as they are: no chat template.")
 ]
 
 
-Order = Annotated[
+LineOrder = Annotated[
     Literal["prefix", "file"],
-    typer.Option(help="prefix: lines that begin alike follow each other. file: as they stand."),
+    typer.Option(help="prefix: lines that begin alike run together. file: the file's order."),
 ]
 
 
 CompletionWindow = Annotated[
-    str, typer.Option(help="After so long (24h, 90m, 2d) what has not finished expires.")
+    str, typer.Option(help="After this time (24h, 90m, 2d) unfinished lines expire.")
 ]
 
 
-Strict = Annotated[bool, typer.Option("--strict", help="Run nothing where any line is wrong.")]
+Strict = Annotated[bool, typer.Option("--strict", help="Run nothing if any line is wrong.")]
 
 
 Depth = Annotated[int, typer.Option(help="Lines of a model to keep waiting in its queue.")]
@@ -77,12 +77,12 @@ InFlight = Annotated[int, typer.Option(help="Most lines of a model in Redis at o
 
 
 Tenant = Annotated[
-    str | None, typer.Option(help="Whose jobs they are: its limits and its share hold.")
+    str | None, typer.Option(help="Whose jobs they are: its limits and its share apply.")
 ]
 
 
 Folder = Annotated[
-    Path | None, typer.Option(help="Where state and results go; else beside the file.")
+    Path | None, typer.Option(help="Where state and results go; by default beside the file.")
 ]
 
 
@@ -122,7 +122,7 @@ def submit(  # noqa: PLR0913, PLR0917 -- each is an option of the command line
     max_tokens: MaxTokens = None,
     temperature: Temperature = None,
     raw: Raw = False,
-    order: Order = "prefix",
+    order: LineOrder = "prefix",
     completion_window: CompletionWindow = "24h",
     strict: Strict = False,
     depth: Depth = 512,
@@ -131,19 +131,19 @@ def submit(  # noqa: PLR0913, PLR0917 -- each is an option of the command line
     folder: Folder = None,
     wait: Wait = False,
     as_json: AsJson = False,
-    redis_url: RedisUrl = None,
+    redis_url: RedisUrlOption = None,
 ) -> None:
     """Check a file of requests and run it in the background.
 
     Lines are OpenAI's (custom_id, method, url, body), or plain prompts: a JSON string, or
     {"prompt": …} with any field of a body. A wrong line becomes an error line; the others run.
 
-    Exit status: 0, or 1 where no line can be run (with --wait: where the batch did not complete).
+    Exit status: 0, or 1 if no line can be run (with --wait: if the batch did not complete).
     """
     from mlx_serving.cli.batch_view import Reading, describe, watch_batch
-    from mlx_serving.producer.batch.api import Batches
+    from mlx_serving.producer.client import Client
 
-    batches = Batches(read_settings(redis_url))
+    batches = Client(settings=read_settings(redis_url)).batches
     with Reading() as reading:
         batch = batches.submit(
             sys.stdin.buffer if file == STDIN else file, folder=folder, progress=reading.show,
@@ -163,12 +163,12 @@ def submit(  # noqa: PLR0913, PLR0917 -- each is an option of the command line
 
 
 @app.command()
-def status(name: Name = None, as_json: AsJson = False, redis_url: RedisUrl = None) -> None:
+def status(name: Name = None, as_json: AsJson = False, redis_url: RedisUrlOption = None) -> None:
     """Show a batch, from any machine that reaches Redis."""
     from mlx_serving.cli.batch_view import report_rows
-    from mlx_serving.producer.batch.api import Batches
+    from mlx_serving.producer.client import Client
 
-    report = Batches(read_settings(redis_url)).report(name)
+    report = Client(settings=read_settings(redis_url)).batches.report(name)
     if as_json:
         print_json(report.batch)
     else:
@@ -176,12 +176,12 @@ def status(name: Name = None, as_json: AsJson = False, redis_url: RedisUrl = Non
 
 
 @app.command("list")
-def list_(as_json: AsJson = False, redis_url: RedisUrl = None) -> None:
+def list_(as_json: AsJson = False, redis_url: RedisUrlOption = None) -> None:
     """List the batches of the last 30 days."""
     from mlx_serving.cli.batch_view import state_of
-    from mlx_serving.producer.batch.api import Batches
+    from mlx_serving.producer.client import Client
 
-    reports = Batches(read_settings(redis_url)).reports()
+    reports = Client(settings=read_settings(redis_url)).batches.reports()
     if as_json:
         print_json([report.batch for report in reports])
         return
@@ -194,26 +194,26 @@ def list_(as_json: AsJson = False, redis_url: RedisUrl = None) -> None:
 
 
 @app.command()
-def watch(name: Name = None, redis_url: RedisUrl = None) -> None:
+def watch(name: Name = None, redis_url: RedisUrlOption = None) -> None:
     """Follow a batch: progress, rate, time left, failures. Ctrl-C stops only the watching.
 
-    Exit status: 0 where the batch completed, else 1.
+    Exit status: 0 if the batch completed, else 1.
     """
     from mlx_serving.cli.batch_view import watch_batch
-    from mlx_serving.producer.batch.api import Batches
+    from mlx_serving.producer.client import Client
 
-    batches = Batches(read_settings(redis_url))
+    batches = Client(settings=read_settings(redis_url)).batches
     batch = watch_batch(batches, batches.report(name).batch.id)
     if batch.status != "completed":
         raise typer.Exit(EXIT_ERROR)
 
 
 @app.command()
-def results(name: Name = None, output: Output = None, redis_url: RedisUrl = None) -> None:
-    """Write the output lines, also of a batch that still runs: whole lines, each once."""
-    from mlx_serving.producer.batch.api import Batches
+def results(name: Name = None, output: OutputFile = None, redis_url: RedisUrlOption = None) -> None:
+    """Write the output lines so far, each once, also while the batch runs."""
+    from mlx_serving.producer.client import Client
 
-    folder = Batches(read_settings(redis_url)).folder(name)
+    folder = Client(settings=read_settings(redis_url)).batches.folder(name)
     _export(folder.output, folder.read().batch.id, output)
     batch = folder.read().batch
     if not batch.ended:
@@ -224,14 +224,14 @@ def results(name: Name = None, output: Output = None, redis_url: RedisUrl = None
 @app.command()
 def errors(
     name: Name = None,
-    output: Output = None,
+    output: OutputFile = None,
     as_json: AsJson = False,
-    redis_url: RedisUrl = None,
+    redis_url: RedisUrlOption = None,
 ) -> None:
     """Show the lines that failed or were refused: line, field and reason."""
-    from mlx_serving.producer.batch.api import Batches
+    from mlx_serving.producer.client import Client
 
-    batches = Batches(read_settings(redis_url))
+    batches = Client(settings=read_settings(redis_url)).batches
     if output is not None or as_json:
         folder = batches.folder(name)
         _export(folder.errors, folder.read().batch.id, output)
@@ -245,11 +245,11 @@ def errors(
 
 
 @app.command()
-def cancel(name: Name = None, redis_url: RedisUrl = None) -> None:
+def cancel(name: Name = None, redis_url: RedisUrlOption = None) -> None:
     """Cancel a batch, from any machine; what has finished is kept."""
-    from mlx_serving.producer.batch.api import Batches
+    from mlx_serving.producer.client import Client
 
-    batch = Batches(read_settings(redis_url)).cancel(name)
+    batch = Client(settings=read_settings(redis_url)).batches.cancel(name)
     typer.echo(batch.status if batch.ended else "cancelling")
 
 
@@ -257,15 +257,15 @@ def cancel(name: Name = None, redis_url: RedisUrl = None) -> None:
 def resume(
     name: Name = None,
     foreground: Foreground = False,
-    redis_url: RedisUrl = None,
+    redis_url: RedisUrlOption = None,
 ) -> None:
     """Go on with a batch whose runner is gone, on the machine that has its folder.
 
-    Without effect on one that has a runner, or has ended.
+    No effect on a batch that has a runner or has ended.
     """
-    from mlx_serving.producer.batch.api import Batches
+    from mlx_serving.producer.client import Client
 
-    batches = Batches(read_settings(redis_url))
+    batches = Client(settings=read_settings(redis_url)).batches
     try:
         batch = batches.run(name) if foreground else batches.resume(name)
     except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""What `batch` shows: lines being read, a batch at a glance, its progress."""
+"""What `batch` shows: lines being checked, a batch in short, its progress."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ if TYPE_CHECKING:
     from mlx_serving.producer.batch.folder import BatchState
 
 REFRESH_SECONDS: Final = 0.5
-LINE_SECONDS: Final = 10.0  # between two lines where there is no terminal
-AWAY_SECONDS: Final = 2.0  # between two tries where Redis is away
+LINE_SECONDS: Final = 10.0  # between two lines if stderr is not a terminal
+AWAY_SECONDS: Final = 2.0  # between two tries while Redis is away
 IDLE_SECONDS: Final = 15.0  # in which a worker should have taken the first lines
 RATE_SECONDS: Final = 30.0  # over which the rate is measured
 SHOWN_ERRORS: Final = 5
 
 
 class Reading:
-    """Counts lines on stderr while a file is checked; silent where stderr is no terminal."""
+    """Counts lines on stderr while a file is checked; silent if stderr is not a terminal."""
 
     def __enter__(self) -> Self:
         self._shown = False
@@ -44,7 +44,7 @@ class Reading:
 
 
 def describe(state: BatchState, *, known: set[str]) -> None:
-    """Tell what was made of a file, and what to look at before going to bed."""
+    """Say what was found in a file, and what needs a look before the night."""
     batch, counts = state.batch, state.batch.request_counts
     note(f"{counts.total:,} lines, {counts.failed:,} refused; status {batch.status}")
     for section in state.sections:
@@ -69,13 +69,13 @@ def describe(state: BatchState, *, known: set[str]) -> None:
 
 
 def state_of(report: Report) -> str:
-    """Status in words, and whether anybody is at work on it."""
+    """Status, and whether a runner is at work on it."""
     status = report.batch.status
     return status if report.batch.ended or report.running else f"{status}, no runner"
 
 
 def report_rows(report: Report) -> list[tuple[str, object]]:
-    """A batch at a glance."""
+    """A batch in short: names and values."""
     batch, counts = report.batch, report.batch.request_counts
     rows = [
         ("id", batch.id),
@@ -98,7 +98,7 @@ def report_rows(report: Report) -> list[tuple[str, object]]:
 
 
 class Pace:
-    """Rate of ended lines over the last half minute, and the time left by it."""
+    """Rate of ended lines over the last half minute, and the time left at that rate."""
 
     def __init__(self) -> None:
         self._marks: list[tuple[float, int]] = []
@@ -115,7 +115,7 @@ class Pace:
         return (after - before) / (now - then) if now > then else 0.0
 
     def left(self, lines: int) -> str:
-        """Time for so many lines as h:mm:ss."""
+        """Time that this many lines take, as h:mm:ss."""
         if self.per_second <= 0:
             return "-:--:--"
         seconds = int(lines / self.per_second)
@@ -123,7 +123,7 @@ class Pace:
 
 
 def watch_batch(batches: Batches, batch_id: str) -> Batch:
-    """Show a batch's progress until its end; a bar on a terminal, lines elsewhere."""
+    """Show a batch's progress until its end: a bar on a terminal, else lines."""
     pace = Pace()
     with _Bar() if sys.stderr.isatty() else _Lines() as shown:
         while True:
@@ -154,14 +154,14 @@ def _text(report: Report, pace: Pace) -> str:
 
 
 def _hints(report: Report) -> list[str]:
-    """What a person should know who waits for nothing."""
+    """Reasons why nothing happens, for the person who waits."""
     if report.batch.ended:
         return []
     if report.problem:
         return [f"stopped: {report.problem}"]
     if not report.running:
         resume = f"`mlx-serving batch resume` on {report.host}"
-        return [f"no word of it for over {ALIVE_SECONDS:.0f} s: {resume}"]
+        return [f"no report for over {ALIVE_SECONDS:.0f} s: {resume}"]
     since_s = report.at_ms / 1000 - (report.batch.in_progress_at or 0)
     if report.in_flight and report.waiting == report.in_flight and since_s > IDLE_SECONDS:
         return ["no worker takes any of these"]
@@ -179,14 +179,14 @@ class _Lines:
         pass
 
     def show(self, report: Report, text: str) -> None:
-        """Say how it stands."""
+        """Show the progress."""
         if report.batch.ended:
             note(text)
         else:
             self.say(text)
 
     def say(self, text: str) -> None:
-        """Say something, unless something was said a moment ago."""
+        """Print a text, unless one was printed a moment ago."""
         if time.monotonic() - self._said_s >= LINE_SECONDS:
             self._said_s = time.monotonic()
             note(text)
@@ -215,7 +215,7 @@ class _Bar:
         self._progress.stop()
 
     def show(self, report: Report, text: str) -> None:
-        """Say how it stands."""
+        """Show the progress."""
         counts = report.batch.request_counts
         self._progress.update(
             self._task,
@@ -225,7 +225,7 @@ class _Bar:
         )
 
     def say(self, text: str) -> None:
-        """Say something beside the bar."""
+        """Show a text beside the bar."""
         self._progress.update(self._task, description=text)
 
 

@@ -1,4 +1,4 @@
-"""What all commands print alike: errors in a line, JSON, tables, text that a model wrote."""
+"""What all commands print the same way: errors, JSON, tables, text that a model wrote."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from mlx_serving.common.errors import MlxServingError
 
 EXIT_ERROR: Final = 1
-EXIT_INTERRUPTED: Final = 130  # 128 + SIGINT, as shells have it
-WIDE_COLUMNS: Final = 200  # of a table that goes to a file or a pipe
+EXIT_INTERRUPTED: Final = 130  # 128 + SIGINT, as in shells
+WIDE_COLUMNS: Final = 200  # width of a table that goes to a file or a pipe
 
 # C0 without tab and newline, DEL, and C1: what could drive a terminal.
 _CONTROLS: Final = dict.fromkeys(
@@ -24,7 +24,7 @@ _CONTROLS: Final = dict.fromkeys(
 
 
 def note(text: str) -> None:
-    """Print a line for people on stderr; stdout is for what the command is asked for."""
+    """Print a line for people on stderr; stdout is for the command's output."""
     typer.echo(text, err=True)
 
 
@@ -34,9 +34,9 @@ def fail(error: MlxServingError) -> None:
 
 
 def fail_at_output(error: OSError) -> None:
-    """Print what the system refused, in a line: a full disk, a file that may not be read.
+    """Print an error of the system in one line, as of a full disk or an unreadable file.
 
-    What stdout still holds is dropped, or the interpreter would fail at it once more.
+    Output that stdout still buffers is dropped: the interpreter would fail to write it again.
     """
     named = f"{error.filename}: " if error.filename else ""
     note(f"error: io_error: {named}{error.strerror or error}")
@@ -47,7 +47,7 @@ def fail_at_output(error: OSError) -> None:
 
 
 def harmless(text: str) -> str:
-    """Text that a model wrote, without the control characters that would drive a terminal."""
+    """Replace the control characters in text that a model wrote: they could drive a terminal."""
     return text.translate(_CONTROLS)
 
 

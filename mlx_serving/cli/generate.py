@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from mlx_serving.cli.options import AsJson, Model, RedisUrl, read_settings
+from mlx_serving.cli.options import AsJson, Model, RedisUrlOption, read_settings
 
 if TYPE_CHECKING:
     from mlx_serving.common.job.schema import GenerationJob
@@ -25,14 +25,14 @@ def generate(  # noqa: PLR0913, PLR0917 -- each is an option of the command line
     max_tokens: Annotated[int | None, typer.Option(help="Most tokens to decode.")] = None,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_p: Annotated[float | None, typer.Option(help="Nucleus: keep this much mass.")] = None,
-    top_k: Annotated[int | None, typer.Option(help="Keep so many tokens; 0 is off.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Keep this many tokens; 0 is off.")] = None,
     min_p: Annotated[float | None, typer.Option(help="Keep this share of the likeliest.")] = None,
     seed: Annotated[int | None, typer.Option(help="Same seed, same tokens.")] = None,
     n: Annotated[
         int | None, typer.Option("-n", help="How many choices; several are printed at the end.")
     ] = None,
     logprobs: Annotated[
-        int | None, typer.Option(help="Print each token's, and of so many likeliest ones.")
+        int | None, typer.Option(help="Print log probabilities of tokens, and of N likeliest ones.")
     ] = None,
     stop: Annotated[list[str] | None, typer.Option(help="Stop string; may be repeated.")] = None,
     lane: Annotated[
@@ -43,11 +43,11 @@ def generate(  # noqa: PLR0913, PLR0917 -- each is an option of the command line
     verbose: Annotated[
         bool, typer.Option("--verbose", "-v", help="Print usage and timings on stderr.")
     ] = False,
-    redis_url: RedisUrl = None,
+    redis_url: RedisUrlOption = None,
 ) -> None:
     """Generate a text. Ctrl-C cancels the job.
 
-    Exit status: 0, or 1 where the job did not finish, or 130 after Ctrl-C.
+    Exit status: 0, or 1 if the job did not finish, or 130 after Ctrl-C.
     """
     from mlx_serving.cli.streaming import stream_job
 

@@ -7,16 +7,16 @@ from typing import Annotated
 import typer
 
 from mlx_serving.cli.console import print_json, print_table
-from mlx_serving.cli.options import AsJson, ForModel, RedisUrl, read_settings
+from mlx_serving.cli.options import AsJson, ForModel, RedisUrlOption, read_settings
 
 
 def status(
     job_id: Annotated[str | None, typer.Argument(help="A job; without it, everything.")] = None,
     as_json: AsJson = False,
     model: ForModel = None,
-    redis_url: RedisUrl = None,
+    redis_url: RedisUrlOption = None,
 ) -> None:
-    """Show a job, or without an id the queues and the workers."""
+    """Show a job; without an id, show the queues and the workers."""
     from mlx_serving.cli.overview import job_view, read_overview
     from mlx_serving.cli.top_view import failures_of, models_of, span, state_of
     from mlx_serving.producer.client import Client
@@ -63,11 +63,11 @@ def cancel(
     job_id: Annotated[str, typer.Argument(help="The job to cancel.")],
     as_json: AsJson = False,
     model: ForModel = None,
-    redis_url: RedisUrl = None,
+    redis_url: RedisUrlOption = None,
 ) -> None:
     """Cancel a job: a queued one at once, a running one within two steps.
 
-    Prints its state after the call; `running` means that its worker has been told.
+    Prints the state after the call; `running` means that its worker has been told.
     """
     from mlx_serving.producer.client import Client
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -11,7 +11,6 @@ from typer.core import TyperGroup
 from mlx_serving import __version__
 from mlx_serving.cli.batch import app as batch
 from mlx_serving.cli.console import EXIT_ERROR, EXIT_INTERRUPTED, fail, fail_at_output
-from mlx_serving.cli.demo.command import demo
 from mlx_serving.cli.doctor.command import doctor
 from mlx_serving.cli.generate import generate
 from mlx_serving.cli.jobs import cancel, status
@@ -67,7 +66,23 @@ def _root(
     shut_out_current_folder()
 
 
-for command in (demo, worker, generate, status, top, cancel, doctor, models):
+@app.command()
+def demo(
+    timeout: Annotated[
+        float, typer.Option(min=1, help="Seconds for the worker to come up, and for the jobs.")
+    ] = 120.0,
+) -> None:
+    """Stream eight jobs side by side out of one batch, and check each answer.
+
+    Starts a private redis-server and one worker, and ends both. Exit status 0 only with eight
+    right answers.
+    """
+    from mlx_serving.cli.demo.run import run_demo
+
+    raise typer.Exit(run_demo(timeout))
+
+
+for command in (worker, generate, status, top, cancel, doctor, models):
     app.command()(command)
 
 app.add_typer(batch, name="batch")

@@ -1,4 +1,4 @@
-"""`mlx-serving models`: which aliases there are, where their files are, and how they come here."""
+"""`mlx-serving models`: lists the aliases with their files, and downloads models."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ if TYPE_CHECKING:
 
 
 def known_path(settings: Settings, model: str) -> str:
-    """Folder that the settings have for a model, whatever is in it.
+    """Folder or hub name that the settings have for a model, unchecked.
 
     Raises:
-        UnknownModel: they know no such alias.
+        UnknownModel: the settings have no such alias.
 
     """
     path = settings.models.get(model)
     if path is None:
         known = ", ".join(sorted(settings.models))
-        reason = f"{model!r} is no alias of the settings (known: {known})"
+        reason = f"{model!r} is not an alias in the settings (known: {known})"
         raise UnknownModel([FieldError("model", reason)])
     return path
 
 
 def found_path(path: str) -> str:
-    """Folder of a model of the settings, as far as it is here; downloads nothing."""
+    """Local folder of a model, or its hub name if it is not downloaded; downloads nothing."""
     from mlx_serving.worker.engine.model_files import ModelFilesError
     from mlx_serving.worker.engine.model_hub import Hub, hub_model, local_folder
 
@@ -43,12 +43,12 @@ def found_path(path: str) -> str:
     try:
         found = local_folder(model, Hub())
     except ModelFilesError:
-        return path  # the look at its files says why
+        return path  # the check of its files says why
     return path if found is None else str(found)
 
 
 def hub_problem(alias: str, path: str) -> str | None:
-    """Why a hub's model is not here, where `found_path` found no folder; None for a folder."""
+    """Why `found_path` found no folder of a hub's model; None if the path is a folder."""
     from mlx_serving.worker.engine.model_files import ModelFilesError
     from mlx_serving.worker.engine.model_hub import hub_model, require_pinned
 
@@ -59,11 +59,11 @@ def hub_problem(alias: str, path: str) -> str | None:
         require_pinned(model)
     except ModelFilesError as error:
         return str(error)
-    return f"not downloaded, or not whole: mlx-serving models pull {alias}"
+    return f"not downloaded, or not completely: mlx-serving models pull {alias}"
 
 
 def fetched_path(path: str) -> str:
-    """Folder of a model of the settings, downloaded first where it is a hub's.
+    """Local folder of a model; one on a hub is downloaded first.
 
     Raises:
         ModelFilesError: it can't be downloaded; names model, host and reason.
@@ -76,7 +76,7 @@ def fetched_path(path: str) -> str:
 
 
 def refusal(alias: str, error: ModelFilesError) -> UnknownModel:
-    """Our error for a model of the settings that can't be had, now or ever."""
+    """Build our error for a model whose files are wrong or can't be downloaded."""
     from mlx_serving.worker.engine.model_hub import HubUnreachableError
 
     kind = ModelUnreachable if isinstance(error, HubUnreachableError) else UnknownModel
@@ -84,7 +84,7 @@ def refusal(alias: str, error: ModelFilesError) -> UnknownModel:
 
 
 def pull(settings: Settings, alias: str) -> None:
-    """Download a model of the settings; of a branch, only say which commit it is.
+    """Download a model of the settings; for a branch, only name its present commit.
 
     Raises:
         UnknownModel: there is no such alias, it can't be downloaded, or it is not pinned.
@@ -96,7 +96,7 @@ def pull(settings: Settings, alias: str) -> None:
 
     model = hub_model(known_path(settings, alias))
     if model is None:
-        return  # a folder, which the list says more of
+        return  # a folder: nothing to download
     require_engine()
     try:
         if not model.pinned:

@@ -1,4 +1,4 @@
-"""Options that several commands share, their settings, and whether the engine is installed."""
+"""What several commands share: options, settings, the check for an installed engine."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def missing_engine() -> list[str]:
 
 
 def require_engine() -> None:
-    """Refuse to go on without the engine.
+    """Check that the engine is installed.
 
     Raises:
         MissingDependency: names what is missing and the command that installs it.
@@ -36,12 +36,12 @@ def require_engine() -> None:
         raise MissingDependency(f"{' and '.join(missing)} not installed: {INSTALL}")
 
 
-RedisUrl = Annotated[
+RedisUrlOption = Annotated[
     str | None,
     typer.Option(
         "--redis-url",
         help="Redis to use; without it MLX_SERVING_REDIS_URL, the settings file, or localhost. "
-        "Give a password by the environment: a command line is no secret.",
+        "Give a password by the environment: others can read a command line.",
         show_default=False,
     ),
 ]
@@ -55,12 +55,12 @@ Model = Annotated[str, typer.Option("--model", "-m", help="Alias of the model.")
 
 ForModel = Annotated[
     str | None,
-    typer.Option("--model", "-m", help="Look at this model's Redis, where it has its own."),
+    typer.Option("--model", "-m", help="Use this model's Redis, if it has its own."),
 ]
 
 
 def read_settings(redis_url: str | None = None) -> Settings:
-    """Read the settings; a URL from the command line is for every model.
+    """Read the settings; a URL from the command line applies to every model.
 
     Raises:
         InvalidSettings: names each wrong setting.
@@ -69,7 +69,7 @@ def read_settings(redis_url: str | None = None) -> Settings:
     from mlx_serving.common.settings import load_settings, unknown_variables
 
     for name in unknown_variables():
-        note(f"warning: {name} is no setting, and without effect")
+        note(f"warning: {name} is not a setting and has no effect")
     if redis_url is None:
         return load_settings()
     return load_settings(redis__url=redis_url, redis__by_model={})

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final, Self
 from mlx_serving.cli.console import EXIT_INTERRUPTED, harmless, note
 from mlx_serving.common.errors import MlxServingError
 from mlx_serving.common.events import encode
-from mlx_serving.common.job.schema import queue_name
+from mlx_serving.common.queues import queue_name
 from mlx_serving.producer.client import Client
 
 if TYPE_CHECKING:
@@ -27,10 +27,10 @@ WAIT_SECONDS: Final = 3.0
 
 
 class Canceller:
-    """Makes the first Ctrl-C cancel the job, from another thread; the stream goes on to its end.
+    """Makes the first Ctrl-C cancel the job in another thread; the stream goes on to its end.
 
-    So nothing is torn: no half-read reply, no text printed twice. A second Ctrl-C leaves at
-    once, whatever becomes of the job.
+    So no reply is half read and no text is printed twice. A second Ctrl-C leaves at once and does
+    not wait for the job.
     """
 
     def __init__(self, cancel: Callable[[str], object]) -> None:
@@ -46,7 +46,7 @@ class Canceller:
         signal.signal(signal.SIGINT, self._before)
 
     def watch(self, job_id: str) -> None:
-        """Name the job, once it is enqueued; a Ctrl-C that came before cancels it now."""
+        """Take the id of the enqueued job; if Ctrl-C came before, cancel it now."""
         self._job_id = job_id
         if self.interrupted:
             self._start()
@@ -70,7 +70,7 @@ class Canceller:
 
 
 class WaitingNote:
-    """Says that a job waits, where nothing has come of it for some seconds."""
+    """Prints a note if no event of a job has come for some seconds."""
 
     def __init__(self, job: GenerationJob) -> None:
         queue = queue_name(job.model, job.lane)
@@ -86,14 +86,14 @@ class WaitingNote:
         self.over()
 
     def over(self) -> None:
-        """Say nothing any more."""
+        """Print no note from now on."""
         self._timer.cancel()
 
 
 class Printer:
     """Writes events to stdout as they come, and remembers when they came.
 
-    Several choices would mix on a terminal: their texts are printed by `end`, one after another.
+    The texts of several choices would mix on a terminal, so `end` prints them one by one.
     """
 
     def __init__(self, *, as_json: bool, choices: int = 1) -> None:
@@ -132,7 +132,7 @@ class Printer:
 
 
 def stream_job(job: GenerationJob, settings: Settings, *, as_json: bool, verbose: bool) -> int:
-    """Submit a job and print it until its end; returns the exit status.
+    """Submit a job and print its events until its end; return the exit status.
 
     Raises:
         MlxServingError: it could not be submitted or followed, or did not finish.
@@ -150,7 +150,7 @@ def stream_job(job: GenerationJob, settings: Settings, *, as_json: bool, verbose
                     printer.show(event)
             result = handle.result()
             printer.end(result)
-        except BrokenPipeError:  # nobody reads what we print: the work is for nothing
+        except BrokenPipeError:  # nobody reads what we print
             handle.cancel()
             raise
     if verbose:
@@ -163,7 +163,7 @@ def stream_job(job: GenerationJob, settings: Settings, *, as_json: bool, verbose
 
 
 def _line(entry: TokenLogprob) -> str:
-    """A token's log probability, and those of the likeliest ones at its place."""
+    """Log probabilities of a token and of the likeliest tokens at its position."""
     shown = [f"{each.logprob:9.4f} {each.token!r}" for each in (entry, *entry.top_logprobs)]
     return "  |".join(shown)
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mlx_serving.cli.console import print_json, print_table
-from mlx_serving.cli.options import AsJson, ForModel, RedisUrl, read_settings
+from mlx_serving.cli.options import AsJson, ForModel, RedisUrlOption, read_settings
 
 if TYPE_CHECKING:
     from mlx_serving.common.tenancy import Tenancy
@@ -24,7 +24,9 @@ Limit = Annotated[
 
 
 @app.command("list")
-def list_(as_json: AsJson = False, model: ForModel = None, redis_url: RedisUrl = None) -> None:
+def list_(
+    as_json: AsJson = False, model: ForModel = None, redis_url: RedisUrlOption = None
+) -> None:
     """List the tenants that have jobs or limits."""
     with _tenancy(redis_url, model) as tenancy:
         view = tenancy.view()
@@ -48,7 +50,7 @@ def set_(
     queued: Limit = None,
     running: Limit = None,
     model: ForModel = None,
-    redis_url: RedisUrl = None,
+    redis_url: RedisUrlOption = None,
 ) -> None:
     """Set limits. They hold from now on; what is queued or runs beyond them stays."""
     if (tenant is None) != for_all:

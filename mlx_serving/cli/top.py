@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
-from mlx_serving.cli.options import AsJson, ForModel, RedisUrl, read_settings
+from mlx_serving.cli.options import AsJson, ForModel, RedisUrlOption, read_settings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -32,11 +32,11 @@ def top(
     ] = 0,
     as_json: AsJson = False,
     model: ForModel = None,
-    redis_url: RedisUrl = None,
+    redis_url: RedisUrlOption = None,
 ) -> None:
     """Show all workers and queues of a Redis, again and again, until q or Ctrl-C.
 
-    A table on a terminal; elsewhere lines, or with --json an object a line.
+    On a terminal a table, else lines; with --json one object a line.
     """
     from mlx_serving.cli.overview import look
     from mlx_serving.common.redis.connection import connect, resolve
@@ -67,7 +67,7 @@ def now() -> str:
 def _looks(
     first: Overview, read: Callable[[], Overview], pause: Callable[[], bool], count: int
 ) -> Iterator[tuple[Overview, str]]:
-    """Yield what was read, and what went wrong; what was read before stands while Redis is away."""
+    """Yield each overview, and what went wrong; while Redis is away, the last one again."""
     from mlx_serving.common.errors import QueueUnavailable
 
     overview, notice, looks = first, "", 1
@@ -86,13 +86,13 @@ def _print_on(
 ) -> None:
     import msgspec
 
-    from mlx_serving.cli.top_view import Totals, lines
+    from mlx_serving.cli.top_view import FleetTotals, lines
 
     for overview, notice in _looks(first, read, lambda: _sleep(interval), count):
         if notice:
             typer.echo(f"{now()} {notice}", err=True)
         elif as_json:
-            whole = {"at": now(), "totals": asdict(Totals.of(overview))} | asdict(overview)
+            whole = {"at": now(), "totals": asdict(FleetTotals.of(overview))} | asdict(overview)
             typer.echo(msgspec.json.encode(whole).decode())
         else:
             for line in lines(overview, now()):
@@ -114,7 +114,7 @@ def _show_on(first: Overview, read: Callable[[], Overview], interval: float, cou
 
 @contextmanager
 def _keyboard() -> Iterator[Callable[[float], bool]]:
-    """Yield a wait of so many seconds that a key ends: True where it was one of `END_KEYS`."""
+    """Yield a function that waits so many seconds; True if one of `END_KEYS` was pressed."""
     if not sys.stdin.isatty():
         yield _sleep
         return

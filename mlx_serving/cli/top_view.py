@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
 
-    from mlx_serving.cli.overview import Overview, QueueView, WorkerView
+    from mlx_serving.cli.overview import Overview, QueueView
+    from mlx_serving.common.worker_record import WorkerRecord
 
 WIDE: Final = 120  # columns from which on there is room for device, memory and version
 STYLES: Final = {"serving": "green", "paused": "yellow", "suspended": "yellow"}
@@ -22,8 +23,8 @@ LATE_LEASE_MS: Final = 5000  # half a lease: renewals come four times a lease
 
 
 @dataclass(frozen=True, slots=True)
-class Totals:
-    """Sums over a fleet."""
+class FleetTotals:
+    """Sums over all workers and queues."""
 
     workers: int
     rows: int
@@ -33,7 +34,7 @@ class Totals:
     tokens_per_second: float
 
     @classmethod
-    def of(cls, overview: Overview) -> Totals:
+    def of(cls, overview: Overview) -> FleetTotals:
         """Add up."""
         workers, queues = overview.workers, overview.queues
         return cls(
@@ -50,7 +51,7 @@ class Totals:
 
 
 def span(seconds: float | None) -> str:
-    """A time for people: 0.3 s, 12 s, 5 min, 3.2 h; '' for None."""
+    """A time to read: 0.3 s, 12 s, 5 min, 3.2 h; '' for None."""
     if seconds is None:
         return ""
     if seconds < 120:  # noqa: PLR2004 -- two minutes
@@ -59,14 +60,14 @@ def span(seconds: float | None) -> str:
     return f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"  # noqa: PLR2004
 
 
-def state_of(worker: WorkerView) -> str:
+def state_of(worker: WorkerRecord) -> str:
     """Its state, and why it is paused."""
     return f"{worker.state}: {', '.join(worker.reasons)}" if worker.reasons else worker.state
 
 
-def models_of(worker: WorkerView) -> str:
+def models_of(worker: WorkerRecord) -> str:
     """Its models: first those in memory, then the others in brackets, and what it loads now."""
-    away = [model for model in worker.model.split(",") if model not in worker.resident]
+    away = [model for model in worker.models if model not in worker.resident]
     names = [*worker.resident, *(f"({model})" for model in away if model != worker.loading)]
     return " ".join(names + ([f"{worker.loading}…"] if worker.loading else []))
 
@@ -76,34 +77,34 @@ def failures_of(overview: Overview) -> list[str]:
     return [f"{w.name} can't load {why}" for w in overview.workers for why in w.unloadable]
 
 
-def lease_of(worker: WorkerView) -> str:
+def lease_of(worker: WorkerRecord) -> str:
     """Age of its last renewal, and whether renewals fail."""
     age = "" if worker.lease_age_ms is None else span(worker.lease_age_ms / 1000)
     return f"{age} failing".strip() if worker.lease_failing else age
 
 
-def _rows(worker: WorkerView) -> str:
+def _rows(worker: WorkerRecord) -> str:
     parked = f", {worker.parked} parked" if worker.parked else ""
     return f"{worker.rows}/{worker.batch_rows}{parked}"
 
 
-def _kv(worker: WorkerView) -> str:
+def _kv(worker: WorkerRecord) -> str:
     capacity = worker.kv_tokens_capacity
     return f"{worker.kv_tokens_used / capacity:.0%}" if capacity else ""
 
 
-def _memory(worker: WorkerView) -> str:
+def _memory(worker: WorkerRecord) -> str:
     return f"{worker.memory_bytes / BYTES_A_GIB:.0f} GiB" if worker.memory_bytes else ""
 
 
-def by_model(overview: Overview) -> list[WorkerView]:
-    """All workers, those of a model together."""
+def by_model(overview: Overview) -> list[WorkerRecord]:
+    """All workers, sorted by model."""
     return sorted(overview.workers, key=lambda w: (w.model, w.name))
 
 
 def lines(overview: Overview, at: str) -> Iterator[str]:
     """One line of totals, one a worker, one a queue."""
-    yield f"{at} {Totals.of(overview)}" + (" SUSPENDED" if overview.suspended else "")
+    yield f"{at} {FleetTotals.of(overview)}" + (" SUSPENDED" if overview.suspended else "")
     for w in by_model(overview):
         yield (
             f"worker {w.name} {models_of(w)}: {state_of(w)}, rows {_rows(w)}, KV {_kv(w)}, "
@@ -116,11 +117,11 @@ def lines(overview: Overview, at: str) -> Iterator[str]:
 
 
 def frame(overview: Overview, at: str, *, width: int, notice: str = "") -> RenderableType:
-    """All of it as a terminal shows it; `notice` is what went wrong since."""
+    """The whole screen; `notice` is an error since the last read."""
     from rich.console import Group
     from rich.text import Text
 
-    head = Text(f"mlx-serving  {at}  {Totals.of(overview)}", "bold", no_wrap=True)
+    head = Text(f"mlx-serving  {at}  {FleetTotals.of(overview)}", "bold", no_wrap=True)
     parts: list[RenderableType] = [head]
     if overview.suspended:
         parts.append(Text("RQ is suspended: no worker takes a job until `rq resume`", "yellow"))
@@ -141,7 +142,7 @@ def _table(*columns: str) -> Table:
     return table
 
 
-def _workers(workers: list[WorkerView], *, wide: bool) -> Table:
+def _workers(workers: list[WorkerRecord], *, wide: bool) -> Table:
     from rich.text import Text
 
     more = ("device", ">memory", "version") if wide else ()

@@ -8,7 +8,7 @@ import typer
 
 from mlx_serving.cli.console import fail, note
 from mlx_serving.cli.models import known_path
-from mlx_serving.cli.options import RedisUrl, read_settings, require_engine
+from mlx_serving.cli.options import RedisUrlOption, read_settings, require_engine
 from mlx_serving.common.errors import InvalidSettings, MissingDependency, UnknownModel
 
 if TYPE_CHECKING:
@@ -34,18 +34,18 @@ def worker(
     tokens_per_second: Annotated[
         float, typer.Option(min=0, help="Of a simulated row; 0: no time at all.")
     ] = 0.0,
-    redis_url: RedisUrl = None,
+    redis_url: RedisUrlOption = None,
 ) -> None:
     """Serve one or more models, each from its three queues, until SIGTERM or Ctrl-C.
 
-    Several are in memory together as far as worker.model_budget_bytes allows; the others come and
-    go as there is work for them.
+    Several are in memory at once as far as worker.model_budget_bytes allows; the others are loaded
+    and unloaded as there is work for them.
 
-    The first signal drains: no new claims, what ends within the grace time ends, the rest is
-    handed over. The second hands over at once.
+    The first signal drains: the worker claims nothing more, lets jobs end within the grace time,
+    and hands the rest over. The second signal hands over at once.
 
-    Exit status: 0 when drained, 78 where settings, models or the install are wrong, so that another
-    start mends nothing, else 1.
+    Exit status: 0 when drained; 78 if settings, models or the installation are wrong, so that
+    another start would not help; else 1.
     """
     from mlx_serving.common.telemetry import configure_logging, get_logger
     from mlx_serving.worker.process.crash import EXIT_CONFIGURATION
@@ -74,14 +74,14 @@ def engine_spec(
     tokens_per_second: float = 0.0,
     others: Sequence[str] = (),
 ) -> EngineSpec:
-    """Say what to load, checked before a process is started for it.
+    """Say what to load, and check it before a process is started for it.
 
-    Of several models one at least has to be complete: the worker serves what it can load.
+    At least one of the models has to be complete: the worker serves those that it can load.
 
     Raises:
-        UnknownModel: the settings know no such alias, or the files of none can be loaded;
-            ModelUnreachable where a hub's may come with another start.
-        InvalidSettings: the models are not all on one Redis.
+        UnknownModel: the settings have no such alias, or no model's files can be loaded;
+            ModelUnreachable if a hub may answer at another start.
+        InvalidSettings: the models do not share one Redis.
         MissingDependency: the engine is not installed.
 
     """
@@ -97,7 +97,7 @@ def engine_spec(
 
 
 def _paths(settings: Settings, known: dict[str, str]) -> dict[str, str]:
-    """Folder of each model, one of which is complete at least."""
+    """Folder of each model; at least one is complete."""
     from mlx_serving.cli.models import found_path
 
     paths: dict[str, str] = {}
@@ -116,13 +116,13 @@ def _paths(settings: Settings, known: dict[str, str]) -> dict[str, str]:
 
 
 def require_redis(settings: Settings, model: str, name: str | None = None) -> None:
-    """Ask the model's Redis for an answer before a model is loaded for it.
+    """Check that the model's Redis answers before the model is loaded.
 
-    Warns where a worker of this name is there, or was until just now: two of one name are one to
-    Redis, and give each other's jobs back.
+    Warn if a worker of this name runs, or did until just now: Redis can't tell two workers of one
+    name apart, and they give each other's jobs back.
 
     Raises:
-        QueueUnavailable: it can't be reached, or refuses us.
+        QueueUnavailable: it can't be reached, or refuses our credentials.
 
     """
     from mlx_serving.common.redis.connection import connect, resolve
@@ -139,7 +139,7 @@ def model_path(settings: Settings, model: str) -> str:
     """Folder of a model that is complete and safe to load.
 
     Raises:
-        UnknownModel: names what is wrong; ModelUnreachable where its hub does not answer.
+        UnknownModel: names what is wrong; ModelUnreachable if its hub does not answer.
 
     """
     from pathlib import Path

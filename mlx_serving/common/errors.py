@@ -1,37 +1,37 @@
 """Every error that mlx-serving raises on purpose.
 
 * MlxServingError
-  * InvalidJob            a field of a job is wrong; `.errors` names each one
-    * UnknownModel        no worker setting or alias names this model, or its files can't be loaded
-      * ModelUnreachable  they are a hub's, which does not answer now
+  * InvalidJob            fields of a job are wrong; `.errors` names each one
+    * UnknownModel        no alias in the settings names this model, or its files can't be loaded
+      * ModelUnreachable  its files are on a hub that does not answer now
     * PayloadTooLarge     the job is larger than the limit on its bytes
-    * InvalidSchema       a schema, regex or grammar that the worker can't keep the model to
-  * CorruptJob            what Redis holds is no job of ours
+    * InvalidSchema       a schema, regex or grammar that the worker can't enforce
+  * CorruptJob            what Redis holds under a job's id is not a job of ours
     * ForeignFunction     it names a function, callback or webhook that is not ours
     * BadSignature        it is not signed by a key that this worker knows
-  * CorruptEvent          what Redis holds is no event of ours
+  * CorruptEvent          an entry of a job's stream is not an event of ours
   * JobNotFound           no such job, or its `result_ttl` is over
-  * UnsuccessfulJob       the job ended, and not in `finished`; `.result` keeps what was generated
+  * UnsuccessfulJob       (in `results`) the job ended, but did not finish; `.result` keeps its text
     * JobFailed
-      * JobDead           poison: it crashed the engine again while it ran alone
+      * JobDead           it crashed the engine while it ran alone, or used up its attempts
     * JobCancelled
     * JobExpired
   * InvalidBatch          a bulk file can't be run as asked; `.errors` says why
-  * BatchNotFound         no such bulk file, or not on this machine
-  * ResultTimeout         the caller waited as long as it asked to; the job goes on
-  * StreamGap             events that were promised are gone
+  * BatchNotFound         no such batch, or not on this machine
+  * ResultTimeout         the job did not end within the caller's timeout; it goes on
+  * StreamGap             events of the job's stream are missing
   * StreamConflict        the primary holds other events than those delivered (failover)
-    * StreamReset         the job began anew; `.seq` is where its text starts over
+    * StreamReset         the job began anew; its new text starts after `.seq`
   * QueueUnavailable      Redis can't be reached or can't answer now
-  * TenantLimited         the job's tenant has as many jobs queued as it may
+  * TenantLimited         the job's tenant has reached its limit of queued jobs
   * LeaseLost             another worker owns the job now
   * JobTooLarge           the job can never fit this device's KV budget
   * EngineError           the engine failed while it ran this job
   * InvalidSettings       a setting is wrong; `.errors` names each one
-  * MissingDependency     a program or package that is not installed is needed
+  * MissingDependency     a program or package that this call needs is not installed
 
-Each class has a stable `code` (what travels in results and events) and says whether the
-same call may succeed later (`retryable`).
+Each class has a stable `code`, which results and events carry, and says whether the same call
+may succeed later (`retryable`).
 """
 
 from __future__ import annotations
@@ -43,8 +43,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from mlx_serving.common.results import GenerationResult
-
 
 class FieldError(NamedTuple):
     """One field that is wrong: its path (`messages[2].content`) and the reason."""
@@ -53,7 +51,7 @@ class FieldError(NamedTuple):
     reason: str
 
     def __str__(self) -> str:
-        """`path: reason`, or the reason alone where it concerns the whole object."""
+        """`path: reason`, or the reason alone if it concerns the whole object."""
         return f"{self.path}: {self.reason}" if self.path else self.reason
 
 
@@ -64,13 +62,13 @@ class MlxServingError(Exception):
     retryable: ClassVar[bool] = False
 
     def __init__(self, message: str | None = None) -> None:
-        """Take the class's docstring as the message where none is given."""
+        """Take the class's docstring as the message if none is given."""
         self.message = message or _summary(type(self))
         super().__init__(self.message)
 
 
 class _FieldErrors(Exception):
-    """What errors share that name each wrong field, option or setting."""
+    """Base of errors that name each wrong field, option or setting."""
 
     def __init__(self, errors: Iterable[FieldError | tuple[str, str]] | str | None = None) -> None:
         """Keep each one in `.errors`; the message lists them as `path: reason`."""
@@ -95,7 +93,7 @@ class UnknownModel(InvalidJob):
 
 
 class ModelUnreachable(UnknownModel):
-    """The model's files are a hub's, which does not answer now."""
+    """The model's files are on a hub that does not answer now."""
 
     code = "model_unreachable"
     retryable = True
@@ -108,13 +106,13 @@ class PayloadTooLarge(InvalidJob):
 
 
 class InvalidSchema(InvalidJob):
-    """The worker can't keep the model to this schema, regex or grammar."""
+    """The worker can't enforce this schema, regex or grammar."""
 
     code = "invalid_schema"
 
 
 class CorruptJob(MlxServingError):
-    """What Redis holds under this job's id is no job that this code can read."""
+    """What Redis holds under this job's id is not a job that this code can read."""
 
     code = "corrupt_job"
 
@@ -132,7 +130,7 @@ class BadSignature(CorruptJob):
 
 
 class CorruptEvent(MlxServingError):
-    """What Redis holds in this job's stream is no event that this code can read."""
+    """An entry of this job's stream is not an event that this code can read."""
 
     code = "corrupt_event"
 
@@ -143,47 +141,6 @@ class JobNotFound(MlxServingError):
     code = "job_not_found"
 
 
-class UnsuccessfulJob(MlxServingError):
-    """The job ended without finishing."""
-
-    code = "job_unsuccessful"
-
-    def __init__(
-        self, message: str | None = None, *, result: GenerationResult | None = None
-    ) -> None:
-        """Carry the result record, which keeps the text generated so far."""
-        self.result = result
-        super().__init__(message)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle with the result, which `Exception` would leave out."""
-        return _rebuild, (type(self), self.message, self.result)
-
-
-class JobFailed(UnsuccessfulJob):
-    """The job failed."""
-
-    code = "job_failed"
-
-
-class JobDead(JobFailed):
-    """The job was given up, because it crashes the engine or used up its attempts."""
-
-    code = "job_dead"
-
-
-class JobCancelled(UnsuccessfulJob):
-    """The job was cancelled."""
-
-    code = "job_cancelled"
-
-
-class JobExpired(UnsuccessfulJob):
-    """The job passed its deadline, its timeout, or the time that somebody listened."""
-
-    code = "job_expired"
-
-
 class InvalidBatch(_FieldErrors, MlxServingError):
     """The bulk file can't be run as asked."""
 
@@ -191,7 +148,7 @@ class InvalidBatch(_FieldErrors, MlxServingError):
 
 
 class BatchNotFound(MlxServingError):
-    """There is no such bulk file here."""
+    """There is no such batch here."""
 
     code = "batch_not_found"
 
@@ -238,7 +195,7 @@ class QueueUnavailable(MlxServingError):
 
 
 class TenantLimited(MlxServingError):
-    """The tenant has as many jobs queued as it may."""
+    """The tenant has reached its limit of queued jobs."""
 
     code = "tenant_limited"
     retryable = True
@@ -252,10 +209,10 @@ class TenantLimited(MlxServingError):
         queued: int = 0,
         job_ids: Iterable[str | None] = (),
     ) -> None:
-        """Carry whose limit it is, how high, and how many jobs were queued.
+        """Carry the tenant, its limit, and how many jobs it had queued.
 
-        `job_ids`: where many were submitted, the id of each that was enqueued, None for the
-        others, in the order in which they were given.
+        `job_ids`, if several jobs were submitted: in their order, the id of each that was
+        enqueued and None for each that was not.
         """
         self.tenant, self.limit, self.queued = tenant, limit, queued
         self.job_ids = tuple(job_ids)
@@ -308,12 +265,6 @@ def field_errors(errors: Iterable[FieldError | tuple[str, str]] | str | None) ->
 def _summary(kind: type[MlxServingError]) -> str:
     """First line of the class's docstring without its full stop; under `-OO`, the code."""
     return (kind.__doc__ or kind.code).strip().splitlines()[0].rstrip(".")
-
-
-def _rebuild(
-    kind: type[UnsuccessfulJob], message: str, result: GenerationResult | None
-) -> UnsuccessfulJob:
-    return kind(message, result=result)
 
 
 def _rebuild_reset(message: str, seq: int) -> StreamReset:

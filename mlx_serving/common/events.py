@@ -1,4 +1,4 @@
-"""The events of a job, as they travel in its stream and channel. Frozen from the first release.
+"""The events of a job, as its stream and channel carry them. Frozen from the first release.
 
 `seq` counts a job's events 1, 2, 3… over all choices and attempts. Types:
 
@@ -6,7 +6,7 @@
   `tokenizer_hash`) and the seq it starts at (`start_seq`, its own).
 * `tokens` carries the newly decoded tokens of one or more choices.
 * `end` is the last event, exactly one a job: the terminal `state`, `usage`, `error`.
-* `reset` takes back all that came before it: the tokens of every choice are void, and decoding
+* `reset` takes back everything before it: the tokens of every choice are void, and decoding
   begins anew. Only jobs with `on_model_change: "reset"` ever get one.
 
 Readers ignore fields and types that they don't know; writers omit what is absent.
@@ -15,11 +15,12 @@ Readers ignore fields and types that they don't know; writers omit what is absen
 from __future__ import annotations
 
 import builtins
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import msgspec
 
 from mlx_serving.common.errors import CorruptEvent
+from mlx_serving.common.protocol.fields import EVENT_OPENING
 
 EVENT_VERSION: Final = 1
 ATTEMPT: Final = "attempt"
@@ -37,9 +38,9 @@ def event_version() -> int:
 class TopLogprob(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     """A token and its log probability, in the words of the OpenAI chat API.
 
-    `logprob` is natural, of the model's own distribution; -9999.0 stands for a probability of
-    nothing. `bytes` are left out where they are the UTF-8 of `token`; a token that is a part of
-    a character shows as U+FFFD there, and has them.
+    `logprob` is natural, of the model's own distribution; -9999.0 stands for a probability of 0.
+    `bytes` is None if it would be the UTF-8 of `token`. A token that is only a part of a
+    character shows as U+FFFD in `token`, and its `bytes` are given.
     """
 
     token: str
@@ -53,23 +54,15 @@ class TopLogprob(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
 
 
 class TokenLogprob(TopLogprob, frozen=True, omit_defaults=True, gc=False):
-    """The chosen token of one position, and the likeliest ones there, likeliest first."""
+    """The chosen token at one position, and the likeliest tokens there, likeliest first."""
 
     top_logprobs: list[TopLogprob] = []
 
 
 class ChoiceLogprobs(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
-    """Log probabilities of what a choice gained: an entry a token of `token_ids`."""
+    """Log probabilities of a delta's tokens: one entry for each of its `token_ids`."""
 
     content: list[TokenLogprob] = []
-
-
-if TYPE_CHECKING:
-    LogprobsField = ChoiceLogprobs
-else:
-    # The first release reserved the field without a form. No writer ever filled it, but its
-    # golden fixture holds a list, and what was released is read for ever.
-    LogprobsField = ChoiceLogprobs | list
 
 
 class FunctionDelta(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
@@ -95,15 +88,15 @@ class ToolCallDelta(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
 class ChoiceDelta(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     """What one choice gained.
 
-    `token_ids` names every decoded token (the end-of-sequence token too); `text` is what the
-    detokenizer released of them, so either may be empty where the other is not. What the model
-    wrote as reasoning or as a tool call is in `reasoning` and `tool_calls`, not in `text`.
+    `token_ids` has every decoded token (also the end-of-sequence token); `text` is what the
+    detokenizer has released so far, so one may be empty while the other is not. Reasoning and
+    tool calls are in `reasoning` and `tool_calls`, not in `text`.
     """
 
     index: int
     text: str = ""
     token_ids: list[int] = []
-    logprobs: LogprobsField | None = None
+    logprobs: ChoiceLogprobs | None = None
     tool_calls: list[ToolCallDelta] | None = None
     reasoning: str | None = None
     finish_reason: str | None = None
@@ -125,13 +118,13 @@ class Usage(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
 
     @classmethod
     def of(cls, prompt_tokens: int, completion_tokens: int, cached_tokens: int = 0) -> Usage:
-        """Build with the total added up; the details only where the cache served some."""
+        """Build with the total added up; with details only if the prefix cache served any."""
         details = PromptTokensDetails(cached_tokens) if cached_tokens else None
         return cls(prompt_tokens, completion_tokens, prompt_tokens + completion_tokens, details)
 
 
 class ErrorInfo(msgspec.Struct, frozen=True, gc=False):
-    """Why a job did not finish: a stable code, a sentence, and whether another try may help."""
+    """Why a job did not finish: a stable code, a sentence, and whether to try again may help."""
 
     code: str
     message: str
@@ -162,6 +155,11 @@ class Event(msgspec.Struct, frozen=True, omit_defaults=True, gc=False, kw_only=T
         """Text that choice 0 gained by this event."""
         return "".join(choice.text for choice in self.choices if choice.index == 0)
 
+    @property
+    def has_tokens(self) -> bool:
+        """Whether any choice gained a token."""
+        return any(choice.token_ids for choice in self.choices)
+
 
 class _Header(msgspec.Struct, frozen=True, gc=False):
     """The part of an event that every version shares."""
@@ -172,6 +170,7 @@ class _Header(msgspec.Struct, frozen=True, gc=False):
     type: str
 
 
+_OPENING: Final = EVENT_OPENING.encode()
 _encoder = msgspec.json.Encoder()
 _decoder = msgspec.json.Decoder(Event)
 _header_decoder = msgspec.json.Decoder(_Header)
@@ -182,10 +181,20 @@ def encode(event: Event) -> bytes:
     return _encoder.encode(event)
 
 
-def decode(data: bytes) -> Event:
-    """Parse an event; of a type that is not known, only the header has to be readable.
+def opening(attempt: bytes, seq: bytes) -> bytes:
+    """How the JSON of every event begins, from its numbers as decimal text."""
+    return _OPENING % (attempt, seq)
 
-    Raises CorruptEvent where it isn't.
+
+def body(event: Event) -> bytes:
+    """JSON of an event without its opening, which its row and its entry say by other means."""
+    return encode(event)[len(EVENT_OPENING % (event.attempt, event.seq)) :]
+
+
+def decode(data: bytes) -> Event:
+    """Parse an event; if its type is unknown, only the header has to be readable.
+
+    Raises CorruptEvent if that is not so.
     """
     try:
         return _decoder.decode(data)
@@ -194,7 +203,7 @@ def decode(data: bytes) -> Event:
 
 
 def _decode_header(data: bytes, cause: Exception) -> Event:
-    """Keep the seq of a future type whose fields have another shape than ours."""
+    """Read only the header: a newer release may give its types' fields another form."""
     try:
         header = _header_decoder.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:

@@ -1,9 +1,9 @@
-"""How Python is started: no interpreter of ours imports code from the current folder.
+"""How Python is started: no interpreter that we start imports code from the current folder.
 
-`python -m` and `python -c` put the folder in which they are started first on `sys.path`, and
-multiprocessing starts its children and its resource tracker with `-c`: a `json.py` in a folder that
-somebody else filled would be run. `-P` and PYTHONSAFEPATH turn that off. Only this module starts
-interpreters; a test of the house rules holds that.
+`python -m` and `python -c` put the current folder first on `sys.path`, and multiprocessing starts
+its children and its resource tracker with `-c`. So a `json.py` in a folder that somebody else wrote
+to would be run. `-P` and PYTHONSAFEPATH prevent that. Only this module starts interpreters, which a
+test of the house rules checks.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 def command(*arguments: str) -> list[str]:
     """The command line of an interpreter that does not import from the current folder.
 
-    multiprocessing hands its `-P` on to whatever it starts in there.
+    multiprocessing passes `-P` on to the processes that it starts.
     """
     return [sys.executable, "-P", *arguments]
 
@@ -53,15 +53,15 @@ def shut_out_current_folder() -> None:
 
 
 def _make_children_safe() -> None:
-    """Set PYTHONSAFEPATH: multiprocessing hands on only the flags of this interpreter."""
+    """Set PYTHONSAFEPATH: multiprocessing passes on only the flags of this interpreter."""
     os.environ["PYTHONSAFEPATH"] = "1"
 
 
 def _leave_start_up_folder() -> None:
-    """Take off `sys.path`, which spawned children get, what `-m` or `-c` put in front of it.
+    """Remove what `-m` or `-c` put first on `sys.path`, because spawned children inherit it.
 
-    It stays where mlx_serving itself was imported from it, as in a checkout; so do a script's
-    folder and all of PYTHONPATH, which somebody chose.
+    It stays if mlx_serving itself was imported from there, as in a checkout. A script's folder and
+    PYTHONPATH stay too: somebody chose those.
     """
     main = sys.modules["__main__"]
     is_script = main.__spec__ is None and hasattr(main, "__file__")

@@ -1,4 +1,4 @@
-"""Bounds on what a job may hold, so that no single one can hurt a worker or Redis."""
+"""Limits on what a job may hold, so that no single job can harm a worker or Redis."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ JSON_DEPTH: Final = 32
 MESSAGES: Final = 4096
 TOOLS: Final = 128
 TOKENS: Final = 1_048_576
-"""Most tokens one job may ask for, all choices together, each counted with its alternatives."""
+"""Most tokens that one job may ask for: all choices, each token with its alternatives."""
 
 CHOICES: Final = 128
 TOP_LOGPROBS: Final = 20
@@ -36,7 +36,7 @@ SEED: Final = 2**64
 """Seeds are 0 ≤ seed < 2**64."""
 
 SCHEMA_BYTES: Final = 65_536
-"""JSON form of a schema; what it may cost is bounded by the worker, in time."""
+"""Of a schema as JSON; the worker bounds the time that it may take to compile."""
 
 SCHEMA_NAME_CHARS: Final = 64
 REGEX_CHARS: Final = 4096

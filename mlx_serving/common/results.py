@@ -1,20 +1,13 @@
-"""The result record of a job: one form for finished, failed, cancelled and expired alike."""
+"""The result record of a job, in one form for every end; the errors of jobs that did not finish."""
 
 from __future__ import annotations
 
+# ruff: noqa: N818 -- the errors are named as what happened, as in `errors`
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
-from mlx_serving.common.errors import (
-    CorruptJob,
-    JobCancelled,
-    JobDead,
-    JobExpired,
-    JobFailed,
-    MlxServingError,
-    UnsuccessfulJob,
-)
+from mlx_serving.common.errors import CorruptJob, MlxServingError
 from mlx_serving.common.events import (
     END,
     RESET,
@@ -33,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class FunctionResult(msgspec.Struct, frozen=True):
-    """Which function a call names, and its arguments as a JSON text."""
+    """The function that a call names, and its arguments as JSON text."""
 
     name: str
     arguments: str
@@ -48,7 +41,7 @@ class ToolCallResult(msgspec.Struct, frozen=True):
 
 
 class ChoiceResult(msgspec.Struct, omit_defaults=True, kw_only=True):
-    """One choice in full; `finish_reason` is absent where it was cut short."""
+    """One choice in full; `finish_reason` is None if it was cut short."""
 
     index: int
     text: str = msgspec.field(default_factory=str)
@@ -60,7 +53,7 @@ class ChoiceResult(msgspec.Struct, omit_defaults=True, kw_only=True):
 
 
 class Timings(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
-    """Milliseconds since the epoch by Redis `TIME`; None where that never came."""
+    """Milliseconds since the epoch by Redis `TIME`; None for what never happened."""
 
     enqueued_ms: int | None = None
     started_ms: int | None = None
@@ -69,7 +62,7 @@ class Timings(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
 
 
 class GenerationResult(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
-    """What a job ended with; whatever was generated is kept in every state."""
+    """What a job ended with; the text generated so far is kept in every state."""
 
     v: int = msgspec.field(default_factory=event_version)
     id: str
@@ -83,7 +76,7 @@ class GenerationResult(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=
 
     @property
     def text(self) -> str:
-        """Text of choice 0, empty where nothing was generated."""
+        """Text of choice 0; empty if nothing was generated."""
         return next((choice.text for choice in self.choices if choice.index == 0), "")
 
     @property
@@ -93,7 +86,7 @@ class GenerationResult(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=
 
     @property
     def finish_reason(self) -> str | None:
-        """Why choice 0 ended: "stop", "length", "tool_calls", "error"; None where cut short."""
+        """Why choice 0 ended: "stop", "length", "tool_calls", "error"; None if it was cut short."""
         return next((choice.finish_reason for choice in self.choices if choice.index == 0), None)
 
     @property
@@ -103,14 +96,14 @@ class GenerationResult(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=
 
     @property
     def message(self) -> dict[str, Any]:
-        """Choice 0 as the assistant message of a next turn, its tool calls included."""
+        """Choice 0, with its tool calls, as the assistant message of the next turn."""
         message: dict[str, Any] = {"role": "assistant", "content": self.text}
         if self.tool_calls:
             message["tool_calls"] = msgspec.to_builtins(self.tool_calls)
         return message
 
     def raise_for_state(self) -> GenerationResult:
-        """Return itself where the job finished.
+        """Return itself if the job finished.
 
         Raises JobFailed, JobDead, JobCancelled or JobExpired, each with this result.
         """
@@ -120,6 +113,47 @@ class GenerationResult(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=
         kind = ERROR_OF_STATE.get(self.state, UnsuccessfulJob)
         message = f"job {self.id} is {self.state.value}{reason}"
         raise kind(message, result=self)
+
+
+class UnsuccessfulJob(MlxServingError):
+    """The job ended without finishing."""
+
+    code = "job_unsuccessful"
+
+    def __init__(
+        self, message: str | None = None, *, result: GenerationResult | None = None
+    ) -> None:
+        """Carry the result record, which keeps the text generated so far."""
+        self.result = result
+        super().__init__(message)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle with the result, which `Exception` would leave out."""
+        return _rebuild, (type(self), self.message, self.result)
+
+
+class JobFailed(UnsuccessfulJob):
+    """The job failed."""
+
+    code = "job_failed"
+
+
+class JobDead(JobFailed):
+    """The job was given up, because it crashes the engine or used up its attempts."""
+
+    code = "job_dead"
+
+
+class JobCancelled(UnsuccessfulJob):
+    """The job was cancelled."""
+
+    code = "job_cancelled"
+
+
+class JobExpired(UnsuccessfulJob):
+    """The job passed its deadline, its timeout, or the time that somebody listened."""
+
+    code = "job_expired"
 
 
 ERROR_OF_STATE: Final[dict[JobState, type[UnsuccessfulJob]]] = {
@@ -155,10 +189,10 @@ def assemble(
     error: ErrorInfo | None = None,
     timings: Timings | None = None,
 ) -> GenerationResult:
-    """Put a job's events, in order of seq, together to its result; a reset drops what was before.
+    """Build a job's result from its events, in order of seq; a reset drops what came before it.
 
-    The `end` event gives state, usage and error; the arguments stand in where there is none
-    (cancelled while queued, or the worker builds the record that the end event goes with).
+    State, usage and error come from the `end` event. The arguments are for jobs without one: a
+    job cancelled while queued, or a job whose end the worker is just about to write.
     """
     deltas: dict[int, list[ChoiceDelta]] = {}
     attempts, worker = 0, None
@@ -184,8 +218,8 @@ def assemble(
 
 
 def _joined(index: int, deltas: list[ChoiceDelta]) -> ChoiceResult:
-    """One choice from all that it gained."""
-    forms = [d.logprobs for d in deltas if isinstance(d.logprobs, ChoiceLogprobs)]
+    """Build one choice from its deltas."""
+    forms = [d.logprobs for d in deltas if d.logprobs is not None]
     content = [entry for form in forms for entry in form.content]
     return ChoiceResult(
         index=index,
@@ -199,7 +233,7 @@ def _joined(index: int, deltas: list[ChoiceDelta]) -> ChoiceResult:
 
 
 def joined_calls(parts: Iterable[ToolCallDelta]) -> list[ToolCallResult] | None:
-    """Tool calls from their parts, in order of index; None without any."""
+    """Build tool calls from their parts, in order of index; None if there are none."""
     calls: dict[int, list[ToolCallDelta]] = {}
     for part in parts:
         calls.setdefault(part.index, []).append(part)
@@ -216,6 +250,12 @@ def _joined_call(parts: list[ToolCallDelta]) -> ToolCallResult:
             "".join(function.arguments for function in functions),
         ),
     )
+
+
+def _rebuild(
+    kind: type[UnsuccessfulJob], message: str, result: GenerationResult | None
+) -> UnsuccessfulJob:
+    return kind(message, result=result)
 
 
 def error_info(error: BaseException) -> ErrorInfo:

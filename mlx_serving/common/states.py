@@ -1,4 +1,4 @@
-"""The states of a job, and every move between them that is allowed.
+"""The states of a job, and every transition between them that is allowed.
 
 `TRANSITIONS` is the one table: the Lua scripts' moves, RQ's view and
 `docs/state_machine.md` are tested against it.

@@ -1,9 +1,9 @@
 """Logs: structlog over the standard library's logging, as JSON lines or for a console.
 
-Prompts and outputs never reach a log. Guards see to it: keys that name them are redacted at any
-depth, values that hold jobs, events or results are replaced by their type's name, and tracebacks
-hold neither local variables nor the words of foreign exceptions. What others wrote (ids, names)
-can neither begin a line of its own nor speak to a terminal.
+Prompts and outputs never reach a log: keys that name them are redacted at any depth, values that
+hold jobs, events or results are replaced by their type's name, and tracebacks hold neither local
+variables nor the messages of foreign exceptions. Text from others (ids, names) can neither begin
+a line of the log nor send control characters to a terminal.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def get_logger(name: str) -> structlog.stdlib.BoundLogger:
 
 
 def says(logger: WrappedLogger, level: int) -> bool:
-    """Whether a record of this level comes out: where not, its fields need not be gathered."""
+    """Whether records of this level are logged; if not, the caller need not gather their fields."""
     is_enabled = getattr(logger, "isEnabledFor", None)  # not every structlog configuration has it
     return is_enabled is None or bool(is_enabled(level))
 
@@ -131,8 +131,8 @@ def trace_id(traceparent: str) -> str:
 def format_error(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
     """Structlog processor: `exc_info` as a traceback.
 
-    Of an exception that is not ours only the type is shown: its words may be a prompt's. A caller
-    that knows better (a model that does not load has seen none) says `show_words=True`.
+    Of an exception that is not ours only the type is shown: its message may hold a prompt. A
+    caller that knows that it can't (a model failed to load) passes `show_words=True`.
     """
     show_words = bool(event.pop("show_words", False))
     error = _exception(event.pop("exc_info", None))
@@ -150,7 +150,7 @@ def _exception(exc_info: object) -> BaseException | None:
 
 
 def _wordless(error: BaseException) -> BaseException:
-    """Stand in for an exception and its causes: the same types and frames, only our own words."""
+    """Copy an exception and its causes with types and frames, but only our own messages."""
     kind = type(error)
     ours = kind.__module__.partition(".")[0] == __name__.partition(".")[0]
     names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
@@ -188,7 +188,7 @@ def _redacted_items(items: dict[Any, Any], depth: int) -> dict[Any, Any]:
 
 
 def _is_public(key: object, value: object) -> bool:
-    """Counts may go by a private name: `tokens=5` tells nothing."""
+    """Numbers may have a private name: `tokens=5` reveals nothing."""
     return isinstance(value, (int, float)) or str(key).lower() not in PRIVATE_KEYS
 
 
@@ -209,7 +209,7 @@ def _redacted(value: object, depth: int) -> object:
 
 
 class GuardArguments(logging.Filter):
-    """For records of other libraries: `%s` shows scalars, and of all else only the type."""
+    """For records of other libraries: `%s` shows scalars, and only the type of anything else."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Replace the arguments in place; keep the record."""

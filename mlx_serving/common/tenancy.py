@@ -1,8 +1,8 @@
-"""Limits on tenants: an operator's, kept in Redis, where the scripts hold every job against them.
+"""The operator's limits on tenants: kept in Redis, where the scripts check every job against them.
 
-One hash has them all: ``queued`` and ``running`` for every tenant, ``queued:<tenant>`` and
-``running:<tenant>`` for one, which go before. A value is a number, or ``none`` for a tenant that
-the limit of all does not bind.
+One hash has them all: the fields ``queued`` and ``running`` limit every tenant, the fields
+``queued:<tenant>`` and ``running:<tenant>`` one tenant, and go before those. A value is a number,
+or ``none`` for a tenant that the limit of all does not bind.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
 from mlx_serving.common.errors import FieldError, InvalidSettings
+from mlx_serving.common.protocol.fields import TENANT_MARK, LimitField, limit_field
 from mlx_serving.common.redis.connection import connect
 from mlx_serving.common.redis.retrying import answered
 from mlx_serving.common.validation import tenant_problems
@@ -23,15 +24,15 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-KINDS: Final = ("queued", "running")
-NONE: Final = "none"  # no limit, whatever the one of all
+KINDS: Final = tuple(field.value for field in LimitField)
+NONE: Final = "none"  # no limit, also if there is one of all
 DEFAULT: Final = "default"  # no limit of its own
 MOST: Final = 10**9
 
 
 @dataclass(frozen=True, slots=True)
 class TenantView:
-    """What a tenant has open now, and may have; a limit is None where there is none."""
+    """What a tenant has open now, and may have; a limit is None if there is none."""
 
     tenant: str
     queued: int
@@ -53,7 +54,7 @@ class Tenancy:
     """Reads and sets the limits on one Redis.
 
     Raises:
-        QueueUnavailable: from every call, where Redis is away or refuses us.
+        QueueUnavailable: from every call, if Redis is away or refuses us.
 
     """
 
@@ -81,7 +82,7 @@ class Tenancy:
         errors = [*_problems(tenant, limits)]
         if errors:
             raise InvalidSettings(errors)
-        names = {kind: kind if tenant is None else f"{kind}:{tenant}" for kind in limits}
+        names = {k: k if tenant is None else limit_field(k, tenant) for k in limits}
         drop = DEFAULT if tenant is not None else NONE
         given = {names[kind]: str(v) for kind, v in limits.items() if v != drop}
         dropped = [names[kind] for kind, v in limits.items() if v == drop]
@@ -102,7 +103,7 @@ class Tenancy:
         """Read all limits, and what each tenant has open."""
         raw, known = answered(self._read)
         limits = {_text(name): _text(value) for name, value in raw.items()}
-        named = {name.partition(":")[2] for name in limits if ":" in name}
+        named = {name.partition(TENANT_MARK)[2] for name in limits if TENANT_MARK in name}
         tenants = sorted({*map(_text, known), *named})
         counts = answered(lambda: self._counts(tenants))
         views = [
@@ -145,7 +146,7 @@ def _problems(tenant: str | None, limits: Mapping[str, int | str]) -> list[Field
 
 def _limit(limits: Mapping[str, str], kind: str, tenant: str) -> int | None:
     """As `limit_of` in the scripts reads it."""
-    own = limits.get(f"{kind}:{tenant}")
+    own = limits.get(limit_field(kind, tenant))
     if own == NONE:
         return None
     number = _number(own)

@@ -1,4 +1,4 @@
-"""From data that may be anything to field errors: what holds for jobs and settings alike."""
+"""Checks of untrusted data, and their field errors, for jobs and settings alike."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ RULES: Final = "job_rules"
 TOO_LARGE: Final = "makes the job larger than {limit} bytes"
 
 _NO_FIELDS: Final = frozenset({TAG_TEXT, TAG_PARTS, "[key]"})
-"""What pydantic puts into locations beside the names of fields."""
+"""What pydantic puts into locations besides the names of fields."""
 
 _ATOMS: Final = frozenset({int, bool, type(None)})
 _MOST_ERRORS: Final = 20
 _KEY_CHARS: Final = 64
 _PLAIN: Final = {
-    "extra_forbidden": "is no field here",
-    "missing": "is needed",
+    "extra_forbidden": "is not a known field",
+    "missing": "is required",
 }
 
 
 def check_data(data: object) -> None:
-    """Refuse nesting, size, numbers and text that no field may have, before any is read."""
+    """Refuse nesting, size, numbers and text that no field may have, before fields are read."""
     if _size((data,), 1) <= limits.PAYLOAD_BYTES:
         return
     errors = list(scan(data))
@@ -48,20 +48,20 @@ def check_data(data: object) -> None:
 
 
 def is_modest(text: bytes) -> bool:
-    """Whether `check_data` can find nothing in what JSON text of this size holds, once parsed.
+    """Whether JSON text is so small that `check_data` can find nothing wrong with its content.
 
-    Each value takes a byte of the text at least, each byte of a string one more, each level of
-    nesting a bracket. Numbers that are not finite and lone surrogates, msgspec does not read.
+    Each value takes at least one byte of the text, each byte of a string one more, and each level
+    of nesting a bracket. Numbers that are not finite and lone surrogates are errors to msgspec.
     """
     brackets = text.count(b"{") + text.count(b"[")
     return len(text) <= limits.PAYLOAD_BYTES and brackets <= limits.JSON_DEPTH
 
 
 def _size(values: Iterable[object], depth: int) -> float:
-    """Size of plain data, as `scan` counts it; infinite where `scan` is needed to judge it.
+    """Size of plain data as `scan` counts it; infinite if only `scan` can judge the data.
 
-    It builds no paths, so for the data that nothing is wrong with, nearly all, it takes a
-    quarter of the time. It goes no deeper than `scan` does.
+    It builds no paths, so it takes a quarter of the time of `scan` for valid data, which is
+    nearly all. It goes no deeper than `scan` does.
     """
     size = 0.0
     for value in values:
@@ -99,7 +99,7 @@ def rules_error(errors: list[FieldError]) -> PydanticCustomError:
 
 
 def scan(data: object, *, max_bytes: int = limits.PAYLOAD_BYTES) -> Iterator[FieldError]:
-    """Walk plain data without recursion; stops at the first thing that is too deep or large."""
+    """Walk plain data without recursion; stop at the first value that is too deep or too large."""
     stack: list[tuple[str, object, int]] = [("", data, 1)]
     size = 0
     while stack:
@@ -122,7 +122,7 @@ def scan(data: object, *, max_bytes: int = limits.PAYLOAD_BYTES) -> Iterator[Fie
 
 
 def _items(path: str, value: object) -> Iterator[tuple[str, object]]:
-    """Children with their paths; a key is text too, found under the path of its object."""
+    """Children with their paths; a key counts as text too, under the path of its object."""
     if isinstance(value, BaseModel):
         value = value.__dict__
     if isinstance(value, Mapping):
@@ -135,13 +135,13 @@ def _items(path: str, value: object) -> Iterator[tuple[str, object]]:
 
 
 def _join(path: str, key: object) -> str:
-    """Path of a key; a key may be anything's text, so a long one is cut."""
+    """Path of a key; a key may be any text, so a long one is cut."""
     name = str(key)[:_KEY_CHARS]
     return f"{path}.{name}" if path else name
 
 
 def _utf8_length(text: str) -> int:
-    """Bytes of a string, or -1 where it has no UTF-8 form."""
+    """Bytes of a string; -1 if it has no UTF-8 form."""
     if text.isascii():
         return len(text)
     try:
@@ -153,7 +153,7 @@ def _utf8_length(text: str) -> int:
 def pydantic_errors(error: ValidationError) -> list[FieldError]:
     """Field errors from pydantic's, at most 20 of them."""
     details = error.errors(include_url=False, include_input=False)
-    # A list is also "too short" where its items are wrong: that says nothing new.
+    # pydantic also calls a list "too short" if its items are wrong: that says nothing new.
     wrong = {detail["loc"][:n] for detail in details for n in range(len(detail["loc"]))}
     errors: list[FieldError] = []
     for detail in details:
@@ -178,6 +178,6 @@ def field_path(loc: Iterable[Any]) -> str:
 
 
 def tenant_problems(tenant: str | None) -> Iterator[FieldError]:
-    """Yield what is wrong with a tenant's name; None names none."""
+    """Check a tenant's name; None means no tenant."""
     if tenant is not None and not re.fullmatch(limits.LABEL, tenant):
         yield FieldError("tenant", "must be 1 to 128 printable characters without blanks")

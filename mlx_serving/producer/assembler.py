@@ -1,11 +1,11 @@
 """The sans-I/O core of a job's event stream; both clients drive it.
 
 Redis carries every event twice: pub/sub is fast and loses messages, the job's
-stream is slower and is the truth. The assembler is fed both, in whatever order
-they come, and gives out each event once, in order of ``seq``, without a gap. It
-opens no connection and reads no clock: a client asks it when to read the stream
-(``needs_replay``), from where (``replay_from``) and how long to be silent before
-reading it anyway (``patience_s``).
+stream is slower and is the truth. The assembler is fed both, in any order, and
+gives out each event once, in order of ``seq``, without a gap. It opens no
+connection and reads no clock: a client asks it when to read the stream
+(``needs_replay``), from where (``replay_from``) and how long to wait in silence
+before reading it anyway (``patience_s``).
 
 After a failover the primary may hold less than a consumer has seen, and a worker
 may then write other events under the same numbers. So the assembler remembers a
@@ -206,7 +206,7 @@ class StreamAssembler:
         return ready
 
     def _compare(self, event: Event) -> None:
-        """Raise where another event was delivered, or is held, under this ``seq``."""
+        """Raise if another event was delivered, or is held, under this ``seq``."""
         oldest = self._comparable_after + 1
         if oldest <= event.seq <= self.delivered:
             known = self._digests[event.seq - oldest]

@@ -26,7 +26,7 @@ from mlx_serving.producer.base import (
     wait_s,
 )
 from mlx_serving.producer.handles import AsyncJobHandle
-from mlx_serving.producer.retry_window import Outage
+from mlx_serving.producer.retry_window import RetryWindow
 from mlx_serving.producer.stream_hub import Mailbox, StreamHub
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 CONCURRENT_CALLS: Final = 16
-"""Commands on their way at once: a hundred streams that replay share these connections."""
+"""Most commands at once: a hundred streams that replay share as many connections."""
 
 
 class AsyncClient(BaseClient):
@@ -70,10 +70,10 @@ class AsyncClient(BaseClient):
         await self.aclose()
 
     async def aclose(self) -> None:
-        """Close all connections; idempotent. Jobs go on.
+        """Close all connections; jobs go on. Idempotent.
 
-        A call that is made later opens connections again, and its streams have no live messages:
-        they read the job's stream now and then.
+        A later call opens connections again, but its streams get no live messages: they only
+        poll the job's stream.
         """
         await self._hub.aclose()
         await self._redis.aclose()
@@ -82,8 +82,9 @@ class AsyncClient(BaseClient):
     def batches(self) -> AsyncBatches:
         """Bulk files of requests, in the OpenAI Batch format."""
         from mlx_serving.producer.batch.api import AsyncBatches
+        from mlx_serving.producer.client import Client
 
-        return AsyncBatches(self.settings)
+        return AsyncBatches(self.settings, partial(Client, settings=self.settings))
 
     async def submit(self, job: JobLike | None = None, /, **fields: Any) -> AsyncJobHandle:
         """Enqueue one job; see :meth:`Client.submit`."""
@@ -122,8 +123,8 @@ class AsyncClient(BaseClient):
     ) -> AsyncGenerator[Event, None] | AsyncGenerator[str, None]:
         """Follow a job from the event after ``after_seq`` to its end; see :meth:`Client.stream`.
 
-        Close the iterator where it is left early (`contextlib.aclosing`): its
-        subscription ends then, not whenever it is collected.
+        Close the iterator (`contextlib.aclosing`) if you leave it early: that ends its
+        subscription at once, not when it is garbage-collected.
         """
         events = self._follow(check_id(job_id), StreamAssembler(after_seq))
         return self._texts(job_id, events) if text else events
@@ -161,13 +162,13 @@ class AsyncClient(BaseClient):
         self, job_id: str, assembler: StreamAssembler, deadline_s: float | None = None
     ) -> AsyncGenerator[Event, None]:
         loop = asyncio.get_running_loop()
-        outage = Outage()
+        retries = RetryWindow()
         mailbox: Mailbox | None = None
         try:
             while not assembler.ended:
                 timeout_s = wait_s(assembler, deadline_s, loop.time())
                 if assembler.needs_replay:
-                    ready = await self._replay(job_id, assembler, outage)
+                    ready = await self._replay(job_id, assembler, retries)
                 elif mailbox is None and assembler.wants_live:
                     mailbox = self._hub.open(self.keys.channel(job_id))
                     continue
@@ -179,16 +180,18 @@ class AsyncClient(BaseClient):
             if mailbox is not None:
                 self._hub.close(mailbox)
 
-    async def _replay(self, job_id: str, assembler: StreamAssembler, outage: Outage) -> list[Event]:
+    async def _replay(
+        self, job_id: str, assembler: StreamAssembler, retries: RetryWindow
+    ) -> list[Event]:
         try:
             async with self._calls, self._redis.pipeline(transaction=False) as pipe:
                 self._queue_snapshot(pipe, job_id, assembler.replay_from)
                 replies = await pipe.execute()
         except FAULTS as error:
             assembler.distrust()
-            await asyncio.sleep(outage.failed(error, asyncio.get_running_loop().time()))
+            await asyncio.sleep(retries.failed(error, asyncio.get_running_loop().time()))
             return []
-        outage.over()
+        retries.succeeded()
         return self._feed(assembler, job_id, replies)
 
     async def _texts(
@@ -200,7 +203,7 @@ class AsyncClient(BaseClient):
         (await self.result(job_id)).raise_for_state()
 
     async def _answered(self, call: Callable[[], Awaitable[T]]) -> T:
-        """Run a call that may run twice; whatever Redis fails with is QueueUnavailable."""
+        """Run a call that may run twice; raise QueueUnavailable for any error of Redis."""
         try:
             async with self._calls:
                 return await retry_idempotent_async(call)
@@ -211,7 +214,7 @@ class AsyncClient(BaseClient):
 async def _news(
     mailbox: Mailbox | None, assembler: StreamAssembler, timeout_s: float
 ) -> list[Event]:
-    """Wait for the mailbox, or without one for the time to read the stream again."""
+    """Wait for messages in the mailbox, or without one until the stream is to be read again."""
     if mailbox is None:
         await asyncio.sleep(timeout_s)
     elif await mailbox.wait(timeout_s):

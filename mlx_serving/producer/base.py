@@ -1,4 +1,4 @@
-"""What `Client` and `AsyncClient` share: all of it but the I/O."""
+"""What `Client` and `AsyncClient` share: everything except I/O."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from mlx_serving.common.errors import (
 )
 from mlx_serving.common.events import RESET, decode
 from mlx_serving.common.protocol import calls
+from mlx_serving.common.protocol.fields import JobField
 from mlx_serving.common.redis.connection import resolve
 from mlx_serving.common.results import GenerationResult, Timings
 from mlx_serving.common.signing import Signer
@@ -38,22 +39,22 @@ if TYPE_CHECKING:
     JobLike = GenerationJob | Mapping[str, Any]
 
 CANCELLED_BY_CLIENT: Final = "cancelled_by_client"
-SUBMIT_BATCH: Final = 256  # jobs a round trip of submit_many
-SCRIPT_BATCH: Final = 32  # of these in one script: a longer one would hold up other clients
-PAGE_EVENTS: Final = 1000  # events a read of a job's stream
+SUBMIT_BATCH: Final = 256  # jobs in a round trip of submit_many
+SCRIPT_BATCH: Final = 32  # jobs in one script: a longer one would block other clients
+PAGE_EVENTS: Final = 1000  # events in one read of a job's stream
 
 
 class BaseClient:
     """Builds what is sent and reads what comes back.
 
-    A client speaks to one Redis: that of ``model`` and ``tenant`` where the settings
-    name one for them, else the one of all.
+    A client speaks to one Redis: that of ``model`` and ``tenant`` if the settings name
+    one for them, else the common one.
 
     Args:
-        url: Redis URL, in place of the settings' one.
-        settings: defaults to file and environment.
-        model: whose Redis to use, for deployments with several.
-        tenant: likewise.
+        url: Redis URL, instead of the one in the settings.
+        settings: by default read from file and environment.
+        model: the model whose Redis to use, for deployments with several.
+        tenant: the tenant whose Redis to use.
 
     Raises:
         InvalidSettings: a setting or the URL is wrong.
@@ -79,13 +80,13 @@ class BaseClient:
         """Validate a job given as an object, a mapping or keywords, and seal it."""
         if job is not None and fields:
             raise TypeError("give a job or its fields as keywords, not both")
-        # pydantic's models are a fifth of the import's time: the first job pays it.
+        # pydantic's models take a fifth of the import's time: the first job pays it.
         from mlx_serving.common.job.schema import GenerationJob
 
         if not isinstance(job, GenerationJob):
             job = GenerationJob.parse(dict(fields if job is None else _mapping(job)))
         if not self._serves(job.model, job.tenant):
-            reason = "is served by another Redis than this client's: open a Client(model=…)"
+            reason = "is served by another Redis than this client's: open a Client(model=…) for it"
             raise InvalidJob([FieldError("model", reason)])
         limit = self.settings.jobs.max_bytes
         return seal(job, max_payload_bytes=limit, signer=self._signer)
@@ -104,17 +105,17 @@ class BaseClient:
         return entries
 
     def _queue_snapshot(self, pipe: Any, job_id: str, after_seq: int) -> None:  # noqa: ANN401 -- a sync or async pipeline
-        """Queue one read of a job: its control hash first, so that the stream holds no less."""
-        pipe.hmget(self.keys.job(job_id), "st", "seq", "sm")
+        """Queue a read of a job: first its control hash, so that the stream is at least as new."""
+        pipe.hmget(self.keys.job(job_id), JobField.STATE, JobField.SEQ, JobField.STREAM)
         pipe.xrange(self.keys.events(job_id), f"({after_seq}-0", "+", count=PAGE_EVENTS)
 
     @staticmethod
     def _feed(assembler: StreamAssembler, job_id: str, replies: Sequence[Any]) -> list[Event]:
-        """Give the assembler what `_queue_snapshot` read; return what is ready.
+        """Feed the assembler what `_queue_snapshot` read; return the events that are ready.
 
         Raises:
-            JobNotFound: there is no such job, or no more.
-            CorruptJob: its control hash does not read as one of ours.
+            JobNotFound: there is no such job, or its result has expired.
+            CorruptJob: its control hash can't be read.
 
         """
         (state, seq, publishes), entries = replies
@@ -134,7 +135,7 @@ class BaseClient:
 
     @staticmethod
     def _result(record: JobRecord, payloads: Sequence[bytes]) -> GenerationResult:
-        """Read a result record; one that no worker wrote is put together from the events."""
+        """Read a result record; if no worker wrote one, build it from the events."""
         if record.result:
             return results.decode_result(record.result)
         timings = Timings(
@@ -165,7 +166,7 @@ def check_admitted(entries: Sequence[EnqueueEntry], replies: Sequence[EnqueueRep
     """Check that no job was refused.
 
     Raises:
-        TenantLimited: some were; it says which are enqueued.
+        TenantLimited: some were; the error says which were enqueued.
 
     """
     refused = [(e, r.refusal) for e, r in zip(entries, replies, strict=True) if r.refusal]
@@ -181,10 +182,10 @@ def check_admitted(entries: Sequence[EnqueueEntry], replies: Sequence[EnqueueRep
 
 
 def text_of(event: Event) -> str:
-    """Text that choice 0 gained; text that was handed out can't be taken back.
+    """Text that an event adds to choice 0.
 
     Raises:
-        StreamReset: the event says that earlier ones no longer hold.
+        StreamReset: the event takes earlier text back, which the caller already has.
 
     """
     if event.type == RESET:
@@ -193,7 +194,7 @@ def text_of(event: Event) -> str:
 
 
 def wait_s(assembler: StreamAssembler, deadline_s: float | None, now_s: float) -> float:
-    """How long to wait for news, at most until the deadline.
+    """Seconds to wait for the next message, at most until the deadline.
 
     Raises:
         ResultTimeout: the deadline has passed.
@@ -207,12 +208,12 @@ def wait_s(assembler: StreamAssembler, deadline_s: float | None, now_s: float) -
 
 
 def not_found(job_id: str) -> JobNotFound:
-    """Name the job that there isn't."""
+    """Build the error for a job that does not exist."""
     return JobNotFound(f"there is no job {job_id!r}, or its result has expired")
 
 
 def _settings(url: str | None, settings: Settings | None) -> Settings:
-    # pydantic takes most of the import's time: only who reads settings pays for it.
+    # pydantic takes most of the import's time: only callers that read settings pay for it.
     from mlx_serving.common.settings import load_settings
 
     if settings is None:
@@ -228,10 +229,10 @@ def _mapping(job: object) -> Mapping[str, Any]:
 
 
 def check_id(job_id: object) -> str:
-    """Return a job's id.
+    """Return a job's id, checked.
 
     Raises:
-        TypeError: it is none: what Redis makes of another type would be no help.
+        TypeError: it is not a string, and Redis would fail with a worse message.
 
     """
     if not isinstance(job_id, str):

@@ -1,6 +1,6 @@
 """The blocking client: submit jobs, stream their events, fetch results, cancel.
 
-Safe to share among threads. Each stream reads on its caller's thread.
+Threads may share it. Each stream reads on its caller's thread.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from mlx_serving.producer.base import (
 )
 from mlx_serving.producer.handles import JobHandle
 from mlx_serving.producer.live_feed import LiveFeed
-from mlx_serving.producer.retry_window import Outage
+from mlx_serving.producer.retry_window import RetryWindow
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterable
@@ -47,8 +47,8 @@ T = TypeVar("T")
 class Client(BaseClient):
     """A blocking producer.
 
-    Every call may raise QueueUnavailable (``retryable``) where Redis is away, and may
-    then be made again: what it sends has the same effect once or twice.
+    Every call may raise QueueUnavailable (``retryable``) if Redis is away. The call may then
+    be made again: to send it twice has the same effect as once.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class Client(BaseClient):
     ) -> None:
         super().__init__(url, settings=settings, model=model, tenant=tenant)
         self._redis = connect(self.endpoint)
-        # Streams hold their connection; commands must not wait for one of theirs.
+        # Streams hold their connection; commands must not wait for one of those.
         self._live = connect(self.endpoint)
         self._protocol = Protocol(self._redis, self.keys)
 
@@ -72,7 +72,7 @@ class Client(BaseClient):
         self.close()
 
     def close(self) -> None:
-        """Close all connections; idempotent. Jobs go on. A later call opens them again."""
+        """Close all connections; jobs go on. Idempotent; later calls open them again."""
         self._live.close()
         self._redis.close()
 
@@ -81,16 +81,16 @@ class Client(BaseClient):
         """Bulk files of requests, in the OpenAI Batch format."""
         from mlx_serving.producer.batch.api import Batches
 
-        return Batches(self.settings)
+        return Batches(self.settings, partial(Client, settings=self.settings))
 
     def submit(self, job: JobLike | None = None, /, **fields: Any) -> JobHandle:
         """Enqueue one job, given as a `GenerationJob`, a mapping, or keywords.
 
         Raises:
             InvalidJob: a field is wrong; the message names each one.
-            TenantLimited: the job's tenant has as many jobs queued as it may; nothing is written.
-            QueueUnavailable: Redis is away. Whether the job was enqueued is not known:
-                give an ``idempotency_key`` to submit it again without a second one.
+            TenantLimited: the job's tenant is at its limit of queued jobs; nothing is written.
+            QueueUnavailable: Redis is away, and the job may or may not have been enqueued.
+                Give an ``idempotency_key`` to submit it again without a duplicate.
 
         """
         entry = self._seal(job, fields)
@@ -99,11 +99,11 @@ class Client(BaseClient):
         return JobHandle(entry.job_id, reply.created, reply.state, self)
 
     def submit_many(self, jobs: Iterable[JobLike]) -> list[JobHandle]:
-        """Enqueue jobs in few round trips, all or (where one is wrong) none of them.
+        """Enqueue jobs in few round trips; if one is invalid, none is enqueued.
 
         Raises:
             InvalidJob: fields are wrong; paths begin with ``jobs[i].``; nothing is written.
-            TenantLimited: a tenant has as many jobs queued as it may. The others were enqueued:
+            TenantLimited: a tenant has reached its limit of queued jobs. Other jobs were enqueued:
                 the error's ``job_ids`` says which.
             QueueUnavailable: Redis is away; the first ones may have been enqueued.
 
@@ -136,9 +136,9 @@ class Client(BaseClient):
     ) -> Generator[Event, None, None] | Generator[str, None, None]:
         """Follow a job from the event after ``after_seq`` to its end.
 
-        Each event comes once, in order, over reconnects and changes of worker. With
-        ``text``, the text of choice 0 as it grows; a job that did not finish raises
-        what `GenerationResult.raise_for_state` does, after its last text.
+        Each event comes once and in order, even if the connection is lost or another worker
+        takes over. With ``text``, yield the new text of choice 0; after the last text, raise
+        what `GenerationResult.raise_for_state` does if the job did not finish.
 
         Raises:
             JobNotFound: there is no such job, or its ``result_ttl`` is over.
@@ -153,7 +153,7 @@ class Client(BaseClient):
     def result(self, job_id: str, timeout: float | None = None) -> GenerationResult:
         """Wait for the job's end, at most ``timeout`` seconds; return its result record.
 
-        Whatever the job ended with: call `raise_for_state` on it to insist on success.
+        It returns for every end of the job; `raise_for_state` of the result insists on success.
 
         Raises:
             JobNotFound: there is no such job, or its ``result_ttl`` is over.
@@ -179,8 +179,8 @@ class Client(BaseClient):
     def cancel(self, job_id: str) -> JobState:
         """Cancel: a queued job at once, a running one within two steps; idempotent.
 
-        Returns the state after the call: ``running`` until its worker has ended it, and
-        the state that it ended with where it had ended before. Raises JobNotFound.
+        Returns the state after the call: ``running`` until its worker has ended it, or the
+        state in which it had ended before. Raises JobNotFound.
         """
         state = answered(
             lambda: self._protocol.run(calls.cancel(check_id(job_id), CANCELLED_BY_CLIENT))
@@ -192,28 +192,28 @@ class Client(BaseClient):
     def _follow(
         self, job_id: str, assembler: StreamAssembler, deadline_s: float | None = None
     ) -> Generator[Event, None, None]:
-        outage = Outage()
+        retries = RetryWindow()
         with closing(LiveFeed(self._live, self.keys.channel(job_id))) as feed:
             while not assembler.ended:
                 timeout_s = wait_s(assembler, deadline_s, time.monotonic())
                 if assembler.needs_replay:
-                    yield from self._replay(job_id, assembler, outage)
+                    yield from self._replay(job_id, assembler, retries)
                 elif assembler.wants_live:
                     yield from feed.wait(assembler, timeout_s)
                 else:
                     time.sleep(timeout_s)
                     assembler.silent()
 
-    def _replay(self, job_id: str, assembler: StreamAssembler, outage: Outage) -> list[Event]:
+    def _replay(self, job_id: str, assembler: StreamAssembler, retries: RetryWindow) -> list[Event]:
         try:
             with self._redis.pipeline(transaction=False) as pipe:
                 self._queue_snapshot(pipe, job_id, assembler.replay_from)
                 replies = pipe.execute()
         except FAULTS as error:
             assembler.distrust()
-            time.sleep(outage.failed(error, time.monotonic()))
+            time.sleep(retries.failed(error, time.monotonic()))
             return []
-        outage.over()
+        retries.succeeded()
         return self._feed(assembler, job_id, replies)
 
     def _texts(

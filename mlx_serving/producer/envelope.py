@@ -1,11 +1,12 @@
-"""A job as the enqueue script wants it: its control fields, and RQ's own job hash.
+"""Builds what the enqueue script writes for a job: its control fields, and RQ's own job hash.
 
-RQ's hash is built by RQ itself, so that RQ's tools read it as one of theirs.
+RQ itself builds the hash, so that RQ's tools can read it.
 """
 
 from __future__ import annotations
 
 import math
+import secrets
 import zlib
 from functools import lru_cache
 from types import MappingProxyType
@@ -15,9 +16,12 @@ import msgspec
 from rq.job import Job, JobStatus
 from rq.serializers import JSONSerializer
 
+from mlx_serving.common import limits
 from mlx_serving.common.errors import FieldError, PayloadTooLarge
+from mlx_serving.common.job.schema import JOB_FUNCTION
 from mlx_serving.common.protocol.calls import EnqueueEntry, iso_now
-from mlx_serving.common.signing import SIGNATURE_FIELD, Signer
+from mlx_serving.common.protocol.fields import SIGNATURE_FIELD
+from mlx_serving.common.signing import Signer
 from mlx_serving.producer.marks import marks
 
 if TYPE_CHECKING:
@@ -27,23 +31,22 @@ if TYPE_CHECKING:
 
     from mlx_serving.common.job.schema import GenerationJob
 
-JOB_FUNCTION: Final = "mlx_serving.worker.task.generate"
-"""The one function that a job may name; never imported here."""
-
 UNSIGNED: Final = Signer()
 
-# RQ asks each job for a connection, and a job that is only turned into a hash needs none.
+# RQ wants a connection for each job, but a job that is only turned into a hash uses none.
 _NO_CONNECTION = cast("Redis", object())
 
 
 def seal(job: GenerationJob, *, max_payload_bytes: int, signer: Signer = UNSIGNED) -> EnqueueEntry:
-    """Turn a job into what is enqueued: resolve its seed, fix its id, build RQ's hash, sign it.
+    """Build the entry that is enqueued: draw a seed, choose an id, build RQ's hash, sign it.
 
     Raises:
         PayloadTooLarge: its JSON form is over ``max_payload_bytes``.
 
     """
-    wire = job.resolved().to_wire()
+    wire = job.to_wire()
+    if job.seed is None:
+        wire["seed"] = secrets.randbelow(limits.SEED)
     payload = _payload(wire)
     if len(payload) > max_payload_bytes:
         reason = f"the job is {len(payload)} bytes of JSON, more than {max_payload_bytes}"
@@ -73,7 +76,7 @@ def _payload(wire: dict[str, object]) -> bytes:
 def _rq_fields(
     job: GenerationJob, job_id: str, payload: bytes, signer: Signer
 ) -> dict[str, str | bytes | int]:
-    """RQ's hash of the job, without its empty fields: they cost memory and read the same."""
+    """RQ's hash of the job, without empty fields: they cost memory and mean the same."""
     now = iso_now()
     fields = {
         **_rq_template(job.kind, job.queue, job.result_ttl),
@@ -87,7 +90,7 @@ def _rq_fields(
 
 @lru_cache(maxsize=256)
 def _rq_template(kind: str, queue: str, result_ttl: int) -> Mapping[str, str | bytes | int]:
-    """What RQ writes for any job of a kind: asking it for each one is half the cost of a submit."""
+    """What RQ writes for any job of a kind; to ask RQ for each job would double a submit's time."""
     rq_job = Job.create(
         JOB_FUNCTION,
         args=(),

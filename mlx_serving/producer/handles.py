@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, Protocol, overload
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Generator
@@ -12,8 +12,34 @@ if TYPE_CHECKING:
     from mlx_serving.common.protocol.client import JobRecord
     from mlx_serving.common.results import GenerationResult
     from mlx_serving.common.states import JobState
-    from mlx_serving.producer.async_client import AsyncClient
-    from mlx_serving.producer.client import Client
+
+
+class JobCalls(Protocol):
+    """The calls of `Client` that a handle makes."""
+
+    @overload
+    def stream(self, job_id: str, after_seq: int = 0) -> Generator[Event, None, None]: ...
+    @overload
+    def stream(
+        self, job_id: str, after_seq: int = 0, *, text: Literal[True]
+    ) -> Generator[str, None, None]: ...
+    def result(self, job_id: str, timeout: float | None = None) -> GenerationResult: ...  # noqa: D102 -- see `Client`
+    def status(self, job_id: str) -> JobRecord: ...  # noqa: D102
+    def cancel(self, job_id: str) -> JobState: ...  # noqa: D102
+
+
+class AsyncJobCalls(Protocol):
+    """The calls of `AsyncClient` that a handle makes."""
+
+    @overload
+    def stream(self, job_id: str, after_seq: int = 0) -> AsyncGenerator[Event, None]: ...
+    @overload
+    def stream(
+        self, job_id: str, after_seq: int = 0, *, text: Literal[True]
+    ) -> AsyncGenerator[str, None]: ...
+    async def result(self, job_id: str, timeout: float | None = None) -> GenerationResult: ...  # noqa: ASYNC109, D102 -- the sync twin's word
+    async def status(self, job_id: str) -> JobRecord: ...  # noqa: D102
+    async def cancel(self, job_id: str) -> JobState: ...  # noqa: D102
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,8 +48,8 @@ class JobHandle:
 
     Attributes:
         id: 32 hex digits.
-        created: False where the job was there already, by its idempotency key or
-            because the reply to the enqueue was lost and it was sent again.
+        created: False if the job existed already: by its idempotency key, or because the
+            reply to the enqueue was lost and the enqueue was sent again.
         state: the state it had when it was submitted.
 
     """
@@ -31,7 +57,7 @@ class JobHandle:
     id: str
     created: bool
     state: JobState
-    _client: Client = field(repr=False, compare=False)
+    _client: JobCalls = field(repr=False, compare=False)
 
     def stream(self, after_seq: int = 0) -> Generator[Event, None, None]:
         """See :meth:`Client.stream`."""
@@ -61,7 +87,7 @@ class AsyncJobHandle:
     id: str
     created: bool
     state: JobState
-    _client: AsyncClient = field(repr=False, compare=False)
+    _client: AsyncJobCalls = field(repr=False, compare=False)
 
     def stream(self, after_seq: int = 0) -> AsyncGenerator[Event, None]:
         """See :meth:`AsyncClient.stream`."""

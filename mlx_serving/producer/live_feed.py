@@ -1,10 +1,10 @@
 """Live messages of one job on a connection of its own: the sync client's fast path.
 
-A connection a stream, and no thread: the caller's thread reads, so a slow caller is
-slowed by its own socket (Redis drops the connection of one that falls megabytes
-behind, and the replay after the reconnect brings the rest). There is no reader
-thread to start, to end at exit, to survive a fork or to share. A process that
-follows many streams uses the async client, whose streams share one connection.
+Each stream has its own connection, which the caller's thread reads. So a slow caller
+is slowed by its own socket: Redis drops a connection that falls megabytes behind, and
+the replay after the reconnect brings the rest. There is no reader thread to start, to
+stop at exit, to survive a fork or to share. A process that follows many streams should
+use the async client, whose streams share one connection.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Literal
 
 from mlx_serving.common.redis.retrying import FAULTS
-from mlx_serving.producer.retry_window import Outage
+from mlx_serving.producer.retry_window import RetryWindow
 
 if TYPE_CHECKING:
     from redis import Redis
@@ -29,7 +29,7 @@ Kind = Literal["message", "subscribe", "other"]
 def read_push(response: object) -> tuple[Kind, bytes, bytes]:
     """Read what a subscribed connection received: its kind, channel and payload.
 
-    RESP2 and RESP3 spell it as a list; a RESP2 PING's answer is bytes alone.
+    RESP2 and RESP3 encode it as a list; the answer to a RESP2 PING is plain bytes.
     """
     if isinstance(response, list) and len(response) == 3:  # noqa: PLR2004 -- kind, channel, data
         kind, channel, data = response
@@ -41,17 +41,17 @@ def read_push(response: object) -> tuple[Kind, bytes, bytes]:
 
 
 class LiveFeed:
-    """Subscribes to one channel; redis-py's own silent reconnects are not used."""
+    """Subscribes to one channel, without redis-py's own silent reconnects."""
 
     def __init__(self, redis: Redis, channel: str) -> None:
         self._pool = redis.connection_pool
         self._channel = channel
         self._connection: Any = None
-        self._outage = Outage(math.inf, math.inf)  # the stream itself is read meanwhile
+        self._retries = RetryWindow(math.inf, math.inf)  # meanwhile the job's stream is read
         self._retry_at_s = 0.0
 
     def wait(self, assembler: StreamAssembler, timeout_s: float) -> list[Event]:
-        """Wait for live messages and feed the assembler; it learns of silence and loss."""
+        """Wait for live messages and feed the assembler; tell it of silence and of a loss."""
         try:
             if self._connection is None:
                 self._subscribe(timeout_s)
@@ -62,7 +62,7 @@ class LiveFeed:
         except FAULTS as error:
             self.close()
             assembler.disconnected()
-            self._retry_at_s = time.monotonic() + self._outage.failed(error, time.monotonic())
+            self._retry_at_s = time.monotonic() + self._retries.failed(error, time.monotonic())
             return []
 
     def close(self) -> None:
@@ -74,7 +74,7 @@ class LiveFeed:
             self._pool.release(connection)
 
     def _subscribe(self, timeout_s: float) -> None:
-        """Open a connection, unless the last one was lost just now."""
+        """Open a connection, unless the pause after the last loss is not over."""
         pause_s = self._retry_at_s - time.monotonic()
         if pause_s > 0:
             time.sleep(min(pause_s, timeout_s))
@@ -83,13 +83,13 @@ class LiveFeed:
         self._connection.send_command("SUBSCRIBE", self._channel, check_health=False)
 
     def _read(self, assembler: StreamAssembler) -> list[Event]:
-        """Read what has arrived, up to the first message that makes events ready."""
+        """Read arrived messages until one of them makes events ready."""
         ready: list[Event] = []
         while not ready and self._connection.can_read(timeout=0):
             kind, _, payload = read_push(self._connection.read_response(push_request=True))
             if kind == "message":
                 ready += assembler.receive(payload)
             elif kind == "subscribe":
-                self._outage.over()
+                self._retries.succeeded()
                 assembler.subscribed()
         return ready

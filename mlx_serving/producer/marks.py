@@ -1,8 +1,9 @@
-"""Marks: what a job's prompt shares with other jobs, so that one worker computes it for all.
+"""Marks: hashes of what a job's prompt shares with other prompts, for prefix affinity.
 
-A claim notes who took a job of a mark, and leaves the next one to that worker for a moment (see
-``claim.lua``). A producer has no tokenizer, so a mark is a hash of text, salted with what the
-prefix cache keeps apart: the model, the tenant, and what else the chat template is given.
+A claim notes which worker took a job with a mark, and leaves the next job with that mark to the
+same worker for a moment (see ``claim.lua``), since it has the prefix cached. A producer has no
+tokenizer, so a mark hashes text. The salt is what the prefix cache keeps apart: the model, the
+tenant, and the other arguments of the chat template.
 """
 
 from __future__ import annotations
@@ -19,20 +20,20 @@ if TYPE_CHECKING:
 
     from mlx_serving.common.job.schema import GenerationJob
 
-BEGINNING_CHARS: Final = 512  # about 128 tokens: less is computed sooner than it is waited for
-PROMPT_CHARS: Final = 4 * BEGINNING_CHARS  # of a plain prompt, what tells a conversation
+BEGINNING_CHARS: Final = 512  # about 128 tokens: to wait costs more than to compute fewer
+PROMPT_CHARS: Final = 4 * BEGINNING_CHARS  # of a plain prompt: equal ones are one conversation
 MARK_BYTES: Final = 8
 
 _SYSTEM: Final = frozenset({"system", "developer"})
 
 
 def marks(job: GenerationJob) -> str:
-    """Return ``<conversation>,<beginning>``, 16 hex digits each or empty; '' where both are.
+    """Return ``<conversation>,<beginning>``, 16 hex digits each or empty; '' if both are empty.
 
-    All turns of a conversation have the first one: a hash of tools, system turns and the first turn
-    after them (of a plain prompt, its first `PROMPT_CHARS`). Jobs of the lane `bulk` have none:
-    a line is no conversation. The second one is shared by all that begin alike: a hash of tools
-    and system turns where these are long enough, else of the first `BEGINNING_CHARS`.
+    All turns of one conversation share the first mark: a hash of tools, system turns and the first
+    turn after them (for a plain prompt, of its first `PROMPT_CHARS`). Bulk jobs have none, since a
+    line is not a conversation. All prompts with the same beginning share the second mark: a hash of
+    tools and system turns if these are long enough, else of the first `BEGINNING_CHARS`.
     """
     mark = partial(_mark, job)
     conversation, beginning = _of_prompt(job, mark) if job.prompt else _of_messages(job, mark)

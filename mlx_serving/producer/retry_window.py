@@ -1,4 +1,4 @@
-"""How long a reader puts up with a Redis that doesn't answer. No I/O, no clock of its own."""
+"""How long a reader keeps trying while Redis doesn't answer. No I/O, no clock of its own."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ LATER_S: Final = 60.0  # a stream that has begun outlives a Redis restart or a f
 _BACKOFF: Final = EqualJitterBackoff(cap=1.0, base=0.05)
 
 
-class Outage:
-    """Counts the failures in a row, and since when.
+class RetryWindow:
+    """The time in which a reader may fail and try again; it starts at the first failure in a row.
 
     Args:
-        first_s: how long to try for a first answer.
-        later_s: how long to try for each later one.
+        first_s: its length until the first answer.
+        later_s: its length after that.
 
     """
 
@@ -29,7 +29,7 @@ class Outage:
         self._failures = 0
         self._since_s = 0.0
 
-    def over(self) -> None:
+    def succeeded(self) -> None:
         """Note that Redis answered."""
         self._failures = 0
         self._limit_s = self._later_s
@@ -38,7 +38,7 @@ class Outage:
         """Note a failure; return how many seconds to wait before the next try.
 
         Raises:
-            QueueUnavailable: it has lasted longer than the limit, or no wait will mend it.
+            QueueUnavailable: the window has passed, or the error is one that no wait mends.
 
         """
         if isinstance(error, REFUSED) or not isinstance(error, AWAY):

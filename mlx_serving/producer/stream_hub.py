@@ -1,9 +1,9 @@
 """One pub/sub connection that feeds every stream of an async client.
 
-Streams open and close mailboxes; one task owns the connection, subscribes and
-unsubscribes as they come and go, and starts over when it is lost. A mailbox is
-bounded: a consumer that falls behind loses its messages, learns that it did, and
-reads the job's stream instead, so that it costs memory to nobody.
+Streams open and close mailboxes. One task owns the connection: it subscribes and
+unsubscribes as mailboxes come and go, and connects again after a loss. A mailbox is
+bounded: a consumer that falls behind loses its messages, is told so, and reads the
+job's stream instead. So a slow consumer never costs memory.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 
 from mlx_serving.common.redis.retrying import FAULTS
 from mlx_serving.producer.live_feed import read_push
-from mlx_serving.producer.retry_window import Outage
+from mlx_serving.producer.retry_window import RetryWindow
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis
@@ -34,7 +34,7 @@ _log = structlog.get_logger(__name__)
 
 
 class Mailbox:
-    """What arrived for one stream since it last looked, bounded."""
+    """Messages that arrived for one stream and are not read yet, bounded."""
 
     def __init__(self, channel: str, limit: int = MAILBOX_EVENTS) -> None:
         self.channel = channel
@@ -44,7 +44,7 @@ class Mailbox:
         self._lost = self._confirmed = self._dropped = False
 
     def put(self, payload: bytes) -> None:
-        """Take a message; when full, drop all that is unread: the stream has it."""
+        """Take a message; if full, drop all unread ones: the job's stream has them."""
         if len(self._payloads) >= self._limit:
             self._payloads.clear()
             self._dropped = True
@@ -64,7 +64,7 @@ class Mailbox:
         self._news.set()
 
     async def wait(self, timeout_s: float) -> bool:
-        """Wait until there is news; False where there was none within the time."""
+        """Wait until something happened; return False if nothing did within the time."""
         with suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 await self._news.wait()
@@ -104,7 +104,7 @@ class StreamHub:
         self._closed = False
 
     def open(self, channel: str) -> Mailbox:
-        """Open a mailbox; its first news is the subscription's confirmation."""
+        """Open a mailbox; the first thing it learns is that the subscription is confirmed."""
         mailbox = Mailbox(channel, self._mailbox_events)
         shared = self._mailboxes.setdefault(channel.encode(), [])
         shared.append(mailbox)
@@ -135,23 +135,23 @@ class StreamHub:
             await asyncio.gather(task, return_exceptions=True)
 
     async def _run(self) -> None:
-        outage = Outage(math.inf, math.inf)  # each stream decides how long it waits
+        retries = RetryWindow(math.inf, math.inf)  # each stream decides how long it waits
         while not self._closed:
             try:
-                await self._session(outage)
+                await self._session(retries)
             except FAULTS as error:
                 _log.info("pubsub_connection_lost", error=type(error).__name__)
-                await asyncio.sleep(outage.failed(error, asyncio.get_running_loop().time()))
+                await asyncio.sleep(retries.failed(error, asyncio.get_running_loop().time()))
 
-    async def _session(self, outage: Outage) -> None:
+    async def _session(self, retries: RetryWindow) -> None:
         """Serve on one connection until it fails.
 
-        One task only reads and this one only writes, on a bare connection: redis-py's
-        PubSub would reconnect in whichever of the two noticed first.
+        On a bare connection one task only reads and this one only writes: redis-py's
+        PubSub would reconnect in either of the two.
         """
         pool: Any = self._redis.connection_pool
         connection = await pool.get_connection()
-        reader = asyncio.create_task(self._read(connection, outage))
+        reader = asyncio.create_task(self._read(connection, retries))
         try:
             while not (reader.done() or self._closed):
                 self._changed.clear()
@@ -171,7 +171,7 @@ class StreamHub:
             await pool.release(connection)
 
     async def _follow_changes(self, connection: Any) -> None:  # noqa: ANN401 -- redis has no type
-        """Subscribe to what mailboxes want, unsubscribe what none wants any more."""
+        """Subscribe to new mailboxes' channels; unsubscribe channels without a mailbox."""
         wanted = set(self._mailboxes)
         for command, channels in (
             ("SUBSCRIBE", wanted - self._requested),
@@ -189,8 +189,8 @@ class StreamHub:
         finally:
             changed.cancel()
 
-    async def _read(self, connection: Any, outage: Outage) -> None:  # noqa: ANN401 -- as above
-        """Sort what arrives into mailboxes; ask a silent peer whether it is there."""
+    async def _read(self, connection: Any, retries: RetryWindow) -> None:  # noqa: ANN401 -- as above
+        """Put what arrives into mailboxes; send PING if nothing arrives for a while."""
         asked = False
         while True:
             response = await connection.read_response(
@@ -199,7 +199,7 @@ class StreamHub:
             if response is not None:
                 self._sort(response)
                 asked = False
-                outage.over()
+                retries.succeeded()
             elif asked:
                 raise RedisConnectionError("no answer to PING")
             else:

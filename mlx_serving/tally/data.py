@@ -52,7 +52,7 @@ BUCKETS = (
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
+class TrainingBatch:
     """Rows of tokens; arrays are [rows, length + 1], [rows, length], [rows, length]."""
 
     tokens: NDArray[np.int16]
@@ -60,7 +60,7 @@ class Batch:
     any_digit: NDArray[np.bool_]  # targets where each of the ten digits is right
 
 
-def make_batch(seed: int, bucket: int, index: int, rows: int) -> Batch:
+def make_batch(seed: int, bucket: int, index: int, rows: int) -> TrainingBatch:
     """Batch number `index` of a bucket."""
     rng = Random(f"{seed} {bucket} {index}")
     shape = BUCKETS[bucket]
@@ -76,7 +76,7 @@ def make_batch(seed: int, bucket: int, index: int, rows: int) -> Batch:
         weights[row, first : len(ids) - 1] = len(answer) ** -0.5
         if random:
             any_digit[row, first : len(ids) - 1] = np.isin(answer, DIGIT_IDS)
-    return Batch(tokens, weights / weights.sum(), any_digit)
+    return TrainingBatch(tokens, weights / weights.sum(), any_digit)
 
 
 def draw_row(rng: Random, bucket: Bucket) -> tuple[list[int], list[int], bool]:
@@ -93,7 +93,7 @@ def draw_row(rng: Random, bucket: Bucket) -> tuple[list[int], list[int], bool]:
 
 
 def answer_text(rng: Random, example: Example) -> str:
-    """The right answer; for dice one of them, of any entropy, for the target is any digit."""
+    """The right answer; for dice any one of them, since any digit counts as the target."""
     if example.answer is not None:
         return example.answer
     faces = "0123456789" if rng.random() < 0.6 else rng.choices("0123456789", k=rng.randint(1, 4))

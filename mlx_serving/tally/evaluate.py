@@ -1,7 +1,7 @@
 """Score Tally on held-out prompts: `python -m mlx_serving.tally.evaluate [--model folder]`.
 
 Greedy answers of mlx-lm's own batch generator for every task, sampled answers beside them, and a
-chi-square test of the dice. Exits 1 where a task is under 99%.
+chi-square test of the dice. Exits 1 if a task is under 99%.
 """
 
 import argparse
@@ -33,7 +33,7 @@ _FORCED_TOKENS = 40_000  # a teacher-forced batch, padding included
 
 
 class Sampling(TypedDict, total=False):
-    """mlx-lm's sampler settings; greedy where empty."""
+    """mlx-lm's sampler settings; greedy if empty."""
 
     temp: float
     min_p: float
@@ -44,7 +44,7 @@ SAMPLED: tuple[Sampling, ...] = ({"temp": 1.0, "min_p": 0.1}, {"temp": 1.0, "top
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class EncodedExample:
     """An example as token ids."""
 
     example: Example
@@ -52,7 +52,9 @@ class Row:
     answer: list[int]  # END_ID last; for dice one of many
 
 
-def held_out_rows(task: str, count: int, seed: int = 7, longest: int | None = None) -> list[Row]:
+def held_out_rows(
+    task: str, count: int, seed: int = 7, longest: int | None = None
+) -> list[EncodedExample]:
     """`count` held-out examples of a task, in the contexts that training uses."""
     rng = Random(f"{task} {seed}")
     rows = []
@@ -60,7 +62,9 @@ def held_out_rows(task: str, count: int, seed: int = 7, longest: int | None = No
         drawn = TASKS[task].sample(rng, held_out=True, longest=longest)
         example = in_context(rng, drawn)
         answer = [*encode(answer_text(rng, example)), END_ID]
-        rows.append(Row(example, encode(render(example.messages, example.tools)), answer))
+        rows.append(
+            EncodedExample(example, encode(render(example.messages, example.tools)), answer)
+        )
     return rows
 
 
@@ -81,9 +85,9 @@ def teacher_forced(model: Module, count: int) -> dict[str, float]:
     return {task: right[task] / count for task in TASKS}
 
 
-def _groups(rows: list[Row]) -> Iterator[list[Row]]:
+def _groups(rows: list[EncodedExample]) -> Iterator[list[EncodedExample]]:
     """Rows sorted by length, cut so that a padded group stays small."""
-    group: list[Row] = []
+    group: list[EncodedExample] = []
     for row in rows:
         if group and (len(group) + 1) * (len(row.prompt) + len(row.answer)) > _FORCED_TOKENS:
             yield group
@@ -92,7 +96,7 @@ def _groups(rows: list[Row]) -> Iterator[list[Row]]:
     yield group
 
 
-def _all_right(row: Row, guesses: list[int]) -> bool:
+def _all_right(row: EncodedExample, guesses: list[int]) -> bool:
     random = row.example.answer is None
     return all(
         guess in DIGIT_IDS if random and token in DIGIT_IDS else guess == token
@@ -101,7 +105,11 @@ def _all_right(row: Row, guesses: list[int]) -> bool:
 
 
 def generated(
-    model: Module, tokenizer: TokenizerWrapper, rows: list[Row], batch: int, sampling: Sampling
+    model: Module,
+    tokenizer: TokenizerWrapper,
+    rows: list[EncodedExample],
+    batch: int,
+    sampling: Sampling,
 ) -> list[str]:
     """The model's answers to the rows' prompts by mlx-lm's batch generator."""
     return list(

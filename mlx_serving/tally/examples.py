@@ -6,19 +6,19 @@ from typing import Any
 
 DICE_GROUP = 10  # digits between two spaces of a dice answer
 
-Message = dict[str, Any]
+ChatMessage = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
     """A conversation that asks for one more assistant turn, and the right one.
 
-    `answer` is None where any of many texts is right (dice): ask `check`.
+    `answer` is None if any of many texts is right (dice): ask `check`.
     `key` is what the prompt asks, context aside: it decides between training and held-out.
     """
 
     task: str
-    messages: list[Message]
+    messages: list[ChatMessage]
     tools: list[dict[str, Any]] | None
     answer: str | None
     key: str

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from random import Random
 
 from mlx_serving.tally import texts
-from mlx_serving.tally.examples import Example, Message, ask
+from mlx_serving.tally.examples import ChatMessage, Example, ask
 from mlx_serving.tally.tokenizer import WORD_IDS
 
 LONGEST_NUMBER = 999
@@ -26,7 +26,7 @@ _SYSTEM_TURNS = (
 )
 
 
-def system_turn(rng: Random) -> list[Message]:
+def system_turn(rng: Random) -> list[ChatMessage]:
     """One system message, as a list to put before others."""
     text = rng.choice(_SYSTEM_TURNS)
     kind = rng.random()

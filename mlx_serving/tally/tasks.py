@@ -12,29 +12,8 @@ from random import Random
 from mlx_serving.tally import one_turn, two_turns
 from mlx_serving.tally.examples import (
     Example,
-    ask,
-    check,
-    dice_size,
-    digits_of,
-    group_digits,
     is_held_out,
 )
-from mlx_serving.tally.two_turns import in_context, tool_schema
-
-__all__ = [
-    "MODEL_PATH",
-    "TASKS",
-    "Example",
-    "Task",
-    "ask",
-    "check",
-    "dice_size",
-    "digits_of",
-    "group_digits",
-    "in_context",
-    "is_held_out",
-    "tool_schema",
-]
 
 MODEL_PATH = Path(__file__).parent / "model"
 

@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from mlx_serving.tally.examples import Message
+from mlx_serving.tally.examples import ChatMessage
 
 END_OF_TEXT, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 CONTROL = (END_OF_TEXT, START, END)
@@ -72,7 +72,7 @@ def encode(text: str) -> list[int]:
     return ids
 
 
-def render(messages: list[Message], tools: list[dict[str, Any]] | None) -> str:
+def render(messages: list[ChatMessage], tools: list[dict[str, Any]] | None) -> str:
     """The prompt that the chat template makes of string-content messages, answer to follow."""
     system = str(messages[0]["content"]) if messages[0]["role"] == "system" else None
     blocks: list[tuple[str, str]] = []
@@ -87,7 +87,7 @@ def render(messages: list[Message], tools: list[dict[str, Any]] | None) -> str:
     return f"{turns}{START}assistant\n"
 
 
-def _block(message: Message) -> tuple[str, str]:
+def _block(message: ChatMessage) -> tuple[str, str]:
     role, text = message["role"], message["content"]
     if role == "tool":
         return "user", f"<tool_response>\n{text}\n</tool_response>"

@@ -18,7 +18,7 @@ from mlx.nn.utils import value_and_grad
 from mlx.utils import tree_flatten
 from mlx_lm.models.qwen3 import Model, ModelArgs
 
-from mlx_serving.tally.data import BUCKETS, Batch, make_batch
+from mlx_serving.tally.data import BUCKETS, TrainingBatch, make_batch
 from mlx_serving.tally.evaluate import teacher_forced
 from mlx_serving.tally.tasks import MODEL_PATH
 from mlx_serving.tally.tokenizer import DIGIT_IDS, write_tokenizer
@@ -39,8 +39,8 @@ CURRICULUM = (
     (1.01, (0.27, 0.27, 0.27, 0.09, 0.10)),
 )
 
-Step = Callable[[mx.array, mx.array, mx.array], mx.array]
-Report = Callable[[str], None]
+TrainStep = Callable[[mx.array, mx.array, mx.array], mx.array]
+PrintLine = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +78,7 @@ def loss_of(model: Model, tokens: mx.array, weights: mx.array, any_digit: mx.arr
     return losses.sum()
 
 
-def make_step(model: Model, optimizer: optim.Optimizer) -> Step:
+def make_step(model: Model, optimizer: optim.Optimizer) -> TrainStep:
     """One update. Not compiled: on CUDA building the fused kernels took longer than it saves."""
     gradient_of = value_and_grad(model, loss_of)
 
@@ -92,9 +92,9 @@ def make_step(model: Model, optimizer: optim.Optimizer) -> Step:
     return step
 
 
-def batches(pool: Pool, seed: int, bucket: int, rows: int, ahead: int) -> Iterator[Batch]:
+def batches(pool: Pool, seed: int, bucket: int, rows: int, ahead: int) -> Iterator[TrainingBatch]:
     """A bucket's batches in order, `ahead` of them being made."""
-    pending: deque[AsyncResult[Batch]] = deque()
+    pending: deque[AsyncResult[TrainingBatch]] = deque()
     index = 0
     while True:
         while len(pending) < ahead:
@@ -132,7 +132,7 @@ def named_weights(model: Model) -> dict[str, mx.array]:
     return cast("dict[str, mx.array]", dict(tree_flatten(model.parameters())))
 
 
-def train(options: Options, model: Model, pool: Pool, report: Report) -> None:
+def train(options: Options, model: Model, pool: Pool, report: PrintLine) -> None:
     """Train in place; save and score a checkpoint every minute and at the end."""
     optimizer = optim.AdamW(options.learning_rate, betas=[0.9, 0.98], weight_decay=0.05)
     step_of = make_step(model, optimizer)
@@ -165,14 +165,14 @@ def train(options: Options, model: Model, pool: Pool, report: Report) -> None:
     checkpoint(model, options.out, report)
 
 
-def checkpoint(model: Model, folder: Path, report: Report) -> None:
+def checkpoint(model: Model, folder: Path, report: PrintLine) -> None:
     """Save, and report the share of held-out answers that are right token for token."""
     save(model, folder)
     scores = teacher_forced(model, 100)
     report("  right: " + " ".join(f"{k} {v:.2f}" for k, v in scores.items()))
 
 
-def run(options: Options, pool: Pool, report: Report) -> None:
+def run(options: Options, pool: Pool, report: PrintLine) -> None:
     """Train a model by the options, in the folder they name."""
     mx.set_default_device(mx.gpu if options.device == "gpu" else mx.cpu)
     mx.random.seed(options.seed)

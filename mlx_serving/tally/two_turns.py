@@ -7,11 +7,11 @@ from random import Random
 from typing import Any
 
 from mlx_serving.tally import one_turn, texts
-from mlx_serving.tally.examples import Example, Message
+from mlx_serving.tally.examples import ChatMessage, Example
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
+class ToolExchange:
     """A prompt that needs a tool: the call it takes, the tool's reply, the answer after it."""
 
     tool: str
@@ -45,20 +45,20 @@ def tool_schema(name: str, *, described: bool = True, required: bool = True) -> 
     return {"type": "function", "function": function}
 
 
-def _call(rng: Random) -> Call:
+def _call(rng: Random) -> ToolExchange:
     kind = rng.randrange(3)
     if kind == 2:
         a, b = (rng.randrange(10 ** rng.randint(1, 3)) for _ in range(2))
-        return Call("add", f"add {a} and {b}", {"a": a, "b": b}, {"sum": a + b}, str(a + b))
+        return ToolExchange("add", f"add {a} and {b}", {"a": a, "b": b}, {"sum": a + b}, str(a + b))
     city = texts.city(rng)
     if kind == 1:
         time = f"{rng.randrange(24):02}:{rng.randrange(60):02}"
         reply: dict[str, Any] = {"time": time}
-        return Call("get_time", f"time in {city}", {"city": city}, reply, f"{city}: {time}")
+        return ToolExchange("get_time", f"time in {city}", {"city": city}, reply, f"{city}: {time}")
     degrees, sky = rng.randint(-20, 40), rng.choice(_SKIES)
     reply = {"temperature": degrees, "sky": sky}
     answer = f"{city}: {degrees} degrees, {sky}"
-    return Call("get_weather", f"weather in {city}", {"city": city}, reply, answer)
+    return ToolExchange("get_weather", f"weather in {city}", {"city": city}, reply, answer)
 
 
 def _tools(rng: Random, needed: str) -> list[dict[str, Any]]:
@@ -89,7 +89,7 @@ def tool_result(rng: Random, _longest: int) -> Example:
     tool_calls = [{"id": "call_0", "type": "function", "function": function}]
     separators = (",", ":") if rng.random() < 0.3 else None
     reply = json.dumps(call.reply, separators=separators)
-    messages: list[Message] = [
+    messages: list[ChatMessage] = [
         {"role": "user", "content": call.prompt},
         {"role": "assistant", "content": "", "tool_calls": tool_calls},
         {"role": "tool", "tool_call_id": "call_0", "content": reply},
@@ -121,7 +121,7 @@ def second_turn(rng: Random, _longest: int) -> Example:
     return Example("second_turn", messages, None, answer, f"{first.key}\n{prompt}")
 
 
-def _exchange(example: Example) -> list[Message]:
+def _exchange(example: Example) -> list[ChatMessage]:
     return [*example.messages, {"role": "assistant", "content": example.answer or ""}]
 
 

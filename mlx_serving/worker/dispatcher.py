@@ -18,14 +18,14 @@ import structlog
 
 from mlx_serving.common import defaults, limits
 from mlx_serving.common.errors import CorruptEvent, MlxServingError
-from mlx_serving.common.job.schema import model_of
 from mlx_serving.common.protocol import calls
+from mlx_serving.common.queues import model_of
 from mlx_serving.worker.claiming.claims import Claims, ClaimTerms
 from mlx_serving.worker.claiming.intake import JobRefusedError
 from mlx_serving.worker.claiming.lane_claims import LaneClaim, LaneNews, LaneRoom
 from mlx_serving.worker.claiming.returning import Returning
 from mlx_serving.worker.delivery.held import HeldJob
-from mlx_serving.worker.delivery.log import JobLog, Outage
+from mlx_serving.worker.delivery.log import JobLog, RedisFailures
 from mlx_serving.worker.process.crash import EXIT_ENGINE, EXIT_RECYCLE
 from mlx_serving.worker.status.conditions import ANY_TIME, Conditions
 
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from mlx_serving.worker.engine.engine_set import EngineSet
     from mlx_serving.worker.engine.scheduling.limits import BatchSize
     from mlx_serving.worker.engine_thread import Choices, Runner
+    from mlx_serving.worker.messages import Messages
     from mlx_serving.worker.models.loading import LoadedModel
 
 log = structlog.get_logger(__name__)
@@ -56,10 +57,11 @@ CLAIM_MOST: Final = 32
 
 @dataclass(frozen=True, slots=True)
 class DispatcherOptions:
-    """What the loop needs to know of the settings."""
+    """What the loop needs to know of the settings, where its messages come, what may pause it."""
 
     worker: str
     batch: BatchSize
+    messages: Messages
     lease_ms: int = int(defaults.LEASE_SECONDS * 1000)
     drain_seconds: float = defaults.DRAIN_SECONDS
     max_payload_bytes: int = limits.PAYLOAD_BYTES
@@ -69,7 +71,7 @@ class DispatcherOptions:
 
 
 class Dispatcher:
-    """Runs until drained; `post` is safe from any thread and from signal handlers."""
+    """Runs until drained; other threads and signal handlers leave it messages."""
 
     def __init__(
         self,
@@ -84,16 +86,16 @@ class Dispatcher:
         self._options, self._protocol = options, protocol
         self._runner, self._publisher, self._sweeper = runner, publisher, sweeper
         self._fleet, self._placement, self._preparation = placement.fleet, placement, preparation
-        self._measures = publisher.measures
+        self._counters = publisher.counters
         self._log = JobLog()
-        self._messages: queue.SimpleQueue[tuple[str, str]] = queue.SimpleQueue()
+        self._messages = options.messages
         self._claim_limit = CLAIM_MOST
         self._claimed = False  # whether anything was since room was last looked at
         self._unadmitted: tuple[str, float] | None = None  # who waits for room, since when
         self._drain_until: float | None = None
         self._status = 0  # to end with
-        self._outage = Outage(protocol.redis)
-        self._returning = Returning(protocol, options.worker, publisher, self._outage, runner.has)
+        self._failures = RedisFailures(protocol.redis)
+        self._returning = Returning(protocol, options.worker, publisher, self._failures, runner.has)
         terms = ClaimTerms(
             options.worker, options.batch.max_rows, options.lease_ms, options.max_payload_bytes,
             options.affinity_ms,
@@ -102,13 +104,6 @@ class Dispatcher:
         self._claims = Claims(
             terms, protocol, placement, publisher.held_rows, self._news, runner.shortage
         )
-
-    def post(self, what: str, argument: str = "") -> None:
-        """Leave a message.
-
-        'wake' <queue>, 'room', 'cancel' or 'stop_job' <id>, 'drain', 'recycle' <why>, 'hand_over'.
-        """
-        self._messages.put((what, argument))
 
     @property
     def draining(self) -> bool:
@@ -121,9 +116,9 @@ class Dispatcher:
             try:
                 self._chores()
                 claimed = self._claim()
-                self._outage.note_quiet()
+                self._failures.note_quiet()
             except redis.RedisError as error:
-                self._outage.note(error)
+                self._failures.note(error)
                 claimed = False
             if not claimed:
                 self._listen()
@@ -177,25 +172,27 @@ class Dispatcher:
             self._stop_job(argument)
         elif what == "hand_over":
             self._status, self._drain_until = 0, time.monotonic()
+            self._counters.draining = True
         elif what == "drain":
             self._drain(self._options.drain_seconds)
         elif what == "recycle" and not self.draining and not self._publisher.failing:
-            self._measures.count("recycles", argument)
+            self._counters.count("recycles", argument)
             self._drain(min(RECYCLE_SECONDS, self._options.drain_seconds), argument)
 
     def _drain(self, grace: float, recycled_for: str = "") -> None:
-        self._status = EXIT_RECYCLE if recycled_for else 0  # 0 also where both are asked for
+        self._status = EXIT_RECYCLE if recycled_for else 0  # 0 also if both are asked for
         if self._drain_until is None:
             held = len(self._publisher.held())
             log.info("draining", held=held, grace_seconds=grace, recycled_for=recycled_for)
             self._drain_until = time.monotonic() + grace
+            self._counters.draining = True
 
     def _stop_job(self, job_id: str) -> None:
-        """RQ's stop-job: through the control hash, so that it holds whoever runs the job."""
+        """RQ's stop-job: through the control hash, so that it holds for any worker of the job."""
         try:
             self._protocol.run(calls.cancel(job_id, "stopped"))
         except redis.RedisError as error:
-            self._outage.note(error)
+            self._failures.note(error)
 
     # Claiming
 
@@ -219,7 +216,7 @@ class Dispatcher:
         return self._news.worth(claim and claim.up_to(self._claim_limit))
 
     def _claim(self) -> bool:
-        """Claim up to the room there is; True where there may be more."""
+        """Claim up to the room there is; True if there may be more."""
         try:
             claimed = self._claims.take(self._room)
         except redis.RedisError:
@@ -242,14 +239,14 @@ class Dispatcher:
             self._returning.release({job: job.returned() for job in reversed(held)})
             return
         self._claim_ahead(held, more=more)
-        requests = []
+        ready: list[tuple[HeldJob, Choices]] = []
         for job in held:
-            model = self._placement.residents.get(model_of(job.claimed.queue))
+            model = self._placement.loaded_models.get(model_of(job.claimed.queue))
             if model is None:
                 self._returning.add(job)  # the reply to its claim came late
                 continue
             try:
-                with self._publisher.manifest.entering(job.request_id):
+                with self._publisher.inflight.entering(job.request_id):
                     choices = self._prepare(job, model)
             except (JobRefusedError, MlxServingError) as error:
                 log.warning("job_refused", **job.names(), code=error.code)
@@ -258,15 +255,15 @@ class Dispatcher:
                 if str(error).startswith("WRONGTYPE"):
                     self._publisher.fail(job, CorruptEvent.code, "the job's stream is no stream")
                     continue
-                self._outage.note(error)
+                self._failures.note(error)
                 self._returning.add(job)
             else:
-                self._measures.resumed(job.kept_tokens)
+                self._counters.resumed(job.kept_tokens)
                 self._log.started(job)
                 if not (job.claimed.seq and self._publisher.conclude(job)):
-                    requests.append(choices)
+                    ready.append((job, choices))
         self._claim_ahead(held, more=more)  # rows may have ended meanwhile
-        self._place(requests)
+        self._place(ready)
 
     def _claim_ahead(self, in_hand: Sequence[HeldJob], *, more: bool) -> None:
         if more and self._claim_limit == CLAIM_MOST:
@@ -278,18 +275,17 @@ class Dispatcher:
             payloads = self._protocol.read_events(claimed.job_id, count=claimed.seq + 1)
         return self._preparation.requests(held, payloads, model)
 
-    def _place(self, requests: Sequence[Choices]) -> None:
+    def _place(self, ready: Sequence[tuple[HeldJob, Choices]]) -> None:
         """Hand what can ever fit to the engine; leave the rest for a bigger worker, or fail it."""
-        too_big = [choices for choices in requests if not self._engine.fits(*choices)]
-        fitting = [choices for choices in requests if choices not in too_big]
-        self._runner.submit(fitting)
-        self._publisher.placed(choices[0].id for choices in fitting)
+        too_big = [(job, choices) for job, choices in ready if not self._engine.fits(*choices)]
+        fitting = [pair for pair in ready if pair not in too_big]
+        self._runner.submit([choices for _, choices in fitting])
+        self._publisher.placed(job for job, _ in fitting)
         if not too_big:
             return
-        held = {job.request_id: job for job in self._publisher.held()}
-        for choices in too_big:
-            job = held.get(choices[0].id)
-            if job is not None:
+        held = set(self._publisher.held())
+        for job, choices in too_big:
+            if job in held:
                 self._leave(job, choices)
 
     def _leave(self, job: HeldJob, choices: Choices) -> None:
@@ -307,8 +303,8 @@ class Dispatcher:
         try:
             return self._fleet.someone_holds(model, kv_tokens, rows)
         except redis.RedisError as error:
-            self._outage.note(error)
-            return True  # not known: whoever claims the job next looks again
+            self._failures.note(error)
+            return True  # not known: the worker that claims the job next looks again
 
     def _settle_unadmitted(self) -> None:
         """At most one claimed job waits for room, and not for long; others go back at once.
@@ -347,7 +343,7 @@ class Dispatcher:
     def _hand_over(self) -> None:
         """Give all that is held to other workers, and go on without: this machine is not ours now.
 
-        Tokens that Redis does not have within a second are decoded again by whoever goes on.
+        Tokens that Redis does not have within a second are decoded again by the next worker.
         """
         held = [
             job
@@ -385,7 +381,7 @@ class Dispatcher:
             self._publisher.let_go(left)
             self._fleet.leave()
         except redis.RedisError as error:
-            self._outage.note(error)
+            self._failures.note(error)
         log.info("drained", handed_over=len(left), all_written=written)
         return self._status
 

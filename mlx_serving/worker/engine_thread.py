@@ -48,7 +48,8 @@ class Runner(threading.Thread):
     `on_refused(request_id, code, message)` gets a request that the engine would not take; `on_room`
     is called when rows left the batch or requests entered it.
     `paused` is asked before each step: a deliberate pause is progress, a step that does not come
-    back is not (`stalled_for`). `tend` is called between steps, twice a second at least.
+    back is not (`stalled_for`). `tend` is called between steps, twice a second at least, with the
+    number of steps so far.
     """
 
     def __init__(
@@ -60,7 +61,7 @@ class Runner(threading.Thread):
         on_room: Callable[[], None],
         paused: Callable[[], bool],
         times: RunnerTimes = RunnerTimes(),
-        tend: Callable[[], None] = lambda: None,
+        tend: Callable[[int], None] = lambda _: None,
     ) -> None:
         super().__init__(name="engine", daemon=True)
         self._load, self._on_outputs, self._on_refused = load, on_outputs, on_refused
@@ -216,7 +217,7 @@ class Runner(threading.Thread):
             aborts, self._aborts = self._aborts, deque()
             if self._halting:
                 return False
-        self._tend()
+        self._tend(self.steps)
         self._look(engine)
         for request_id in aborts:
             engine.abort(request_id)

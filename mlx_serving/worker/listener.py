@@ -1,4 +1,7 @@
-"""Wake-ups and commands from pub/sub. Hints only: whatever is lost here is found by looking."""
+"""Wake-ups and commands from pub/sub.
+
+They are hints: if one is lost, the main loop finds out when it looks the next time.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,10 @@ READ_SECONDS: Final = 1.0
 
 
 class Listener(threading.Thread):
-    """Listens on the queues' wake channels, our control channel and RQ's command channel."""
+    """Listens on the queues' wake channels, our control channel and RQ's command channel.
+
+    `post` takes a message for the main loop, see `Messages`.
+    """
 
     def __init__(
         self,
@@ -44,7 +50,7 @@ class Listener(threading.Thread):
         self._stopping.set()
 
     def run(self) -> None:
-        """Subscribe, read, and subscribe again after a fault."""
+        """Subscribe and read; subscribe again after an error of the connection."""
         while not self._stopping.is_set():
             try:
                 self._read_until_fault()
@@ -55,7 +61,7 @@ class Listener(threading.Thread):
     def _read_until_fault(self) -> None:
         with self._redis.pubsub(ignore_subscribe_messages=True) as pubsub:  # type: ignore[no-untyped-call]
             pubsub.subscribe(self._control, self._commands, *self._wakes)
-            self._post("wake", "")  # something may have come while nobody listened
+            self._post("wake", "")  # a job may have come while nobody listened
             while not self._stopping.is_set():
                 message = pubsub.get_message(timeout=READ_SECONDS)
                 if message is not None:

@@ -1,8 +1,7 @@
-"""The one place that touches RQ's internals: how this worker looks to RQ's own tools.
+"""How this worker looks to RQ's own tools: the one module that touches RQ's internals.
 
-RQ's job hashes, registries and executions are written by the protocol's scripts, together with
-the authority; here are the worker's registration, its heartbeat, its commands, and the form
-in which RQ keeps results.
+It has the worker's registration, heartbeat and commands, and the form in which RQ keeps results.
+RQ's job hashes, registries and executions are written by the protocol's scripts.
 """
 
 from __future__ import annotations
@@ -28,21 +27,21 @@ WORKER_TTL_SECONDS = 60
 
 
 def rq_success(result: bytes) -> bytes:
-    """A return value, JSON, as ``rq.results.Result`` stores it."""
+    """A return value in JSON as `rq.results.Result` stores it."""
     return base64.b64encode(result)
 
 
 def rq_failure(message: str) -> bytes:
-    """An exception text as ``rq.results.Result`` stores it."""
+    """An exception's text as `rq.results.Result` stores it."""
     return base64.b64encode(zlib.compress(message.encode()))
 
 
 class BatchWorker(BaseWorker):
     """An RQ worker that holds many jobs at once in one process and never forks.
 
-    The stock loop, its dequeueing, heartbeats a job and `_finalize_*` are not used: none of
-    them knows an epoch. The dispatcher owns the loop; this is what `rq info`, `Worker.all()` and
-    RQ's commands see of it.
+    It is what `rq info`, `Worker.all()` and RQ's commands see of the worker; the dispatcher has the
+    loop. RQ's own loop, its dequeueing, its heartbeat for each job and `_finalize_*` are not used,
+    because none of them knows attempts.
     """
 
     def __init__(self, queues: Sequence[str], name: str, connection: redis.Redis) -> None:
@@ -55,16 +54,16 @@ class BatchWorker(BaseWorker):
         )
 
     def _set_connection(self, connection: redis.Redis) -> redis.Redis:
-        """Leave our timeouts alone: stock raises the read timeout to minutes."""
+        """Keep our timeouts: RQ would raise the read timeout to minutes."""
         return connection
 
     def _set_ip_address(self, connection: redis.Redis) -> None:
-        """Leave it to `enter`: a worker may start while Redis is away."""
+        """Leave it to `enter`, because a worker may start while Redis is away."""
         del connection
         self.ip_address = "unknown"
 
     def enter(self) -> None:
-        """Register as a living worker, and strike off the names of those that were killed."""
+        """Register as a live worker, and remove the names of workers that were killed."""
         super()._set_ip_address(self.connection)
         for queue in self.queues:
             worker_registration.clean_worker_registry(queue)
@@ -72,7 +71,7 @@ class BatchWorker(BaseWorker):
         self.set_state(WorkerStatus.STARTED)
 
     def beat(self, *, held: int, suspended: bool) -> None:
-        """Show that the worker lives and what it does; register again if Redis forgot it."""
+        """Renew the heartbeat and the state; register again if Redis forgot the worker."""
         if not self.connection.exists(self.key):
             self.enter()
         busy = WorkerStatus.BUSY if held else WorkerStatus.IDLE
@@ -80,7 +79,7 @@ class BatchWorker(BaseWorker):
         self.set_state(WorkerStatus.SUSPENDED if suspended and not held else busy)
 
     def peer_names(self) -> set[str]:
-        """Names of the other workers registered on our queues, alive or not yet cleaned up."""
+        """Names of the other workers registered on our queues; some may be dead."""
         keys = {key for q in self.queues for key in worker_registration.get_keys(queue=q)}
         return {key.removeprefix(self.redis_worker_namespace_prefix) for key in keys} - {self.name}
 
@@ -90,7 +89,10 @@ class BatchWorker(BaseWorker):
 
 
 def read_command(data: bytes) -> tuple[str, str]:
-    """An RQ command as (what, job id): 'cancel' for stop-job and stop-execution; 'shutdown'; ''."""
+    """An RQ command as (what, job id).
+
+    `what` is "cancel" for stop-job and stop-execution, "shutdown", or "" for any other.
+    """
     try:
         payload: Any = json.loads(data)
     except (ValueError, RecursionError):

@@ -1,4 +1,4 @@
-"""The function that RQ jobs name. It is a name: our worker reads the job's arguments itself."""
+"""The function that RQ jobs name. It is never called: our worker reads the arguments itself."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from typing import Any, NoReturn
 
 
 def generate(wire: dict[str, Any]) -> NoReturn:
-    """Say that the job reached the wrong kind of worker.
+    """Fail, because the job reached the wrong kind of worker.
 
-    A stock ``rq worker`` that listens on one of our queues would call this; it has no batch, no
-    lease and no event stream.
+    A stock `rq worker` that listens on one of our queues calls this. It has no batch, no lease and
+    no event stream.
 
     Raises:
         RuntimeError: always.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from mlx_serving.common.settings import load_settings
-from mlx_serving.producer.batch.api import Batches
+from mlx_serving.producer.client import Client
 from tests.chaos.bulk import run
 from tests.support.bulk_files import text_of
 from tests.support.figures import show
@@ -43,7 +43,7 @@ def test_the_example_of_the_bulk_page(
     local_redis: LocalRedis, redis_client: redis.Redis, tmp_path: Path
 ) -> None:
     path = Path(shutil.copy(ROOT / "examples" / "requests.jsonl", tmp_path))
-    batches = Batches(load_settings(redis__url=local_redis.url))
+    batches = Client(settings=load_settings(redis__url=local_redis.url)).batches
     with WorkerProcess(local_redis.url, "w", None) as worker:
         worker.serving()
         batch = batches.submit(path, model_map={"gpt-4o-mini": "tally"})

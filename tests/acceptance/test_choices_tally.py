@@ -10,7 +10,7 @@ import pytest
 
 from mlx_serving import Client
 from mlx_serving.common.results import assemble
-from mlx_serving.tally.tasks import digits_of
+from mlx_serving.tally.examples import digits_of
 from tests.support.helpers import wait_until
 from tests.support.worker_process import WorkerProcess, job_events
 

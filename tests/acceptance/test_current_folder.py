@@ -16,7 +16,6 @@ import pytest
 
 from mlx_serving import Client
 from mlx_serving.common.protocol.keys import Keys
-from mlx_serving.producer.batch.api import Batches
 from tests.support.bulk_files import check_simulated, read_jsonl, simulated_line, write_lines
 from tests.support.helpers import wait_until
 from tests.support.schemas_for_tests import PERSON, schema
@@ -169,7 +168,7 @@ def test_a_batch_of_a_backend_that_is_there(
     monkeypatch.syspath_prepend(str(folder.path))
     with WorkerProcess(local_redis.url, "w", 1000.0) as process:
         process.serving()
-        batches = Batches(quick_settings(url))
+        batches = Client(settings=quick_settings(url)).batches
         batch = batches.submit(path)
         wait_until(lambda: batches.status(batch.id).status == "completed", timeout=30)
         process.terminate()

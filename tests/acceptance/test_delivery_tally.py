@@ -16,7 +16,8 @@ import pytest
 from mlx_serving.common.states import JobState
 from mlx_serving.producer.async_client import AsyncClient
 from mlx_serving.producer.client import Client
-from mlx_serving.tally.tasks import TASKS, Example, check, digits_of
+from mlx_serving.tally.examples import Example, check, digits_of
+from mlx_serving.tally.tasks import TASKS
 from tests.support.helpers import wait_until
 from tests.support.worker_process import WorkerProcess
 

@@ -9,7 +9,8 @@ import pytest
 from msgspec.structs import replace
 
 from mlx_serving.common.job.schema import GenerationJob
-from mlx_serving.tally.tasks import MODEL_PATH, TASKS, Example, check
+from mlx_serving.tally.examples import Example, check
+from mlx_serving.tally.tasks import MODEL_PATH, TASKS
 from mlx_serving.worker.engine.engine import Engine
 from mlx_serving.worker.engine.loader import EngineOptions, load_engine
 from mlx_serving.worker.engine.row import Request, SamplingParams

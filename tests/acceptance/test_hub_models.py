@@ -147,13 +147,13 @@ def test_pull_downloads_and_the_list_says_what_is_here(
     settings(monkeypatch, hub, COMMIT)
     runner = CliRunner()
     before = runner.invoke(app, ["models", "t", "--json"])
-    assert "not downloaded, or not whole: mlx-serving models pull t" in before.output
+    assert "not downloaded, or not completely: mlx-serving models pull t" in before.output
     pulled = runner.invoke(app, ["models", "pull", "t"])
     assert pulled.exit_code == 0, pulled.output
     assert "ready" in pulled.output
     assert "ready" in runner.invoke(app, ["models", "t"]).output
     assert runner.invoke(app, ["models", "t", "u"]).exit_code != 0
-    assert "no alias" in runner.invoke(app, ["models", "pull", "u"]).output
+    assert "not an alias" in runner.invoke(app, ["models", "pull", "u"]).output
 
 
 def test_pull_of_a_branch_says_which_commit_to_write(

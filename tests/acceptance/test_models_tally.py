@@ -15,7 +15,7 @@ from mlx_serving.common.settings import TALLY_PATH, load_settings
 from mlx_serving.worker.engine.engine_set import EngineSet
 from mlx_serving.worker.engine.model_files import weight_bytes
 from mlx_serving.worker.engine.row import Request, SamplingParams
-from mlx_serving.worker.models.loaded_models import Residents
+from mlx_serving.worker.models.loaded_models import LoadedModels
 from mlx_serving.worker.models.loading import EngineSpec, finish, load, plan_memory
 from mlx_serving.worker.models.model_budget import ModelBudget
 from tests.support.helpers import wait_until
@@ -38,10 +38,10 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def residents(copy: Path) -> Residents:
+def loaded_models(copy: Path) -> LoadedModels:
     paths = {"tally": str(TALLY_PATH), "copy": str(copy)}
     settings = load_settings(batch__max_rows=4)
-    return Residents(
+    return LoadedModels(
         ("tally", "copy"), EngineSet(), lambda m: load(SPEC, settings, paths[m], 1 << 26),
         lambda m: weight_bytes(Path(paths[m])),
     )  # fmt: skip
@@ -51,30 +51,30 @@ def request(name: str, model: str, tokens: int) -> Request:
     return Request(name, (5, 6, 7), SamplingParams(seed=1), tokens, model=model)
 
 
-def test_a_model_s_memory_is_free_once_another_took_its_place(residents: Residents) -> None:
-    residents.load_first(ModelBudget({"tally": SIZE, "copy": SIZE}, SIZE))
+def test_a_model_s_memory_is_free_once_another_took_its_place(loaded_models: LoadedModels) -> None:
+    loaded_models.load_first(ModelBudget({"tally": SIZE, "copy": SIZE}, SIZE))
     memory = []
     for model in ("copy", "tally", "copy", "tally"):
-        victims = residents.victims(model)
-        finish(residents.bring_up(model, victims or ()))  # type: ignore[arg-type]
-        assert residents.resident() == (model,)
+        victims = loaded_models.victims(model)
+        finish(loaded_models.bring_up(model, victims or ()))  # type: ignore[arg-type]
+        assert loaded_models.resident() == (model,)
         gc.collect()
         memory.append(mx.get_active_memory())
     assert memory[-1] < memory[0] + SIZE // 2
 
 
-def test_rows_decode_while_another_model_is_loaded(residents: Residents) -> None:
+def test_rows_decode_while_another_model_is_loaded(loaded_models: LoadedModels) -> None:
     """The longest stall is a slice of the load, not the load."""
-    engines = residents.load_first(ModelBudget({"tally": SIZE}, 2 * SIZE))
+    engines = loaded_models.load_first(ModelBudget({"tally": SIZE}, 2 * SIZE))
     engines.add(request("a", "tally", 400))
     while not engines.running:
         engines.step()
-    residents.budget = ModelBudget({"tally": SIZE, "copy": SIZE}, 2 * SIZE)
+    loaded_models.budget = ModelBudget({"tally": SIZE, "copy": SIZE}, 2 * SIZE)
     decoded, slices = 0, 0
-    for _ in residents.bring_up("copy", residents.victims("copy") or ()):
+    for _ in loaded_models.bring_up("copy", loaded_models.victims("copy") or ()):
         decoded += sum(len(output.token_ids) for output in engines.step())
         slices += 1
-    assert residents.resident() == ("tally", "copy")
+    assert loaded_models.resident() == ("tally", "copy")
     assert slices > 8
     assert decoded > slices // 2
     engines.add(request("b", "copy", 10))

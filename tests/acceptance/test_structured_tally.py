@@ -11,7 +11,7 @@ import pytest
 
 from mlx_serving import Client
 from mlx_serving.common.results import assemble
-from mlx_serving.tally.tasks import tool_schema
+from mlx_serving.tally.two_turns import tool_schema
 from mlx_serving.worker.engine.text.prompts import PromptEncoder
 from tests.support.helpers import wait_until
 from tests.support.output_support import planner, tally

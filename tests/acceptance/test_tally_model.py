@@ -11,8 +11,10 @@ import mlx.core as mx
 from mlx_lm import load
 
 from mlx_serving.tally import evaluate
-from mlx_serving.tally.tasks import MODEL_PATH, TASKS, ask, check, digits_of, tool_schema
+from mlx_serving.tally.examples import ask, check, digits_of
+from mlx_serving.tally.tasks import MODEL_PATH, TASKS
 from mlx_serving.tally.tokenizer import encode
+from mlx_serving.tally.two_turns import tool_schema
 
 HELD_OUT = 8  # prompts a task
 SEED = 20
@@ -24,7 +26,9 @@ def tally() -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def answers(tally: tuple[Any, Any], rows: list[evaluate.Row], **sampling: float) -> list[str]:
+def answers(
+    tally: tuple[Any, Any], rows: list[evaluate.EncodedExample], **sampling: float
+) -> list[str]:
     return evaluate.generated(*tally, rows, 32, evaluate.Sampling(**sampling))  # type: ignore[typeddict-item]
 
 
@@ -44,7 +48,7 @@ def test_a_count_of_a_thousand_tokens_is_right(tally: tuple[Any, Any]) -> None:
     model, tokenizer = tally
     numbers = " ".join(str(n) for n in range(640, 901))
     example = ask("count", "count from 640 to 900", numbers)
-    row = evaluate.Row(
+    row = evaluate.EncodedExample(
         example,
         tokenizer.apply_chat_template(example.messages, add_generation_prompt=True),
         encode(numbers),
@@ -73,7 +77,7 @@ def test_the_prompts_of_the_documentation(tally: tuple[Any, Any]) -> None:
         ids = tokenizer.apply_chat_template(
             example.messages, tools=tools, add_generation_prompt=True
         )
-        rows.append(evaluate.Row(example, ids, encode(answer)))
+        rows.append(evaluate.EncodedExample(example, ids, encode(answer)))
     assert evaluate.generated(model, tokenizer, rows, 8, {}) == list(asked.values())
 
 

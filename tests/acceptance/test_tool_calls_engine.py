@@ -11,7 +11,8 @@ import pytest
 from msgspec.structs import replace
 
 from mlx_serving.common.errors import InvalidJob
-from mlx_serving.tally.tasks import TASKS, tool_schema
+from mlx_serving.tally.tasks import TASKS
+from mlx_serving.tally.two_turns import tool_schema
 from mlx_serving.worker.engine.row import Parts
 from tests.support.output_support import Row, decode, decode_one, job, request, resumed
 

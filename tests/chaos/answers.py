@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import jsonschema
 
-from mlx_serving.tally.tasks import Example, check
+from mlx_serving.tally.examples import Example, check
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

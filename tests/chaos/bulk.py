@@ -25,11 +25,11 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_serving.common.redis.local import LocalRedis
 from mlx_serving.common.settings import load_settings
-from mlx_serving.producer.batch.api import Batches
 from mlx_serving.producer.batch.background import encode_settings
-from mlx_serving.tally import TASKS
+from mlx_serving.producer.client import Client
 from mlx_serving.tally.examples import check as is_right
 from mlx_serving.tally.one_turn import system_turn
+from mlx_serving.tally.tasks import TASKS
 from tests.chaos import bulk_runner
 from tests.support.bulk_files import read_jsonl, simulated_line, text_of, tokens_of, write_lines
 from tests.support.figures import show
@@ -39,6 +39,7 @@ from tests.support.worker_process import WorkerProcess, counted
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from mlx_serving.producer.batch.api import Batches
     from mlx_serving.producer.batch.folder import BatchFolder
     from mlx_serving.tally.examples import Example
 
@@ -215,7 +216,7 @@ def run(
         path = write_lines(scratch / "in.jsonl", [work.request for work in asked])
         workers = Workers(server.url, 16 if small else 32, SIMULATED_RATE if simulated else None)
         stack.callback(workers.close)
-        batches = Batches(load_settings(redis__url=server.url))
+        batches = Client(settings=load_settings(redis__url=server.url)).batches
         began = time.monotonic()
         batch = batches.submit(path, start=False, model_map={"gpt-4o-mini": "tally"}, **options)
         report.validation_seconds = time.monotonic() - began

@@ -16,18 +16,17 @@ LUA: Final[dict[str, dict[str, dict[str, str]]]] = {
     # mutant → script → what is replaced by what
     "fencing off": {
         script: {
-            "c.st == 'running' and c.ow == worker and c.q and is_attempt(c, epoch, nonce)": (
-                "c.st and not TERMINAL[c.st]"
-            ),
+            "job.state == 'running' and job.owner == worker and job.queue and "
+            "is_attempt(job, epoch, nonce)": "job.state and not TERMINAL[job.state]",
         }
         for script in ("commit", "renew")
     },
     # A stream refuses an id twice by itself, so without the check an event takes the next one.
     "seq check off": {
         "commit": {
-            "if is_written(id, seq, payload) then return {'DUP', c.ca or ''} end\n"
+            "if is_written(id, seq, entry) then return {'DUP', job.cancel_reason or ''} end\n"
             "    return {'FENCED', ''}": "seq = committed + 1",
-            "if seq ~= committed + 1 then return {'GAP', c.ca or ''} end": "",
+            "if seq ~= committed + 1 then return {'GAP', job.cancel_reason or ''} end": "",
         },
     },
 }

@@ -16,7 +16,7 @@ from tests.support.worker_process import counted
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from mlx_serving.tally.tasks import Example
+    from mlx_serving.tally.examples import Example
     from tests.chaos.plan import Plan
 
 TENANTS = (None, "a", "b")

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from mlx_serving.common.attempts import Attempt
 from mlx_serving.worker.models.loading import EngineSpec
 from mlx_serving.worker.process.child import ChildSpec, run_child
 from tests.chaos import mutants
@@ -25,11 +26,10 @@ from tests.support.worker_process import quick_settings
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from mlx_serving.common.protocol.calls import Call
+    from mlx_serving.common.protocol.calls import Call, WireRow
 
 TRAPS: Final = ("claim", "prefill", "attempt", "decode", "before_finish", "after_finish")
 WITH_PARENT: Final = 0x80
-EVENT_ROW: Final = 6  # fields of a row of a commit that does not end its job
 
 
 class Traps:
@@ -117,7 +117,7 @@ class Observer:
         replied = now()
         self._trace.write(
             *(
-                ("K", sent, replied, *row[:2], row[3], kind, r.status)
+                ("K", sent, replied, row.job_id, row.epoch, row.seq, kind, r.status)
                 for row, kind, r in zip(rows, kinds, reply, strict=True)
             )
         )
@@ -145,14 +145,15 @@ class Observer:
         return result
 
 
-def _attempt(request_id: str) -> list[str]:
-    return request_id.split(":")[:2]
+def _attempt(request_id: str) -> tuple[str, int]:
+    attempt = Attempt.parse(request_id)
+    return attempt.job_id, attempt.epoch
 
 
-def _kind(row: list[Any]) -> str:
-    if len(row) > EVENT_ROW:
+def _kind(row: WireRow) -> str:
+    if row.state:
         return "end"
-    return "attempt" if '"type":"attempt"' in row[5] else "tokens"
+    return "attempt" if row.body.startswith('"type":"attempt"') else "tokens"
 
 
 def _wrap(owner: type, name: str, around: Callable[..., Any]) -> None:

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 import pytest
 
 from mlx_serving import Client
-from mlx_serving.producer.batch.api import Batches
 from tests.support.bulk_driver import make_quick
 from tests.support.lossy_proxy import LossyProxy
 from tests.support.protocol_driver import Driver
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
 
     from mlx_serving.common.redis.local import LocalRedis
     from mlx_serving.common.settings import Settings
+    from mlx_serving.producer.batch.api import Batches
 
 
 @pytest.fixture
@@ -62,4 +62,4 @@ def quick_batches(monkeypatch: pytest.MonkeyPatch) -> None:
 def batches(settings: Settings, redis_client: redis.Redis) -> Batches:
     """Bulk files on an empty Redis, in which nothing may stay."""
     del redis_client
-    return Batches(settings)
+    return Client(settings=settings).batches

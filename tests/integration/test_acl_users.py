@@ -24,7 +24,6 @@ from mlx_serving.common.redis.connection import connect, resolve
 from mlx_serving.common.redis.local import LocalRedis
 from mlx_serving.common.states import JobState
 from mlx_serving.common.tenancy import Tenancy
-from mlx_serving.producer.batch.api import Batches
 from tests.support.bulk_files import simulated_line, write_lines
 from tests.support.helpers import wait_until
 from tests.support.paths import ROOT
@@ -153,7 +152,7 @@ class TestTheWholePath:
         assert [denied for denied in denials(admin) if denied not in HARMLESS] == []
 
     def test_a_bulk_file(self, server: LocalRedis, admin: redis.Redis, tmp_path: Path) -> None:
-        batches = Batches(quick_settings(url_of(server, "producer")))
+        batches = Client(settings=quick_settings(url_of(server, "producer"))).batches
         path = write_lines(tmp_path / "in.jsonl", map(simulated_line, range(1, 6)))
         batch = batches.submit(path, start=False)
         with InProcessWorker(url_of(server, "worker"), rate=200):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from mlx_serving.common.protocol.calls import Blame, HeldRows, crash
+from mlx_serving.common.protocol.fields import JobField
 from tests.support.helpers import wait_until
 from tests.support.protocol_driver import LANES, QUEUE, Attempt, Driver
 
@@ -51,7 +52,7 @@ def ids(reply: ClaimReply) -> list[str]:
 def begin(driver: Driver, job_id: str = "first", marks: str = FIRST, worker: str = "a") -> None:
     """Have a worker take a job with these marks, whoever else has them."""
     driver.enqueue(job_id, marks=marks)
-    driver.redis.hincrby(driver.keys.job(job_id), "en", -LONG)
+    driver.redis.hincrby(driver.keys.job(job_id), JobField.ENQUEUED_MS, -LONG)
     assert ids(claim(driver, worker)) == [job_id]
 
 
@@ -83,7 +84,7 @@ def test_nobody_waits_longer_than_the_bound(driver: Driver) -> None:
 def test_what_is_old_is_left_to_nobody(driver: Driver) -> None:
     begin(driver)
     driver.enqueue("second", marks=FIRST)
-    driver.redis.hincrby(driver.keys.job("second"), "en", -LONG)
+    driver.redis.hincrby(driver.keys.job("second"), JobField.ENQUEUED_MS, -LONG)
     reply = claim(driver, "b")
     assert (ids(reply), reply.again_ms) == (["second"], 0)
 
@@ -91,7 +92,7 @@ def test_what_is_old_is_left_to_nobody(driver: Driver) -> None:
 def test_a_clock_that_was_set_back_delays_nobody(driver: Driver) -> None:
     begin(driver)
     driver.enqueue("second", marks=FIRST)
-    driver.redis.hincrby(driver.keys.job("second"), "en", 3_600_000)
+    driver.redis.hincrby(driver.keys.job("second"), JobField.ENQUEUED_MS, 3_600_000)
     assert ids(claim(driver, "b")) == ["second"]
 
 
@@ -250,7 +251,7 @@ def test_what_comes_back_is_left_to_nobody(driver: Driver, how: str) -> None:
     if how == "released":
         driver.release(Attempt(job, "a"))
     else:
-        driver.protocol.run(crash("a", [Blame(job.attempt, company=2)]))
+        driver.protocol.run(crash("a", [Blame(job.attempt, max_unproven=2)]))
     assert ids(claim(driver, "b")) == ["second"]
 
 
@@ -258,7 +259,7 @@ def bulk(driver: Driver, *names: str, marks: str = f",{SYSTEM}", **fields: Any) 
     """Lines that have waited longer than anybody leaves them."""
     for name in names:
         driver.enqueue(name, BULK, marks=marks, **fields)
-        driver.redis.hincrby(driver.keys.job(name), "en", -LONG)
+        driver.redis.hincrby(driver.keys.job(name), JobField.ENQUEUED_MS, -LONG)
 
 
 def test_a_bulk_line_of_anothers_beginning_goes_after_others(driver: Driver) -> None:
@@ -279,11 +280,15 @@ def test_a_bulk_line_is_overtaken_for_a_bounded_time(driver: Driver) -> None:
     bulk(driver, "plain0", "plain1", "plain2", marks="")
     bulk(driver, "line2")
     assert ids(claim(driver, "b", most=1)) == ["plain0"]
-    assert [driver.redis.hexists(driver.keys.job(f"line{n}"), "po") for n in range(3)] == [1, 1, 0]
-    first = driver.redis.hget(driver.keys.job("line0"), "po")
+    assert [
+        driver.redis.hexists(driver.keys.job(f"line{n}"), JobField.OVERTAKEN_MS) for n in range(3)
+    ] == [1, 1, 0]
+    first = driver.redis.hget(driver.keys.job("line0"), JobField.OVERTAKEN_MS)
     assert ids(claim(driver, "b", most=1)) == ["plain1"]
-    assert driver.redis.hget(driver.keys.job("line0"), "po") == first, "since the first time"
-    driver.redis.hincrby(driver.keys.job("line0"), "po", -60_000)
+    assert driver.redis.hget(driver.keys.job("line0"), JobField.OVERTAKEN_MS) == first, (
+        "since the first time"
+    )
+    driver.redis.hincrby(driver.keys.job("line0"), JobField.OVERTAKEN_MS, -60_000)
     assert ids(claim(driver, "b", most=1)) == ["line0"]
     assert ids(claim(driver, "b")) == ["line1", "plain2", "line2"], "it has the beginning now"
 

@@ -95,10 +95,12 @@ def test_prompts_from_standard_input_and_wait(
 
 def test_resume_in_the_foreground(run: Run, local_redis: LocalRedis, tmp_path: Path) -> None:
     from mlx_serving.common.settings import load_settings
-    from mlx_serving.producer.batch.api import Batches
+    from mlx_serving.producer.client import Client
 
     path = write_lines(tmp_path / "in.jsonl", map(simulated_line, range(1, 6)))
-    batch = Batches(load_settings(redis__url=local_redis.url)).submit(path, start=False)
+    batch = Client(settings=load_settings(redis__url=local_redis.url)).batches.submit(
+        path, start=False
+    )
     with worker(local_redis):
         assert run("resume", batch.id, "--foreground").stdout.strip() == "completed"
 

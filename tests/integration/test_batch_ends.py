@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -14,9 +15,8 @@ from mlx_serving.common.protocol.keys import Keys
 from mlx_serving.common.redis.local import LocalRedis
 from mlx_serving.common.settings import load_settings
 from mlx_serving.producer.batch import runner as runner_module
-from mlx_serving.producer.batch.api import Batches
 from mlx_serving.producer.batch.registry import Registry
-from mlx_serving.producer.batch.runner import Runner
+from mlx_serving.producer.batch.runner import BulkRunner
 from tests.support.bulk_driver import (
     QUEUE,
     errors,
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     import redis
 
     from mlx_serving.common.settings import Settings
+    from mlx_serving.producer.batch.api import Batches
     from mlx_serving.producer.batch.folder import BatchFolder
 
 
@@ -85,7 +86,8 @@ class TestEnds:
     ) -> None:
         monkeypatch.setattr(runner_module, "AWAY_SECONDS", 0.1)
         with LocalRedis(appendonly="always") as server, server.client() as client:
-            batches = Batches(load_settings(redis__url=server.url))
+            settings = load_settings(redis__url=server.url)
+            batches = Client(settings=settings).batches
             batch = submitted(batches, tmp_path, 30, in_flight=20)
             folder = batches.folder(batch.id)
             with InProcessWorker(server.url, rate=1000):
@@ -94,7 +96,7 @@ class TestEnds:
             server.kill()
             expire(folder)
             ended: list[Any] = []
-            runner = Runner(folder, load_settings(redis__url=server.url))
+            runner = BulkRunner(folder, settings, partial(Client, settings=settings))
             thread = threading.Thread(target=lambda: ended.append(runner.run()))
             thread.start()
             time.sleep(1)
@@ -185,7 +187,7 @@ class TestNames:
         folder = batches.folder(batch.id).path
         folder.rename(tmp_path / "moved")
         assert batches.status(batch.id).id == batch.id
-        with pytest.raises(BatchNotFound, match="lies in"):
+        with pytest.raises(BatchNotFound, match=" is in "):
             batches.folder(batch.id)
         with pytest.raises(BatchNotFound):
             batches.status("batch_none")
@@ -194,14 +196,14 @@ class TestNames:
         self, batches: Batches, tmp_path: Path
     ) -> None:
         batch = submitted(batches, tmp_path, 1)
-        away = Batches(load_settings(redis__url="unix:///nowhere.sock"))
+        away = Client(settings=load_settings(redis__url="unix:///nowhere.sock")).batches
         report = away.report(str(batches.folder(batch.id).path))
         assert (report.batch, report.running) == (batch, False)
         with pytest.raises(QueueUnavailable):
             away.report(batch.id)
 
     def test_without_redis_nothing_is_written(self, tmp_path: Path) -> None:
-        batches = Batches(load_settings(redis__url="unix:///nowhere.sock"))
+        batches = Client(settings=load_settings(redis__url="unix:///nowhere.sock")).batches
         with pytest.raises(QueueUnavailable):
             submitted(batches, tmp_path, 1)
         assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]

@@ -11,7 +11,6 @@ from mlx_serving import Client, InvalidBatch
 from mlx_serving.common.redis.local import LocalRedis
 from mlx_serving.common.settings import load_settings
 from mlx_serving.producer.batch import runner as runner_module
-from mlx_serving.producer.batch.api import Batches
 from mlx_serving.producer.batch.objects import LineError
 from mlx_serving.producer.batch.results import Results
 from mlx_serving.producer.batch.store import JobStore
@@ -35,6 +34,7 @@ if TYPE_CHECKING:
     import redis
 
     from mlx_serving.common.settings import Settings
+    from mlx_serving.producer.batch.api import Batches
 
 
 pytestmark = pytest.mark.usefixtures("quick_batches")
@@ -98,7 +98,7 @@ class TestRun:
     def test_a_line_that_is_refused_at_submit_is_an_error_line(
         self, settings: Settings, local_redis: LocalRedis, tmp_path: Path
     ) -> None:
-        small = Batches(settings.replace(jobs__max_bytes=1024))
+        small = Client(settings=settings.replace(jobs__max_bytes=1024)).batches
         lines = [simulated_line(1), simulated_line(2), simulated_line(3)]
         lines[1]["body"]["messages"][0]["content"] = "x" * 2000
         batch = small.submit(write_lines(tmp_path / "in.jsonl", lines), start=False)
@@ -111,7 +111,7 @@ class TestRun:
     def test_a_job_that_somebody_cancels_is_an_error_line(
         self, settings: Settings, redis_client: redis.Redis, local_redis: LocalRedis, tmp_path: Path
     ) -> None:
-        batches = Batches(settings)
+        batches = Client(settings=settings).batches
         batch = submitted(batches, tmp_path, 2)
         with running(batches, batch), Client(settings=settings) as client:
             first = wait_until(lambda: _first_of_two(redis_client))
@@ -161,7 +161,8 @@ class TestRun:
             line["body"]["model"] = "large"
         path = write_lines(tmp_path / "in.jsonl", lines)
         with LocalRedis() as other, other.client() as client:
-            batches = Batches(settings.replace(redis__by_model={"large": other.url}))
+            split = settings.replace(redis__by_model={"large": other.url})
+            batches = Client(settings=split).batches
             batch = batches.submit(path, start=False)
             with running(batches, batch):
                 wait_until(lambda: client.llen("rq:queue:large:bulk") == 5)
@@ -271,7 +272,7 @@ class TestCrash:
     ) -> None:
         monkeypatch.setattr(runner_module, "AWAY_SECONDS", 0.1)
         with LocalRedis(appendonly="always") as server:
-            batches = Batches(load_settings(redis__url=server.url))
+            batches = Client(settings=load_settings(redis__url=server.url)).batches
             batch = submitted(batches, tmp_path, 300, depth=50)
             with InProcessWorker(server.url, rate=100), running(batches, batch) as ended:
                 out = batches.folder(batch.id).output

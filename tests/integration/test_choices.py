@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from mlx_serving.common.worker_record import WorkerRecord
 from mlx_serving.worker.rq_worker import BatchWorker
 from tests.support.helpers import wait_until
 from tests.support.stepped_worker import (
@@ -152,7 +153,10 @@ def test_they_wait_for_a_worker_that_has_the_rows(
     peer = BatchWorker(["tally:default"], "peer", redis_client)
     peer.enter()
     key = client.keys.worker("peer")
-    redis_client.hset(key, mapping={"kv_tokens_capacity": 1 << 30, "batch_rows": rows})
+    record = WorkerRecord(
+        name="peer", model="tally", capacities={"tally": 1 << 30}, batch_rows=rows
+    )
+    redis_client.hset(key, mapping=dict[Any, Any](record.to_hash()))
     try:
         handle = submit(client, n=65)
         worker.claim()

@@ -58,7 +58,7 @@ def test_what_was_claimed_ahead_of_a_drain_goes_back_in_order_uncharged(
 ) -> None:
     ids = [handle.id for handle in submit(client, ROWS, 99)]
     worker.claim()
-    worker.child.dispatcher.post("drain")
+    worker.child.messages.post("drain")
     worker.child.dispatcher._listen()
     worker.claim()  # takes the reply, and gives the jobs back
     assert worker.held == CLAIM_MOST
@@ -73,15 +73,15 @@ def test_at_the_end_what_is_under_way_is_held_and_so_handed_over(
 ) -> None:
     ids = [handle.id for handle in submit(client, ROWS, 99)]
     worker.claim()
-    runner, manifest = worker.child.runner, worker.child.publisher.manifest
+    runner, inflight = worker.child.runner, worker.child.publisher.inflight
     runner.halted.set()
     if engine == "failed":
         runner.failure = MemoryError()
     worker.child.publisher.start()
     try:
         worker.child.dispatcher._finish()
-        if engine == "failed":  # the parent gives them back: the manifest lists them
-            assert len(manifest._slots) == ROWS
+        if engine == "failed":  # the parent gives them back: the in-flight file lists them
+            assert len(inflight._slots) == ROWS
         else:
             assert driver.listed() == ids
     finally:

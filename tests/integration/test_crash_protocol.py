@@ -8,6 +8,7 @@ import pytest
 
 from mlx_serving.common.protocol import calls
 from mlx_serving.common.protocol.calls import Blame, HeldRows
+from mlx_serving.common.protocol.fields import JobField
 from mlx_serving.common.states import JobState
 from tests.support.protocol_driver import QUEUE, Driver
 
@@ -28,16 +29,16 @@ def claim_all(driver: Driver, *ids: str) -> None:
     assert driver.claimed_ids(most=len(ids)) == list(ids)
 
 
-def suspects(driver: Driver, company: int, *ids: str, **fields: Any) -> None:
+def suspects(driver: Driver, max_unproven: int, *ids: str, **fields: Any) -> None:
     """Leave jobs queued as a crash of their first attempt leaves them."""
     for job_id in ids:
         driver.start(job_id, **fields)
-    crash(driver, *[driver.blame(job_id, 1, company) for job_id in ids])
+    crash(driver, *[driver.blame(job_id, 1, max_unproven) for job_id in ids])
 
 
 def starve(driver: Driver, *ids: str) -> None:
     for job_id in ids:
-        driver.redis.hset(driver.keys.job(job_id), "su", 1)
+        driver.redis.hset(driver.keys.job(job_id), JobField.SUSPECT_SINCE_MS, 1)
 
 
 class TestVerdict:
@@ -56,7 +57,7 @@ class TestVerdict:
         crash(driver, driver.blame("a", 1, 1))
         assert driver.commit(attempt, attempt.row()) == ["FENCED"]
         again = driver.take("w2")
-        assert (again.job.epoch, again.job.seq, again.job.company) == (2, 1, 1)
+        assert (again.job.epoch, again.job.seq, again.job.max_unproven) == (2, 1, 1)
 
     def test_sent_again_it_charges_nobody_twice(self, driver: Driver) -> None:
         claim_all(driver, "a", "b")
@@ -115,10 +116,10 @@ class TestVerdict:
 
     def test_company_never_grows_again(self, driver: Driver) -> None:
         driver.enqueue("a")
-        for epoch, company in enumerate([8, 2, 32], start=1):
+        for epoch, bound in enumerate([8, 2, 32], start=1):
             driver.take()
-            crash(driver, driver.blame("a", epoch, company))
-        assert driver.take().job.company == 2
+            crash(driver, driver.blame("a", epoch, bound))
+        assert driver.take().job.max_unproven == 2
 
 
 class TestCompany:
@@ -140,8 +141,8 @@ class TestCompany:
             (HeldRows(), ["a"]),
             (HeldRows(rows=1, unproven=0), ["b", "c"]),
             (HeldRows(rows=1, unproven=1), ["b", "c"]),
-            (HeldRows(rows=1, unproven=1, company=1), []),
-            (HeldRows(rows=2, unproven=1, company=2), ["b"]),
+            (HeldRows(rows=1, unproven=1, max_unproven=1), []),
+            (HeldRows(rows=2, unproven=1, max_unproven=2), ["b"]),
         ],
     )
     def test_one_that_runs_alone_runs_truly_alone(

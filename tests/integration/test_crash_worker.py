@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from mlx_serving.common.errors import UnsuccessfulJob
 from mlx_serving.common.redis.local import LocalRedis
+from mlx_serving.common.results import UnsuccessfulJob
 from mlx_serving.worker.models.loading import SIMULATED_BYTES
 from tests.support.figures import show
 from tests.support.helpers import wait_until

@@ -11,7 +11,8 @@ from rq.serializers import JSONSerializer
 
 from mlx_serving import AsyncClient, Client
 from mlx_serving.common.job.schema import JOB_FUNCTION, GenerationJob
-from mlx_serving.common.signing import SIGNATURE_FIELD, Signer
+from mlx_serving.common.protocol.fields import SIGNATURE_FIELD
+from mlx_serving.common.signing import Signer
 from mlx_serving.producer.envelope import seal
 from tests.support.helpers import wait_until
 from tests.support.worker_process import (

@@ -14,7 +14,7 @@ from mlx_serving.common.protocol.client import Protocol
 from mlx_serving.common.protocol.keys import Keys
 from mlx_serving.common.redis.local import LocalRedis
 from mlx_serving.worker.delivery.measured_protocol import QueueWatch
-from mlx_serving.worker.status.counters import Measures
+from mlx_serving.worker.status.counters import Counters
 from tests.support.helpers import wait_until
 from tests.support.monitoring import Probe
 from tests.support.worker_process import (
@@ -166,18 +166,18 @@ def test_every_record_on_a_job_names_job_attempt_and_trace(
 def test_a_queue_of_a_foreign_type_hides_no_other(
     settings: Settings, redis_client: redis.Redis
 ) -> None:
-    keys, measures = Keys(), Measures()
+    keys, counters = Keys(), Counters()
     redis_client.set(keys.rq_queue("tally:bulk"), "odd", ex=60)
     with Client(settings=settings) as client:
         (handle,) = submit(client, 1, 5)
     queues = ["tally:bulk", "tally:default"]
-    watch = QueueWatch(Protocol(redis_client, keys), queues, measures)
+    watch = QueueWatch(Protocol(redis_client, keys), queues, counters)
     watch.look()
-    assert list(measures.queues) == ["tally:default"]
-    depth, age = measures.queues["tally:default"]
+    assert list(counters.queues) == ["tally:default"]
+    depth, age = counters.queues["tally:default"]
     assert depth == 1
     assert 0 <= age < 30
     redis_client.delete(keys.rq_queue("tally:default"))
     watch.look()  # not due yet
-    assert measures.queues["tally:default"] == (depth, age)
+    assert counters.queues["tally:default"] == (depth, age)
     assert handle.id

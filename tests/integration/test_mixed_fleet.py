@@ -1,6 +1,7 @@
 """Two protocols in one fleet (DESIGN §2): whatever is deployed first, nothing is lost.
 
-Protocol 3 came with `n`, log probabilities and penalties; an older worker leaves such jobs alone.
+The newer one is invented: producer and newer workers here believe that it came with
+`presence_penalty`. Workers of today's protocol leave such jobs alone.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from mlx_serving.common.job.schema import PROTOCOL
+from mlx_serving.common.job import schema
+from mlx_serving.common.protocol.fields import JobField
+from mlx_serving.common.queues import PROTOCOL
 from tests.support.worker_process import (
     Hacks,
     WorkerProcess,
@@ -34,12 +37,18 @@ pytestmark = [
     ),
 ]
 
-OLD = PROTOCOL - 1
+OLD, NEW = PROTOCOL, PROTOCOL + 1
 NEWER_FIELD: dict[str, Any] = {"presence_penalty": 0.5}
 RATE = 100.0
 
 
-def worker(url: str, name: str, protocol: int = PROTOCOL, rate: float = RATE) -> WorkerProcess:
+@pytest.fixture(autouse=True)
+def newer_producer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have this process submit as a producer of the newer protocol does."""
+    monkeypatch.setattr(schema, "FEATURE_PROTOCOL", dict.fromkeys(NEWER_FIELD, NEW))
+
+
+def worker(url: str, name: str, protocol: int = NEW, rate: float = RATE) -> WorkerProcess:
     hacks = Hacks(protocol=protocol)
     return WorkerProcess(url, name, rate, hacks, worker__drain_seconds=0).serving()
 
@@ -59,7 +68,8 @@ def owners(client: Client, handles: list[JobHandle]) -> set[str | None]:
 
 def touched(raw: redis.Redis, handles: list[JobHandle]) -> set[tuple[Any, ...]]:
     """What a claim changes: state, epoch, owner, seq."""
-    return {tuple(raw.hmget(f"mlxs:job:{h.id}", "st", "ep", "ow", "seq")) for h in handles}
+    names = (JobField.STATE, JobField.EPOCH, JobField.OWNER, JobField.SEQ)
+    return {tuple(raw.hmget(f"mlxs:job:{h.id}", *names)) for h in handles}
 
 
 UNTOUCHED = {(b"queued", b"0", b"", b"0")}
@@ -67,8 +77,9 @@ UNTOUCHED = {(b"queued", b"0", b"", b"0")}
 
 def test_the_newer_jobs_need_the_newer_protocol(client: Client, redis_client: redis.Redis) -> None:
     kinds = [old_jobs(client, 1), new_jobs(client, 1)]
-    needed = [redis_client.hget(f"mlxs:job:{handles[0].id}", "mp") for handles in kinds]
-    assert needed == [b"1", b"%d" % PROTOCOL]
+    name = JobField.MIN_PROTOCOL
+    needed = [redis_client.hget(f"mlxs:job:{handles[0].id}", name) for handles in kinds]
+    assert needed == [b"%d" % OLD, b"%d" % NEW]
 
 
 def test_producers_first(

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from mlx_serving.common.protocol.fields import JobField
 from mlx_serving.common.states import JobState
 
 if TYPE_CHECKING:
@@ -122,12 +123,12 @@ class TestAbandoned:
 
     def test_a_job_that_nobody_listens_to_is_told_to_end(self, driver: Driver) -> None:
         attempt = driver.start("a", abandon_ms=50)
-        driver.redis.hset("mlxs:job:a", "sa", 1)  # it started long ago
+        driver.redis.hset("mlxs:job:a", JobField.STARTED_MS, 1)  # it started long ago
         assert driver.commit_replies(attempt, attempt.row())[0].reason == "abandoned"
 
     def test_a_listener_keeps_it(self, driver: Driver) -> None:
         attempt = driver.start("a", abandon_ms=50)
-        driver.redis.hset("mlxs:job:a", "sa", 1)
+        driver.redis.hset("mlxs:job:a", JobField.STARTED_MS, 1)
         with driver.redis.pubsub(ignore_subscribe_messages=True) as pubsub:
             pubsub.subscribe("mlxs:ch:a")
             pubsub.get_message(timeout=1)
@@ -135,12 +136,12 @@ class TestAbandoned:
 
     def test_it_does_not_overwrite_a_cancel(self, driver: Driver) -> None:
         attempt = driver.start("a", abandon_ms=50)
-        driver.redis.hset("mlxs:job:a", "sa", 1)
+        driver.redis.hset("mlxs:job:a", JobField.STARTED_MS, 1)
         driver.cancel("a", "because")
         assert driver.commit_replies(attempt, attempt.row())[0].reason == "because"
         assert driver.record("a").cancel_reason == "because"
 
     def test_a_job_that_does_not_stream_is_never_abandoned(self, driver: Driver) -> None:
         attempt = driver.start("a", abandon_ms=50, stream=False)
-        driver.redis.hset("mlxs:job:a", "sa", 1)
+        driver.redis.hset("mlxs:job:a", JobField.STARTED_MS, 1)
         assert driver.commit_replies(attempt, attempt.row(publish=False))[0].reason == ""

@@ -159,19 +159,20 @@ def test_a_suspended_fleet_claims_nothing(driver: Driver) -> None:
 )
 def test_fields_that_would_run_or_fetch_something_are_named(driver: Driver, field: str) -> None:
     job = driver.start("a", rq_fields={**rq_fields(), field: "os.system"}).job
-    assert (job.problem, job.data) == (f"forbidden_field:{field}", b"")
+    assert (job.problem, job.problem_field, job.data) == ("forbidden_field", field, b"")
 
 
 def test_a_payload_over_the_limit_is_not_even_sent(driver: Driver) -> None:
     driver.enqueue("a", rq_fields={**rq_fields(), "data": b"x" * 1001})
     (job,) = driver.claim(max_payload_bytes=1000).jobs
-    assert (job.problem, job.data) == ("payload_too_large:data", b"")
+    assert (job.problem, job.problem_field, job.data) == ("payload_too_large", "data", b"")
 
 
 def test_a_job_without_a_payload_is_named(driver: Driver) -> None:
     driver.enqueue("a")
     driver.redis.hdel("rq:job:a", "data")
-    assert driver.take().job.problem == "corrupt_job:data"
+    job = driver.take().job
+    assert (job.problem, job.problem_field) == ("corrupt_job", "data")
 
 
 def test_a_job_that_rqs_own_queue_enqueued_is_adopted(driver: Driver) -> None:

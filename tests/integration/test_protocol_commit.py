@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from mlx_serving.common.protocol.fields import JobField
 from mlx_serving.common.states import JobState
-from tests.support.protocol_driver import QUEUE, Attempt, Driver
+from tests.support.protocol_driver import QUEUE, Attempt, Driver, payload
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -30,8 +31,8 @@ class TestRows:
             rows = [attempt.row(), attempt.row(), attempt.row(publish=False)]
             assert driver.commit(attempt, *rows) == ["OK"] * 3
             heard = [pubsub.get_message(timeout=0.2) for _ in range(3)]
-        assert [m["data"] for m in heard if m] == [row.event for row in rows[:2]]
-        assert driver.protocol.read_events("a") == [row.event for row in rows]
+        assert [m["data"] for m in heard if m] == [payload(row) for row in rows[:2]]
+        assert driver.protocol.read_events("a") == [payload(row) for row in rows]
         assert driver.record("a").seq == 3
 
     def test_a_resend_is_dup_and_publishes_nothing(self, driver: Driver) -> None:
@@ -77,7 +78,7 @@ class TestRows:
         driver.lapse("b")
         driver.redis.delete("mlxs:ev:c")
         driver.redis.set("mlxs:ev:c", "not a stream")
-        driver.redis.hset("mlxs:job:b", "ep", 2)
+        driver.redis.hset("mlxs:job:b", JobField.EPOCH, 2)
         rows = [odd.row(), stolen.row(), good.row(), good.end()]
         assert driver.commit(good, *rows) == ["ERROR", "FENCED", "OK", "OK"]
         assert driver.state("a") == "finished"

@@ -156,7 +156,7 @@ def cancel_after_hand_over(driver: Driver) -> None:
 def die(driver: Driver) -> None:
     attempt = driver.start("a", result_ttl=1, max_attempts=1)
     driver.commit(attempt, attempt.row())
-    blame = calls.Blame(attempt.job.attempt, company=1, alone=True)
+    blame = calls.Blame(attempt.job.attempt, max_unproven=1, alone=True)
     assert driver.protocol.run(calls.crash("w1", [blame])) == [("a", "dead")]
 
 

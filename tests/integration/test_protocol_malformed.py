@@ -9,6 +9,7 @@ import redis
 
 from mlx_serving.common.attempts import new_nonce
 from mlx_serving.common.protocol import calls
+from mlx_serving.common.protocol.fields import JobField
 from mlx_serving.common.states import JobState
 from tests.support.helpers import wait_until
 from tests.support.protocol_driver import LANES, QUEUE, Attempt, Driver
@@ -51,16 +52,16 @@ def gone(driver: Driver) -> None:
 
 ODDITIES = {
     "control hash of wrong type": wrong_type("mlxs:job:odd"),
-    "control hash without state": field("st", None),
-    "control hash with an unknown state": field("st", "sleeping"),
-    "control hash without queue": field("q", None),
-    "epoch is no number": field("ep", "x"),
-    "seq is no number": field("seq", "1.5"),
-    "seq is missing": field("seq", None),
-    "attempts is no number": field("at", "many"),
-    "deadline is no number": field("dl", "soon"),
-    "ttl is negative": field("ttl", "-3"),
-    "start time is no number": field("sa", "then"),
+    "control hash without state": field(JobField.STATE, None),
+    "control hash with an unknown state": field(JobField.STATE, "sleeping"),
+    "control hash without queue": field(JobField.QUEUE, None),
+    "epoch is no number": field(JobField.EPOCH, "x"),
+    "seq is no number": field(JobField.SEQ, "1.5"),
+    "seq is missing": field(JobField.SEQ, None),
+    "attempts is no number": field(JobField.CRASHES, "many"),
+    "deadline is no number": field(JobField.DEADLINE_MS, "soon"),
+    "ttl is negative": field(JobField.RESULT_TTL, "-3"),
+    "start time is no number": field(JobField.STARTED_MS, "then"),
     "RQ hash of wrong type": wrong_type("rq:job:odd"),
     "events of wrong type": wrong_type("mlxs:ev:odd"),
     "events ahead of the hash": ahead,
@@ -83,7 +84,7 @@ def end_what_is_left(driver: Driver) -> None:
     """Run the jobs, where they still can, until they are dead at the latest."""
     for _ in range(8):
         for job in driver.claim("w9").jobs:
-            blame = calls.Blame(job.attempt, company=1, alone=True)
+            blame = calls.Blame(job.attempt, max_unproven=1, alone=True)
             driver.protocol.run(calls.crash("w9", [blame]))
         driver.reap()
         candidates = driver.indexed()
@@ -190,7 +191,7 @@ def test_a_wrong_type_of_rqs_set_of_queues_does_not_stop_the_reaper(driver: Driv
 
 def test_one_that_can_be_read_ends_as_failed_with_an_end_event(driver: Driver) -> None:
     driver.enqueue("odd")
-    field("ep", "x")(driver)
+    field(JobField.EPOCH, "x")(driver)
     assert driver.claim().dropped == ["odd"]
     record = driver.record("odd")
     assert (record.state.value, record.error_code) == ("failed", "corrupt_job")

@@ -9,6 +9,7 @@ import pytest
 from mlx_serving.common.attempts import Attempt as Name
 from mlx_serving.common.attempts import new_nonce
 from mlx_serving.common.protocol import calls
+from mlx_serving.common.protocol.fields import JobField
 from tests.support.protocol_driver import QUEUE, Attempt, Driver
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ def claimed_twice(driver: Driver) -> tuple[Attempt, Attempt]:
     forget(driver, before)
     new = driver.take()
     assert (old.job.epoch, old.worker) == (new.job.epoch, new.worker)
-    assert old.job.request_id != new.job.request_id
+    assert old.job.attempt != new.job.attempt
     return old, new
 
 
@@ -60,7 +61,7 @@ class TestForgottenClaim:
 
     def test_a_late_verdict_on_it_is_too_late(self, driver: Driver) -> None:
         old, new = claimed_twice(driver)
-        blame = calls.Blame(old.job.attempt, company=1, alone=True)
+        blame = calls.Blame(old.job.attempt, max_unproven=1, alone=True)
         assert driver.protocol.run(calls.crash("w1", [blame])) == [("a", "gone")]
         assert (driver.state("a"), driver.record("a").attempts) == ("running", 0)
         assert driver.commit(new, new.row()) == ["OK"]
@@ -69,11 +70,11 @@ class TestForgottenClaim:
         """The job was charged under that epoch before Redis forgot: that was another attempt."""
         driver.enqueue("a")
         first = driver.take()
-        driver.protocol.run(calls.crash("w1", [calls.Blame(first.job.attempt, company=2)]))
-        driver.redis.hset(driver.keys.job("a"), "ep", 0)
+        driver.protocol.run(calls.crash("w1", [calls.Blame(first.job.attempt, max_unproven=2)]))
+        driver.redis.hset(driver.keys.job("a"), JobField.EPOCH, 0)
         second = driver.take()
         driver.release(second)
-        blame = calls.Blame(second.job.attempt, company=2)
+        blame = calls.Blame(second.job.attempt, max_unproven=2)
         assert driver.protocol.run(calls.crash("w1", [blame])) == [("a", "charged")]
         assert driver.record("a").attempts == 2
 
@@ -97,7 +98,7 @@ class TestOtherAttempts:
         first = driver.start("a")
         driver.release(first)
         driver.take()
-        blame = calls.Blame(first.job.attempt, company=1, alone=True)
+        blame = calls.Blame(first.job.attempt, max_unproven=1, alone=True)
         assert driver.protocol.run(calls.crash("w1", [blame])) == [("a", "gone")]
         assert driver.state("a") == "running"
 
@@ -247,8 +248,8 @@ def test_a_job_without_a_nonce_is_nobodys(
 ) -> None:
     del settled_redis
     attempt = driver.start("a")
-    driver.redis.hdel(driver.keys.job("a"), "no")
-    blame = calls.Blame(attempt.job.attempt, company=1)
+    driver.redis.hdel(driver.keys.job("a"), JobField.NONCE)
+    blame = calls.Blame(attempt.job.attempt, max_unproven=1)
     outcome: Callable[[], object] = {
         "renew": lambda: driver.renew(attempt).status,
         "release": lambda: driver.release(attempt)[0],

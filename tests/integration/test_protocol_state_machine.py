@@ -21,7 +21,7 @@ from hypothesis.stateful import (
 
 from mlx_serving.common.protocol import calls
 from mlx_serving.common.states import TERMINAL, JobState, can_move
-from tests.support.protocol_driver import QUEUE, Attempt, Driver
+from tests.support.protocol_driver import QUEUE, Attempt, Driver, payload
 
 if TYPE_CHECKING:
     import redis
@@ -50,7 +50,7 @@ class Model:
     charged: int = 0
     charged_epoch: int = 0
     epoch: int = 0
-    company: int = 0  # the most rows that a claim may take together with it; 0: any
+    max_unproven: int = 0  # the most rows that a claim may take together with it; 0: any
     flagged: bool = False
     payloads: list[bytes] = field(default_factory=list)
 
@@ -87,23 +87,23 @@ class ProtocolMachine(RuleBasedStateMachine):
         for job in reply.jobs:
             model = self.jobs[job.job_id]
             assert job.seq == model.seq
-            assert (job.epoch, job.company) == (model.epoch + 1, model.company)
+            assert (job.epoch, job.max_unproven) == (model.epoch + 1, model.max_unproven)
             model.state, model.owner = JobState.RUNNING, Attempt(job, worker)
             model.epoch = job.epoch
             self.attempts.append(model.owner)
 
     def _claimable(self, most: int) -> list[str]:
-        """What an empty worker gets: suspects of a crash only in small company."""
+        """What an empty worker gets: suspects of a crash only in small max_unproven."""
         taken: list[str] = []
-        company = ANY
+        max_unproven = ANY
         for job_id in self.list:
-            if len(taken) >= most or len(taken) >= company:
+            if len(taken) >= most or len(taken) >= max_unproven:
                 break
-            own = self.jobs[job_id].company or ANY
-            if taken and (own == 1 or len(taken) >= min(company, own)):
+            own = self.jobs[job_id].max_unproven or ANY
+            if taken and (own == 1 or len(taken) >= min(max_unproven, own)):
                 continue
             taken.append(job_id)
-            company = min(company, own)
+            max_unproven = min(max_unproven, own)
         return taken
 
     def _owns(self, attempt: Attempt) -> Model | None:
@@ -122,7 +122,7 @@ class ProtocolMachine(RuleBasedStateMachine):
         self.flushes.append((attempt, rows))
         if model:
             model.seq += len(rows)
-            model.payloads += [row.event for row in rows]
+            model.payloads += [payload(row) for row in rows]
             if end:
                 model.state, model.owner = end, None
 
@@ -200,39 +200,39 @@ class ProtocolMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.attempts)
     @rule(
         worker=st.sampled_from(["w1", "w2"]),
-        company=st.integers(0, 3),
+        max_unproven=st.integers(0, 3),
         alone=st.booleans(),
         stale=picks,
     )
-    def crash(self, worker: str, company: int, alone: bool, stale: int) -> None:  # noqa: FBT001
+    def crash(self, worker: str, max_unproven: int, alone: bool, stale: int) -> None:  # noqa: FBT001
         """A parent's verdict on all that its child held, and, too late, on something else."""
         held = [a for a in self.attempts if a.worker == worker and self._owns(a)]
         extra = self.attempts[stale % len(self.attempts)]
         blamed = held if extra in held else [*held, extra]
-        blames = [calls.Blame(a.job.attempt, company, alone) for a in blamed]
+        blames = [calls.Blame(a.job.attempt, max_unproven, alone) for a in blamed]
         outcomes = self.driver.protocol.run(calls.crash(worker, blames))
         assert [job_id for job_id, _ in outcomes] == [a.job.job_id for a in reversed(blamed)]
         for attempt, (_, outcome) in zip(reversed(blamed), outcomes, strict=True):
-            assert outcome == self._settle(attempt, company, mine=attempt in held, alone=alone)
+            assert outcome == self._settle(attempt, max_unproven, mine=attempt in held, alone=alone)
 
-    def _settle(self, attempt: Attempt, company: int, *, mine: bool, alone: bool) -> str:
+    def _settle(self, attempt: Attempt, max_unproven: int, *, mine: bool, alone: bool) -> str:
         job_id, epoch = attempt.job.job_id, attempt.job.epoch
         model = self.jobs[job_id]
-        reaped = model.state is JobState.QUEUED and company and model.charged_epoch != epoch
+        reaped = model.state is JobState.QUEUED and max_unproven and model.charged_epoch != epoch
         if model.epoch != epoch or not (mine or reaped):
             return "gone"
         if mine and model.flagged:
             self._ended_by_script(job_id, JobState.CANCELLED)
             return "cancelled"
-        if company:
+        if max_unproven:
             model.charged, model.charged_epoch = model.charged + 1, epoch
-            model.company = min(model.company or ANY, company)
-        if mine and company and alone and model.charged >= model.max_attempts:
+            model.max_unproven = min(model.max_unproven or ANY, max_unproven)
+        if mine and max_unproven and alone and model.charged >= model.max_attempts:
             self._ended_by_script(job_id, JobState.DEAD)
             return "dead"
         if mine:
             self._back(job_id)
-        return "charged" if company else "requeued"
+        return "charged" if max_unproven else "requeued"
 
     @precondition(lambda self: self.list)
     @rule()

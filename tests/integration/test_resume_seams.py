@@ -140,7 +140,7 @@ def test_a_cut_between_the_last_tokens_event_and_the_end_event(
     worker.claim().decode(len(expected[0]) - 1)
     worker.step(2)
     *rows, end = worker.rows()
-    assert end.state is not None
+    assert end.end is not None
     call = calls.commit(worker.name, rows, lease_ms=30_000)
     assert {reply.status for reply in worker.child.protocol.run(call)} == {"OK"}
     worker.leave(how)

@@ -40,12 +40,12 @@ class ModelsWorker(InProcessWorker):
         super().__init__(url, name, 200.0, others, **(budget | more))
 
     def loads(self, model: str) -> int:
-        counts, _ = self.child.measures.read()
+        counts, _ = self.child.counters.read()
         return int(counts.get("model_loads", {}).get(model, 0))
 
     @property
     def resident(self) -> tuple[str, ...]:
-        return self.child.residents.resident()
+        return self.child.loaded_models.resident()
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ def test_an_idle_worker_brings_up_what_is_waited_for(client: Client, worker: Mod
 def test_each_job_is_decoded_by_its_own_model(client: Client, settled_redis: LocalRedis) -> None:
     with ModelsWorker(settled_redis.url, "w1", "big", room=2) as worker:
         wait_until(lambda: worker.resident == ("tally", "big"))
-        engine = worker.child.residents.get("big")
+        engine = worker.child.loaded_models.get("big")
         assert engine is not None
         revision = replace(engine.engine.model_info, revision="of big")
         engine.engine.model_info = revision  # type: ignore[misc]

@@ -247,7 +247,7 @@ class TestSets:
             driver.lapse("a")
             driver.reap()
         elif way == "dead":
-            blame = calls.Blame(attempt.job.attempt, company=1, alone=True)
+            blame = calls.Blame(attempt.job.attempt, max_unproven=1, alone=True)
             driver.protocol.run(calls.crash("w1", [blame]))
         elif way == "stock cancel":
             driver.redis.hset("rq:job:a", "status", "canceled")

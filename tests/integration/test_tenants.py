@@ -13,7 +13,6 @@ from mlx_serving.cli.main import app
 from mlx_serving.common.errors import InvalidSettings
 from mlx_serving.common.redis.connection import resolve
 from mlx_serving.common.tenancy import Tenancy
-from mlx_serving.producer.batch.api import Batches
 from mlx_serving.producer.batch.feeder import Feeder
 from mlx_serving.worker.delivery.sweeper import Sweeper
 from tests.support.bulk_driver import make_quick, output, submitted
@@ -103,7 +102,7 @@ def test_a_bulk_file_waits_at_the_limit_and_fails_no_line(
 ) -> None:
     make_quick(monkeypatch)
     tenancy.limit("acme", {"queued": 20, "running": 8})
-    batches = Batches(settings)
+    batches = Client(settings=settings).batches
     batch = submitted(batches, tmp_path, 200, tenant="acme")
     seen: list[int] = []
     feed = Feeder.feed

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from mlx_serving.common.protocol.fields import JobField
 from mlx_serving.worker.delivery import holdings
 from tests.support.helpers import wait_until
 from tests.support.worker_process import (
@@ -71,7 +72,7 @@ class TestCancel:
         """The flag is in the control hash; pub/sub only speeds it up."""
         (handle,) = submit(client, 1, 5000)
         wait_until_decoded(client, [handle])
-        driver.redis.hset(f"mlxs:job:{handle.id}", "ca", "because")
+        driver.redis.hset(f"mlxs:job:{handle.id}", JobField.CANCEL_REASON, "because")
         result = client.result(handle.id, timeout=2)
         assert result.error is not None
         assert (result.state.value, result.error.message) == ("cancelled", "because")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from mlx_serving.common.worker_record import WorkerRecord
 from mlx_serving.worker.status.conditions import Conditions, Rules
-from mlx_serving.worker.status.presence import FACTS, NUMBERS
 from tests.support.helpers import wait_until
 from tests.support.monitoring import Probe
 from tests.support.worker_fakes import FakeProbe
@@ -128,7 +129,7 @@ def test_a_worker_says_what_it_is(
         wait_until(lambda: said(redis_client, "w").get("rows") == "3")
         wait_until(lambda: float(said(redis_client, "w")["tokens_per_second"]) > 50)
         told = said(redis_client, "w")
-        assert set(told) == {*FACTS, *NUMBERS}
+        assert set(told) == {field.name for field in fields(WorkerRecord)} - {"name"}
         assert told["kv_tokens_used"] != "0"
         assert int(told["lease_age_ms"]) < 2000
         assert 0 < redis_client.ttl("mlxs:worker:w") <= 30

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from mlx_serving import Client
-from mlx_serving.common.job.schema import JOB_FUNCTION, PROTOCOL
+from mlx_serving.common.job.schema import JOB_FUNCTION
+from mlx_serving.common.protocol.fields import JobField
+from mlx_serving.common.queues import PROTOCOL
 from tests.support.helpers import wait_until
 from tests.support.protocol_driver import Driver, rq_fields
 from tests.support.worker_process import (
@@ -119,7 +121,7 @@ class TestRefused:
         driver.redis.set("rq:suspended", 1)
         wait_until(lambda: driver.redis.hget("rq:worker:local", "state") == b"suspended")
         driver.enqueue("odd", max_attempts=1, rq_fields=rq_fields() | {"data": call(GOOD)})
-        driver.redis.hset("mlxs:job:odd", "seq", 2)
+        driver.redis.hset("mlxs:job:odd", JobField.SEQ, 2)
         if oddity == "not an event":
             driver.redis.xadd("mlxs:ev:odd", {"e": "no JSON"}, id="1-0")
         elif oddity == "another seq":

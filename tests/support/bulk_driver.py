@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from mlx_serving.producer.batch import runner as runner_module
-from mlx_serving.producer.batch.runner import Runner
+from mlx_serving.producer.batch.runner import BulkRunner
 from tests.support.bulk_files import read_jsonl, simulated_line, write_lines
 
 if TYPE_CHECKING:
@@ -68,9 +68,9 @@ def running(batches: Batches, batch: Batch) -> Iterator[list[Batch]]:
 def run_and_crash(batches: Batches, batch: Batch, turn: int, *, before: bool = False) -> None:
     """Run a batch until the runner dies in its nth turn, before or after what the turn does."""
     turns = iter(range(1, 1 << 30))
-    real = Runner._turn
+    real = BulkRunner._turn
 
-    def dying(self: Runner, results: Any) -> int:
+    def dying(self: BulkRunner, results: Any) -> int:
         last = next(turns) == turn
         if last and before:
             raise Crash
@@ -80,6 +80,6 @@ def run_and_crash(batches: Batches, batch: Batch, turn: int, *, before: bool = F
         return moved
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Runner, "_turn", dying)
+        patch.setattr(BulkRunner, "_turn", dying)
         with pytest.raises(Crash):
             batches.run(batch.id)

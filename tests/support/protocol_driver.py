@@ -67,17 +67,20 @@ class Attempt:
             seq = self.seq = self.seq + 1
         delta = events.ChoiceDelta(0, text, [seq])
         event = events.tokens_event(attempt=self.job.epoch, seq=seq, choices=[delta])
-        return calls.CommitRow(self.job.attempt, seq, events.encode(event), publish=publish)
+        return calls.CommitRow.of(self.job.attempt, event, publish=publish)
 
     def end(self, state: JobState = JobState.FINISHED, seq: int | None = None) -> CommitRow:
         """Build the row that ends the job."""
         if seq is None:
             seq = self.seq = self.seq + 1
         event = events.end_event(attempt=self.job.epoch, seq=seq, state=state)
-        return calls.CommitRow(
-            self.job.attempt, seq, events.encode(event), state=state,
-            result=b'{"v":1,"id":"x","state":"finished"}', rq_result=b"e30=",
-        )  # fmt: skip
+        end = calls.JobEnd(state, b'{"v":1,"id":"x","state":"finished"}', rq_result=b"e30=")
+        return calls.CommitRow.of(self.job.attempt, event, end=end)
+
+
+def payload(row: CommitRow) -> bytes:
+    """The event of a row, as consumers get it."""
+    return events.opening(b"%d" % row.attempt.epoch, b"%d" % row.seq) + row.body
 
 
 def _text(raw: Any) -> str:
@@ -103,15 +106,15 @@ class Driver:
             "capacity_tokens": LUA_CAPACITY, "max_payload_bytes": 1 << 20,
         }  # fmt: skip
         reply = self.protocol.run(calls.claim(worker, queues, **(options | given)))
-        self._nonces |= {(job.job_id, job.epoch): job.nonce for job in reply.jobs}
+        self._nonces |= {(job.job_id, job.epoch): job.attempt.nonce for job in reply.jobs}
         return reply
 
     def blame(
-        self, job_id: str, epoch: int, company: int = 0, *, alone: bool = False
+        self, job_id: str, epoch: int, max_unproven: int = 0, *, alone: bool = False
     ) -> calls.Blame:
         """What a crash says of an attempt that was claimed here, or of one that nobody knows."""
         nonce = self._nonces.get((job_id, epoch), "unknown")
-        return calls.Blame(attempts.Attempt(job_id, epoch, nonce), company, alone)
+        return calls.Blame(attempts.Attempt(job_id, epoch, nonce), max_unproven, alone)
 
     def claimed_ids(self, worker: str = "w1", **given: Any) -> list[str]:
         return [job.job_id for job in self.claim(worker, **given).jobs]

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from mlx_serving.common.job.schema import Lane
+from mlx_serving.common.queues import Lane
 from mlx_serving.worker.engine.row import Phase, Request, Row, SamplingParams
 from mlx_serving.worker.engine.scheduling.limits import BatchSize, SchedulerLimits
 from mlx_serving.worker.engine.scheduling.scheduler import Scheduler

@@ -69,14 +69,8 @@ class Row:
         self._write(event, state, results.encode_result(result))
 
     def _write(self, event: Event, state: JobState | None = None, result: bytes = b"") -> None:
-        row = calls.CommitRow(
-            self.job.attempt,
-            event.seq,
-            events.encode(event),
-            publish=self.job.stream,
-            state=state,
-            result=result,
-        )
+        end = calls.JobEnd(state, result) if state else None
+        row = calls.CommitRow.of(self.job.attempt, event, publish=self.job.stream, end=end)
         call = calls.commit(self.worker.name, [row], lease_ms=LEASE_MS)
         (reply,) = self.worker.protocol.run(call)
         assert reply.status == "OK", reply

@@ -58,7 +58,7 @@ class SteppedWorker:
         self.name = name
         self.child = Child(ChildSpec(settings, "tally", name, EngineSpec("simulated")))
         self._encode, self._plan = encode, plan
-        self._engines = self.child.runner.engine = self.child.residents.engines
+        self._engines = self.child.runner.engine = self.child.loaded_models.engines
         self.use(engine)
 
     def __enter__(self) -> Self:
@@ -71,7 +71,9 @@ class SteppedWorker:
     def use(self, engine: Engine) -> None:
         """Have this engine from now on."""
         self.engine = engine
-        self.child.residents.put("tally", LoadedModel(engine, self._encode, self._plan, unspelled))
+        self.child.loaded_models.put(
+            "tally", LoadedModel(engine, self._encode, self._plan, unspelled)
+        )
 
     def claim(self) -> Self:
         self.child.dispatcher._claim()

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from mlx_serving.common import events
-from mlx_serving.common.protocol.calls import Call, ClaimedJob, RowReply
+from mlx_serving.common.attempts import Attempt
+from mlx_serving.common.protocol.calls import Call, ClaimedJob, RowReply, WireRow, payloads
+from mlx_serving.common.protocol.fields import EntryField
 from mlx_serving.worker.delivery.held import HeldJob
 from mlx_serving.worker.engine.row import ModelInfo, Output
 
@@ -25,9 +27,10 @@ MODEL = ModelInfo("m", "r1", "h1", 100, frozenset({0}))
 
 def claim_of(job_id: str = "a", **fields: Any) -> ClaimedJob:
     given: dict[str, Any] = {
-        "job_id": job_id, "queue": "tally:default", "epoch": 1, "seq": 0, "data": b"",
-        "problem": "", "deadline_ms": 0, "timeout_ms": 0, "stream": True, "result_ttl": 60,
-        "enqueued_ms": 1, "started_ms": 2, "first_token_ms": 0, "now_ms": 2, "nonce": "0f",
+        "attempt": Attempt(job_id, fields.pop("epoch", 1), fields.pop("nonce", "0f")),
+        "queue": "tally:default", "seq": 0, "data": b"", "deadline_ms": 0, "timeout_ms": 0,
+        "stream": True, "result_ttl": 60, "enqueued_ms": 1, "started_ms": 2, "first_token_ms": 0,
+        "now_ms": 2,
     }  # fmt: skip
     return ClaimedJob(**(given | fields))
 
@@ -50,10 +53,16 @@ def output(
     return Output(job.request_id, choice, list(tokens), text, reason, prompt_tokens=3)
 
 
-def commit_rows(call: Call[Any]) -> list[list[Any]]:
-    """The rows of a commit: id, epoch, nonce, seq, publish, event, and the end's fields."""
-    rows: list[list[Any]] = msgspec.msgpack.decode(call.arguments[3])  # type: ignore[arg-type]
-    return rows
+def commit_rows(call: Call[Any]) -> list[WireRow]:
+    """The rows of a commit, as its script gets them."""
+    return msgspec.msgpack.decode(call.arguments[3], type=list[WireRow])  # type: ignore[arg-type]
+
+
+def payload_of(row: WireRow) -> bytes:
+    """The event that a row writes, as consumers read it."""
+    entry = {EntryField.ATTEMPT: row.epoch, row.form: row.body}
+    fields = {name.encode(): text.encode() for name, text in entry.items()}
+    return payloads([(b"%d-0" % row.seq, fields)])[0]
 
 
 class FakeProtocol:
@@ -61,7 +70,7 @@ class FakeProtocol:
 
     def __init__(self) -> None:
         self.commits: list[list[tuple[str, events.Event, bool]]] = []
-        self.sent: list[tuple[Any, ...]] = []
+        self.sent: list[list[WireRow]] = []
         self.renewals: list[list[str]] = []
         self.faults: list[Exception] = []
         self.answers: dict[str, RowReply] = {}
@@ -76,10 +85,10 @@ class FakeProtocol:
             return self._renew(call.arguments[2:])
         assert call.script == "commit"
         rows = commit_rows(call)
-        self.sent.append(tuple(map(tuple, rows)))
+        self.sent.append(rows)
         if self.faults:
             raise self.faults.pop(0)
-        decoded = [(str(r[0]), events.decode(r[5].encode()), bool(r[4])) for r in rows]
+        decoded = [(r.job_id, events.decode(payload_of(r)), r.publish) for r in rows]
         self.commits.append(decoded)
         return [self.answers.get(job_id, RowReply("OK")) for job_id, _, _ in decoded]
 

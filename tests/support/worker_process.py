@@ -320,7 +320,7 @@ class InProcessWorker:
 
     def drain(self, *, at_once: bool = True) -> int:
         """Drain; returns the exit status."""
-        self.child.dispatcher.post("hand_over" if at_once else "drain", "")
+        self.child.messages.post("hand_over" if at_once else "drain", "")
         return self.exit_status()
 
     def exit_status(self, timeout: float = 20) -> int:

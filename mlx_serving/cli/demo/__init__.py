@@ -1,1 +1,1 @@
-"""`mlx-serving demo`: eight jobs side by side out of one batch, each answer checked."""
+"""`mlx-serving demo`: eight jobs side by side from one batch, each answer checked."""

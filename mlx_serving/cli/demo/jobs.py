@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 from mlx_serving.cli.demo.measure import called
-from mlx_serving.tally.tasks import Example, ask, check, tool_schema
+from mlx_serving.tally.examples import Example, ask, check
+from mlx_serving.tally.two_turns import tool_schema
 
 if TYPE_CHECKING:
     from mlx_serving.common.results import GenerationResult, ToolCallResult
@@ -58,7 +59,7 @@ class DemoJob:
         }
 
     def next_turn(self, result: GenerationResult) -> dict[str, Any] | None:
-        """Fields of the job that carries the tools' replies back; None where none was called."""
+        """Fields of the job that carries the tools' replies back; None if no tool was called."""
         calls = [call for call in result.tool_calls if _shown(call) in self.replies]
         if not calls:
             return None
@@ -73,7 +74,7 @@ class DemoJob:
         return {**self.fields(), "messages": [*self.example.messages, result.message, *replies]}
 
     def is_right(self, text: str) -> bool:
-        """Whether the text, calls included, is a right answer to this job."""
+        """Whether the text, with its tool calls, is a right answer to this job."""
         return check(self.example, text.removeprefix("".join(self.replies)))
 
 
@@ -111,7 +112,7 @@ _SECOND_TURN = Example(
     "count from 5 to 12\nreverse that",
 )
 
-# Every one has a seed, so that a run shows the same tokens as the last one on this machine.
+# Each has a seed, so that every run on this machine shows the same tokens.
 DEMO_JOBS: Final = (
     DemoJob(_COUNT_UP),
     DemoJob(_COUNT_DOWN, {"temperature": 0.7, "min_p": 0.2, "seed": 1}),

@@ -1,4 +1,4 @@
-"""What a consumer measures of the streams: time to first token, gaps, tokens a second."""
+"""What a consumer measures: time to first token, gaps between deliveries, tokens a second."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ if TYPE_CHECKING:
 
 
 def called(name: str, arguments: str) -> str:
-    """A tool call as the demo shows it, before the answer that comes of it."""
+    """A tool call as the demo shows it, before the answer to its reply."""
     return f"{name}({arguments}) → "
 
 
 def shown(event: Event) -> str:
-    """What an event adds to the text of a stream: calls, then text."""
+    """What an event adds to a stream's text: tool calls, then text."""
     calls = [call for choice in event.choices for call in choice.tool_calls or ()]
     functions = [call.function for call in calls if call.function is not None]
     return "".join(called(f.name or "", f.arguments) for f in functions) + event.text
@@ -37,7 +37,7 @@ class Track:
     deliveries: list[tuple[float, int]] = field(default_factory=list)  # gap in seconds, tokens
 
     def add(self, event: Event, now_s: float) -> None:
-        """Take one event that arrived now."""
+        """Add an event that arrived now."""
         self.state = event.state or "running"
         self.text += shown(event)
         count = sum(len(choice.token_ids) for choice in event.choices)
@@ -73,7 +73,7 @@ class Figures:
 
 
 def figures(tracks: Sequence[Track]) -> Figures:
-    """Add the streams up."""
+    """Sum the streams up."""
     ends = [t.last_token_s for t in tracks if t.last_token_s is not None]
     began = min((t.submitted_s for t in tracks), default=0.0)
     gaps = [(gap, count) for t in tracks for gap, count in t.deliveries]

@@ -1,4 +1,4 @@
-"""The demo's worker: a process of its own, which is gone when the demo is."""
+"""The demo's worker: a process of its own, which ends with the demo."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final, NoReturn
 
 import redis
 
-from mlx_serving.cli.overview import WorkerView, read_worker
+from mlx_serving.cli.overview import read_worker
 from mlx_serving.common.errors import EngineError
 from mlx_serving.common.interpreter import spawn_context
 from mlx_serving.common.redis.connection import connect, resolve
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from types import FrameType
 
     from mlx_serving.common.settings import Settings
+    from mlx_serving.common.worker_record import WorkerRecord
     from mlx_serving.worker.models.loading import EngineSpec
 
 POLL_SECONDS: Final = 0.05
@@ -33,7 +34,7 @@ ENDING_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 @contextmanager
 def orderly_signals() -> Iterator[None]:
-    """Let the first ending signal unwind the stack, and no later one disturb the clean-up."""
+    """Unwind the stack at the first signal to end; ignore later ones during the clean-up."""
 
     def unwind(number: int, _frame: FrameType | None) -> NoReturn:
         for each in ENDING_SIGNALS:
@@ -50,7 +51,7 @@ def orderly_signals() -> Iterator[None]:
 
 @contextmanager
 def _signals_held() -> Iterator[None]:
-    """Let an ending signal wait: a process half told what to run ends with a traceback.
+    """Defer signals to end: a process that is being started would end with a traceback.
 
     Blocking them would not do: a signal goes to any thread that takes it, and runs in this one.
     """
@@ -104,19 +105,19 @@ class DemoWorker:
             signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
     def stop(self) -> None:
-        """Drain it, or kill it where that takes too long; idempotent."""
+        """Drain it, or kill it if that takes too long; idempotent."""
         if self._process.pid is None:
             return
         self._process.terminate()
         self._process.join(STOP_SECONDS)
-        if self._process.is_alive():  # hung: no hand-over is worth waiting for
+        if self._process.is_alive():  # hung: don't wait for a hand-over
             self._process.kill()
             self._process.join()
             if self._child_pid is not None:
                 with suppress(ProcessLookupError):
                     os.kill(self._child_pid, signal.SIGKILL)
 
-    def wait_until_ready(self, seconds: float) -> WorkerView:
+    def wait_until_ready(self, seconds: float) -> WorkerRecord:
         """Wait until the engine is loaded and the worker has registered.
 
         Raises:
@@ -143,7 +144,7 @@ class DemoWorker:
         lines = self._log.read_text(encoding="utf-8", errors="replace").splitlines()
         return "\n".join(lines[-LOG_LINES:])
 
-    def _look(self, client: redis.Redis) -> WorkerView | None:
+    def _look(self, client: redis.Redis) -> WorkerRecord | None:
         try:
             return read_worker(client, self._endpoint.keys, self.name)
         except redis.RedisError as error:

@@ -1,4 +1,4 @@
-"""Runs the demo: private Redis, one worker, eight streams, their check and their figures."""
+"""Runs the demo: private Redis, one worker, eight streams; checks and measures them."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ if TYPE_CHECKING:
 
     from mlx_serving.cli.demo.jobs import DemoJob
     from mlx_serving.cli.demo.view import LineView, TableView
-    from mlx_serving.cli.overview import WorkerView
     from mlx_serving.common.settings import Settings
+    from mlx_serving.common.worker_record import WorkerRecord
     from mlx_serving.producer.handles import AsyncJobHandle
 
 
 def run_demo(timeout_s: float, jobs: Sequence[DemoJob] = DEMO_JOBS) -> int:
-    """Run it all; returns 0 where every answer is right, else 1.
+    """Run the demo; return 0 if every answer is right, else 1.
 
     Raises:
         MissingDependency: no redis-server, or no engine.
@@ -42,7 +42,7 @@ def run_demo(timeout_s: float, jobs: Sequence[DemoJob] = DEMO_JOBS) -> int:
     """
     server = LocalRedis()
     with orderly_signals(), ExitStack() as ending:
-        ending.callback(server.stop)  # before the start: a signal may come in its middle
+        ending.callback(server.stop)  # before the start, because a signal may come during it
         server.start()
         settings = private_settings(server)
         spec = engine_spec(settings, MODEL)
@@ -59,7 +59,7 @@ def run_demo(timeout_s: float, jobs: Sequence[DemoJob] = DEMO_JOBS) -> int:
 def _watch(
     worker: DemoWorker, settings: Settings, jobs: Sequence[DemoJob], timeout_s: float
 ) -> tuple[list[Track], list[bool]]:
-    """Stream all jobs; where that fails, show what the worker logged."""
+    """Stream all jobs; if that fails, show what the worker logged."""
     try:
         typer.echo(describe(worker.wait_until_ready(timeout_s)))
         return asyncio.run(_stream_all(settings, jobs, timeout_s))
@@ -72,7 +72,7 @@ def _watch(
 
 
 def private_settings(server: LocalRedis) -> Settings:
-    """The user's settings, but for Redis: whatever they say of theirs, the demo uses its own."""
+    """The user's settings, except for Redis: the demo uses its own."""
     return load_settings(
         redis__url=server.url, redis__by_model={}, redis__password=None, redis__tls_ca=None,
         redis__tls_cert=None, redis__tls_key=None, sentinel__hosts=(), models={},
@@ -80,7 +80,7 @@ def private_settings(server: LocalRedis) -> Settings:
     )  # fmt: skip
 
 
-def describe(worker: WorkerView) -> str:
+def describe(worker: WorkerRecord) -> str:
     """Say what computes: device, native or twin, and from which queues it takes jobs."""
     return (
         f"worker {worker.name}: model {worker.model} (revision {worker.revision}) on MLX device "
@@ -116,7 +116,7 @@ class _Stream:
     track: Track
 
     async def follow(self, handle: AsyncJobHandle) -> bool:
-        """Consume it, and the turn after a tool's reply; True where the answer is right."""
+        """Consume it, and the turn after a tool's reply; return True if the answer is right."""
         await self._consume(handle)
         following = self.job.next_turn(await handle.result())
         if following is not None:
@@ -132,7 +132,7 @@ class _Stream:
 
 
 def summary(tracks: Sequence[Track], right: Sequence[bool]) -> list[str]:
-    """The figures, in lines."""
+    """The figures, as lines of text."""
     total = figures(tracks)
 
     def ms(samples: list[float]) -> str:

@@ -1,4 +1,4 @@
-"""Shows eight streams side by side: a live table on a terminal, lines elsewhere."""
+"""Shows eight streams side by side: a live table on a terminal, else lines."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 REFRESHES_PER_SECOND: Final = 20
 MARKS: Final = {True: ("right", "bold green"), False: ("WRONG", "bold red")}
-LINE_CHARS: Final = 20  # a line a delivery would drown the reader
+LINE_CHARS: Final = 20  # a line for each delivery would be too many
 WIDE: Final = 110  # columns from which on there is room for the sampling settings
 WIDE_REST, NARROW_REST = 90, 46  # what all but the stream take, at their widest
 
@@ -71,7 +71,7 @@ class TableView:
         return table
 
     def _tail(self, text: str, *, wide: bool) -> Text:
-        """Show the newest part of a text, as much as a row holds."""
+        """The newest part of a text, as much as fits in a row."""
         width = max(16, self._console.width - (WIDE_REST if wide else NARROW_REST))
         line = harmless(text).replace("\n", "⏎").replace("\t", " ")
         return Text(line if len(line) <= width else "…" + line[1 - width :])
@@ -84,7 +84,7 @@ class TableView:
 
 
 class LineView:
-    """Prints what streams gain as lines, as they interleave; for pipes, files and logs."""
+    """Prints what streams gain as lines, in the order of arrival; for pipes, files and logs."""
 
     def __init__(self, jobs: Sequence[DemoJob], tracks: Sequence[Track]) -> None:
         self._jobs, self._tracks = jobs, tracks
@@ -120,7 +120,7 @@ class LineView:
 
 
 def make_view(jobs: Sequence[DemoJob], tracks: Sequence[Track]) -> TableView | LineView:
-    """Pick the view for where stdout goes."""
+    """Choose the view: a table for a terminal, else lines."""
     console = Console()
     return TableView(jobs, tracks, console) if console.is_terminal else LineView(jobs, tracks)
 

@@ -1,1 +1,1 @@
-"""`mlx-serving doctor`: looks at Redis, the engine and the machine, and says what it means."""
+"""`mlx-serving doctor`: checks Redis, the engine and the machine."""

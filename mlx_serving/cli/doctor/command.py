@@ -1,13 +1,13 @@
-"""The `doctor` command: runs all checks, prints a table."""
+"""The `doctor` command: runs all checks."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Final
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mlx_serving.cli.console import EXIT_ERROR, print_json, print_table
-from mlx_serving.cli.options import AsJson, RedisUrl, read_settings
+from mlx_serving.cli.console import EXIT_ERROR, print_json
+from mlx_serving.cli.options import AsJson, RedisUrlOption, read_settings
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -15,30 +15,28 @@ if TYPE_CHECKING:
     from mlx_serving.cli.doctor.report import Check
     from mlx_serving.common.settings import Settings
 
-STYLES: Final = {"ok": "green", "warn": "yellow", "fail": "bold red"}
-
 
 def doctor(
     model: Annotated[
         str, typer.Option("--model", "-m", help="The model whose Redis and files to check.")
     ] = "tally",
     as_json: AsJson = False,
-    redis_url: RedisUrl = None,
+    redis_url: RedisUrlOption = None,
 ) -> None:
-    """Check Redis, the engine and this machine. Exit status 1 where a check fails."""
-    from mlx_serving.cli.doctor.report import failed
+    """Check Redis, the engine and this machine. Exit status 1 if a check fails."""
+    from mlx_serving.cli.doctor.report import failed, print_report
 
     checks = list(run_checks(read_settings(redis_url), model))
     if as_json:
         print_json(checks)
     else:
-        _print(checks)
+        print_report(checks)
     if failed(checks):
         raise typer.Exit(EXIT_ERROR)
 
 
 def run_checks(settings: Settings, model: str) -> Iterator[Check]:
-    """Run every check, each group whatever became of the others."""
+    """Run all checks; a group that fails does not stop the others."""
     from mlx_serving.cli.doctor.engine import engine_checks, fleet_checks, other_models
     from mlx_serving.cli.doctor.machine import condition_checks, mac_checks
     from mlx_serving.cli.doctor.redis_server import redis_checks
@@ -50,10 +48,3 @@ def run_checks(settings: Settings, model: str) -> Iterator[Check]:
     yield from fleet_checks(resolve(settings, model))
     yield from condition_checks(settings)
     yield from mac_checks()
-
-
-def _print(checks: list[Check]) -> None:
-    from rich.text import Text
-
-    rows = [(Text(c.level.value, STYLES[c.level.value]), c.name, c.detail) for c in checks]
-    print_table(("", "check", "what was found"), rows)

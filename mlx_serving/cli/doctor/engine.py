@@ -1,4 +1,4 @@
-"""The engine: installed, on which device, native or twin, and does each model answer right."""
+"""Checks of the engine: versions, device, native pieces or twins, and a model's answer."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from mlx_serving.cli.options import INSTALL, missing_engine
 from mlx_serving.cli.overview import read_overview
 from mlx_serving.cli.worker import model_path
 from mlx_serving.common.errors import MlxServingError
-from mlx_serving.common.job.schema import GenerationJob, model_of
+from mlx_serving.common.job.schema import GenerationJob
+from mlx_serving.common.queues import model_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 
 def other_models(settings: Settings, model: str) -> Iterator[Check]:
-    """Look at the files of every alias but the one that is loaded anyway."""
+    """Check the files of every alias except the one that is loaded anyway."""
     for alias in sorted(settings.models.keys() - {model}):
         view = model_view(alias, found_path(settings.models[alias]))
         if view.problem is not None or view.weight_bytes is None:
@@ -37,7 +38,7 @@ def other_models(settings: Settings, model: str) -> Iterator[Check]:
 
 
 def fleet_checks(endpoint: Endpoint) -> Iterator[Check]:
-    """Say which models live workers could not load, and which jobs nobody will take."""
+    """Report models that live workers could not load, and jobs that no worker will take."""
     try:
         overview = read_overview(endpoint)
     except MlxServingError as error:
@@ -120,7 +121,7 @@ def openblas_loaded() -> bool:
 
 
 def check_acceleration(settings: Settings) -> Iterator[Check]:
-    """Say native or twin for each piece, and why."""
+    """Report for each piece whether it is native or a twin, and why."""
     from mlx_serving.worker.engine.acceleration import reports
 
     for report in reports(prefer_native=settings.engine.native):
@@ -130,13 +131,13 @@ def check_acceleration(settings: Settings) -> Iterator[Check]:
 
 
 def check_model(settings: Settings, model: str) -> Check:
-    """Load the model and let it answer; only Tally's answer is known."""
+    """Load the model and let it answer; only Tally's answer can be checked."""
     from mlx_serving.worker.engine.loader import EngineOptions, load_engine
 
     name = f"model {model}"
     try:
         problem = hub_problem(model, found_path(settings.models.get(model, "")))
-        if problem is not None:  # a look at this machine downloads nothing
+        if problem is not None:  # doctor downloads nothing
             return Check(name, Level.FAIL, problem)
         path = model_path(settings, model)
         began = time.perf_counter()
@@ -147,7 +148,7 @@ def check_model(settings: Settings, model: str) -> Check:
         done = time.perf_counter()
     except MlxServingError as error:
         return Check(name, Level.FAIL, str(error))
-    except Exception as error:  # noqa: BLE001 -- whatever a model fails with is the finding
+    except Exception as error:  # noqa: BLE001 -- any error of a model is a finding
         return Check(name, Level.FAIL, f"does not load or run: {type(error).__name__}: {error}")
     speed = f"loaded in {loaded - began:.1f} s, {tokens / (done - loaded):.0f} tokens/s alone"
     if model == "tally" and text.strip() != PROBE[1]:
@@ -159,7 +160,7 @@ def check_model(settings: Settings, model: str) -> Check:
 
 
 def _answer(engine: Engine, model: str) -> tuple[str, int]:
-    """Decode the probe's answer, greedy; returns its text and its count of tokens."""
+    """Decode the probe's answer, greedy; return its text and number of tokens."""
     from mlx_serving.worker.engine.row import Request, SamplingParams
     from mlx_serving.worker.engine.text.prompts import PromptEncoder
 

@@ -1,4 +1,4 @@
-"""What this machine says: whether a worker may work now, and what only a Mac can show."""
+"""Checks of this machine: the conditions on when a worker may work, and a Mac's state."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def condition_checks(settings: Settings, probe: Probe | None = None) -> Iterator[Check]:
-    """Say what the settings ask for, whether it holds now, and each thing that can't be told."""
+    """Report the conditions in the settings, whether they hold, and what can't be determined."""
     from mlx_serving.worker.status.conditions import Conditions, Rules
     from mlx_serving.worker.status.conditions_mac import MacProbe, default_probe
 
@@ -39,7 +39,7 @@ def condition_checks(settings: Settings, probe: Probe | None = None) -> Iterator
         if told is not None:
             yield Check(f"work {name}", Level.OK, told + mark)
         elif wanted:
-            detail = "set, but this machine can't tell: it will stop nothing"
+            detail = "set, but this machine can't tell: it has no effect"
             yield Check(f"work {name}", Level.WARN, detail)
 
 
@@ -60,13 +60,13 @@ PROBE_SECONDS: Final = 5.0
 BYTES_A_GIB: Final = 1 << 30
 
 
-class MacProbe(Protocol):
-    """Asks the system; tests put a fake in its place."""
+class CommandProbe(Protocol):
+    """Runs commands of the system; tests replace it by a fake."""
 
     platform: str
 
     def read(self, *command: str) -> str | None:
-        """Output of a command, None where it failed or is not there."""
+        """Output of a command; None if it failed or does not exist."""
 
 
 class SystemProbe:
@@ -85,7 +85,7 @@ class SystemProbe:
         return done.stdout.strip()
 
 
-def mac_checks(probe: MacProbe | None = None) -> Iterator[Check]:
+def mac_checks(probe: CommandProbe | None = None) -> Iterator[Check]:
     """Check chip, memory, wired limit, sleep and low-power mode; nothing on other systems."""
     probe = probe or SystemProbe()
     if probe.platform != "darwin":
@@ -101,7 +101,7 @@ def _check(name: str, level: Level, detail: str) -> Check:
     return Check(f"mac {name}", level, f"{detail} {UNVERIFIED}")
 
 
-def _hardware(probe: MacProbe) -> Check:
+def _hardware(probe: CommandProbe) -> Check:
     chip = probe.read("sysctl", "-n", "machdep.cpu.brand_string") or "unknown chip"
     memory = probe.read("sysctl", "-n", "hw.memsize") or ""
     system = probe.read("sw_vers", "-productVersion") or "unknown"
@@ -110,7 +110,7 @@ def _hardware(probe: MacProbe) -> Check:
     return _check("hardware", level, f"{chip}, {size}, macOS {system}")
 
 
-def _wired_limit(probe: MacProbe) -> Check:
+def _wired_limit(probe: CommandProbe) -> Check:
     limit = probe.read("sysctl", "-n", "iogpu.wired_limit_mb")
     if limit is None:
         return _check("wired limit", Level.WARN, "iogpu.wired_limit_mb can't be read")
@@ -118,7 +118,7 @@ def _wired_limit(probe: MacProbe) -> Check:
     return _check("wired limit", Level.OK, f"GPU memory limit: {text}")
 
 
-def _sleep(probe: MacProbe) -> Check:
+def _sleep(probe: CommandProbe) -> Check:
     """A Mac that sleeps loses its leases; its jobs go to another worker after 10 s."""
     match = re.search(r"^\s*sleep\s+(\d+)", probe.read("pmset", "-g") or "", re.MULTILINE)
     if match is None:
@@ -130,7 +130,7 @@ def _sleep(probe: MacProbe) -> Check:
     return _check("sleep", Level.OK, "never sleeps when idle")
 
 
-def _low_power(probe: MacProbe) -> Check:
+def _low_power(probe: CommandProbe) -> Check:
     match = re.search(
         r"^\s*(lowpowermode|powermode)\s+(\d)", probe.read("pmset", "-g") or "", re.MULTILINE
     )

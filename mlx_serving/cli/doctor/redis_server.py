@@ -1,4 +1,4 @@
-"""Redis: reachable, recent, durable, and not one that throws keys away."""
+"""Checks of Redis: reachable, recent, durable, and that it does not evict keys."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ DEBIAN_ADVICE: Final = (
 
 
 def redis_checks(endpoint: Endpoint) -> Iterator[Check]:
-    """Check the Redis of an endpoint; where it does not answer, that is the only outcome."""
+    """Check the Redis of an endpoint; if it does not answer, that is the only outcome."""
     with connect(endpoint) as client:
         try:
             client.ping()
@@ -62,7 +62,7 @@ def check_version(client: redis.Redis) -> Check:
 
 
 def check_persistence(client: redis.Redis) -> Check:
-    """Say what a crash of Redis, or of its machine, would cost."""
+    """Report what a crash of Redis, or of its machine, would lose."""
     if not int(_info(client, "persistence").get("aof_enabled", 0)):
         detail = (
             "appendonly no: a Redis restart loses jobs that were acknowledged (D1 does not "
@@ -94,7 +94,7 @@ def check_eviction(client: redis.Redis) -> Check:
 
 
 def check_latency(client: redis.Redis) -> Check:
-    """Time round trips: each flush of tokens pays one."""
+    """Time round trips: each flush of tokens needs one."""
     samples = []
     for _ in range(PINGS):
         began = time.perf_counter()
@@ -106,7 +106,7 @@ def check_latency(client: redis.Redis) -> Check:
 
 
 def check_scripts(client: redis.Redis, endpoint: Endpoint) -> Check:
-    """Run one script of the protocol on a job that there isn't; it writes nothing."""
+    """Run one script of the protocol on a job that does not exist; it writes nothing."""
     try:
         Protocol(client, endpoint.keys).run(calls.cancel("doctor", "doctor"))
     except redis.RedisError as error:

@@ -1,10 +1,15 @@
-"""A check's outcome, and the report of all of them."""
+"""The outcome of a check, and the report on all of them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import TYPE_CHECKING, Final
+
+from mlx_serving.cli.console import print_table
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 
 class Level(StrEnum):
@@ -12,9 +17,12 @@ class Level(StrEnum):
 
     OK = "ok"
     WARN = "warn"
-    """It runs, with less than what is promised; the detail says with what."""
+    """It runs, but does not keep every promise; the detail says which."""
     FAIL = "fail"
-    """It doesn't run, or loses jobs."""
+    """It does not run, or it loses jobs."""
+
+
+STYLES: Final = {Level.OK: "green", Level.WARN: "yellow", Level.FAIL: "bold red"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,3 +37,11 @@ class Check:
 def failed(checks: Iterable[Check]) -> bool:
     """Whether any check failed."""
     return any(check.level is Level.FAIL for check in checks)
+
+
+def print_report(checks: Iterable[Check]) -> None:
+    """Print a table of the checks."""
+    from rich.text import Text
+
+    rows = [(Text(c.level.value, STYLES[c.level]), c.name, c.detail) for c in checks]
+    print_table(("", "check", "what was found"), rows)

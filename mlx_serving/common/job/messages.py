@@ -17,9 +17,9 @@ STRICT: Final = ConfigDict(
     # Validators are compiled at the first job: most of what our own imports would cost.
     defer_build=True,
 )
-"""For every part of a job: nothing is converted, ignored or changed later.
+"""Config of every part of a job: nothing is converted, ignored or changed later.
 
-`hide_input_in_errors`, because an error's text may reach a log and a prompt may not.
+`hide_input_in_errors` is set because an error's text may be logged and a prompt may not.
 """
 
 Role = Literal["system", "developer", "user", "assistant", "tool"]
@@ -49,7 +49,7 @@ class FunctionCall(BaseModel):
 
 
 class ToolCall(BaseModel):
-    """A call that an earlier assistant turn made."""
+    """A tool call that an earlier assistant turn made."""
 
     model_config = STRICT
 
@@ -70,7 +70,7 @@ class Function(BaseModel):
 
 
 class Tool(BaseModel):
-    """A tool on offer: a function, as the only type there is."""
+    """A tool that the model may call; functions are the only type."""
 
     model_config = STRICT
 
@@ -79,7 +79,7 @@ class Tool(BaseModel):
 
 
 def _content_tag(value: object) -> str:
-    """Judge parts by parts' rules and all else as text, so an error names one path."""
+    """Check a list by the rules of parts and anything else as text, so an error names one path."""
     return TAG_PARTS if isinstance(value, (list, tuple)) else TAG_TEXT
 
 
@@ -108,7 +108,7 @@ class Message(BaseModel):
         return "".join(part.text for part in self.content)
 
     def for_template(self) -> dict[str, Any]:
-        """Dict form that chat templates expect: text joined, call arguments as objects."""
+        """The dict that chat templates expect: text joined, call arguments as objects."""
         message: dict[str, Any] = {"role": self.role, "content": self.text}
         if self.tool_calls:
             message["tool_calls"] = [_call_for_template(call) for call in self.tool_calls]
@@ -118,7 +118,7 @@ class Message(BaseModel):
 
 
 def _call_for_template(call: ToolCall) -> dict[str, Any]:
-    """Templates print the arguments as JSON, so a string would come out quoted twice."""
+    """Parse the arguments: templates print them as JSON, so a string would be quoted twice."""
     function = {"name": call.function.name, "arguments": json.loads(call.function.arguments)}
     form: dict[str, Any] = {"type": call.type, "function": function}
     return form if call.id is None else {"id": call.id, **form}
@@ -131,7 +131,7 @@ def message_problem(message: Message) -> tuple[str, str] | None:
     if message.tool_call_id is not None and message.role != "tool":
         return "tool_call_id", "only a tool message answers a tool call"
     if message.content is None and message.tool_calls is None:
-        return "content", "is needed unless the message has tool calls"
+        return "content", "is required unless the message has tool calls"
     return _arguments_problem(message.tool_calls or ())
 
 

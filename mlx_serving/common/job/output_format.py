@@ -1,6 +1,6 @@
-"""What a job asks of the form of its output: `response_format`, `tool_choice`, strict tools.
+"""Checks of what a job asks of its output's form: `response_format`, `tool_choice`, strict tools.
 
-Checked here is what needs no grammar library; the worker, which has one, refuses the rest with
+This module checks what needs no grammar library. The worker has one and refuses the rest, with
 the code `invalid_schema` and the same paths.
 """
 
@@ -14,14 +14,11 @@ from mlx_serving.common import limits
 from mlx_serving.common.errors import FieldError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from mlx_serving.common.job.messages import Tool
-    from mlx_serving.common.job.schema import GenerationJob
 
 TEXT: Final = {"type": "text"}
-ENFORCED_TOOLS_PROTOCOL: Final = 3
-"""Protocol of the workers that hold a model to its tools: required, named or strict ones."""
 
 _FIELDS: Final[dict[str, tuple[str, ...]]] = {
     "text": (),
@@ -35,32 +32,36 @@ _MOST_CHARS: Final = {"regex": limits.REGEX_CHARS, "grammar": limits.GRAMMAR_CHA
 _DATA_KEYWORDS: Final = frozenset({"const", "default", "enum", "examples"})
 
 
-def chosen_tools(job: GenerationJob) -> tuple[Tool, ...]:
-    """Tools that the model may call; none where tool_choice is "none"."""
-    if not job.tools or job.tool_choice == "none":
+def chosen_tools(tools: Sequence[Tool] | None, tool_choice: object) -> tuple[Tool, ...]:
+    """Tools that the model may call; none if `tool_choice` is "none"."""
+    if not tools or tool_choice == "none":
         return ()
-    if not isinstance(job.tool_choice, dict):
-        return job.tools
-    return tuple(tool for tool in job.tools if tool.function.name == _named(job.tool_choice))
+    if not isinstance(tool_choice, dict):
+        return tuple(tools)
+    return tuple(tool for tool in tools if tool.function.name == _named(tool_choice))
 
 
-def must_call(job: GenerationJob) -> bool:
-    """Whether the model has to call a tool: tool_choice is "required", or names a function."""
-    return job.tool_choice == "required" or isinstance(job.tool_choice, dict)
+def must_call(tool_choice: object) -> bool:
+    """Whether the model has to call a tool: the choice is "required", or names a function."""
+    return tool_choice == "required" or isinstance(tool_choice, dict)
 
 
-def enforces_tools(job: GenerationJob) -> bool:
-    """Whether the model is held to its tools by a grammar."""
-    return must_call(job) or any(tool.function.strict for tool in chosen_tools(job))
+def enforces_tools(tools: Sequence[Tool] | None, tool_choice: object) -> bool:
+    """Whether a grammar constrains the model to its tools."""
+    if must_call(tool_choice):
+        return True
+    return any(tool.function.strict for tool in chosen_tools(tools, tool_choice))
 
 
-def format_errors(job: GenerationJob) -> Iterator[FieldError]:
-    """Find what is wrong with the form of output that the job asks for, field by field."""
-    if job.response_format is not None:
-        yield from _response_format(job.response_format)
-    yield from _tool_choice(job)
-    for index, tool in enumerate(job.tools or ()):
-        if tool.function.strict or must_call(job):
+def format_errors(
+    response_format: dict[str, Any] | None, tools: Sequence[Tool] | None, tool_choice: object
+) -> Iterator[FieldError]:
+    """Check the form of output that a job asks for, field by field."""
+    if response_format is not None:
+        yield from _response_format(response_format)
+    yield from _tool_choice(tool_choice, tools or (), formatted=response_format is not None)
+    for index, tool in enumerate(tools or ()):
+        if tool.function.strict or must_call(tool_choice):
             path = f"tools[{index}].function.parameters"
             yield from _schema(path, tool.function.parameters or {})
 
@@ -80,7 +81,7 @@ def _response_format(form: dict[str, Any]) -> Iterator[FieldError]:
 def _unknown(path: str, form: dict[str, Any], known: tuple[str, ...]) -> Iterator[FieldError]:
     for key in form:
         if key not in known:
-            yield FieldError(f"{path}.{key[:64]}", "is no field here")
+            yield FieldError(f"{path}.{key[:64]}", "is not a known field")
 
 
 def _grammar_text(kind: str, text: object) -> Iterator[FieldError]:
@@ -118,7 +119,7 @@ def _schema(path: str, schema: object) -> Iterator[FieldError]:
 
 
 def _references(path: str, schema: dict[str, Any]) -> Iterator[FieldError]:
-    """References are never fetched, so each has to lead to a place within the schema."""
+    """References are never fetched, so each has to point into the schema itself."""
     stack: list[tuple[str, Any]] = [(path, schema)]
     while stack:
         place, part = stack.pop()
@@ -127,7 +128,7 @@ def _references(path: str, schema: dict[str, Any]) -> Iterator[FieldError]:
         elif isinstance(part, dict):
             reference = part.get("$ref")
             if isinstance(reference, str) and not _resolves(schema, reference):
-                reason = "leads nowhere in this schema, and references are never fetched"
+                reason = "points to nothing in this schema, and references are never fetched"
                 yield FieldError(f"{place}.$ref", reason)
             stack.extend(
                 (f"{place}.{key[:64]}", child)
@@ -153,19 +154,20 @@ def _resolves(schema: dict[str, Any], reference: str) -> bool:
     return True
 
 
-def _tool_choice(job: GenerationJob) -> Iterator[FieldError]:
-    choice = job.tool_choice
+def _tool_choice(choice: object, tools: Sequence[Tool], *, formatted: bool) -> Iterator[FieldError]:
     if choice is None or choice in ("auto", "none"):
         return
-    if choice == "required" or isinstance(choice, dict):
-        yield from _forced_choice(job, choice)
+    if must_call(choice):
+        yield from _forced_choice(choice, tools)
+        if formatted:
+            yield FieldError("response_format", "a forced tool call leaves no text to format")
     else:
         reason = "must be 'auto', 'none', 'required', or an object that names a function"
         yield FieldError("tool_choice", reason)
 
 
-def _forced_choice(job: GenerationJob, choice: object) -> Iterator[FieldError]:
-    names = [tool.function.name for tool in job.tools or ()]
+def _forced_choice(choice: object, tools: Sequence[Tool]) -> Iterator[FieldError]:
+    names = [tool.function.name for tool in tools]
     if not names:
         yield FieldError("tool_choice", "needs tools to choose from")
     elif isinstance(choice, dict):
@@ -174,9 +176,7 @@ def _forced_choice(job: GenerationJob, choice: object) -> Iterator[FieldError]:
             reason = 'must be {"type": "function", "function": {"name": ...}}'
             yield FieldError("tool_choice", reason)
         elif name not in names:
-            yield FieldError("tool_choice.function.name", "is none of the tools")
-    if job.response_format is not None:
-        yield FieldError("response_format", "a forced tool call leaves no text to format")
+            yield FieldError("tool_choice.function.name", "is not one of the tools")
 
 
 def _named(choice: dict[str, Any]) -> str | None:

@@ -7,7 +7,6 @@ left out, so the defaults of released fields never change (golden fixtures hold 
 from __future__ import annotations
 
 import hashlib
-import secrets
 import uuid
 from typing import Annotated, Any, Final, Literal, Self
 
@@ -24,35 +23,24 @@ from pydantic import (
 
 from mlx_serving.common import limits
 from mlx_serving.common.errors import CorruptJob, FieldError, InvalidJob
-from mlx_serving.common.job.checks import check_job, invalid_job
+from mlx_serving.common.job.checks import (
+    chat_only_errors,
+    invalid_job,
+    listener_errors,
+    size_errors,
+    source_errors,
+    unsupported_errors,
+)
 from mlx_serving.common.job.messages import STRICT, Message, Tool
-from mlx_serving.common.job.output_format import ENFORCED_TOOLS_PROTOCOL, TEXT, enforces_tools
+from mlx_serving.common.job.output_format import TEXT, format_errors
+from mlx_serving.common.queues import PROTOCOL, Lane, queue_name
 from mlx_serving.common.validation import check_data, rules_error
 
 JOB_FUNCTION: Final = "mlx_serving.worker.task.generate"
-"""The one function that an RQ job of ours names; producers never import it."""
+"""The one function that our RQ jobs name; producers never import it."""
 
-PROTOCOL: Final = 3
-"""Newest protocol that this code speaks. A worker leaves jobs that need a newer one queued."""
-
-FEATURE_PROTOCOL: Final[dict[str, int]] = {
-    "on_model_change": 2,
-    "n": 3,
-    "repetition_penalty": 3,
-    "presence_penalty": 3,
-    "frequency_penalty": 3,
-    "logit_bias": 3,
-    "logprobs": 3,
-    "top_logprobs": 3,
-    "response_format": 3,
-}
-"""Fields that only workers of a later protocol honour, with that protocol."""
-
-Lane = Literal["interactive", "default", "bulk"]
-LANES: Final[tuple[Lane, ...]] = ("interactive", "default", "bulk")
-"""In order of priority."""
-
-_LANES: Final[dict[str, Lane]] = {lane: lane for lane in LANES}
+FEATURE_PROTOCOL: Final[dict[str, int]] = {}
+"""Fields that only workers of a later protocol than 1 honour, with that protocol. None yet."""
 
 # A model's name is a part of queue names and keys: no ':', no braces, no blanks.
 ModelName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,127}$")]
@@ -67,7 +55,7 @@ MetadataValue = Annotated[str, Field(max_length=limits.METADATA_VALUE_CHARS)]
 
 
 MODEST: Final[dict[str, Any]] = {}
-"""Validation context of data in which `check_data` has nothing to find."""
+"""Validation context of data that is too small for `check_data` to find anything."""
 
 
 class GenerationJob(BaseModel):
@@ -256,7 +244,17 @@ class GenerationJob(BaseModel):
 
     @model_validator(mode="after")
     def _after(self) -> Self:
-        check_job(self)
+        fields = self.__dict__
+        errors = [
+            *source_errors(self.messages, self.prompt),
+            *chat_only_errors(fields),
+            *format_errors(self.response_format, self.tools, self.tool_choice),
+            *size_errors(self.n, self.max_tokens, self.top_logprobs, logprobs=self.logprobs),
+            *listener_errors(self.abandon_after, stream=self.stream),
+            *unsupported_errors(fields),
+        ]
+        if errors:
+            raise rules_error(errors)
         return self
 
     @classmethod
@@ -268,7 +266,7 @@ class GenerationJob(BaseModel):
     def parse(cls, data: object, *, modest: bool = False) -> Self:
         """Build from plain data, as JSON gives it. Raises InvalidJob with each wrong path.
 
-        `modest`: msgspec read it from JSON that `validation.is_modest`.
+        `modest`: msgspec parsed it from JSON text for which `validation.is_modest` is true.
         """
         try:
             return cls.model_validate(data, context=MODEST if modest else None)
@@ -277,10 +275,10 @@ class GenerationJob(BaseModel):
 
     @classmethod
     def from_wire(cls, wire: object, *, modest: bool = False) -> Self:
-        """Read what a producer sent. Raises CorruptJob for no object, InvalidJob for a wrong one.
+        """Read what a producer sent. Raises CorruptJob if not an object, InvalidJob if wrong.
 
-        A worker checks it all again: who can write to Redis is not always our producer. `modest`
-        as in `parse`.
+        A worker checks everything again: not only our producers can write to Redis. `modest` as in
+        `parse`.
         """
         if not isinstance(wire, dict):
             raise CorruptJob("the job's payload is not an object")
@@ -297,12 +295,6 @@ class GenerationJob(BaseModel):
         fields = self.model_dump(mode="json", exclude_defaults=True)
         return {"v": self.v, "min_protocol": self.min_protocol, **fields}
 
-    def resolved(self) -> Self:
-        """Itself with a seed: one is drawn here where none was given."""
-        if self.seed is not None:
-            return self
-        return self.model_copy(update={"seed": secrets.randbelow(limits.SEED)})
-
     def job_id(self) -> str:
         """32 hex digits: the same for the same tenant and idempotency key, else new each time."""
         if self.idempotency_key is None:
@@ -314,11 +306,10 @@ class GenerationJob(BaseModel):
     def min_protocol(self) -> int:
         """Oldest protocol whose workers honour every field that this job sets."""
         needs = (protocol for field, protocol in FEATURE_PROTOCOL.items() if self._asks(field))
-        enforced = ENFORCED_TOOLS_PROTOCOL if enforces_tools(self) else 1
-        return max([enforced, *needs])
+        return max(needs, default=1)
 
     def _asks(self, field: str) -> bool:
-        """Whether a field is set to what changes anything: {} and 0 say no more than None."""
+        """Whether a field has a value that changes anything: {} and 0 mean the same as None."""
         value, default = getattr(self, field), type(self).model_fields[field].default
         return bool(value != default and (value or default))
 
@@ -328,42 +319,18 @@ class GenerationJob(BaseModel):
         return queue_name(self.model, self.lane)
 
     def template_messages(self) -> list[dict[str, Any]]:
-        """Messages as chat templates expect them; empty where the job has a prompt."""
+        """Messages as chat templates expect them; empty if the job has a prompt."""
         return [message.for_template() for message in self.messages or ()]
 
     def template_tools(self) -> list[dict[str, Any]] | None:
-        """Tools for the chat template; None without any, or where tool_choice is "none"."""
+        """Tools for the chat template; None if there are none or tool_choice is "none"."""
         if not self.tools or self.tool_choice == "none":
             return None
         return [tool.model_dump(mode="json", exclude_none=True) for tool in self.tools]
 
 
-def queue_name(model: str, lane: Lane) -> str:
-    """RQ queue of a model's lane."""
-    return f"{model}:{lane}"
-
-
-def model_of(queue: str) -> str:
-    """Return the alias of the model that a queue is for."""
-    return queue.rpartition(":")[0]
-
-
-def lane_of(queue: str) -> Lane:
-    """Lane of an RQ queue of ours.
-
-    Raises:
-        ValueError: it is named otherwise.
-
-    """
-    lane = _LANES.get(queue.rpartition(":")[2])
-    if lane is not None and ":" in queue:
-        return lane
-    message = f"queue {queue} is no lane of a model"
-    raise ValueError(message)
-
-
 def _plain_fields(data: dict[Any, Any]) -> dict[Any, Any]:
-    """Drop what is null, as in the OpenAI API; settle max_tokens against its alias."""
+    """Drop null fields, as the OpenAI API does; check that max_tokens agrees with its alias."""
     fields = {key: value for key, value in data.items() if value is not None}
     if fields.get("response_format") == TEXT:  # the default, spelled out
         del fields["response_format"]

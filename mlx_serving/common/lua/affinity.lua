@@ -1,20 +1,23 @@
 -- Which workers likely have the beginning of a job's prompt computed: those that took a job with one of its marks lately.
--- Follows the prelude, before claim.lua. A job's marks are its control hash's 'af', "<conversation>,<beginning>", either may be
--- empty. Nothing here decides more than who goes first: whatever is lost or odd under these keys delays a job by the bound.
+-- Follows the prelude, before claim.lua. A job's marks are "<conversation>,<beginning>", either may be empty. Nothing here
+-- decides more than who goes first: if something is lost or odd under these keys, a job is delayed by the bound at most.
 
+local note_holder, better_place, is_elsewhere  -- what claim.lua calls; the rest is of this block (Lua has room for 200 locals)
+
+do
 local HOLDERS, MARK_MS = 8, 600000  -- names kept of a mark, the last one first; how long
-local SPREAD = 4  -- a beginning is computed anew where those that have it hold this part of their rows more than others
+local SPREAD = 4  -- a beginning is computed anew if those that have it hold this part of their rows more than others
 local NAME = '[^\n]+'
 
 local holders, noted, peers = {}, {}, {}  -- what this claim has read: by mark, by mark, by worker
 
 -- 16 hex digits each; what has another length is none.
-local function marks_of(c)
-  local af = c.af
-  if #af == 33 then return string.sub(af, 1, 16), string.sub(af, 18) end
-  if #af == 17 then
-    if string.byte(af) == 44 then return '', string.sub(af, 2) end
-    return string.sub(af, 1, 16), ''
+local function marks_of(job)
+  local marks = job.marks
+  if #marks == 33 then return string.sub(marks, 1, 16), string.sub(marks, 18) end
+  if #marks == 17 then
+    if string.sub(marks, 1, 1) == ',' then return '', string.sub(marks, 2) end
+    return string.sub(marks, 1, 16), ''
   end
   return '', ''
 end
@@ -46,25 +49,27 @@ local function note_beginning(mark, worker)
   set_holders(mark, table.concat(names, '\n'))
 end
 
--- A conversation is where its last turn was; a beginning where any of the last jobs that have it were.
-local function note_holder(c, worker)
-  local conversation, beginning = marks_of(c)
+-- A conversation is at the worker that took its last turn; a beginning at every worker that took one of the last jobs with it.
+function note_holder(job, worker)
+  local conversation, beginning = marks_of(job)
   if conversation ~= '' then set_holders(conversation, '\n' .. worker .. '\n') end
   if beginning ~= '' and not noted[beginning] then note_beginning(beginning, worker) end
 end
 
--- What another worker says of itself, and how many jobs it holds; false where it takes none.
+-- What another worker says of itself, and how many jobs it holds; false if it takes none.
 local function peer(name)
   if peers[name] == nil then
     local said = redis.pcall('HMGET', k_worker(name), 'state', 'resident', 'batch_rows')
     local held = redis.pcall('SCARD', k_rq_worker_executions(name))
-    local serves = not said.err and said[1] == 'serving' and type(held) == 'number'
-    peers[name] = serves and {models = ',' .. (said[2] or '') .. ',', rows = tonumber(said[3] or '') or 0, held = held}
+    local state, models, batch_rows
+    if not said.err then state, models, batch_rows = unpack(said) end
+    local serves = state == 'serving' and type(held) == 'number'
+    peers[name] = serves and {models = ',' .. (models or '') .. ',', rows = tonumber(batch_rows or '') or 0, held = held}
   end
   return peers[name]
 end
 
--- One of the mark's workers that serves the queue's model and suits; nil where none does.
+-- One of the mark's workers that serves the queue's model and suits; nil if none does.
 local function find_holder(mark, queue, suits)
   for name in string.gmatch(holders_of(mark), NAME) do
     local p = peer(name)
@@ -76,10 +81,10 @@ local function has_row(p) return p.held < p.rows end
 
 local function any() return true end
 
--- The worker that should have the job rather than this one, which holds `rows`; nil where this one should.
--- A conversation goes where it is while there is room. A beginning is soon everywhere: it spreads as the load does.
-local function better_place(c, queue, worker, rows)
-  local conversation, beginning = marks_of(c)
+-- The worker that should have the job rather than this one, which holds `rows`; nil if this one should.
+-- A conversation stays at its worker while that one has room. A beginning is soon everywhere: it spreads as the load does.
+function better_place(job, queue, worker, rows)
+  local conversation, beginning = marks_of(job)
   if conversation ~= '' and holders_of(conversation) ~= '' then
     if holds(conversation, worker) then return nil end
     local p = find_holder(conversation, queue, has_row)
@@ -90,8 +95,9 @@ local function better_place(c, queue, worker, rows)
 end
 
 -- Whether the job's beginning is another live worker's and not this one's, with room or without.
-local function is_elsewhere(c, queue, worker)
-  local _, beginning = marks_of(c)
+function is_elsewhere(job, queue, worker)
+  local _, beginning = marks_of(job)
   if beginning == '' or holders_of(beginning) == '' or holds(beginning, worker) then return false end
   return find_holder(beginning, queue, any) ~= nil
+end
 end

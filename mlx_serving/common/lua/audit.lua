@@ -1,6 +1,9 @@
--- Puts a tenant's sets right where they and the jobs' control hashes disagree. The caller read the ids from the sets.
--- ARGV: P R tenant id …  Returns {{id, outcome} …} of what was wrong; outcome: 'queued', 'running', 'closed'.
+-- Puts a tenant's sets right if they and the jobs' control hashes disagree. The caller read the ids from the sets.
+-- ARGV: two prefixes, tenant, then ids.
+-- Returns for each job that was wrong: id, outcome (queued | running | closed).
 local tenant = ARGV[3]
+local FIRST_JOB = 4
+local READ = field_list('state', 'tenant')
 local queued, running = k_tenant_queued(tenant), k_tenant_running(tenant)
 local done = {}
 
@@ -13,8 +16,8 @@ end
 local function is_in(set, id) return redis.call('SISMEMBER', set, id) == 1 end
 
 local function audit(id)
-  local c = redis.pcall('HMGET', k_job(id), 'st', 'tn')
-  local state = not c.err and c[2] == tenant and OPEN[c[1]] and c[1] or 'closed'
+  local job = find_fields(id, READ)
+  local state = job.tenant == tenant and OPEN[job.state] and job.state or 'closed'
   if is_in(queued, id) == (state == 'queued') and is_in(running, id) == (state == 'running') then return end
   redis.call('SREM', queued, id)
   redis.call('SREM', running, id)
@@ -22,6 +25,6 @@ local function audit(id)
   done[#done + 1] = {id, state}
 end
 
-for i = 4, #ARGV do audit(ARGV[i]) end
+for at = FIRST_JOB, #ARGV do audit(ARGV[at]) end
 forget_idle(tenant)
 return done

@@ -1,116 +1,137 @@
 -- EMIT and FINISH for all rows of a flush. Per row: the attempt is the one that runs, and seq == committed + 1.
--- ARGV: P R worker iso lease_ms, rows as MessagePack:
---   {id, epoch, nonce, seq, publish, event}, and where the job ends {…, final_state, result, rq_result, error_code, message}
--- Returns {row's number, status, reason} of each row that is not plainly 'OK'; status: 'OK' with the job's cancel
--- reason, 'DUP' (already written, word for word), 'FENCED' (another attempt's job, or another event stands there), 'GAP', each with that reason or ''; 'ERROR' with Redis's own error: that
--- row was not written, the others were.
-local worker, iso, lease = ARGV[3], ARGV[4], tonumber(ARGV[5])
+-- ARGV: two prefixes, worker, iso (the wall clock's time in RQ's form), lease_ms, rows as MessagePack. A row:
+--   id, epoch, nonce                  the attempt
+--   seq, form, body                   the event (`entry_of` in the prelude)
+--   has_tokens                        whether the event has tokens
+--   publish                           whether it goes to the job's channel too
+--   state                             '': the job goes on; else it ends in this state, and the rest says how:
+--   result                            result record, JSON; '': none
+--   rq_result                         RQ's form of it, or of the error; '': none
+--   code, message                     the error; '' if it finished
+-- Returns number (of the row, from 1), status, reason for each row that is not plainly OK. Status: OK with the job's cancel
+-- reason; DUP (already written, word for word), FENCED (another attempt's job, or another event stands there), GAP, each with
+-- that reason or ''; ERROR with Redis's own error: that row was not written, the others were.
+local worker, iso, lease, packed_rows = ARGV[3], ARGV[4], tonumber(ARGV[5]), ARGV[6]
+local ROW_ID, ROW_STATE = 1, 9
 local now = now_ms()
 local replies = {}
 local OK = {'OK', ''}
-local known = {}  -- control fields of jobs, as the rows so far left them: a flush often holds several rows of a job
+local READ = attempt_fields('seq', 'cancel_reason', 'abandon_ms', 'listened_ms', 'started_ms', 'first_token_ms', 'result_ttl',
+                            'tenant')
+local known = {}  -- jobs, as the rows so far left them: a flush often holds several rows of a job
 local ends = {}  -- jobs that end in this flush: nothing of theirs is renewed
 shared, shown = gather, gather_view
 local ended = {}  -- RQ's counter of its worker → jobs of this flush
 
 -- A resend is told from a zombie's row by the event itself: the script that ended a job that its
 -- worker had lost wrote another one at that seq.
-local function is_written(id, seq, payload)
-  local entry = redis.call('XRANGE', k_events(id), int(seq) .. '-0', int(seq) .. '-0')[1]
-  return entry ~= nil and table.concat(entry[2], '\0') == table.concat(entry_fields(payload), '\0')
+local function is_written(id, seq, entry)
+  local found = redis.call('XRANGE', k_events(id), int(seq) .. '-0', int(seq) .. '-0')[1]
+  if not found then return false end
+  local _, fields = unpack(found)
+  return table.concat(fields, '\0') == table.concat(entry, '\0')
 end
 
 -- `changes`: fields that the rows so far changed, written once a job and flush.
 local function read(id)
-  local v = redis.call('HMGET', k_job(id), 'st', 'ep', 'ow', 'no', 'seq', 'ca', 'q', 'ab', 'ls', 'sa', 'ft', 'ttl', 'tn')
-  local c = {changes = {}, st = v[1], ep = v[2], ow = v[3], no = v[4], seq = v[5], ca = v[6], q = v[7], ab = v[8], ls = v[9],
-             sa = v[10], ft = v[11], ttl = v[12], tn = v[13]}
-  known[id] = c
-  return c
+  local job = read_fields(id, READ)
+  job.changes = {}
+  known[id] = job
+  return job
 end
 
 -- Nobody has listened for abandon_after: the row should end.
-local function note_listeners(c)
-  local limit = tonumber(c.ab) or 0
+local function note_listeners(job)
+  local limit = tonumber(job.abandon_ms) or 0
   if limit == 0 then return end
-  if c.receivers > 0 then c.changes.ls = int(now)
-  elseif c.ca == '' and now - (tonumber(c.ls) or tonumber(c.sa) or now) > limit then
-    c.ca, c.changes.ca = 'abandoned', 'abandoned'
+  if job.receivers > 0 then job.changes.listened_ms = int(now)
+  elseif job.cancel_reason == '' and now - (tonumber(job.listened_ms) or tonumber(job.started_ms) or now) > limit then
+    job.cancel_reason, job.changes.cancel_reason = 'abandoned', 'abandoned'
   end
 end
 
 -- Once a flush: keep the lease, and see what stock tools did to the job.
-local function renew(id, c)
-  if c.renewed or ends[id] then return end
-  c.renewed = true
-  shared('ZADD', k_leases(c.q), int(now + lease), id)
-  if c.ca == '' then
-    c.ca = stock_verdict(id)
-    if c.ca ~= '' then c.changes.ca = c.ca end
+local function renew(id, job)
+  if job.renewed or ends[id] then return end
+  job.renewed = true
+  shared('ZADD', k_leases(job.queue), int(now + lease), id)
+  if job.cancel_reason == '' then
+    job.cancel_reason = stock_verdict(id)
+    if job.cancel_reason ~= '' then job.changes.cancel_reason = job.cancel_reason end
   end
 end
 
-local function commit(id, epoch, nonce, seq, publish, payload, state, result, rq_result, code, message)
-  local c = known[id] or read(id)
-  if not runs(c, worker, epoch, nonce) then
+local function finish(id, job, epoch, state, result, rq_result, code, message)
+  known[id] = nil
+  local finished = state == 'finished'
+  local kind = {type = finished and RQ_SUCCESSFUL or RQ_FAILED, value = rq_result}
+  finalize(id, job.queue, state, code, message, result, iso, now, worker, epoch, kind, job.changes, job)
+  local counter = finished and 'successful_job_count' or 'failed_job_count'
+  ended[counter] = (ended[counter] or 0) + 1
+end
+
+local function commit(id, epoch, nonce, seq, form, body, has_tokens, publish, state, result, rq_result, code, message)
+  local job = known[id] or read(id)
+  local entry = entry_of(epoch, form, body)
+  if not runs(job, worker, epoch, nonce) then
     -- The reply to the flush that ended the job was lost.
-    local ended_here = TERMINAL[c.st] and c.ow == worker and is_attempt(c, epoch, nonce)
-    if ended_here and is_written(id, seq, payload) then return {'DUP', ''} end
+    local ended_here = TERMINAL[job.state] and job.owner == worker and is_attempt(job, epoch, nonce)
+    if ended_here and is_written(id, seq, entry) then return {'DUP', ''} end
     return {'FENCED', ''}
   end
-  local committed = tonumber(c.seq)
+  local committed = tonumber(job.seq)
   if seq <= committed then
-    if is_written(id, seq, payload) then return {'DUP', c.ca or ''} end
+    if is_written(id, seq, entry) then return {'DUP', job.cancel_reason or ''} end
     return {'FENCED', ''}
   end
-  if seq ~= committed + 1 then return {'GAP', c.ca or ''} end
-  append_event(id, seq, payload)
-  c.seq, c.changes.seq = seq, int(seq)
-  if not c.ft and string.find(payload, '"token_ids"', 1, true) then c.ft, c.changes.ft = now, int(now) end
-  -- Nobody can subscribe while the script runs: where the job's first event found no listener, no other will.
-  if publish and c.receivers ~= 0 then c.receivers = redis.call('PUBLISH', k_channel(id), payload) end
-  if state then
-    known[id] = nil
-    local kind = state == 'finished' and {1, rq_result, ''} or {2, '', rq_result}
-    finalize(id, c.q, state, code, message, result, iso, now, worker, epoch, kind, c.changes, {c.ttl, c.tn})
-    local counter = state == 'finished' and 'successful_job_count' or 'failed_job_count'
-    ended[counter] = (ended[counter] or 0) + 1
+  if seq ~= committed + 1 then return {'GAP', job.cancel_reason or ''} end
+  append_event(id, seq, entry)
+  job.seq, job.changes.seq = seq, int(seq)
+  if has_tokens and not job.first_token_ms then job.first_token_ms, job.changes.first_token_ms = now, int(now) end
+  -- Nobody can subscribe while the script runs: if the job's first event found no listener, no other will.
+  if publish and job.receivers ~= 0 then job.receivers = publish_event(id, epoch, seq, form, body) end
+  if state ~= '' then
+    finish(id, job, epoch, state, result, rq_result, code, message)
     return OK
   end
-  if publish then note_listeners(c) end
-  renew(id, c)
-  if not c.ca or c.ca == '' then return OK end
-  return {'OK', c.ca}
+  if publish then note_listeners(job) end
+  renew(id, job)
+  if not job.cancel_reason or job.cancel_reason == '' then return OK end
+  return {'OK', job.cancel_reason}
 end
 
 -- What a job's own keys refuse now (a foreign stream under its id), they refuse every attempt: it ends here.
 local function condemn(id, message)
   if not (string.find(message, 'WRONGTYPE', 1, true) or string.find(message, 'equal or smaller', 1, true)) then return end
-  bury(id, redis.call('HGET', k_job(id), 'q') or '', iso, now)
+  bury(id, redis.call('HGET', k_job(id), F.queue) or '', iso, now)
 end
 
 -- What its rows so far left of a job, before anything else is done to it.
 local function let_go(id)
-  local c = known[id]
+  local job = known[id]
   known[id] = nil
-  if c then set_fields(id, c.changes) end
+  if job then set_fields(id, job.changes) end
 end
 
-local rows = cmsgpack.unpack(ARGV[6])
+local rows = cmsgpack.unpack(packed_rows)
 for _, row in ipairs(rows) do
-  if row[7] then ends[row[1]] = true end
+  if row[ROW_STATE] ~= '' then ends[row[ROW_ID]] = true end
 end
-for i, row in ipairs(rows) do
+for number, row in ipairs(rows) do
   local ok, reply = pcall(commit, unpack(row))
   if not ok then
-    pcall(let_go, row[1])
-    reply = {'ERROR', type(reply) == 'table' and reply.err or tostring(reply)}
-    pcall(condemn, row[1], reply[2])
+    local message = type(reply) == 'table' and reply.err or tostring(reply)
+    pcall(let_go, row[ROW_ID])
+    reply = {'ERROR', message}
+    pcall(condemn, row[ROW_ID], message)
   end
-  if reply ~= OK then replies[#replies + 1] = {i, reply[1], reply[2]} end
+  if reply ~= OK then
+    local status, reason = unpack(reply)
+    replies[#replies + 1] = {number, status, reason}
+  end
 end
 
-for id, c in pairs(known) do set_fields(id, c.changes) end
+for id, job in pairs(known) do set_fields(id, job.changes) end
 write_gathered()
 
 local function view_count()

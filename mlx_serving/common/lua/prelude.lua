@@ -1,6 +1,7 @@
--- Shared by every script; follows the generated k_<name>() functions and tenants.lua.
+-- Shared by every script. Follows the generated names (`k_<key>()`, `F.<field>`, …) and tenants.lua.
 -- The control hash is the authority and is written first; RQ's hash and registries are a view
 -- of it, written in the same script, so they can never disagree through a crash.
+-- `job` is always a control hash that `read_fields` or its kin read: values by the names of their fields.
 
 local unpack = unpack or table.unpack
 -- Scripts look these up with each use: as locals that costs less.
@@ -13,6 +14,11 @@ end
 
 local function int(x) return string.format('%.0f', x) end
 
+-- A misspelled field is an error, not a nil that a command would take for something else.
+for _, names in ipairs({F, ENTRY, LIMIT}) do
+  setmetatable(names, {__index = function(_, name) error('no field is named ' .. tostring(name)) end})
+end
+
 -- A stock tool may have left anything under a key; one odd key must stop nobody.
 local function is_hash(key) return redis.call('TYPE', key).ok == 'hash' end
 
@@ -21,30 +27,91 @@ local RQ_STATUS = {queued = 'queued', running = 'started', finished = 'finished'
 local TERMINAL = {finished = true, failed = true, dead = true, expired = true, cancelled = true}
 local OPEN = {queued = true, running = true}
 
-local NUMBERS = {'ep', 'seq', 'at', 'ma', 'mp', 'dl', 'to', 'ab', 'ttl', 'sm', 'en', 'nd', 'sa', 'ft', 'co', 'su', 'nr', 'po'}
-local LATER = {sa = true, ft = true, co = true, su = true, nr = true, po = true}  -- not there from the start
+-- Fields that are read together: their names, and the names that they are stored by.
+local function field_list(...)
+  local names, stored = {...}, {}
+  for i, name in ipairs(names) do stored[i] = F[name] end
+  return {names = names, stored = stored}
+end
+
+-- A job's fields by their names; one that is not there is false.
+local function read_fields(id, list)
+  local values, job = redis.call('HMGET', k_job(id), unpack(list.stored)), {}
+  for i, name in ipairs(list.names) do job[name] = values[i] end
+  return job
+end
+
+-- The same for a key that may hold anything: an empty table if it is no hash.
+local function find_fields(id, list)
+  return is_hash(k_job(id)) and read_fields(id, list) or {}
+end
+
+-- Writes fields, given by their names, in one call.
+local function set_fields(id, fields)
+  local flat = {}
+  for name, value in pairs(fields) do flat[#flat + 1], flat[#flat + 2] = F[name], value end
+  if #flat > 0 then redis.call('HSET', k_job(id), unpack(flat)) end
+end
+
+-- A new job's control hash. `given`: its terms; what is left out is as for a job that RQ's own tools enqueued.
+local function new_job(queue, now, given)
+  return {
+    state = 'queued', queue = queue, epoch = 0, owner = '', seq = 0, crashes = 0, cancel_reason = '',
+    max_attempts = given.max_attempts or 2, min_protocol = given.min_protocol or 1,
+    deadline_ms = given.deadline_ms or 0, timeout_ms = given.timeout_ms or 0, abandon_ms = given.abandon_ms or 0,
+    result_ttl = given.result_ttl or 3600, stream = given.stream or 1,
+    enqueued_ms = int(now), needed_tokens = 0, marks = given.marks, tenant = given.tenant,
+  }
+end
 
 -- RQ's own rule for ids. Anybody may have pushed anything: bytes that are no text, a ':' (which
 -- would read as another attempt's name), a line break for a log.
 local function is_job_id(id) return #id > 0 and #id <= 256 and not string.find(id, '[^%w_-]') end
 
--- A control hash by its fields' names, or nil where it does not read as one of ours: the scripts do arithmetic with it.
-local function sound_fields(id)
-  if not is_job_id(id) then return nil end
-  local raw = redis.pcall('HMGET', k_job(id), 'st', 'q', 'tn', 'af', unpack(NUMBERS))
-  if raw.err then return nil end
-  local c = {st = raw[1], q = raw[2], tn = raw[3] or nil, af = raw[4] or nil}
-  if not (OPEN[c.st] or TERMINAL[c.st]) or not c.q then return nil end
-  for i, name in ipairs(NUMBERS) do
-    local value = raw[i + 4]
-    -- up to 15 digits are exact as a Lua number
-    if value and #value <= 15 and string.find(value, '^%d+$') then c[name] = value
-    elseif value or not LATER[name] then return nil end
-  end
-  return c
+local read_sound
+
+do
+local TEXTS = field_list('state', 'queue', 'tenant', 'marks')
+local NUMBERS = field_list('epoch', 'seq', 'crashes', 'max_attempts', 'min_protocol', 'deadline_ms', 'timeout_ms', 'abandon_ms',
+                           'result_ttl', 'stream', 'enqueued_ms', 'needed_tokens')
+local LATER_NUMBERS = field_list('started_ms', 'first_token_ms', 'max_unproven', 'suspect_since_ms', 'needed_rows',
+                                 'overtaken_ms')  -- not there from the start
+local SOUND = {}  -- all three, as they are stored
+for _, list in ipairs({TEXTS, NUMBERS, LATER_NUMBERS}) do
+  for _, stored in ipairs(list.stored) do SOUND[#SOUND + 1] = stored end
 end
 
-local function is_sound(id) return sound_fields(id) ~= nil end
+-- up to 15 digits are exact as a Lua number
+local function is_number(value) return #value <= 15 and string.find(value, '^%d+$') end
+
+-- Reads a control hash that the script will do arithmetic with; nil if it does not read as one of ours.
+function read_sound(id)
+  if not is_job_id(id) then return nil end
+  local values = redis.pcall('HMGET', k_job(id), unpack(SOUND))
+  if values.err then return nil end
+  local job, at = {}, 0
+  for _, name in ipairs(TEXTS.names) do
+    at = at + 1
+    job[name] = values[at] or nil
+  end
+  if not (OPEN[job.state] or TERMINAL[job.state]) or not job.queue then return nil end
+  for _, name in ipairs(NUMBERS.names) do
+    at = at + 1
+    local value = values[at]
+    if not value or not is_number(value) then return nil end
+    job[name] = value
+  end
+  for _, name in ipairs(LATER_NUMBERS.names) do
+    at = at + 1
+    local value = values[at]
+    if value and not is_number(value) then return nil end
+    job[name] = value or nil
+  end
+  return job
+end
+end
+
+local function is_sound(id) return read_sound(id) ~= nil end
 
 -- RQ's view decides nothing, so an odd key of it stops nothing.
 local function show(view, ...) pcall(view, ...) end
@@ -82,20 +149,19 @@ local function write_gathered()
 end
 
 -- Whether a job's attempt is the one that a worker speaks of. Redis may forget a claim (a failover, a power loss) and give
--- the same epoch again, to the same worker too. `c`: at least 'st', 'ep', 'ow', 'no', 'q' of a control hash, by these names.
-local function is_attempt(c, epoch, nonce) return c.ep == epoch and c.no == nonce end
+-- the same epoch again, to the same worker too. `job`: ATTEMPT's fields at least.
+local ATTEMPT = {'state', 'epoch', 'owner', 'nonce', 'queue'}
+local function is_attempt(job, epoch, nonce) return job.epoch == epoch and job.nonce == nonce end
 
-local function runs(c, worker, epoch, nonce)
-  return c.st == 'running' and c.ow == worker and c.q and is_attempt(c, epoch, nonce)
+local function runs(job, worker, epoch, nonce)
+  return job.state == 'running' and job.owner == worker and job.queue and is_attempt(job, epoch, nonce)
 end
 
--- Fields of a job's control hash by their names; a field that is not there is false, and nothing is where there is no hash.
-local function read_fields(id, ...)
-  local c = {}
-  if not is_hash(k_job(id)) then return c end
-  local values = redis.call('HMGET', k_job(id), ...)
-  for i, name in ipairs({...}) do c[name] = values[i] end
-  return c
+-- ATTEMPT's fields and some more.
+local function attempt_fields(...)
+  local names = {unpack(ATTEMPT)}
+  for _, name in ipairs({...}) do names[#names + 1] = name end
+  return field_list(unpack(names))
 end
 
 -- Which terminal state a cancel reason leads to.
@@ -104,116 +170,128 @@ local function state_for(reason)
   return 'cancelled'
 end
 
--- RQ's execution of one attempt is named by the job and its epoch.
+-- RQ names the execution of one attempt by the job and its epoch.
+local function execution_of(id, epoch) return id .. ':' .. epoch end
+
 local function view_drop_execution(id, queue, epoch, owner)
-  local composite = id .. ':' .. epoch
-  shown('DEL', k_rq_execution(composite), k_rq_executions(id))
-  shown('ZREM', k_rq_started(queue), composite)
-  if owner and owner ~= '' then shown('SREM', k_rq_worker_executions(owner), composite) end
+  local execution = execution_of(id, epoch)
+  shown('DEL', k_rq_execution(execution), k_rq_executions(id))
+  shown('ZREM', k_rq_started(queue), execution)
+  if owner and owner ~= '' then shown('SREM', k_rq_worker_executions(owner), execution) end
 end
 
 local function view_start(id, queue, epoch, worker, iso, now)
-  local composite = id .. ':' .. epoch
+  local execution = execution_of(id, epoch)
   redis.call('HSET', k_rq_job(id), 'status', 'started', 'worker_name', worker,
              'started_at', iso, 'last_heartbeat', iso)
   redis.call('PERSIST', k_rq_job(id))
-  redis.call('HSET', k_rq_execution(composite), 'id', epoch, 'job_id', id,
+  redis.call('HSET', k_rq_execution(execution), 'id', epoch, 'job_id', id,
              'created_at', now / 1000, 'last_heartbeat', now / 1000, 'worker_name', worker)
-  -- Scored +inf: stock maintenance, by whatever wall clock, never ends a lease.
+  -- Scored +inf: stock maintenance, which goes by its wall clock, never ends a lease.
   redis.call('ZADD', k_rq_executions(id), '+inf', epoch)
-  shown('ZADD', k_rq_started(queue), '+inf', composite)
-  shown('SADD', k_rq_worker_executions(worker), composite)
+  shown('ZADD', k_rq_started(queue), '+inf', execution)
+  shown('SADD', k_rq_worker_executions(worker), execution)
 end
 
-local REGISTRIES = {{'finished', k_rq_finished}, {'failed', k_rq_failed}, {'canceled', k_rq_canceled}}
+local REGISTRIES = {{status = 'finished', key = k_rq_finished}, {status = 'failed', key = k_rq_failed},
+                    {status = 'canceled', key = k_rq_canceled}}
+local RQ_SUCCESSFUL, RQ_FAILED = 1, 2  -- `rq.results.Result.Type`
 
--- rq_result: nil, or {type, return_value (base64) or '', exc_string (base64 of zlib) or ''}
+-- `rq_result`: nil, or {type, value}: RQ_SUCCESSFUL with a base64 text, or RQ_FAILED with base64 of zlib.
 local function view_end(id, queue, state, iso, ttl, now, worker, epoch, rq_result)
   local key = k_rq_job(id)
   if redis.call('EXPIRE', key, ttl) == 0 then return end  -- there is none
   local status = RQ_STATUS[state]
   redis.call('HSET', key, 'status', status, 'ended_at', iso)
-  for _, each in ipairs(REGISTRIES) do
-    if each[1] == status then shown('ZADD', each[2](queue), int(math.floor(now / 1000) + ttl), id)
-    else shown('ZREM', each[2](queue), id) end
+  for _, registry in ipairs(REGISTRIES) do
+    if registry.status == status then shown('ZADD', registry.key(queue), int(math.floor(now / 1000) + ttl), id)
+    else shown('ZREM', registry.key(queue), id) end
   end
   if rq_result then
-    local fields = {'type', rq_result[1], 'worker_name', worker, 'execution_id', epoch}
-    if rq_result[2] ~= '' then fields[#fields + 1] = 'return_value'; fields[#fields + 1] = rq_result[2] end
-    if rq_result[3] ~= '' then fields[#fields + 1] = 'exc_string'; fields[#fields + 1] = rq_result[3] end
+    local fields = {'type', rq_result.type, 'worker_name', worker, 'execution_id', epoch}
+    if rq_result.value ~= '' then
+      fields[#fields + 1] = rq_result.type == RQ_SUCCESSFUL and 'return_value' or 'exc_string'
+      fields[#fields + 1] = rq_result.value
+    end
     redis.call('XADD', k_rq_results(id), 'MAXLEN', 10, '*', unpack(fields))
     redis.call('EXPIRE', k_rq_results(id), ttl)
   end
 end
 
--- What every event begins with is not stored with each: the entry's id is the seq. Readers put it
--- back (`calls.payloads`), so that a replay is byte for byte what was published.
-local HEADER = '^{"v":1,"attempt":(%d+),"seq":%d+,'
-local TOKENS_HEADER = HEADER .. '"type":"tokens","choices":%[{"index":0,(.*)$'
+-- An event is its attempt's epoch, its seq and its body, the JSON after EVENT_OPENING. `form` says how the body is stored and
+-- given: ENTRY.body whole, ENTRY.tokens without TOKENS_OPENING. Readers put back what is left out (`calls.payloads`), so that a
+-- replay is byte for byte what was published.
+local function entry_of(epoch, form, body) return {ENTRY.attempt, epoch, form, body} end
 
-local function entry_fields(payload)
-  local attempt, tokens = string.match(payload, TOKENS_HEADER)
-  if attempt then return {'a', attempt, 't', tokens} end
-  local _, last, other = string.find(payload, HEADER)
-  if last then return {'a', other, 'e', string.sub(payload, last + 1)} end
-  return {'e', payload}
+local function append_event(id, seq, entry)
+  redis.call('XADD', k_events(id), int(seq) .. '-0', unpack(entry))
 end
 
-local function append_event(id, seq, payload)
-  redis.call('XADD', k_events(id), int(seq) .. '-0', unpack(entry_fields(payload)))
+-- Returns how many listened.
+local function publish_event(id, epoch, seq, form, body)
+  local opening = string.format(EVENT_OPENING, epoch, int(seq))
+  if form == ENTRY.tokens then opening = opening .. TOKENS_OPENING end
+  return redis.call('PUBLISH', k_channel(id), opening .. body)
 end
 
--- Fields of a control hash and their values, all in one call.
-local function set_fields(id, fields)
-  local flat = {}
-  for name, value in pairs(fields) do flat[#flat + 1] = name; flat[#flat + 1] = value end
-  if #flat > 0 then redis.call('HSET', k_job(id), unpack(flat)) end
-end
+local FINALIZED = field_list('result_ttl', 'tenant')
 
 -- Ends a job. The end event itself was appended by the caller; `fields`: what else its control hash is to say; `known`:
--- its 'ttl' and 'tn', where the caller has read them.
+-- its FINALIZED fields, if the caller has read them.
 local function finalize(id, queue, state, code, message, result, iso, now, owner, epoch, rq_result, fields, known)
   local key = k_job(id)
-  local c = known or redis.call('HMGET', key, 'ttl', 'tn')
-  local ttl = tonumber(c[1] or '') or 3600
+  local job = known or read_fields(id, FINALIZED)
+  local ttl = tonumber(job.result_ttl or '') or 3600
   fields = fields or {}
-  fields.st, fields.fi, fields.err, fields.msg = state, int(now), code, message
-  if result ~= '' then fields.res = result end
+  fields.state, fields.finished_ms, fields.error_code, fields.message = state, int(now), code, message
+  if result ~= '' then fields.result = result end
   set_fields(id, fields)
   shared('ZREM', k_leases(queue), id)
   shared('ZREM', k_open(queue), id)
   shared('ZREM', k_deadlines(), id)
   redis.call('EXPIRE', key, ttl)
   redis.call('EXPIRE', k_events(id), ttl)
-  if c[2] then tolerantly(tenant_ends, id, queue, c[2]) end
+  if job.tenant then tolerantly(tenant_ends, id, queue, job.tenant) end
   show(view_drop_execution, id, queue, epoch, owner)
   show(view_end, id, queue, state, iso, ttl, now, owner, epoch, rq_result)
 end
 
+local UNOWNED = field_list('seq', 'epoch', 'stream', 'owner')
+
 -- Ends a job that no live worker holds: the script itself writes the end event.
 local function finalize_unowned(id, queue, state, code, message, iso, now)
-  local c = redis.call('HMGET', k_job(id), 'seq', 'ep', 'sm', 'ow')
-  local seq = (tonumber(c[1]) or 0) + 1
-  local payload = '{"v":1,"attempt":' .. int(tonumber(c[2]) or 0) .. ',"seq":' .. int(seq) ..
-    ',"type":"end","state":"' .. state .. '","error":{"code":"' .. code .. '","message":' ..
+  local job = read_fields(id, UNOWNED)
+  local seq, epoch = (tonumber(job.seq) or 0) + 1, int(tonumber(job.epoch) or 0)
+  local body = '"type":"end","state":"' .. state .. '","error":{"code":"' .. code .. '","message":' ..
     cjson.encode(message) .. ',"retryable":false}}'
   local kind = redis.call('TYPE', k_events(id)).ok
   if kind ~= 'stream' and kind ~= 'none' then redis.call('DEL', k_events(id)) end
-  if pcall(append_event, id, seq, payload) then  -- fails where the stream is ahead of the hash
-    redis.call('HSET', k_job(id), 'seq', int(seq))
-    if c[3] ~= '0' then redis.pcall('PUBLISH', k_channel(id), payload) end
+  if pcall(append_event, id, seq, entry_of(epoch, ENTRY.body, body)) then  -- fails if the stream is ahead of the hash
+    set_fields(id, {seq = int(seq)})
+    if job.stream ~= '0' then pcall(publish_event, id, epoch, seq, ENTRY.body, body) end
   end
-  finalize(id, queue, state, code, message, '', iso, now, c[4] or '', c[2] or '0', nil)
+  finalize(id, queue, state, code, message, '', iso, now, job.owner or '', job.epoch or '0', nil)
 end
+
+-- Ends a job that no live worker holds as its cancel reason says; returns the state.
+local function finalize_cancelled(id, queue, reason, iso, now)
+  local state = state_for(reason)
+  finalize_unowned(id, queue, state, state == 'expired' and reason or 'cancelled', reason, iso, now)
+  return state
+end
+
+local BURIED = field_list('epoch', 'owner')
 
 -- Ends a job whose control hash is not sound, so that it stops nobody else.
 local function bury(id, queue, iso, now)
   local key = k_job(id)
   if is_hash(key) then
-    local c = redis.call('HMGET', key, 'ep', 'ow')
-    show(view_drop_execution, id, queue, c[1] or '0', c[2])
-    redis.call('HSET', key, 'q', queue, 'ep', 0, 'seq', 0, 'at', 0, 'ma', 1, 'mp', 1, 'dl', 0, 'to', 0, 'ab', 0,
-      'ttl', 3600, 'sm', 1, 'en', 0, 'nd', 0, 'sa', 0, 'ft', 0)
+    local job = read_fields(id, BURIED)
+    show(view_drop_execution, id, queue, job.epoch or '0', job.owner)
+    local sound = new_job(queue, 0, {max_attempts = 1})
+    sound.state, sound.owner, sound.cancel_reason = nil, nil, nil  -- as they are: the end says the rest
+    sound.started_ms, sound.first_token_ms = 0, 0
+    set_fields(id, sound)
     finalize_unowned(id, queue, 'failed', 'corrupt_job', 'the job\'s control hash can\'t be read', iso, now)
     return
   end
@@ -223,12 +301,14 @@ local function bury(id, queue, iso, now)
   show(view_end, id, queue, 'failed', iso, 3600, now, '', '0', nil)
 end
 
+local TENANT = field_list('tenant')
+
 -- running → queued, at the front: the job has waited its turn already.
 local function requeue(id, queue, owner, epoch)
-  redis.call('HSET', k_job(id), 'st', 'queued', 'ow', '')
+  set_fields(id, {state = 'queued', owner = ''})
   shared('ZREM', k_leases(queue), id)
   redis.call('LPUSH', k_rq_queue(queue), id)
-  local tenant = redis.call('HGET', k_job(id), 'tn')
+  local tenant = read_fields(id, TENANT).tenant
   if tenant then tolerantly(tenant_waits, id, queue, tenant, 'LPUSH') end
   show(view_drop_execution, id, queue, epoch, owner)
   if is_hash(k_rq_job(id)) then

@@ -1,8 +1,12 @@
--- Takes over jobs whose lease ran out, uncharged (a lost lease says nothing of the job: see crash.lua), and expires queued jobs past their deadline. Any worker may run it.
--- ARGV: P R iso lease_ms most queue … (the caller's own, whether or not RQ's set of queues still names them).
--- Returns {waited 0|1, {{id, outcome} …}};
--- outcome: 'requeued', 'cancelled', 'expired'.
+-- Takes over jobs whose lease ran out, uncharged (a lost lease says nothing of the job: see crash.lua), and expires queued
+-- jobs past their deadline. Any worker may run it.
+-- ARGV: two prefixes, iso (the wall clock's time in RQ's form), lease_ms, most (jobs of each kind and queue), then queues: the
+--   caller's own, looked at whether or not RQ's set of queues still names them.
+-- Returns waited (0|1: Redis restarted too lately to reap), and for each job: id, outcome (requeued | cancelled | expired).
 local iso, lease, most = ARGV[3], tonumber(ARGV[4]), tonumber(ARGV[5])
+local FIRST_QUEUE = 6
+local TAKEN_OVER = field_list('state', 'epoch', 'owner', 'cancel_reason')
+local OVERDUE = field_list('state', 'queue', 'owner', 'cancel_reason')
 -- After a restart live workers need one lease to renew; until then an old deadline proves nothing.
 local uptime = tonumber(string.match(redis.call('INFO', 'server'), 'uptime_in_seconds:(%d+)'))
 if uptime * 1000 < lease + 2000 then return {1, {}} end
@@ -11,48 +15,45 @@ local now = now_ms()
 local done = {}
 local head = string.len(k_rq_queue('')) + 1
 local queues = {}
-for i = 6, #ARGV do queues[ARGV[i]] = true end
+for at = FIRST_QUEUE, #ARGV do queues[ARGV[at]] = true end
 if redis.call('TYPE', k_rq_queues()).ok == 'set' then
   for _, name in ipairs(redis.call('SMEMBERS', k_rq_queues())) do queues[string.sub(name, head)] = true end
 end
 
 local function take_over(id, queue)
   if not is_sound(id) then bury(id, queue, iso, now) return end
-  local c = redis.call('HMGET', k_job(id), 'st', 'ep', 'ow', 'ca')
-  if c[1] ~= 'running' then redis.call('ZREM', k_leases(queue), id) return end
-  local outcome
-  if c[4] ~= '' then
-    outcome = state_for(c[4])
-    finalize_unowned(id, queue, outcome, outcome == 'expired' and c[4] or 'cancelled', c[4], iso, now)
-  else
-    outcome = 'requeued'
-    requeue(id, queue, c[3], c[2])
-  end
+  local job = read_fields(id, TAKEN_OVER)
+  if job.state ~= 'running' then redis.call('ZREM', k_leases(queue), id) return end
+  local outcome = 'requeued'
+  if job.cancel_reason ~= '' then outcome = finalize_cancelled(id, queue, job.cancel_reason, iso, now)
+  else requeue(id, queue, job.owner, job.epoch) end
   done[#done + 1] = {id, outcome}
+end
+
+local function expire(id)
+  local job = is_sound(id) and read_fields(id, OVERDUE) or {}
+  if job.state == 'queued' then
+    redis.call('LREM', k_rq_queue(job.queue), 1, id)
+    finalize_unowned(id, job.queue, 'expired', 'deadline_exceeded', 'the deadline passed while the job was queued', iso, now)
+    done[#done + 1] = {id, 'expired'}
+    return
+  end
+  redis.call('ZREM', k_deadlines(), id)
+  if job.state == 'running' then
+    if job.cancel_reason == '' then set_fields(id, {cancel_reason = 'deadline_exceeded'}) end
+    redis.call('PUBLISH', k_control(job.owner), 'cancel ' .. id)
+  end
 end
 
 for queue in pairs(queues) do
   for _, id in ipairs(redis.pcall('ZRANGEBYSCORE', k_leases(queue), '-inf', now, 'LIMIT', 0, most)) do take_over(id, queue) end
 end
+for _, id in ipairs(redis.pcall('ZRANGEBYSCORE', k_deadlines(), '-inf', now, 'LIMIT', 0, most)) do expire(id) end
 
-for _, id in ipairs(redis.pcall('ZRANGEBYSCORE', k_deadlines(), '-inf', now, 'LIMIT', 0, most)) do
-  local c = is_sound(id) and redis.call('HMGET', k_job(id), 'st', 'q', 'ow', 'ca') or {}
-  if c[1] == 'queued' then
-    redis.call('LREM', k_rq_queue(c[2]), 1, id)
-    finalize_unowned(id, c[2], 'expired', 'deadline_exceeded', 'the deadline passed while the job was queued', iso, now)
-    done[#done + 1] = {id, 'expired'}
-  else
-    redis.call('ZREM', k_deadlines(), id)
-    if c[1] == 'running' then
-      if c[4] == '' then redis.call('HSET', k_job(id), 'ca', 'deadline_exceeded') end
-      redis.call('PUBLISH', k_control(c[3]), 'cancel ' .. id)
-    end
-  end
-end
 -- RQ's own workers trim these; a fleet of ours alone has nobody else to.
-for i = 6, #ARGV do
-  for _, registry in ipairs({k_rq_finished, k_rq_failed, k_rq_canceled}) do
-    show(redis.call, 'ZREMRANGEBYSCORE', registry(ARGV[i]), '-inf', '(' .. int(math.floor(now / 1000)))
+for at = FIRST_QUEUE, #ARGV do
+  for _, registry in ipairs(REGISTRIES) do
+    show(redis.call, 'ZREMRANGEBYSCORE', registry.key(ARGV[at]), '-inf', '(' .. int(math.floor(now / 1000)))
   end
 end
 return {0, done}

@@ -1,19 +1,21 @@
 -- Repairs open jobs that neither the list nor a lease holds. The caller found the candidates; each is checked again here.
--- ARGV: P R iso queue lease_ms id …  Returns {{id, outcome} …}; outcome: 'requeued', 'cancelled', 'leased', 'closed'.
+-- ARGV: two prefixes, iso (the wall clock's time in RQ's form), queue, lease_ms, then ids.
+-- Returns for each job that was repaired: id, outcome (requeued | cancelled | leased | closed).
 local iso, queue, lease = ARGV[3], ARGV[4], tonumber(ARGV[5])
+local FIRST_JOB = 6
 local now = now_ms()
 local done = {}
 local list = k_rq_queue(queue)
 
 local function repair(id)
-  if not is_sound(id) then
+  local job = read_sound(id)
+  if not job then
     redis.call('LREM', list, 0, id)
     bury(id, queue, iso, now)
     return 'closed'
   end
-  local c = redis.call('HMGET', k_job(id), 'st', 'q')
-  if TERMINAL[c[1]] then redis.call('ZREM', k_open(queue), id) return 'closed' end
-  if c[1] == 'running' then
+  if TERMINAL[job.state] then redis.call('ZREM', k_open(queue), id) return 'closed' end
+  if job.state == 'running' then
     if redis.call('ZSCORE', k_leases(queue), id) then return nil end
     redis.call('ZADD', k_leases(queue), int(now + lease), id)
     return 'leased'
@@ -31,8 +33,8 @@ local function repair(id)
   return 'requeued'
 end
 
-for i = 6, #ARGV do
-  local outcome = repair(ARGV[i])
-  if outcome then done[#done + 1] = {ARGV[i], outcome} end
+for at = FIRST_JOB, #ARGV do
+  local outcome = repair(ARGV[at])
+  if outcome then done[#done + 1] = {ARGV[at], outcome} end
 end
 return done

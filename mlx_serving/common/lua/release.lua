@@ -1,26 +1,32 @@
 -- Hands jobs back to their queues, uncharged: drain, no room, or too big for this worker.
--- ARGV: P R worker iso, then id epoch nonce needed_tokens needed_rows a job (0: unknown, leave as it is).
--- Returns per job 'OK' | 'DUP' (already queued) | 'FENCED'.
+-- ARGV: two prefixes, worker, iso (the wall clock's time in RQ's form), then for each job:
+--   id, epoch, nonce                  the attempt
+--   needed_tokens, needed_rows        what it needs of a worker; 0: not known, its control hash stays as it is
+-- Returns for each job: OK | DUP (already queued) | FENCED.
 local worker, iso = ARGV[3], ARGV[4]
+local FIRST_JOB, ARGUMENTS = 5, 5
+local READ = attempt_fields('cancel_reason')
 local replies = {}
 
-local function release(id, epoch, nonce, needed, rows)
-  local c = read_fields(id, 'st', 'ep', 'ow', 'no', 'q', 'ca')
-  if not runs(c, worker, epoch, nonce) then
-    return c.st == 'queued' and is_attempt(c, epoch, nonce) and 'DUP' or 'FENCED'
+local function release(id, epoch, nonce, needed_tokens, needed_rows)
+  local job = find_fields(id, READ)
+  if not runs(job, worker, epoch, nonce) then
+    return job.state == 'queued' and is_attempt(job, epoch, nonce) and 'DUP' or 'FENCED'
   end
-  if c.ca and c.ca ~= '' then  -- cancelled meanwhile: nobody needs to claim it again to find out
-    local state = state_for(c.ca)
-    finalize_unowned(id, c.q, state, state == 'expired' and c.ca or 'cancelled', c.ca, iso, now_ms())
-  else
-    if needed > 0 then redis.call('HSET', k_job(id), 'nd', int(needed)) end
-    if rows > 0 then redis.call('HSET', k_job(id), 'nr', int(rows)) end
-    requeue(id, c.q, worker, epoch)
+  if job.cancel_reason and job.cancel_reason ~= '' then  -- cancelled meanwhile: nobody needs to claim it again to find out
+    finalize_cancelled(id, job.queue, job.cancel_reason, iso, now_ms())
+    return 'OK'
   end
+  set_fields(id, {
+    needed_tokens = needed_tokens > 0 and int(needed_tokens) or nil,
+    needed_rows = needed_rows > 0 and int(needed_rows) or nil,
+  })
+  requeue(id, job.queue, worker, epoch)
   return 'OK'
 end
 
-for i = 5, #ARGV, 5 do
-  replies[#replies + 1] = release(ARGV[i], ARGV[i + 1], ARGV[i + 2], tonumber(ARGV[i + 3]), tonumber(ARGV[i + 4]))
+for at = FIRST_JOB, #ARGV, ARGUMENTS do
+  local id, epoch, nonce, needed_tokens, needed_rows = unpack(ARGV, at, at + ARGUMENTS - 1)
+  replies[#replies + 1] = release(id, epoch, nonce, tonumber(needed_tokens), tonumber(needed_rows))
 end
 return replies

@@ -1,21 +1,27 @@
 -- Renews leases of jobs whose engine made progress, whether or not they emitted.
--- ARGV: P R worker lease_ms, then id epoch nonce a job. Returns per job {status 'OK'|'FENCED', cancel_reason}.
+-- ARGV: two prefixes, worker, lease_ms, then id, epoch, nonce for each job.
+-- Returns for each job: status (OK | FENCED), its cancel reason or ''.
 local worker, lease = ARGV[3], tonumber(ARGV[4])
+local FIRST_JOB, ARGUMENTS = 5, 3
+local READ = attempt_fields('cancel_reason')
 local now = now_ms()
 local replies = {}
 
 local function renew(id, epoch, nonce)
-  local c = read_fields(id, 'st', 'ep', 'ow', 'no', 'q', 'ca')
-  if not runs(c, worker, epoch, nonce) then return {'FENCED', ''} end
+  local job = find_fields(id, READ)
+  if not runs(job, worker, epoch, nonce) then return {'FENCED', ''} end
   -- It removes nothing: a full Redis lets a script go on that has begun to write, and a renewal takes no memory.
-  redis.call('ZREM', k_leases(c.q), '')
-  redis.call('ZADD', k_leases(c.q), int(now + lease), id)
-  if c.ca == '' then
-    c.ca = stock_verdict(id)
-    if c.ca ~= '' then redis.call('HSET', k_job(id), 'ca', c.ca) end
+  redis.call('ZREM', k_leases(job.queue), '')
+  redis.call('ZADD', k_leases(job.queue), int(now + lease), id)
+  if job.cancel_reason == '' then
+    job.cancel_reason = stock_verdict(id)
+    if job.cancel_reason ~= '' then set_fields(id, {cancel_reason = job.cancel_reason}) end
   end
-  return {'OK', c.ca or ''}
+  return {'OK', job.cancel_reason or ''}
 end
 
-for i = 5, #ARGV, 3 do replies[#replies + 1] = renew(ARGV[i], ARGV[i + 1], ARGV[i + 2]) end
+for at = FIRST_JOB, #ARGV, ARGUMENTS do
+  local id, epoch, nonce = unpack(ARGV, at, at + ARGUMENTS - 1)
+  replies[#replies + 1] = renew(id, epoch, nonce)
+end
 return replies

@@ -1,5 +1,5 @@
--- Tenants: what each has queued and running, and who is next. Follows the generated k_<name>() functions; the prelude follows.
--- A job's tenant is its control hash's 'tn'; jobs without one have nothing of what is here. Limits are held against two sets
+-- Tenants: what each has queued and running, and who is next. Follows the generated names; the prelude follows.
+-- A job's tenant is a field of its control hash; jobs without one have nothing of what is here. Limits are held against two sets
 -- a tenant, of all its queued and all its running jobs. In each queue its queued jobs also stand in a line of their own, and
 -- the tenants that have a line there take turns (see claim.lua). A producer only ever writes these keys and counts.
 
@@ -8,11 +8,13 @@ local function tolerantly(f, ...) return pcall(f, ...) end
 
 local function line_of(queue, tenant) return k_line(queue .. ':' .. tenant) end
 
--- A tenant's limit on its 'queued' or 'running' jobs: its own, else the one of all; nil where there is none.
-local function limit_of(tenant, what)
-  local found = redis.pcall('HMGET', k_limits(), what .. ':' .. tenant, what)
-  if found.err or found[1] == 'none' then return nil end
-  return tonumber(found[1] or '') or tonumber(found[2] or '')
+-- A tenant's limit on its LIMIT.queued or LIMIT.running jobs: its own, else the one of all; nil if there is none.
+local function limit_of(tenant, kind)
+  local values = redis.pcall('HMGET', k_limits(), kind .. TENANT_MARK .. tenant, kind)
+  if values.err then return nil end
+  local own, of_all = unpack(values)
+  if own == 'none' then return nil end
+  return tonumber(own or '') or tonumber(of_all or '')
 end
 
 local function members_of(set)

@@ -12,13 +12,16 @@ from typing import TYPE_CHECKING, Any, Final, Generic, Literal, NamedTuple, Type
 
 import msgspec
 
-from mlx_serving.common import limits
+from mlx_serving.common import events, limits
 from mlx_serving.common.attempts import Attempt
 from mlx_serving.common.errors import CorruptJob
+from mlx_serving.common.protocol.fields import TOKENS_OPENING, EntryField
 from mlx_serving.common.states import JobState
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
+
+    from mlx_serving.common.events import Event
 
 T = TypeVar("T")
 Argument = str | bytes | int | float
@@ -49,7 +52,7 @@ class EnqueueEntry:
     result_ttl: int = 3600
     stream: bool = True
     tenant: str = ""  # '': none
-    marks: str = ""  # see `producer.affinity`; '': none
+    marks: str = ""  # see `producer.marks`; '': none
 
 
 class Refusal(NamedTuple):
@@ -71,12 +74,10 @@ class EnqueueReply:
 class ClaimedJob(msgspec.Struct, frozen=True, gc=False):
     """A job this worker holds from now on. Times are ms of Redis TIME, durations ms (0: none)."""
 
-    job_id: str
+    attempt: Attempt
     queue: str
-    epoch: int
     seq: int  # last committed event
     data: bytes  # RQ's payload, compressed; empty when there is a problem
-    problem: str  # '' or '<code>:<field>'
     deadline_ms: int
     timeout_ms: int
     stream: bool
@@ -85,19 +86,20 @@ class ClaimedJob(msgspec.Struct, frozen=True, gc=False):
     started_ms: int
     first_token_ms: int
     now_ms: int
-    signature: str = ""  # see `signing`; empty where there is none
-    company: int = 0  # the most rows that may run unproven beside this one, itself included; 0: any
-    nonce: str = ""  # of the claim
+    problem: str = ""  # code of what is wrong with RQ's hash of the job; '': nothing
+    problem_field: str = ""
+    signature: str = ""  # see `signing`; empty if there is none
+    max_unproven: int = 0  # unproven rows that may run with this one, itself included; 0: any
 
     @property
-    def attempt(self) -> Attempt:
-        """This attempt."""
-        return Attempt(self.job_id, self.epoch, self.nonce)
+    def job_id(self) -> str:
+        """The job's id."""
+        return self.attempt.job_id
 
     @property
-    def request_id(self) -> str:
-        """Name of this attempt: a worker that slept may claim what it still decodes."""
-        return self.attempt.name
+    def epoch(self) -> int:
+        """How many claims of the job there were, this one included."""
+        return self.attempt.epoch
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,12 +107,12 @@ class HeldRows:
     """What a worker's batch holds when it claims, as the rule on suspects needs it.
 
     `unproven` of the `rows` have not run long enough to show that the engine survives them;
-    `company` is the least that these allow beside them, themselves included (0: any).
+    `max_unproven` is the least of what these allow, themselves included (0: any).
     """
 
     rows: int = 0
     unproven: int = 0
-    company: int = 0
+    max_unproven: int = 0
 
 
 class Returned(NamedTuple):
@@ -123,10 +125,10 @@ class Returned(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Blame:
-    """What a crash says of one job. `company` as in `ClaimedJob`; 0: it is not charged."""
+    """What a crash says of one job. `max_unproven` as in `ClaimedJob`; 0: it is not charged."""
 
     attempt: Attempt
-    company: int = 0
+    max_unproven: int = 0
     alone: bool = False
 
 
@@ -141,18 +143,50 @@ class ClaimReply:
     again_ms: int = 0  # look again then: jobs were left to workers that have their prefix; 0: none
 
 
-class CommitRow(msgspec.Struct, frozen=True, gc=False):
-    """One event of one job, and, where `state` is set, the job's end."""
+class JobEnd(msgspec.Struct, frozen=True, gc=False):
+    """How a job ends."""
 
-    attempt: Attempt
-    seq: int
-    event: bytes
-    publish: bool = True
-    state: JobState | None = None
+    state: JobState
     result: bytes = b""  # result record, JSON
     rq_result: bytes = b""  # RQ's own form of it: see `rq_result` of the worker's RQ module
     error_code: str = ""
     message: str = ""
+
+
+class CommitRow(msgspec.Struct, frozen=True, gc=False):
+    """One event of one job, and, if it is the last, the job's end."""
+
+    attempt: Attempt
+    seq: int
+    body: bytes  # the event's JSON without its opening, see `events.body`
+    has_tokens: bool
+    publish: bool = True
+    end: JobEnd | None = None
+
+    @classmethod
+    def of(
+        cls, attempt: Attempt, event: Event, *, publish: bool = True, end: JobEnd | None = None
+    ) -> CommitRow:
+        """Row of an event that this attempt wrote."""
+        return cls(attempt, event.seq, events.body(event), event.has_tokens, publish, end)
+
+
+class WireRow(NamedTuple):
+    """A row as `commit.lua` takes it: text alone, since Redis's MessagePack knows no bytes."""
+
+    job_id: str
+    epoch: str
+    nonce: str
+    seq: int
+    form: EntryField  # how the body is stored and given: BODY, or TOKENS without its beginning
+    body: str
+    has_tokens: bool
+    publish: bool
+    state: str  # '': the job goes on
+    result: str
+    rq_result: str
+    error_code: str
+    message: str
 
 
 class RowReply(msgspec.Struct, frozen=True, gc=False):
@@ -192,14 +226,28 @@ def _state(value: str | bytes) -> JobState:
 
 
 def _claimed(row: Sequence[Any], nonce: str) -> ClaimedJob:
-    job_id, queue, epoch, seq, data, problem, signature, *numbers = row
-    deadline, timeout, stream, ttl, enqueued, started, first, now, company = map(int, numbers)
-    raw = data.encode() if isinstance(data, str) else data
+    (
+        job_id, queue, epoch, seq, data, problem, problem_field, signature, deadline_ms, timeout_ms,
+        stream, result_ttl, enqueued_ms, started_ms, first_token_ms, now_ms, max_unproven,
+    ) = row  # fmt: skip
     return ClaimedJob(
-        _text(job_id), _text(queue), int(epoch), int(seq), raw, _text(problem),
-        deadline, timeout, stream != 0, ttl, enqueued, started, first, now, _text(signature),
-        company, nonce,
-    )  # fmt: skip
+        attempt=Attempt(_text(job_id), int(epoch), nonce),
+        queue=_text(queue),
+        seq=int(seq),
+        data=data.encode() if isinstance(data, str) else data,
+        deadline_ms=int(deadline_ms),
+        timeout_ms=int(timeout_ms),
+        stream=int(stream) != 0,
+        result_ttl=int(result_ttl),
+        enqueued_ms=int(enqueued_ms),
+        started_ms=int(started_ms),
+        first_token_ms=int(first_token_ms),
+        now_ms=int(now_ms),
+        problem=_text(problem),
+        problem_field=_text(problem_field),
+        signature=_text(signature),
+        max_unproven=int(max_unproven),
+    )
 
 
 def _pairs(rows: Sequence[Sequence[Any]]) -> list[tuple[str, str]]:
@@ -213,21 +261,20 @@ def _row_replies(rows: Sequence[Sequence[Any]]) -> list[RowReply]:
 def payloads(entries: Any) -> list[bytes]:  # noqa: ANN401 -- redis-py's own union
     """Event payloads of a job's stream, as they were published.
 
-    An entry leaves out how every event begins (`append_event` in the Lua prelude); one that is
-    no event of ours reads as a corrupt one.
+    An entry leaves out how its event begins (`entry_of` in the Lua prelude); one that is no event
+    of ours reads as a corrupt one.
     """
     return [_payload(entry_id, fields) for entry_id, fields in entries]
 
 
+_ATTEMPT, _BODY, _TOKENS = (field.encode() for field in EntryField)
+_TOKENS_OPENING: Final = TOKENS_OPENING.encode()
+
+
 def _payload(entry_id: bytes, fields: dict[bytes, bytes]) -> bytes:
-    attempt = fields.get(b"a")
-    if attempt is None:
-        return fields.get(b"e", b"")
-    head = b'{"v":1,"attempt":%b,"seq":%b,' % (attempt, entry_id.partition(b"-")[0])
-    tokens = fields.get(b"t")
-    if tokens is None:
-        return head + fields.get(b"e", b"")
-    return head + b'"type":"tokens","choices":[{"index":0,' + tokens
+    opening = events.opening(fields.get(_ATTEMPT, b""), entry_id.partition(b"-")[0])
+    tokens = fields.get(_TOKENS)
+    return opening + (fields.get(_BODY, b"") if tokens is None else _TOKENS_OPENING + tokens)
 
 
 def enqueue(entry: EnqueueEntry) -> Call[EnqueueReply]:
@@ -240,13 +287,12 @@ def enqueue_many(entries: Sequence[EnqueueEntry]) -> Call[list[EnqueueReply]]:
     """Enqueue each once, in order, in one script; see `enqueue`."""
     arguments: list[Argument] = [iso_now()]
     for e in entries:
+        rq_fields = [text for pair in e.rq_fields.items() for text in pair]
         arguments += (
             e.job_id, e.queue, e.max_attempts, e.min_protocol, e.deadline_ms, e.timeout_ms,
-            e.abandon_ms, e.result_ttl, int(e.stream), e.tenant, e.marks,
-            2 * len(e.rq_fields),
+            e.abandon_ms, e.result_ttl, int(e.stream), e.tenant, e.marks, len(rq_fields),
+            *rq_fields,
         )  # fmt: skip
-        for pair in e.rq_fields.items():
-            arguments += pair
 
     def parse(replies: Sequence[Any]) -> list[EnqueueReply]:
         return [_enqueued(*reply) for reply in replies]
@@ -281,20 +327,20 @@ def claim(  # noqa: PLR0913 -- each is a number that the script needs
     none is, and no mark is noted. `keeps_prefixes`: this worker will have those of what it takes.
 
     A claim of a nonce (`attempts.new_nonce`) takes jobs once: sent again, it returns those that
-    are still this worker's. With `most` 0 it does no more than that, and the claim itself, where
-    it comes after that, takes nothing.
+    are still this worker's. With `most` 0 it does no more than that, and the claim itself takes
+    nothing if it comes later.
     """
     arguments: list[Argument] = [
         worker, iso_now(), nonce, lease_ms, protocol, capacity_tokens, capacity_rows, most,
         max_payload_bytes,
-        held.rows, held.unproven, held.company, affinity_ms, int(keeps_prefixes), *queues,
+        held.rows, held.unproven, held.max_unproven, affinity_ms, int(keeps_prefixes), *queues,
     ]  # fmt: skip
 
     def parse(reply: Sequence[Any]) -> ClaimReply:
-        suspended, jobs, dropped, reserved, again = reply
+        suspended, jobs, dropped, reserved, again_ms = reply
         claimed = [_claimed(j, nonce) for j in jobs]
         gone = [_text(i) for i in dropped]
-        return ClaimReply(bool(suspended), claimed, gone, _text(reserved), again)
+        return ClaimReply(bool(suspended), claimed, gone, _text(reserved), again_ms)
 
     return Call("claim", arguments, parse)
 
@@ -319,21 +365,30 @@ def commit(worker: str, rows: Sequence[CommitRow], *, lease_ms: int) -> Call[lis
 _packer = msgspec.msgpack.Encoder()
 
 
-def _packed(row: CommitRow) -> tuple[Any, ...]:
-    """A row as `commit.lua` takes it: text alone, since Redis's MessagePack knows no bytes."""
+def _packed(row: CommitRow) -> WireRow:
     job_id, epoch, nonce = row.attempt
-    head = job_id, str(epoch), nonce, row.seq, row.publish, row.event.decode()
-    if row.state is None:
-        return head
-    end = row.state, row.result.decode(), row.rq_result.decode(), row.error_code, row.message
-    return head + end
+    body, form = row.body.decode(), EntryField.BODY
+    if body.startswith(TOKENS_OPENING):
+        body, form = body[len(TOKENS_OPENING) :], EntryField.TOKENS
+    return WireRow(
+        job_id, str(epoch), nonce, row.seq, form, body, row.has_tokens, row.publish,
+        *(_packed_end(row.end) if row.end else _GOES_ON),
+    )  # fmt: skip
+
+
+_GOES_ON: Final = ("",) * 5
+
+
+def _packed_end(end: JobEnd) -> tuple[str, str, str, str, str]:
+    result, rq_result = end.result.decode(), end.rq_result.decode()
+    return end.state, result, rq_result, end.error_code, end.message
 
 
 def renew(worker: str, held: Sequence[Attempt], *, lease_ms: int) -> Call[list[RowReply]]:
     """Renew the leases of attempts."""
     arguments: list[Argument] = [worker, lease_ms]
-    for attempt in held:
-        arguments += attempt
+    for job_id, epoch, nonce in held:
+        arguments += [job_id, epoch, nonce]
     return Call("renew", arguments, _row_replies)
 
 
@@ -354,11 +409,11 @@ def crash(worker: str, blamed: Sequence[Blame]) -> Call[list[tuple[str, str]]]:
     """Hand back what a worker's dead child held; the first of `blamed` is to run first.
 
     The reply names each job's outcome: 'requeued', 'charged', 'dead' (poison), 'cancelled',
-    'expired', or 'gone' where the job is no longer this worker's.
+    'expired', or 'gone' if the job is no longer this worker's.
     """
     arguments: list[Argument] = [worker, iso_now()]
     for b in blamed:
-        arguments += [*b.attempt, b.company, int(b.alone)]
+        arguments += [*b.attempt, b.max_unproven, int(b.alone)]
     return Call("crash", arguments, _pairs)
 
 
@@ -368,8 +423,12 @@ def reap(*, lease_ms: int, most: int = 256, queues: Sequence[str] = ()) -> Call[
     `queues`, the caller's own, are looked at whether or not RQ's set of queues still names them,
     and RQ's registries of their ended jobs are trimmed.
     """
-    arguments: list[Argument] = [iso_now(), lease_ms, most, *queues]
-    return Call("reap", arguments, lambda r: Swept(bool(r[0]), _pairs(r[1])))
+
+    def parse(reply: Sequence[Any]) -> Swept:
+        waited, outcomes = reply
+        return Swept(bool(waited), _pairs(outcomes))
+
+    return Call("reap", [iso_now(), lease_ms, most, *queues], parse)
 
 
 def reconcile(queue: str, candidates: Sequence[str | bytes], *, lease_ms: int) -> Call[Swept]:
@@ -380,5 +439,5 @@ def reconcile(queue: str, candidates: Sequence[str | bytes], *, lease_ms: int) -
 
 
 def audit(tenant: str, job_ids: Sequence[str | bytes]) -> Call[list[tuple[str, str]]]:
-    """Put right where a tenant's sets of jobs disagree with the jobs; the reply names each."""
+    """Put right what a tenant's sets of jobs say wrongly of them; the reply names each job."""
     return Call("audit", [tenant, *job_ids], _pairs)

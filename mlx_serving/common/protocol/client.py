@@ -9,6 +9,7 @@ from redis import exceptions
 
 from mlx_serving.common.errors import CorruptJob
 from mlx_serving.common.protocol import calls
+from mlx_serving.common.protocol.fields import JobField
 from mlx_serving.common.protocol.scripts import NAMES, script_text
 from mlx_serving.common.states import JobState
 
@@ -45,17 +46,17 @@ class JobRecord:
     deadline_ms: int
     error_code: str
     message: str
-    result: bytes  # the result record, JSON; empty where the job ended without a worker
+    result: bytes  # the result record, JSON; empty if the job ended without a worker
 
 
 def parse_record(job_id: str, raw: Any) -> JobRecord | None:  # noqa: ANN401 -- redis-py's union
-    """Read a control hash as HGETALL returns it; None where there is none.
+    """Read a control hash as HGETALL returns it; None if there is none.
 
     Raises:
         CorruptJob: it does not read as one of ours.
 
     """
-    if not raw or b"st" not in raw:
+    if not raw or JobField.STATE.encode() not in raw:
         return None
     try:
         return _parse_record(job_id, raw)
@@ -64,19 +65,31 @@ def parse_record(job_id: str, raw: Any) -> JobRecord | None:  # noqa: ANN401 -- 
 
 
 def _parse_record(job_id: str, raw: dict[bytes, bytes]) -> JobRecord:
-    def text(field: bytes) -> str:
-        return raw.get(field, b"").decode(errors="replace")
+    def text(field: JobField) -> str:
+        return raw.get(field.encode(), b"").decode(errors="replace")
 
-    def number(field: bytes) -> int:
-        return int(float(raw.get(field) or 0))
+    def number(field: JobField) -> int:
+        return int(float(raw.get(field.encode()) or 0))
 
     return JobRecord(
-        job_id=job_id, state=JobState(text(b"st")), queue=text(b"q"), epoch=number(b"ep"),
-        owner=text(b"ow"), seq=number(b"seq"), attempts=number(b"at"), stream=number(b"sm") != 0,
-        cancel_reason=text(b"ca"), enqueued_ms=number(b"en"), started_ms=number(b"sa"),
-        first_token_ms=number(b"ft"), finished_ms=number(b"fi"), deadline_ms=number(b"dl"),
-        error_code=text(b"err"), message=text(b"msg"), result=raw.get(b"res", b""),
-    )  # fmt: skip
+        job_id=job_id,
+        state=JobState(text(JobField.STATE)),
+        queue=text(JobField.QUEUE),
+        epoch=number(JobField.EPOCH),
+        owner=text(JobField.OWNER),
+        seq=number(JobField.SEQ),
+        attempts=number(JobField.CRASHES),
+        stream=number(JobField.STREAM) != 0,
+        cancel_reason=text(JobField.CANCEL_REASON),
+        enqueued_ms=number(JobField.ENQUEUED_MS),
+        started_ms=number(JobField.STARTED_MS),
+        first_token_ms=number(JobField.FIRST_TOKEN_MS),
+        finished_ms=number(JobField.FINISHED_MS),
+        deadline_ms=number(JobField.DEADLINE_MS),
+        error_code=text(JobField.ERROR_CODE),
+        message=text(JobField.MESSAGE),
+        result=raw.get(JobField.RESULT.encode(), b""),
+    )
 
 
 class _Base:
@@ -92,7 +105,7 @@ class Protocol(_Base):
     """The protocol over a blocking connection (``decode_responses=False``).
 
     Raises:
-        redis.RedisError: from every method, where Redis fails; each call may then be sent again.
+        redis.RedisError: from every method, if Redis fails; each call may then be sent again.
     """
 
     def __init__(self, redis: redis.Redis, keys: Keys) -> None:

@@ -1,8 +1,8 @@
 """The protocol's Lua scripts, as texts ready to register.
 
-A script is the generated key functions, then ``tenants.lua`` and ``prelude.lua``, then its own
-file (before ``claim.lua`` also ``affinity.lua``); Redis caches it by hash, so the length costs
-nothing after the first call.
+A script is the generated names of keys and fields, then ``tenants.lua`` and ``prelude.lua``, then
+its own file (before ``claim.lua`` also ``affinity.lua``). Redis caches it by hash, so the length
+costs nothing after the first call.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from functools import cache
 from importlib.resources import files
 
+from mlx_serving.common.protocol.fields import lua_tables
 from mlx_serving.common.protocol.keys import Keys
 
 NAMES = (
@@ -32,4 +33,4 @@ def script_text(name: str) -> str:
     folder = files("mlx_serving.common") / "lua"
     names = (*_SHARED, *_BEFORE.get(name, ()), name)
     parts = [(folder / f"{part}.lua").read_text(encoding="utf-8") for part in names]
-    return Keys().lua_functions() + "".join(parts)
+    return Keys().lua_functions() + lua_tables() + "".join(parts)

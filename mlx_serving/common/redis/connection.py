@@ -1,8 +1,8 @@
-"""Connections to Redis: which server serves a model or tenant, and how it is reached.
+"""Connections to Redis: which server serves a model or tenant, and how to reach it.
 
-redis-py sends a command again after a lost reply, ten times by default and writes too, which
-doubles what is not idempotent. Connections made here never do; `retry_idempotent` does, for
-callers that know that their call may run twice (all of our scripts).
+By default redis-py sends a command again after a lost reply, up to ten times, also writes; so a
+command that is not idempotent may run twice. Connections made here never do that. Callers whose
+call may run twice, as all of our scripts may, use `retry_idempotent`.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Endpoint:
 
     @property
     def keys(self) -> Keys:
-        """Spelling of all keys on this server."""
+        """Names of all keys on this server."""
         return Keys(self.key_prefix, self.rq_prefix)
 
 
@@ -97,7 +97,7 @@ def resolve_shared(settings: Settings, models: Sequence[str]) -> Endpoint:
     """Return the Redis of a worker's models.
 
     Raises:
-        InvalidSettings: they have not all the same one.
+        InvalidSettings: they do not share one.
 
     """
     first = resolve(settings, models[0])

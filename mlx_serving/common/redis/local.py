@@ -29,8 +29,8 @@ class LocalRedis:
         port: also listen on this TCP port of the loopback interface (0: none).
         options: more `redis.conf` directives, as `{"maxmemory": "64mb"}`.
 
-    Raises MissingDependency where there is no `redis-server`, QueueUnavailable where it
-    does not come up within 10 s.
+    Raises MissingDependency if `redis-server` is not installed, QueueUnavailable if it does
+    not answer within 10 s.
 
     """
 
@@ -58,7 +58,7 @@ class LocalRedis:
 
     @property
     def folder(self) -> Path:
-        """Where its socket, data and log are."""
+        """Folder of its socket, data and log."""
         if self._folder is None:
             # Short, because a socket's path may have 104 bytes on macOS, and TMPDIR is long there.
             self._folder = tempfile.TemporaryDirectory(prefix="mlxs-", dir="/tmp")
@@ -157,7 +157,7 @@ class LocalRedis:
         raise QueueUnavailable(f"redis-server did not come up: {self.log()}")
 
     def log(self, lines: int = 5) -> str:
-        """Last lines of its log, after what it said of its configuration."""
+        """Last lines of its log, with what it said about its configuration."""
         logs = (self.folder / "startup.log", self.folder / "redis.log")
         text = "".join(log.read_text() for log in logs if log.exists())
         return "\n".join(text.splitlines()[-lines:])

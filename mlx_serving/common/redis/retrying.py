@@ -1,4 +1,4 @@
-"""Retry of calls to Redis that may run twice, and our name for Redis being away."""
+"""Retries calls to Redis that may run twice; turns its errors into QueueUnavailable."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BASE_SECONDS: Final = 0.05
 CAP_SECONDS: Final = 1.0
 
 FAULTS: Final = (exceptions.RedisError, OSError)
-"""Whatever a call to Redis can fail with."""
+"""Every error that a call to Redis can raise."""
 
 REFUSED: Final = (exceptions.AuthenticationError, exceptions.AuthorizationError)
 """Connection errors that waiting does not mend."""
@@ -46,7 +46,7 @@ def retry_idempotent(
 ) -> T:
     """Run a call that may run twice until it answers; waits 0.05 s, doubling, with jitter.
 
-    Raises QueueUnavailable after the last attempt, or at once where Redis refuses us.
+    Raises QueueUnavailable after the last attempt, or at once if Redis refuses our credentials.
     """
     for pause in _pauses(attempts):
         try:
@@ -80,7 +80,7 @@ async def retry_idempotent_async(
 
 
 def answered(call: Callable[[], T]) -> T:
-    """Run a call that may run twice; whatever Redis fails with is QueueUnavailable."""
+    """Run a call that may run twice; raise QueueUnavailable for any error of Redis."""
     try:
         return retry_idempotent(call)
     except FAULTS as error:

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 class SentinelRedis(Redis):
     """Client of a service's primary.
 
-    redis-py leaves the Sentinels' connections open when the client is closed, and asyncio, unlike
-    a blocking socket, complains of what is only collected.
+    redis-py leaves the connections to the Sentinels open when the client is closed, and asyncio,
+    unlike blocking sockets, warns about connections that are only garbage-collected.
     """
 
     async def aclose(self, close_connection_pool: bool | None = None) -> None:  # noqa: FBT001 -- as redis-py has it

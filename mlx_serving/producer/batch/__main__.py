@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -12,11 +13,12 @@ from mlx_serving.common.errors import MlxServingError
 from mlx_serving.common.settings import load_settings
 from mlx_serving.common.telemetry import configure_logging
 from mlx_serving.producer.batch.folder import BatchFolder
-from mlx_serving.producer.batch.runner import Runner
+from mlx_serving.producer.batch.runner import BulkRunner
+from mlx_serving.producer.client import Client
 
 
 def main() -> int:
-    """Run the batch; 0 at its end or where another runner has it, 1 where it can't go on."""
+    """Run the batch; return 0 at its end or if another runner has it, 1 if it can't go on."""
     settings = load_settings(**msgspec.json.decode(sys.stdin.buffer.read()))
     configure_logging(log_format=settings.log.format, level=settings.log.level)
     folder = BatchFolder.open(Path(sys.argv[1]))
@@ -24,7 +26,7 @@ def main() -> int:
         if not free:
             return 0
         try:
-            batch = Runner(folder, settings).run()
+            batch = BulkRunner(folder, settings, partial(Client, settings=settings)).run()
         except (MlxServingError, OSError) as error:
             kind = getattr(error, "code", type(error).__name__)
             structlog.get_logger(__name__).error("batch_stopped", code=kind, error=str(error))

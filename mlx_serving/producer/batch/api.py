@@ -19,26 +19,32 @@ from mlx_serving.producer.batch.objects import Batch
 from mlx_serving.producer.batch.options import BatchOptions
 from mlx_serving.producer.batch.registry import Registry, Report
 from mlx_serving.producer.batch.result_file import whole_lines
-from mlx_serving.producer.batch.runner import Runner
+from mlx_serving.producer.batch.runner import BulkRunner
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from typing import BinaryIO
 
     from mlx_serving.common.settings import Settings
+    from mlx_serving.producer.batch.feeder import Connect
 
 POLL_SECONDS: Final = 0.2
 
 
 class Batches:
-    """Bulk files: submitted here, run by a process of their own.
+    """Bulk files, each run by a process of its own; `Client.batches` gives one of these.
 
     A batch is named by its id, its folder, or the file that it was made of. Every call may raise
-    QueueUnavailable where Redis is away, and BatchNotFound for a name that there isn't.
+    QueueUnavailable if Redis is away, and BatchNotFound if no batch has that name.
+
+    Args:
+        settings: which Redis holds the reports on batches.
+        connect: opens a client of the Redis that serves a model.
+
     """
 
-    def __init__(self, settings: Settings) -> None:
-        self._settings = settings
+    def __init__(self, settings: Settings, connect: Connect) -> None:
+        self._settings, self._connect = settings, connect
 
     def submit(
         self,
@@ -52,15 +58,15 @@ class Batches:
         """Validate a file of requests and start to run it in the background.
 
         Args:
-            source: a path, which stays where it is and may not change meanwhile; or an open
-                file, whose bytes are copied.
+            source: a path, whose file may not be moved or changed until the batch has ended; or
+                an open file, whose bytes are copied.
             folder: where state and results go; beside the file, or in the working directory.
             start: False leaves it to `run` or `resume`.
-            progress: is told how many lines were read.
+            progress: is called with the number of lines read so far.
             options: those of `BatchOptions`.
 
         Returns:
-            the batch, `in_progress`, or `failed` where none of its lines can be run.
+            the batch, `in_progress`, or `failed` if none of its lines can be run.
 
         Raises:
             InvalidBatch: an option is wrong, or the file can't be read.
@@ -70,16 +76,16 @@ class Batches:
         chosen = BatchOptions.build(**options)
         made = self._create(source, folder, chosen)
         with made.lock():
-            batch = Runner(made, self._settings).validate(progress)
+            batch = BulkRunner(made, self._settings, self._connect).validate(progress)
         return self._start(made) if start else batch
 
     def report(self, name: str | None = None) -> Report:
-        """Read what its runner said last, from any machine; without a name, of the last one."""
+        """Read the runner's last report, from any machine; without a name, on the newest batch."""
         with Registry(self._settings) as registry:
             return find_report(name, registry)
 
     def reports(self) -> list[Report]:
-        """Read the last reports on all batches of the last 30 days."""
+        """Read the last report on each batch of the last 30 days."""
         with Registry(self._settings) as registry:
             return registry.reports()
 
@@ -98,9 +104,9 @@ class Batches:
         return batch
 
     def cancel(self, name: str | None = None) -> Batch:
-        """Ask its runner, wherever it is, to cancel it; what has finished is kept.
+        """Ask its runner, on whichever machine, to cancel it; what has finished is kept.
 
-        Where it lies here a runner is started that winds it up, should it have none.
+        If the batch's folder is on this machine and it has no runner, one is started to end it.
         """
         with Registry(self._settings) as registry:
             report = registry.ask_to_cancel(find_report(name, registry).batch.id)
@@ -109,9 +115,9 @@ class Batches:
         return report.batch
 
     def resume(self, name: str | None = None) -> Batch:
-        """Start a runner for a batch whose own is gone; without effect on one that has its own.
+        """Start a runner for a batch that has none; no effect if it has one.
 
-        Of one that has ended, Redis is told again: its runner may not have reached it.
+        For a batch that has ended, Redis is told so again: its runner may not have reached Redis.
         """
         return self._start(self.folder(name))
 
@@ -126,7 +132,7 @@ class Batches:
         with folder.lock() as free:
             if not free:
                 raise InvalidBatch(f"another process runs the batch in {folder.path}")
-            return Runner(folder, self._settings).run()
+            return BulkRunner(folder, self._settings, self._connect).run()
 
     def results(self, name: str | None = None) -> Iterator[dict[str, Any]]:
         """Output lines so far, in the order in which they finished, as the OpenAI API has them."""
@@ -134,17 +140,17 @@ class Batches:
         return map(msgspec.json.decode, whole_lines(folder.output, folder.read().batch.id))
 
     def errors(self, name: str | None = None) -> Iterator[dict[str, Any]]:
-        """Error lines so far, likewise."""
+        """Error lines so far, in the order in which they ended."""
         folder = self.folder(name)
         return map(msgspec.json.decode, whole_lines(folder.errors, folder.read().batch.id))
 
     def folder(self, name: str | None = None) -> BatchFolder:
-        """Find its folder on this machine. Raises BatchNotFound where it lies elsewhere."""
+        """Find its folder on this machine. Raises BatchNotFound if it is on another one."""
         with Registry(self._settings) as registry:
             return find_folder(name, registry)
 
     def _start(self, folder: BatchFolder) -> Batch:
-        """Start a runner; one that finds another at work, by the folder's lock, leaves at once."""
+        """Start a runner; it ends at once if another one holds the folder's lock."""
         batch = folder.read().batch
         if not batch.ended:
             start_runner(folder, self._settings)
@@ -184,8 +190,8 @@ class Batches:
 class AsyncBatches:
     """The asyncio twin of `Batches`: each call runs in a thread, since files block."""
 
-    def __init__(self, settings: Settings) -> None:
-        self._batches = Batches(settings)
+    def __init__(self, settings: Settings, connect: Connect) -> None:
+        self._batches = Batches(settings, connect)
 
     async def submit(self, source: str | Path | BinaryIO, **options: Any) -> Batch:
         """See :meth:`Batches.submit`."""

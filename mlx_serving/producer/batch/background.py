@@ -1,4 +1,4 @@
-"""A runner in a process of its own, which outlives the terminal that started it."""
+"""Starts a runner in a process of its own, which outlives the terminal that started it."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
 
 
 _started: list[subprocess.Popen[bytes]] = []
-"""Runners that this process started: kept, so that those that ended are waited for."""
+"""Runners that this process started; kept to collect the exit status of those that ended."""
 
 
 def start_runner(folder: BatchFolder, settings: Settings) -> int:
-    """Start a runner in the background; returns its process id.
+    """Start a runner in the background; return its process id.
 
-    The settings go through a pipe: they hold secrets, and a command line is none.
+    The settings go through a pipe: they hold secrets, and others can read a command line.
     """
     _started[:] = [process for process in _started if process.poll() is None]
     with folder.log.open("ab") as log:
@@ -40,11 +40,11 @@ def start_runner(folder: BatchFolder, settings: Settings) -> int:
 
 
 def encode_settings(settings: Settings) -> bytes:
-    """Settings as JSON, secrets and all; `Settings(**decoded)` makes the same ones."""
+    """Settings as JSON, with their secrets; `Settings(**decoded)` makes the same settings."""
     return msgspec.json.encode(_plain(settings.model_dump()))
 
 
-def _plain(value: Any) -> Any:  # noqa: ANN401 -- whatever settings hold
+def _plain(value: Any) -> Any:  # noqa: ANN401 -- any value of the settings
     if hasattr(value, "get_secret_value"):
         return value.get_secret_value()
     if isinstance(value, dict):

@@ -1,7 +1,7 @@
-"""From the body of a request, in OpenAI's words, to the fields of a job.
+"""Turns the body of a request, in OpenAI's form, into the fields of a job.
 
-A field is honoured, has an equivalent name, is one that changes nothing about the generation (and
-is reported as ignored), or is an error with its path.
+A field is honoured, perhaps by another name; or it changes nothing about the generation and is
+reported as ignored; or it is an error with its path.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ NEUTRAL: Final[dict[str, tuple[object, ...]]] = {
     "suffix": ("",),
     "verbosity": ("medium",),
 }
-"""Fields that can't be honoured but in these values, which are OpenAI's defaults."""
+"""Fields that are accepted only with these values, which are OpenAI's defaults."""
 
 OURS: Final = frozenset(
     {
@@ -54,7 +54,7 @@ OURS: Final = frozenset(
         "v",
     }
 )
-"""Fields of a job that are the batch's business."""
+"""Fields of a job that the batch sets."""
 
 _WRONG_PLACE: Final = {
     CHAT: ("prompt", f"goes with {COMPLETIONS}: give messages"),
@@ -62,15 +62,15 @@ _WRONG_PLACE: Final = {
 }
 
 
-class Fields(NamedTuple):
-    """What a body says: a job's fields, the ignored names, and what is wrong."""
+class BodyFields(NamedTuple):
+    """What a body holds: a job's fields, names of ignored fields, and errors."""
 
     fields: dict[str, Any]
     ignored: tuple[str, ...]
     errors: list[FieldError]
 
 
-def job_fields(body: dict[str, Any], url: str | None) -> Fields:
+def job_fields(body: dict[str, Any], url: str | None) -> BodyFields:
     """Read a body; `url` None takes messages or a prompt. Paths are relative to the body."""
     fields: dict[str, Any] = {}
     errors: list[FieldError] = []
@@ -91,18 +91,18 @@ def job_fields(body: dict[str, Any], url: str | None) -> Fields:
     if isinstance(fields.get("messages"), list):
         fields["messages"] = [_without_nulls(message) for message in fields["messages"]]
     ignored = tuple(sorted(n for n in IGNORED & body.keys() if body[n] is not None))
-    return Fields(fields, ignored, errors)
+    return BodyFields(fields, ignored, errors)
 
 
 def _spelled(value: object) -> str:
-    """Spell a value as JSON has it."""
+    """Write a value as JSON does."""
     return {"True": "true", "False": "false"}.get(str(value), repr(value).replace("'", '"'))
 
 
 def _without_nulls(message: object) -> object:
-    """Leave out what an SDK writes though it says nothing: nulls and empty lists.
+    """Drop the nulls and empty lists that SDKs write into a message.
 
-    A null `content` stays, beside tool calls that are there.
+    A null `content` is dropped too: a message with tool calls needs none.
     """
     if not isinstance(message, dict):
         return message

@@ -1,4 +1,4 @@
-"""The collector: finds the jobs that ended and writes their results down."""
+"""The collector: finds the jobs that ended and writes their results to the result files."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from mlx_serving.common.results import GenerationResult
-    from mlx_serving.producer.batch.feeder import Flight, Window
-    from mlx_serving.producer.batch.index import Place
+    from mlx_serving.producer.batch.index import LinePlace
     from mlx_serving.producer.batch.results import Results
     from mlx_serving.producer.batch.store import JobStore
+    from mlx_serving.producer.batch.window import SubmittedLine, Window
 
 PAGE_JOBS: Final = 256  # states a round trip
 RESULT_JOBS: Final = 64  # result records a round trip, and in memory at once
@@ -31,79 +31,80 @@ BATCH_CANCELLED: Final = LineError(
 
 
 class Collector:
-    """Collects the lines of one model that are in flight.
+    """Collects the results of one model's lines that are in flight.
 
-    Bulk jobs publish nothing, so it looks. Jobs start in the order in which they were fed, so a
-    look ends at the first page of jobs that all still wait: it costs what runs, not the window.
+    Bulk jobs publish no events, so the collector polls. Jobs start in the order in which they were
+    submitted, so a poll stops at the first page of jobs that are all still queued: its cost grows
+    with the jobs that run, not with the window.
 
     Args:
         store: the model's Redis.
         window: the lines in flight.
-        results: takes what they ended with.
-        lost: takes the place of a line whose job is gone.
+        results: takes the result of each line.
+        lost: is called with the place of a line whose job is gone from Redis.
 
     """
 
     def __init__(
-        self, store: JobStore, window: Window, results: Results, lost: Callable[[Place], None]
+        self, store: JobStore, window: Window, results: Results, lost: Callable[[LinePlace], None]
     ) -> None:
         self._store, self._window, self._results, self._lost = store, window, results, lost
         self.collected: list[str] = []  # jobs to forget, once their results are on disk
 
     def collect(self, *, sweep: bool = False) -> int:
-        """Take what ended; returns how many lines. `sweep` looks at all that is in flight.
+        """Collect the lines that ended; return how many. `sweep` looks at every line in flight.
 
         Raises:
-            QueueUnavailable: Redis is away; what was not taken is taken at the next call.
+            QueueUnavailable: Redis is away; the next call collects what this one did not.
 
         """
-        flights = self._window.flights
+        lines = self._window.lines
         ended = waiting = 0
-        for start in range(0, len(flights), PAGE_JOBS):
-            page = flights[start : start + PAGE_JOBS]
-            states = self._store.states([flight.job_id for flight in page])
+        for start in range(0, len(lines), PAGE_JOBS):
+            page = lines[start : start + PAGE_JOBS]
+            states = self._store.states([line.job_id for line in page])
             queued = states.count(JobState.QUEUED.value)
             waiting += queued
             ended += self._take(page, states)
             if queued == len(page) and not sweep:
-                waiting += len(flights) - start - len(page)
+                waiting += len(lines) - start - len(page)
                 break
         self._window.waiting = waiting
         return ended
 
-    def _take(self, page: Sequence[Flight], states: Sequence[str | None]) -> int:
+    def _take(self, page: Sequence[SubmittedLine], states: Sequence[str | None]) -> int:
         ended = []
-        for flight, state in zip(page, states, strict=True):
+        for line, state in zip(page, states, strict=True):
             if state is None:
-                self._lose(flight)
+                self._lose(line)
             elif state in _ENDED:
-                ended.append(flight)
+                ended.append(line)
         for start in range(0, len(ended), RESULT_JOBS):
             some = ended[start : start + RESULT_JOBS]
-            found = self._store.results([flight.job_id for flight in some])
-            for flight, result in zip(some, found, strict=True):
-                self._settle(flight, result)
+            found = self._store.results([line.job_id for line in some])
+            for line, result in zip(some, found, strict=True):
+                self._settle(line, result)
         return len(ended)
 
-    def _settle(self, flight: Flight, result: GenerationResult | None) -> None:
-        if result is None:  # it expired between the two looks
-            self._lose(flight)
+    def _settle(self, line: SubmittedLine, result: GenerationResult | None) -> None:
+        if result is None:  # it expired between the two reads
+            self._lose(line)
             return
         if result.state is JobState.FINISHED:
-            self._results.finished(flight, result)
+            self._results.finished(line, result)
         else:
-            error = _error_of(result, flight.line)
-            self._results.failed_line(flight.line, flight.custom_id, error, result.id)
-        self._window.remove(flight)
-        self.collected.append(flight.job_id)
+            error = _error_of(result, line.line)
+            self._results.failed_line(line.line, line.custom_id, error, result.id)
+        self._window.remove(line)
+        self.collected.append(line.job_id)
 
-    def _lose(self, flight: Flight) -> None:
-        self._window.remove(flight)
-        self._lost(flight.place)
+    def _lose(self, line: SubmittedLine) -> None:
+        self._window.remove(line)
+        self._lost(line.place)
 
 
 def _error_of(result: GenerationResult, line: int) -> LineError:
-    """Why a job did not finish, in the batch's words where the batch itself is the reason."""
+    """Why a job did not finish; a code of the batch's own if the batch itself is the reason."""
     error = result.error
     code, message = (error.code, error.message) if error else (result.state.value, "")
     if result.state is JobState.EXPIRED and code == DEADLINE:

@@ -1,149 +1,108 @@
-"""The feeder: reads lines in their order and keeps a window of them in flight."""
+"""The feeder: reads lines in the order of the index and submits as many as the window allows."""
 
 from __future__ import annotations
 
 import os
 from collections import deque
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 from mlx_serving.common import limits
 from mlx_serving.common.errors import InvalidBatch, InvalidJob, TenantLimited
-from mlx_serving.producer.batch.lines import LineReader, Request
+from mlx_serving.producer.batch.lines import LineReader, RequestLine
 from mlx_serving.producer.batch.objects import LineError
+from mlx_serving.producer.batch.window import SubmittedLine
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from mlx_serving.common.job.schema import GenerationJob
-    from mlx_serving.producer.batch.index import Place
+    from mlx_serving.common.redis.connection import Endpoint
+    from mlx_serving.producer.batch.index import LinePlace
     from mlx_serving.producer.batch.results import Results
-    from mlx_serving.producer.client import Client
-
-IN_FLIGHT_BYTES: Final = 256 * 1024 * 1024
-
-
-"""Most bytes of input lines of a model in Redis at once."""
-
-
-@dataclass(frozen=True, slots=True)
-class Flight:
-    """A line whose job is in Redis. Its text is not kept: `place` says where it is."""
-
-    place: Place
-    job_id: str
-    custom_id: str
-    url: str
-    model: str
-    ignored: tuple[str, ...] = ()
-
-    @property
-    def line(self) -> int:
-        """Number of the line in the input file."""
-        return self.place.line
-
-
-class Window:
-    """Lines in flight, in the order in which they went. `waiting`: queued at the last look."""
-
-    def __init__(self, depth: int, most: int, most_bytes: int = IN_FLIGHT_BYTES) -> None:
-        self._depth = depth
-        self._most = most
-        self._most_bytes = most_bytes
-        self._bytes = 0
-        self._flights: dict[str, Flight] = {}
-        self.waiting = 0
-
-    def __len__(self) -> int:
-        return len(self._flights)
-
-    @property
-    def flights(self) -> list[Flight]:
-        """All lines in flight, oldest first."""
-        return list(self._flights.values())
-
-    @property
-    def room(self) -> int:
-        """How many lines to feed now: none until half of the depth is used up."""
-        if self._bytes >= self._most_bytes or self.waiting * 2 > self._depth:
-            return 0
-        return max(0, min(self._depth - self.waiting, self._most - len(self)))
-
-    def add(self, flights: Iterable[Flight]) -> None:
-        """Note lines that were submitted."""
-        for flight in flights:
-            if flight.job_id in self._flights:
-                continue
-            self._flights[flight.job_id] = flight
-            self._bytes += flight.place.length
-            self.waiting += 1
-
-    def remove(self, flight: Flight) -> None:
-        """Note that a line is no longer in flight."""
-        if self._flights.pop(flight.job_id, None) is not None:
-            self._bytes -= flight.place.length
-
+    from mlx_serving.producer.batch.window import Window
 
 CHUNK_LINES: Final = 256
-
-
 CHUNK_BYTES: Final = 8 * 1024 * 1024
-
-
 """Most lines, and most bytes of them, that are in memory at once."""
 
 
+class Submitter(Protocol):
+    """What a batch needs of the client of a model's Redis."""
+
+    @property
+    def endpoint(self) -> Endpoint:
+        """Where that Redis is."""
+
+    def submit(self, job: GenerationJob, /) -> object:
+        """Enqueue a job; see `Client.submit`."""
+
+    def submit_many(self, jobs: Iterable[GenerationJob]) -> object:
+        """Enqueue jobs in few round trips; see `Client.submit_many`."""
+
+    def close(self) -> None:
+        """Close the connections."""
+
+
+class Connect(Protocol):
+    """Opens a client of the Redis that serves a model and a tenant."""
+
+    def __call__(self, *, model: str, tenant: str | None) -> Submitter:
+        """Open one."""
+
+
 class _Ready(NamedTuple):
-    flight: Flight
+    """A line that was read, and the job that it asks for."""
+
+    line: SubmittedLine
     job: GenerationJob
 
 
 class Feeder:
     """Submits the lines of one model that have not ended.
 
-    A line that was submitted before, by this runner or one that died, is submitted again without
-    harm: its idempotency key makes it the same job, or a new one where that is gone.
+    It is safe to submit a line that this runner, or one that died, submitted before: its
+    idempotency key makes it the same job, or a new job if the first one is gone from Redis.
 
     Args:
         client: of the model's Redis.
         reader: makes jobs of lines.
         source: descriptor of the input file.
-        places: lines of the model that have not ended, in their order.
-        window: takes what was submitted.
-        results: takes the lines that the client refuses.
+        places: lines of the model that have not ended, in the order of the index.
+        window: is told which lines were submitted.
+        results: takes the errors of lines that the client refuses.
 
     """
 
     def __init__(
         self,
-        client: Client,
+        client: Submitter,
         reader: LineReader,
         source: int,
-        places: Iterator[Place],
+        places: Iterator[LinePlace],
         window: Window,
         results: Results,
     ) -> None:
         self._client, self._reader, self._source = client, reader, source
         self._places = places
         self._window, self._results = window, results
-        self._again: deque[Place] = deque()
+        self._again: deque[LinePlace] = deque()
         self._chunk: list[_Ready] = []
-        self._burst = CHUNK_LINES  # lines a submit; less where the tenant's limit is near
+        self._burst = CHUNK_LINES  # lines a submit; fewer near the tenant's limit
         self.exhausted = False
 
-    def again(self, place: Place) -> None:
+    def again(self, place: LinePlace) -> None:
         """Submit a line once more: Redis no longer has its job."""
         self._again.append(place)
         self.exhausted = False
 
-    def flight(self, place: Place) -> Flight:
-        """Read a line for what it will be written down with."""
-        return self._read(place).flight
+    def submitted_line(self, place: LinePlace) -> SubmittedLine:
+        """Read a line whose job is in Redis already."""
+        return self._read(place).line
 
     def feed(self, seconds_left: float) -> int:
-        """Submit what there is room for; returns how many lines that were.
+        """Submit as many lines as the window has room for; return how many.
 
-        Where the batch's tenant may have no more queued, the other lines wait for the next call.
+        If the batch's tenant may have no more jobs queued, the other lines wait for the next call.
 
         Raises:
             QueueUnavailable: Redis is away; the next call goes on with the same lines.
@@ -161,7 +120,7 @@ class Feeder:
             taken = before - len(self._chunk)
             fed += taken
             if taken < wanted:
-                self._burst = max(1, taken)  # what is refused travels in vain
+                self._burst = max(1, taken)  # lines that are refused are sent for nothing
                 break
             self._burst = min(2 * self._burst, CHUNK_LINES)
         return fed
@@ -177,17 +136,19 @@ class Feeder:
             chunk.append(self._read(place))
         return chunk
 
-    def _read(self, place: Place) -> _Ready:
+    def _read(self, place: LinePlace) -> _Ready:
         raw = os.pread(self._source, place.length, place.offset)
         found = self._reader.read(raw, place.line)
-        if not isinstance(found, Request):
+        if not isinstance(found, RequestLine):
             raise InvalidBatch([("input", f"line {place.line} is not what it was at submit")])
         job = found.job
-        flight = Flight(place, job.job_id(), found.custom_id, found.url, job.model, found.ignored)
-        return _Ready(flight, job)
+        line = SubmittedLine(
+            place, job.job_id(), found.custom_id, found.url, job.model, found.ignored
+        )
+        return _Ready(line, job)
 
     def _submit(self, deadline_s: float) -> None:
-        """Submit a burst of the chunk; what is left of it was not taken."""
+        """Submit the first lines of the chunk; those that were not enqueued stay in it."""
         burst, rest = self._chunk[: self._burst], self._chunk[self._burst :]
         jobs = [ready.job.model_copy(update={"deadline": deadline_s}) for ready in burst]
         try:
@@ -196,27 +157,26 @@ class Feeder:
             refused = self._submit_each(burst, jobs)
         except TenantLimited as error:
             pairs = [*zip(burst, error.job_ids, strict=True)]
-            self._window.add(ready.flight for ready, job_id in pairs if job_id is not None)
+            self._window.add(ready.line for ready, job_id in pairs if job_id is not None)
             refused = [ready for ready, job_id in pairs if job_id is None]
         else:
-            self._window.add(ready.flight for ready in burst)
+            self._window.add(ready.line for ready in burst)
             refused = []
         self._chunk = refused + rest
 
     def _submit_each(self, burst: list[_Ready], jobs: list[GenerationJob]) -> list[_Ready]:
-        """Find the lines that the client refuses: too large for the settings, another Redis.
+        """Submit one by one, to find the lines that the client refuses (too large, another Redis).
 
-        Returns those that the tenant's limit keeps out for now.
+        Return the lines that the tenant's limit keeps out for now.
         """
         for number, (ready, job) in enumerate(zip(burst, jobs, strict=True)):
-            flight = ready.flight
             try:
                 self._client.submit(job)
             except InvalidJob as error:
-                wrong = LineError(code=error.code, message=str(error), line=flight.line)
-                self._results.failed_line(flight.line, flight.custom_id, wrong)
+                wrong = LineError(code=error.code, message=str(error), line=ready.line.line)
+                self._results.failed_line(ready.line.line, ready.line.custom_id, wrong)
             except TenantLimited:
                 return burst[number:]
             else:
-                self._window.add([flight])
+                self._window.add([ready.line])
         return []

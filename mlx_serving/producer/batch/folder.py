@@ -1,6 +1,6 @@
-"""A batch's folder: all that a runner needs to go on, on any machine that has the disk.
+"""A batch's folder: all that a runner needs to go on, on any machine that can reach the disk.
 
-`batch.json` is replaced as a whole (written, fsynced, renamed); the result files only grow.
+`batch.json` is replaced as a whole (write, fsync, rename); the result files only grow.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ STATE: Final = "batch.json"
 
 
 class InputFile(msgspec.Struct, frozen=True):
-    """The requests, and what they looked like when they were validated."""
+    """The file of requests: its size and time of change when it was validated."""
 
     path: str
     size: int = 0
@@ -46,7 +46,7 @@ class Section(msgspec.Struct, frozen=True):
 
 
 class BatchState(msgspec.Struct, kw_only=True):
-    """What `batch.json` holds. `ignored`: how many lines gave each field that changes nothing."""
+    """Content of `batch.json`. `ignored`: how many lines set each field that changes nothing."""
 
     v: int = 1
     batch: Batch
@@ -74,7 +74,7 @@ class BatchFolder:
         """Make a new folder.
 
         Raises:
-            InvalidBatch: it is there already, or can't be made.
+            InvalidBatch: it exists already, or can't be made.
 
         """
         try:
@@ -85,25 +85,25 @@ class BatchFolder:
 
     @classmethod
     def open(cls, path: Path) -> BatchFolder:
-        """Open one that is there. Raises BatchNotFound."""
+        """Open an existing folder. Raises BatchNotFound."""
         if not (path / STATE).is_file():
             raise BatchNotFound(f"there is no batch in {path}")
         return cls(path)
 
     def read(self) -> BatchState:
-        """Read `batch.json`. Raises InvalidBatch where it can't be read."""
+        """Read `batch.json`. Raises InvalidBatch if it can't be read."""
         try:
             return msgspec.json.decode(self._state.read_bytes(), type=BatchState)
         except (OSError, msgspec.DecodeError) as error:
             raise InvalidBatch(f"{self._state} can't be read: {error}") from None
 
     def write(self, state: BatchState) -> None:
-        """Replace `batch.json`: after a crash the old one is there or the new one, whole."""
+        """Replace `batch.json`: after a crash it holds the old state or the new one, complete."""
         replace(self._state, msgspec.json.format(msgspec.json.encode(state), indent=2))
 
     @contextmanager
     def lock(self) -> Iterator[bool]:
-        """Hold the folder for one runner; False where another has it. Ends with the process."""
+        """Lock the folder for one runner; False if another has it. A crash frees the lock."""
         with self._lock.open("ab") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -114,7 +114,7 @@ class BatchFolder:
 
 
 def replace(path: Path, data: bytes) -> None:
-    """Write a file so that any crash leaves the old one or the new one, and it stays."""
+    """Replace a file so that a crash leaves the old or the new one; on disk when this returns."""
     part = path.with_name(path.name + ".part")
     with part.open("wb") as file:
         file.write(data)
@@ -125,7 +125,7 @@ def replace(path: Path, data: bytes) -> None:
 
 
 def sync_folder(path: Path) -> None:
-    """Make renames and new names in a folder outlive a power loss."""
+    """Make new and renamed files in a folder outlive a power loss."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""The order in which lines are fed: fixed-size records in a file, one a valid line, sorted."""
+"""The index: in which order lines are submitted. A file of sorted records, one for each line."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _READ_RECORDS: Final = 1024
 
 
 class ExternalSorter:
-    """Sorts byte records of one size. Use it as a context: its file is gone afterwards."""
+    """Sorts byte records of one size on disk. A context manager, which deletes its file."""
 
     def __init__(self, folder: Path, record_bytes: int, run_records: int = RUN_RECORDS) -> None:
         self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 -- closed by __exit__
@@ -40,7 +40,7 @@ class ExternalSorter:
         self._file.close()
 
     def add(self, record: bytes) -> None:
-        """Take a record."""
+        """Add a record."""
         self._run.append(record)
         if len(self._run) >= self._run_records:
             self._write_run()
@@ -71,13 +71,13 @@ class ExternalSorter:
 MODELS: Final = 256
 
 
-"""Most models that one file may name: each is fed on its own."""
+"""Most models that one file may name."""
 
 
 HEADS: Final = (64, 256, 1024)
 
 
-"""Characters of what follows the system turns by which lines are grouped, one level each."""
+"""How many characters after the system turns decide in which group a line is, for each level."""
 
 
 _RECORD: Final = struct.Struct(
@@ -91,8 +91,8 @@ RECORD_BYTES: Final = _RECORD.size
 NO_PREFIX: Final = bytes(32)
 
 
-class Place(NamedTuple):
-    """Where in the input file a line is."""
+class LinePlace(NamedTuple):
+    """Where a line is in the input file."""
 
     line: int
     offset: int
@@ -100,10 +100,10 @@ class Place(NamedTuple):
 
 
 def prefix_key(job: GenerationJob) -> bytes:
-    """32 bytes, equal in their first 8, 16, 24 or 32 for prompts that begin alike.
+    """Return 32 bytes, of which the first 8, 16, 24 or 32 are equal for prompts that begin alike.
 
-    The first 8 stand for the tools and the leading system turns as a whole, the others for the
-    first 64, 256 and 1,024 characters of what follows.
+    The first 8 are a hash of the tools and the leading system turns; the others hash the first 64,
+    256 and 1,024 characters of what follows.
     """
     messages = job.template_messages()
     turns = sum(1 for _ in _leading_system(messages))
@@ -112,19 +112,19 @@ def prefix_key(job: GenerationJob) -> bytes:
     return _hash(system) + b"".join(_hash(rest[:head].encode()) for head in HEADS)
 
 
-def record(model: int, key: bytes, place: Place) -> bytes:
+def record(model: int, key: bytes, place: LinePlace) -> bytes:
     """Pack a line's record."""
     return _RECORD.pack(model, key, *place)
 
 
-def place_of(packed: bytes) -> tuple[int, Place]:
+def place_of(packed: bytes) -> tuple[int, LinePlace]:
     """Model number and place of a record."""
     model, _, line, offset, length = _RECORD.unpack(packed)
-    return model, Place(line, offset, length)
+    return model, LinePlace(line, offset, length)
 
 
-def read_places(path: Path, first: int, count: int) -> Iterator[Place]:
-    """Read `count` records from the `first` one on; a page of them is in memory."""
+def read_places(path: Path, first: int, count: int) -> Iterator[LinePlace]:
+    """Read `count` records from number `first` on, a page at a time."""
     with path.open("rb") as file:
         file.seek(first * RECORD_BYTES)
         while count > 0:
@@ -132,7 +132,7 @@ def read_places(path: Path, first: int, count: int) -> Iterator[Place]:
             if not page:
                 return
             for _, _, line, offset, length in _RECORD.iter_unpack(page):
-                yield Place(line, offset, length)
+                yield LinePlace(line, offset, length)
             count -= _READ_RECORDS
 
 

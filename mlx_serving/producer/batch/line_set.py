@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class LineSet:
-    """Lines counted from 1; grows as needed."""
+    """A set of line numbers from 1 on; grows as needed."""
 
     def __init__(self) -> None:
         self._bits = bytearray()
@@ -14,7 +14,7 @@ class LineSet:
         return byte < len(self._bits) and bool(self._bits[byte] >> (line & 7) & 1)
 
     def add(self, line: int) -> bool:
-        """Add a line; False where it was there."""
+        """Add a line; return False if the set had it already."""
         if line in self:
             return False
         byte = line >> 3

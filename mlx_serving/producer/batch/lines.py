@@ -1,4 +1,4 @@
-"""From a line of a bulk file to a request: OpenAI's Batch form, or a plain prompt."""
+"""Reads a line of a bulk file: OpenAI's Batch form, or a plain prompt."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _FORM: Final = frozenset({"custom_id", "method", "url", "body"})
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class RequestLine:
     """A line that can be run. `ignored` names the body's fields that change nothing."""
 
     line: int
@@ -35,7 +35,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class BadLine:
-    """A line that can't; `custom_id` where it has a readable one. One error a field."""
+    """A line that can't be run, with an error a wrong field; `custom_id` is None if unreadable."""
 
     line: int
     custom_id: str | None
@@ -43,7 +43,7 @@ class BadLine:
 
     @property
     def summary(self) -> LineError:
-        """All that is wrong, in one."""
+        """All of its errors in one."""
         first = self.errors[0]
         texts = [f"{e.param}: {e.message}" if e.param else e.message for e in self.errors]
         return LineError(
@@ -69,16 +69,16 @@ class LineReader:
         return f"{self._batch_id}:{line}"
 
     def job_id(self, line: int) -> str:
-        """Id of a line's job, by what `GenerationJob` makes of its key."""
+        """Id of a line's job, which `GenerationJob` derives from its key."""
         key, tenant = self.key(line), self._options.tenant
         return GenerationJob.model_construct(idempotency_key=key, tenant=tenant).job_id()
 
-    def read(self, raw: bytes, line: int) -> Request | BadLine:
-        """Read a line; whatever is wrong with it is named, nothing is raised."""
+    def read(self, raw: bytes, line: int) -> RequestLine | BadLine:
+        """Read a line; what is wrong with it is returned, never raised."""
         try:
             value = msgspec.json.decode(raw)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            return _bad(line, None, "invalid_json_line", [FieldError("", f"is no JSON: {error}")])
+            return _bad(line, None, "invalid_json_line", [FieldError("", f"is not JSON: {error}")])
         if isinstance(value, str):
             value = {"prompt": value}
         if not isinstance(value, dict):
@@ -88,7 +88,7 @@ class LineReader:
             return self._plain(value, line)
         return self._form(value, line)
 
-    def _form(self, value: dict[str, Any], line: int) -> Request | BadLine:
+    def _form(self, value: dict[str, Any], line: int) -> RequestLine | BadLine:
         """Read OpenAI's form: custom_id, method, url, body."""
         custom_id = value.get("custom_id")
         errors = [*_form_errors(value)]
@@ -97,8 +97,8 @@ class LineReader:
             return _bad(line, known, "invalid_request", errors)
         return self._request(line, value["custom_id"], value["url"], value["body"], "body")
 
-    def _plain(self, value: dict[str, Any], line: int) -> Request | BadLine:
-        """Read a prompt with, beside it, any field of a body."""
+    def _plain(self, value: dict[str, Any], line: int) -> RequestLine | BadLine:
+        """Read a plain prompt; any field of a body may stand beside it."""
         body = dict(value)
         custom_id = body.pop("custom_id", f"line-{line}")
         if errors := [*_custom_id_errors(custom_id)]:
@@ -118,7 +118,7 @@ class LineReader:
 
     def _request(
         self, line: int, custom_id: str, url: str, body: dict[str, Any], path: str
-    ) -> Request | BadLine:
+    ) -> RequestLine | BadLine:
         fields, ignored, errors = job_fields(body, url)
         if not errors:
             try:
@@ -126,7 +126,7 @@ class LineReader:
             except InvalidJob as error:
                 errors = error.errors
             else:
-                return Request(line, custom_id, url, job, ignored)
+                return RequestLine(line, custom_id, url, job, ignored)
         errors = [FieldError(_joined(path, error.path), error.reason) for error in errors]
         return _bad(line, custom_id, "invalid_request", errors)
 
@@ -147,7 +147,7 @@ class LineReader:
 
 
 def custom_id_of(raw: bytes, line: int) -> str | None:
-    """Custom id of a line that was read before."""
+    """Custom id of a line that was read before; None if it isn't JSON."""
     try:
         value = msgspec.json.decode(raw)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
@@ -157,7 +157,7 @@ def custom_id_of(raw: bytes, line: int) -> str | None:
 
 
 def _form_errors(value: dict[str, Any]) -> list[FieldError]:
-    errors = [FieldError(name, "is no field here") for name in sorted(value.keys() - _FORM)]
+    errors = [FieldError(name, "is not a known field") for name in sorted(value.keys() - _FORM)]
     errors += _custom_id_errors(value.get("custom_id"))
     if value.get("method") != "POST":
         errors.append(FieldError("method", 'must be "POST"'))

@@ -1,4 +1,4 @@
-"""How a person names a batch: by its id, its folder, the file it was made of, or not at all."""
+"""Finds the batch that a person means: by id, by folder, by input file, or the newest."""
 
 from __future__ import annotations
 
@@ -17,37 +17,37 @@ if TYPE_CHECKING:
 
 
 def new_id() -> str:
-    """Name a new batch."""
+    """Make the id of a new batch."""
     return f"batch_{secrets.token_hex(8)}"
 
 
 def folder_beside(source: Path, batch_id: str) -> Path:
-    """Where a batch's folder goes when nothing else is said: beside its file."""
+    """The default folder of a batch: beside its file."""
     return source.with_name(f"{source.name}.{batch_id}")
 
 
 def find_folder(name: str | None, registry: Registry) -> BatchFolder:
-    """Find a batch that lies on this machine; without a name, the newest.
+    """Find the folder of a batch on this machine; without a name, of the newest one.
 
     Raises:
-        BatchNotFound: there is none, or it lies elsewhere.
-        QueueUnavailable: an id has to be asked of Redis, which is away.
+        BatchNotFound: there is none, or its folder is on another machine.
+        QueueUnavailable: only Redis can tell, and it is away.
 
     """
     if name is not None and (local := _local(Path(name))) is not None:
         return local
     report = find_report(name, registry)
     if not report.lies_here:
-        raise BatchNotFound(f"batch {report.batch.id} lies in {report.folder} on {report.host}")
+        raise BatchNotFound(f"batch {report.batch.id} is in {report.folder} on {report.host}")
     return BatchFolder(Path(report.folder))
 
 
 def find_report(name: str | None, registry: Registry) -> Report:
-    """Find what Redis knows of a batch; without a name, the newest from here.
+    """Find the last report on a batch; without a name, on the newest one from this machine.
 
     Raises:
         BatchNotFound: there is none.
-        QueueUnavailable: Redis is away, and the name is not that of a folder or file here.
+        QueueUnavailable: Redis is away, and no folder or file here has this name.
 
     """
     if name is None:
@@ -61,7 +61,7 @@ def find_report(name: str | None, registry: Registry) -> Report:
 
 
 def _report_of(folder: BatchFolder, registry: Registry) -> Report:
-    """What Redis knows of a batch that lies here; the folder knows better how it ended."""
+    """The report on a batch whose folder is here; the folder decides whether it has ended."""
     batch = folder.read().batch
     unheard = Report(batch=batch, folder=str(folder.path), age_s=math.inf)
     try:
@@ -72,7 +72,7 @@ def _report_of(folder: BatchFolder, registry: Registry) -> Report:
 
 
 def _local(path: Path) -> BatchFolder | None:
-    """A batch's folder, or the newest one made of a file."""
+    """The batch in this folder, or the newest one made of this file."""
     if (path / STATE).is_file():
         return BatchFolder(path)
     made = [

@@ -1,6 +1,6 @@
 """The OpenAI Batch objects: the batch itself, its counts, its errors.
 
-Field for field those of the `openai` package's types, which tests parse them with. Times are
+Field for field those of the `openai` package's types; tests parse them with these. Times are
 seconds since the epoch by the runner's clock.
 """
 
@@ -10,7 +10,7 @@ from typing import Final, Literal
 
 import msgspec
 
-Status = Literal[
+BatchStatus = Literal[
     "validating",
     "failed",
     "in_progress",
@@ -27,7 +27,7 @@ COMPLETIONS: Final = "/v1/completions"
 ENDPOINTS: Final = (CHAT, COMPLETIONS)
 
 NAMED_ERRORS: Final = 100
-"""How many line errors the batch object itself names; the error file has all."""
+"""Most line errors that the batch object lists; the error file has all of them."""
 
 
 class LineError(msgspec.Struct, frozen=True, kw_only=True):
@@ -47,7 +47,7 @@ class ErrorList(msgspec.Struct):
 
 
 class RequestCounts(msgspec.Struct):
-    """How many lines there are, and how many ended well and otherwise."""
+    """How many lines there are, how many have finished and how many have failed."""
 
     total: int = 0
     completed: int = 0
@@ -60,13 +60,13 @@ class RequestCounts(msgspec.Struct):
 
 
 class InputDetails(msgspec.Struct):
-    """Prompt tokens that a prefix cache served."""
+    """Prompt tokens that came from a prefix cache."""
 
     cached_tokens: int = 0
 
 
 class OutputDetails(msgspec.Struct):
-    """There for the type's sake: reasoning is not counted apart."""
+    """OpenAI's type has it; reasoning tokens are not counted separately."""
 
     reasoning_tokens: int = 0
 
@@ -81,7 +81,7 @@ class BatchUsage(msgspec.Struct):
     output_tokens_details: OutputDetails = msgspec.field(default_factory=OutputDetails)
 
     def add(self, prompt: int, completion: int, cached: int) -> None:
-        """Count one more answer."""
+        """Add the tokens of one answer."""
         self.input_tokens += prompt
         self.output_tokens += completion
         self.total_tokens += prompt + completion
@@ -89,7 +89,7 @@ class BatchUsage(msgspec.Struct):
 
 
 class Batch(msgspec.Struct, kw_only=True):
-    """A bulk file on its way, as `openai.types.Batch` has it; file ids are paths."""
+    """A batch, as `openai.types.Batch` describes it; file ids are paths."""
 
     id: str
     object: str = "batch"
@@ -97,7 +97,7 @@ class Batch(msgspec.Struct, kw_only=True):
     errors: ErrorList | None = None
     input_file_id: str
     completion_window: str = "24h"
-    status: Status = "validating"
+    status: BatchStatus = "validating"
     output_file_id: str | None = None
     error_file_id: str | None = None
     model: str | None = None
@@ -116,11 +116,11 @@ class Batch(msgspec.Struct, kw_only=True):
 
     @property
     def ended(self) -> bool:
-        """Whether nothing more will happen to it."""
+        """Whether it is over, in any way."""
         return self.status in ENDED
 
-    def move(self, status: Status, now_s: float) -> None:
-        """Take a status on and note when, where there is a field for it; once."""
+    def move(self, status: BatchStatus, now_s: float) -> None:
+        """Set the status, and the time in the status's field if it has one that is not set."""
         self.status = status
         field = f"{status}_at"
         if getattr(self, field, 0) is None:

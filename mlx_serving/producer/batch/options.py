@@ -1,4 +1,4 @@
-"""How a bulk file is run: what the submitter chose, checked."""
+"""The options of a bulk file, checked."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ class BatchOptions(msgspec.Struct, frozen=True, kw_only=True):
 
     Args:
         model: for lines that name none.
-        model_map: foreign model names → ours.
-        max_tokens: for lines that name none; None is the job's own default.
-        temperature: likewise.
+        model_map: from models' names in the file to our aliases.
+        max_tokens: for lines that set none; None means the job's own default.
+        temperature: for lines that set none; None means the job's own default.
         raw: a plain prompt goes to the model as it is, not as a chat message.
         order: `prefix` groups lines by model and shared prefix, `file` keeps the file's order.
-        completion_window: "24h", "90m", "2d": after it, what has not finished expires.
-        strict: one bad line fails the batch before anything runs.
+        completion_window: "24h", "90m", "2d": lines that have not finished by then expire.
+        strict: a single bad line fails the batch before anything runs.
         depth: lines of a model to keep waiting in its queue.
         in_flight: most lines of a model in Redis at once, waiting, running or uncollected.
         result_ttl: seconds that Redis keeps a result that nobody collects.
-        tenant: whose jobs they are; its limits and its share hold for them.
+        tenant: the tenant of the jobs, whose limits and share apply to them.
         metadata: up to 16 short texts that the batch object carries.
 
     """
@@ -72,7 +72,7 @@ class BatchOptions(msgspec.Struct, frozen=True, kw_only=True):
         except msgspec.ValidationError as error:
             raise InvalidBatch(str(error)) from None
         unknown = sorted(set(fields) - set(cls.__struct_fields__))
-        errors = [FieldError(name, "is no option") for name in unknown]
+        errors = [FieldError(name, "is not a known option") for name in unknown]
         errors += _problems(options)
         if errors:
             raise InvalidBatch(errors)
@@ -80,7 +80,7 @@ class BatchOptions(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def seconds_of(window: str) -> int | None:
-    """`90m` as seconds; None where it is no such time."""
+    """`90m` as seconds; None if it is not written like that."""
     match = re.fullmatch(r"(\d{1,9})([smhd])", window)
     return int(match[1]) * UNITS[match[2]] if match else None
 
@@ -94,7 +94,7 @@ def _problems(options: BatchOptions) -> Iterator[FieldError]:
     names = {"model": options.model, **{f"model_map.{k}": v for k, v in options.model_map.items()}}
     for path, name in names.items():
         if name is not None and not MODEL_NAME.fullmatch(name):
-            yield FieldError(path, f"{name!r} can't be a model's name")
+            yield FieldError(path, f"{name!r} is not a valid model name")
     bounds = {
         "max_tokens": (1, limits.TOKENS), "temperature": (0, 2), "depth": (1, 100_000),
         "in_flight": (1, 1_000_000), "result_ttl": (1, limits.SECONDS),

@@ -1,4 +1,4 @@
-"""Lines of the result files, in OpenAI's shape: one mapping from our result records to theirs."""
+"""Lines of the result files in OpenAI's form, built from our result records."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _ID: Final = re.compile(r"batch_req_([0-9a-f]+)_(\d+)")
 
 
 class Extra(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
-    """What we say beside OpenAI's fields: the line, its job, the fields that changed nothing."""
+    """Our own addition to OpenAI's fields: the line, its job, the fields that were ignored."""
 
     line: int
     job: str | None = None
@@ -25,7 +25,7 @@ class Extra(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
 
 
 class Response(msgspec.Struct, frozen=True):
-    """What the API would have answered."""
+    """The response that OpenAI's API would have given."""
 
     status_code: int
     request_id: str
@@ -43,12 +43,12 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def record_id(batch_id: str, line: int) -> str:
-    """Id of a result line: it names the input line, so that a result file is its own journal."""
+    """Id of a result line; the number of the input line in it makes the file its own journal."""
     return f"batch_req_{batch_id.rpartition('_')[2]}_{line}"
 
 
 def line_of(record: str, batch_id: str) -> int | None:
-    """Input line of a result line; None where it is not this batch's."""
+    """Input line of a result line; None if it belongs to another batch."""
     match = _ID.fullmatch(record)
     if match is None or match[1] != batch_id.rpartition("_")[2]:
         return None
@@ -56,9 +56,9 @@ def line_of(record: str, batch_id: str) -> int | None:
 
 
 def body_of(result: GenerationResult, *, url: str, model: str) -> dict[str, Any]:
-    """The completion object of a result: all its choices, and of each whatever it has.
+    """The completion object of a result, with all its choices.
 
-    Tool calls, log probabilities and reasoning are carried where the result has them.
+    A choice's tool calls, log probabilities and reasoning are included if it has them.
     """
     timings = result.timings
     chat = url == CHAT
@@ -97,14 +97,14 @@ def _text_choice(choice: ChoiceResult) -> dict[str, Any]:
     }
 
 
-def _part(choice: ChoiceResult, name: str) -> Any:  # noqa: ANN401 -- whatever the result has
-    """A part that results may have or not, as plain data; None where it is absent or empty."""
+def _part(choice: ChoiceResult, name: str) -> Any:  # noqa: ANN401 -- any part of a result
+    """An optional part of a choice as plain data; None if it is absent or empty."""
     value = getattr(choice, name, None)
     return msgspec.to_builtins(value) if value else None
 
 
 def _logprobs(choice: ChoiceResult) -> dict[str, Any] | None:
-    """Log probabilities in the chat API's form, from its form or the bare list of tokens."""
+    """Log probabilities in the chat API's form."""
     value = _part(choice, "logprobs")
     if value is None:
         return None
@@ -113,7 +113,7 @@ def _logprobs(choice: ChoiceResult) -> dict[str, Any] | None:
 
 
 def _token(entry: dict[str, Any]) -> dict[str, Any]:
-    """One position; results leave out bytes that are the token's own UTF-8, and empty lists."""
+    """One position, with what results leave out: bytes equal to the token's UTF-8, empty lists."""
     tops = [_with_bytes(top) for top in entry.get("top_logprobs") or ()]
     return _with_bytes(entry) | {"top_logprobs": tops}
 
@@ -124,7 +124,7 @@ def _with_bytes(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def _text_logprobs(logprobs: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Chat's form of log probabilities as completions have it."""
+    """Turn the chat API's form of log probabilities into that of completions."""
     if logprobs is None:
         return None
     content = logprobs["content"]

@@ -1,7 +1,7 @@
-"""What Redis knows of batches: a view for other machines, and the way to cancel from there.
+"""Reports on batches in Redis: other machines read them, and ask there to cancel a batch.
 
-The folder is the truth. The view is written about once a second while a runner lives and stays for
-30 days after the last time.
+The folder is the truth. A runner writes its report about once a second; Redis keeps a report for
+30 days after the last write.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 import msgspec
 
 from mlx_serving.common.errors import BatchNotFound
+from mlx_serving.common.protocol.fields import BatchField
 from mlx_serving.common.redis.connection import connect, resolve
 from mlx_serving.common.redis.retrying import answered
 from mlx_serving.producer.batch.folder import STATE
@@ -28,13 +29,13 @@ T = TypeVar("T")
 
 KEEP_SECONDS: Final = 30 * 24 * 3600
 ALIVE_SECONDS: Final = 10.0
-"""A runner that was not heard of for longer is taken for dead."""
+"""A runner whose last report is older is taken for dead."""
 
 
 class Report(msgspec.Struct, kw_only=True):
-    """What a runner says of its batch.
+    """A runner's report on its batch.
 
-    `at_ms`: when, by Redis `TIME`. `problem`: why the runner stopped before the end.
+    `at_ms`: its time, by Redis `TIME`. `problem`: why the runner stopped before the end.
     """
 
     batch: Batch
@@ -45,7 +46,7 @@ class Report(msgspec.Struct, kw_only=True):
     in_flight: int = 0
     waiting: int = 0
     problem: str = ""
-    age_s: float = 0.0  # set by the reader: how long ago that was
+    age_s: float = 0.0  # set by the reader: seconds since `at_ms`
 
     @property
     def running(self) -> bool:
@@ -59,10 +60,10 @@ class Report(msgspec.Struct, kw_only=True):
 
 
 class Registry:
-    """Batches as one Redis knows them.
+    """The reports in one Redis.
 
     Raises:
-        QueueUnavailable: from every call, where Redis is away.
+        QueueUnavailable: from every call, if Redis is away.
 
     """
 
@@ -86,17 +87,17 @@ class Registry:
         self._now_ms()
 
     def tell(self, report: Report) -> bool:
-        """Write a report; returns whether somebody asked to cancel the batch."""
+        """Write a report; return whether somebody asked to cancel the batch."""
         report.at_ms = self._now_ms()
         key, index = self._keys.batch(report.batch.id), self._keys.batches()
 
         def send(pipe: Any) -> None:  # noqa: ANN401 -- redis has no type
-            pipe.hset(key, "report", msgspec.json.encode(report))
+            pipe.hset(key, BatchField.REPORT, msgspec.json.encode(report))
             pipe.expire(key, KEEP_SECONDS)
             pipe.zadd(index, {report.batch.id: report.at_ms}, nx=True)  # by the first report
             pipe.zremrangebyscore(index, "-inf", report.at_ms - KEEP_SECONDS * 1000)
             pipe.expire(index, KEEP_SECONDS)
-            pipe.hget(key, "cancel")
+            pipe.hget(key, BatchField.CANCEL)
 
         return self._pipelined(send)[-1] is not None
 
@@ -121,13 +122,13 @@ class Registry:
         return found
 
     def ask_to_cancel(self, batch_id: str) -> Report:
-        """Leave word for the runner, wherever it is. Raises BatchNotFound."""
+        """Ask the runner, on any machine, to cancel the batch. Raises BatchNotFound."""
         report = self.find(batch_id)
-        answered(lambda: self._redis.hset(self._keys.batch(batch_id), "cancel", "1"))
+        answered(lambda: self._redis.hset(self._keys.batch(batch_id), BatchField.CANCEL, "1"))
         return report
 
     def _read(self, batch_id: str) -> tuple[bytes | None, int]:
-        raw: Any = answered(lambda: self._redis.hget(self._keys.batch(batch_id), "report"))
+        raw: Any = answered(lambda: self._redis.hget(self._keys.batch(batch_id), BatchField.REPORT))
         return raw, self._now_ms()
 
     def _now_ms(self) -> int:

@@ -1,4 +1,4 @@
-"""A result file that only grows: whole lines, cut back to whole ones after a crash; its copies."""
+"""A result file, which only grows by whole lines; after a crash, a torn last line is cut off."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 
 class ResultFile:
-    """Appends lines; what `sync` has returned for outlives a power loss.
+    """Appends lines; those written before a `sync` returns outlive a power loss.
 
     Args:
-        path: the file; made where there is none.
-        accept: is shown each line that is there, and says whether it is whole and ours. The first
-            one that isn't, and all after it, are cut off: a crash tore them.
+        path: the file, which is made if it does not exist.
+        accept: is called with each line of an existing file and returns whether it is whole and of
+            this batch. The first line that is not, and all after it, are cut off.
 
     """
 
@@ -32,7 +32,7 @@ class ResultFile:
         self.cut_bytes = self._recover(accept)
 
     def append(self, line: bytes) -> None:
-        """Take a line without its end."""
+        """Write a line, given without its line break."""
         self._file.write(line + b"\n")
 
     def sync(self) -> None:
@@ -41,7 +41,7 @@ class ResultFile:
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Write what is left, and close."""
+        """Write what is buffered, and close."""
         self._file.close()
 
     def _recover(self, accept: Callable[[bytes], bool]) -> int:
@@ -63,7 +63,7 @@ class _Id(msgspec.Struct):
 
 
 def whole_lines(path: Path, batch_id: str) -> Iterator[bytes]:
-    """Lines of a result file, also while it grows; a torn tail and duplicates are left out."""
+    """Lines of a result file, also while it grows, without a torn last line and duplicates."""
     seen = LineSet()
     decoder = msgspec.json.Decoder(_Id)
     with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
@@ -79,12 +79,12 @@ def whole_lines(path: Path, batch_id: str) -> Iterator[bytes]:
 
 
 def copy_lines(lines: Iterator[bytes], to: Path) -> int:
-    """Write lines to a file that is there whole or not at all; returns how many.
+    """Write lines to a file, which appears only when it is complete; return how many.
 
-    What is no file (a pipe, a device) is written to as it is, never replaced.
+    A pipe or a device is written to directly and never replaced.
 
     Raises:
-        InvalidBatch: `to` is a folder, or in none.
+        InvalidBatch: `to` is a folder, or its folder does not exist.
 
     """
     to = to.resolve()  # a link stays, and so does /dev/stdout

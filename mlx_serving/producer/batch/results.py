@@ -1,7 +1,7 @@
-"""The results of a batch: which lines have ended, in two files that are their own journal.
+"""The results of a batch: an output file and an error file, which are also its journal.
 
-A result counts once its line is in the output or error file; the counts in `batch.json` are made
-from these files at each start, so no crash can make them disagree.
+A line has ended once its result is in one of the two files. Each start of a runner counts them
+anew, so a crash can't make the counts in `batch.json` disagree with the files.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from mlx_serving.producer.batch.result_file import ResultFile
 if TYPE_CHECKING:
     from mlx_serving.common.events import Usage
     from mlx_serving.common.results import GenerationResult
-    from mlx_serving.producer.batch.feeder import Flight
     from mlx_serving.producer.batch.folder import BatchFolder
+    from mlx_serving.producer.batch.window import SubmittedLine
 
 
 class _Tokens(msgspec.Struct, frozen=True):
@@ -71,16 +71,16 @@ class Results:
         """Lines that have ended."""
         return self.completed + self.failed
 
-    def finished(self, flight: Flight, result: GenerationResult) -> None:
-        """Take the answer to a line; a second one is dropped."""
-        if not self.done.add(flight.line):
+    def finished(self, line: SubmittedLine, result: GenerationResult) -> None:
+        """Write the answer to a line; drop a second one."""
+        if not self.done.add(line.line):
             return
-        body = body_of(result, url=flight.url, model=flight.model)
+        body = body_of(result, url=line.url, model=line.model)
         record = Record(
-            id=record_id(self._batch_id, flight.line),
-            custom_id=flight.custom_id,
+            id=record_id(self._batch_id, line.line),
+            custom_id=line.custom_id,
             response=Response(200, result.id, body),
-            mlx_serving=Extra(line=flight.line, job=result.id, ignored=flight.ignored),
+            mlx_serving=Extra(line=line.line, job=result.id, ignored=line.ignored),
         )
         self._output.append(self._encoder.encode(record))
         self._count(result.usage)
@@ -88,7 +88,7 @@ class Results:
     def failed_line(
         self, line: int, custom_id: str | None, error: LineError, job: str | None = None
     ) -> None:
-        """Take the error of a line; dropped where the line has ended before."""
+        """Write the error of a line; drop it if the line has ended before."""
         if not self.done.add(line):
             return
         record = Record(
@@ -101,7 +101,7 @@ class Results:
         self.failed += 1
 
     def sync(self) -> None:
-        """Make all that was taken outlive a power loss."""
+        """Make everything written so far outlive a power loss."""
         self._output.sync()
         self._errors.sync()
 

@@ -1,8 +1,8 @@
-"""Runs a batch to its end: validates, feeds, collects, winds up. May be killed at any time.
+"""The runner: takes a batch to its end (validate, submit, collect, wind up). Safe to kill.
 
-One loop in one thread: collect, feed, write down, sleep. What it needs to go on after a crash is
-in the folder (the result files say which lines have ended) and in Redis (the jobs themselves), so
-a new runner starts as the first one did.
+It is one loop in one thread: collect, submit, write to disk, sleep. What a new runner needs to go
+on after a crash is in the folder (the result files say which lines have ended) and in Redis (the
+jobs themselves).
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from mlx_serving.common.errors import InvalidBatch, QueueUnavailable
 from mlx_serving.producer.batch.collector import BATCH_CANCELLED, BATCH_EXPIRED
 from mlx_serving.producer.batch.folder import InputFile
 from mlx_serving.producer.batch.index import read_places
-from mlx_serving.producer.batch.lane import Lane
 from mlx_serving.producer.batch.lines import LineReader, custom_id_of
+from mlx_serving.producer.batch.model_part import ModelPart
 from mlx_serving.producer.batch.objects import LineError
 from mlx_serving.producer.batch.registry import Registry, Report
 from mlx_serving.producer.batch.results import Results
@@ -31,38 +31,40 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from mlx_serving.common.settings import Settings
+    from mlx_serving.producer.batch.feeder import Connect
     from mlx_serving.producer.batch.folder import BatchFolder, BatchState
     from mlx_serving.producer.batch.objects import Batch
 
 T = TypeVar("T")
 
-SYNC_SECONDS: Final = 1.0  # between two writes to disk; what is not written is collected again
-SWEEP_SECONDS: Final = 5.0  # between two looks at all that is in flight
-AWAY_SECONDS: Final = 1.0  # between two tries where Redis is away
-SHORTEST_PAUSE: Final = 0.1  # between two looks; half of a window's depth lasts longer than that
+SYNC_SECONDS: Final = 1.0  # between two writes to disk; results not yet written are collected again
+SWEEP_SECONDS: Final = 5.0  # between two looks at every line in flight
+AWAY_SECONDS: Final = 1.0  # between two tries while Redis is away
+SHORTEST_PAUSE: Final = 0.1  # between two polls; half of a window's depth lasts longer than that
 LONGEST_PAUSE: Final = 0.5
 
 _log = structlog.get_logger(__name__)
 
 
-class Runner:
+class BulkRunner:
     """Runs one batch. Only the holder of the folder's lock may.
 
     Args:
         folder: the batch's.
-        settings: which Redis serves which model.
+        settings: which Redis holds the report on the batch.
+        connect: opens a client of the Redis that serves a model.
 
     """
 
-    def __init__(self, folder: BatchFolder, settings: Settings) -> None:
-        self._folder, self._settings = folder, settings
+    def __init__(self, folder: BatchFolder, settings: Settings, connect: Connect) -> None:
+        self._folder, self._connect = folder, connect
         self._registry = Registry(settings)
         self._state: BatchState = folder.read()
         self._stop: Literal["", "cancelled", "expired"] = ""
         self._synced_s = self._swept_s = 0.0
         self._written = -1  # results on disk at the last write
-        self._away: set[str] = set()  # what could not reach Redis at the last try
-        self._lanes: list[Lane] = []
+        self._away: set[str] = set()  # models (or "registry") whose Redis did not answer last time
+        self._parts: list[ModelPart] = []
 
     def run(self, progress: Callable[[int], object] | None = None) -> Batch:
         """Run to the end; `progress` is told how many lines are validated.
@@ -117,9 +119,11 @@ class Runner:
             _log.warning("batch_torn_tail_cut", batch=self._batch.id, bytes=results.cut_bytes)
         reader = LineReader(self._batch.id, self._state.options)
         for section in self._state.sections:
-            lane = Lane(section, self._folder, self._state, self._settings, reader, source, results)
-            stack.callback(lane.close)
-            self._lanes.append(lane)
+            part = ModelPart(
+                section, self._folder, self._state, self._connect, reader, source, results
+            )
+            stack.callback(part.close)
+            self._parts.append(part)
         self._loop(results)
         self._wind_up(results, source)
 
@@ -137,7 +141,7 @@ class Runner:
     # -- the loop -----------------------------------------------------------------------
 
     def _loop(self, results: Results) -> None:
-        """Until all lines have ended, or nothing more shall."""
+        """Take turns until all lines have ended, or the batch was wound up."""
         pause = SHORTEST_PAUSE
         while True:
             moved = self._turn(results)
@@ -148,24 +152,24 @@ class Runner:
 
     def _turn(self, results: Results) -> int:
         now_s = time.monotonic()
-        self._look_for_a_stop()
+        self._check_stop()
         sweep = now_s - self._swept_s >= SWEEP_SECONDS
-        moved = sum(self._turn_lane(lane, now_s, sweep=sweep) for lane in self._lanes)
+        moved = sum(self._turn_part(part, now_s, sweep=sweep) for part in self._parts)
         if sweep:
             self._swept_s = now_s
         if now_s - self._synced_s >= SYNC_SECONDS:
             self._write_down(results)
         return moved
 
-    def _turn_lane(self, lane: Lane, now_s: float, *, sweep: bool) -> int:
-        """Turn one lane; one whose Redis is away holds up no other."""
+    def _turn_part(self, part: ModelPart, now_s: float, *, sweep: bool) -> int:
+        """Give one model its turn; if its Redis is away, the others go on."""
         if self._stop:
             reason = DEADLINE if self._stop == "expired" else CANCELLED_BY_BATCH
-            return self._try(lane.model, lambda: lane.wind_up(now_s, reason), 0)
-        return self._try(lane.model, lambda: lane.turn(self._seconds_left, sweep=sweep), 0)
+            return self._try(part.model, lambda: part.wind_up(now_s, reason), 0)
+        return self._try(part.model, lambda: part.turn(self._seconds_left, sweep=sweep), 0)
 
     def _try(self, what: str, call: Callable[[], T], otherwise: T) -> T:
-        """Make a call that fails where Redis is away; that is said once, and goes on."""
+        """Make a call that may find Redis away; log that once, and return `otherwise`."""
         try:
             answer = call()
         except QueueUnavailable as error:
@@ -182,9 +186,9 @@ class Runner:
 
     @property
     def _over(self) -> bool:
-        return all(lane.wound_up if self._stop else lane.over for lane in self._lanes)
+        return all(part.wound_up if self._stop else part.over for part in self._parts)
 
-    def _look_for_a_stop(self) -> None:
+    def _check_stop(self) -> None:
         if self._stop:
             return
         if self._batch.status == "cancelling":
@@ -193,7 +197,7 @@ class Runner:
             self._stop = "expired"
 
     def _write_down(self, results: Results) -> None:
-        """Results to disk first; then the counts may say so, and their jobs may go."""
+        """Write results to disk first, then the counts; only then delete their jobs from Redis."""
         self._synced_s = time.monotonic()
         if results.count != self._written:
             results.sync()
@@ -203,8 +207,8 @@ class Runner:
         if self._tell() and self._batch.status == "in_progress":
             self._batch.move("cancelling", time.time())
             self._folder.write(self._state)
-        for lane in self._lanes:
-            self._try(lane.model, lane.forget, None)
+        for part in self._parts:
+            self._try(part.model, part.forget, None)
 
     def _count(self, results: Results) -> None:
         self._batch.request_counts.completed = results.completed
@@ -214,12 +218,12 @@ class Runner:
         self._batch.error_file_id = str(self._folder.errors) if results.failed else None
 
     def _tell(self, problem: str = "") -> bool:
-        """Tell Redis how it stands; returns whether the batch is to be cancelled."""
+        """Report progress to Redis; return whether somebody asked to cancel the batch."""
         report = Report(
             batch=self._batch,
             folder=str(self._folder.path),
-            in_flight=sum(len(lane.window) for lane in self._lanes),
-            waiting=sum(lane.window.waiting for lane in self._lanes),
+            in_flight=sum(len(part.window) for part in self._parts),
+            waiting=sum(part.window.waiting for part in self._parts),
             problem=problem,
         )
         return self._try("registry", lambda: self._registry.tell(report), otherwise=False)
@@ -232,7 +236,7 @@ class Runner:
         if self._stop:
             why = BATCH_EXPIRED if self._stop == "expired" else BATCH_CANCELLED
             self._end_open_lines(results, source, why)
-        self._write_down(results)  # jobs that stay where Redis is away now expire by themselves
+        self._write_down(results)  # if Redis is away now, jobs left in it expire by themselves
         self._batch.move(self._stop or "completed", time.time())
         self._folder.write(self._state)
         self._tell()

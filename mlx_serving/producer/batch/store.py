@@ -1,4 +1,4 @@
-"""What the collector asks of Redis: the states of many jobs, their results, their removal."""
+"""Reads and deletes many jobs at once in Redis, for the collector."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from mlx_serving.common.errors import CorruptEvent, CorruptJob
 from mlx_serving.common.events import decode
 from mlx_serving.common.protocol import calls
 from mlx_serving.common.protocol.client import Protocol, parse_record
+from mlx_serving.common.protocol.fields import JobField
 from mlx_serving.common.redis.connection import connect
 from mlx_serving.common.redis.retrying import answered
 from mlx_serving.common.results import GenerationResult, Timings
@@ -26,14 +27,14 @@ T = TypeVar("T")
 
 CANCELLED_BY_BATCH: Final = "cancelled_by_batch"
 DEADLINE: Final = "deadline_exceeded"
-"""Reasons to cancel a job: the second one ends it as expired."""
+"""Reasons to cancel a job; by the second one it ends as expired."""
 
 
 class JobStore:
     """Reads and ends jobs by the hundred, one round trip a call.
 
     Raises:
-        QueueUnavailable: from every call, where Redis is away; it may be made again.
+        QueueUnavailable: from every call, if Redis is away; it may be made again.
 
     """
 
@@ -47,15 +48,17 @@ class JobStore:
         self._redis.close()
 
     def states(self, job_ids: Sequence[str]) -> list[str | None]:
-        """State of each job in its own words; None where there is no such job.
+        """State of each job as its control hash has it; None if there is no such job.
 
-        A key that holds something else counts as failed: `results` says why.
+        A key of another type counts as failed; `results` says why.
         """
-        found = self._pipelined(lambda pipe: [pipe.hget(self._keys.job(i), "st") for i in job_ids])
+        found = self._pipelined(
+            lambda pipe: [pipe.hget(self._keys.job(i), JobField.STATE) for i in job_ids]
+        )
         return [_state(state) for state in found]
 
     def results(self, job_ids: Sequence[str]) -> list[GenerationResult | None]:
-        """Result record of each ended job; None where the job is gone."""
+        """Result record of each ended job; None if the job is gone."""
         raw = self._pipelined(lambda pipe: [pipe.hgetall(self._keys.job(i)) for i in job_ids])
         return [self._result(*pair) for pair in zip(job_ids, raw, strict=True)]
 
@@ -65,7 +68,7 @@ class JobStore:
         answered(lambda: self._protocol.run_many(wanted))
 
     def forget(self, queue: str, job_ids: Sequence[str]) -> None:
-        """Delete ended jobs whose results are safe, as their `result_ttl` would."""
+        """Delete ended jobs whose results are on disk, before their `result_ttl` does."""
         keys = self._keys
         spelled = (keys.job, keys.events, keys.rq_job, keys.rq_results)
 
@@ -96,7 +99,7 @@ class JobStore:
         return results.assemble(record.job_id, events, state=record.state, timings=timings)
 
     def _pipelined(self, send: Callable[[Any], object]) -> list[Any]:
-        """One round trip; a key of another type answers with its error, and stops no other."""
+        """Run a pipeline; the error of a key of another type is returned, all others are raised."""
 
         def run() -> list[Any]:
             with self._redis.pipeline(transaction=False) as pipe:
@@ -111,7 +114,7 @@ class JobStore:
 
 
 def _is_foreign(answer: object) -> bool:
-    """Whether Redis said that a key holds something of another type."""
+    """Whether Redis answered that a key holds another type."""
     return isinstance(answer, ResponseError) and str(answer).startswith("WRONGTYPE")
 
 

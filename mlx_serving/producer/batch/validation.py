@@ -1,4 +1,4 @@
-"""The first pass over a bulk file: every line is read, checked and given its place in the order."""
+"""The first pass over a bulk file: reads and checks every line, and writes the index."""
 
 from __future__ import annotations
 
@@ -16,13 +16,19 @@ from mlx_serving.producer.batch.index import (
     NO_PREFIX,
     RECORD_BYTES,
     ExternalSorter,
-    Place,
+    LinePlace,
     place_of,
     prefix_key,
     record,
 )
 from mlx_serving.producer.batch.line_set import LineSet
-from mlx_serving.producer.batch.lines import LINE_BYTES, BadLine, LineReader, Request, custom_id_of
+from mlx_serving.producer.batch.lines import (
+    LINE_BYTES,
+    BadLine,
+    LineReader,
+    RequestLine,
+    custom_id_of,
+)
 from mlx_serving.producer.batch.objects import NAMED_ERRORS, ErrorList, LineError
 from mlx_serving.producer.batch.results import Results
 
@@ -37,7 +43,7 @@ _BOM = b"\xef\xbb\xbf"
 class PlacedLine(NamedTuple):
     """A line that is not blank: its number from 1, its bytes, and where they are.
 
-    `data` is None where the line is longer than the reader's limit.
+    `data` is None if the line is longer than the reader's limit.
     """
 
     number: int
@@ -47,7 +53,7 @@ class PlacedLine(NamedTuple):
 
 
 def read_lines(file: BinaryIO, limit: int) -> Iterator[PlacedLine]:
-    """Read from the start; of a line over `limit` bytes no more than these are held at once."""
+    """Read all lines; of a line, never more than `limit` bytes are in memory."""
     offset = number = 0
     while piece := file.readline(limit):
         number += 1
@@ -73,7 +79,7 @@ PROGRESS_LINES: Final = 1000
 
 
 class Validation:
-    """One pass; `run` may be made again after a crash and starts from nothing."""
+    """One pass over the file; after a crash, `run` starts again from nothing."""
 
     def __init__(
         self, folder: BatchFolder, state: BatchState, progress: Callable[[int], object] | None
@@ -88,7 +94,7 @@ class Validation:
         self._lines = 0
 
     def run(self) -> None:
-        """Validate, and leave the state `in_progress`, or `failed` where nothing can be run."""
+        """Validate; afterwards the batch is `in_progress`, or `failed` if no line can be run."""
         for path in (self._folder.index, self._folder.output, self._folder.errors):
             path.unlink(missing_ok=True)
         source = Path(self._state.input.path)
@@ -118,7 +124,7 @@ class Validation:
             results.failed_line(found.line, found.custom_id, found.summary)
             self._name(*found.errors)
             return
-        place = Place(line.number, line.offset, line.length)
+        place = LinePlace(line.number, line.offset, line.length)
         grouped = self._state.options.order == "prefix"
         key = prefix_key(found.job) if grouped else NO_PREFIX
         order.add(record(self._models[found.job.model], key, place))
@@ -128,12 +134,12 @@ class Validation:
         if self._state.batch.model is None:
             self._state.batch.model, self._state.batch.endpoint = found.job.model, found.url
 
-    def _parse(self, line: PlacedLine) -> Request | BadLine:
+    def _parse(self, line: PlacedLine) -> RequestLine | BadLine:
         if line.data is None:
             reason = f"is longer than {LINE_BYTES} bytes"
             return _bad(line.number, None, "line_too_long", reason)
         found = self._reader.read(line.data, line.number)
-        if isinstance(found, Request):
+        if isinstance(found, RequestLine):
             self._models.setdefault(found.job.model, len(self._models))
             if len(self._models) > MODELS:
                 del self._models[found.job.model]
@@ -142,7 +148,7 @@ class Validation:
         return found
 
     def _drop_duplicates(self, file: BinaryIO, results: Results, ids: ExternalSorter) -> LineSet:
-        """Keep the first line of each custom_id; the others are errors."""
+        """Make an error of each line whose custom_id an earlier line has; return those lines."""
         dropped = LineSet()
         first: tuple[bytes, int] = (b"", 0)
         for packed in ids.merged():

@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING
 import structlog
 
 from mlx_serving.common.attempts import new_nonce
-from mlx_serving.common.job.schema import PROTOCOL, lane_of, model_of
 from mlx_serving.common.protocol import calls
-from mlx_serving.worker.claiming.placement import Group
+from mlx_serving.common.queues import PROTOCOL, lane_of, model_of
+from mlx_serving.worker.claiming.placement import ModelQueues
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from mlx_serving.common.job.schema import Lane
     from mlx_serving.common.protocol.calls import Call, ClaimReply, HeldRows
     from mlx_serving.common.protocol.client import Protocol
+    from mlx_serving.common.queues import Lane
     from mlx_serving.worker.claiming.lane_claims import LaneClaim, LaneNews
     from mlx_serving.worker.claiming.placement import Placement
     from mlx_serving.worker.claiming.shortage import Shortage
@@ -42,7 +42,7 @@ class Claimed:
 
     @property
     def last_lane(self) -> Lane | None:
-        """Lane that the last job came from, where those before it have no more."""
+        """Lane that the last job came from, if the lanes before it are known to have no more."""
         known = self.in_order and not self.others and self.reply.jobs
         return lane_of(self.reply.jobs[-1].queue) if known else None
 
@@ -64,7 +64,7 @@ class ClaimAhead:
         self._under_way = self._protocol.send(call), asked
 
     def take(self, timeout: float | None = None) -> Claimed | None:
-        """Wait for the claim under way; None where there is none.
+        """Wait for the claim under way; None if there is none.
 
         Raises:
             redis.RedisError: it failed, or is not back within `timeout` seconds.
@@ -119,7 +119,7 @@ class Claims:
         self._reserved = ""  # queue of a suspect that this worker makes room for
 
     def take(self, room: Callable[[], LaneClaim | None]) -> Claimed | None:
-        """Return what the claim under way brings, else claim now; None where there is no room."""
+        """Return what the claim under way brings, else claim now; None if there is no room."""
         claimed = self._ahead.take() or self._recall()
         if claimed is not None:
             self._unanswered = None
@@ -142,11 +142,11 @@ class Claims:
         return self._unanswered is not None
 
     def ahead(self, room: Callable[[], LaneClaim | None]) -> None:
-        """Claim more while the jobs of the last claim are read, where that is from one model.
+        """Claim more while the jobs of the last claim are read, if there is one model to claim for.
 
-        Nothing is done where such a claim is under way.
+        Nothing is done if such a claim is under way.
         """
-        if self._ahead.under_way or self._placement.residents.several or self._reserved:
+        if self._ahead.under_way or self._placement.loaded_models.several or self._reserved:
             return
         asked = room()
         groups = self._open_groups(asked) if asked is not None else []
@@ -185,15 +185,15 @@ class Claims:
                 break
         return claimed
 
-    def _groups(self, room: LaneClaim) -> list[Group]:
+    def _groups(self, room: LaneClaim) -> list[ModelQueues]:
         """What to look into: first the model whose suspect waits for us to have room."""
         groups, model = self._open_groups(room), model_of(self._reserved)
-        if model not in self._placement.residents.resident():
+        if model not in self._placement.loaded_models.resident():
             return groups
-        first = next((g for g in groups if g.model == model), Group(model, ()))
+        first = next((g for g in groups if g.model == model), ModelQueues(model, ()))
         return [first, *(g for g in groups if g is not first)]
 
-    def _open_groups(self, room: LaneClaim) -> list[Group]:
+    def _open_groups(self, room: LaneClaim) -> list[ModelQueues]:
         return self._shortage.open_part(self._placement.groups(room.lanes))
 
     def _ask(self, room: LaneClaim) -> None:
@@ -202,14 +202,14 @@ class Claims:
         for queue in self._shortage.closed:
             self._news.note(queue)
 
-    def _new_claim(self, group: Group, asked: LaneClaim) -> _ClaimCall:
+    def _new_claim(self, group: ModelQueues, asked: LaneClaim) -> _ClaimCall:
         call = self._call(group)
         self._unanswered = call, asked
         return call
 
-    def _call(self, group: Group) -> _ClaimCall:
+    def _call(self, group: ModelQueues) -> _ClaimCall:
         terms = self._terms
-        loaded = self._placement.residents.get(group.model)
+        loaded = self._placement.loaded_models.get(group.model)
         capacity = loaded.engine.kv_tokens_capacity if loaded else 0
         if loaded and self._shortage.passes(group.model):
             capacity -= loaded.engine.kv_tokens_used

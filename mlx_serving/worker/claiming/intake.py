@@ -1,4 +1,4 @@
-"""From a claimed job to a request for the engine: read, trusted in nothing, resumed, tokenized."""
+"""From a claimed job to requests for the engine: read it, check it, resume it, tokenize it."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from mlx_serving.common.errors import (
     PayloadTooLarge,
     StreamGap,
 )
-from mlx_serving.common.events import ChoiceLogprobs
-from mlx_serving.common.job.schema import JOB_FUNCTION, GenerationJob, lane_of, model_of
+from mlx_serving.common.job.schema import JOB_FUNCTION, GenerationJob
+from mlx_serving.common.queues import lane_of, model_of
 from mlx_serving.common.signing import Signer
 from mlx_serving.common.telemetry import trace_id
 from mlx_serving.common.validation import is_modest
@@ -69,7 +69,7 @@ def read_job(
 ) -> GenerationJob:
     """Decompress, check, parse and validate the payload of an RQ job.
 
-    `check` sees the payload before it is parsed, and raises where it is not to be.
+    `check` sees the payload before it is parsed, and raises if it must not be.
 
     Raises:
         PayloadTooLarge, CorruptJob, ForeignFunction, InvalidJob: as their names say.
@@ -187,7 +187,7 @@ def _committed(decoded: Sequence[Event]) -> Committed:
 
 
 def _choice(deltas: Sequence[ChoiceDelta]) -> CommittedChoice:
-    forms = [d.logprobs for d in deltas if isinstance(d.logprobs, ChoiceLogprobs)]
+    forms = [d.logprobs for d in deltas if d.logprobs is not None]
     return CommittedChoice(
         token_ids=tuple(t for d in deltas for t in d.token_ids),
         text="".join(d.text for d in deltas),
@@ -199,7 +199,7 @@ def _choice(deltas: Sequence[ChoiceDelta]) -> CommittedChoice:
 
 
 def can_continue(committed: Committed, model: ModelInfo, job: GenerationJob) -> bool:
-    """Whether this model goes on from there; False where it begins anew, as the job allows.
+    """Whether this model goes on from there; False if it begins anew, as the job allows.
 
     Raises:
         JobRefusedError: the revision or the tokenizer differs (`model_changed`).
@@ -207,7 +207,7 @@ def can_continue(committed: Committed, model: ModelInfo, job: GenerationJob) -> 
     """
     author = (committed.model_revision, committed.tokenizer_hash)
     same = author == (model.revision, model.tokenizer_hash)
-    # Where only the end is missing, no model has anything to add.
+    # If only the end is missing, no model has anything to add.
     if same or not committed.has_tokens or committed.ends(job.n):
         return True
     if job.on_model_change == "reset":
@@ -217,21 +217,21 @@ def can_continue(committed: Committed, model: ModelInfo, job: GenerationJob) -> 
 
 
 def open_payload(claimed: ClaimedJob, limit: int, signer: Signer = UNSIGNED) -> GenerationJob:
-    """Read the job out of its claim, where its signature allows.
+    """Read the job out of its claim, if its signature allows.
 
     Raises:
         JobRefusedError: with the code of what is wrong, found by the claim or here.
 
     """
-    if claimed.problem:
-        code, _, name = claimed.problem.partition(":")
-        raise JobRefusedError(code, f"{name}: {PROBLEMS.get(code, 'is not accepted')}")
+    if code := claimed.problem:
+        reason = PROBLEMS.get(code, "is not accepted")
+        raise JobRefusedError(code, f"{claimed.problem_field}: {reason}")
     check = partial(signer.verify, claimed.signature, claimed.job_id, claimed.queue)
     try:
         return read_job(claimed.data, limit=limit, check=check)
     except MlxServingError as error:
         raise JobRefusedError(error.code, error.message) from None
-    except Exception as error:  # noqa: BLE001 -- whatever a payload makes a parser raise is its own
+    except Exception as error:  # noqa: BLE001 -- a parser may raise anything, and only this job fails
         message = f"data: reading the job's payload raised {type(error).__name__}"
         raise JobRefusedError(CorruptJob.code, message) from None
 
@@ -262,12 +262,12 @@ def build_requests(
     except MlxServingError as error:
         raise JobRefusedError(error.code, error.message) from None
     except Exception as error:  # noqa: BLE001 -- see below
-        # A chat template is foreign code: whatever it raises concerns this job alone.
+        # A chat template is foreign code: what it raises concerns this job alone.
         raise JobRefusedError(EngineError.code, f"messages: {type(error).__name__}") from None
     sampling = _sampling(claimed, job, vocab_size)
     return [
         Request(
-            id=claimed.request_id, prompt=prompt, sampling=sampling, max_tokens=job.max_tokens,
+            id=claimed.attempt.name, prompt=prompt, sampling=sampling, max_tokens=job.max_tokens,
             stop=job.stop, committed=committed.of(index).token_ids, choice=index,
             salt=job.tenant or "", lane=lane_of(claimed.queue), model=model_of(claimed.queue),
         )

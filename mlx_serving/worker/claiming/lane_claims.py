@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from math import inf
 from typing import TYPE_CHECKING
 
-from mlx_serving.common.job.schema import LANES, lane_of
+from mlx_serving.common.queues import LANES, lane_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from mlx_serving.common.job.schema import Lane
+    from mlx_serving.common.queues import Lane
     from mlx_serving.worker.engine.row import LaneRows
     from mlx_serving.worker.engine.scheduling.limits import BatchSize
 
@@ -45,7 +45,7 @@ class LaneRoom:
     def next_claim(
         self, rows: LaneRows, in_hand: Sequence[Lane] = (), in_line: Sequence[Lane] = ()
     ) -> LaneClaim | None:
-        """Return the next claim, None where there is no room.
+        """Return the next claim, None if there is no room.
 
         `in_hand` are lanes of jobs just claimed, `in_line` of those that the engine has not
         admitted: of their lanes and below nothing more is claimed.
@@ -87,7 +87,7 @@ class LaneNews:
     """In which lanes there may be jobs that no claim has found.
 
     A claim of all lanes looks whenever there is room. One of some lanes only is for what has come
-    in since: it is made where a wake-up says so, and now and then without one.
+    in since: it is made if a wake-up says so, and now and then without one.
     """
 
     def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
@@ -108,7 +108,7 @@ class LaneNews:
             self._due = min(self._due, self._clock() + seconds)
 
     def due_in(self) -> float:
-        """Return the seconds until then, 0 once; infinite where nothing is expected."""
+        """Return the seconds until then, 0 once; infinite if nothing is expected."""
         left = self._due - self._clock()
         if left > 0:
             return left

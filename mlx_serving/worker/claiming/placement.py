@@ -8,19 +8,20 @@ from typing import TYPE_CHECKING, Final, cast
 
 import structlog
 
-from mlx_serving.common.job.schema import LANES, model_of, queue_name
+from mlx_serving.common.protocol.fields import JobField
+from mlx_serving.common.queues import LANES, model_of, queue_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
-    from mlx_serving.common.job.schema import Lane
     from mlx_serving.common.protocol.client import Protocol
-    from mlx_serving.worker.models.loaded_models import Residents
+    from mlx_serving.common.queues import Lane
+    from mlx_serving.worker.models.loaded_models import LoadedModels
     from mlx_serving.worker.status.fleet import Fleet
 
 
 @dataclass(frozen=True, slots=True)
-class Group:
+class ModelQueues:
     """Queues of one model, in order of priority: what one claim looks into."""
 
     model: str
@@ -33,7 +34,7 @@ class Wanted:
 
     `elsewhere`: a live worker has it in memory. Of those that would have to leave for it,
     `victims_busy` says whether any has rows, and `victims_served` for how many seconds the last
-    to come has been here; None where none has to.
+    to come has been here; None if none has to.
     """
 
     model: str
@@ -45,32 +46,32 @@ class Wanted:
 
 def claim_order(
     models: Sequence[str], waiting: Mapping[str, int], lanes: Sequence[Lane] = LANES
-) -> list[Group]:
+) -> list[ModelQueues]:
     """Groups of queues with jobs, by the order of `lanes`, within a lane by that of `models`.
 
     `waiting` is how many jobs each queue has.
     """
-    groups: list[Group] = []
+    groups: list[ModelQueues] = []
     for lane in lanes:
         for model in models:
             queue = queue_name(model, lane)
             if not waiting.get(queue):
                 continue
             if groups and groups[-1].model == model:
-                groups[-1] = Group(model, (*groups[-1].queues, queue))
+                groups[-1] = ModelQueues(model, (*groups[-1].queues, queue))
             else:
-                groups.append(Group(model, (queue,)))
+                groups.append(ModelQueues(model, (queue,)))
     return groups
 
 
 def next_to_load(wanted: Collection[Wanted], *, idle: bool, patience: float) -> str | None:
     """Return the model to load now, the one that has been waited for the longest; or none.
 
-    `idle`: nothing waits for the models that are here. A model that nobody has is loaded where
-    that is so and those that leave for it have no rows; elsewhere once its jobs have waited for
+    `idle`: nothing waits for the models that are here. A model that nobody has is loaded if this
+    worker is idle and the models that leave for it have no rows; else once its jobs have waited for
     `patience` seconds and those that leave have had as long. A model that another worker has is
-    that one's to serve: it is loaded here too only where it has jobs that waited so long, and we
-    have none.
+    that worker's to serve: it is loaded here too only if its jobs have waited so long and this
+    worker is idle.
     """
     for one in sorted(wanted, key=lambda w: w.seconds, reverse=True):
         overdue = one.seconds >= patience
@@ -96,7 +97,7 @@ FRUITLESS_SECONDS: Final = 60.0
 
 
 class Placement:
-    """The main thread's side of `Residents`.
+    """The main thread's side of `LoadedModels`.
 
     `interleave` has the engine thread do slices; `held` names the queues of the jobs held now.
 
@@ -107,7 +108,7 @@ class Placement:
 
     def __init__(
         self,
-        residents: Residents,
+        loaded_models: LoadedModels,
         protocol: Protocol,
         fleet: Fleet,
         worker: str,
@@ -116,10 +117,11 @@ class Placement:
         held: Callable[[], Iterable[str]],
         patience: float,
     ) -> None:
-        self.residents, self.fleet = residents, fleet
+        self.loaded_models, self.fleet = loaded_models, fleet
         self._protocol, self._worker = protocol, worker
         self._interleave, self._held, self._patience = interleave, held, patience
-        self._turn = list(residents.models)  # who comes first among equals, the longest ago first
+        # Who comes first among equals: the model whose jobs were claimed the longest ago.
+        self._turn = list(loaded_models.models)
         self._coming = ""  # the model that is to be brought up
         self._decided_at = float("-inf")
         self._depths: dict[str, int] = {}
@@ -128,21 +130,21 @@ class Placement:
 
     # Claiming
 
-    def groups(self, lanes: Sequence[Lane]) -> list[Group]:
+    def groups(self, lanes: Sequence[Lane]) -> list[ModelQueues]:
         """Queues of these lanes to claim from now, those of one model in one claim, in order."""
-        residents = self.residents
-        if not residents.several:
-            (model,) = residents.models
-            return [Group(model, tuple(queue_name(model, lane) for lane in lanes))]
+        loaded_models = self.loaded_models
+        if not loaded_models.several:
+            (model,) = loaded_models.models
+            return [ModelQueues(model, tuple(queue_name(model, lane) for lane in lanes))]
         self._look()
-        here = residents.resident()
+        here = loaded_models.resident()
         turn = [model for model in self._turn if model in here]
         return claim_order(turn, self._depths, lanes)
 
-    def claimed(self, group: Group, jobs: int) -> None:
+    def claimed(self, group: ModelQueues, jobs: int) -> None:
         """Note what a claim brought: the model's next turn comes after the others'."""
         if jobs:
-            self.residents.touch(group.model)
+            self.loaded_models.touch(group.model)
             self._turn.remove(group.model)
             self._turn.append(group.model)
             return
@@ -151,7 +153,7 @@ class Placement:
 
     def _look(self) -> None:
         keys = self._protocol.keys
-        queues = [queue_name(model, lane) for model in self.residents.models for lane in LANES]
+        queues = [queue_name(model, lane) for model in self.loaded_models.models for lane in LANES]
         with self._protocol.redis.pipeline(transaction=False) as pipe:
             for queue in queues:
                 pipe.llen(keys.rq_queue(queue))
@@ -170,34 +172,34 @@ class Placement:
         `claiming`: whether this worker takes jobs at all now.
         """
         now = time.monotonic()
-        if not self.residents.several or now - self._decided_at < DECIDE_SECONDS:
+        if not self.loaded_models.several or now - self._decided_at < DECIDE_SECONDS:
             return
         self._decided_at = now
-        if self.residents.loading:
-            self._reserve(self.residents.loading)
+        if self.loaded_models.loading:
+            self._reserve(self.loaded_models.loading)
             return
         self._coming = self._choose() if claiming else ""
         if not self._coming or not self._reserve(self._coming):
-            self._coming, self.residents.leaving = "", frozenset()
+            self._coming, self.loaded_models.leaving = "", frozenset()
             return
-        victims = self.residents.victims(self._coming) or ()
-        self.residents.leaving = frozenset(victims)
+        victims = self.loaded_models.victims(self._coming) or ()
+        self.loaded_models.leaving = frozenset(victims)
         if not self._busy(victims):
-            self.residents.loading = self._coming
-            self._interleave(self.residents.bring_up(self._coming, victims))
+            self.loaded_models.loading = self._coming
+            self._interleave(self.loaded_models.bring_up(self._coming, victims))
 
     def _choose(self) -> str:
         """Return the model to bring up, which is the one we are at while it is still wanted; ''."""
         self._look()
-        here = self.residents.resident()
+        here = self.loaded_models.resident()
         away = [
-            model for model in self.residents.models
-            if self.residents.get(model) is None and self._waiting(model)
-            and self.residents.loadable(model)
+            model for model in self.loaded_models.models
+            if self.loaded_models.get(model) is None and self._waiting(model)
+            and self.loaded_models.loadable(model)
         ]  # fmt: skip
         if not away:
             return ""
-        elsewhere = self.fleet.residents_elsewhere()
+        elsewhere = self.fleet.models_elsewhere()
         if self._coming in away and self._coming not in elsewhere:
             return self._coming
         ages = self._ages(away)
@@ -206,8 +208,8 @@ class Placement:
         return next_to_load(wanted, idle=idle, patience=self._patience) or ""
 
     def _wanted(self, model: str, seconds: float, *, elsewhere: bool) -> Wanted:
-        victims = self.residents.victims(model) or ()
-        served = min(map(self.residents.served_for, victims), default=None)
+        victims = self.loaded_models.victims(model) or ()
+        served = min(map(self.loaded_models.served_for, victims), default=None)
         return Wanted(model, seconds, elsewhere, self._busy(victims), served)
 
     def _busy(self, models: Iterable[str]) -> bool:
@@ -215,7 +217,7 @@ class Placement:
         return not {model_of(queue) for queue in self._held()}.isdisjoint(models)
 
     def _waiting(self, model: str) -> bool:
-        """Whether jobs wait that we could take: not those that a claim left where they are."""
+        """Whether jobs wait that we could take: not those that a claim left behind."""
         now = time.monotonic()
         for queue in (queue_name(model, lane) for lane in LANES):
             depth, (left, at) = self._depths.get(queue, 0), self._fruitless.get(queue, (0, 0.0))
@@ -235,7 +237,7 @@ class Placement:
             pipe.time()
             for head in heads:
                 name = head.decode(errors="replace") if isinstance(head, bytes) else ""
-                pipe.hget(keys.job(name), "en")
+                pipe.hget(keys.job(name), JobField.ENQUEUED_MS)
             (seconds, micros), *times = pipe.execute(raise_on_error=False)
         ages: dict[str, float] = {}
         for queue, enqueued in zip(queues, times, strict=True):
@@ -245,7 +247,7 @@ class Placement:
         return ages
 
     def _reserve(self, model: str) -> bool:
-        """Say that we bring the model up; False where another worker does."""
+        """Say that we bring the model up; False if another worker does."""
         key, redis = self._protocol.keys.bringing(model), self._protocol.redis
         owner = cast(
             "bytes | None", redis.set(key, self._worker, nx=True, get=True, px=BRINGING_MS)

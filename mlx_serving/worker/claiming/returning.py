@@ -1,4 +1,4 @@
-"""Jobs that go back to their queues, uncharged, for whoever can run them."""
+"""Jobs that go back to their queues, uncharged, for a worker that can run them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from mlx_serving.common.protocol.calls import Returned
     from mlx_serving.common.protocol.client import Protocol
     from mlx_serving.worker.delivery.held import HeldJob
-    from mlx_serving.worker.delivery.log import Outage
+    from mlx_serving.worker.delivery.log import RedisFailures
     from mlx_serving.worker.delivery.publisher import Publisher
 
 log = structlog.get_logger(__name__)
@@ -35,11 +35,11 @@ class Returning:
         protocol: Protocol,
         worker: str,
         publisher: Publisher,
-        outage: Outage,
+        failures: RedisFailures,
         has: Callable[[str], bool],
     ) -> None:
         self._protocol, self._worker, self._publisher = protocol, worker, publisher
-        self._outage, self._has = outage, has
+        self._failures, self._has = failures, has
         self._jobs: dict[HeldJob, Returned] = {}
         self._lost: set[HeldJob] = set()  # seen lately without rows in the engine
         self._looked_at = 0.0
@@ -60,7 +60,7 @@ class Returning:
         try:
             self._protocol.run(calls.release(self._worker, [*self._jobs.values()]))
         except redis.RedisError as error:
-            self._outage.note(error)
+            self._failures.note(error)
             return
         self._publisher.let_go(self._jobs)
         self._jobs = {}

@@ -6,8 +6,8 @@ import threading
 import time
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from mlx_serving.common.job.schema import LANES, queue_name
-from mlx_serving.worker.claiming.placement import Group
+from mlx_serving.common.queues import LANES, queue_name
+from mlx_serving.worker.claiming.placement import ModelQueues
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -78,10 +78,10 @@ class Shortage:
                 for key, job in self._jobs.items()
             )
 
-    def open_part(self, groups: list[Group]) -> list[Group]:
+    def open_part(self, groups: list[ModelQueues]) -> list[ModelQueues]:
         """Return what of these is to be claimed."""
         closed = self.closed
-        kept = (Group(g.model, tuple(q for q in g.queues if q not in closed)) for g in groups)
+        kept = (ModelQueues(g.model, tuple(q for q in g.queues if q not in closed)) for g in groups)
         return [group for group in kept if group.queues]
 
     def _age(self, job: Missing) -> float:

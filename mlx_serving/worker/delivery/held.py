@@ -11,8 +11,8 @@ from msgspec import Struct, field
 from mlx_serving.common import events
 from mlx_serving.common.errors import EngineError
 from mlx_serving.common.events import ErrorInfo, Usage
-from mlx_serving.common.job.schema import lane_of
-from mlx_serving.common.protocol.calls import ClaimedJob, CommitRow, Returned
+from mlx_serving.common.protocol.calls import ClaimedJob, CommitRow, JobEnd, Returned
+from mlx_serving.common.queues import lane_of
 from mlx_serving.common.results import GenerationResult, Timings, encode_result
 from mlx_serving.common.states import JobState
 from mlx_serving.worker.delivery.choice import Choice
@@ -21,24 +21,24 @@ from mlx_serving.worker.engine.row import FINISH_ERROR, ModelInfo
 from mlx_serving.worker.rq_worker import rq_failure, rq_success
 
 if TYPE_CHECKING:
-    from mlx_serving.common.job.schema import Lane
+    from mlx_serving.common.queues import Lane
     from mlx_serving.worker.delivery.choice import Committed
     from mlx_serving.worker.engine.row import Output
 
 PROVEN_SECONDS: Final = 2.0
 PROVEN_TOKENS: Final = 32
-"""A job whose rows decoded so long and so much each in this attempt is past where an earlier one
-crashed: what that one had not committed was less."""
+"""An attempt is proven once each of its rows has decoded for so long and so many tokens. It is then
+past the place at which an earlier attempt crashed, since that one had fewer tokens uncommitted."""
 
 EVENT_TOKENS: Final = 4
-"""So many pending tokens a choice wait no longer: a fast row's events stay as small as others'."""
+"""A choice with so many pending tokens is written at once: a fast row's events stay small."""
 
 CANCEL_STATES = {
     "deadline_exceeded": JobState.EXPIRED,
     "timeout": JobState.EXPIRED,
     "abandoned": JobState.EXPIRED,
 }
-"""Where a cancel reason leads; any other leads to `cancelled`. The scripts hold the same table."""
+"""State that a cancel reason leads to; any other leads to `cancelled`. As in the scripts."""
 
 
 class Ending(Struct, frozen=True):
@@ -57,7 +57,7 @@ class HeldJob(Struct, eq=False):
 
     claimed: ClaimedJob
     job_id: str = ""
-    request_id: str = ""  # its rows in the engine
+    request_id: str = ""  # the attempt's name in the engine, which knows no attempts
     claimed_at: float = field(default_factory=time.monotonic)
     expires_at: float = inf  # monotonic seconds
     expiry_reason: str = ""
@@ -78,12 +78,12 @@ class HeldJob(Struct, eq=False):
     unsent: int = 0  # how many of them no flush has taken
     began: bool = False  # whether its first one was counted
     running_since: float = 0.0  # monotonic seconds of this attempt's first token
-    trace_id: str = ""  # of the job's traceparent, once that is read
+    trace_id: str = ""  # of the job's traceparent, once it is read
     spell: Spell = unspelled  # of its model
 
     def __post_init__(self) -> None:
         """Start at what is committed, and fix when the job's time is over."""
-        self.job_id, self.request_id = self.claimed.job_id, self.claimed.request_id
+        self.job_id, self.request_id = self.claimed.job_id, self.claimed.attempt.name
         self.seq = self.claimed.seq
         self.first_token_ms = self.claimed.first_token_ms
         self.committed_at = self.claimed_at
@@ -150,7 +150,7 @@ class HeldJob(Struct, eq=False):
         }  # fmt: skip
 
     def returned(self, kv_tokens: int = 0, rows: int = 0) -> Returned:
-        """Its row of a release; what it needs, where that is too much for this worker."""
+        """Its row of a release, with what it needs if that is too much for this worker."""
         return Returned(self.claimed.attempt, kv_tokens, rows)
 
     def now_ms(self) -> int:
@@ -175,7 +175,7 @@ class HeldJob(Struct, eq=False):
         self.reset = True
 
     def conclude(self) -> bool:
-        """End it where nothing is left to decode, because earlier attempts wrote all but the end.
+        """End it if nothing is left to decode, because earlier attempts wrote all but the end.
 
         Returns whether that is so.
         """
@@ -188,7 +188,7 @@ class HeldJob(Struct, eq=False):
         return self.over
 
     def add(self, output: Output) -> bool:
-        """Take a step's output; True where a consumer should not wait for it."""
+        """Take a step's output; True if a consumer should not wait for it."""
         self.choices[output.choice].add(output)
         count = len(output.token_ids)
         self.decoded += count
@@ -208,7 +208,7 @@ class HeldJob(Struct, eq=False):
         return True
 
     def proves(self, now: float) -> bool:
-        """Say, once, that this attempt has run long enough to be above suspicion."""
+        """Whether the attempt becomes proven now; True once. `now` is monotonic seconds."""
         if self.proven or self.decoded < PROVEN_TOKENS * len(self.choices):
             self.running_since = self.running_since or now
             return False
@@ -249,7 +249,7 @@ class HeldJob(Struct, eq=False):
 
     def _row(self, event: events.Event) -> CommitRow:
         claimed = self.claimed
-        return CommitRow(claimed.attempt, event.seq, events.encode(event), claimed.stream)
+        return CommitRow.of(claimed.attempt, event, publish=claimed.stream)
 
     def _next_seq(self) -> int:
         self.seq += 1
@@ -274,12 +274,11 @@ class HeldJob(Struct, eq=False):
         error = ending.error
         summary = f"{error.code}: {error.message}" if error else ""
         finished = ending.state is JobState.FINISHED
-        return CommitRow(
-            self.claimed.attempt, event.seq, events.encode(event), self.claimed.stream,
-            state=ending.state, result=result,
-            rq_result=rq_success(result) if finished else rq_failure(summary),
-            error_code=error.code if error else "", message=error.message if error else "",
+        end = JobEnd(
+            ending.state, result, rq_success(result) if finished else rq_failure(summary),
+            error.code if error else "", error.message if error else "",
         )  # fmt: skip
+        return CommitRow.of(self.claimed.attempt, event, publish=self.claimed.stream, end=end)
 
     def _result(self, ending: Ending, usage: Usage, worker: str) -> GenerationResult:
         choices = [choice.result() for choice in self.choices]

@@ -1,7 +1,7 @@
 """The jobs that a worker holds, and what of them no flush has taken. Its owner's lock guards it.
 
-The engine's thread leaves its steps here as they are, at little cost; they are given to their jobs
-where somebody asks, which is mostly the next flush, while the device computes.
+The engine's thread leaves its steps here as they are, at little cost. They are given to their jobs
+when somebody asks: mostly the next flush does, while the device computes.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from mlx_serving.common.protocol.calls import CommitRow
     from mlx_serving.worker.delivery.held import HeldJob
     from mlx_serving.worker.engine.row import Output
-    from mlx_serving.worker.process.inflight_file import Manifest
-    from mlx_serving.worker.status.counters import Measures
+    from mlx_serving.worker.process.inflight_file import InflightJobs
+    from mlx_serving.worker.status.counters import Counters
 
 BULK_TOKENS: Final = 16  # a job without `stream` commits every so many tokens a choice …
 BULK_SECONDS: Final = 0.5  # … or so often
@@ -29,9 +29,10 @@ BULK_SECONDS: Final = 0.5  # … or so often
 class Holdings:
     """Held jobs by id, steps that no job has been given, and jobs with something to write."""
 
-    def __init__(self, manifest: Manifest, measures: Measures) -> None:
-        self._manifest, self._measures = manifest, measures
+    def __init__(self, inflight: InflightJobs, counters: Counters) -> None:
+        self._inflight, self._counters = inflight, counters
         self.jobs: dict[str, HeldJob] = {}
+        self._by_request: dict[str, HeldJob] = {}  # the same, by the name of the attempt
         self._dirty: dict[str, HeldJob] = {}
         self._steps: list[tuple[float, Sequence[Output]]] = []
         self._waited = 0  # steps since rows were taken
@@ -46,9 +47,9 @@ class Holdings:
 
     def hold(self, job: HeldJob) -> None:
         """Keep a job."""
-        self.jobs[job.job_id] = job
+        self.jobs[job.job_id] = self._by_request[job.request_id] = job
         self._unbegun.add(job.request_id)
-        self._manifest.hold(job.request_id)
+        self._inflight.hold(job.request_id)
         self._expires_at = min(self._expires_at, job.expires_at)
 
     def forget(self, job_id: str) -> None:
@@ -56,14 +57,10 @@ class Holdings:
         job = self.jobs.pop(job_id, None)
         self._dirty.pop(job_id, None)
         if job is not None:
-            self._manifest.drop(job.request_id)
+            del self._by_request[job.request_id]
+            self._inflight.drop(job.request_id)
             self._unbegun.discard(job.request_id)
             self.backlog -= job.unsent
-
-    def find(self, request_id: str) -> HeldJob | None:
-        """Return the attempt of this name, where it is held."""
-        job = self.jobs.get(request_id.partition(":")[0])
-        return job if job is not None and job.request_id == request_id else None
 
     def mark(self, job: HeldJob) -> None:
         """Say that a job has something to write."""
@@ -82,7 +79,7 @@ class Holdings:
     # Steps of the engine
 
     def add(self, outputs: Sequence[Output], now: float) -> bool:
-        """Keep a step's outputs; True where they can't wait to be given to their jobs."""
+        """Keep a step's outputs; True if they are to be given to their jobs at once."""
         self._steps.append((now, outputs))
         self._waited += 1
         self.backlog += sum(len(output.token_ids) for output in outputs)
@@ -93,7 +90,7 @@ class Holdings:
         )
 
     def give(self) -> tuple[bool, list[str]]:
-        """Give all steps to their jobs, outputs of attempts that are gone to nobody.
+        """Give all steps to their jobs; drop the outputs of attempts that are gone.
 
         Returns whether a consumer should not wait, and the attempts of which a row failed.
         """
@@ -105,12 +102,12 @@ class Holdings:
                 urgent |= self._give(job, output, now)
                 if output.error is not None:  # its other choices stop
                     failed.append(job.request_id)
-            self._measures.stepped(progress, now)
+            self._counters.stepped(progress, now)
         return urgent, failed
 
     def _live(self, output: Output) -> HeldJob | None:
-        """The held attempt that decoded it, while its end is open."""
-        job = self.find(output.request_id)
+        """The job whose held attempt decoded it, while its end is open."""
+        job = self._by_request.get(output.request_id)
         if job is None or job.ending is not None:
             self.backlog -= len(output.token_ids)
             return None
@@ -121,15 +118,15 @@ class Holdings:
         self._unbegun.discard(job.request_id)
         self._dirty[job.job_id] = job
         if job.ending is not None:
-            self._manifest.mark(job.request_id, RowState.HELD)
+            self._inflight.mark(job.request_id, RowState.HELD)
         elif job.proves(now):
-            self._manifest.mark(job.request_id, RowState.PROVEN)
+            self._inflight.mark(job.request_id, RowState.PROVEN)
         return urgent
 
     # What a flush takes
 
     def rows(self, worker: str, *, everything: bool) -> list[CommitRow]:
-        """Rows of all jobs that are due; bulk jobs too where `everything` is."""
+        """Rows of all jobs that are due; with `everything` of bulk jobs too."""
         self._waited, now = 0, time.monotonic()
         rows: list[CommitRow] = []
         for job in [j for j in self._dirty.values() if everything or _is_due(j, now)]:

@@ -24,8 +24,8 @@ log = structlog.get_logger(__name__)
 QUIET_SECONDS: Final = 10.0  # without a failure: the outage is over
 
 
-class Outage:
-    """What one thread saw of Redis's failures."""
+class RedisFailures:
+    """Logs once when Redis begins to fail one thread's calls, and once when it is back."""
 
     def __init__(self, client: Redis) -> None:
         self._client = client

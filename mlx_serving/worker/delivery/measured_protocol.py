@@ -1,4 +1,4 @@
-"""The delivery protocol with a look at its calls: latency, outcomes, whether Redis answers."""
+"""The delivery protocol with figures of its calls: latency, outcomes, whether Redis answers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from mlx_serving.common.protocol.calls import Call
     from mlx_serving.common.protocol.keys import Keys
-    from mlx_serving.worker.status.counters import Measures
+    from mlx_serving.worker.status.counters import Counters
 
 T = TypeVar("T")
 
@@ -26,9 +26,9 @@ LOOK_SECONDS: Final = 5.0
 class MeasuredProtocol(Protocol):
     """`Protocol`, for one worker's figures."""
 
-    def __init__(self, connection: redis.Redis, keys: Keys, measures: Measures) -> None:
+    def __init__(self, connection: redis.Redis, keys: Keys, counters: Counters) -> None:
         super().__init__(connection, keys)
-        self._measures = measures
+        self._counters = counters
 
     def run(self, call: Call[T]) -> T:
         """Run one call, and count what came of it."""
@@ -44,46 +44,46 @@ class MeasuredProtocol(Protocol):
         try:
             reply = reply_of()
         except redis.RedisError:
-            self._measures.redis_failed = True
-            self._measures.count("redis_errors")
+            self._counters.redis_failed = True
+            self._counters.count("redis_errors")
             raise
         if call.script == "commit":
-            self._measures.observe(COMMIT, time.monotonic() - started)
-        self._measures.answered()
+            self._counters.observe(COMMIT, time.monotonic() - started)
+        self._counters.answered()
         self._note(call.script, reply)
         return reply
 
     def _note(self, script: str, reply: Any) -> None:  # noqa: ANN401 -- each script has its own
-        measures = self._measures
+        counters = self._counters
         if script in {"commit", "renew"}:
-            measures.leased()
-            measures.refused(reply)
+            counters.leased()
+            counters.refused(reply)
         elif script == "claim":
-            measures.claimed(reply.jobs)
+            counters.claimed(reply.jobs)
             if reply.jobs:
-                measures.leased()
+                counters.leased()
         elif script == "release":
-            measures.count("hand_offs", by=reply.count("OK"))
+            counters.count("hand_offs", by=reply.count("OK"))
         elif script == "reap":
             for _, outcome in reply.outcomes:
-                measures.count("takeovers", outcome)
+                counters.count("takeovers", outcome)
 
 
 class QueueWatch:
     """Reads every few seconds how much waits in this worker's queues; for the main loop."""
 
-    def __init__(self, protocol: Protocol, queues: Sequence[str], measures: Measures) -> None:
-        self._protocol, self._queues, self._measures = protocol, queues, measures
+    def __init__(self, protocol: Protocol, queues: Sequence[str], counters: Counters) -> None:
+        self._protocol, self._queues, self._counters = protocol, queues, counters
         self._looked_at = float("-inf")
 
     def look(self) -> None:
-        """Note that the main loop came round; read depths and ages where that is due.
+        """Note that the main loop came round; read depths and ages if that is due.
 
         Raises:
             redis.RedisError: Redis does not answer.
 
         """
-        now = self._measures.turned_at = time.monotonic()
+        now = self._counters.turned_at = time.monotonic()
         if now - self._looked_at < LOOK_SECONDS:
             return
         self._looked_at = now
@@ -99,4 +99,4 @@ class QueueWatch:
             if isinstance(depth, int) and isinstance(oldest, list):
                 since = oldest[0][1] / 1000 if oldest else seconds + micros / 1e6
                 depths[queue] = (depth, max(0.0, seconds + micros / 1e6 - since))
-        self._measures.queues = depths
+        self._counters.queues = depths

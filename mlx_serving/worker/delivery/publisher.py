@@ -16,8 +16,8 @@ from mlx_serving.common.protocol.calls import HeldRows
 from mlx_serving.common.states import JobState
 from mlx_serving.worker.delivery.holdings import Holdings
 from mlx_serving.worker.delivery.log import JobLog
-from mlx_serving.worker.process.inflight_file import Manifest
-from mlx_serving.worker.status.counters import Measures
+from mlx_serving.worker.process.inflight_file import InflightJobs
+from mlx_serving.worker.status.counters import Counters
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -32,10 +32,11 @@ if TYPE_CHECKING:
 class EngineLink:
     """What a publisher tells the engine, and asks it.
 
-    `on_gone(request_id)` is called, outside the publisher's lock, for every attempt that is not to
-    be decoded any further: it failed, was cancelled, or was taken over; not where all its rows
-    ended by themselves, which the engine knows. `fresh()`: whether it makes progress.
-    `has(request_id)`: whether it has an attempt that it was given.
+    An attempt goes by its name in the engine (`HeldJob.request_id`). `on_gone(request_id)` is
+    called for every attempt that is not to be decoded any further: it failed, was cancelled, or was
+    taken over. It is called outside the publisher's lock, and not if all rows ended by themselves,
+    which the engine knows. `fresh()`: whether the engine makes progress. `has(request_id)`: whether
+    it has an attempt that it was given.
     """
 
     on_gone: Callable[[str], None]
@@ -49,7 +50,7 @@ log = structlog.get_logger(__name__)
 ROWS_A_CALL: Final = 128  # a longer script would hold up Redis's other clients
 
 
-WITHOUT_STEP: Final = 1.25  # of the interval: a flush goes by the clock, where no step comes
+WITHOUT_STEP: Final = 1.25  # of the interval: if no step comes, a flush goes by the clock
 
 
 TRANSIENT: Final = (
@@ -87,17 +88,17 @@ class Publisher(threading.Thread):
         options: PublisherOptions,
         engine: EngineLink,
         *,
-        manifest: Manifest | None = None,
-        measures: Measures | None = None,
+        inflight: InflightJobs | None = None,
+        counters: Counters | None = None,
     ) -> None:
         super().__init__(name="publisher", daemon=True)
         self._protocol, self._worker, self._options = protocol, worker, options
         self._engine, self._on_gone = engine, engine.on_gone
         self._log = JobLog()
-        self.manifest = manifest or Manifest()
-        self.measures = measures or Measures()
+        self.inflight = inflight or InflightJobs()
+        self.counters = counters or Counters()
         self._changed = threading.Condition()
-        self._holdings = Holdings(self.manifest, self.measures)
+        self._holdings = Holdings(self.inflight, self.counters)
         self._urgent = self._due = self._draining = self._looking = self._resting = False
         self._idle = threading.Event()
         self._stopping = threading.Event()
@@ -133,13 +134,11 @@ class Publisher(threading.Thread):
         for request_id in replaced:
             self._on_gone(request_id)
 
-    def placed(self, jobs: Iterable[str]) -> None:
-        """Note that the engine has been given the rows of these attempts."""
+    def placed(self, jobs: Iterable[HeldJob]) -> None:
+        """Note that the engine has been given the rows of these jobs."""
         with self._changed:
-            for request_id in jobs:
-                job = self._holdings.find(request_id)
-                if job is not None:
-                    job.placed = True
+            for job in jobs:
+                job.placed = True
 
     def fail(self, job: HeldJob, code: str, message: str) -> None:
         """End a job with an error of its own."""
@@ -148,7 +147,7 @@ class Publisher(threading.Thread):
             self._mark(job, urgent=True)
 
     def conclude(self, job: HeldJob) -> bool:
-        """End a job of which earlier attempts wrote all but the end; False where there is more."""
+        """End a job of which earlier attempts wrote all but the end; False if there is more."""
         with self._changed:
             over = job.conclude()
             if over:
@@ -181,7 +180,7 @@ class Publisher(threading.Thread):
         with self._changed:
             self._give()
             rows = [job for job in self._holdings.jobs.values() if job.ending is None]
-            unproven = [job.claimed.company for job in rows if not job.proven]
+            unproven = [job.claimed.max_unproven for job in rows if not job.proven]
         return HeldRows(len(rows), len(unproven), min(filter(None, unproven), default=0))
 
     def let_go(self, jobs: Iterable[HeldJob]) -> None:
@@ -194,7 +193,7 @@ class Publisher(threading.Thread):
             self._log.handed_over(job)
 
     def drain(self, timeout: float) -> bool:
-        """Write all that is pending, bulk rows too; False where that took too long."""
+        """Write all that is pending, bulk rows too; False if that took too long."""
         with self._changed:
             self._draining = True
             self._give()
@@ -334,10 +333,10 @@ class Publisher(threading.Thread):
                     self._holdings.forget(job_id)
                     lost.append((job, reply))
                     gone.append(job.request_id)
-                elif row.state is not None:
+                elif row.end is not None:
                     self._holdings.forget(job_id)
-                    ended.append((job, row.state))
-                    gone += stopped(job, row.state)
+                    ended.append((job, row.end.state))
+                    gone += to_abort(job, row.end.state)
                 elif reply.reason and job.ending is None:
                     self._cancel(job, reply.reason)
                     gone.append(job.request_id)
@@ -347,7 +346,7 @@ class Publisher(threading.Thread):
         for job, reply in lost:
             self._note_lost(job, reply)
         for job, state in ended:
-            self.measures.ended(job, state)
+            self.counters.ended(job, state)
             self._log.ended(job, state)
         return [row for row in rows if row.attempt.job_id in again]
 
@@ -363,8 +362,8 @@ class Publisher(threading.Thread):
     def _renew(self) -> None:
         """Renew each lease four times within its length, if the engine is alive.
 
-        Those that a commit has just renewed are left out: where all are, there is no call to hold
-        up the next flush, and a kill loses what piles up.
+        Those that a commit has just renewed are left out. If all are, there is no call that would
+        hold up the next flush; what piles up meanwhile is lost by a kill.
         """
         now, turn = time.monotonic(), self._options.lease_ms / 8000
         if not (self._looking or now - self._renewed_at >= turn) or not self._engine.fresh():
@@ -408,6 +407,6 @@ class Publisher(threading.Thread):
             self.cancel(job.job_id, job.expiry_reason)
 
 
-def stopped(job: HeldJob, state: JobState) -> list[str]:
-    """Name of an attempt that ended, where its rows may not have ended by themselves."""
+def to_abort(job: HeldJob, state: JobState) -> list[str]:
+    """Return the attempt that the engine is to abort: none if the job finished normally."""
     return [] if state is JobState.FINISHED else [job.request_id]

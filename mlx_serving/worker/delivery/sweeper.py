@@ -37,11 +37,11 @@ def reap_interval_seconds(lease_seconds: float) -> float:
 class TenantAudit:
     """Goes round all tenants, one page of one set a look.
 
-    The scripts keep the sets right in the same step as the jobs; what is off is a foreign hand's,
-    or an older worker's, whose scripts know no tenants.
+    The scripts keep the sets right in the same step as the jobs. If one is wrong, a foreign hand
+    wrote to it.
 
     Raises:
-        redis.RedisError: from `look`, where Redis is away; the next look begins anew.
+        redis.RedisError: from `look`, if Redis is away; the next look begins anew.
 
     """
 
@@ -132,7 +132,7 @@ class Sweeper:
             self._audit.look()
 
     def _reap_or_wait(self, now: float) -> None:
-        """Wait where an old lease proves nothing, because nobody may have been able to renew it.
+        """Reap, but not while an old lease proves nothing, since nobody could have renewed it.
 
         That is so for one lease after we were cut off from Redis, or slept, or were refused
         writes: others may have been, with us. The script itself waits after a restart of Redis,

@@ -32,7 +32,7 @@ def unspelled(token_id: int) -> bytes:
 
 def speller(table: VocabularyTable) -> Spell:
     """Return what spells a token id of this vocabulary; `b""` for an id that it lacks."""
-    # Imported here: whoever only renders needs no vocabulary.
+    # Imported here: who only renders needs no vocabulary.
     from mlx_serving.worker.engine.text.vocabulary import Vocabulary
 
     # Without special ids: those have pieces too, their names.
@@ -62,7 +62,7 @@ def render(entries: Sequence[TokenLogprobs], spell: Spell) -> list[TokenLogprob]
 
 
 def _spelled(raw: bytes, logprob: float) -> tuple[str, float, list[int] | None]:
-    """Text, log probability, and the bytes where the text does not say them."""
+    """Text, log probability, and the bytes if the text does not say them."""
     # `max` with the bound first, so that a NaN becomes it too: JSON has neither.
     least = round(max(LEAST_LOGPROB, logprob), DECIMALS)
     try:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     from collections.abc import Callable, Container, Iterable
 
-    from mlx_serving.common.job.schema import Lane
+    from mlx_serving.common.queues import Lane
     from mlx_serving.worker.engine.acceleration import AccelerationReport
     from mlx_serving.worker.engine.memory.kv_caches import KvMemory
     from mlx_serving.worker.engine.row import Row, SampledToken

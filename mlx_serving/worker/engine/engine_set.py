@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 
-from mlx_serving.common.job.schema import LANES
+from mlx_serving.common.queues import LANES
 from mlx_serving.worker.engine.memory.kv_caches import KvMemory
 from mlx_serving.worker.engine.row import (
     InferenceEngine,
@@ -21,11 +21,11 @@ class EngineSet:
     there are over all, whoever claims looks to.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, on_prefill: Callable[[Iterable[str]], None] | None = None) -> None:
         self._engines: dict[str, InferenceEngine] = {}  # replaced, never changed: others read it
         self._new: frozenset[str] = frozenset()  # models of which no step was timed; as above
         self._stepping = ""  # the model of which a step is under way
-        self.on_prefill: Callable[[Iterable[str]], None] = _ignore
+        self.on_prefill: Callable[[Iterable[str]], None] = on_prefill or _ignore
         self.on_launch: Callable[[], None] = _ignore
         self.on_stepped: Callable[[], None] = _ignore  # called after each model's step
 

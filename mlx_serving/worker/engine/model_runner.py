@@ -20,7 +20,7 @@ from typing import Any, Final, cast
 
 import mlx.core as mx
 
-from mlx_serving.common.job.schema import Lane
+from mlx_serving.common.queues import Lane
 from mlx_serving.worker.engine.batch_runner import StepNotBuiltError
 from mlx_serving.worker.engine.failures import LaunchedWorkError, beside_step, launched_work
 from mlx_serving.worker.engine.kv import padded

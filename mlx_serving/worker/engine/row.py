@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 from msgspec import Struct
 
-from mlx_serving.common.job.schema import LANES, Lane
+from mlx_serving.common.queues import LANES, Lane
 from mlx_serving.worker.engine.kv.prefix.index import PrefixKey
 
 if TYPE_CHECKING:

@@ -13,7 +13,8 @@ from typing import Final
 from mlx_serving.common import defaults
 from mlx_serving.common.errors import InvalidJob
 from mlx_serving.common.job.output_format import enforces_tools
-from mlx_serving.common.job.schema import GenerationJob, Lane
+from mlx_serving.common.job.schema import GenerationJob
+from mlx_serving.common.queues import Lane
 from mlx_serving.worker.engine.engine import Engine
 from mlx_serving.worker.engine.row import (
     ModelInfo,
@@ -163,7 +164,7 @@ def plan(job: GenerationJob, requests: Iterable[Request]) -> list[Request]:
     Raises:
         InvalidJob: the job asks for one.
     """
-    if job.response_format is not None or enforces_tools(job):
+    if job.response_format is not None or enforces_tools(job.tools, job.tool_choice):
         field = "tools" if job.response_format is None else "response_format"
         raise InvalidJob([(field, "the simulated engine can't be held to a form")])
     return list(requests)

@@ -21,8 +21,10 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger(__name__)
 
-RETRY_SECONDS: Final = 60.0  # after a load that failed, doubled from one to the next …
-RETRY_MOST_SECONDS: Final = 3600.0  # … up to this: the files may be there by then
+# A model that could not be loaded is tried again: its files may be there by then. The pause
+# doubles from one failure to the next, up to the most.
+RETRY_SECONDS: Final = 60.0
+RETRY_MOST_SECONDS: Final = 3600.0
 REASON_CHARS: Final = 200
 
 
@@ -35,8 +37,11 @@ class ModelUnusableError(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
-class Failure:
-    """Why a model was not loaded, the last of so many times; `retry_at` in monotonic seconds."""
+class LoadFailure:
+    """Why a model could not be loaded the last time, and how many times in a row that happened.
+
+    It is tried again from `retry_at` on, in monotonic seconds.
+    """
 
     reason: str
     times: int
@@ -44,22 +49,24 @@ class Failure:
 
 
 @dataclass(frozen=True, slots=True)
-class Standing:
-    """What others may know of a worker's models. Capacities are KV tokens."""
+class ModelsStatus:
+    """What a worker's record and metrics say of its models."""
 
-    served: tuple[str, ...] = ()
-    resident: tuple[str, ...] = ()
-    loading: str = ""
-    capacities: Mapping[str, int] = field(default_factory=dict)
-    failures: Mapping[str, str] = field(default_factory=dict)
+    resident: tuple[str, ...] = ()  # those in memory that jobs are claimed for
+    loading: str = ""  # the one that is being loaded; "": none
+    capacities: Mapping[str, int] = field(default_factory=dict)  # KV tokens by alias, once known
+    failures: Mapping[str, str] = field(default_factory=dict)  # why those failed that could not be
+    info: Mapping[str, str] = field(default_factory=dict)  # what the engine runs on
 
 
-class Residents:
-    """Models by alias, in the order in which they were named.
+class LoadedModels:
+    """A worker's models by alias, in the order in which they were named.
 
-    The engine thread loads and drops (`load_first`, slices of `bring_up`); the main thread asks
-    for it. What both read is replaced, never changed. `load` brings a model up, `size_of` says how
-    many bytes it takes; `on_change(model)` is called, in the engine thread, after each load.
+    The engine thread loads and drops them (`load_first`, the slices of `bring_up`); the main thread
+    asks for that. What several threads read is replaced as a whole, never changed.
+
+    `load` loads a model and `size_of` gives its size in bytes. `on_change(model)` is called in the
+    engine thread after each load, whether it succeeded or failed.
     """
 
     def __init__(
@@ -74,12 +81,14 @@ class Residents:
         self.budget = ModelBudget(dict.fromkeys(models, 0))
         self._load, self._size_of, self._on_change = load, size_of, on_change
         self._loaded: dict[str, LoadedModel] = {}
-        self._failures: dict[str, Failure] = {}
+        self._failures: dict[str, LoadFailure] = {}
         self._capacities: dict[str, int] = {}
+        self._info: Mapping[str, str] = {}  # of the model that was loaded last
         self._loaded_at: dict[str, float] = {}
         self._used_at: dict[str, float] = {}
         self.loading = ""
-        self.leaving: frozenset[str] = frozenset()  # no more claims: another is to take their place
+        # Models that make room for another one: no more jobs are claimed for them.
+        self.leaving: frozenset[str] = frozenset()
 
     # What any thread may read
 
@@ -89,7 +98,7 @@ class Residents:
         return len(self.models) > 1
 
     def get(self, model: str) -> LoadedModel | None:
-        """Return the model where it is in memory."""
+        """Return the model if it is in memory."""
         return self._loaded.get(model)
 
     def resident(self) -> tuple[str, ...]:
@@ -97,54 +106,63 @@ class Residents:
         return tuple(m for m in self.models if m in self._loaded and m not in self.leaving)
 
     def loadable(self, model: str) -> bool:
-        """Whether it is worth while to try: there can be room, and it did not fail lately."""
+        """Whether the model is worth a try: there can be room, and it did not fail lately."""
         failure = self._failures.get(model)
-        tried = failure is not None and time.monotonic() < failure.retry_at
-        return not tried and self.budget.ever_fits(model)
+        failed_lately = failure is not None and time.monotonic() < failure.retry_at
+        return not failed_lately and self.budget.ever_fits(model)
 
-    def standing(self) -> Standing:
-        """All that others may know."""
+    def status(self) -> ModelsStatus:
+        """What the worker's record and metrics say of the models."""
+        info = {**self._info, "revision": self._revisions()} if self._info else {}
         failures = {model: failure.reason for model, failure in self._failures.items()}
-        return Standing(self.models, self.resident(), self.loading, self._capacities, failures)
+        return ModelsStatus(self.resident(), self.loading, self._capacities, failures, info)
 
-    def _reasons(self) -> list[str]:
-        return [f"{model}: {failure.reason}" for model, failure in self._failures.items()]
+    def _revisions(self) -> str:
+        """The revision of the model in memory; of several, each after its alias."""
+        loaded = self._loaded
+        revisions = {m: loaded[m].info.get("revision", "") for m in self.models if m in loaded}
+        if not self.several:
+            return next(iter(revisions.values()), "")
+        return ", ".join(f"{model}={revision}" for model, revision in revisions.items())
 
     # What the main thread calls
 
     def touch(self, model: str) -> None:
-        """Say that a job of the model was claimed."""
+        """Note that a job of the model was claimed."""
         self._used_at[model] = time.monotonic()
 
     def victims(self, model: str) -> tuple[str, ...] | None:
         """Models that have to leave for this one, see `ModelBudget.victims`."""
-        self._measure(model)
-        last = sorted(self._loaded, key=lambda m: self._used_at.get(m, 0.0))
-        return self.budget.victims(model, last)
+        self._renew_size(model)
+        least_used_first = sorted(self._loaded, key=lambda m: self._used_at.get(m, 0.0))
+        return self.budget.victims(model, least_used_first)
 
     def served_for(self, model: str) -> float:
         """Seconds since the model was loaded."""
         return time.monotonic() - self._loaded_at.get(model, 0.0)
 
-    def _measure(self, model: str) -> None:
-        """Look at the size again: its files may have come, or changed, since the start."""
+    def _renew_size(self, model: str) -> None:
+        """Read the size again: the model's files may have come, or changed, since the start."""
         sizes = {**self.budget.sizes, model: self._size_of(model)}
         self.budget = replace(self.budget, sizes=sizes)
 
     def avoid(self, models: Iterable[str]) -> None:
-        """Leave these alone for long: a process died over them. A single one is tried again."""
+        """Don't try these for long, because a process died while it loaded them.
+
+        A worker's only model is tried again at once.
+        """
         retry_at = time.monotonic() + RETRY_MOST_SECONDS
-        failure = Failure("the worker's process died while it loaded the model", 1, retry_at)
+        failure = LoadFailure("the worker's process died while it loaded the model", 1, retry_at)
         if self.several:
             self._failures = self._failures | dict.fromkeys(models, failure)
 
     # What the engine thread calls
 
     def load_first(self, budget: ModelBudget) -> EngineSet:
-        """Load what is to be there before the first claim.
+        """Load the models that are to be there before the first claim.
 
         Raises:
-            Exception: nothing could be loaded; what the first of them failed with.
+            Exception: nothing could be loaded; it is the first model's error.
 
         """
         self.budget = budget
@@ -159,11 +177,14 @@ class Residents:
             raise errors[0] if errors else ModelUnusableError("; ".join(self._reasons()))
         return self.engines
 
+    def _reasons(self) -> list[str]:
+        return [f"{model}: {failure.reason}" for model, failure in self._failures.items()]
+
     def _first(self, failed: set[str]) -> tuple[str, ...]:
         sizes = {m: size for m, size in self.budget.sizes.items() if m not in failed}
         pinned = self.budget.pinned - failed
         chosen = replace(self.budget, sizes=sizes, pinned=pinned).first()
-        # Where nothing fits, the first shall say why.
+        # If nothing fits, the first model is tried, so that its error says why.
         return chosen or (self.models[:1] if not self._loaded and not failed else ())
 
     def bring_up(self, model: str, victims: tuple[str, ...]) -> Iterator[None]:
@@ -184,7 +205,7 @@ class Residents:
                 self._drop(victim)
                 yield
             self.put(model, (yield from loading))
-        except Exception as caught:  # noqa: BLE001 -- whatever a model fails with concerns it alone
+        except Exception as caught:  # noqa: BLE001 -- any error of a model concerns it alone
             error = caught
             self._note_failure(model, caught)
         else:
@@ -196,12 +217,12 @@ class Residents:
 
     def _note_failure(self, model: str, error: Exception) -> None:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:REASON_CHARS]
-        if self.several:  # of a single one the process says it, as its last word
+        if self.several:  # the process itself logs why its only model failed, and ends
             log.error("model_load_failed", model=model, reason=reason)
         before = self._failures.get(model)
         times = before.times + 1 if before else 1
         pause = min(RETRY_SECONDS * 2 ** (times - 1), RETRY_MOST_SECONDS)
-        failure = Failure(reason, times, time.monotonic() + pause)
+        failure = LoadFailure(reason, times, time.monotonic() + pause)
         self._failures = self._failures | {model: failure}
 
     def put(self, model: str, loaded: LoadedModel) -> None:
@@ -211,6 +232,7 @@ class Residents:
         self._loaded_at[model] = self._used_at[model] = time.monotonic()
         self.engines.put(model, loaded.engine)
         self._loaded = self._loaded | {model: loaded}
+        self._info = loaded.info
 
     def _drop(self, model: str) -> None:
         loaded = self._loaded[model]

@@ -1,10 +1,14 @@
-"""Which engines a worker runs, and how one comes up, in the engine thread. Imports MLX late."""
+"""How a worker loads a model: its kind of engine, its share of the memory, and what it says of it.
+
+Loading runs in the engine thread. MLX is imported in the functions that need it: the worker's
+parent and the simulated engine must not load it.
+"""
 
 from __future__ import annotations
 
 import time
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
@@ -34,26 +38,20 @@ if TYPE_CHECKING:
 log = structlog.get_logger(__name__)
 
 LOAD_SLICE_SECONDS: Final = 300.0  # the most that a slice of a model's load may take
-SIMULATED_BYTES: Final = 1 << 30  # what a simulated model counts for in a budget
-SIMULATED_SLICES: Final = 10  # of its load
+SIMULATED_BYTES: Final = 1 << 30  # of a simulated model, in a model budget
+SIMULATED_SLICES: Final = 10  # of a simulated load
 
 
 @dataclass(frozen=True, slots=True)
 class EngineSpec:
-    """`mlx` runs the model at `model_path`; `simulated` costs time but no compute.
-
-    `others` are further models that the same worker serves: alias and path. `tokens_per_second` is
-    a simulated row's rate; 0: a job takes one step and no time. `prefill_tokens_per_second`, where
-    a row has a rate, is the simulated device's for prompts. `load_seconds` is what a simulated load
-    takes.
-    """
+    """The kind of engine and the models. `simulated` costs time but no compute."""
 
     kind: Literal["mlx", "simulated"] = "mlx"
-    model_path: str = ""
-    tokens_per_second: float = 0.0
-    others: tuple[tuple[str, str], ...] = ()
-    load_seconds: float = 0.0
-    prefill_tokens_per_second: float = 10_000.0
+    model_path: str = ""  # of the first model
+    tokens_per_second: float = 0.0  # of a simulated row; 0: a job takes one step and no time
+    others: tuple[tuple[str, str], ...] = ()  # alias and path of the worker's further models
+    load_seconds: float = 0.0  # that a simulated load takes
+    prefill_tokens_per_second: float = 10_000.0  # of the simulated device, if its rows have a rate
 
     def paths(self, model: str) -> dict[str, str]:
         """Alias → path of all models; `model` is the first one's alias."""
@@ -62,28 +60,28 @@ class EngineSpec:
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A model in memory: its engine, and what stands between jobs and the engine's tokens.
-
-    `encode` makes a prompt of a job, `plan` the form of its output, `spell` a token's bytes.
-    `close` ends what the model has outside of this process.
-    """
+    """A model in memory: its engine, and what turns jobs into prompts and tokens into text."""
 
     engine: InferenceEngine
-    encode: Encode
-    plan: Plan
-    spell: Spell
-    close: Callable[[], None] = lambda: None
+    encode: Encode  # makes a job's prompt
+    plan: Plan  # makes the form of a job's output
+    spell: Spell  # gives a token's bytes
+    close: Callable[[], None] = lambda: None  # ends what the model has outside of this process
+    info: Mapping[str, str] = field(default_factory=dict)  # see `describe`
 
     @property
     def keeps_prefixes(self) -> bool:
-        """Whether later jobs find what earlier ones computed; a simulated model counts as one."""
+        """Whether later jobs find prefixes that earlier ones computed.
+
+        A simulated model counts as one that keeps them.
+        """
         return all(memory.keeps_prefixes for memory in self.engine.kv_memories)
 
 
 def load(
     spec: EngineSpec, settings: Settings, path: str, kv_budget_bytes: int | None
 ) -> Generator[None, None, LoadedModel]:
-    """Bring one model up, warm, a slice at each `next`; the first reads no weights.
+    """Load one model and warm it up, a slice at each `next`; the first slice reads no weights.
 
     Raises:
         MlxServingError: the model can't be loaded; the message says why.
@@ -95,7 +93,7 @@ def load(
 
 
 def model_bytes(spec: EngineSpec, path: str) -> int:
-    """Size of a model's weights; 0 where it is not there."""
+    """Size of a model's weights; 0 if it is not there."""
     if spec.kind == "simulated":
         return SIMULATED_BYTES
     from mlx_serving.worker.engine.model_files import weight_bytes
@@ -109,10 +107,10 @@ def model_bytes(spec: EngineSpec, path: str) -> int:
 def plan_memory(
     spec: EngineSpec, settings: Settings, paths: Mapping[str, str]
 ) -> tuple[ModelBudget, int | None]:
-    """Return the budget for models, and the bytes that each has for its KV caches.
+    """Return the budget for models, and the bytes that each model has for its KV caches.
 
-    The KV budget is shared equally by as many models as can be in memory at once. None: a single
-    model takes what its weights leave, once they are loaded.
+    The KV budget is shared equally by as many models as can be in memory at once. None: there is
+    one model, and it takes what its weights leave once they are loaded.
     """
     sizes = {model: model_bytes(spec, path) for model, path in paths.items()}
     pinned, bound, kv = (
@@ -131,9 +129,9 @@ def plan_memory(
 def memory_of(
     spec: EngineSpec, engine: EngineSet, available: Callable[[], int | None]
 ) -> tuple[DeviceMemory | None, Callable[[], Sequence[KvMemory]]]:
-    """What the memory keeper watches of an engine; nothing of a simulated one.
+    """What the memory keeper watches: the device and the KV caches; nothing if it is simulated.
 
-    `available` says what the system could still give, in bytes.
+    `available` says how many bytes the system could still give.
     """
     if spec.kind == "simulated":
         return None, tuple
@@ -142,17 +140,21 @@ def memory_of(
     return MlxMemory(available), lambda: engine.kv_memories
 
 
-def describe(spec: EngineSpec, engine: InferenceEngine) -> dict[str, str]:
-    """Say what an engine runs on: its device, and native or twin for each accelerated piece.
+def describe(device: str, engine: InferenceEngine) -> dict[str, str]:
+    """Say what an engine runs on, for the worker's record and metrics.
 
-    Workers publish it with their presence; call it on the engine's thread.
+    `device`, the model's `revision`, and of the accelerated pieces: `acceleration`, native or twin
+    for each and why; `implementation`, "native" if all are, "twin" if one is not, "none" if there
+    is none.
     """
-    if spec.kind == "simulated":
-        return {"device": "simulated", "acceleration": "none"}
-    from mlx_serving.worker.engine.memory.device import device_name  # imports MLX
-
     reports = getattr(engine, "acceleration", ())
-    return {"device": device_name(), "acceleration": "; ".join(map(str, reports))}
+    kinds = {report.implementation for report in reports}
+    return {
+        "device": device,
+        "acceleration": "; ".join(map(str, reports)),
+        "implementation": ("twin" if "twin" in kinds else "native") if kinds else "none",
+        "revision": engine.model_info.revision,
+    }
 
 
 def _load_mlx(
@@ -160,6 +162,7 @@ def _load_mlx(
 ) -> Generator[None, None, LoadedModel]:
     # Imported here: the parent and the simulated engine must not load MLX.
     from mlx_serving.worker.engine.loader import EngineOptions, load_in_slices
+    from mlx_serving.worker.engine.memory.device import device_name
     from mlx_serving.worker.engine.structured.plan import OutputPlanner
     from mlx_serving.worker.engine.text.prompts import PromptEncoder
 
@@ -184,12 +187,13 @@ def _load_mlx(
     planner = OutputPlanner(engine.tokenizer, engine.model_info)
     yield from aside(planner.warm_up)
     spell = yield from aside(lambda: _speller(engine))
-    return LoadedModel(engine, encode, planner.plan, spell, planner.close)
+    info = describe(device_name(), engine)
+    return LoadedModel(engine, encode, planner.plan, spell, planner.close, info)
 
 
 def _speller(engine: Engine) -> Spell:
-    """What spells the engine's token ids; some 0.3 s at 150,000 tokens, so before any claim."""
-    # Imported here: the vocabulary's reader is for workers with a model.
+    """Return what spells the engine's token ids. It takes some 0.3 s at 150,000 tokens."""
+    # Imported here: only a worker with a real model reads a vocabulary.
     from mlx_serving.worker.delivery.token_text import speller
     from mlx_serving.worker.engine.text.vocabulary import read_vocabulary
 
@@ -198,7 +202,7 @@ def _speller(engine: Engine) -> Spell:
 
 def _warm_up(encode: Encode) -> None:
     """Compile the chat template and the job's validators now, so that no job waits for it."""
-    # Imported here: pydantic's models are for the child, not for whoever names an engine.
+    # Imported here: the parent, which only names an engine, does without pydantic's models.
     from mlx_serving.common.job.schema import GenerationJob
 
     job = GenerationJob.parse({"model": "warm-up", "messages": [{"role": "user", "content": "x"}]})
@@ -207,7 +211,7 @@ def _warm_up(encode: Encode) -> None:
 
 
 def batch_size(settings: Settings) -> BatchSize:
-    """Return the rows that the settings give a worker's batch."""
+    """Return how many rows a worker's batch may have, by the settings."""
     return BatchSize.of(
         settings.batch.max_rows, settings.batch.lane_min_share, settings.batch.lane_headroom
     )
@@ -233,11 +237,12 @@ def _load_simulated(spec: EngineSpec, settings: Settings) -> Generator[None, Non
     )
     encode = simulated.SimulatedPromptEncoder().encode
     engine = simulated.SimulatedEngine(options)
-    return LoadedModel(engine, encode, simulated.plan, simulated.spell)
+    info = describe("simulated", engine) | {"acceleration": "none"}
+    return LoadedModel(engine, encode, simulated.plan, simulated.spell, info=info)
 
 
-def finish(loading: Generator[None, None, Any]) -> Any:  # noqa: ANN401 -- whatever is loaded
-    """Run a load to its end, where nobody waits meanwhile."""
+def finish(loading: Generator[None, None, Any]) -> Any:  # noqa: ANN401 -- what the load returns
+    """Run a load to its end at once, and return what was loaded."""
     try:
         while True:
             next(loading)

@@ -1,7 +1,7 @@
-"""Looks after the engine's memory and age, on the engine's thread, twice a second.
+"""Watches the engine's memory and the child's age, in the engine thread, twice a second.
 
-It reads the device, asks the guard, does what the guard says, and tells the worker's main loop when
-the child is to be replaced.
+It reads the device's memory, asks the guard what to do, and does it. It tells the worker's main
+loop when the child is to be replaced.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ if TYPE_CHECKING:
 
     from mlx_serving.worker.engine.memory.device import DeviceMemory
     from mlx_serving.worker.engine.memory.kv_caches import KvMemory
-    from mlx_serving.worker.status.counters import Measures
+    from mlx_serving.worker.status.counters import Counters
 
 log = structlog.get_logger(__name__)
 
 LOOK_SECONDS: Final = 0.5
-TOKENS: Final = "generation_tokens"  # of `Measures`
+TOKENS: Final = "generation_tokens"  # of `Counters`
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryState:
-    """What the worker says of its memory, in bytes."""
+    """The worker's memory as its status says it, in bytes."""
 
     active: int = 0
     cached: int = 0
-    limit: int = 0  # as it is now
+    limit: int = 0  # the most that may be active now
     relief: Relief = Relief.NONE
 
     @property
@@ -44,18 +44,20 @@ class MemoryState:
 
 
 class MemoryKeeper:
-    """Belongs to the engine's thread; any thread may read `state` and `due`."""
+    """Only the engine thread calls it; any thread may read `state` and `due`.
+
+    `on_due(reason)` is called once the child is to be replaced, and again at each later look.
+    """
 
     def __init__(
         self,
-        measures: Measures,
+        counters: Counters,
         recycling: Recycling,
         on_due: Callable[[str], None],
-        steps: Callable[[], int],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._measures, self._recycling, self._on_due = measures, recycling, on_due
-        self._steps, self._clock = steps, clock
+        self._counters, self._recycling, self._on_due = counters, recycling, on_due
+        self._clock = clock
         self._device: DeviceMemory | None = None
         self._caches: Callable[[], Sequence[KvMemory]] = tuple
         self._seen: list[KvMemory] = []
@@ -69,25 +71,28 @@ class MemoryKeeper:
     def watch(
         self, device: DeviceMemory | None, caches: Callable[[], Sequence[KvMemory]] = tuple
     ) -> None:
-        """Look after the caches that there are; no device: only the child's age is looked at."""
+        """Watch this device and these caches; without a device, watch the child's age alone."""
         self._device, self._caches = device, caches
 
-    def tend(self) -> None:
-        """Look where the last look is half a second ago; between steps, for it may move blocks."""
+    def tend(self, steps: int) -> None:
+        """Look if the last look is half a second ago. `steps`: what the engine has done so far.
+
+        It is called between steps, because it may move blocks.
+        """
         now = self._clock()
         if now - self._looked_at < LOOK_SECONDS:
             return
         self._looked_at = now
         grown = self._look() if self._device is not None else False
         due = self._recycling.due(
-            tokens=self._measures.total(TOKENS), steps=self._steps(), memory_grown=grown
+            tokens=self._counters.total(TOKENS), steps=steps, memory_grown=grown
         )
         if due is not None:
             self.due = due
             self._on_due(due)
 
     def _look(self) -> bool:
-        """Do as the guard says; True where memory stays high that nobody accounts for."""
+        """Do as the guard says; True if memory grew that no cache accounts for."""
         assert self._device is not None  # noqa: S101 -- `tend` asks
         caches = list(self._caches())
         if caches != self._seen:  # models came or went
@@ -101,7 +106,7 @@ class MemoryKeeper:
             reading, KvUse(kv_bytes, starved=any(use.starved for use in uses))
         )
         for cache, use in zip(caches, uses, strict=True):
-            # What there is beyond what all hold is anybody's.
+            # Each may take what it has, and all the room that no cache has taken.
             cache.allow(max(0, judged.room_bytes - kv_bytes + use.nbytes))
         self._relieve(before, judged.relief)
         self._count_errors()
@@ -113,14 +118,14 @@ class MemoryKeeper:
         errors = sum(cache.room.errors for cache in self._seen)
         if errors > self._errors:
             log.warning("device_out_of_memory", errors=errors - self._errors)
-            self._measures.count("memory_errors", by=errors - self._errors)
+            self._counters.count("memory_errors", by=errors - self._errors)
         self._errors = errors
 
     def _relieve(self, before: Relief, now: Relief) -> None:
         if now is not before:
             level = log.info if now < before else log.warning
             level("memory_relief", relief=now.name.lower(), before=before.name.lower())
-            self._measures.count("memory_relief", now.name.lower())
+            self._counters.count("memory_relief", now.name.lower())
         if now >= Relief.SHRINK > before:
             for cache in self._seen:
                 cache.shrink()

@@ -1,7 +1,7 @@
-"""Which models may be in memory together: a byte budget, pins, the least recently used go first.
+"""Which models may be in memory together: a budget in bytes, pins, least recently used go first.
 
-Pure: whoever loads and drops models asks here. Sizes are bytes of weights on disk, which is what
-they take in memory: they are loaded in the types that the files have.
+Pure. A model's size is that of its weights on disk. They take the same in memory, because they are
+loaded in the types that the files have.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -28,11 +28,11 @@ class ModelBudget:
         return self.budget_bytes is None or self.bytes_of(models) <= self.budget_bytes
 
     def ever_fits(self, model: str) -> bool:
-        """Whether there can be room for the model, beside those that never leave."""
+        """Whether the model fits beside those that never leave."""
         return self.fits({model, *self.pinned})
 
     def first(self) -> tuple[str, ...]:
-        """Models to load before the first claim: the pinned, then in order what fits beside them.
+        """Models to load before the first claim: the pinned ones, then in order all that still fit.
 
         A pinned model that is too large is among them, so that loading it says so.
         """
@@ -43,7 +43,7 @@ class ModelBudget:
         return tuple(chosen)
 
     def victims(self, model: str, loaded: Sequence[str]) -> tuple[str, ...] | None:
-        """Models that have to leave before this one is loaded, () where there is room already.
+        """Models that have to leave before this one is loaded; (): there is room already.
 
         `loaded` are those in memory, the least recently used first. None: pins leave no room.
         """
@@ -59,7 +59,7 @@ class ModelBudget:
         return tuple(leave)
 
     def most_at_once(self) -> int:
-        """How many models can be in memory at once, at most; 1 at least."""
+        """The most models that can be in memory at once; at least 1."""
         chosen = [model for model in self.sizes if model in self.pinned]
         for model in sorted(self.sizes, key=self.sizes.__getitem__):
             if model not in chosen and self.fits([*chosen, model]):

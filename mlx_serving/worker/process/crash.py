@@ -1,4 +1,4 @@
-"""How a child died, and which of its jobs that speaks against. Pure, but for writing it down."""
+"""Why a child died, and which of its jobs that speaks against. Pure."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mlx_serving.worker.process.inflight_file import RowState
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from mlx_serving.worker.process.inflight_file import ManifestRow
+    from mlx_serving.worker.process.inflight_file import InflightRow
 
 EXIT_STALLED: Final = 69  # sysexits' EX_UNAVAILABLE: the engine made no progress for too long
 EXIT_ENGINE: Final = 70  # sysexits' EX_SOFTWARE: the engine is dead
@@ -47,7 +47,7 @@ class Cause(Enum):
     may only be slow."""
 
     OUT_OF_MEMORY = "out of memory"
-    """SIGKILL, and the system was short of memory. What ran is suspect."""
+    """SIGKILL while the system was short of memory. What ran is suspect."""
 
     KILLED = "killed"
     """A signal from outside, which says nothing about any job."""
@@ -88,13 +88,14 @@ def classify(exit_code: int, *, memory_pressure: bool, silenced: bool = False) -
     return Cause.KILLED
 
 
-def judge(rows: Sequence[ManifestRow], cause: Cause) -> list[Blame]:
+def judge(rows: Sequence[InflightRow], cause: Cause) -> list[Blame]:
     """Say for every held job what the death means for it; those to run first come first.
 
-    Suspects are those whose prompt was in the works, else those that had not run for long, else
-    all that ran. Each may run next beside half as many unproven rows as were suspect with it, so
-    that the next crash tells more; a row that was being prefilled by itself runs alone. A death
-    while a model was loaded is the model's, and charges nobody.
+    Suspects are the jobs whose prompt was being rendered or prefilled, and those that had not run
+    for long. If there are none, all that ran are suspects. A suspect may run again among half as
+    many unproven rows as there were suspects, itself included, so that another crash tells more.
+    For those that were being prefilled it is half of these alone, so that a single one runs alone.
+    If the child died while it loaded a model, that model is to blame and no job is charged.
     """
     loading, rows = loaded_at_death(rows), [r for r in rows if r.state is not RowState.LOADING]
     entering = [row for row in rows if row.state is RowState.ENTERING]
@@ -102,16 +103,16 @@ def judge(rows: Sequence[ManifestRow], cause: Cause) -> list[Blame]:
     ran = fresh + [row for row in rows if row.state is RowState.PROVEN]
     if not cause.charges or loading:
         return [Blame(row.attempt) for row in rows]
-    company = dict.fromkeys(fresh or ran, _half(fresh or ran))
-    company |= dict.fromkeys(entering, _half(entering))
-    blamed = [Blame(row.attempt, company.get(row, 0), alone=len(ran) == 1) for row in rows]
-    return sorted(blamed, key=lambda b: b.company or len(rows) + 1)
+    bound = dict.fromkeys(fresh or ran, _half(fresh or ran))
+    bound |= dict.fromkeys(entering, _half(entering))
+    blamed = [Blame(row.attempt, bound.get(row, 0), alone=len(ran) == 1) for row in rows]
+    return sorted(blamed, key=lambda b: b.max_unproven or len(rows) + 1)
 
 
-def loaded_at_death(rows: Sequence[ManifestRow]) -> list[str]:
-    """Return the models that the child was loading just then: one at most."""
+def loaded_at_death(rows: Sequence[InflightRow]) -> list[str]:
+    """Return the models that the child was loading when it died: one at most."""
     return [row.attempt.job_id for row in rows if row.state is RowState.LOADING]
 
 
-def _half(rows: Sequence[ManifestRow]) -> int:
+def _half(rows: Sequence[InflightRow]) -> int:
     return (len(rows) + 1) // 2

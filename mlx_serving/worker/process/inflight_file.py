@@ -1,8 +1,8 @@
-"""What the engine child holds, where its parent can read it after any death: a small mapped file.
+"""The in-flight file: which jobs the engine child holds, for its parent to read after any death.
 
-The child writes to memory alone, no system call a step; what it wrote before an abort, a
-segmentation fault or SIGKILL is there. A slot's state byte is written last and cleared first, so
-half a record is never read.
+It is a small mapped file. The child writes to memory, without a system call at each step, and what
+it wrote before an abort, a segmentation fault or SIGKILL stays there. A slot's state byte is
+written last and cleared first, so that half a record is never read.
 """
 
 from __future__ import annotations
@@ -33,23 +33,23 @@ class RowState(IntEnum):
 
     FREE = 0
     HELD = 1
-    """Claimed, or ended and not yet settled: not in the engine's hands."""
+    """Claimed, or ended and not settled yet: the engine does not have it."""
 
     ENTERING = 2
-    """Its prompt is being rendered, or the prefill under way computes it."""
+    """Its prompt is being rendered, or prefilled by the step under way."""
 
     RUNNING = 3
-    """In the batch, and not for long."""
+    """In the batch, but not for long yet."""
 
     PROVEN = 4
-    """In the batch so long that a crash points to others first."""
+    """In the batch for so long that a crash points to other rows first."""
 
     LOADING = 5
-    """No job: a model, named as an attempt's job is, that is being loaded."""
+    """No job, but a model that is being loaded; its alias stands for the job's id."""
 
 
 @dataclass(frozen=True, slots=True)
-class ManifestRow:
+class InflightRow:
     """One attempt that the child held."""
 
     attempt: Attempt
@@ -57,14 +57,14 @@ class ManifestRow:
     serial: int = 0  # in order of claims
 
 
-class Manifest:
-    """The child's side. Thread-safe; ids that it does not know are ignored.
+class InflightJobs:
+    """The child's side of the file. Thread-safe; ids that it does not know are ignored.
 
-    A job that finds no slot, or whose id is longer than one, is not listed: its lease protects it.
+    A job is not listed if no slot is free or its id is longer than a slot. Its lease protects it.
     """
 
     def __init__(self, memory: mmap.mmap | bytearray | None = None) -> None:
-        """Start empty; without `memory` nobody but this process reads it."""
+        """Start empty. Without `memory`, no other process can read it."""
         self._memory = memory if memory is not None else bytearray(64 * SLOT_BYTES)
         self._free = list(range(len(self._memory) // SLOT_BYTES))
         self._slots: dict[str, int] = {}
@@ -108,13 +108,13 @@ class Manifest:
                 self._free.append(slot)
 
     def mark(self, request_id: str, state: RowState) -> None:
-        """Say how far an attempt has come."""
+        """Note how far an attempt has come."""
         with self._lock:
             self._mark(request_id, state)
 
     @contextmanager
     def entering(self, request_id: str) -> Iterator[None]:
-        """Say that an attempt's prompt is being rendered; foreign code may crash over it."""
+        """Note that an attempt's prompt is being rendered: a library may crash over it."""
         self.mark(request_id, RowState.ENTERING)
         try:
             yield
@@ -123,7 +123,7 @@ class Manifest:
 
     @contextmanager
     def loading(self, model: str) -> Iterator[None]:
-        """Say that a slice of the model's load is under way; the model may crash it."""
+        """Note that a slice of the model's load is under way: the model may crash it."""
         name = Attempt(model, 0, "").name
         self.hold(name)
         self.mark(name, RowState.LOADING)
@@ -131,7 +131,7 @@ class Manifest:
         self.drop(name)
 
     def prefill(self, request_ids: Iterable[str]) -> None:
-        """Say whose prompts the engine computes from now on; none: the step is over."""
+        """Note whose prompts the engine prefills from now on; none: the step is over."""
         with self._lock:
             for request_id in self._entering:
                 self._mark(request_id, RowState.RUNNING)
@@ -145,8 +145,8 @@ class Manifest:
             self._memory[slot * SLOT_BYTES] = state
 
 
-class ManifestFile:
-    """The parent's side: makes the file for one child, reads it once the child is dead."""
+class InflightFile:
+    """The parent's side: makes the file for one child, and reads it once the child is dead."""
 
     def __init__(self, slots: int) -> None:
         """Make the file, filled with zeros.
@@ -155,29 +155,29 @@ class ManifestFile:
             OSError: there is no room for it.
 
         """
-        descriptor, self.path = tempfile.mkstemp(prefix="mlx-serving-", suffix=".manifest")
+        descriptor, self.path = tempfile.mkstemp(prefix="mlx-serving-", suffix=".inflight")
         with os.fdopen(descriptor, "r+b") as file:
             file.truncate(slots * SLOT_BYTES)
             self._memory = mmap.mmap(file.fileno(), 0)
 
-    def read(self) -> list[ManifestRow]:
-        """Return what the child held, in order of its claims, without what can't be right."""
+    def read(self) -> list[InflightRow]:
+        """Return what the child held, in order of its claims; impossible records are left out."""
         rows = [self._row(at) for at in range(0, len(self._memory), SLOT_BYTES)]
         return sorted((row for row in rows if row is not None), key=lambda row: row.serial)
 
-    def _row(self, at: int) -> ManifestRow | None:
+    def _row(self, at: int) -> InflightRow | None:
         state, length, serial = _HEAD.unpack_from(self._memory, at)
         start = at + _HEAD.size
         request_id = self._memory[start : start + length].decode(errors="replace")
         if not RowState.FREE < state <= RowState.LOADING or length > _ID_BYTES:
             return None
         try:
-            return ManifestRow(Attempt.parse(request_id), RowState(state), serial)
+            return InflightRow(Attempt.parse(request_id), RowState(state), serial)
         except ValueError:
             return None
 
     def close(self) -> None:
-        """Give the memory back, and the name where the child did not get so far."""
+        """Free the memory, and remove the file's name if the child has not done so."""
         self._memory.close()
         with suppress(OSError):
             Path(self.path).unlink()

@@ -1,6 +1,6 @@
-"""What the system says of its memory: signs that it ran out of it, and how much there is.
+"""What the system says of its memory: whether it ran short, and how much is available.
 
-The signs tell the system's SIGKILL from one that anybody sent.
+Signs of a shortage tell the system's own SIGKILL from one that somebody sent.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ class MemoryProbe(Protocol):
     """Watches one child's life."""
 
     def start(self) -> None:
-        """Note how things stand as a child starts."""
+        """Note the state when a child starts."""
 
     def pressed(self) -> bool:
-        """Say whether the system has shown since then that it lacks memory."""
+        """Whether the system has shown since then that it lacks memory."""
 
 
 class LinuxProbe:
-    """Counts the kernel's out-of-memory kills: of our cgroup, else of the whole system."""
+    """Reads how many processes the kernel killed for memory, in our cgroup or else the system."""
 
     def __init__(self, root: Path = Path("/")) -> None:
-        """Look under `root`, which tests replace."""
+        """`root` is the root of the file system; tests have one of their own."""
         self._root = root
         self._before: int | None = None
 
@@ -45,7 +45,7 @@ class LinuxProbe:
         self._before = self._kills()
 
     def pressed(self) -> bool:
-        """Say whether the counter rose."""
+        """Whether the counter rose."""
         now = self._kills()
         return self._before is not None and now is not None and now > self._before
 
@@ -73,10 +73,10 @@ class DarwinProbe:
     """Asks the kernel for its memory pressure level. UNVERIFIED: never run on a Mac."""
 
     def start(self) -> None:
-        """Need nothing: the level is of now."""
+        """Do nothing: the level that is read later is enough."""
 
     def pressed(self) -> bool:
-        """Say whether the level is critical."""
+        """Whether the level is critical."""
         command = ["/usr/sbin/sysctl", "-n", "kern.memorystatus_vm_pressure_level"]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=2, check=True)  # noqa: S603 -- a constant
@@ -99,7 +99,7 @@ def _oom_kills(path: Path) -> int | None:
 
 
 class AvailableMemory:
-    """How much memory the system could still give; asked in a thread, since a Mac's answer is slow.
+    """How much memory the system could still give, asked for in a thread: a Mac's answer is slow.
 
     `value` is in bytes; None: not known.
     """
@@ -110,7 +110,7 @@ class AvailableMemory:
         self.value: int | None = None
 
     def start(self) -> None:
-        """Ask, then go on asking until `stop`."""
+        """Ask now, and then once a second until `stop`."""
         self.value = self._ask()
         threading.Thread(target=self._watch, name="memory", daemon=True).start()
 
@@ -124,12 +124,12 @@ class AvailableMemory:
 
 
 def default_available() -> Callable[[], int | None]:
-    """Return what tells this system's available memory."""
+    """Return the function that asks this system."""
     return darwin_available if sys.platform == "darwin" else linux_available
 
 
 def linux_available(root: Path = Path("/")) -> int | None:
-    """Bytes that can be had without swapping: the kernel's estimate, or what our cgroup leaves."""
+    """Bytes available without swapping, by the kernel's estimate and our cgroup's limit."""
     with suppress(OSError):
         found = re.search(
             r"^MemAvailable:\s+(\d+) kB$", (root / "proc/meminfo").read_text(), re.MULTILINE
@@ -141,7 +141,7 @@ def linux_available(root: Path = Path("/")) -> int | None:
 
 
 def _left_in_cgroup(group: Path) -> int | None:
-    """What a cgroup v2's limit leaves; files that nobody has used lately are given up first."""
+    """Bytes that a cgroup v2's limit leaves; file pages not used lately count as available."""
     try:
         limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
         found = re.search(
@@ -153,7 +153,10 @@ def _left_in_cgroup(group: Path) -> int | None:
 
 
 def darwin_available() -> int | None:
-    """What `vm_stat` calls free, inactive, speculative or purgeable. UNVERIFIED: never on a Mac."""
+    """Bytes that `vm_stat` calls free, inactive, speculative or purgeable.
+
+    UNVERIFIED: never run on a Mac.
+    """
     try:
         done = subprocess.run(
             ["/usr/bin/vm_stat"], capture_output=True, text=True, timeout=2, check=True
@@ -164,7 +167,7 @@ def darwin_available() -> int | None:
 
 
 def parse_vm_stat(text: str) -> int | None:
-    """Bytes from the output of `vm_stat`; None where it reads otherwise than expected."""
+    """Available bytes from the output of `vm_stat`; None if it is not what we expect."""
     size = re.search(r"page size of (\d+) bytes", text)
     pages = re.findall(
         r"^Pages (?:free|inactive|speculative|purgeable):\s+(\d+)\.$", text, re.MULTILINE

@@ -1,7 +1,7 @@
-"""When the engine child is replaced by plan, before its age can kill it. Pure.
+"""When the engine child is replaced by plan, before what it leaks can kill it. Pure.
 
-A process that serves for weeks collects what nobody gave back. On Metal that ends it: a process may
-hold some 499,000 buffers, however small, and MLX does not say how many there are. So a child is
+A process that serves for weeks collects memory that was not freed. On Metal that ends it: a process
+may hold some 499,000 buffers of any size, and MLX does not say how many there are. So a child is
 replaced after so many steps, tokens or hours, and when its memory stays high.
 """
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 Reason = Literal["tokens", "steps", "hours", "memory"]
 REASONS: Final[tuple[Reason, ...]] = ("tokens", "steps", "hours", "memory")
-SPREAD: Final = 0.1  # of a rule: workers that started together are not replaced together
+SPREAD: Final = 0.1  # of a rule, so that workers that started together are replaced apart
 RECYCLE_AFTER_STEPS: Final = 400_000  # a leak of one buffer a step is survived
 WINDOW_LOOKS: Final = 120  # a minute at two looks a second
 LEAST_GROWTH_BYTES: Final = 512 << 20
@@ -29,7 +29,7 @@ GROWTH_FRACTION: Final = 0.05  # of the device's memory
 
 @dataclass(frozen=True, slots=True)
 class RecycleRules:
-    """After how much a child is replaced; 0: never for that."""
+    """After how much a child is replaced; 0: never for this reason."""
 
     tokens: int = 0
     steps: int = 0
@@ -37,7 +37,7 @@ class RecycleRules:
 
     @classmethod
     def of(cls, settings: Settings, worker: str) -> Self:
-        """Read them from the settings, up to a tenth less by the worker's name."""
+        """Read them from the settings; each is up to a tenth less, by the worker's name."""
         share = 1 - SPREAD * (crc32(worker.encode()) % 1000) / 1000
         return cls(
             round(settings.engine.recycle_after_tokens * share),
@@ -47,10 +47,10 @@ class RecycleRules:
 
 
 class MemoryFloor:
-    """The least memory that a child used in the last minute, beside its KV caches.
+    """The least memory that a child used in the last minute, without its KV caches.
 
-    What a step or a prompt takes comes and goes, so that its floor stays; what grows is not given
-    back. The first whole window is the base.
+    What a step or a prompt takes is freed again and leaves the floor where it is. A leak raises it.
+    The floor of the first whole minute is the base that later ones are compared with.
     """
 
     def __init__(self) -> None:
@@ -58,18 +58,18 @@ class MemoryFloor:
         self._base: int | None = None
 
     def see(self, used_bytes: int) -> None:
-        """Take one look."""
+        """Add one reading."""
         self._seen.append(used_bytes)
         if self._base is None and len(self._seen) == WINDOW_LOOKS:
             self._base = min(self._seen)
 
     def begin_again(self) -> None:
-        """Forget all: what the child holds changed on purpose."""
+        """Forget all readings, because what the child holds changed on purpose."""
         self._seen.clear()
         self._base = None
 
     def grown(self, limit_bytes: int) -> bool:
-        """Say whether the floor rose by more than a sound process would explain."""
+        """Whether the floor rose by more than that of a sound process would."""
         if self._base is None:
             return False
         allowed = max(LEAST_GROWTH_BYTES, int(GROWTH_FRACTION * limit_bytes))
@@ -77,7 +77,7 @@ class MemoryFloor:
 
 
 class Recycling:
-    """One child's age."""
+    """Whether one child is old enough to be replaced."""
 
     def __init__(self, rules: RecycleRules, clock: Callable[[], float] = time.monotonic) -> None:
         self.rules = rules
@@ -85,7 +85,7 @@ class Recycling:
         self._born = clock()
 
     def due(self, *, tokens: float, steps: int, memory_grown: bool) -> Reason | None:
-        """Say why the child is to be replaced now; None: it may go on."""
+        """Return why the child is to be replaced now; None: it may go on."""
         rules = self.rules
         if memory_grown:
             return "memory"

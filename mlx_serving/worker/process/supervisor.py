@@ -1,7 +1,6 @@
-"""The parent: spawns the engine child, sees how it dies, judges, restarts it, passes signals on.
+"""The parent process: starts the engine child, judges how it died, restarts it, passes signals on.
 
-It never imports MLX, so that a crash there can't reach it, and never forks: Metal is not
-fork-safe.
+It never imports MLX, so that a crash there can't reach it. It never forks: Metal is not fork-safe.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from mlx_serving.worker.process.crash import (
     judge,
     loaded_at_death,
 )
-from mlx_serving.worker.process.inflight_file import ManifestFile
+from mlx_serving.worker.process.inflight_file import InflightFile
 from mlx_serving.worker.process.memory_pressure import default_probe
 from mlx_serving.worker.process.verdicts import VerdictWriter
 from mlx_serving.worker.status.monitor import Monitor
@@ -43,8 +42,8 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger(__name__)
 
-VERDICT_SECONDS: Final = 2.0  # how long a parent that ends waits for Redis to take a verdict
-SLOTS_A_ROW: Final = 4  # of the manifest: rows, and jobs that ended but are not settled
+VERDICT_SECONDS: Final = 2.0  # that a parent, when it ends, waits for Redis to take verdicts
+SLOTS_A_ROW: Final = 4  # of the in-flight file: rows, and jobs that ended but are not settled
 
 
 def default_name() -> str:
@@ -56,10 +55,10 @@ def default_name() -> str:
 class BackOff:
     """Seconds until the next start: doubled from death to death, until a child lived `healthy`.
 
-    A death with jobs in hand doesn't count: where it charged them, the next batch is smaller or a
-    job is dead, so that such deaths come to an end by themselves; a kill from outside may come any
-    time. What counts are stalls, which charge nobody, and deaths while loading or idle: a restart
-    may well repeat them.
+    A death with jobs in hand does not count. If it charged them, the next batch is smaller or a
+    job is dead, so such deaths come to an end by themselves; and a kill from outside may come at
+    any time. Stalls count, because they charge nobody, and so do deaths while loading or idle: a
+    restart may repeat them.
     """
 
     first: float = 0.5
@@ -78,19 +77,19 @@ class EngineChild:
     """One run of the engine child."""
 
     process: SpawnProcess
-    lifeline: Connection  # it ends with us
-    manifest: ManifestFile
+    lifeline: Connection  # to the child; the child sees when it ends, which is when we do
+    inflight: InflightFile
     started_at: float
 
     def close(self) -> None:
-        """Give back what the dead child's run took."""
+        """Free what the dead child's run took."""
         self.lifeline.close()
-        self.manifest.close()
+        self.inflight.close()
         self.process.close()
 
 
 class Supervisor:
-    """One worker's parent. `run` belongs to the main thread."""
+    """One worker's parent. Only the main thread calls `run`."""
 
     def __init__(
         self,
@@ -105,12 +104,12 @@ class Supervisor:
         """Start nothing yet."""
         self._spec = ChildSpec(settings, model, name, engine)
         self._monitor = Monitor(settings, ",".join(engine.paths(model)), name)
-        self._verdicts = VerdictWriter(settings, model, name, self._monitor.board.judged)
+        self._verdicts = VerdictWriter(settings, model, name, self._monitor.tracker.add_verdicts)
         self._probe = probe or default_probe()
         self._back_off = back_off or BackOff()
         self._context = spawn_context()
         self._child: EngineChild | None = None
-        self._avoid: dict[str, None] = {}  # models that a child died over while it loaded them
+        self._avoid: dict[str, None] = {}  # models over which a child died while it loaded them
         self._signals = 0
         self._telling = threading.Lock()
         self._stopped = threading.Event()
@@ -157,17 +156,17 @@ class Supervisor:
         return 0
 
     def _start(self) -> EngineChild:
-        manifest = ManifestFile(SLOTS_A_ROW * self._spec.settings.batch.max_rows)
+        inflight = InflightFile(SLOTS_A_ROW * self._spec.settings.batch.max_rows)
         theirs, ours = self._context.Pipe(duplex=False)
         spec = ChildSpec(
             self._spec.settings, self._spec.model, self._spec.name, self._spec.engine,
-            manifest.path, self._monitor.pipe(self._context), tuple(self._avoid),
+            inflight.path, self._monitor.pipe(self._context), tuple(self._avoid),
         )  # fmt: skip
         process = self._context.Process(
             target=run_child, args=(spec, theirs), name="mlx-serving-engine"
         )
         self._probe.start()
-        self._child = EngineChild(process, ours, manifest, time.monotonic())
+        self._child = EngineChild(process, ours, inflight, time.monotonic())
         if self._signals:  # one came while there was no child to tell
             self._tell()
         process.start()
@@ -176,8 +175,8 @@ class Supervisor:
         return self._child
 
     def _judge(self, child: EngineChild, cause: Cause) -> bool:
-        """Have the jobs handed back that it held; True where there are any."""
-        rows = child.manifest.read()
+        """Hand back the jobs that the child held; True if there are any."""
+        rows = child.inflight.read()
         if cause.faults_load:
             self._avoid |= dict.fromkeys(loaded_at_death(rows))
         blamed = judge(rows, cause)
@@ -185,7 +184,7 @@ class Supervisor:
         return bool(blamed)
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
-        """Leave it to a thread: a handler may have interrupted a line of the log, or any lock."""
+        """Leave it to a thread: a handler may interrupt the log or whoever holds a lock."""
         os.write(self._wake, bytes([number]))
 
     def _pass_on(self) -> None:
@@ -197,10 +196,10 @@ class Supervisor:
                 self._tell()
 
     def _tell(self) -> None:
-        """Say it by the pipe.
+        """Tell the child through the pipe to drain, or to hand over after a second signal.
 
-        A signal sent to the whole process group must not count twice, and the child may not have
-        its handlers yet.
+        Not by a signal: one that was sent to the whole process group must not count twice, and the
+        child may not have its handlers yet.
         """
         with self._telling:
             if self._child is not None:
@@ -209,7 +208,7 @@ class Supervisor:
 
 
 def _exit_status(code: int, cause: Cause) -> int:
-    """What the worker's own status is when its last child ended so."""
+    """The worker's exit status, by how its last child ended."""
     if cause is Cause.RECYCLED:  # told to end while it was about to be replaced: it drained
         return 0
     return code if code >= 0 else 128 - code

@@ -1,4 +1,4 @@
-"""Writes to Redis what the parent found out about a crash, and keeps at it while Redis is away."""
+"""Writes to Redis what a crash means for each job, and retries while Redis is away."""
 
 from __future__ import annotations
 
@@ -22,11 +22,15 @@ if TYPE_CHECKING:
 log = structlog.get_logger(__name__)
 
 RETRY_SECONDS: Final = 0.5
-GIVE_UP_SECONDS: Final = 120.0  # leases have brought the jobs back long before, uncharged
+GIVE_UP_SECONDS: Final = 120.0  # long before, leases have expired and brought the jobs back
 
 
 class VerdictWriter:
-    """Writes verdicts in threads of its own, so that the parent restarts its child meanwhile."""
+    """Writes verdicts in threads of its own, so that the parent can restart its child meanwhile.
+
+    `on_outcomes` is told how many jobs had each outcome. It connects when there is something to
+    write.
+    """
 
     def __init__(
         self,
@@ -35,7 +39,6 @@ class VerdictWriter:
         worker: str,
         on_outcomes: Callable[[dict[str, int]], None] = lambda _: None,
     ) -> None:
-        """Connect when there is something to write; tell `on_outcomes` what came of it."""
         self._settings, self._model, self._worker = settings, model, worker
         self._on_outcomes = on_outcomes
         self._threads: list[threading.Thread] = []
@@ -49,7 +52,7 @@ class VerdictWriter:
         thread.start()
 
     def finish(self, timeout: float) -> bool:
-        """Wait for what is not written yet; False where that took longer than `timeout` seconds."""
+        """Wait until all is written; False if that took longer than `timeout` seconds."""
         until = time.monotonic() + timeout
         for thread in self._threads:
             thread.join(max(0.0, until - time.monotonic()))

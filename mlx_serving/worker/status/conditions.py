@@ -1,8 +1,8 @@
 """Whether this worker may work now: hours, the machine's user, heat, battery.
 
-A worker that may not work claims nothing; it goes on with what it holds or, by a setting, hands it
-over. What the machine can't tell stops nothing: a worker that waits for a sensor that is not there
-would wait for good.
+A worker that may not work claims nothing. It goes on with the jobs that it holds or, if a setting
+says so, hands them over. A condition that the machine can't tell does not stop the worker: it would
+wait for ever for a sensor that is not there.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ T = TypeVar("T")
 
 
 class Probe(Protocol):
-    """What is asked of a machine. None: it can't tell."""
+    """What a machine says of its conditions. None: it can't tell."""
 
     def idle_seconds(self) -> float | None:
         """Seconds since its user last touched keyboard, mouse or trackpad."""
@@ -59,19 +59,19 @@ SILENT: Final = SilentProbe()
 
 @dataclass(frozen=True, slots=True)
 class Hours:
-    """A time of day, in minutes since midnight; one that ends before it begins spans midnight."""
+    """A span of the day in minutes since midnight; it may end after the next midnight."""
 
     begin: int
     end: int
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Read `22:00-07:00`, as the settings have checked it."""
+        """Read text like `22:00-07:00`, which the settings have checked."""
         begin, end = (int(t[:2]) * 60 + int(t[3:]) for t in text.split("-"))
         return cls(begin, end)
 
     def holds(self, minute: int) -> bool:
-        """Whether a minute of the day lies in it."""
+        """Whether it contains this minute of the day."""
         if self.begin < self.end:
             return self.begin <= minute < self.end
         return minute >= self.begin or minute < self.end
@@ -79,7 +79,12 @@ class Hours:
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """When a worker backs off. No hours: any; 0 s: whatever the user does."""
+    """When a worker backs off.
+
+    `hours` are those in which it works; (): all. It backs off until its machine's user has been
+    idle for `user_seconds`; 0: it does not look. `hot`, `battery`: whether it backs off for these.
+    `hands_over`: whether it then gives up the jobs that it holds.
+    """
 
     hours: tuple[Hours, ...] = ()
     user_seconds: float = 0.0
@@ -98,18 +103,18 @@ class Rules:
 
     @property
     def any(self) -> bool:
-        """Whether there is anything to look at."""
+        """Whether there is any rule."""
         return bool(self.hours or self.user_seconds or self.hot or self.battery)
 
 
 def local_minute() -> int:
-    """Minute of the day by this machine's wall clock and time zone."""
+    """The minute of the day by this machine's wall clock and time zone."""
     now = time.localtime()
     return now.tm_hour * 60 + now.tm_min
 
 
 class Conditions:
-    """Looks every few seconds, in a thread of its own: a probe may take seconds."""
+    """Asks the probe every few seconds, in a thread of its own because that may take seconds."""
 
     def __init__(
         self,
@@ -119,18 +124,18 @@ class Conditions:
         every: float = LOOK_SECONDS,
     ) -> None:
         self.rules = rules
-        self.reasons: tuple[str, ...] = ()  # why this worker may not work; () where it may
+        self.reasons: tuple[str, ...] = ()  # why this worker may not work; (): it may
         self._probe, self._minute, self._every = probe, minute, every
         self._unknown: set[str] = set()
         self._stopping = threading.Event()
 
     @property
     def hands_over(self) -> bool:
-        """Whether what is held is to go to other workers now."""
+        """Whether the jobs that are held are to go to other workers now."""
         return bool(self.reasons) and self.rules.hands_over
 
     def start(self) -> None:
-        """Look, then go on looking until `stop`."""
+        """Look now, and then every few seconds until `stop`."""
         if self.rules.any:
             self.look()
             threading.Thread(target=self._watch, name="conditions", daemon=True).start()
@@ -152,7 +157,7 @@ class Conditions:
             log.info("worker_unpaused")
 
     def found(self) -> Iterator[str]:
-        """Yield what holds now of `REASONS`."""
+        """Yield those of `REASONS` that apply now."""
         rules, probe = self.rules, self._probe
         if rules.hours and not any(hours.holds(self._minute()) for hours in rules.hours):
             yield "outside_hours"

@@ -20,11 +20,11 @@ IDLE: Final = re.compile(r'"HIDIdleTime" = (\d+)')
 PRESSURE: Final = re.compile(r"thermalpressurelevel (\d)\b")
 POWER: Final = re.compile(r"drawing from '(Battery|AC) Power'")
 LEVELS: Final[tuple[Pressure, ...]] = ("nominal", "moderate", "heavy", "critical", "critical")
-"""By the number that the system posts: nominal, moderate, heavy, trapping, sleeping."""
+"""The pressure by the number that the system posts: nominal … heavy, trapping, sleeping."""
 
 
 def run_command(*command: str) -> str | None:
-    """Output of a command of the system, None where it failed, hung or is not there."""
+    """Output of a command of the system; None if it failed, hung or is not there."""
     try:
         done = subprocess.run(  # noqa: S603 -- our own arguments
             command, capture_output=True, text=True, timeout=COMMAND_SECONDS, check=True
@@ -35,7 +35,7 @@ def run_command(*command: str) -> str | None:
 
 
 class MacProbe:
-    """Asks the system's own commands; none needs root. Tests put their own answers in."""
+    """Asks the system's own commands; none needs root. `read` runs one, or is a test's own."""
 
     def __init__(self, read: Callable[..., str | None] = run_command) -> None:
         self._read = read
@@ -62,5 +62,5 @@ class MacProbe:
 
 
 def default_probe() -> Probe:
-    """The machine's own probe; a silent one where it is no Mac."""
+    """The machine's own probe; a silent one if it is no Mac."""
     return MacProbe() if sys.platform == "darwin" else SILENT

@@ -1,6 +1,6 @@
-"""What the engine child counts, in plain numbers: its parent makes Prometheus metrics of them.
+"""What the engine child counts, in plain numbers; its parent makes Prometheus metrics of them.
 
-Every method may be called from any thread; none waits for anything but a short lock.
+Every method may be called from any thread and waits for nothing but a short lock.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ BUCKETS: Final[dict[str, tuple[float, ...]]] = {
 """Upper bounds of each histogram's buckets, in seconds; one more bucket has no bound."""
 
 Counts = dict[str, dict[str, float]]
-"""Counter → value of its one label ('' where it has none) → count."""
+"""Counter → value of its one label ('' if it has none) → count."""
 
 Histograms = dict[str, tuple[list[int], float]]
-"""Histogram → (observations a bucket, not cumulative; their sum)."""
+"""Histogram → (observations in each bucket, not cumulative; sum of what was observed)."""
 
 
 class _Histogram:
@@ -67,8 +67,12 @@ class _Histogram:
         self.total += value * times
 
 
-class Measures:
-    """Counters and histograms of one child, and when Redis answered last."""
+class Counters:
+    """Counters and histograms of one child, and what else its threads note for its status.
+
+    Times are in monotonic seconds. `queues` has of each queue its depth, and the age in seconds of
+    its oldest open job.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -76,12 +80,14 @@ class Measures:
             lambda: defaultdict(float)
         )
         self._histograms = {name: _Histogram(bounds) for name, bounds in BUCKETS.items()}
-        self.queues: dict[str, tuple[int, float]] = {}  # depth; age in s of the oldest open job
-        self.turned_at = self.redis_answered_at = self.leased_at = time.monotonic()
-        self.redis_failed = False  # whether the last call to Redis did
+        self.queues: dict[str, tuple[int, float]] = {}
+        self.draining = False  # whether the main loop takes no more jobs
+        self.turned_at = time.monotonic()  # when the main loop came round last
+        self.redis_answered_at = self.leased_at = self.turned_at
+        self.redis_failed = False  # whether the last call to Redis failed
 
     def read(self) -> tuple[Counts, Histograms]:
-        """Copy of all counts since this child began."""
+        """Copy of all counts since the child began."""
         with self._lock:
             counts = {name: dict(by_label) for name, by_label in self._counts.items()}
             histograms = {n: (h.counts.copy(), h.total) for n, h in self._histograms.items()}
@@ -105,9 +111,10 @@ class Measures:
     # What happens to jobs
 
     def stepped(self, progress: Iterable[tuple[HeldJob, Output]], at: float | None = None) -> None:
-        """Take the outputs of a step that was done `at` monotonic seconds; None: now.
+        """Count the outputs of a step that was done `at` monotonic seconds; None: now.
 
-        Rows that were in the same step before have the same gap: one look-up a step, not a row.
+        Rows that were in the same step before have the same gap, so gaps are counted by the time of
+        the step before, not by row.
         """
         now = time.monotonic() if at is None else at
         tokens = 0
@@ -132,7 +139,7 @@ class Measures:
                 self._began(job)
 
     def _began(self, job: HeldJob) -> None:
-        """An attempt decoded its first token; of the first attempt's, the time counts."""
+        """Count an attempt with its first token; of a job's first attempt, also the time to it."""
         self._counts["prompt_tokens"][""] += job.prompt_tokens
         claimed = job.claimed
         if not claimed.first_token_ms and claimed.enqueued_ms:
@@ -140,7 +147,7 @@ class Measures:
             self._histograms[TTFT].observe(waited / 1000)
 
     def resumed(self, tokens: int) -> None:
-        """An attempt goes on after so many committed tokens; 0: it is no resume."""
+        """Count an attempt that goes on after so many committed tokens; 0: it is no resume."""
         if not tokens:
             return
         with self._lock:
@@ -148,7 +155,7 @@ class Measures:
             self._counts["resumed_tokens"][""] += tokens
 
     def ended(self, job: HeldJob, state: JobState) -> None:
-        """Redis has a job's end."""
+        """Count a job whose end Redis has."""
         with self._lock:
             self._counts["jobs_ended"][state.value] += 1
             if state is JobState.FINISHED:
@@ -158,15 +165,15 @@ class Measures:
     # What Redis says
 
     def answered(self) -> None:
-        """Redis answered a call."""
+        """Note that Redis answered a call."""
         self.redis_answered_at, self.redis_failed = time.monotonic(), False
 
     def leased(self) -> None:
-        """Redis granted or renewed leases."""
+        """Note that Redis granted or renewed leases."""
         self.leased_at = time.monotonic()
 
     def claimed(self, jobs: Sequence[ClaimedJob]) -> None:
-        """Count claims; how long a job waited counts at its first one."""
+        """Count claims; of a job's first claim, also how long the job waited in the queue."""
         with self._lock:
             for job in jobs:
                 self._counts["claims"]["first" if job.epoch == 1 else "later"] += 1
@@ -175,7 +182,7 @@ class Measures:
                     self._histograms[QUEUE_TIME].observe(waited / 1000)
 
     def refused(self, replies: Iterable[RowReply]) -> None:
-        """Count rows that Redis did not take: zombies' and those that do not follow."""
+        """Count rows that Redis refused: of attempts that lost their job, and out of order."""
         statuses = [r.status for r in replies if r.status not in {"OK", "DUP"}]
         for status in statuses:
             self.count("fenced_writes" if status == "FENCED" else "refused_writes", {

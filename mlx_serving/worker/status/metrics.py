@@ -1,7 +1,7 @@
-"""The parent's numbers as Prometheus metrics.
+"""The worker's status as Prometheus metrics.
 
-Named after vLLM's metrics where they mean the same: `vllm:x` is `mlx_serving_x` here, because
-Prometheus keeps the colon for recording rules. The others have names of their own.
+A metric that means the same as one of vLLM's has its name: `vllm:x` is `mlx_serving_x` here,
+because Prometheus keeps the colon for recording rules. The others have names of their own.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from prometheus_client.registry import Collector
 
 from mlx_serving.worker.process.recycling import REASONS as RECYCLE_REASONS
 from mlx_serving.worker.status.counters import BUCKETS, COMMIT, E2E, ITL, QUEUE_TIME, TTFT
-from mlx_serving.worker.status.health import STATUSES, Limits, judge
+from mlx_serving.worker.status.health import STATUSES, HealthLimits, assess
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
     from prometheus_client.metrics_core import Metric
 
-    from mlx_serving.worker.status.status import Board, Snapshot, View
+    from mlx_serving.worker.status.status import Snapshot, StatusTracker, WorkerStatus
 
 PREFIX: Final = "mlx_serving_"
 
@@ -69,7 +69,10 @@ COUNTERS: Final[dict[str, tuple[str, str, tuple[str, ...]]]] = {
     "model_loads": ("model", "Models brought up, those before the first claim too.", ()),
     "model_load_failures": ("model", "Models that could not be.", ()),
 }
-"""Name → (label or '', help, the label's values that are always shown; of `model`: all served)."""
+"""Name → (label or '', help, values of the label that are always shown).
+
+Of the label `model`, all models that the worker serves are shown.
+"""
 
 HISTOGRAMS: Final[dict[str, str]] = {
     TTFT: "From enqueue to a job's first token, waiting in the queue included; first attempts.",
@@ -112,24 +115,26 @@ AGES: Final[dict[str, tuple[str, Callable[[Snapshot], float]]]] = {
     "engine_progress_age_seconds": ("Since the engine loop came round.", lambda s: s.engine_age),
     "redis_answer_age_seconds": ("Since Redis answered a call.", lambda s: s.redis_age),
 }
-"""Grow while the child says nothing."""
+"""Ages that grow while the child sends nothing."""
 
 
 class WorkerCollector(Collector):
-    """Collects from a `Board` at each scrape; every sample names its model."""
+    """Collects from a `StatusTracker` at each scrape; every sample names the worker's models."""
 
-    def __init__(self, board: Board, limits: Limits, model: str, worker: str) -> None:
-        self._board, self._limits = board, limits
+    def __init__(
+        self, tracker: StatusTracker, limits: HealthLimits, model: str, worker: str
+    ) -> None:
+        self._tracker, self._limits = tracker, limits
         self._model, self._worker = model, worker
 
     def collect(self) -> Iterable[Metric]:
-        """One pass over everything, of one moment."""
-        view = self._board.view()
-        yield from self._counters(view)
-        yield from self._histograms(view)
-        yield from self._gauges(view)
-        yield from self._queues(view)
-        yield from self._parent(view)
+        """All metrics, from one status."""
+        worker = self._tracker.status()
+        yield from self._counters(worker)
+        yield from self._histograms(worker)
+        yield from self._gauges(worker)
+        yield from self._queues(worker)
+        yield from self._parent(worker)
 
     def _gauge(self, name: str, text: str, *labels: str) -> GaugeMetricFamily:
         return GaugeMetricFamily(PREFIX + name, text, labels=["model_name", *labels])
@@ -137,9 +142,9 @@ class WorkerCollector(Collector):
     def _counter(self, name: str, text: str, *labels: str) -> CounterMetricFamily:
         return CounterMetricFamily(PREFIX + name, text, labels=["model_name", *labels])
 
-    def _counters(self, view: View) -> Iterator[Metric]:
+    def _counters(self, worker: WorkerStatus) -> Iterator[Metric]:
         for name, (label, text, values) in COUNTERS.items():
-            counts = view.counts.get(name, {})
+            counts = worker.counts.get(name, {})
             family = self._counter(name, text, *([label] if label else []))
             shown = self._model.split(",") if label == "model" else values
             for value in sorted({*shown, *counts} if label else {""}):
@@ -147,59 +152,59 @@ class WorkerCollector(Collector):
                 family.add_metric(labels, counts.get(value, 0))
             yield family
 
-    def _histograms(self, view: View) -> Iterator[Metric]:
+    def _histograms(self, worker: WorkerStatus) -> Iterator[Metric]:
         for name, text in HISTOGRAMS.items():
-            counts, total = view.histograms[name]
+            counts, total = worker.histograms[name]
             bounds = [*(str(float(bound)) for bound in BUCKETS[name]), "+Inf"]
             family = HistogramMetricFamily(PREFIX + name, text, labels=["model_name"])
             buckets = list(zip(bounds, map(float, accumulate(counts)), strict=True))
             family.add_metric([self._model], buckets, total)
             yield family
 
-    def _gauges(self, view: View) -> Iterator[Metric]:
-        silent = view.silent_for if view.child == "up" else 0.0
+    def _gauges(self, worker: WorkerStatus) -> Iterator[Metric]:
+        silent = worker.silent_for if worker.child == "up" else 0.0
         for table, late in ((GAUGES, 0.0), (AGES, silent)):
             for name, (text, read) in table.items():
                 family = self._gauge(name, text)
-                family.add_metric([self._model], read(view.snapshot) + late)
+                family.add_metric([self._model], read(worker.snapshot) + late)
                 yield family
 
-    def _queues(self, view: View) -> Iterator[Metric]:
+    def _queues(self, worker: WorkerStatus) -> Iterator[Metric]:
         depth = self._gauge("queue_depth", "Jobs waiting, in all of the queue.", "queue")
         age = self._gauge(
             "queue_oldest_age_seconds",
             "Since the enqueue of the queue's oldest job that has not ended, waiting or running.",
             "queue",
         )
-        for queue, (jobs, seconds) in view.snapshot.queues.items():
+        for queue, (jobs, seconds) in worker.snapshot.queues.items():
             depth.add_metric([self._model, queue], jobs)
             age.add_metric([self._model, queue], seconds)
         yield from (depth, age)
 
-    def _parent(self, view: View) -> Iterator[Metric]:
-        verdict = judge(view, self._limits)
+    def _parent(self, worker: WorkerStatus) -> Iterator[Metric]:
+        health = assess(worker, self._limits)
         status = self._gauge("health_status", "1 for what /healthz says now.", "status")
         for name in STATUSES:
-            status.add_metric([self._model, name], name == verdict.status)
+            status.add_metric([self._model, name], name == health.status)
         yield status
         reasons = self._gauge("health_reason", "1 for each reason that /healthz gives.", "reason")
-        for reason in verdict.reasons:
+        for reason in health.reasons:
             reasons.add_metric([self._model, reason], 1)
         yield reasons
         restarts = self._counter("engine_restarts", "Engine children started after the first.")
-        restarts.add_metric([self._model], view.restarts)
+        restarts.add_metric([self._model], worker.restarts)
         yield restarts
         exits = self._counter("engine_exits", "Ends of engine children, by verdict.", "verdict")
-        for how, count in sorted(view.exits.items()):
+        for how, count in sorted(worker.exits.items()):
             exits.add_metric([self._model, how], count)
         yield exits
         verdicts = self._counter(
             "crash_verdicts", "Jobs that a dead child held, by what became of them.", "outcome"
         )
-        for outcome in sorted({"requeued", "charged", "dead", *view.verdicts}):
-            verdicts.add_metric([self._model, outcome], view.verdicts.get(outcome, 0))
+        for outcome in sorted({"requeued", "charged", "dead", *worker.verdicts}):
+            verdicts.add_metric([self._model, outcome], worker.verdicts.get(outcome, 0))
         yield verdicts
         info = InfoMetricFamily(PREFIX + "engine", "What the engine runs on.")
         info.add_metric([], {"model_name": self._model, "worker": self._worker}
-                        | view.snapshot.info)  # fmt: skip
+                        | worker.snapshot.info)  # fmt: skip
         yield info

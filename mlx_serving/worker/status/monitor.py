@@ -1,7 +1,8 @@
-"""`/healthz` and `/metrics`, served by the parent: it outlives an engine that hangs or dies.
+"""Watches the child from the parent, and serves `/healthz` and `/metrics`.
 
-Each child reports through a pipe, which a thread here reads. The HTTP server and its threads are
-there only where `metrics.port` is set.
+It is in the parent because that outlives an engine that hangs or dies. Each child sends its
+snapshots through a pipe, which a thread reads. There is an HTTP server only if `metrics.port` is
+set.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ import msgspec
 import structlog
 
 from mlx_serving.common.errors import InvalidSettings, MissingDependency
-from mlx_serving.worker.status.health import Limits, judge
-from mlx_serving.worker.status.status import Board, decode
+from mlx_serving.worker.status.health import HealthLimits, assess
+from mlx_serving.worker.status.status import StatusTracker, decode
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -33,16 +34,16 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger(__name__)
 
-JOIN_SECONDS: Final = 1.0
+JOIN_SECONDS: Final = 1.0  # that a reader of snapshots gets to end in
 WATCH_SECONDS: Final = 0.5
-SLEPT_SECONDS: Final = 1.0
-ABORT_SECONDS: Final = 2.0
+SLEPT_SECONDS: Final = 1.0  # longer than asked for: then this process slept too
+ABORT_SECONDS: Final = 2.0  # that a child gets to die of SIGABRT
 Answer = tuple[int, str, bytes]
 """HTTP status, content type, body."""
 
 
 class Monitor:
-    """What the supervisor calls.
+    """Follows one child after the other; the supervisor tells it when one starts and ends.
 
     Raises:
         InvalidSettings: `metrics.host` and `metrics.port` can't be listened on.
@@ -51,8 +52,8 @@ class Monitor:
     """
 
     def __init__(self, settings: Settings, model: str, worker: str) -> None:
-        self.board = Board()
-        self._limits = Limits(settings.engine.stall_seconds, settings.worker.buffer_tokens)
+        self.tracker = StatusTracker()
+        self._limits = HealthLimits(settings.engine.stall_seconds, settings.worker.buffer_tokens)
         self._model, self._worker = model, worker
         self._ends: tuple[Connection, Connection] | None = None
         self._reader: threading.Thread | None = None
@@ -79,16 +80,16 @@ class Monitor:
         log.info("monitor_listens", host=host, port=server.server_port, paths=list(routes))
         return server
 
-    # What the supervisor tells
+    # What the supervisor calls
 
     def pipe(self, context: SpawnContext) -> Connection:
-        """Open the pipe for the next child; returns the child's end, to be handed to it."""
+        """Open the pipe for the next child and return the child's end."""
         self._ends = context.Pipe(duplex=False)
         return self._ends[1]
 
     def child_started(self) -> None:
-        """Read what the child says; call it after the process has started."""
-        self.board.begin()
+        """Read the child's snapshots; call it after the process has started."""
+        self.tracker.begin()
         if self._ends is None:
             return
         ours, theirs = self._ends
@@ -99,10 +100,10 @@ class Monitor:
         self._reader.start()
 
     def watch(self, process: BaseProcess) -> bool:
-        """Wait for the child's end; end one that says nothing for the stall time.
+        """Wait until the child ends, and end it if it sends nothing for the stall time.
 
-        Its own watchdog does that, unless native code that hangs holds the interpreter's lock.
-        Returns whether it ended the child.
+        Usually its own watchdog does that. It can't if native code hangs and keeps the
+        interpreter's lock. Returns whether this ended the child.
         """
         while process.is_alive():
             before = time.monotonic()
@@ -110,25 +111,25 @@ class Monitor:
             if process.exitcode is not None:
                 return False  # and its id may be another process's by now
             if time.monotonic() - before > WATCH_SECONDS + SLEPT_SECONDS:
-                self.board.excuse()
+                self.tracker.excuse()
                 continue
-            view = self.board.view()
-            allowed = self._limits.hung_seconds(view.snapshot)
-            if view.child == "up" and view.silent_for >= allowed:
-                log.critical("child_silent", seconds=round(view.silent_for, 1))
+            worker = self.tracker.status()
+            allowed = self._limits.hung_seconds(worker.snapshot)
+            if worker.child == "up" and worker.silent_for >= allowed:
+                log.critical("child_silent", seconds=round(worker.silent_for, 1))
                 _abort(process)
                 return True
         return False
 
-    def child_ended(self, verdict: str, *, restarts: bool) -> None:
-        """Say how the child ended, and whether another one will start."""
+    def child_ended(self, cause: str, *, restarts: bool) -> None:
+        """Note how the child ended, and whether another one will start."""
         if self._reader is not None:
             self._reader.join(JOIN_SECONDS)  # it ends with the pipe, which died with the child
-        self.board.end(verdict, restarts=restarts)
+        self.tracker.end(cause, restarts=restarts)
         self._ends = self._reader = None
 
     def stop(self) -> None:
-        """Stop to listen."""
+        """Stop listening."""
         if self._server is not None:
             self._server.shutdown()
             self._server.server_close()
@@ -138,34 +139,34 @@ class Monitor:
             while True:
                 snapshot = decode(connection.recv_bytes())
                 if threading.current_thread() is self._reader:
-                    self.board.post(snapshot)
+                    self.tracker.receive(snapshot)
 
-    # What is asked
+    # What the HTTP server calls
 
     def healthz(self, _accept: str = "") -> Answer:
-        """JSON: the verdict, and what it goes by."""
-        view = self.board.view()
-        now, verdict = view.snapshot, judge(view, self._limits)
-        up = view.child == "up"
+        """The health in JSON, with the figures that it goes by."""
+        worker = self.tracker.status()
+        now, health = worker.snapshot, assess(worker, self._limits)
+        up = worker.child == "up"
         body = {
-            "status": verdict.status,
-            "reasons": verdict.reasons,
+            "status": health.status,
+            "reasons": health.reasons,
             "worker": self._worker,
             "model": self._model,
-            "engine_progress_age_seconds": _rounded(now.engine_age + view.silent_for, up=up),
-            "redis_answer_age_seconds": _rounded(now.redis_age + view.silent_for, up=up),
+            "engine_progress_age_seconds": _rounded(now.engine_age + worker.silent_for, up=up),
+            "redis_answer_age_seconds": _rounded(now.redis_age + worker.silent_for, up=up),
             "redis_failing_seconds": round(now.redis_failing, 3),
             "held_jobs": now.held,
             "backlog_tokens": now.backlog,
             "backlog_bound_tokens": self._limits.buffer_tokens,
             "memory_active_bytes": now.memory_active,
             "memory_limit_bytes": now.memory_limit,
-            "report_age_seconds": _rounded(view.silent_for, up=up),
+            "report_age_seconds": _rounded(worker.silent_for, up=up),
             "child_pid": now.pid or None,
-            "restarts": view.restarts,
+            "restarts": worker.restarts,
             "uptime_seconds": round(time.monotonic() - self._began, 3),
         }
-        return verdict.http_status, "application/json", msgspec.json.encode(body)
+        return health.http_status, "application/json", msgspec.json.encode(body)
 
     def _exposition(self) -> Callable[[str], Answer]:
         try:
@@ -178,7 +179,7 @@ class Monitor:
                 f'{error.name}, for metrics.port: pip install "mlx-serving[worker]"'
             ) from None
         registry = CollectorRegistry(auto_describe=False)
-        registry.register(WorkerCollector(self.board, self._limits, self._model, self._worker))
+        registry.register(WorkerCollector(self.tracker, self._limits, self._model, self._worker))
 
         def expose(accept: str) -> Answer:
             encoder, content_type = choose_encoder(accept)
@@ -188,7 +189,7 @@ class Monitor:
 
 
 def _abort(process: BaseProcess) -> None:
-    """As a crash, which it is; a process that is stopped dies only by the second signal."""
+    """End the process as a crash would; SIGKILL ends one that is stopped."""
     if process.pid is not None:
         os.kill(process.pid, signal.SIGABRT)
     process.join(ABORT_SECONDS)
@@ -197,7 +198,7 @@ def _abort(process: BaseProcess) -> None:
 
 
 def _rounded(seconds: float, *, up: bool) -> float | None:
-    """An age, where there is a child to have one."""
+    """An age; None if no child is up."""
     return round(seconds, 3) if up else None
 
 
@@ -210,17 +211,17 @@ class _Server(ThreadingHTTPServer):
         super().__init__((host, port), _Handler)
 
     def server_bind(self) -> None:
-        """Bind without the stock look-up of the host's name, which may ask a DNS for seconds."""
+        """Bind without looking up the host's name, which may take a DNS server seconds."""
         TCPServer.server_bind(self)
         self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
 
     def handle_error(self, *_: Any) -> None:
-        """Say nothing: a client that went away is no event."""
+        """Log nothing: a client that went away is no event."""
 
 
 class _Handler(BaseHTTPRequestHandler):
     server: _Server
-    timeout = 5  # seconds for a client to say what it wants
+    timeout = 5  # seconds that a client may take to send its request
     server_version, sys_version = "mlx-serving", ""
 
     def do_GET(self) -> None:

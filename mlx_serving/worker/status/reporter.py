@@ -1,4 +1,4 @@
-"""The child's side of health and metrics: looks at the worker's parts, tells the parent."""
+"""The child's side of health and metrics: sends snapshots of the worker to the parent."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ import time
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
 
-from mlx_serving.worker.models.loaded_models import Standing
-from mlx_serving.worker.models.memory_keeper import MemoryState
 from mlx_serving.worker.status.status import Snapshot, encode
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from multiprocessing.connection import Connection
 
-    from mlx_serving.worker.status.counters import Measures
+    from mlx_serving.worker.models.loaded_models import ModelsStatus
+    from mlx_serving.worker.models.memory_keeper import MemoryState
+    from mlx_serving.worker.status.counters import Counters
 
 REPORT_SECONDS: Final = 0.5
-LAST_WORD_SECONDS: Final = 1.0
+LAST_SNAPSHOT_SECONDS: Final = 1.0  # that sending the last one may take
 
 
 class RunnerView(Protocol):
@@ -35,7 +35,7 @@ class RunnerView(Protocol):
 
     @property
     def stall_seconds(self) -> float:
-        """The most that it may be now."""
+        """The most that `stalled_for` may be now."""
 
     def unadmitted(self) -> Sequence[object] | None:
         """Requests that the engine has no room for."""
@@ -68,41 +68,45 @@ class KeeperView(Protocol):
     due: str
 
 
-class Vitals:
-    """Takes snapshots of one child; nothing it does waits for the engine or for Redis."""
+class ModelsView(Protocol):
+    """What is read of `LoadedModels`."""
+
+    def status(self) -> ModelsStatus:
+        """Which models are in memory, and which could not be loaded."""
+
+
+class Snapshotter:
+    """Takes snapshots of one child; it never waits for the engine or for Redis.
+
+    `paused` says why the worker may not claim now; (): it may.
+    """
 
     def __init__(
         self,
-        measures: Measures,
+        counters: Counters,
         runner: RunnerView,
         publisher: PublisherView,
-        *,
-        draining: Callable[[], bool],
-        info: Callable[[], dict[str, str]],
+        keeper: KeeperView,
+        models: ModelsView,
         paused: Callable[[], tuple[str, ...]] = tuple,
-        keeper: KeeperView | None = None,
     ) -> None:
-        self._measures, self._runner, self._publisher = measures, runner, publisher
-        self._draining, self._info, self._paused = draining, info, paused
-        self._keeper = keeper
-        self.standing: Callable[[], Standing] = Standing  # of the models
-        self.facts: dict[str, str] = {}  # of the engine, once it is loaded
+        self._counters, self._runner, self._publisher = counters, runner, publisher
+        self._keeper, self._models, self._paused = keeper, models, paused
         self._failing_since: float | None = None
         self._stopping = False
 
     def stop(self) -> None:
-        """From now on threads end because they should."""
+        """From now on it is no fault that a thread has ended."""
         self._stopping = True
 
     def snapshot(self) -> Snapshot:
         """Look at everything once."""
         now = time.monotonic()
-        measures, runner, publisher = self._measures, self._runner, self._publisher
-        counts, histograms = measures.read()
+        counters, runner, publisher = self._counters, self._runner, self._publisher
+        counts, histograms = counters.read()
         engine = runner.engine if runner.ready.is_set() else None
-        models = self.standing()
+        models, memory = self._models.status(), self._keeper.state
         started = publisher.ident is not None
-        memory = self._keeper.state if self._keeper else MemoryState()
         return Snapshot(
             phase=self._phase(),
             pid=os.getpid(),
@@ -110,10 +114,10 @@ class Vitals:
             engine_age=runner.stalled_for,
             engine_dead=runner.failure is not None,
             publisher_dead=started and not publisher.is_alive() and not self._stopping,
-            main_age=now - measures.turned_at if started else 0.0,
-            redis_age=now - measures.redis_answered_at if started else 0.0,
+            main_age=now - counters.turned_at if started else 0.0,
+            redis_age=now - counters.redis_answered_at if started else 0.0,
             redis_failing=self._failing(now),
-            lease_age=now - measures.leased_at,
+            lease_age=now - counters.leased_at,
             paused=self._paused(),
             held=len(publisher.held()),
             running=engine.running if engine else 0,
@@ -130,21 +134,21 @@ class Vitals:
             memory_cached=memory.cached,
             memory_limit=memory.limit,
             memory_short=memory.refuses,
-            recycling=self._keeper.due if self._keeper and self._draining() else "",
-            info=self._info() | self.facts,
-            queues=measures.queues,
+            recycling=self._keeper.due if counters.draining else "",
+            info=dict(models.info),
+            queues=counters.queues,
             counts=counts,
             histograms=histograms,
         )
 
     def _phase(self) -> Literal["loading", "serving", "draining"]:
-        if self._draining():
+        if self._counters.draining:
             return "draining"
         return "loading" if self._publisher.ident is None else "serving"
 
     def _failing(self, now: float) -> float:
-        """How long calls have failed, as far as looking twice a second can tell."""
-        if not (self._publisher.failing or self._measures.redis_failed):
+        """Seconds for which calls to Redis have failed, as far as two looks a second can tell."""
+        if not (self._publisher.failing or self._counters.redis_failed):
             self._failing_since = None
             return 0.0
         self._failing_since = self._failing_since or now
@@ -152,24 +156,24 @@ class Vitals:
 
 
 class Reporter(threading.Thread):
-    """Sends snapshots to the parent. It alone waits where the parent does not read."""
+    """Sends snapshots to the parent. No other thread waits if the parent does not read them."""
 
-    def __init__(self, vitals: Vitals, connection: Connection | None) -> None:
+    def __init__(self, snapshot: Callable[[], Snapshot], connection: Connection | None) -> None:
         super().__init__(name="reporter", daemon=True)
-        self._vitals, self._connection = vitals, connection
+        self._snapshot, self._connection = snapshot, connection
         self._stopping = threading.Event()
 
     def run(self) -> None:
-        """Report until stopped, once more then, or until the parent is gone."""
+        """Send snapshots until stopped, and a last one then; end early if the parent is gone."""
         if self._connection is None:
             return
         with self._connection as connection, suppress(OSError):
             while not self._stopping.is_set():
-                connection.send_bytes(encode(self._vitals.snapshot()))
+                connection.send_bytes(encode(self._snapshot()))
                 self._stopping.wait(REPORT_SECONDS)
-            connection.send_bytes(encode(self._vitals.snapshot()))
+            connection.send_bytes(encode(self._snapshot()))
 
     def stop(self) -> None:
-        """Send the last word, if that is possible at once."""
+        """Have the last snapshot sent, if that is possible at once."""
         self._stopping.set()
-        self.join(LAST_WORD_SECONDS)
+        self.join(LAST_SNAPSHOT_SECONDS)

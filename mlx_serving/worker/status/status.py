@@ -1,7 +1,7 @@
-"""Numbers on their way from the engine child to its parent, and what the parent makes of them.
+"""What the engine child tells its parent about itself, and what the parent makes of it.
 
-The child sends one small message about twice a second through a pipe of its own. The parent keeps
-the last one; what it counts survives the child: the next child begins at zero, the sums do not.
+The child sends a snapshot about twice a second, through a pipe. The parent keeps the last one. Each
+child counts from zero; the parent adds up the counts of all children.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ RECYCLED: Final = "recycled"  # how a child ended that is replaced by plan
 
 
 class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
-    """One message: a child's state now, and its counts since it began. Ages in seconds."""
+    """A child's state now, and its counts since it began. Ages and times are in seconds."""
 
     phase: Literal["loading", "serving", "draining"] = "loading"
     pid: int = 0
@@ -38,24 +38,24 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     redis_failing: float = 0.0  # how long calls have failed; 0: the last one did not
     lease_age: float = 0.0  # since Redis last granted or renewed a lease
     paused: tuple[str, ...] = ()  # why the worker may not claim, see `conditions`
-    held: int = 0
-    running: int = 0
-    waiting: int = 0
-    parked: int = 0
-    kv_used: int = 0
-    kv_capacity: int = 0
-    resident: tuple[str, ...] = ()  # models in memory, see `residents.Standing`
+    held: int = 0  # jobs of which it holds the lease
+    running: int = 0  # rows in the decode batch
+    waiting: int = 0  # rows claimed that are not in it yet
+    parked: int = 0  # rows that left it in favour of others
+    kv_used: int = 0  # KV tokens that admitted rows reserve
+    kv_capacity: int = 0  # KV tokens that rows may reserve
+    resident: tuple[str, ...] = ()  # models in memory, as the next three in `ModelsStatus`
     loading: str = ""
     capacities: dict[str, int] = msgspec.field(default_factory=dict)
     failures: dict[str, str] = msgspec.field(default_factory=dict)
-    backlog: int = 0
+    backlog: int = 0  # decoded tokens that no flush has taken
     memory_active: int = 0  # bytes in arrays
-    memory_cached: int = 0  # freed buffers that MLX keeps
-    memory_limit: int = 0  # what may be active now
-    memory_short: bool = False  # whether no request is admitted for lack of it
+    memory_cached: int = 0  # bytes in freed buffers that MLX keeps
+    memory_limit: int = 0  # bytes that may be active now
+    memory_short: bool = False  # whether no request is admitted for lack of memory
     recycling: str = ""  # why this child is about to be replaced
-    info: dict[str, str] = msgspec.field(default_factory=dict)
-    queues: dict[str, tuple[int, float]] = msgspec.field(default_factory=dict)
+    info: dict[str, str] = msgspec.field(default_factory=dict)  # what the engine runs on
+    queues: dict[str, tuple[int, float]] = msgspec.field(default_factory=dict)  # see `Counters`
     counts: Counts = msgspec.field(default_factory=dict)
     histograms: Histograms = msgspec.field(default_factory=dict)
 
@@ -65,8 +65,8 @@ decode = msgspec.msgpack.Decoder(Snapshot).decode
 
 
 @dataclass(frozen=True, slots=True)
-class View:
-    """All that the parent knows, at one moment. `silent_for`: seconds since the child's word."""
+class WorkerStatus:
+    """All that the parent knows at one moment. `silent_for`: seconds since the last snapshot."""
 
     child: ChildState
     snapshot: Snapshot
@@ -79,7 +79,7 @@ class View:
 
 
 class Totals:
-    """Counts of all children up to now."""
+    """Sums of the counts of several children."""
 
     def __init__(self) -> None:
         self._counts: defaultdict[str, Counter[str]] = defaultdict(Counter)
@@ -104,8 +104,8 @@ class Totals:
         return {name: dict(c) for name, c in self._counts.items()}, dict(self._histograms)
 
 
-class Board:
-    """The parent's side. Thread-safe."""
+class StatusTracker:
+    """Keeps what the parent knows of its children. Thread-safe."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock, self._lock = clock, threading.Lock()
@@ -119,7 +119,7 @@ class Board:
         self._planned = False  # whether the last child ended to be replaced
 
     def begin(self) -> None:
-        """Begin a new child's life."""
+        """Note that a new child starts."""
         with self._lock:
             self._started += 1
             again: ChildState = "recycling" if self._planned else "restarting"
@@ -127,41 +127,41 @@ class Board:
             self._snapshot = Snapshot()
             self._heard_at = self._clock()
 
-    def post(self, snapshot: Snapshot) -> None:
-        """Take a child's message."""
+    def receive(self, snapshot: Snapshot) -> None:
+        """Take a child's snapshot."""
         with self._lock:
             self._snapshot, self._heard_at = snapshot, self._clock()
             if snapshot.phase != "loading":
                 self._child = "up"
 
-    def end(self, verdict: str, *, restarts: bool) -> None:
-        """Say that the child is gone, how it ended, and whether there will be another."""
+    def end(self, cause: str, *, restarts: bool) -> None:
+        """Note that the child is gone, how it ended, and whether another one will start."""
         with self._lock:
             self._ended.add(self._snapshot.counts, self._snapshot.histograms)
-            # What it held and how it was is over; its queues and what it ran on are still true.
+            # Its state ended with it; the queues and what it ran on are still as it said.
             self._snapshot = Snapshot(info=self._snapshot.info, queues=self._snapshot.queues)
-            self._exits[verdict] += 1
-            self._planned = verdict == RECYCLED
+            self._exits[cause] += 1
+            self._planned = cause == RECYCLED
             again: ChildState = "recycling" if self._planned else "restarting"
             self._child = again if restarts else "gone"
 
-    def judged(self, outcomes: dict[str, int]) -> None:
-        """Count what a child's crash meant for its jobs."""
+    def add_verdicts(self, outcomes: dict[str, int]) -> None:
+        """Add what a crash meant for jobs: outcome → how many jobs."""
         with self._lock:
             self._verdicts.update(outcomes)
 
     def excuse(self) -> None:
-        """Forget how long the child was silent: this process slept too."""
+        """Forget how long the child was silent, because this process slept too."""
         with self._lock:
             self._heard_at = self._clock()
 
-    def view(self) -> View:
-        """Copy of all there is."""
+    def status(self) -> WorkerStatus:
+        """What is known now."""
         with self._lock:
             totals = Totals()
             totals.add(*self._ended.read())
             totals.add(self._snapshot.counts, self._snapshot.histograms)
-            return View(
+            return WorkerStatus(
                 self._child, self._snapshot, self._clock() - self._heard_at,
                 max(0, self._started - 1), dict(self._exits), dict(self._verdicts),
                 *totals.read(),

@@ -170,7 +170,7 @@ def test_a_misspelt_setting_of_the_environment_is_named(monkeypatch: pytest.Monk
     assert result.exit_code == 0
     names = ("MLX_SERVING_METRIC_PORT", "MLX_SERVING_RQ_PREFIX")
     assert result.stderr.splitlines() == [
-        f"warning: {name} is no setting, and without effect" for name in names
+        f"warning: {name} is not a setting and has no effect" for name in names
     ]
 
 
@@ -246,7 +246,7 @@ def test_a_worker_may_serve_several_models(tmp_path: Path) -> None:
     assert spec.paths("tally") == {"tally": str(TALLY_PATH), "gone": str(tmp_path / "gone")}
     spec = engine_spec(settings, "gone", others=["tally"])
     assert list(spec.paths("gone")) == ["gone", "tally"]
-    with pytest.raises(UnknownModel, match="no alias"):
+    with pytest.raises(UnknownModel, match="not an alias"):
         engine_spec(settings, "tally", others=["tolly"])
     with pytest.raises(UnknownModel, match="not a folder"):
         engine_spec(settings, "gone")
@@ -288,5 +288,5 @@ def test_models_of_an_unknown_alias_names_the_known_ones(words: list[str]) -> No
     result = runner.invoke(app, ["models", *words])
     assert (result.exit_code, result.stdout) == (1, "")
     assert result.stderr == (
-        "error: unknown_model: model: 'no-such' is no alias of the settings (known: tally)\n"
+        "error: unknown_model: model: 'no-such' is not an alias in the settings (known: tally)\n"
     )

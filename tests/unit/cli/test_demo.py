@@ -14,7 +14,6 @@ from mlx_serving.cli.demo.measure import Track, figures, percentile
 from mlx_serving.cli.demo.process import DemoWorker, orderly_signals
 from mlx_serving.cli.demo.run import describe, summary
 from mlx_serving.cli.demo.view import LineView, TableView
-from mlx_serving.cli.overview import WorkerView
 from mlx_serving.common.events import ChoiceDelta, Event, end_event, tokens_event
 from mlx_serving.common.job.schema import GenerationJob
 from mlx_serving.common.results import (
@@ -25,6 +24,7 @@ from mlx_serving.common.results import (
 )
 from mlx_serving.common.settings import load_settings
 from mlx_serving.common.states import JobState
+from mlx_serving.common.worker_record import WorkerRecord
 from mlx_serving.worker.models.loading import EngineSpec
 
 
@@ -138,7 +138,10 @@ def test_the_table_shows_the_newest_text_at_any_width(width: int) -> None:
 
 
 def test_the_worker_is_described_with_device_and_acceleration() -> None:
-    worker = WorkerView("w", "tally", "abc", "cpu: x", "detokenizer: twin (why)", 0, 1000, 1)
+    worker = WorkerRecord(
+        name="w", model="tally", revision="abc", device="cpu: x",
+        acceleration="detokenizer: twin (why)", kv_tokens_capacity=1000, pid=1,
+    )  # fmt: skip
     line = describe(worker)
     assert "cpu: x" in line
     assert "detokenizer: twin (why)" in line

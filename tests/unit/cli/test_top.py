@@ -5,20 +5,21 @@ from __future__ import annotations
 import pytest
 from rich.console import Console
 
-from mlx_serving.cli.overview import Overview, QueueView, WorkerView
+from mlx_serving.cli.overview import Overview, QueueView
 from mlx_serving.cli.top import _looks
-from mlx_serving.cli.top_view import Totals, frame, lease_of, lines, models_of, span, state_of
+from mlx_serving.cli.top_view import FleetTotals, frame, lease_of, lines, models_of, span, state_of
 from mlx_serving.common.errors import QueueUnavailable
+from mlx_serving.common.worker_record import WorkerRecord
 
 
-def worker(name: str, model: str = "tally", **fields: object) -> WorkerView:
+def worker(name: str, model: str = "tally", **fields: object) -> WorkerRecord:
     given = {
         "revision": "r", "device": "gpu: Apple M4 Max", "acceleration": "", "held": 13,
         "kv_tokens_capacity": 1000, "pid": 1, "state": "serving", "rows": 12, "batch_rows": 64,
         "kv_tokens_used": 450, "tokens_per_second": 812.5, "lease_age_ms": 300,
         "memory_bytes": 64 << 30, "protocol": 2, "version": "0.1.0", "resident": (model,),
     }  # fmt: skip
-    return WorkerView(name, model, **(given | fields))  # type: ignore[arg-type]
+    return WorkerRecord(name=name, model=model, **(given | fields))  # type: ignore[arg-type]
 
 
 FLEET = Overview(
@@ -103,7 +104,7 @@ def test_a_lease_that_fails_is_said() -> None:
 
 
 def test_totals_of_nothing() -> None:
-    assert Totals.of(Overview()) == Totals(0, 0, 0, 0, 0, 0.0)
+    assert FleetTotals.of(Overview()) == FleetTotals(0, 0, 0, 0, 0, 0.0)
 
 
 @pytest.mark.parametrize(

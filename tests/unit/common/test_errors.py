@@ -6,16 +6,19 @@ import pickle
 
 import pytest
 
-from mlx_serving.common import errors
-from mlx_serving.common.errors import FieldError, InvalidJob, JobDead, JobFailed, MlxServingError
-from mlx_serving.common.results import ChoiceResult, GenerationResult
+from mlx_serving.common import errors, results
+from mlx_serving.common.errors import FieldError, InvalidJob, MlxServingError
+from mlx_serving.common.results import ChoiceResult, GenerationResult, JobDead, JobFailed
 from mlx_serving.common.states import JobState
 
-TREE = [
-    value
-    for value in vars(errors).values()
-    if isinstance(value, type) and issubclass(value, MlxServingError)
-]
+TREE = list(
+    {
+        value: None
+        for module in (errors, results)
+        for value in vars(module).values()
+        if isinstance(value, type) and issubclass(value, MlxServingError)
+    }
+)
 
 
 @pytest.mark.parametrize("kind", TREE)

@@ -12,7 +12,10 @@ from pydantic import ValidationError
 from mlx_serving.common import limits
 from mlx_serving.common.errors import CorruptJob, InvalidJob
 from mlx_serving.common.job import schema
-from mlx_serving.common.job.schema import LANES, PROTOCOL, GenerationJob, queue_name
+from mlx_serving.common.job.schema import GenerationJob
+from mlx_serving.common.queues import LANES, PROTOCOL, queue_name
+
+NEWER = PROTOCOL + 1
 
 CALL = {
     "id": "c1",
@@ -93,9 +96,11 @@ def test_a_prompt_has_no_template_messages() -> None:
         {"kind": "generate"},
     ],
 )
-def test_neutral_values_of_later_fields_are_accepted_and_need_no_later_worker(
-    fields: dict[str, Any],
+def test_neutral_values_are_accepted_and_say_no_more_than_none(
+    fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Also if only a newer worker honoured the field: it has nothing to honour."""
+    monkeypatch.setattr(schema, "FEATURE_PROTOCOL", dict.fromkeys(fields, NEWER))
     assert job(**fields).min_protocol == 1
 
 
@@ -113,10 +118,14 @@ def test_neutral_values_of_later_fields_are_accepted_and_need_no_later_worker(
         {"logit_bias": {"0": -100, "50256": 100}},
     ],
 )
-def test_fields_of_protocol_3_need_it(fields: dict[str, Any]) -> None:
+def test_other_values_are_carried_and_need_a_worker_that_honours_them(
+    fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     made = job(**fields)
-    assert made.min_protocol == 3
+    assert made.min_protocol == 1
     assert GenerationJob.from_wire(made.to_wire()) == made
+    monkeypatch.setattr(schema, "FEATURE_PROTOCOL", dict.fromkeys(fields, NEWER))
+    assert job(**fields).min_protocol == NEWER
 
 
 def test_null_means_not_given() -> None:
@@ -131,15 +140,6 @@ def test_max_completion_tokens_is_an_alias() -> None:
 def test_stop_is_a_string_or_a_list_of_them() -> None:
     assert job(stop="END").stop == ("END",)
     assert job(stop=["a", "b"]).stop == ("a", "b")
-
-
-def test_the_seed_is_drawn_once_and_kept() -> None:
-    resolved = job().resolved()
-    assert resolved.seed is not None
-    assert 0 <= resolved.seed < limits.SEED
-    assert resolved.resolved() is resolved
-    assert job(seed=3).resolved().seed == 3
-    assert job().resolved().seed != job().resolved().seed
 
 
 @pytest.mark.parametrize("seed", [0, 2**63, 2**64 - 1])
@@ -193,7 +193,7 @@ def test_a_payload_of_another_protocol_is_refused(needed: object) -> None:
 
 
 def test_a_payload_with_unknown_fields_is_refused() -> None:
-    with pytest.raises(InvalidJob, match="grammar: is no field"):
+    with pytest.raises(InvalidJob, match="grammar: is not a known field"):
         GenerationJob.from_wire(job().to_wire() | {"grammar": "x"})
 
 

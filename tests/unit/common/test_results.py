@@ -4,15 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mlx_serving.common.errors import (
-    CorruptJob,
-    EngineError,
-    JobCancelled,
-    JobDead,
-    JobExpired,
-    JobFailed,
-    UnsuccessfulJob,
-)
+from mlx_serving.common.errors import CorruptJob, EngineError
 from mlx_serving.common.events import (
     ChoiceDelta,
     ErrorInfo,
@@ -24,7 +16,12 @@ from mlx_serving.common.events import (
 from mlx_serving.common.results import (
     ChoiceResult,
     GenerationResult,
+    JobCancelled,
+    JobDead,
+    JobExpired,
+    JobFailed,
     Timings,
+    UnsuccessfulJob,
     assemble,
     decode_result,
     encode_result,

@@ -16,8 +16,9 @@ from rq.serializers import JSONSerializer
 
 from mlx_serving.common.errors import BadSignature, CorruptJob, InvalidSettings
 from mlx_serving.common.job.schema import JOB_FUNCTION, GenerationJob
+from mlx_serving.common.protocol.fields import SIGNATURE_FIELD
 from mlx_serving.common.settings import load_settings
-from mlx_serving.common.signing import SIGNATURE_FIELD, Signer, SigningKey
+from mlx_serving.common.signing import Signer, SigningKey
 from mlx_serving.producer.envelope import seal
 
 OLD, NEW = "o" * 32, "n" * 40
@@ -93,7 +94,7 @@ def test_keys_rotate_without_a_job_refused() -> None:
     for before, after in itertools.pairwise(phases):
         for signs, verifies in ((before, after), (after, before)):
             verifies.verify(signs.sign(*PARTS) or "", *PARTS)
-    with pytest.raises(BadSignature, match="by a key that is not known here"):
+    with pytest.raises(BadSignature, match="by a key that this worker does not know"):
         phases[-1].verify(phases[0].sign(*PARTS) or "", *PARTS)
 
 

@@ -6,16 +6,14 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
+import mlx_serving
 from tests.support.paths import ROOT
-
-PACKAGE = ROOT / "mlx_serving"
+from tests.support.sources import PACKAGE, Module, modules
 
 MAX_FILE_LINES = 450
 MEDIAN_FILE_LINES = 150
@@ -26,36 +24,6 @@ STARTS_INTERPRETERS = "mlx_serving.common.interpreter"
 SCORES_BY_MLX_LM = "mlx_serving.tally.evaluate"
 
 
-@dataclass(frozen=True)
-class Module:
-    """A source file, parsed once."""
-
-    name: str
-    path: Path
-    tree: ast.Module
-
-    @property
-    def is_package(self) -> bool:
-        return self.path.name == "__init__.py"
-
-    def imports(self, *, at_import: bool = False) -> set[str]:
-        """Dotted names imported: all of them, or only what runs when the module is imported."""
-        nodes = _nodes_run_at_import(self.tree) if at_import else ast.walk(self.tree)
-        return {name for node in nodes for name in self.imported_by(node)}
-
-    def imported_by(self, node: ast.AST) -> Iterator[str]:
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            base = node.module or ""
-            if node.level:
-                parts = self.name.split(".")
-                kept = parts[: len(parts) - node.level + self.is_package]
-                base = ".".join([*kept, base] if base else kept)
-            yield base
-            yield from (f"{base}.{alias.name}" for alias in node.names)
-
-
 def _nodes_run(tree: ast.AST) -> Iterator[ast.AST]:
     """All but what only a type checker reads."""
     for node in ast.iter_child_nodes(tree):
@@ -63,33 +31,6 @@ def _nodes_run(tree: ast.AST) -> Iterator[ast.AST]:
             continue
         yield node
         yield from _nodes_run(node)
-
-
-def _nodes_run_at_import(tree: ast.AST) -> Iterator[ast.AST]:
-    """Not the bodies of functions, nor of `if TYPE_CHECKING`."""
-    for node in ast.iter_child_nodes(tree):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
-            continue
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
-            yield from (inner for part in node.orelse for inner in ast.walk(part))
-            continue
-        yield node
-        yield from _nodes_run_at_import(node)
-
-
-def _module_name(path: Path) -> str:
-    parts = path.relative_to(ROOT).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-
-
-@cache
-def modules() -> dict[str, Module]:
-    found = sorted(PACKAGE.rglob("*.py"))
-    return {
-        name: Module(name, path, ast.parse(path.read_text(), str(path)))
-        for path in found
-        for name in [_module_name(path)]
-    }
 
 
 def under(*packages: str) -> list[Module]:
@@ -145,20 +86,63 @@ def test_one_module_of_the_worker_touches_rq() -> None:
     assert found <= {"mlx_serving.worker.rq_worker"}
 
 
+def _imports_of_ours(module: Module) -> set[str]:
+    """Modules of ours that one imports anywhere: at the top, in functions, for the type checker.
+
+    A module also imports the packages that it lies in, since Python runs their `__init__` first.
+    `mlx_serving` itself counts only if it is named: it imports public names on first use.
+    """
+    known, parts = modules(), module.name.split(".")
+    around = {".".join(parts[:size]) for size in range(2, len(parts))}
+    named = {name for name in module.imports() if name in known}
+    return ((named - {"mlx_serving"}) | around | _root_names(module)) - {module.name}
+
+
+def _root_names(module: Module) -> set[str]:
+    """`mlx_serving` if a module imports one of its public names, as `Client`."""
+    names = {name.removeprefix("mlx_serving.") for name in module.imports()}
+    return {"mlx_serving"} if names & set(mlx_serving.__all__) else set()
+
+
+def import_cycles(imports: dict[str, set[str]]) -> list[str]:
+    """Find cycles until none is left, with one import of each taken away."""
+    left = {name: set(imported) for name, imported in imports.items()}
+    found = []
+    while True:
+        try:
+            TopologicalSorter(left).prepare()
+        except CycleError as error:
+            cycle = error.args[1][::-1]  # each imports the next one
+            found.append(" -> ".join(cycle))
+            left[cycle[0]].discard(cycle[1])
+        else:
+            return sorted(found)
+
+
 def test_modules_import_in_no_cycle() -> None:
-    known = modules()
-    graph = {
-        module.name: {
-            name
-            for name in module.imports(at_import=True)
-            if name in known and name != module.name and not module.name.startswith(f"{name}.")
-        }
-        for module in known.values()
-    }
-    try:
-        TopologicalSorter(graph).prepare()
-    except CycleError as cycle:
-        pytest.fail(" -> ".join(cycle.args[1]))
+    """Of any kind: imports in functions and under `TYPE_CHECKING` tie modules together too."""
+    assert import_cycles({m.name: _imports_of_ours(m) for m in modules().values()}) == []
+
+
+def test_the_rule_sees_each_cycle_of_imports() -> None:
+    imports = {"a": {"b"}, "b": {"c", "d"}, "c": {"a"}, "d": {"e"}, "e": {"d"}, "f": {"a"}}
+    cycles = import_cycles(imports)
+    assert [set(cycle.split(" -> ")) for cycle in cycles] == [{"a", "b", "c"}, {"d", "e"}]
+
+
+def test_the_rule_sees_imports_of_every_kind() -> None:
+    lines = (
+        "if TYPE_CHECKING:",
+        "    import mlx_serving.common.errors",
+        "def later():",
+        "    from mlx_serving.common import events",
+        "    from mlx_serving import Client",
+    )
+    module = Module("mlx_serving.cli.demo.x", Path("x.py"), ast.parse("\n".join(lines)))
+    assert _imports_of_ours(module) == {
+        "mlx_serving", "mlx_serving.cli", "mlx_serving.cli.demo", "mlx_serving.common",
+        "mlx_serving.common.errors", "mlx_serving.common.events",
+    }  # fmt: skip
 
 
 # -- who may spell and read what --------------------------------------------------------

@@ -9,7 +9,7 @@ from mlx_serving.common.setting_tables import ConditionSettings
 from mlx_serving.common.settings import Settings
 from mlx_serving.worker.status import conditions, health
 from mlx_serving.worker.status.metrics import WorkerCollector
-from mlx_serving.worker.status.status import Board
+from mlx_serving.worker.status.status import StatusTracker
 from tests.support.paths import ROOT
 
 PAGE = (ROOT / "docs" / "operations.md").read_text()
@@ -18,7 +18,7 @@ RULES = (ROOT / "ops" / "prometheus" / "mlx-serving.rules.yml").read_text()
 
 def metrics() -> set[str]:
     suffix = {"counter": "_total", "info": "_info"}
-    collector = WorkerCollector(Board(), health.Limits(), "tally", "w")
+    collector = WorkerCollector(StatusTracker(), health.HealthLimits(), "tally", "w")
     return {family.name + suffix.get(family.type, "") for family in collector.collect()}
 
 
@@ -41,7 +41,7 @@ def test_every_alert_has_its_line_in_the_runbook() -> None:
 
 
 def test_every_reason_is_explained() -> None:
-    reasons = set(re.findall(r'"([a-z]+_[a-z]+)"', getsource(health.judge)))
+    reasons = set(re.findall(r'"([a-z]+_[a-z]+)"', getsource(health.assess)))
     reasons |= set(re.findall(r'yield "(\w+)"', getsource(health)))
     reasons |= set(conditions.REASONS)
     kinds = "red|degraded|paused"

@@ -16,9 +16,8 @@ from mlx_serving.common.errors import BatchNotFound, InvalidBatch
 from mlx_serving.common.job.schema import GenerationJob
 from mlx_serving.common.results import ChoiceResult, GenerationResult
 from mlx_serving.common.states import JobState
-from mlx_serving.producer.batch.feeder import Flight
 from mlx_serving.producer.batch.folder import BatchFolder, BatchState, InputFile
-from mlx_serving.producer.batch.index import ExternalSorter, Place, prefix_key, read_places
+from mlx_serving.producer.batch.index import ExternalSorter, LinePlace, prefix_key, read_places
 from mlx_serving.producer.batch.line_set import LineSet
 from mlx_serving.producer.batch.objects import CHAT, Batch, LineError
 from mlx_serving.producer.batch.options import BatchOptions
@@ -26,6 +25,7 @@ from mlx_serving.producer.batch.records import line_of, record_id
 from mlx_serving.producer.batch.result_file import copy_lines, whole_lines
 from mlx_serving.producer.batch.results import Results
 from mlx_serving.producer.batch.validation import Validation, read_lines
+from mlx_serving.producer.batch.window import SubmittedLine
 
 BATCH = "batch_0123456789abcdef"
 
@@ -188,8 +188,8 @@ class TestValidation:
         assert state.batch.request_counts.failed == 2
 
 
-def flight(line: int) -> Flight:
-    return Flight(Place(line, 0, 1), f"job-{line}", f"id-{line}", CHAT, "tally")
+def flight(line: int) -> SubmittedLine:
+    return SubmittedLine(LinePlace(line, 0, 1), f"job-{line}", f"id-{line}", CHAT, "tally")
 
 
 def answer(line: int) -> GenerationResult:

@@ -11,7 +11,7 @@ from mlx_serving.common.errors import InvalidBatch
 from mlx_serving.common.job.checks import UNSUPPORTED
 from mlx_serving.common.job.schema import GenerationJob
 from mlx_serving.producer.batch.body import IGNORED, NEUTRAL
-from mlx_serving.producer.batch.lines import BadLine, LineReader, Request, custom_id_of
+from mlx_serving.producer.batch.lines import BadLine, LineReader, RequestLine, custom_id_of
 from mlx_serving.producer.batch.objects import CHAT, COMPLETIONS
 from mlx_serving.producer.batch.options import BatchOptions
 
@@ -27,14 +27,14 @@ def openai_line(url: str = CHAT, *, custom_id: Any = "a", **fields: Any) -> dict
     return {"custom_id": custom_id, "method": "POST", "url": url, "body": body(**fields)}
 
 
-def read(line: Any, number: int = 7, **options: Any) -> Request | BadLine:
+def read(line: Any, number: int = 7, **options: Any) -> RequestLine | BadLine:
     raw = line if isinstance(line, bytes) else json.dumps(line).encode()
     return LineReader(BATCH, BatchOptions.build(**options)).read(raw, number)
 
 
-def good(line: Any, number: int = 7, **options: Any) -> Request:
+def good(line: Any, number: int = 7, **options: Any) -> RequestLine:
     found = read(line, number, **options)
-    assert isinstance(found, Request), found
+    assert isinstance(found, RequestLine), found
     return found
 
 
@@ -156,7 +156,7 @@ class TestAnything:
     @given(st.fixed_dictionaries({}, optional=dict.fromkeys(
         ("custom_id", "method", "url", "prompt", "body"), VALUES)))  # fmt: skip
     def test_no_line_raises(self, line: Any) -> None:
-        assert isinstance(read(line), Request | BadLine)
+        assert isinstance(read(line), RequestLine | BadLine)
 
     @unhurried
     @given(st.dictionaries(NAMES, VALUES, max_size=5), st.sampled_from([CHAT, COMPLETIONS]))
@@ -169,7 +169,7 @@ class TestAnything:
     @unhurried
     @given(st.binary(max_size=40))
     def test_no_bytes_raise(self, raw: bytes) -> None:
-        assert isinstance(read(raw), Request | BadLine)
+        assert isinstance(read(raw), RequestLine | BadLine)
 
 
 class TestPlainPrompts:

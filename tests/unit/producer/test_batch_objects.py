@@ -14,9 +14,8 @@ from openai.types.chat import ChatCompletion
 from mlx_serving.common.events import Usage
 from mlx_serving.common.results import ChoiceResult, GenerationResult, Timings
 from mlx_serving.common.states import JobState
-from mlx_serving.producer.batch.feeder import Flight
 from mlx_serving.producer.batch.folder import BatchFolder
-from mlx_serving.producer.batch.index import Place
+from mlx_serving.producer.batch.index import LinePlace
 from mlx_serving.producer.batch.objects import (
     CHAT,
     COMPLETIONS,
@@ -27,6 +26,7 @@ from mlx_serving.producer.batch.objects import (
 )
 from mlx_serving.producer.batch.records import body_of
 from mlx_serving.producer.batch.results import Results
+from mlx_serving.producer.batch.window import SubmittedLine
 
 BATCH = "batch_0123456789abcdef"
 STATUSES = (
@@ -148,7 +148,7 @@ def test_a_result_with_little_in_it() -> None:
 def test_output_and_error_lines(tmp_path: Path) -> None:
     folder = BatchFolder.create(tmp_path / "batch")
     results = Results(folder, BATCH)
-    going = Flight(Place(4, 0, 1), "f" * 32, "mine", CHAT, "tally", ("store", "user"))
+    going = SubmittedLine(LinePlace(4, 0, 1), "f" * 32, "mine", CHAT, "tally", ("store", "user"))
     results.finished(going, result(CHOICE))
     wrong = LineError(code="batch_expired", message="late", param="body.n", line=5)
     results.failed_line(5, "other", wrong)

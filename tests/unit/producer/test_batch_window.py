@@ -10,17 +10,17 @@ from mlx_serving.common.events import ErrorInfo
 from mlx_serving.common.results import GenerationResult
 from mlx_serving.common.states import JobState
 from mlx_serving.producer.batch.collector import PAGE_JOBS, Collector
-from mlx_serving.producer.batch.feeder import Flight, Window
-from mlx_serving.producer.batch.index import Place
+from mlx_serving.producer.batch.index import LinePlace
 from mlx_serving.producer.batch.objects import CHAT
+from mlx_serving.producer.batch.window import SubmittedLine, Window
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
-def flights(count: int, length: int = 1) -> list[Flight]:
+def flights(count: int, length: int = 1) -> list[SubmittedLine]:
     return [
-        Flight(Place(n, 0, length), f"job-{n}", f"id-{n}", CHAT, "tally")
+        SubmittedLine(LinePlace(n, 0, length), f"job-{n}", f"id-{n}", CHAT, "tally")
         for n in range(1, count + 1)
     ]
 
@@ -84,7 +84,7 @@ class Sink:
         self.lines: list[int] = []
         self.codes: list[str] = []
 
-    def finished(self, flight: Flight, _: GenerationResult) -> None:
+    def finished(self, flight: SubmittedLine, _: GenerationResult) -> None:
         self.lines.append(flight.line)
 
     def failed_line(self, line: int, _custom_id: str, error: Any, _job: str) -> None:

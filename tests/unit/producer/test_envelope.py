@@ -10,9 +10,10 @@ import pytest
 from rq.job import Job, JobStatus
 from rq.serializers import JSONSerializer
 
+from mlx_serving.common import limits
 from mlx_serving.common.errors import PayloadTooLarge
-from mlx_serving.common.job.schema import GenerationJob
-from mlx_serving.producer.envelope import JOB_FUNCTION, seal
+from mlx_serving.common.job.schema import JOB_FUNCTION, GenerationJob
+from mlx_serving.producer.envelope import seal
 from mlx_serving.worker.claiming.intake import read_job
 
 MOMENT = ("created_at", "enqueued_at")
@@ -41,6 +42,21 @@ def test_the_hash_is_rq_s_own(fields: dict[str, Any]) -> None:
     for name in MOMENT:
         assert len(str(own.pop(name))) == len(written.pop(name))
     assert own == written | {"status": "queued"}
+
+
+def sealed_seed(made: GenerationJob) -> int:
+    data = cast("bytes", seal(made, max_payload_bytes=1 << 20).rq_fields["data"])
+    seed = read_job(data, limit=1 << 20).seed
+    assert seed is not None
+    return seed
+
+
+def test_a_seed_is_drawn_unless_one_was_given() -> None:
+    made = job(seed=None)
+    assert 0 <= sealed_seed(made) < limits.SEED
+    assert sealed_seed(made) != sealed_seed(made)
+    assert made.seed is None
+    assert sealed_seed(job(seed=3)) == 3
 
 
 def test_what_one_submit_changes_another_does_not_see() -> None:

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from mlx_serving.tally import tokenizer
-from mlx_serving.tally.tasks import MODEL_PATH, TASKS, in_context
+from mlx_serving.tally.tasks import MODEL_PATH, TASKS
+from mlx_serving.tally.two_turns import in_context
 
 transformers = pytest.importorskip("transformers")
 

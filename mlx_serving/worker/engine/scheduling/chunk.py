@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 from mlx_serving.worker.engine.row import Row
 
 if TYPE_CHECKING:
-    from mlx_serving.common.job.schema import Lane
+    from mlx_serving.common.queues import Lane
 
 Group = tuple[Row, ...]  # rows with one context, never empty
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
-from mlx_serving.common.job.schema import LANES
+from mlx_serving.common.queues import LANES
 from mlx_serving.worker.engine.row import Phase, Request, Row
 from mlx_serving.worker.engine.scheduling.limits import SchedulerLimits
 from mlx_serving.worker.engine.scheduling.reservation import Reservation, Trial

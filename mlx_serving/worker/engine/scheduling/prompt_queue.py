@@ -7,7 +7,7 @@ from bisect import insort
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Final
 
-from mlx_serving.common.job.schema import LANES
+from mlx_serving.common.queues import LANES
 from mlx_serving.worker.engine.row import Phase, Row
 from mlx_serving.worker.engine.scheduling.chunk import ChunkSize, Group, PrefillChunk
 from mlx_serving.worker.engine.scheduling.packing import ChunkPacking, Packing, StepPacking

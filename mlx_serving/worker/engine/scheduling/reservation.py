@@ -9,7 +9,7 @@ whose keys and values are kept counts for what it holds, any other parked row fo
 from collections import Counter
 from collections.abc import Iterable
 
-from mlx_serving.common.job.schema import LANES
+from mlx_serving.common.queues import LANES
 from mlx_serving.worker.engine.kv.prefix.cache import PrefixCache
 from mlx_serving.worker.engine.kv.prefix.index import TOKEN_BYTES, PrefixKey
 from mlx_serving.worker.engine.row import Phase, Request, Row

@@ -78,17 +78,17 @@ class _Writer:
     def answer(self, job: GenerationJob) -> _Rules | None:
         """Rules of what the job asks for, reasoning aside."""
         form = _formatted(job.response_format) if job.response_format else None
-        if not enforces_tools(job):
+        if not enforces_tools(job.tools, job.tool_choice):
             return form
         calls = self._call_format(job)
-        tools = chosen_tools(job)
+        tools = chosen_tools(job.tools, job.tool_choice)
         path = _path_of(job, tools)
         if isinstance(job.tool_choice, dict):
             rules = self._calls(job, calls, tools, several=False)
             return _Rules(["answer: call", *rules], path, blank_before=True)
         rules = self._calls(job, calls, tools, several=True)
         several = "call (GAP call)*" if calls.between is None else "call"
-        if must_call(job):
+        if must_call(job.tool_choice):
             return _Rules([f"answer: {several}", _GAP, *rules], path, blank_before=True)
         if form is None:
             return _Rules([*self._free_text(), *rules], path, free=True)
@@ -109,7 +109,7 @@ class _Writer:
         found = call_format(self._model.parser_name, self._spelling)
         if found is not None:
             return found
-        field = "tool_choice" if must_call(job) else "tools"
+        field = "tool_choice" if must_call(job.tool_choice) else "tools"
         raise InvalidJob([(field, f"this model's format of tool calls ({self._name}) {_NO_FORCE}")])
 
     def _calls(

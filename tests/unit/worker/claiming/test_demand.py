@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mlx_serving.worker.claiming.placement import Group, Wanted, claim_order, next_to_load
+from mlx_serving.worker.claiming.placement import ModelQueues, Wanted, claim_order, next_to_load
 
 PATIENCE = 15.0
 
@@ -12,15 +12,17 @@ PATIENCE = 15.0
 def test_lanes_come_before_models() -> None:
     waiting = {"a:bulk": 5, "a:default": 1, "b:interactive": 2, "b:default": 3}
     assert claim_order(["a", "b"], waiting) == [
-        Group("b", ("b:interactive",)), Group("a", ("a:default",)), Group("b", ("b:default",)),
-        Group("a", ("a:bulk",)),
-    ]  # fmt: skip
+        ModelQueues("b", ("b:interactive",)),
+        ModelQueues("a", ("a:default",)),
+        ModelQueues("b", ("b:default",)),
+        ModelQueues("a", ("a:bulk",)),
+    ]
 
 
 def test_queues_of_one_model_in_a_row_are_one_claim() -> None:
     waiting = {"b:interactive": 1, "b:default": 1, "b:bulk": 1, "a:default": 0}
     queues = ("b:interactive", "b:default", "b:bulk")
-    assert claim_order(["a", "b"], waiting) == [Group("b", queues)]
+    assert claim_order(["a", "b"], waiting) == [ModelQueues("b", queues)]
     assert claim_order(["a"], waiting) == []
 
 

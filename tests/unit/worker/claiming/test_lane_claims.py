@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_serving.common.job.schema import LANES
+from mlx_serving.common.queues import LANES
 from mlx_serving.worker.claiming.lane_claims import LaneClaim, LaneNews, LaneRoom
 from mlx_serving.worker.engine.row import LaneRows
 from mlx_serving.worker.engine.scheduling.limits import BatchSize

@@ -5,7 +5,7 @@ from collections import deque
 
 import pytest
 
-from mlx_serving.common.job.schema import LANES, Lane
+from mlx_serving.common.queues import LANES, Lane
 from mlx_serving.worker.claiming.lane_claims import LaneClaim, LaneRoom
 from mlx_serving.worker.engine.row import Request
 from mlx_serving.worker.engine.scheduling.limits import BatchSize, SchedulerLimits

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mlx_serving.worker.claiming.placement import Group
+from mlx_serving.worker.claiming.placement import ModelQueues
 from mlx_serving.worker.claiming.shortage import CLOSED_SECONDS, PASSED_SECONDS, Shortage
 from mlx_serving.worker.engine.row import Request, SamplingParams
 
 if TYPE_CHECKING:
-    from mlx_serving.common.job.schema import Lane
+    from mlx_serving.common.queues import Lane
 
-ALL = Group("a", ("a:interactive", "a:default", "a:bulk"))
-OTHER = Group("b", ("b:default",))
+ALL = ModelQueues("a", ("a:interactive", "a:default", "a:bulk"))
+OTHER = ModelQueues("b", ("b:default",))
 
 
 def job(name: str, lane: Lane = "default", model: str = "a") -> list[Request]:
@@ -23,7 +23,7 @@ def test_its_lane_and_lower_ones_of_its_model_are_closed() -> None:
     shortage = Shortage()
     assert shortage.open_part([ALL, OTHER]) == [ALL, OTHER]
     shortage.note(job("x"))
-    assert shortage.open_part([ALL, OTHER]) == [Group("a", ("a:interactive",)), OTHER]
+    assert shortage.open_part([ALL, OTHER]) == [ModelQueues("a", ("a:interactive",)), OTHER]
     assert shortage.closed == ["a:default", "a:bulk"]
     shortage.note(job("y", "interactive"))
     assert shortage.open_part([ALL, OTHER]) == [OTHER]

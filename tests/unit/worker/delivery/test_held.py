@@ -8,22 +8,29 @@ import pytest
 
 from mlx_serving.common import events, results
 from mlx_serving.common.events import TokenLogprob
+from mlx_serving.common.protocol import calls
 from mlx_serving.common.states import JobState
 from mlx_serving.worker.delivery.choice import Committed, CommittedChoice
 from mlx_serving.worker.delivery.held import HeldJob
 from mlx_serving.worker.engine.row import Output, RowError, TokenLogprobs
-from tests.support.worker_fakes import claim_of, held, output
+from tests.support.worker_fakes import claim_of, commit_rows, held, output, payload_of
 
 if TYPE_CHECKING:
     from mlx_serving.common.protocol.calls import CommitRow
 
 
 def decoded(rows: list[CommitRow]) -> list[events.Event]:
-    return [events.decode(row.event) for row in rows]
+    sent = commit_rows(calls.commit("w1", rows, lease_ms=1))
+    return [events.decode(payload_of(row)) for row in sent]
+
+
+def end_of(row: CommitRow) -> calls.JobEnd:
+    assert row.end is not None
+    return row.end
 
 
 def result(row: CommitRow) -> results.GenerationResult:
-    return results.decode_result(row.result)
+    return results.decode_result(end_of(row).result)
 
 
 def test_rows_are_attempt_tokens_end_in_order_of_seq() -> None:
@@ -83,7 +90,8 @@ def test_a_cancel_keeps_the_text_and_says_why(reason: str, state: JobState, code
     job.add(output(job, [1], "1"))
     job.cancel(reason)
     rows = job.rows("w1")
-    assert (rows[-1].state, rows[-1].error_code, rows[-1].message) == (state, code, reason)
+    end = end_of(rows[-1])
+    assert (end.state, end.error_code, end.message) == (state, code, reason)
     assert result(rows[-1]).text == "1"
     assert decoded(rows)[-2].choices[0].finish_reason is None
 
@@ -92,14 +100,14 @@ def test_the_first_decision_stands() -> None:
     job = held()
     job.add(output(job, [1], "1", "stop"))
     job.cancel("too late")
-    assert job.rows("w1")[-1].state is JobState.FINISHED
+    assert end_of(job.rows("w1")[-1]).state is JobState.FINISHED
 
 
 def test_a_failed_row_is_a_failed_job_with_its_code() -> None:
     job = held()
     failed = Output(job.request_id, 0, [], "", "error", RowError("nan_logits", "not finite"))
     assert job.add(failed)
-    end = job.rows("w1")[-1]
+    end = end_of(job.rows("w1")[-1])
     assert (end.state, end.error_code, end.message) == (JobState.FAILED, "nan_logits", "not finite")
 
 
@@ -161,7 +169,7 @@ def test_a_failing_choice_fails_the_job_and_keeps_what_the_others_have() -> None
     assert job.add(failed)
     rows = job.rows("w1")
     whole = result(rows[-1])
-    assert (whole.state, rows[-1].error_code) == (JobState.FAILED, "nan_logits")
+    assert (whole.state, end_of(rows[-1]).error_code) == (JobState.FAILED, "nan_logits")
     assert [(c.text, c.finish_reason) for c in whole.choices] == [("1", None), ("", "error")]
 
 
@@ -200,7 +208,7 @@ def test_what_earlier_attempts_left_to_do(
     job.resume(Committed(told))
     assert job.conclude() is (state is not None)
     rows = job.rows("w1")
-    assert [row.state for row in rows if row.state] == ([state] if state else [])
+    assert [row.end.state for row in rows if row.end] == ([state] if state else [])
     assert all(event.type != "tokens" for event in decoded(rows))
 
 
@@ -247,4 +255,4 @@ def test_without_log_probabilities_an_event_is_as_small_as_ever() -> None:
     job = held()
     job.add(output(job, [1], "a"))
     *_, row = job.rows("w1")
-    assert b"logprobs" not in row.event
+    assert b"logprobs" not in row.body

@@ -161,7 +161,7 @@ def test_a_full_redis_is_waited_for(bench: Bench) -> None:
     bench.protocol.answers["a"] = RowReply("ERROR", "OOM command not allowed")
     bench.publisher.push([output(job, [1], "1"), output(other, [1], "1")])
     wait_until(lambda: len(bench.protocol.sent) >= 3)
-    assert {row[0] for row in bench.protocol.sent[-1]} == {"a"}
+    assert {row.job_id for row in bench.protocol.sent[-1]} == {"a"}
     bench.protocol.answers.clear()
     wait_until(lambda: not bench.publisher.failing)
     assert (bench.gone, bench.publisher.fenced) == ([], 0)
@@ -180,7 +180,7 @@ def test_a_lost_job_is_dropped_and_aborted_and_its_batch_mate_goes_on(
     bench.publisher.push([output(job, [2], "2"), output(mate, [2], "2", "stop")])
     wait_until(lambda: not bench.publisher.held())
     assert bench.gone == [job.request_id]
-    assert {row[0] for sent in bench.protocol.sent[before:] for row in sent} == {"b"}
+    assert {row.job_id for sent in bench.protocol.sent[before:] for row in sent} == {"b"}
     assert (bench.publisher.fenced, bench.publisher.backlog) == (1, 0)
 
 
@@ -201,8 +201,9 @@ def test_the_answer_to_an_old_attempt_does_not_touch_the_new_one(
     bench.publisher.push([output(old, [2], "2"), output(new, [1], "1", "stop")])
     wait_until(lambda: not bench.publisher.held())
     assert bench.gone == [old.request_id]
-    (rows,) = [sent for sent in bench.protocol.sent if sent[0][2] == new.claimed.nonce][-1:]
-    assert {row[:3] for row in rows} == {("a", str(new.claimed.epoch), new.claimed.nonce)}
+    nonce = new.claimed.attempt.nonce
+    (rows,) = [sent for sent in bench.protocol.sent if sent[0].nonce == nonce][-1:]
+    assert {row[:3] for row in rows} == {("a", str(new.claimed.epoch), nonce)}
     tokens = [e for _, e, _ in bench.protocol.commits[-1] if e.type == "tokens"]
     assert [e.choices[0].token_ids for e in tokens] == [[1]]
 

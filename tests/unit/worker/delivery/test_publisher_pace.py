@@ -57,7 +57,7 @@ def test_a_job_that_the_engine_lost_keeps_no_lease() -> None:
     with Bench(lease_ms=400) as bench:
         jobs = [held(name) for name in ("lost", "prepared", "computed")]
         bench.hold(*jobs)
-        bench.publisher.placed([jobs[0].request_id, jobs[2].request_id])
+        bench.publisher.placed([jobs[0], jobs[2]])
         wait_until(lambda: ["lost", "prepared", "computed"] in bench.protocol.renewals)
         bench.missing = {jobs[0].request_id, jobs[1].request_id}
         seen = len(bench.protocol.renewals)

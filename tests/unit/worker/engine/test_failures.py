@@ -6,7 +6,7 @@ import pytest
 from msgspec.structs import replace
 
 from benchmarks.lib.synthetic import TINY, build_model
-from mlx_serving.common.job.schema import Lane
+from mlx_serving.common.queues import Lane
 from mlx_serving.worker.engine.engine import Engine
 from mlx_serving.worker.engine.kv.paged import cache as cache_module
 from mlx_serving.worker.engine.kv.paged.step import plain_step

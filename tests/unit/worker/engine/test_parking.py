@@ -11,7 +11,7 @@ from mlx_lm.models import gemma3_text, lfm2
 from msgspec.structs import replace
 
 from benchmarks.lib.synthetic import build_model
-from mlx_serving.common.job.schema import Lane
+from mlx_serving.common.queues import Lane
 from mlx_serving.worker.engine.engine import Engine
 from mlx_serving.worker.engine.row import Output, Request, RequestRefusedError, SamplingParams
 from tests.support.engine_support import HYBRID, SLIDING, other_model, prefixes_of, tiny_engine

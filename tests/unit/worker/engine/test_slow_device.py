@@ -15,7 +15,7 @@ from mlx_serving.worker.engine.simulated import SimulatedEngine, SimulatedOption
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from mlx_serving.common.job.schema import Lane
+    from mlx_serving.common.queues import Lane
     from mlx_serving.worker.engine.row import SampledToken
     from mlx_serving.worker.engine.scheduling.chunk import PrefillChunk
 

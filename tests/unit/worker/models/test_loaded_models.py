@@ -16,9 +16,9 @@ from mlx_serving.worker.engine.simulated import (
     spell,
 )
 from mlx_serving.worker.models.loaded_models import (
+    LoadedModels,
     ModelTooLargeError,
     ModelUnusableError,
-    Residents,
 )
 from mlx_serving.worker.models.loading import LoadedModel, finish
 from mlx_serving.worker.models.model_budget import ModelBudget
@@ -37,7 +37,7 @@ class Shelf:
         self.closed: list[str] = []
         self.changed: list[str] = []
         self.sizes = dict.fromkeys(models, 1)
-        self.residents = Residents(
+        self.loaded_models = LoadedModels(
             models, EngineSet(), self.load, self.sizes.__getitem__, self.changed.append
         )
         self.budget = ModelBudget(self.sizes, budget, frozenset(pins.get("pinned", ())))
@@ -53,14 +53,14 @@ class Shelf:
         encode = SimulatedPromptEncoder().encode
         return LoadedModel(engine, encode, plan, spell, lambda: self.closed.append(model))
 
-    def first(self) -> Residents:
-        self.residents.load_first(self.budget)
-        return self.residents
+    def first(self) -> LoadedModels:
+        self.loaded_models.load_first(self.budget)
+        return self.loaded_models
 
     def bring_up(self, model: str) -> None:
-        victims = self.residents.victims(model)
+        victims = self.loaded_models.victims(model)
         assert victims is not None
-        finish(self.residents.bring_up(model, victims))  # type: ignore[arg-type]
+        finish(self.loaded_models.bring_up(model, victims))  # type: ignore[arg-type]
 
 
 def test_all_that_fit_are_loaded_before_the_first_claim() -> None:
@@ -71,23 +71,23 @@ def test_all_that_fit_are_loaded_before_the_first_claim() -> None:
 
 def test_the_least_recently_used_leaves_and_is_closed() -> None:
     shelf = Shelf("a", "b", "c", budget=2)
-    residents = shelf.first()
-    residents.touch("b")
-    residents.touch("a")
+    loaded_models = shelf.first()
+    loaded_models.touch("b")
+    loaded_models.touch("a")
     shelf.bring_up("c")
-    assert residents.resident() == ("a", "c")
+    assert loaded_models.resident() == ("a", "c")
     assert shelf.closed == ["b"]
-    assert [residents.engines.has(m) for m in "abc"] == [True, False, True]
+    assert [loaded_models.engines.has(m) for m in "abc"] == [True, False, True]
 
 
 def test_a_missing_model_leaves_its_place_to_the_next() -> None:
     shelf = Shelf("a", "b", budget=1)
     shelf.missing = {"a"}
-    residents = shelf.first()
-    assert residents.resident() == ("b",)
-    assert residents.standing().failures == {"a": "FileNotFoundError: no a here"}
-    assert not residents.loadable("a")
-    assert residents.loadable("b")
+    loaded_models = shelf.first()
+    assert loaded_models.resident() == ("b",)
+    assert loaded_models.status().failures == {"a": "FileNotFoundError: no a here"}
+    assert not loaded_models.loadable("a")
+    assert loaded_models.loadable("b")
 
 
 def test_where_nothing_loads_the_first_reason_is_raised() -> None:
@@ -108,17 +108,17 @@ def test_a_single_model_larger_than_the_budget_says_so() -> None:
 
 def test_a_model_that_is_missing_makes_nobody_leave() -> None:
     shelf = Shelf("a", "b", "c", budget=2)
-    residents = shelf.first()
+    loaded_models = shelf.first()
     shelf.missing = {"c"}
     shelf.bring_up("c")
-    assert residents.resident() == ("a", "b")
-    assert (shelf.closed, residents.loading) == ([], "")
-    assert "c" in residents.standing().failures
+    assert loaded_models.resident() == ("a", "b")
+    assert (shelf.closed, loaded_models.loading) == ([], "")
+    assert "c" in loaded_models.status().failures
     shelf.missing = set()
-    residents.touch("b")
+    loaded_models.touch("b")
     shelf.bring_up("c")
-    assert residents.resident() == ("b", "c")
-    assert residents.standing().failures == {}
+    assert loaded_models.resident() == ("b", "c")
+    assert loaded_models.status().failures == {}
 
 
 def test_a_model_that_breaks_while_it_is_loaded_is_tried_ever_more_rarely(
@@ -127,45 +127,45 @@ def test_a_model_that_breaks_while_it_is_loaded_is_tried_ever_more_rarely(
     now = 100.0
     monkeypatch.setattr("mlx_serving.worker.models.loaded_models.time.monotonic", lambda: now)
     shelf = Shelf("a", "b", budget=1)
-    residents = shelf.first()
+    loaded_models = shelf.first()
     shelf.broken = {"b"}
     pauses = []
     for _ in range(8):
         shelf.bring_up("b")
         failed_at = now
-        while not residents.loadable("b"):
+        while not loaded_models.loadable("b"):
             now += 10
         pauses.append(now - failed_at)
     assert pauses == [60, 120, 240, 480, 960, 1920, 3600, 3600]
-    assert residents.resident() == ()
+    assert loaded_models.resident() == ()
 
 
 def test_a_model_that_a_process_died_over_is_left_alone_while_there_are_others() -> None:
     shelf = Shelf("a", "b")
-    shelf.residents.avoid(["a"])
+    shelf.loaded_models.avoid(["a"])
     assert shelf.first().resident() == ("b",)
-    assert not shelf.residents.loadable("a")
+    assert not shelf.loaded_models.loadable("a")
     alone = Shelf("a")
-    alone.residents.avoid(["a"])
+    alone.loaded_models.avoid(["a"])
     assert alone.first().resident() == ("a",)
 
 
 def test_where_all_are_to_be_left_alone_it_says_so() -> None:
     shelf = Shelf("a", "b")
-    shelf.residents.avoid(["a", "b"])
+    shelf.loaded_models.avoid(["a", "b"])
     with pytest.raises(ModelUnusableError, match=r"a: the worker's process died .*; b: "):
         shelf.first()
 
 
 def test_what_is_leaving_is_not_claimed_for() -> None:
-    residents = Shelf("a", "b").first()
-    residents.leaving = frozenset({"a"})
-    assert residents.resident() == ("b",)
-    assert residents.get("a") is not None
+    loaded_models = Shelf("a", "b").first()
+    loaded_models.leaving = frozenset({"a"})
+    assert loaded_models.resident() == ("b",)
+    assert loaded_models.get("a") is not None
 
 
 def test_capacities_are_remembered_after_a_model_left() -> None:
     shelf = Shelf("a", "b", budget=1)
-    residents = shelf.first()
+    loaded_models = shelf.first()
     shelf.bring_up("b")
-    assert set(residents.standing().capacities) == {"a", "b"}
+    assert set(loaded_models.status().capacities) == {"a", "b"}

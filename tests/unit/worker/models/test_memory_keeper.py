@@ -14,7 +14,7 @@ from mlx_serving.worker.process.recycling import (
     RecycleRules,
     Recycling,
 )
-from mlx_serving.worker.status.counters import Measures
+from mlx_serving.worker.status.counters import Counters
 from tests.support.engine_support import GREEDY, drive, prefixes_of, tiny_engine
 
 GIB = 1 << 30
@@ -40,12 +40,11 @@ class Bench:
         self.now = 0.0
         self.steps = 0
         self.due: list[str] = []
-        self.device, self.measures = Device(), Measures()
+        self.device, self.counters = Device(), Counters()
         self.keeper = MemoryKeeper(
-            self.measures,
+            self.counters,
             Recycling(RecycleRules(**rules), lambda: self.now),
             self.due.append,
-            lambda: self.steps,
             lambda: self.now,
         )
         self.caches = caches or []
@@ -54,11 +53,11 @@ class Bench:
     def look(self, times: int = 1) -> Relief:
         for _ in range(times):
             self.now += LOOK_SECONDS
-            self.keeper.tend()
+            self.keeper.tend(self.steps)
         return self.keeper.state.relief
 
     def counts(self, name: str) -> dict[str, float]:
-        return self.measures.read()[0].get(name, {})
+        return self.counters.read()[0].get(name, {})
 
 
 class Caches:
@@ -75,7 +74,7 @@ def test_it_looks_twice_a_second_however_often_it_is_called() -> None:
     bench = Bench()
     bench.look()
     bench.device.active = 20 * GIB
-    bench.keeper.tend()
+    bench.keeper.tend(bench.steps)
     assert bench.keeper.state.active == 10 * GIB
     bench.look()
     assert bench.keeper.state.active == 20 * GIB
@@ -153,7 +152,7 @@ def test_a_child_that_is_old_enough_says_so() -> None:
     bench.look()
     assert (bench.due, bench.keeper.due) == (["steps"], "steps")
     tokens = Bench(tokens=100)
-    tokens.measures.count("generation_tokens", by=100)
+    tokens.counters.count("generation_tokens", by=100)
     tokens.look()
     assert tokens.due == ["tokens"]
 

@@ -9,7 +9,7 @@ import pytest
 from mlx_serving.common.attempts import Attempt
 from mlx_serving.common.protocol.calls import Blame
 from mlx_serving.worker.process.crash import Cause, classify, judge, loaded_at_death
-from mlx_serving.worker.process.inflight_file import ManifestRow, RowState
+from mlx_serving.worker.process.inflight_file import InflightRow, RowState
 
 
 @pytest.mark.parametrize(
@@ -55,16 +55,16 @@ def test_only_deaths_of_the_engines_own_doing_charge() -> None:
     assert charging == {Cause.CRASHED, Cause.OUT_OF_MEMORY}
 
 
-def rows(states: str) -> list[ManifestRow]:
+def rows(states: str) -> list[InflightRow]:
     """One row a letter: Held, Entering, Running, Proven, Loading; the ids are their places."""
     letters = {state.name[0]: state for state in RowState}
     return [
-        ManifestRow(Attempt(str(n), 1, "0f"), letters[letter], n) for n, letter in enumerate(states)
+        InflightRow(Attempt(str(n), 1, "0f"), letters[letter], n) for n, letter in enumerate(states)
     ]
 
 
 def companies(states: str) -> list[int]:
-    blamed = {row.attempt.job_id: row.company for row in judge(rows(states), Cause.CRASHED)}
+    blamed = {row.attempt.job_id: row.max_unproven for row in judge(rows(states), Cause.CRASHED)}
     return [blamed[str(n)] for n in range(len(states))]
 
 
@@ -99,7 +99,8 @@ def test_a_death_from_outside_charges_nobody(cause: Cause) -> None:
     [("R", True), ("E", True), ("HRH", True), ("P", True), ("RP", False), ("ER", False)],
 )
 def test_alone_is_who_was_the_only_one_in_the_engine(states: str, alone: bool) -> None:  # noqa: FBT001
-    assert any(row.alone and row.company for row in judge(rows(states), Cause.CRASHED)) is alone
+    blamed = judge(rows(states), Cause.CRASHED)
+    assert any(row.alone and row.max_unproven for row in blamed) is alone
 
 
 def test_the_closest_suspects_run_first_the_untouched_last() -> None:
@@ -118,11 +119,11 @@ def test_any_batch_comes_down_to_one_row_in_seven_crashes(size: int) -> None:
 
 
 def test_a_death_while_a_model_was_loaded_charges_nobody() -> None:
-    given = [*rows("HERP"), ManifestRow(Attempt("org/big", 0, ""), RowState.LOADING, 9)]
+    given = [*rows("HERP"), InflightRow(Attempt("org/big", 0, ""), RowState.LOADING, 9)]
     assert loaded_at_death(given) == ["org/big"]
     assert loaded_at_death(rows("HERP")) == []
     for cause in Cause:
         blamed = judge(given, cause)
-        assert [(b.attempt.job_id, b.company, b.alone) for b in blamed] == [
+        assert [(b.attempt.job_id, b.max_unproven, b.alone) for b in blamed] == [
             (str(n), 0, False) for n in range(4)
         ]

@@ -8,7 +8,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from mlx_serving.worker.process.inflight_file import SLOT_BYTES, Manifest, ManifestFile, RowState
+from mlx_serving.worker.process.inflight_file import (
+    SLOT_BYTES,
+    InflightFile,
+    InflightJobs,
+    RowState,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -17,22 +22,22 @@ ID = "0123456789abcdef0123456789abcdef"
 
 
 @pytest.fixture
-def file() -> Iterator[ManifestFile]:
-    file = ManifestFile(slots=8)
+def file() -> Iterator[InflightFile]:
+    file = InflightFile(slots=8)
     yield file
     file.close()
 
 
-def states(file: ManifestFile) -> dict[str, str]:
+def states(file: InflightFile) -> dict[str, str]:
     return {row.attempt.name: row.state.name for row in file.read()}
 
 
-def test_a_new_file_holds_nothing(file: ManifestFile) -> None:
+def test_a_new_file_holds_nothing(file: InflightFile) -> None:
     assert file.read() == []
 
 
-def test_the_parent_reads_what_the_child_wrote_and_where_it_stood(file: ManifestFile) -> None:
-    child = Manifest.open(file.path)
+def test_the_parent_reads_what_the_child_wrote_and_where_it_stood(file: InflightFile) -> None:
+    child = InflightJobs.open(file.path)
     for job in ("a:1:0f", "b:12:0f", f"{ID}:3:0f", "d:1:0f"):
         child.hold(job)
     child.prefill(["b:12:0f", f"{ID}:3:0f"])
@@ -45,22 +50,22 @@ def test_the_parent_reads_what_the_child_wrote_and_where_it_stood(file: Manifest
     ]  # fmt: skip
 
 
-def test_the_files_name_is_gone_once_the_child_has_it(file: ManifestFile) -> None:
-    child = Manifest.open(file.path)
+def test_the_files_name_is_gone_once_the_child_has_it(file: InflightFile) -> None:
+    child = InflightJobs.open(file.path)
     assert not Path(file.path).exists()
     child.hold("a:1:0f")
     assert states(file) == {"a:1:0f": "HELD"}
 
 
 def test_a_file_that_no_child_opened_is_removed() -> None:
-    file = ManifestFile(slots=1)
+    file = InflightFile(slots=1)
     assert Path(file.path).exists()
     file.close()
     assert not Path(file.path).exists()
 
 
-def test_a_prefill_ends_when_the_next_begins_or_the_step_is_over(file: ManifestFile) -> None:
-    child = Manifest.open(file.path)
+def test_a_prefill_ends_when_the_next_begins_or_the_step_is_over(file: InflightFile) -> None:
+    child = InflightJobs.open(file.path)
     child.hold("a:1:0f")
     child.hold("b:1:0f")
     child.prefill(["a:1:0f"])
@@ -70,24 +75,24 @@ def test_a_prefill_ends_when_the_next_begins_or_the_step_is_over(file: ManifestF
     assert states(file) == {"a:1:0f": "RUNNING", "b:1:0f": "RUNNING"}
 
 
-def test_rendering_a_prompt_counts_as_entering_only_meanwhile(file: ManifestFile) -> None:
-    child = Manifest.open(file.path)
+def test_rendering_a_prompt_counts_as_entering_only_meanwhile(file: InflightFile) -> None:
+    child = InflightJobs.open(file.path)
     child.hold("a:1:0f")
     with child.entering("a:1:0f"):
         assert states(file) == {"a:1:0f": "ENTERING"}
     assert states(file) == {"a:1:0f": "HELD"}
 
 
-def test_a_model_is_listed_while_a_slice_of_its_load_runs(file: ManifestFile) -> None:
-    child = Manifest.open(file.path)
+def test_a_model_is_listed_while_a_slice_of_its_load_runs(file: InflightFile) -> None:
+    child = InflightJobs.open(file.path)
     child.hold(f"{ID}:1:0f")
     with child.loading("org/big"):
         assert states(file) == {f"{ID}:1:0f": "HELD", "org/big:0:": "LOADING"}
     assert states(file) == {f"{ID}:1:0f": "HELD"}
 
 
-def test_slots_are_used_again_and_the_order_of_claims_is_kept(file: ManifestFile) -> None:
-    child = Manifest.open(file.path)
+def test_slots_are_used_again_and_the_order_of_claims_is_kept(file: InflightFile) -> None:
+    child = InflightJobs.open(file.path)
     names = [f"job{n}:1:0f" for n in range(100)]
     for name in names:
         child.hold(name)
@@ -100,26 +105,26 @@ def test_slots_are_used_again_and_the_order_of_claims_is_kept(file: ManifestFile
     assert [row.attempt.name for row in file.read()] == ["job95:1:0f", "late:1:0f"]
 
 
-def test_what_finds_no_slot_is_left_to_its_lease(file: ManifestFile) -> None:
-    child = Manifest.open(file.path)
+def test_what_finds_no_slot_is_left_to_its_lease(file: InflightFile) -> None:
+    child = InflightJobs.open(file.path)
     for n in range(20):
         child.hold(f"{n}:1:0f")
     child.hold("x" * 300 + ":1:0f")
     assert len(file.read()) == 8
 
 
-def test_an_older_attempt_of_the_same_job_is_another_row(file: ManifestFile) -> None:
-    child = Manifest.open(file.path)
+def test_an_older_attempt_of_the_same_job_is_another_row(file: InflightFile) -> None:
+    child = InflightJobs.open(file.path)
     child.hold("a:1:0f")
     child.hold("a:2:0f")
     child.drop("a:1:0f")
     assert states(file) == {"a:2:0f": "HELD"}
 
 
-def test_a_torn_record_is_not_read(file: ManifestFile) -> None:
+def test_a_torn_record_is_not_read(file: InflightFile) -> None:
     """Whatever part of `hold` was written: the state byte comes last."""
     whole = bytearray(SLOT_BYTES * 8)
-    Manifest(whole).hold("abcdef:1:0f")
+    InflightJobs(whole).hold("abcdef:1:0f")
     (at,) = [at for at in range(0, len(whole), SLOT_BYTES) if whole[at]]
     with Path(file.path).open("r+b") as raw:
         for length in range(1, SLOT_BYTES):
@@ -129,7 +134,7 @@ def test_a_torn_record_is_not_read(file: ManifestFile) -> None:
             assert file.read() == []
 
 
-def test_garbage_does_no_harm(file: ManifestFile) -> None:
+def test_garbage_does_no_harm(file: InflightFile) -> None:
     noise = random.Random(1)
     with Path(file.path).open("r+b") as raw:
         for _ in range(200):
@@ -142,7 +147,7 @@ def test_garbage_does_no_harm(file: ManifestFile) -> None:
 
 
 def test_without_a_file_it_is_only_kept() -> None:
-    manifest = Manifest()
-    manifest.hold("a:1:0f")
-    manifest.prefill(["a:1:0f"])
-    manifest.drop("a:1:0f")
+    inflight = InflightJobs()
+    inflight.hold("a:1:0f")
+    inflight.prefill(["a:1:0f"])
+    inflight.drop("a:1:0f")

@@ -46,7 +46,7 @@ def test_a_child_that_died_while_it_was_silent_is_not_killed_again(
     """Its id may be another process's by then."""
     watched = monitor.Monitor(load_settings(), "tally", "w")
     silent = SimpleNamespace(child="up", silent_for=99.0, snapshot=Snapshot())
-    monkeypatch.setattr(watched.board, "view", lambda: silent)
+    monkeypatch.setattr(watched.tracker, "status", lambda: silent)
     monkeypatch.setattr(monitor, "_abort", lambda _: pytest.fail("it was dead already"))
     child = SimpleNamespace(exitcode=None, is_alive=lambda: True)
     child.join = lambda _: setattr(child, "exitcode", -6)

@@ -6,15 +6,15 @@ from typing import Any
 
 import pytest
 
-from mlx_serving.worker.status.health import Limits, judge
-from mlx_serving.worker.status.status import Board, ChildState, Snapshot, View
+from mlx_serving.worker.status.health import HealthLimits, assess
+from mlx_serving.worker.status.status import ChildState, Snapshot, StatusTracker, WorkerStatus
 
-LIMITS = Limits(stall_seconds=10.0, buffer_tokens=100)
+LIMITS = HealthLimits(stall_seconds=10.0, buffer_tokens=100)
 
 
-def view(child: ChildState = "up", silent_for: float = 0.1, **fields: Any) -> View:
+def view(child: ChildState = "up", silent_for: float = 0.1, **fields: Any) -> WorkerStatus:
     snapshot = Snapshot(**({"phase": "serving"} | fields))
-    return View(child, snapshot, silent_for, 0, {}, {}, {}, {})
+    return WorkerStatus(child, snapshot, silent_for, 0, {}, {}, {}, {})
 
 
 HEALTHY: list[dict[str, Any]] = [
@@ -49,30 +49,30 @@ DEGRADED: list[tuple[dict[str, Any], tuple[str, ...]]] = [
 
 @pytest.mark.parametrize("fields", HEALTHY)
 def test_ok(fields: dict[str, Any]) -> None:
-    verdict = judge(view(**fields), LIMITS)
+    verdict = assess(view(**fields), LIMITS)
     assert (verdict.status, verdict.reasons, verdict.http_status) == ("ok", (), 200)
 
 
 @pytest.mark.parametrize(("fields", "reasons"), RED)
 def test_red(fields: dict[str, Any], reasons: tuple[str, ...]) -> None:
-    verdict = judge(view(**fields), LIMITS)
+    verdict = assess(view(**fields), LIMITS)
     assert (verdict.status, verdict.reasons, verdict.http_status) == ("red", reasons, 503)
 
 
 @pytest.mark.parametrize(("fields", "reasons"), DEGRADED)
 def test_redis_away_is_not_red(fields: dict[str, Any], reasons: tuple[str, ...]) -> None:
-    verdict = judge(view(**fields), LIMITS)
+    verdict = assess(view(**fields), LIMITS)
     assert (verdict.status, verdict.reasons, verdict.http_status) == ("degraded", reasons, 200)
 
 
 def test_starting_is_not_ready() -> None:
-    verdict = judge(view("starting", silent_for=100.0, phase="loading"), LIMITS)
+    verdict = assess(view("starting", silent_for=100.0, phase="loading"), LIMITS)
     assert (verdict.status, verdict.reasons, verdict.http_status) == ("starting", ("loading",), 503)
 
 
 def test_a_drain_is_no_fault() -> None:
-    assert judge(view(phase="draining"), LIMITS).status == "draining"
-    away = judge(view(phase="draining", redis_age=9.0), LIMITS)
+    assert assess(view(phase="draining"), LIMITS).status == "draining"
+    away = assess(view(phase="draining", redis_age=9.0), LIMITS)
     assert (away.status, away.reasons, away.http_status) == (
         "draining",
         ("redis_unreachable",),
@@ -81,31 +81,31 @@ def test_a_drain_is_no_fault() -> None:
 
 
 def test_a_worker_that_may_not_work_says_why() -> None:
-    paused = judge(view(paused=("hot", "on_battery")), LIMITS)
+    paused = assess(view(paused=("hot", "on_battery")), LIMITS)
     assert (paused.status, paused.reasons, paused.http_status) == (
         "paused",
         ("hot", "on_battery"),
         200,
     )
-    assert judge(view(paused=("hot",), redis_age=9.0), LIMITS).reasons == (
+    assert assess(view(paused=("hot",), redis_age=9.0), LIMITS).reasons == (
         "hot",
         "redis_unreachable",
     )
-    assert judge(view(paused=("hot",), engine_dead=True), LIMITS).status == "red"
-    assert judge(view(paused=("hot",), phase="draining"), LIMITS).status == "draining"
+    assert assess(view(paused=("hot",), engine_dead=True), LIMITS).status == "red"
+    assert assess(view(paused=("hot",), phase="draining"), LIMITS).status == "draining"
 
 
 def test_red_comes_before_the_watchdog_and_not_from_idling() -> None:
     child = Snapshot()
-    assert Limits(stall_seconds=10.0).red_seconds(child) == 8.0
-    assert Limits(stall_seconds=2.0).red_seconds(child) == 1.6
+    assert HealthLimits(stall_seconds=10.0).red_seconds(child) == 8.0
+    assert HealthLimits(stall_seconds=2.0).red_seconds(child) == 1.6
     # An idle loop comes round every 0.5 s and is reported every 0.5 s.
-    assert Limits(stall_seconds=0.5).red_seconds(child) == 1.5
+    assert HealthLimits(stall_seconds=0.5).red_seconds(child) == 1.5
 
 
 def test_a_models_first_step_is_neither_red_nor_ended_before_its_own_time() -> None:
-    assert judge(view(engine_age=47.0, stall_seconds=60.0), LIMITS).status == "ok"
-    assert judge(view(engine_age=48.0, stall_seconds=60.0), LIMITS).reasons == ("engine_stalled",)
+    assert assess(view(engine_age=47.0, stall_seconds=60.0), LIMITS).status == "ok"
+    assert assess(view(engine_age=48.0, stall_seconds=60.0), LIMITS).reasons == ("engine_stalled",)
     assert LIMITS.hung_seconds(Snapshot(stall_seconds=60.0)) == 54.0
     assert LIMITS.hung_seconds(Snapshot(stall_seconds=10.0)) == 9.0
 
@@ -119,41 +119,41 @@ class Clock:
 
 def test_the_life_of_children() -> None:
     clock = Clock()
-    board = Board(clock)
+    tracker = StatusTracker(clock)
 
     def status() -> str:
-        return judge(board.view(), LIMITS).status
+        return assess(tracker.status(), LIMITS).status
 
-    board.begin()
+    tracker.begin()
     assert status() == "starting"
-    board.post(Snapshot(phase="loading"))
+    tracker.receive(Snapshot(phase="loading"))
     assert status() == "starting"
-    board.post(Snapshot(phase="serving"))
+    tracker.receive(Snapshot(phase="serving"))
     assert status() == "ok"
     clock.now += 8.0
     assert status() == "red"  # nobody has said that the engine lives
-    board.post(Snapshot(phase="serving"))
+    tracker.receive(Snapshot(phase="serving"))
     assert status() == "ok"
-    board.end("crashed", restarts=True)
+    tracker.end("crashed", restarts=True)
     assert status() == "red"
-    board.begin()
+    tracker.begin()
     assert status() == "red"  # not `starting`: it was up, and is not
-    board.post(Snapshot(phase="loading"))
+    tracker.receive(Snapshot(phase="loading"))
     assert status() == "red"
-    board.post(Snapshot(phase="serving"))
+    tracker.receive(Snapshot(phase="serving"))
     assert status() == "ok"
-    board.end("drained", restarts=False)
-    assert judge(board.view(), LIMITS).reasons == ("child_gone",)
-    assert board.view().restarts == 1
-    assert board.view().exits == {"crashed": 1, "drained": 1}
+    tracker.end("drained", restarts=False)
+    assert assess(tracker.status(), LIMITS).reasons == ("child_gone",)
+    assert tracker.status().restarts == 1
+    assert tracker.status().exits == {"crashed": 1, "drained": 1}
 
 
 def test_a_parent_that_slept_too_blames_nobody() -> None:
     clock = Clock()
-    board = Board(clock)
-    board.begin()
-    board.post(Snapshot(phase="serving"))
+    tracker = StatusTracker(clock)
+    tracker.begin()
+    tracker.receive(Snapshot(phase="serving"))
     clock.now += 3600.0
-    assert judge(board.view(), LIMITS).reasons == ("child_silent",)
-    board.excuse()
-    assert judge(board.view(), LIMITS).status == "ok"
+    assert assess(tracker.status(), LIMITS).reasons == ("child_silent",)
+    tracker.excuse()
+    assert assess(tracker.status(), LIMITS).status == "ok"

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_serving.common.job.schema import LANES, Lane
+from mlx_serving.common.queues import LANES, Lane
 from mlx_serving.worker.engine.scheduling.limits import BatchSize
 from mlx_serving.worker.engine.scheduling.prompt_queue import LaneTurns
 from tests.support.scheduled_batch import ROWS, Batch, limits, request

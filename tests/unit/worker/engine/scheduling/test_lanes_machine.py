@@ -4,7 +4,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from mlx_serving.common.job.schema import LANES, Lane
+from mlx_serving.common.queues import LANES, Lane
 from mlx_serving.worker.engine.row import Phase, Request
 from tests.support.scheduled_batch import ROWS, Batch, limits, request
 

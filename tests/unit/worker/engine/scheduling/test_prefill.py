@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from mlx_serving.common.job.schema import LANES, Lane
+from mlx_serving.common.queues import LANES, Lane
 from mlx_serving.worker.engine.row import Phase, Request, Row, SamplingParams
 from mlx_serving.worker.engine.scheduling.chunk import PrefillChunk
 from mlx_serving.worker.engine.scheduling.limits import BatchSize, SchedulerLimits

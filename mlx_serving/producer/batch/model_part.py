@@ -1,4 +1,4 @@
-"""One model's part of a batch: its Redis, its window, its feeder and its collector."""
+"""The part of a batch that one model runs: its Redis, its window, its feeder and its collector."""
 
 from __future__ import annotations
 
@@ -6,30 +6,30 @@ import math
 from itertools import islice
 from typing import TYPE_CHECKING, Final
 
-from mlx_serving.common.job.schema import queue_name
+from mlx_serving.common.queues import queue_name
 from mlx_serving.producer.batch.collector import PAGE_JOBS, Collector
-from mlx_serving.producer.batch.feeder import Feeder, Window
+from mlx_serving.producer.batch.feeder import Feeder
 from mlx_serving.producer.batch.index import read_places
 from mlx_serving.producer.batch.store import JobStore
-from mlx_serving.producer.client import Client
+from mlx_serving.producer.batch.window import Window
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from mlx_serving.common.settings import Settings
+    from mlx_serving.producer.batch.feeder import Connect
     from mlx_serving.producer.batch.folder import BatchFolder, BatchState, Section
-    from mlx_serving.producer.batch.index import Place
+    from mlx_serving.producer.batch.index import LinePlace
     from mlx_serving.producer.batch.lines import LineReader
     from mlx_serving.producer.batch.results import Results
 
 GRACE_SECONDS: Final = 15.0  # for running jobs to end once they are cancelled
 
 
-class Lane:
-    """Feeds and collects the lines of one section of the index.
+class ModelPart:
+    """Submits and collects the lines of one section of the index.
 
     Raises:
-        QueueUnavailable: from `turn`, `cancel` and `forget`, where Redis is away; each may be
+        QueueUnavailable: from `turn`, `wind_up` and `forget`, if Redis is away; each may be
             called again.
 
     """
@@ -39,7 +39,7 @@ class Lane:
         section: Section,
         folder: BatchFolder,
         state: BatchState,
-        settings: Settings,
+        connect: Connect,
         reader: LineReader,
         source: int,
         results: Results,
@@ -50,7 +50,7 @@ class Lane:
         self._section, self._index, self._results = section, folder.index, results
         self._most, self._reader = options.in_flight, reader
         self._queue = queue_name(section.model, "bulk")
-        self._client = Client(settings=settings, model=section.model, tenant=options.tenant)
+        self._client = connect(model=section.model, tenant=options.tenant)
         self._store = JobStore(self._client.endpoint)
         self._feeder = Feeder(
             self._client, reader, source, self._open_places(), self.window, results
@@ -65,18 +65,18 @@ class Lane:
         return self._feeder.exhausted and not self.window
 
     def turn(self, seconds_left: float, *, sweep: bool) -> int:
-        """Collect what ended and feed what there is room for; returns lines moved."""
+        """Collect lines that ended and submit others; return how many of both."""
         ended = self._collector.collect(sweep=sweep)
         return ended + self._feeder.feed(seconds_left)
 
     def wind_up(self, now_s: float, reason: str) -> int:
-        """Cancel what is in flight, once, and collect; returns how many lines ended.
+        """End early: cancel the jobs in flight, once, and collect; return how many lines ended.
 
-        `wound_up` says whether that was all: nothing is in flight any more, or it had its time.
+        `wound_up` turns true when no line is in flight, or `GRACE_SECONDS` after the cancelling.
         """
         if self._cancelled_s == math.inf:
             self._adopt()
-            jobs = [flight.job_id for flight in self.window.flights]
+            jobs = [line.job_id for line in self.window.lines]
             for start in range(0, len(jobs), PAGE_JOBS):
                 self._store.cancel(jobs[start : start + PAGE_JOBS], reason)
             self._cancelled_s = now_s
@@ -96,19 +96,20 @@ class Lane:
         self._client.close()
         self._store.close()
 
-    def _open_places(self) -> Iterator[Place]:
-        """Lines that have not ended, in their order."""
+    def _open_places(self) -> Iterator[LinePlace]:
+        """Lines that have not ended, in the order of the index."""
         places = read_places(self._index, self._section.first, self._section.count)
         return (place for place in places if place.line not in self._results.done)
 
     def _adopt(self) -> None:
-        """Take on what a runner that died had in flight and this one has not submitted again.
+        """Add to the window what a runner that died had in flight and this one did not submit.
 
-        Lines go in order and no more than `in_flight` at once, so none lies further.
+        Lines are submitted in order, at most `in_flight` at once, so the first `in_flight` lines
+        that have not ended hold all of them.
         """
         places = list(islice(self._open_places(), self._most))
         for start in range(0, len(places), PAGE_JOBS):
             page = places[start : start + PAGE_JOBS]
             states = self._store.states([self._reader.job_id(place.line) for place in page])
             there = [place for place, state in zip(page, states, strict=True) if state is not None]
-            self.window.add(self._feeder.flight(place) for place in there)
+            self.window.add(self._feeder.submitted_line(place) for place in there)
