@@ -36,10 +36,9 @@ if TYPE_CHECKING:
     from mlx_serving.worker.delivery.held import HeldJob
     from mlx_serving.worker.engine.row import ModelInfo
     from mlx_serving.worker.engine_thread import Choices
-    from mlx_serving.worker.models.loading import LoadedModel
+    from mlx_serving.worker.models.loading import LoadedModel, Plan
 
     Encode = Callable[[GenerationJob], tuple[int, ...]]
-    Plan = Callable[[GenerationJob, Sequence[Request]], list[Request]]
 
 _PARTS: Final = 4  # RQ's form: [function, instance, arguments, keyword arguments]
 
