@@ -35,10 +35,9 @@ if TYPE_CHECKING:
     from mlx_serving.common.protocol.calls import ClaimedJob
     from mlx_serving.worker.delivery.held import HeldJob
     from mlx_serving.worker.engine.interface import ModelInfo
-    from mlx_serving.worker.models.loading import LoadedModel
+    from mlx_serving.worker.models.loading import LoadedModel, Plan
 
     Encode = Callable[[GenerationJob], tuple[int, ...]]
-    Plan = Callable[[GenerationJob, Request], Request]
 
 _PARTS: Final = 4  # RQ's form: [function, instance, arguments, keyword arguments]
 

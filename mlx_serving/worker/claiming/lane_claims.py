@@ -1,10 +1,11 @@
 """Which lanes a worker claims from next, and how many jobs. Pure.
 
-Free rows are for all lanes, in their order; but the last ones go first to a lane that has less
-than its share (`lane_min_share`), so a batch that others filled gives it what they leave. Where
-no row is free, the headroom is for the highest lane and for what another lacks of its share; and a
-higher lane may claim as many jobs as there are rows of lower lanes that can give way in the engine.
-A lane of which rows are parked claims nothing: these go on first.
+Free rows are for all lanes, in their order. The last free ones go first to a lane that has less
+than its share (`lane_min_share`), so that it gets rows in a batch that other lanes filled. If no
+row is free, the headroom is for the highest lane, and for a lane that has less than its share; and
+a higher lane may claim as many jobs as there are rows of lower lanes that can give way in the
+engine.
+A lane with parked rows claims nothing: these go on first.
 """
 
 from __future__ import annotations

@@ -24,13 +24,14 @@ if TYPE_CHECKING:
 
     from mlx_serving.common.job.schema import GenerationJob
     from mlx_serving.common.settings import Settings
-    from mlx_serving.worker.claiming.intake import Plan
     from mlx_serving.worker.delivery.token_text import Spell
     from mlx_serving.worker.engine.engine import Engine
     from mlx_serving.worker.engine.engine_set import EngineSet
-    from mlx_serving.worker.engine.interface import InferenceEngine
+    from mlx_serving.worker.engine.interface import InferenceEngine, Request
     from mlx_serving.worker.engine.memory.device import DeviceMemory
     from mlx_serving.worker.engine.memory.kv_caches import KvMemory
+
+    Plan = Callable[[GenerationJob, Request], Request]
 
     Encode = Callable[[GenerationJob], tuple[int, ...]]
 
