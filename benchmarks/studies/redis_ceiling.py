@@ -50,10 +50,9 @@ local worker, first, last = ARGV[3], tonumber(ARGV[4]), tonumber(ARGV[5])
 local now = now_ms()
 for n = first, last do
   local id = string.format('%012d', n)
-  local job = new_job(ARGV[6], now, {})
-  job.state, job.owner, job.epoch, job.nonce, job.seq = 'running', worker, 1, 'n', 1
-  job.started_ms, job.first_token_ms = int(now), int(now)
-  set_fields(id, job)
+  create_job(id, ARGV[6], now, {})
+  set_fields(id, {state = 'running', owner = worker, epoch = 1, nonce = 'n', seq = 1,
+    started_ms = int(now), first_token_ms = int(now)})
   redis.call('ZADD', k_open(ARGV[6]), int(now), id)
   redis.call('ZADD', k_leases(ARGV[6]), int(now + 600000), id)
   redis.call('HSET', k_rq_job(id), 'status', 'started')

@@ -15,13 +15,13 @@ from mlx_lm.generate import generate_step
 from benchmarks.lib.synthetic import TINY, build_model, build_tokenizer
 from mlx_serving.worker.engine import acceleration, loader
 from mlx_serving.worker.engine.engine import Engine
+from mlx_serving.worker.engine.interface import ModelInfo, Output, Request, SamplingParams
 from mlx_serving.worker.engine.kv.choice import CacheChoice, paged_choice
 from mlx_serving.worker.engine.kv.padded import LanguageModel
 from mlx_serving.worker.engine.kv.paged.reference import ReferenceOps
 from mlx_serving.worker.engine.kv.prefix.cache import PrefixCache
 from mlx_serving.worker.engine.loader import EngineOptions, build_engine
 from mlx_serving.worker.engine.model_runner import ModelRunner
-from mlx_serving.worker.engine.row import ModelInfo, Output, Request, SamplingParams
 from mlx_serving.worker.engine.text import marked_detokenizer
 from tests.support.model_families import CONVOLUTIONAL
 

@@ -54,7 +54,7 @@ shared, shown = gather, gather_view
 -- Jobs put on the list by RQ's own Queue.enqueue have no control hash yet.
 local function adopt(id, queue)
   redis.call('DEL', k_events(id))  -- of an earlier life: nobody knows what it belongs to
-  set_fields(id, new_job(queue, now, {}))
+  create_job(id, queue, now, {})
   redis.call('ZADD', k_open(queue), int(now), id)
 end
 
@@ -118,7 +118,7 @@ end
 
 local function take(id, queue, job)
   local epoch, started = int(job.epoch + 1), job.started_ms or int(now)
-  set_fields(id, {state = 'running', owner = worker, epoch = epoch, nonce = nonce, started_ms = started})
+  redis.call('HSET', k_job(id), F.state, 'running', F.owner, worker, F.epoch, epoch, F.nonce, nonce, F.started_ms, started)
   shared('ZADD', k_leases(queue), int(now + lease), id)
   if job.tenant then
     tolerantly(tenant_runs, id, queue, job.tenant)

@@ -34,11 +34,11 @@ local function enqueue(at, last)
   local from_now = tonumber(ARGV[at + DEADLINE_MS])
   local deadline = from_now > 0 and now + from_now or 0
   -- The index first, then the list: what a list lost, the reconciler finds in the index.
-  set_fields(id, new_job(queue, now, {
+  create_job(id, queue, now, {
     max_attempts = ARGV[at + MAX_ATTEMPTS], min_protocol = ARGV[at + MIN_PROTOCOL], deadline_ms = int(deadline),
     timeout_ms = ARGV[at + TIMEOUT_MS], abandon_ms = ARGV[at + ABANDON_MS], result_ttl = ARGV[at + RESULT_TTL],
     stream = ARGV[at + STREAM], marks = given(ARGV[at + MARKS]), tenant = tenant,
-  }))
+  })
   redis.call('ZADD', k_open(queue), int(now), id)
   if deadline > 0 then redis.call('ZADD', k_deadlines(), int(deadline), id) end
   redis.call('HSET', k_rq_job(id), unpack(ARGV, at + RQ_FIELDS, last))

@@ -53,62 +53,58 @@ local function set_fields(id, fields)
   if #flat > 0 then redis.call('HSET', k_job(id), unpack(flat)) end
 end
 
--- A new job's control hash. `given`: its terms; what is left out is as for a job that RQ's own tools enqueued.
-local function new_job(queue, now, given)
-  return {
-    state = 'queued', queue = queue, epoch = 0, owner = '', seq = 0, crashes = 0, cancel_reason = '',
-    max_attempts = given.max_attempts or 2, min_protocol = given.min_protocol or 1,
-    deadline_ms = given.deadline_ms or 0, timeout_ms = given.timeout_ms or 0, abandon_ms = given.abandon_ms or 0,
-    result_ttl = given.result_ttl or 3600, stream = given.stream or 1,
-    enqueued_ms = int(now), needed_tokens = 0, marks = given.marks, tenant = given.tenant,
-  }
+-- Writes a new job's control hash. `terms`: what its producer says; what is left out is as for a job of RQ's own tools.
+local function create_job(id, queue, now, terms)
+  redis.call('HSET', k_job(id), F.state, 'queued', F.queue, queue, F.epoch, 0, F.owner, terms.owner or '', F.seq, 0, F.crashes, 0,
+    F.max_attempts, terms.max_attempts or 2, F.min_protocol, terms.min_protocol or 1, F.deadline_ms, terms.deadline_ms or 0,
+    F.timeout_ms, terms.timeout_ms or 0, F.abandon_ms, terms.abandon_ms or 0, F.result_ttl, terms.result_ttl or 3600,
+    F.stream, terms.stream or 1, F.cancel_reason, terms.cancel_reason or '', F.enqueued_ms, int(now), F.needed_tokens, 0)
+  if terms.marks then redis.call('HSET', k_job(id), F.marks, terms.marks) end
+  if terms.tenant then redis.call('HSET', k_job(id), F.tenant, terms.tenant) end
 end
 
 -- RQ's own rule for ids. Anybody may have pushed anything: bytes that are no text, a ':' (which
 -- would read as another attempt's name), a line break for a log.
 local function is_job_id(id) return #id > 0 and #id <= 256 and not string.find(id, '[^%w_-]') end
 
-local read_sound
+local TEXTS, NUMBERS, LATER_NUMBERS, SOUND  -- lists of fields, once `read_sound` needs them; SOUND: all, as they are stored
 
-do
-local TEXTS = field_list('state', 'queue', 'tenant', 'marks')
-local NUMBERS = field_list('epoch', 'seq', 'crashes', 'max_attempts', 'min_protocol', 'deadline_ms', 'timeout_ms', 'abandon_ms',
-                           'result_ttl', 'stream', 'enqueued_ms', 'needed_tokens')
-local LATER_NUMBERS = field_list('started_ms', 'first_token_ms', 'max_unproven', 'suspect_since_ms', 'needed_rows',
-                                 'overtaken_ms')  -- not there from the start
-local SOUND = {}  -- all three, as they are stored
-for _, list in ipairs({TEXTS, NUMBERS, LATER_NUMBERS}) do
-  for _, stored in ipairs(list.stored) do SOUND[#SOUND + 1] = stored end
+local function list_sound()
+  TEXTS = {'state', 'queue', 'tenant', 'marks'}
+  NUMBERS = {'epoch', 'seq', 'crashes', 'max_attempts', 'min_protocol', 'deadline_ms', 'timeout_ms', 'abandon_ms', 'result_ttl',
+             'stream', 'enqueued_ms', 'needed_tokens'}
+  LATER_NUMBERS = {'started_ms', 'first_token_ms', 'max_unproven', 'suspect_since_ms', 'needed_rows',
+                   'overtaken_ms'}  -- not there from the start
+  SOUND = {}
+  for _, names in ipairs({TEXTS, NUMBERS, LATER_NUMBERS}) do
+    for _, name in ipairs(names) do SOUND[#SOUND + 1] = F[name] end
+  end
 end
-
--- up to 15 digits are exact as a Lua number
-local function is_number(value) return #value <= 15 and string.find(value, '^%d+$') end
 
 -- Reads a control hash that the script will do arithmetic with; nil if it does not read as one of ours.
-function read_sound(id)
+local function read_sound(id)
   if not is_job_id(id) then return nil end
+  if not SOUND then list_sound() end
   local values = redis.pcall('HMGET', k_job(id), unpack(SOUND))
   if values.err then return nil end
-  local job, at = {}, 0
-  for _, name in ipairs(TEXTS.names) do
-    at = at + 1
-    job[name] = values[at] or nil
-  end
+  local job, before = {}, #TEXTS
+  for i, name in ipairs(TEXTS) do job[name] = values[i] or nil end
   if not (OPEN[job.state] or TERMINAL[job.state]) or not job.queue then return nil end
-  for _, name in ipairs(NUMBERS.names) do
-    at = at + 1
-    local value = values[at]
-    if not value or not is_number(value) then return nil end
+  for i, name in ipairs(NUMBERS) do
+    local value = values[before + i]
+    -- up to 15 digits are exact as a Lua number
+    if not value or #value > 15 or not string.find(value, '^%d+$') then return nil end
     job[name] = value
   end
-  for _, name in ipairs(LATER_NUMBERS.names) do
-    at = at + 1
-    local value = values[at]
-    if value and not is_number(value) then return nil end
-    job[name] = value or nil
+  before = before + #NUMBERS
+  for i, name in ipairs(LATER_NUMBERS) do
+    local value = values[before + i]
+    if value then
+      if #value > 15 or not string.find(value, '^%d+$') then return nil end
+      job[name] = value
+    end
   end
   return job
-end
 end
 
 local function is_sound(id) return read_sound(id) ~= nil end
@@ -149,20 +145,15 @@ local function write_gathered()
 end
 
 -- Whether a job's attempt is the one that a worker speaks of. Redis may forget a claim (a failover, a power loss) and give
--- the same epoch again, to the same worker too. `job`: ATTEMPT's fields at least.
-local ATTEMPT = {'state', 'epoch', 'owner', 'nonce', 'queue'}
+-- the same epoch again, to the same worker too. `job`: `attempt_fields` at least.
 local function is_attempt(job, epoch, nonce) return job.epoch == epoch and job.nonce == nonce end
 
 local function runs(job, worker, epoch, nonce)
   return job.state == 'running' and job.owner == worker and job.queue and is_attempt(job, epoch, nonce)
 end
 
--- ATTEMPT's fields and some more.
-local function attempt_fields(...)
-  local names = {unpack(ATTEMPT)}
-  for _, name in ipairs({...}) do names[#names + 1] = name end
-  return field_list(unpack(names))
-end
+-- Fields that tell an attempt, and more.
+local function attempt_fields(...) return field_list('state', 'epoch', 'owner', 'nonce', 'queue', ...) end
 
 -- Which terminal state a cancel reason leads to.
 local function state_for(reason)
@@ -193,8 +184,7 @@ local function view_start(id, queue, epoch, worker, iso, now)
   shown('SADD', k_rq_worker_executions(worker), execution)
 end
 
-local REGISTRIES = {{status = 'finished', key = k_rq_finished}, {status = 'failed', key = k_rq_failed},
-                    {status = 'canceled', key = k_rq_canceled}}
+local REGISTRIES = {finished = k_rq_finished, failed = k_rq_failed, canceled = k_rq_canceled}  -- by RQ's status
 local RQ_SUCCESSFUL, RQ_FAILED = 1, 2  -- `rq.results.Result.Type`
 
 -- `rq_result`: nil, or {type, value}: RQ_SUCCESSFUL with a base64 text, or RQ_FAILED with base64 of zlib.
@@ -203,9 +193,9 @@ local function view_end(id, queue, state, iso, ttl, now, worker, epoch, rq_resul
   if redis.call('EXPIRE', key, ttl) == 0 then return end  -- there is none
   local status = RQ_STATUS[state]
   redis.call('HSET', key, 'status', status, 'ended_at', iso)
-  for _, registry in ipairs(REGISTRIES) do
-    if registry.status == status then shown('ZADD', registry.key(queue), int(math.floor(now / 1000) + ttl), id)
-    else shown('ZREM', registry.key(queue), id) end
+  for shows, registry in pairs(REGISTRIES) do
+    if shows == status then shown('ZADD', registry(queue), int(math.floor(now / 1000) + ttl), id)
+    else shown('ZREM', registry(queue), id) end
   end
   if rq_result then
     local fields = {'type', rq_result.type, 'worker_name', worker, 'execution_id', epoch}
@@ -234,13 +224,11 @@ local function publish_event(id, epoch, seq, form, body)
   return redis.call('PUBLISH', k_channel(id), opening .. body)
 end
 
-local FINALIZED = field_list('result_ttl', 'tenant')
-
 -- Ends a job. The end event itself was appended by the caller; `fields`: what else its control hash is to say; `known`:
--- its FINALIZED fields, if the caller has read them.
+-- its result_ttl and tenant, if the caller has read them.
 local function finalize(id, queue, state, code, message, result, iso, now, owner, epoch, rq_result, fields, known)
   local key = k_job(id)
-  local job = known or read_fields(id, FINALIZED)
+  local job = known or read_fields(id, field_list('result_ttl', 'tenant'))
   local ttl = tonumber(job.result_ttl or '') or 3600
   fields = fields or {}
   fields.state, fields.finished_ms, fields.error_code, fields.message = state, int(now), code, message
@@ -256,11 +244,9 @@ local function finalize(id, queue, state, code, message, result, iso, now, owner
   show(view_end, id, queue, state, iso, ttl, now, owner, epoch, rq_result)
 end
 
-local UNOWNED = field_list('seq', 'epoch', 'stream', 'owner')
-
 -- Ends a job that no live worker holds: the script itself writes the end event.
 local function finalize_unowned(id, queue, state, code, message, iso, now)
-  local job = read_fields(id, UNOWNED)
+  local job = read_fields(id, field_list('seq', 'epoch', 'stream', 'owner'))
   local seq, epoch = (tonumber(job.seq) or 0) + 1, int(tonumber(job.epoch) or 0)
   local body = '"type":"end","state":"' .. state .. '","error":{"code":"' .. code .. '","message":' ..
     cjson.encode(message) .. ',"retryable":false}}'
@@ -280,18 +266,14 @@ local function finalize_cancelled(id, queue, reason, iso, now)
   return state
 end
 
-local BURIED = field_list('epoch', 'owner')
-
 -- Ends a job whose control hash is not sound, so that it stops nobody else.
 local function bury(id, queue, iso, now)
   local key = k_job(id)
   if is_hash(key) then
-    local job = read_fields(id, BURIED)
+    local job = read_fields(id, field_list('epoch', 'owner', 'cancel_reason'))
     show(view_drop_execution, id, queue, job.epoch or '0', job.owner)
-    local sound = new_job(queue, 0, {max_attempts = 1})
-    sound.state, sound.owner, sound.cancel_reason = nil, nil, nil  -- as they are: the end says the rest
-    sound.started_ms, sound.first_token_ms = 0, 0
-    set_fields(id, sound)
+    create_job(id, queue, 0, {max_attempts = 1, owner = job.owner, cancel_reason = job.cancel_reason})
+    set_fields(id, {started_ms = 0, first_token_ms = 0})
     finalize_unowned(id, queue, 'failed', 'corrupt_job', 'the job\'s control hash can\'t be read', iso, now)
     return
   end
@@ -301,14 +283,12 @@ local function bury(id, queue, iso, now)
   show(view_end, id, queue, 'failed', iso, 3600, now, '', '0', nil)
 end
 
-local TENANT = field_list('tenant')
-
 -- running → queued, at the front: the job has waited its turn already.
 local function requeue(id, queue, owner, epoch)
-  set_fields(id, {state = 'queued', owner = ''})
+  redis.call('HSET', k_job(id), F.state, 'queued', F.owner, '')
   shared('ZREM', k_leases(queue), id)
   redis.call('LPUSH', k_rq_queue(queue), id)
-  local tenant = read_fields(id, TENANT).tenant
+  local tenant = redis.call('HGET', k_job(id), F.tenant)
   if tenant then tolerantly(tenant_waits, id, queue, tenant, 'LPUSH') end
   show(view_drop_execution, id, queue, epoch, owner)
   if is_hash(k_rq_job(id)) then

@@ -52,8 +52,8 @@ for _, id in ipairs(redis.pcall('ZRANGEBYSCORE', k_deadlines(), '-inf', now, 'LI
 
 -- RQ's own workers trim these; a fleet of ours alone has nobody else to.
 for at = FIRST_QUEUE, #ARGV do
-  for _, registry in ipairs(REGISTRIES) do
-    show(redis.call, 'ZREMRANGEBYSCORE', registry.key(ARGV[at]), '-inf', '(' .. int(math.floor(now / 1000)))
+  for _, registry in pairs(REGISTRIES) do
+    show(redis.call, 'ZREMRANGEBYSCORE', registry(ARGV[at]), '-inf', '(' .. int(math.floor(now / 1000)))
   end
 end
 return {0, done}

@@ -272,7 +272,10 @@ _TOKENS_OPENING: Final = TOKENS_OPENING.encode()
 
 
 def _payload(entry_id: bytes, fields: dict[bytes, bytes]) -> bytes:
-    opening = events.opening(fields.get(_ATTEMPT, b""), entry_id.partition(b"-")[0])
+    attempt = fields.get(_ATTEMPT)
+    if attempt is None:  # a foreign hand's: it is read as it is
+        return fields.get(_BODY, b"")
+    opening = events.opening(attempt, entry_id.partition(b"-")[0])
     tokens = fields.get(_TOKENS)
     return opening + (fields.get(_BODY, b"") if tokens is None else _TOKENS_OPENING + tokens)
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 import structlog
 
-from mlx_serving.worker.engine.in_thread import aside
+from mlx_serving.worker.engine.in_thread import in_thread
 from mlx_serving.worker.engine.scheduling.chunk import step_seconds
 from mlx_serving.worker.engine.scheduling.limits import BatchSize
 from mlx_serving.worker.models.model_budget import ModelBudget
@@ -28,9 +28,9 @@ if TYPE_CHECKING:
     from mlx_serving.worker.delivery.token_text import Spell
     from mlx_serving.worker.engine.engine import Engine
     from mlx_serving.worker.engine.engine_set import EngineSet
+    from mlx_serving.worker.engine.interface import InferenceEngine
     from mlx_serving.worker.engine.memory.device import DeviceMemory
     from mlx_serving.worker.engine.memory.kv_caches import KvMemory
-    from mlx_serving.worker.engine.row import InferenceEngine
 
     Encode = Callable[[GenerationJob], tuple[int, ...]]
 
@@ -181,10 +181,10 @@ def _load_mlx(
         log.info("acceleration", piece=report.piece, implementation=report.implementation,
                  reason=report.reason)  # fmt: skip
     encode = PromptEncoder(engine.tokenizer).encode
-    yield from aside(lambda: _warm_up(encode))
+    yield from in_thread(lambda: _warm_up(encode))
     planner = OutputPlanner(engine.tokenizer, engine.model_info)
-    yield from aside(planner.warm_up)
-    spell = yield from aside(lambda: _speller(engine))
+    yield from in_thread(planner.warm_up)
+    spell = yield from in_thread(lambda: _speller(engine))
     info = describe(device_name(), engine)
     return LoadedModel(engine, encode, planner.plan, spell, planner.close, info)
 
