@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger(__name__)
 
+LOAD_SLICE_SECONDS: Final = 300.0  # the most that a slice of a model's load may take
 SIMULATED_BYTES: Final = 1 << 30  # of a simulated model, in a model budget
 SIMULATED_SLICES: Final = 10  # of a simulated load
 
@@ -113,7 +114,8 @@ def plan_memory(
     """
     sizes = {model: model_bytes(spec, path) for model, path in paths.items()}
     pinned, bound, kv = (
-        frozenset(settings.pinned_models), settings.model_budget_bytes, settings.kv_budget_bytes,
+        frozenset(settings.worker.pinned_models), settings.worker.model_budget_bytes,
+        settings.cache.budget_bytes,
     )  # fmt: skip
     if spec.kind == "mlx" and len(sizes) > 1 and (bound is None or kv is None):
         from mlx_serving.worker.engine.loader import default_budgets  # imports MLX
@@ -165,16 +167,16 @@ def _load_mlx(
     from mlx_serving.worker.engine.text.prompts import PromptEncoder
 
     options = EngineOptions(
-        max_batch_rows=settings.max_batch_rows,
+        max_batch_rows=settings.batch.max_rows,
         kv_budget_bytes=kv_budget_bytes,
-        prefix_cache_bytes=settings.prefix_cache_bytes,
-        kv_cache=settings.kv_cache,
-        kv_bits=settings.kv_bits,
-        prefill_chunk_tokens=settings.prefill_chunk_tokens,
-        lane_min_share=settings.lane_min_share,
-        lane_headroom=settings.lane_headroom,
-        prefer_native=settings.native,
-        step_seconds=step_seconds(settings.engine_stall_seconds),
+        prefix_cache_bytes=settings.cache.prefix_bytes,
+        kv_cache=settings.cache.kind,
+        kv_bits=settings.cache.bits,
+        prefill_chunk_tokens=settings.batch.prefill_chunk_tokens,
+        lane_min_share=settings.batch.lane_min_share,
+        lane_headroom=settings.batch.lane_headroom,
+        prefer_native=settings.engine.native,
+        step_seconds=step_seconds(settings.engine.stall_seconds),
     )
     engine = yield from load_in_slices(path, options)
     for report in engine.acceleration:
@@ -210,7 +212,9 @@ def _warm_up(encode: Encode) -> None:
 
 def batch_size(settings: Settings) -> BatchSize:
     """Return how many rows a worker's batch may have, by the settings."""
-    return BatchSize.of(settings.max_batch_rows, settings.lane_min_share, settings.lane_headroom)
+    return BatchSize.of(
+        settings.batch.max_rows, settings.batch.lane_min_share, settings.batch.lane_headroom
+    )
 
 
 def _load_simulated(spec: EngineSpec, settings: Settings) -> Generator[None, None, LoadedModel]:
@@ -226,7 +230,7 @@ def _load_simulated(spec: EngineSpec, settings: Settings) -> Generator[None, Non
             spec.tokens_per_second,
             spec.prefill_tokens_per_second,
             batch=batch,
-            step_seconds=step_seconds(settings.engine_stall_seconds),
+            step_seconds=step_seconds(settings.engine.stall_seconds),
         )
         if spec.tokens_per_second
         else simulated.SimulatedOptions.zero_cost(batch)
