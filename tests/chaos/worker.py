@@ -20,6 +20,7 @@ from mlx_serving.worker.models.loading import EngineSpec
 from mlx_serving.worker.process.child import ChildSpec, run_child
 from tests.chaos import mutants
 from tests.chaos.trace import TraceWriter, now
+from tests.support.freezing import is_job
 from tests.support.worker_fakes import commit_rows
 from tests.support.worker_process import quick_settings
 
@@ -136,7 +137,8 @@ class Observer:
         self._traps.spring("decode", self._trace)
 
     def _around_add(self, add: Callable[..., None], engine: Any, request: Any) -> None:
-        self._trace.write(("P", now(), *_attempt(request.id)))
+        if is_job(request.id):
+            self._trace.write(("P", now(), *_attempt(request.id)))
         add(engine, request)
 
     def _around_prefill(self, prefill: Callable[..., Any], engine: Any, chunk: Any) -> Any:

@@ -127,7 +127,7 @@ def tiny_engine(
     choice = checked_choice(model) if paged else None
     assert choice is None or choice.block_tokens, choice.report
     runner = ModelRunner(model, choice)
-    with _proven_once():
+    with proven_pieces():
         engine = build_engine(runner, _shared_tokenizer(), info, options)
     engine._clock = float  # 0.0: however slow this machine is now, chunks keep their size
     return engine
@@ -155,10 +155,13 @@ def checked_choice(model: LanguageModel) -> CacheChoice:
 
 _choose_sampler = cache(acceleration.choose_sampler)
 _choose_detokenizer = cache(acceleration.choose_detokenizer)
+# Now: a test may put a broken piece in the place of one.
+_choose_sampler(prefer_native=True, logits_dtype=mx.float32)
+_choose_detokenizer(prefer_native=True)
 
 
 @contextmanager
-def _proven_once() -> Iterator[None]:
+def proven_pieces() -> Iterator[None]:
     """Have native pieces prove themselves once in this process, and not in each engine."""
     with (
         patch.object(loader, "choose_sampler", _choose_sampler),

@@ -20,8 +20,8 @@ def _stop(where: str) -> None:
     time.sleep(3600)
 
 
-def _is_job(request_id: str) -> bool:
-    """And no row of the engine's own warm-up."""
+def is_job(request_id: str) -> bool:
+    """Whether this is a job's, and not one of the engine's own warm-up."""
     return ":" in request_id
 
 
@@ -38,7 +38,7 @@ def _prefill(where: str, count: int) -> None:
     prefill = Prefilling._try_prefill
 
     def stopping(prefilling: Prefilling, chunk: Any) -> Any:
-        if _is_job(chunk.rows[0].request.id) and next(chunks) == count:
+        if is_job(chunk.rows[0].request.id) and next(chunks) == count:
             _stop(where)
         return prefill(prefilling, chunk)
 
@@ -55,7 +55,7 @@ def _tokens(where: str, count: int) -> None:
         if told[0] >= count:
             _stop(where)
         outputs = step(engine)
-        told[0] += sum(len(o.token_ids) for o in outputs if _is_job(o.request_id))
+        told[0] += sum(len(o.token_ids) for o in outputs if is_job(o.request_id))
         return outputs
 
     Engine.step = stopping  # type: ignore[assignment, method-assign]

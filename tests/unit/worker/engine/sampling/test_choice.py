@@ -1,6 +1,7 @@
 """Which sampler is chosen, and what is said about it."""
 
 import re
+from contextlib import nullcontext
 from typing import Any
 
 import mlx.core as mx
@@ -12,6 +13,7 @@ from mlx_serving.worker.engine.sampling import kernels as sampling_kernels
 from mlx_serving.worker.engine.sampling.parameters import Column, Draws, Logprobs, StepInputs
 from mlx_serving.worker.engine.sampling.reference import ReferenceDraw
 from mlx_serving.worker.engine.sampling.self_check import NEAR_TIE
+from tests.support import engine_support
 from tests.support.engine_support import tiny_engine
 
 
@@ -87,6 +89,7 @@ def test_the_setting_switches_the_kernel_off(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_an_engine_carries_the_report(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, _Next)
+    monkeypatch.setattr(engine_support, "proven_pieces", nullcontext)
     pieces = {report.piece: report.implementation for report in tiny_engine().acceleration}
     assert pieces["sampler"] == "twin"
 
