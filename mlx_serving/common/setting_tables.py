@@ -82,7 +82,7 @@ HoursOfDay = Annotated[
     Field(pattern=r"^([01]\d|2[0-3]):[0-5]\d-(([01]\d|2[0-3]):[0-5]\d|24:00)$"),
     AfterValidator(_not_empty),
 ]
-Seconds = Annotated[float, Field(ge=0, le=24 * 3600)]
+NonNegativeSeconds = Annotated[float, Field(ge=0, le=24 * 3600)]
 PositiveSeconds = Annotated[float, Field(gt=0, le=24 * 3600)]
 CommaList = BeforeValidator(_split)
 JsonObject = BeforeValidator(_object)
@@ -268,7 +268,7 @@ class WorkerSettings(Table):
         default=defaults.LEASE_SECONDS,
         description="how long a job stays with a worker that stopped renewing its lease",
     )
-    drain_seconds: Seconds = Field(
+    drain_seconds: NonNegativeSeconds = Field(
         default=defaults.DRAIN_SECONDS,
         description="time for running jobs to end after SIGTERM; the others are handed over",
     )
@@ -303,7 +303,7 @@ class ConditionSettings(Table):
     hours: Annotated[tuple[HoursOfDay, ...], CommaList] = Field(
         default=(), description="local times in which it claims, as `22:00-07:00`; none: always"
     )
-    user_idle_seconds: Seconds = Field(
+    user_idle_seconds: NonNegativeSeconds = Field(
         default=0.0,
         description="it claims once the user left the machine alone for so long; 0: off",
     )

@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from mlx_serving.common.states import JobState
     from mlx_serving.producer.client import Client
     from mlx_serving.producer.handles import JobHandle
-    from mlx_serving.worker.claiming.intake import Plan
     from mlx_serving.worker.engine.row import Row
+    from mlx_serving.worker.models.loading import Plan
 
     Encode = Callable[[GenerationJob], tuple[int, ...]]
 

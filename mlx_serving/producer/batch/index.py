@@ -1,4 +1,8 @@
-"""The index: in which order lines are submitted. A file of sorted records, one for each line."""
+"""The index: in which order lines are submitted. A file of sorted records, one for each line.
+
+Records are sorted by model, then (in order `prefix`) by what a prompt begins with, then by line.
+So lines that share a system prompt follow each other, and a worker's prefix cache finds them.
+"""
 
 from __future__ import annotations
 

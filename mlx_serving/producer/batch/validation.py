@@ -1,4 +1,8 @@
-"""The first pass over a bulk file: reads and checks every line, and writes the index."""
+"""The first pass over a bulk file: reads and checks every line, and writes the index.
+
+Memory does not grow with the file: records are sorted on disk, errors go to the error file, and
+only one bit is kept for each line.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,11 @@
-"""Takes jobs from the queues of the models that are in memory, the next while these are read."""
+"""Takes jobs from the queues of the models that are in memory, the next while these are read.
+
+Redis takes time for a claim, and may be busy with a commit; reading the jobs takes as long. So the
+next claim is sent while the jobs of the last one are read, and its reply is read when it is wanted.
+No thread waits for it: a thread would have to wait for the interpreter before it could send.
+More jobs are likely only if a claim brought all that it asked for, so an idle worker never claims
+ahead.
+"""
 
 from __future__ import annotations
 

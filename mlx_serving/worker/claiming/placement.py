@@ -1,4 +1,8 @@
-"""Which of its models a worker claims for, and which one it brings up, beside the other workers."""
+"""Which of its models a worker claims for, and which one it brings up, beside the other workers.
+
+It belongs to the main thread. A worker with a single model never asks: without that model it would
+not run.
+"""
 
 from __future__ import annotations
 

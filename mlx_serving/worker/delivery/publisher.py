@@ -1,4 +1,10 @@
-"""Writes what the engine decodes to Redis, beside the engine thread, and keeps the leases."""
+"""Writes what the engine decodes to Redis, beside the engine thread, and keeps the leases.
+
+The engine thread hands outputs over and goes on (`push` never waits for Redis). One flush is
+under way at a time: all rows in one script call, which is sent again unchanged until Redis answers.
+Outputs that arrive meanwhile go into the next flush as one event for each job; `backlog` tells the
+engine thread when to pause.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Reaper, reconciler and audit: what dead workers held comes back, and what fell between."""
+"""Reaper, reconciler and audit: what dead workers held comes back, and what fell between.
+
+Any worker may sweep. The scripts check everything again, so several sweepers at once do no harm.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,12 @@
-"""Tells errors of single rows from errors of work that was launched before. Pure."""
+"""Tells errors of single rows from errors of work that was launched before. Pure.
+
+The device works on one step while the host does the next things: prompts are gathered, rows join.
+Some of these wait for the device. On Metal such a wait raises the error of the step under way, and
+MLX then forgets the error (`mlx/error.h`: "throw and clear"). Nobody else hears of it, and the
+step's arrays read as if they were good. So the error of a wait belongs to the step, not to the
+caller that waited. A command buffer's error may also appear when something else is launched; its
+text tells.
+"""
 
 from __future__ import annotations
 

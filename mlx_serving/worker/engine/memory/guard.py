@@ -1,4 +1,10 @@
-"""The memory guard: how large KV caches may be, and what to do when memory is short. Pure."""
+"""The memory guard: how large KV caches may be, and what to do when memory is short. Pure.
+
+It is told what the device and the engines hold, and answers; it is asked twice a second. When
+memory is short, it goes one step further at each look: it gives back freed buffers, then drops
+prefixes that no row uses, then admits no request until there is memory again. Rows that decode go
+on.
+"""
 
 from __future__ import annotations
 

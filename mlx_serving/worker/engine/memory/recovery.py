@@ -1,4 +1,15 @@
-"""Recovery of rows after the device ran out of memory. Pure."""
+"""Recovery of rows after the device ran out of memory. Pure.
+
+The rows are taken out of the batch and admitted again, as a resumed job's rows are: prompt and
+decoded tokens are prefilled, and the same random numbers give the same tokens. After each error
+only half as much is let in (`MemoryRoom.strike`), so the batch shrinks to what the device holds. A
+row that alone runs out of memory twice at the same token is ended.
+
+Texts that mean it. Metal: "[metal::malloc] Resource limit (499000) exceeded.", "… greater than the
+maximum allowed buffer size …", "Insufficient Memory
+(00000008:kIOGPUCommandBufferCallbackErrorOutOfMemory)". CUDA: "cudaMallocAsync(…) failed: out of
+memory", "[malloc] Unable to allocate … bytes".
+"""
 
 from __future__ import annotations
 

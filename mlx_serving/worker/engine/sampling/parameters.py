@@ -1,4 +1,8 @@
-"""The sampler's parameters, as arrays on the device (no value is compiled in), and its draws."""
+"""The sampler's parameters, as arrays on the device (no value is compiled in), and its draws.
+
+There are few arrays, because each array made on the host costs the device a transfer. The columns
+are those of `native/kernels/sampler/sampler.h`, which reads the same arrays.
+"""
 
 from __future__ import annotations
 

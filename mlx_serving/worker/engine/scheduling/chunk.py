@@ -1,4 +1,14 @@
-"""One forward pass of prefill: which tokens it computes, and how many are quick enough. Pure."""
+"""One forward pass of prefill: which tokens it computes, and how many are quick enough. Pure.
+
+Nobody knows a device's speed before it has computed something, so the first chunk is small. The
+size doubles while a chunk of twice the size can be expected to leave its step within a second, and
+halves after a step that took longer. A token costs more the deeper it stands in its prompt, so the
+size may halve in the middle of a prompt.
+
+A step with decoding rows only launches its chunk. Whatever runs until the next step's end may have
+waited for that chunk: the step, another engine's step on the same device, a slice of a load. So all
+this time counts. How much of it there is without a chunk is known from the steps that had none.
+"""
 
 from __future__ import annotations
 

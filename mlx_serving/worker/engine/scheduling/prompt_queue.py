@@ -1,4 +1,20 @@
-"""Which prompts are prefilled next. Pure."""
+"""Which prompts are prefilled next. Pure.
+
+One engine step does at most one prefill chunk and one decode step. A chunk computes at most as many
+tokens as `ChunkSize` says now, padding included: the next part of one long prompt, or several whole
+prompts from the head of a lane's queue. So decoding rows wait for one chunk at most, and a prompt
+of a higher lane waits for one chunk of a lower lane, whose prompt is set aside and goes on later.
+Within a lane, prompts are served first in, first out; each lane has its share of the chunks
+(`LaneTurns`), so that none starves.
+
+The prefix cache is asked for a prompt when its turn comes, so that prompts which arrive together
+compute the tokens that they share once. If the cache allows it, short prompts need no pass of their
+own: the decode step computes them.
+
+When many rows decode, a prompt of a lower lane waits a few steps for others, because a chunk of one
+short prompt costs the decoding rows much the same as a chunk of several. For the same reason short
+prompts of lower lanes ride along in a chunk of a higher lane.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,14 @@
-"""One decode step on paged layers: its plan, and the compiled function."""
+"""One decode step on paged layers: its plan, and the compiled function.
+
+The step is bound by the host: Python builds some twenty operations for each layer, then MLX
+launches them. `mx.compile` keeps what was built. It starts afresh for every new shape, so a batch
+is padded to one of a few sizes, tables grow by doubling, and a pool is handed in as a view of its
+first block, which stands for the whole buffer: the kernels take its address.
+
+A prompt's tokens may be computed in the step of the decoding rows (piggybacked prefill: Agrawal et
+al., Sarathi, 2023). Each such token is a row of the step, with its prompt's blocks and its own
+position. It attends to the tokens before it, and no kernel knows of prompts.
+"""
 
 from __future__ import annotations
 
