@@ -1,7 +1,6 @@
 """The engine over tiny random models in memory: right tokens, whoever shares the batch."""
 
 import pytest
-from msgspec.structs import replace
 
 from benchmarks.lib.synthetic import build_model, build_tokenizer
 from mlx_serving.worker.engine.interface import Request, RequestChoice, SamplingParams
@@ -95,7 +94,8 @@ def test_resumed_text_joins_without_a_seam(alone: Collected) -> None:
         for output in engine.step():
             tokens += output.token_ids
             text += output.text
-    resumed = replace(MEASURED, choices=(RequestChoice(0, tuple(tokens)),))
+    choices = (RequestChoice(0, tuple(tokens)),)
+    resumed = Request("m", MEASURED.prompt, MEASURED.sampling, 32, choices=choices)
     rest = drive(tiny_engine(eos=()), [resumed])["m"]
     assert text + rest.text == alone.text
 

@@ -12,7 +12,13 @@ from transformers import PreTrainedTokenizerFast
 
 from mlx_serving.worker.engine.acceleration import make_detokenizer
 from mlx_serving.worker.engine.engine import Engine
-from mlx_serving.worker.engine.interface import ModelInfo, Parts, Request, SamplingParams
+from mlx_serving.worker.engine.interface import (
+    ModelInfo,
+    Parts,
+    Request,
+    RequestChoice,
+    SamplingParams,
+)
 from mlx_serving.worker.engine.row import SampledToken
 from mlx_serving.worker.engine.scheduling.limits import BatchSize, SchedulerLimits
 from mlx_serving.worker.engine.scheduling.scheduler import Scheduler
@@ -99,8 +105,8 @@ def play(
     form = RequestFormat(ModelFormat.of(tokenizer), "normal", (TOOL,) if tools else ())
     made = engine(tokenizer, tokens)
     made.add(
-        Request("job:1", (1,), SamplingParams(), max_tokens, stop, tuple(tokens[:committed]),
-                format=form if parsed else None)
+        Request("job:1", (1,), SamplingParams(), max_tokens, stop,
+                (RequestChoice(0, tuple(tokens[:committed])),), format=form if parsed else None)
     )  # fmt: skip
     parts, reason = Parts(), None
     while made.has_work:
