@@ -6,7 +6,7 @@ PYTEST_ARGS ?=
 BENCH_ARGS ?=
 CHAOS_ARGS ?=
 BIN := $(VENV)/bin
-# In the order of collection: what is long comes first, and the processes end together.
+# In the order of tests/conftest.py: what is long comes first, what waits beside what computes.
 SIDE_BY_SIDE := -n auto --dist loadfile --no-loadscope-reorder
 RUN := PATH="$(abspath $(BIN)):$$PATH" scripts/with_openblas.sh
 
@@ -25,7 +25,7 @@ native: ## build the native module again, with the compiler's output; fails wher
 demo: install ## eight jobs side by side out of one batch, through a real Redis
 	@$(RUN) mlx-serving demo
 
-test: install ## the whole test suite, in a process a core
+test: install ## the whole test suite, in two processes a core
 	@$(RUN) python -m pytest $(SIDE_BY_SIDE) $(PYTEST_ARGS)
 
 chaos: install ## kills, stops, Redis restarts, lost replies: nothing lost, nothing twice

@@ -30,9 +30,20 @@ FOLDER_MARKS = {
     "real": "real",
 }
 LEFT_OUT = ("chaos", "real")  # unless asked for by -m: `make chaos`, `make real`
+# Of all processes that a run starts: pytest's own beside each other, workers, commands. Threads of
+# OpenBLAS wait for each other by spinning, which with more processes than cores takes the time that
+# they wait for; MLX's buffers come and go with each step, and go back to the system meanwhile.
+ENVIRONMENT = {
+    "OPENBLAS_NUM_THREADS": "1",
+    "MALLOC_TRIM_THRESHOLD_": "1000000000",
+    "MALLOC_MMAP_THRESHOLD_": "1000000000",
+}
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # each start would compile hundreds of modules
     config.addinivalue_line("markers", "may_leak(reason): leaves keys without a TTL in Redis")
 
 
@@ -48,13 +59,33 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             left_out = [item for item in items if item.get_closest_marker(mark)]
             config.hook.pytest_deselected(items=left_out)
             items[:] = [item for item in items if not item.get_closest_marker(mark)]
+    if hasattr(config, "workerinput"):
+        items[:] = _in_mixed_company(items)
+
+
+def _in_mixed_company(items: list[pytest.Item]) -> list[pytest.Item]:
+    """Spread the files of `integration/`, which mostly wait, among the others, which compute.
+
+    pytest's processes take whole files in this order, so that one waits while another computes.
+    """
+    files: dict[Path, list[pytest.Item]] = {}
+    for item in items:
+        files.setdefault(item.path, []).append(item)
+    waiting = [file for file in files if file.is_relative_to(TESTS / "integration")]
+    computing = [file for file in files if file not in waiting]
+    places = {
+        file: (place + 0.5) / len(kind)
+        for kind in (waiting, computing)
+        for place, file in enumerate(kind)
+    }
+    return [item for file in sorted(files, key=places.__getitem__) for item in files[file]]
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
-    """One process a core; two where there is but one, since many tests wait; four at most."""
+    """Two processes a core, since tests wait for half of their time; four at most."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return min(max(cores or 2, 2), 4)
+    return min(2 * (cores or 1), 4)
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)  # the wait for a turn is no part of a test's time

@@ -33,10 +33,10 @@ from msgspec.structs import replace
 
 from benchmarks.lib.synthetic import SHAPES, build_bare_engine, build_model, build_served_model
 from mlx_serving.worker.engine.engine import Engine
+from mlx_serving.worker.engine.interface import Request, SamplingParams
 from mlx_serving.worker.engine.kv.padded import LanguageModel
 from mlx_serving.worker.engine.kv.paged.cache import PagedCache
 from mlx_serving.worker.engine.model_runner import ModelRunner
-from mlx_serving.worker.engine.row import Request, SamplingParams
 
 PROMPT_TOKENS = 32
 SWAPS_A_ROUND = 2  # of settings, at most: where the KV cache grew beside one, it is taken again

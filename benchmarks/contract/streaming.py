@@ -112,7 +112,7 @@ class Run:
 
 
 def _bare_loop(connection: Connection, settings: Settings, spec: EngineSpec) -> None:
-    from mlx_serving.worker.engine.row import Request, SamplingParams
+    from mlx_serving.worker.engine.interface import Request, SamplingParams
     from mlx_serving.worker.models.loading import finish, load
 
     loaded = finish(load(spec, settings, spec.model_path, settings.kv_budget_bytes))

@@ -12,10 +12,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from mlx_serving.worker.engine.engine import Engine
 from mlx_serving.worker.engine.fused_layers import fuse
+from mlx_serving.worker.engine.interface import ModelInfo
 from mlx_serving.worker.engine.kv.padded import LanguageModel
 from mlx_serving.worker.engine.loader import EngineOptions, build_engine
 from mlx_serving.worker.engine.model_runner import ModelRunner
-from mlx_serving.worker.engine.row import ModelInfo
 
 TINY: Final[dict[str, Any]] = {
     "hidden_size": 64,

@@ -27,9 +27,9 @@ from mlx_lm.sample_utils import make_sampler
 
 from benchmarks.lib.harness import Figure, Goal, progress, report
 from benchmarks.lib.synthetic import SHAPES, build_bare_engine, build_model, build_served_model
+from mlx_serving.worker.engine.interface import Request, SamplingParams
 from mlx_serving.worker.engine.kv.padded import LanguageModel
 from mlx_serving.worker.engine.model_runner import ModelRunner
-from mlx_serving.worker.engine.row import Request, SamplingParams
 
 GOAL: Final = Goal("≥", 1.3)
 WARM_STEPS: Final = 80  # longer than any job: one prefill chunk and 64 tokens

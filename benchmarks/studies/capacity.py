@@ -1,4 +1,6 @@
-"""How many Macs one Redis carries, from what `benchmarks.contract.scale` measured: docs/scale.md.
+"""How many Macs one Redis carries, from what `benchmarks.contract.scale` measured.
+
+The page is docs/explanation/scale.md.
 
     python -m benchmarks.studies.capacity scale.json
 

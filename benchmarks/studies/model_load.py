@@ -45,7 +45,7 @@ def timed(what: Callable[[], Any]) -> float:
 
 def figures(path: Path, streams: int) -> list[Figure]:
     """Decode, load twice, and compare."""
-    from mlx_serving.worker.engine.row import Request, SamplingParams
+    from mlx_serving.worker.engine.interface import Request, SamplingParams
     from mlx_serving.worker.models.loading import EngineSpec, finish, load
 
     settings = bench_settings("redis://unused", max_batch_rows=streams, kv_budget_bytes=2 << 30)

@@ -20,15 +20,15 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 
 from benchmarks.lib.synthetic import SHAPES, build_bare_engine, build_model
-from mlx_serving.worker.engine.acceleration import load_native
 from mlx_serving.worker.engine.engine import Engine
+from mlx_serving.worker.engine.interface import Request, SamplingParams
 from mlx_serving.worker.engine.kv.choice import choose_cache
 from mlx_serving.worker.engine.kv.paged.cache import BLOCK_TOKENS, PROMPT_TOKENS
 from mlx_serving.worker.engine.kv.prefix import index as twin
 from mlx_serving.worker.engine.kv.prefix.choice import choose_prefix_index
 from mlx_serving.worker.engine.loader import warm_up
 from mlx_serving.worker.engine.model_runner import ModelRunner
-from mlx_serving.worker.engine.row import Request, SamplingParams
+from mlx_serving.worker.engine.native import load_native
 from mlx_serving.worker.engine.scheduling.chunk import PrefillChunk
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class CountingRunner(ModelRunner):
 
     def prefill(self, chunk: PrefillChunk) -> None:
         """Count, then compute."""
-        starts = [row.found + chunk.start for row in chunk.leaders]
+        starts = [row.prefill.cached_tokens + chunk.start for row in chunk.leaders]
         for row, start in zip(chunk.leaders, starts, strict=True):
             self.tokens += max(0, min(start + chunk.length, row.context_length) - start)
         self.padded += len(chunk.groups) * -(-chunk.length // PROMPT_TOKENS) * PROMPT_TOKENS

@@ -23,7 +23,7 @@ from mlx_serving.producer.client import Client
 from mlx_serving.worker.delivery.held import HeldJob
 from mlx_serving.worker.delivery.measured_protocol import MeasuredProtocol
 from mlx_serving.worker.delivery.publisher import EngineLink, Publisher, PublisherOptions
-from mlx_serving.worker.engine.row import ModelInfo, Output
+from mlx_serving.worker.engine.interface import ModelInfo, Output
 from mlx_serving.worker.status.counters import Counters
 
 T = TypeVar("T")

@@ -30,9 +30,9 @@ from mlx_lm.generate import BatchGenerator
 
 from benchmarks.lib.harness import Figure, Goal, progress, report
 from benchmarks.lib.synthetic import SHAPES, build_bare_engine, build_model, build_served_model
+from mlx_serving.worker.engine.interface import Request, SamplingParams
 from mlx_serving.worker.engine.kv.padded import LanguageModel
 from mlx_serving.worker.engine.model_runner import ModelRunner
-from mlx_serving.worker.engine.row import Request, SamplingParams
 
 SHORT: Final = (32, 224)  # prompt tokens of a short row, at least and at most
 STEP_GOAL: Final = Goal("≤", 1.3)

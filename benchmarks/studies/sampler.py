@@ -18,14 +18,11 @@ from msgspec.structs import replace
 
 from benchmarks.contract.engine import device_name, distinct_settings
 from mlx_serving.worker.engine.acceleration import choose_sampler
-from mlx_serving.worker.engine.row import SamplingParams
-from mlx_serving.worker.engine.sampling import (
-    BatchSampler,
-    MakeDraw,
-    ReferenceDraw,
-    RowSampling,
-    token_words,
-)
+from mlx_serving.worker.engine.interface import SamplingParams
+from mlx_serving.worker.engine.sampling.noise import token_words
+from mlx_serving.worker.engine.sampling.parameters import RowSampling
+from mlx_serving.worker.engine.sampling.reference import ReferenceDraw
+from mlx_serving.worker.engine.sampling.sampler import BatchSampler, MakeDraw
 
 HISTORY_TOKENS = 1024
 TOP_LOGPROBS = 5

@@ -25,7 +25,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from benchmarks.contract.engine import Case, device_name, measure, start_engine, time_calls
 from benchmarks.lib.synthetic import SHAPES, build_served_model
 from mlx_serving.worker.engine.engine import Engine
-from mlx_serving.worker.engine.row import SamplingParams
+from mlx_serving.worker.engine.interface import SamplingParams
 from mlx_serving.worker.engine.structured.grammar_compiler import GrammarCompiler, tokenizer_source
 
 if TYPE_CHECKING:

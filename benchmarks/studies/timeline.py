@@ -90,8 +90,8 @@ def in_process(load: Load, steps: int) -> list[Figure]:
 def _laps(load: Load, folder: str, steps: int) -> list[dict[str, float]]:
     import mlx.core as mx
 
+    from mlx_serving.worker.engine.interface import Request, SamplingParams
     from mlx_serving.worker.engine.loader import EngineOptions, load_engine
-    from mlx_serving.worker.engine.row import Request, SamplingParams
 
     engine = load_engine(folder, EngineOptions(max_batch_rows=load.streams))
     for row in range(load.streams):

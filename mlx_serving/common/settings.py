@@ -261,7 +261,7 @@ class Settings(BaseSettings):
         description="use the native pieces and kernels where they pass their self-check",
     )
 
-    # Planned replacement of the engine child, see docs/memory.md; 0: never for that
+    # Planned replacement of the engine child, see docs/explanation/memory.md; 0: never for that
     recycle_after_tokens: int = Field(default=20_000_000, ge=0, description="decoded by one child")
     recycle_after_steps: int = Field(default=400_000, ge=0, description="of the engine")
     recycle_after_hours: float = Field(

@@ -1,7 +1,7 @@
 """The states of a job, and every transition between them that is allowed.
 
 `TRANSITIONS` is the one table: the Lua scripts' moves, RQ's view and
-`docs/state_machine.md` are tested against it.
+`docs/reference/state_machine.md` are tested against it.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ class WorkerRecord:
 
     The hash is at `Keys.worker(name)` and expires some time after the last beat. Its fields have
     the names below, all but `name`; none of them is a secret. A field that is missing reads as its
-    default. `affinity.lua` reads `state`, `resident` and `batch_rows`.
+    default. The claim script reads `state`, `resident` and `batch_rows`.
     """
 
     name: str  # of the worker; it is in the key, and no field

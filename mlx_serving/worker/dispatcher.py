@@ -1,6 +1,6 @@
 """The worker's main loop: claims what the batch can hold, keeps the fleet tidy, drains.
 
-Three threads: this one (claims, sweeps, commands), the engine (`Runner`), and the `Publisher`.
+Three threads: this one (claims, sweeps, commands), the engine (`EngineThread`), the `Publisher`.
 Messages to this one come through a queue: wake-ups and commands from pub/sub, signals, and
 "there is room" from the engine.
 """
@@ -38,8 +38,9 @@ if TYPE_CHECKING:
     from mlx_serving.worker.delivery.publisher import Publisher
     from mlx_serving.worker.delivery.sweeper import Sweeper
     from mlx_serving.worker.engine.engine_set import EngineSet
+    from mlx_serving.worker.engine.interface import Request
     from mlx_serving.worker.engine.scheduling.limits import BatchSize
-    from mlx_serving.worker.engine_thread import Choices, Runner
+    from mlx_serving.worker.engine_thread import EngineThread
     from mlx_serving.worker.messages import Messages
     from mlx_serving.worker.models.loading import LoadedModel
 
@@ -76,7 +77,7 @@ class Dispatcher:
         self,
         options: DispatcherOptions,
         protocol: Protocol,
-        runner: Runner,
+        runner: EngineThread,
         publisher: Publisher,
         sweeper: Sweeper,
         placement: Placement,
@@ -206,7 +207,7 @@ class Dispatcher:
         short = self._publisher.failing or self._options.memory_short()
         if self.draining or short or self._options.conditions.reasons:
             return None
-        in_line = [choices[0].lane for choices in self._runner.in_line() for _ in choices]
+        in_line = [request.lane for request in self._runner.in_line() for _ in request.choices]
         lanes = [job.lane for job in in_hand]
         if self._claim_limit == CLAIM_MOST and self._runner.unadmitted() is None:
             # On their way: the engine has not looked yet, and had room for all the last time.
@@ -238,7 +239,7 @@ class Dispatcher:
             self._returning.release({job: job.returned() for job in reversed(held)})
             return
         self._claim_ahead(held, more=more)
-        ready: list[tuple[HeldJob, Choices]] = []
+        ready: list[tuple[HeldJob, Request]] = []
         for job in held:
             model = self._placement.loaded_models.get(model_of(job.claimed.queue))
             if model is None:
@@ -246,7 +247,7 @@ class Dispatcher:
                 continue
             try:
                 with self._publisher.inflight.entering(job.request_id):
-                    choices = self._prepare(job, model)
+                    request = self._prepare(job, model)
             except (JobRefusedError, MlxServingError) as error:
                 log.warning("job_refused", **job.names(), code=error.code)
                 self._publisher.fail(job, error.code, error.message)
@@ -260,7 +261,7 @@ class Dispatcher:
                 self._counters.resumed(job.kept_tokens)
                 self._log.started(job)
                 if not (job.claimed.seq and self._publisher.conclude(job)):
-                    ready.append((job, choices))
+                    ready.append((job, request))
         self._claim_ahead(held, more=more)  # rows may have ended meanwhile
         self._place(ready)
 
@@ -268,28 +269,28 @@ class Dispatcher:
         if more and self._claim_limit == CLAIM_MOST:
             self._claims.ahead(lambda: self._room(in_hand))
 
-    def _prepare(self, held: HeldJob, model: LoadedModel) -> Choices:
+    def _prepare(self, held: HeldJob, model: LoadedModel) -> Request:
         claimed, payloads = held.claimed, []
         if claimed.seq:
             payloads = self._protocol.read_events(claimed.job_id, count=claimed.seq + 1)
-        return self._preparation.requests(held, payloads, model)
+        return self._preparation.request(held, payloads, model)
 
-    def _place(self, ready: Sequence[tuple[HeldJob, Choices]]) -> None:
+    def _place(self, ready: Sequence[tuple[HeldJob, Request]]) -> None:
         """Hand what can ever fit to the engine; leave the rest for a bigger worker, or fail it."""
-        too_big = [(job, choices) for job, choices in ready if not self._engine.fits(*choices)]
+        too_big = [(job, request) for job, request in ready if not self._engine.fits(request)]
         fitting = [pair for pair in ready if pair not in too_big]
-        self._runner.submit([choices for _, choices in fitting])
+        self._runner.submit([request for _, request in fitting])
         self._publisher.placed(job for job, _ in fitting)
         if not too_big:
             return
         held = set(self._publisher.held())
-        for job, choices in too_big:
+        for job, request in too_big:
             if job in held:
-                self._leave(job, choices)
+                self._leave(job, request)
 
-    def _leave(self, job: HeldJob, choices: Choices) -> None:
+    def _leave(self, job: HeldJob, request: Request) -> None:
         """Give a job that is too big for this worker to another one, or fail it."""
-        rows, kv_tokens = len(choices), _kv_tokens(choices)
+        rows, kv_tokens = len(request.choices), _kv_tokens(request)
         if self._someone_holds(model_of(job.claimed.queue), kv_tokens, rows):
             self._returning.release({job: job.returned(kv_tokens, rows if rows > 1 else 0)})
             return
@@ -320,23 +321,23 @@ class Dispatcher:
             self._claimed = False
             return
         self._claim_limit, self._claimed = 1, False
-        now, first = time.monotonic(), waiting[0][0].id
+        now, first = time.monotonic(), waiting[0].id
         if self._unadmitted is None or self._unadmitted[0] != first:
             self._unadmitted = first, now
         overdue = now - self._unadmitted[1] >= UNADMITTED_SECONDS
         self._hand_back(waiting if overdue else waiting[1:])
 
-    def _hand_back(self, waiting: Sequence[Choices]) -> None:
+    def _hand_back(self, waiting: Sequence[Request]) -> None:
         """Release jobs that there is no room for; nothing more of theirs is claimed before."""
-        caught = self._runner.withdraw({choices[0].id for choices in waiting})
+        caught = self._runner.withdraw({request.id for request in waiting})
         held = {job.request_id: job for job in self._publisher.held()}
         jobs = {}
         # Last first: each goes to the front of its queue, so their order stays.
-        for choices in reversed(waiting):
-            job = held.get(choices[0].id)
-            if job is not None and choices[0].id in caught:
-                self._runner.shortage.note(choices)
-                jobs[job] = job.returned(_kv_tokens(choices))
+        for request in reversed(waiting):
+            job = held.get(request.id)
+            if job is not None and request.id in caught:
+                self._runner.shortage.note(request)
+                jobs[job] = job.returned(_kv_tokens(request))
         self._returning.release(jobs)
 
     def _hand_over(self) -> None:
@@ -385,6 +386,6 @@ class Dispatcher:
         return self._status
 
 
-def _kv_tokens(choices: Choices) -> int:
+def _kv_tokens(request: Request) -> int:
     """KV tokens that a job's rows need, each as long as the longest may become."""
-    return len(choices) * max(request.kv_tokens for request in choices)
+    return len(request.choices) * max(request.kv_tokens)

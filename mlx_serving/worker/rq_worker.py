@@ -63,20 +63,37 @@ class BatchWorker(BaseWorker):
         self.ip_address = "unknown"
 
     def enter(self) -> None:
-        """Register as a live worker, and remove the names of workers that were killed."""
+        """Register as a live worker, and remove the names of workers that were killed.
+
+        A hash under this name is an earlier run's: RQ would refuse to register beside it.
+        """
         super()._set_ip_address(self.connection)
+        self.connection.delete(self.key)
         for queue in self.queues:
             worker_registration.clean_worker_registry(queue)
         self.register_birth()  # type: ignore[no-untyped-call]
         self.set_state(WorkerStatus.STARTED)
 
     def beat(self, *, held: int, suspended: bool) -> None:
-        """Renew the heartbeat and the state; register again if Redis forgot the worker."""
-        if not self.connection.exists(self.key):
+        """Renew the heartbeat and the state; register first if the worker is not on every list.
+
+        A worker that comes back under its name finds the hash of its earlier run for a minute, so
+        the hash alone does not say that it is registered.
+        """
+        if not self._is_registered():
             self.enter()
         busy = WorkerStatus.BUSY if held else WorkerStatus.IDLE
         self.heartbeat(WORKER_TTL_SECONDS)
         self.set_state(WorkerStatus.SUSPENDED if suspended and not held else busy)
+
+    def _is_registered(self) -> bool:
+        lists = [worker_registration.REDIS_WORKER_KEYS]
+        lists += [worker_registration.WORKERS_BY_QUEUE_KEY % name for name in self.queue_names()]
+        with self.connection.pipeline(transaction=False) as pipe:
+            pipe.exists(self.key)
+            for each in lists:
+                pipe.sismember(each, self.key)
+            return all(pipe.execute())
 
     def peer_names(self) -> set[str]:
         """Names of the other workers registered on our queues; some may be dead."""

@@ -9,10 +9,8 @@ from __future__ import annotations
 import pytest
 
 from mlx_serving.worker.engine.fused_layers import fuse
-from mlx_serving.worker.engine.kv.choice import paged_choice
 from mlx_serving.worker.engine.kv.padded import UnsupportedModelError
-from mlx_serving.worker.engine.kv.paged.reference import ReferenceOps
-from tests.support.engine_support import drive, tiny_engine
+from tests.support.engine_support import checked_choice, drive, tiny_engine
 from tests.support.families_on_device import CHUNK, near_ties, requests
 from tests.support.figures import show
 from tests.support.model_families import FAMILIES, FORGETFUL, REFUSED, VOCABULARY, build, by_mlx_lm
@@ -28,7 +26,7 @@ def test_greedy_tokens_are_mlx_lms_own(family: str) -> None:
     parted = [f"alone: {row}" for row in near_ties(alone, expected)]
     parted += [f"in a batch: {row}" for row in near_ties(together, expected)]
     fuse(model)
-    paged = bool(paged_choice(model, ReferenceOps()).block_tokens)
+    paged = bool(checked_choice(model).block_tokens)
     as_on_gpu = tiny_engine(model, rows=4, chunk=CHUNK, eos=(), paged=paged)
     kind = "paged" if paged else "mlx-lm's caches"
     parted += [

@@ -9,6 +9,7 @@ import mlx_lm
 import pytest
 
 from benchmarks.lib.synthetic import save_model
+from mlx_serving.worker.engine.interface import Request, SamplingParams
 from mlx_serving.worker.engine.loader import EngineOptions, load_engine
 from mlx_serving.worker.engine.model_files import (
     ModelFilesError,
@@ -16,7 +17,6 @@ from mlx_serving.worker.engine.model_files import (
     model_revision,
     tokenizer_hash,
 )
-from mlx_serving.worker.engine.row import Request, SamplingParams
 from tests.support.engine_support import drive
 
 

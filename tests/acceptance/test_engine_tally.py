@@ -12,8 +12,8 @@ from mlx_serving.common.job.schema import GenerationJob
 from mlx_serving.tally.examples import Example, check
 from mlx_serving.tally.tasks import MODEL_PATH, TASKS
 from mlx_serving.worker.engine.engine import Engine
+from mlx_serving.worker.engine.interface import Request, RequestChoice, SamplingParams
 from mlx_serving.worker.engine.loader import EngineOptions, load_engine
-from mlx_serving.worker.engine.row import Request, SamplingParams
 from mlx_serving.worker.engine.text.prompts import PromptEncoder
 from tests.support.engine_support import Collected, drive
 
@@ -85,7 +85,8 @@ def dice(encoder: PromptEncoder, count: int, seed: int, committed: tuple[int, ..
     messages = [{"role": "user", "content": f"dice {count}"}]
     job = GenerationJob.build(model="tally", messages=messages)
     prompt = encoder.encode(job)
-    return Request(f"dice{seed}", prompt, SamplingParams(1.0, seed=seed), 512, committed=committed)
+    choices = (RequestChoice(0, committed),)
+    return Request(f"dice{seed}", prompt, SamplingParams(1.0, seed=seed), 512, choices=choices)
 
 
 def test_dice_are_the_same_alone_and_in_a_batch_of_32_and_across_a_resume(

@@ -13,8 +13,8 @@ import pytest
 from mlx_serving import Client
 from mlx_serving.common.settings import TALLY_PATH, load_settings
 from mlx_serving.worker.engine.engine_set import EngineSet
+from mlx_serving.worker.engine.interface import Request, SamplingParams
 from mlx_serving.worker.engine.model_files import weight_bytes
-from mlx_serving.worker.engine.row import Request, SamplingParams
 from mlx_serving.worker.models.loaded_models import LoadedModels
 from mlx_serving.worker.models.loading import EngineSpec, finish, load, plan_memory
 from mlx_serving.worker.models.model_budget import ModelBudget

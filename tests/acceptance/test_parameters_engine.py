@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from mlx_serving.worker.claiming.intake import build_requests, plan_output
+from mlx_serving.worker.claiming.intake import build_request, plan_output
 from mlx_serving.worker.delivery.choice import Committed
 from mlx_serving.worker.engine.text.prompts import PromptEncoder
 from tests.support.output_support import Row, decode_one, job, planner, tally
@@ -18,9 +18,8 @@ def run(*messages: dict[str, str], **fields: Any) -> Row:
     made = job(**({"messages": list(messages)} if messages else {}), **fields)
     encode = PromptEncoder(tally().tokenizer).encode
     vocabulary = tally().model_info.vocab_size
-    requests = build_requests(claim_of(), made, Committed(), encode, vocabulary)
-    (request,) = plan_output(planner().plan, made, requests)
-    return decode_one(request)
+    request = build_request(claim_of(), made, Committed(), encode, vocabulary)
+    return decode_one(plan_output(planner().plan, made, request))
 
 
 def test_messages_pass_the_chat_template_and_a_prompt_does_not() -> None:

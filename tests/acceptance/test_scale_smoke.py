@@ -40,6 +40,9 @@ def test_a_small_fleet(tmp_path: Path) -> None:
     assert streamed["events"] == pytest.approx(streamed["tokens"], rel=0.2)
     assert bulk["bytes_out"] < streamed["bytes_out"]  # nothing is published
     assert "P8 2 workers over linear" in done.stdout
+    capacity = [sys.executable, "-m", "benchmarks.studies.capacity", str(output)]
+    told = subprocess.run(capacity, cwd=ROOT, check=True, capture_output=True, text=True)
+    assert "| a Mac | streams live | bulk |" in told.stdout
 
 
 def test_redis_benchmark_runs_the_real_scripts() -> None:

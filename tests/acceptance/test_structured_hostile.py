@@ -14,7 +14,6 @@ from mlx_serving.worker.engine.structured.grammar_trial import COMPILE_SECONDS
 from tests.support.output_support import decode_one, job, planner, request, tally
 from tests.support.schemas_for_tests import schema
 
-pytestmark = pytest.mark.quiet  # the batch's gaps are a clock's seconds
 SECONDS = 1.0
 
 
@@ -129,6 +128,7 @@ def test_a_hostile_form_is_refused_in_time_by_the_path_of_its_field(name: str) -
     assert 0 < len(error.errors[0].reason) < 400
 
 
+@pytest.mark.quiet  # the batch's gaps are a clock's seconds
 def test_the_batch_goes_on_while_hostile_forms_are_tried() -> None:
     warm()
     engine = tally()

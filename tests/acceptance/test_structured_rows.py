@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from msgspec.structs import replace
 
-from mlx_serving.worker.engine.row import Request, SamplingParams
+from mlx_serving.worker.engine.interface import Request, SamplingParams
 from mlx_serving.worker.engine.structured.masks import (
     BatchMasks,
     Matcher,
@@ -162,7 +162,7 @@ def test_a_row_resumes_at_every_point_of_its_grammar() -> None:
     rows = decode(named)
     for index, cut in enumerate(named):
         row = rows[f"cut{index}"]
-        assert [*cut.committed, *row.token_ids] == straight.token_ids
+        assert [*cut.choices[0].committed, *row.token_ids] == straight.token_ids
         assert row.finish_reason == "stop"
 
 

@@ -13,7 +13,7 @@ from msgspec.structs import replace
 from mlx_serving.common.errors import InvalidJob
 from mlx_serving.tally.tasks import TASKS
 from mlx_serving.tally.two_turns import tool_schema
-from mlx_serving.worker.engine.row import Parts
+from mlx_serving.worker.engine.interface import Parts
 from tests.support.output_support import Row, decode, decode_one, job, request, resumed
 
 WEATHER = [{"role": "user", "content": "weather in Paris"}]
@@ -59,7 +59,7 @@ def test_a_row_resumes_at_every_token_of_a_call_and_of_its_markers() -> None:
             for cut in range(1, within)]  # fmt: skip
     for cut in cuts:
         row = decode_one(cut)
-        assert [*cut.committed, *row.token_ids] == straight.token_ids
+        assert [*cut.choices[0].committed, *row.token_ids] == straight.token_ids
         assert parts(row) == parts(straight), "the call was not out yet, so it comes now"
         assert row.finish_reason == "tool_calls"
 

@@ -56,12 +56,12 @@ def script_texts(mutant: str) -> dict[str, str]:
 def _restart_from_zero() -> None:
     from mlx_serving.worker.claiming.intake import Preparation
 
-    source = textwrap.dedent(inspect.getsource(Preparation.requests))
+    source = textwrap.dedent(inspect.getsource(Preparation.request))
     changed = _replaced(source, {_RESUME: "committed = Committed()"})
     module = vars(inspect.getmodule(Preparation))
     made: dict[str, object] = {}
     exec("from __future__ import annotations\n" + changed, module, made)  # noqa: S102 -- our own source
-    Preparation.requests = made["requests"]  # type: ignore[method-assign, assignment]
+    Preparation.request = made["request"]  # type: ignore[method-assign, assignment]
 
 
 def _replaced(text: str, replacements: dict[str, str]) -> str:

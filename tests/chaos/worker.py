@@ -135,9 +135,9 @@ class Observer:
         push(publisher, outputs)
         self._traps.spring("decode", self._trace)
 
-    def _around_add(self, add: Callable[..., None], engine: Any, *choices: Any) -> None:
-        self._trace.write(("P", now(), *_attempt(choices[0].id)))
-        add(engine, *choices)
+    def _around_add(self, add: Callable[..., None], engine: Any, request: Any) -> None:
+        self._trace.write(("P", now(), *_attempt(request.id)))
+        add(engine, request)
 
     def _around_prefill(self, prefill: Callable[..., Any], engine: Any, chunk: Any) -> Any:
         result = prefill(engine, chunk)

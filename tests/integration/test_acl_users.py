@@ -329,7 +329,7 @@ class TestScripts:
     def test_without_script_load_a_producer_runs_what_an_admin_loaded_and_nothing_else(
         self, server: LocalRedis, admin: redis.Redis
     ) -> None:
-        """The tighter variant of docs/security.md: no script of its own, so no endless loop."""
+        """The tighter variant of docs/how-to/security.md: no script of its own, no endless loop."""
         rules = next(
             line.split()[2:] for line in USERS.read_text().splitlines() if "user producer" in line
         )

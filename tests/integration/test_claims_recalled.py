@@ -88,11 +88,11 @@ def test_a_job_that_the_engine_lost_is_given_back(
     lost: list[str] = []
     add = SimulatedEngine.add
 
-    def forgetful(engine: SimulatedEngine, *choices: Any) -> None:
-        add(engine, *choices)
+    def forgetful(engine: SimulatedEngine, request: Any) -> None:
+        add(engine, request)
         if not lost:
-            lost.append(choices[0].id)
-            engine.abort(choices[0].id)
+            lost.append(request.id)
+            engine.abort(request.id)
 
     monkeypatch.setattr(SimulatedEngine, "add", forgetful)
     with InProcessWorker(settled_redis.url, lease_seconds=30.0):

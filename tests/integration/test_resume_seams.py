@@ -233,8 +233,8 @@ def mutations() -> dict[str, Callable[[pytest.MonkeyPatch], None]]:
         patch.setattr(intake, "read_committed", lambda p, s: type(read(p, s))())
 
     def no_replay(patch: pytest.MonkeyPatch) -> None:
-        def skip(_: Engine, sequence: Any) -> None:
-            sequence.decoded = len(sequence.request.committed)
+        def skip(_: Engine, row: Any) -> None:
+            row.decoded = len(row.choice.committed)
 
         patch.setattr(Engine, "_replay", skip)
 

@@ -1,6 +1,6 @@
 """How RQ 3.0 and redis-py lose or double things by default: each shown to fail here.
 
-The test that holds ours beside each of them is named in the table of docs/delivery.md.
+The test that holds ours beside each of them is named in the table of docs/explanation/delivery.md.
 """
 
 from __future__ import annotations

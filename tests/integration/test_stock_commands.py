@@ -1,4 +1,4 @@
-"""What RQ's own commands do to a job in each state: the table in docs/stock_commands.md."""
+"""What RQ does to a job in each state: the table in docs/reference/stock_commands.md."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from mlx_serving import Client
     from mlx_serving.common.redis.local import LocalRedis
 
-DOCUMENT = ROOT / "docs" / "stock_commands.md"
+DOCUMENT = ROOT / "docs" / "reference" / "stock_commands.md"
 LONG = 5000
 JSON = "rq.serializers.JSONSerializer"
 

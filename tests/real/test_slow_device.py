@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
     from mlx_serving.common.results import GenerationResult
 
-LONG_TEXT = (ROOT / "docs" / "architecture.md").read_text()[:15_000]
+EXPLANATIONS = sorted((ROOT / "docs" / "explanation").glob("*.md"))
+LONG_TEXT = "".join(page.read_text() for page in EXPLANATIONS)[:15_000]
 SHORT = (
     "What is the capital of France?", "Write a haiku about the sea.", "Name three primes.",
     "Translate 'good morning' to German.", "What is 12*12?", "Why is the sky blue?",

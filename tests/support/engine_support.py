@@ -2,23 +2,27 @@
 
 import random
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, cast
+from unittest.mock import patch
 
 import mlx.core as mx
 from mlx_lm.generate import generate_step
 
 from benchmarks.lib.synthetic import TINY, build_model, build_tokenizer
+from mlx_serving.worker.engine import acceleration, loader
 from mlx_serving.worker.engine.engine import Engine
+from mlx_serving.worker.engine.interface import ModelInfo, Output, Request, SamplingParams
 from mlx_serving.worker.engine.kv.choice import CacheChoice, paged_choice
 from mlx_serving.worker.engine.kv.padded import LanguageModel
 from mlx_serving.worker.engine.kv.paged.reference import ReferenceOps
 from mlx_serving.worker.engine.kv.prefix.cache import PrefixCache
 from mlx_serving.worker.engine.loader import EngineOptions, build_engine
 from mlx_serving.worker.engine.model_runner import ModelRunner
-from mlx_serving.worker.engine.row import ModelInfo, Output, Request, SamplingParams
+from mlx_serving.worker.engine.text import marked_detokenizer
 from tests.support.model_families import CONVOLUTIONAL
 
 EOS = 256
@@ -118,27 +122,50 @@ def tiny_engine(
         prefill_chunk_tokens=chunk,
         first_chunk_tokens=chunk,
     )
-    choice = None
-    if paged:
-        model, choice = _checked() if model is None else _check(model)
-    elif model is None:
-        model = build_model()
+    if model is None:
+        model = _shared_model()
+    choice = checked_choice(model) if paged else None
+    assert choice is None or choice.block_tokens, choice.report
     runner = ModelRunner(model, choice)
-    engine = build_engine(runner, build_tokenizer(), info, options)
+    with _proven_once():
+        engine = build_engine(runner, _shared_tokenizer(), info, options)
     engine._clock = float  # 0.0: however slow this machine is now, chunks keep their size
     return engine
 
 
 @cache
-def _checked() -> tuple[LanguageModel, CacheChoice]:
-    """The model that most engines share; its check runs ten steps, so once is enough."""
-    return _check(build_model())
+def _shared_model() -> LanguageModel:
+    return build_model()
 
 
-def _check(model: LanguageModel) -> tuple[LanguageModel, CacheChoice]:
-    choice = paged_choice(model, ReferenceOps())
-    assert choice.block_tokens, choice.report
-    return model, choice
+@cache
+def _shared_tokenizer() -> Any:
+    return build_tokenizer()
+
+
+CHECKED: dict[int, tuple[LanguageModel, CacheChoice]] = {}  # by id; the model keeps its own
+
+
+def checked_choice(model: LanguageModel) -> CacheChoice:
+    """The paged cache of a model; its check runs ten steps, so once a model is enough."""
+    if id(model) not in CHECKED:
+        CHECKED[id(model)] = model, paged_choice(model, ReferenceOps())
+    return CHECKED[id(model)][1]
+
+
+_choose_sampler = cache(acceleration.choose_sampler)
+_choose_detokenizer = cache(acceleration.choose_detokenizer)
+
+
+@contextmanager
+def _proven_once() -> Iterator[None]:
+    """Have native pieces prove themselves once in this process, and not in each engine."""
+    with (
+        patch.object(loader, "choose_sampler", _choose_sampler),
+        patch.object(acceleration, "choose_detokenizer", _choose_detokenizer),
+        patch.object(marked_detokenizer, "choose_detokenizer", _choose_detokenizer),
+    ):
+        yield
 
 
 def random_requests(count: int, seed: int, sampling: SamplingParams = GREEDY) -> list[Request]:

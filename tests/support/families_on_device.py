@@ -16,8 +16,8 @@ import time
 from typing import TYPE_CHECKING, Final
 
 from mlx_serving.worker.engine.fused_layers import fuse
+from mlx_serving.worker.engine.interface import Request
 from mlx_serving.worker.engine.kv.choice import PAGED_CACHE
-from mlx_serving.worker.engine.row import Request
 from tests.support.engine_support import GREEDY, Collected, drive, tiny_engine
 from tests.support.figures import show
 from tests.support.model_families import FAMILIES, VOCABULARY, Reference, build, by_mlx_lm

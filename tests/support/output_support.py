@@ -11,8 +11,14 @@ from msgspec.structs import replace
 
 from mlx_serving.common.job.schema import GenerationJob
 from mlx_serving.tally.tasks import MODEL_PATH
+from mlx_serving.worker.engine.interface import (
+    ParsedToolCall,
+    Request,
+    RequestChoice,
+    RowError,
+    SamplingParams,
+)
 from mlx_serving.worker.engine.loader import EngineOptions, load_engine
-from mlx_serving.worker.engine.row import Request, RowError, SamplingParams, ToolCall
 from mlx_serving.worker.engine.structured.plan import OutputPlanner
 from mlx_serving.worker.engine.text.prompts import PromptEncoder
 
@@ -20,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from mlx_serving.worker.engine.engine import Engine
-    from mlx_serving.worker.engine.row import Output
+    from mlx_serving.worker.engine.interface import Output
 
 ASK = [{"role": "user", "content": "json name=Ann age=34"}]
 
@@ -51,9 +57,9 @@ def request(made: GenerationJob, name: str = "job", committed: Iterable[int] = (
     sampling = SamplingParams(made.temperature, made.top_p, made.top_k, made.min_p, made.seed or 0)
     plain = Request(
         f"{name}:1", PromptEncoder(tally().tokenizer).encode(made), sampling, made.max_tokens,
-        stop=made.stop, committed=tuple(committed),
+        stop=made.stop, choices=(RequestChoice(0, tuple(committed)),),
     )  # fmt: skip
-    return planner().plan(made, [plain])[0]
+    return planner().plan(made, plain)
 
 
 @dataclass
@@ -63,7 +69,7 @@ class Row:
     token_ids: list[int] = field(default_factory=list)
     text: str = ""
     reasoning: str = ""
-    tool_calls: list[ToolCall] = field(default_factory=list)
+    tool_calls: list[ParsedToolCall] = field(default_factory=list)
     finish_reason: str | None = None
     error: RowError | None = None
     outputs: list[Output] = field(default_factory=list)
@@ -102,4 +108,5 @@ def decode_one(one: Request, engine: Engine | None = None) -> Row:
 
 def resumed(one: Request, committed: Iterable[int]) -> Request:
     """The same request in its next attempt, after these tokens."""
-    return replace(one, id=one.id.partition(":")[0] + ":2", committed=tuple(committed))
+    choices = (RequestChoice(0, tuple(committed)),)
+    return replace(one, id=one.id.partition(":")[0] + ":2", choices=choices)

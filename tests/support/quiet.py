@@ -1,6 +1,6 @@
 """Turns of tests that run in several processes: side by side, or one alone on the machine.
 
-`make test` runs a pytest process a core. A test marked `quiet` holds a bound that only a machine
+`make test` runs several pytest processes. A test marked `quiet` holds a bound that only a machine
 without other load can hold, so no test of another process runs beside it.
 """
 

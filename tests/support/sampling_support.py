@@ -6,17 +6,14 @@ from typing import Any, cast
 import mlx.core as mx
 import pytest
 
-from mlx_serving.worker.engine.acceleration import load_native
+from mlx_serving.worker.engine.interface import SamplingParams
 from mlx_serving.worker.engine.kernels import dialect
-from mlx_serving.worker.engine.row import SamplingParams
-from mlx_serving.worker.engine.sampling import (
-    BatchSampler,
-    MakeDraw,
-    ReferenceDraw,
-    RowSampling,
-    token_words,
-)
+from mlx_serving.worker.engine.native import load_native
 from mlx_serving.worker.engine.sampling.kernels import KernelDraw, NativeDraw
+from mlx_serving.worker.engine.sampling.noise import token_words
+from mlx_serving.worker.engine.sampling.parameters import RowSampling
+from mlx_serving.worker.engine.sampling.reference import ReferenceDraw
+from mlx_serving.worker.engine.sampling.sampler import BatchSampler, MakeDraw
 
 _native = load_native()[0]
 

@@ -4,7 +4,8 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from mlx_serving.common.queues import Lane
-from mlx_serving.worker.engine.row import Phase, Request, Row, SamplingParams
+from mlx_serving.worker.engine.interface import Request, RequestChoice, SamplingParams
+from mlx_serving.worker.engine.row import Phase, Row
 from mlx_serving.worker.engine.scheduling.limits import BatchSize, SchedulerLimits
 from mlx_serving.worker.engine.scheduling.scheduler import Scheduler
 
@@ -14,8 +15,9 @@ if TYPE_CHECKING:
 ROWS, CHUNK = 6, 16
 
 
-def request(name: str, lane: Lane, prompt: int = 4, tokens: int = 8, choice: int = 0) -> Request:
-    return Request(name, (1,) * prompt, SamplingParams(), tokens, choice=choice, lane=lane)
+def request(name: str, lane: Lane, prompt: int = 4, tokens: int = 8, choices: int = 1) -> Request:
+    indices = tuple(map(RequestChoice, range(choices)))
+    return Request(name, (1,) * prompt, SamplingParams(), tokens, choices=indices, lane=lane)
 
 
 class Batch:
@@ -28,16 +30,16 @@ class Batch:
         self.ended: list[str] = []
         self.chunks: list[PrefillChunk] = []
 
-    def add(self, *choices: Request) -> bool:
-        if not self.scheduler.can_add(*choices):
+    def add(self, asked: Request) -> bool:
+        if not self.scheduler.can_add(asked):
             return False
-        parking = self.scheduler.make_room(*choices)
+        parking = self.scheduler.find_room(asked)
         for row in parking.park:
             self.check_newest(row)
             self.scheduler.park(row)
-        for row in parking.drop:
-            self.scheduler.drop(row)
-        self.rows += self.scheduler.add(*choices)
+        for row in parking.evict:
+            self.scheduler.evict(row)
+        self.rows += self.scheduler.add(asked)
         return True
 
     def check_newest(self, row: Row) -> None:
@@ -50,10 +52,10 @@ class Batch:
         ]
 
     def step(self) -> None:
-        while (parking := self.scheduler.next_parked()) is not None:
-            for row in parking.drop:
-                self.scheduler.drop(row)
-            (row,) = parking.park
+        while (resumption := self.scheduler.next_parked()) is not None:
+            for row in resumption.evict:
+                self.scheduler.evict(row)
+            row = resumption.resume
             earlier = [p for p in self.parked(row.request.lane) if p.order < row.order]
             assert not earlier, "within a lane, in the order of admission"
             self.scheduler.resume(row)
@@ -61,7 +63,7 @@ class Batch:
         if chunk is not None:
             self.chunks.append(chunk)
             if self.scheduler.finish_prefill(chunk):
-                self.scheduler.joined(chunk.groups)
+                self.scheduler.join(chunk.groups)
         for row in [row for row in self.rows if row.phase is Phase.DECODING]:
             row.tokens.append(1)
             if len(row.tokens) >= row.request.max_tokens:
@@ -79,7 +81,7 @@ class Batch:
         return [r for r in self.rows if r.phase is not Phase.PARKED and r.request.lane == lane]
 
     def has_share(self, rows: Iterable[Row]) -> bool:
-        widths = [self.scheduler._reservation._width(row.request) for row in rows]
+        widths = [self.scheduler._reservation._rounded(row.kv_tokens) for row in rows]
         return self.limits.is_share(len(widths), sum(widths))
 
 

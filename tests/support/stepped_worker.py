@@ -13,7 +13,7 @@ from mlx_serving.common.protocol import calls
 from mlx_serving.common.results import assemble
 from mlx_serving.worker.delivery.token_text import unspelled
 from mlx_serving.worker.engine.engine import Engine
-from mlx_serving.worker.engine.row import ModelInfo, Row
+from mlx_serving.worker.engine.interface import ModelInfo
 from mlx_serving.worker.engine.scheduling.limits import BatchSize, SchedulerLimits
 from mlx_serving.worker.engine.scheduling.scheduler import Scheduler
 from mlx_serving.worker.engine.simulated import SimulatedOptions, SimulatedRunner, plan
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from mlx_serving.producer.client import Client
     from mlx_serving.producer.handles import JobHandle
     from mlx_serving.worker.claiming.intake import Plan
+    from mlx_serving.worker.engine.row import Row
 
     Encode = Callable[[GenerationJob], tuple[int, ...]]
 
@@ -182,7 +183,7 @@ class UnevenRunner(SimulatedRunner):
         self._length, self._uneven = length, uneven
 
     def _next_token(self, row: Row) -> int:
-        end = self._length - self._uneven * row.request.choice
+        end = self._length - self._uneven * row.choice.index
         return EOS if row.decoded >= end else super()._next_token(row)
 
 

@@ -4,12 +4,12 @@ from functools import cache
 
 from benchmarks.lib.synthetic import build_model, build_tokenizer
 from mlx_serving.worker.engine.engine import Engine
+from mlx_serving.worker.engine.interface import ModelInfo
 from mlx_serving.worker.engine.kv.choice import CacheChoice, paged_choice
 from mlx_serving.worker.engine.kv.padded import LanguageModel
 from mlx_serving.worker.engine.kv.paged.reference import ReferenceOps
 from mlx_serving.worker.engine.loader import EngineOptions, build_engine
 from mlx_serving.worker.engine.model_runner import ModelRunner
-from mlx_serving.worker.engine.row import ModelInfo
 
 
 class Unordered(ReferenceOps):

@@ -13,7 +13,7 @@ from mlx_serving.common.attempts import Attempt
 from mlx_serving.common.protocol.calls import Call, ClaimedJob, RowReply, WireRow, payloads
 from mlx_serving.common.protocol.fields import EntryField
 from mlx_serving.worker.delivery.held import HeldJob
-from mlx_serving.worker.engine.row import ModelInfo, Output
+from mlx_serving.worker.engine.interface import ModelInfo, Output
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -28,6 +28,7 @@ from mlx_serving.common.protocol.keys import Keys
 from mlx_serving.common.settings import Settings, load_settings
 from mlx_serving.worker.models.loading import EngineSpec
 from mlx_serving.worker.process.child import Child, ChildSpec, run_child
+from tests.support.forked_process import ForkedProcess, context_of_children, write_to
 from tests.support.freezing import freeze
 from tests.support.helpers import wait_until
 from tests.support.paths import ROOT
@@ -35,7 +36,7 @@ from tests.support.poison import Poison, die
 from tests.support.wrong_clock import WrongClock
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
     from multiprocessing.connection import Connection
 
     from mlx_serving.producer.client import Client
@@ -164,15 +165,14 @@ class Pressed:
         return True
 
 
-def main(text: str) -> int:
-    given = json.loads(text)
+def main(given: dict[str, Any], child: Callable[..., None] = hacked_child) -> int:
     from mlx_serving.worker.process import supervisor
 
     hacks = given["hacks"]
     hacks["poison"] = hacks["poison"] and Poison(**hacks["poison"])
     if hacks["memory_pressure"]:
         vars(supervisor)["default_probe"] = Pressed
-    vars(supervisor)["run_child"] = partial(hacked_child, Hacks(**hacks))
+    vars(supervisor)["run_child"] = partial(child, Hacks(**hacks))
     settings = quick_settings(given["url"], **given["settings"])
     others = tuple(given["others"].items())
     engine = (
@@ -181,6 +181,22 @@ def main(text: str) -> int:
         else EngineSpec("simulated", "", given["rate"], others)
     )
     return supervisor.run_worker(settings, "tally", engine, given["name"])
+
+
+def main_of_forked(given: dict[str, Any], log: str) -> int:
+    """`main` where the process is forked; so is its engine child, which joins its group."""
+    from mlx_serving.worker.process import supervisor
+
+    vars(supervisor)["spawn_context"] = context_of_children
+    return main(given, partial(_forked_child, log, os.getpgrp()))
+
+
+def _forked_child(
+    log: str, group: int, hacks: Hacks, spec: ChildSpec, lifeline: Connection
+) -> None:
+    os.setpgid(0, group)
+    write_to(log)
+    hacked_child(hacks, spec, lifeline)
 
 
 class WorkerProcess:
@@ -207,8 +223,15 @@ class WorkerProcess:
         self._log = tempfile.NamedTemporaryFile("w+", suffix=".log")  # noqa: SIM115 -- closed at the end
         self._redis = redis.Redis.from_url(url)
         self._child_pid = 0
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.support.worker_process", json.dumps(given)],
+        self.process = (
+            self._spawned(json.dumps(given))
+            if rate is None
+            else ForkedProcess(main_of_forked, (given, self._log.name), Path(self._log.name))
+        )
+
+    def _spawned(self, given: str) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            [sys.executable, "-m", "tests.support.worker_process", given],
             cwd=ROOT,
             stdout=self._log,
             stderr=self._log,
@@ -264,7 +287,7 @@ class WorkerProcess:
             self.process.kill()
             self.process.wait()
         with suppress(ProcessLookupError):
-            if self._child_pid and "spawn_main" in _command_line(self._child_pid):
+            if self._child_pid and _is_a_child(self._child_pid):
                 os.kill(self._child_pid, signal.SIGKILL)
 
     def exit_status(self, timeout: float = 20) -> int:
@@ -274,13 +297,19 @@ class WorkerProcess:
             raise AssertionError(f"still runs: {self.log()}") from None
 
     def child_lives(self) -> bool:
-        return "spawn_main" in _command_line(self.child_pid)
+        return _is_a_child(self.child_pid)
 
     def log(self) -> str:
         return self.whole_log()[-6000:]
 
     def whole_log(self) -> str:
         return Path(self._log.name).read_text()
+
+
+def _is_a_child(pid: int) -> bool:
+    """Whether that process, which was an engine child once, still is one."""
+    line = _command_line(pid)
+    return "spawn_main" in line or "multiprocessing.forkserver" in line
 
 
 def _command_line(pid: int) -> str:
@@ -376,4 +405,4 @@ def wait_until_decoded(client: Client, handles: Iterable[JobHandle], tokens: int
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    sys.exit(main(json.loads(sys.argv[1])))

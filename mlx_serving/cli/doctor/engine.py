@@ -161,7 +161,7 @@ def check_model(settings: Settings, model: str) -> Check:
 
 def _answer(engine: Engine, model: str) -> tuple[str, int]:
     """Decode the probe's answer, greedy; return its text and number of tokens."""
-    from mlx_serving.worker.engine.row import Request, SamplingParams
+    from mlx_serving.worker.engine.interface import Request, SamplingParams
     from mlx_serving.worker.engine.text.prompts import PromptEncoder
 
     job = GenerationJob.build(model=model, messages=[{"role": "user", "content": PROBE[0]}])

@@ -59,7 +59,7 @@ end
 -- What another worker says of itself, and how many jobs it holds; false if it takes none.
 local function peer(name)
   if peers[name] == nil then
-    local said = redis.pcall('HMGET', k_worker(name), 'state', 'resident', 'batch_rows')
+    local said = redis.pcall('HMGET', k_worker(name), WORKER.state, WORKER.resident, WORKER.batch_rows)
     local held = redis.pcall('SCARD', k_rq_worker_executions(name))
     local state, models, batch_rows
     if not said.err then state, models, batch_rows = unpack(said) end

@@ -1,16 +1,20 @@
 """Names the fields of our hashes and stream entries, once for Python and for the Lua scripts.
 
 A stored name is short if every job has the field. Code never spells a stored name: Python says
-``JobField.STATE``, a script ``F.state`` (`lua_tables`). The worker's hash is not here yet.
+``JobField.STATE``, a script ``F.state`` (`lua_tables`). The fields of a worker's hash are those of
+`WorkerRecord`: a script says ``WORKER.state``.
 """
 
 from __future__ import annotations
 
+from dataclasses import fields
 from enum import StrEnum
 from typing import TYPE_CHECKING, Final
 
+from mlx_serving.common.worker_record import WorkerRecord
+
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
 SIGNATURE_FIELD: Final = "mlxs_sig"
 """Field of RQ's job hash that holds our signature; see `signing`."""
@@ -99,7 +103,7 @@ def limit_field(kind: str, tenant: str) -> str:
 
 
 def lua_tables() -> str:
-    """Lua source of the same names: ``F.state``, ``ENTRY.body``, ``LIMIT.queued``, and so on."""
+    """Lua source of the same names: ``F.state``, ``ENTRY.body``, ``WORKER.state``, and so on."""
     texts = {
         "SIGNATURE_FIELD": SIGNATURE_FIELD,
         "EVENT_OPENING": EVENT_OPENING,
@@ -108,9 +112,14 @@ def lua_tables() -> str:
     }
     lines = [f"local {name} = '{text}'" for name, text in texts.items()]
     lines += [_table("F", JobField), _table("ENTRY", EntryField), _table("LIMIT", LimitField)]
+    lines.append(_lua_table("WORKER", {field.name: field.name for field in fields(WorkerRecord)}))
     return "\n".join(lines) + "\n"
 
 
-def _table(name: str, fields: Iterable[StrEnum]) -> str:
-    pairs = ", ".join(f"{field.name.lower()} = '{field.value}'" for field in fields)
+def _table(name: str, members: Iterable[StrEnum]) -> str:
+    return _lua_table(name, {member.name.lower(): member.value for member in members})
+
+
+def _lua_table(name: str, texts: Mapping[str, str]) -> str:
+    pairs = ", ".join(f"{key} = '{text}'" for key, text in texts.items())
     return f"local {name} = {{{pairs}}}"

@@ -1,1 +1,1 @@
-"""Bulk files: OpenAI Batch requests in, results out, over nights and crashes. See docs/bulk.md."""
+"""Bulk files: OpenAI Batch requests in, results out, over crashes. See docs/how-to/bulk.md."""

@@ -26,7 +26,7 @@ from mlx_serving.common.signing import Signer
 from mlx_serving.common.telemetry import trace_id
 from mlx_serving.common.validation import is_modest
 from mlx_serving.worker.delivery.choice import Committed, CommittedChoice
-from mlx_serving.worker.engine.row import Request, SamplingParams
+from mlx_serving.worker.engine.interface import Request, RequestChoice, SamplingParams
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -34,11 +34,11 @@ if TYPE_CHECKING:
     from mlx_serving.common.events import ChoiceDelta, Event
     from mlx_serving.common.protocol.calls import ClaimedJob
     from mlx_serving.worker.delivery.held import HeldJob
-    from mlx_serving.worker.engine.row import ModelInfo
-    from mlx_serving.worker.engine_thread import Choices
-    from mlx_serving.worker.models.loading import LoadedModel, Plan
+    from mlx_serving.worker.engine.interface import ModelInfo
+    from mlx_serving.worker.models.loading import LoadedModel
 
     Encode = Callable[[GenerationJob], tuple[int, ...]]
+    Plan = Callable[[GenerationJob, Request], Request]
 
 _PARTS: Final = 4  # RQ's form: [function, instance, arguments, keyword arguments]
 
@@ -101,8 +101,8 @@ class Preparation:
     signer: Signer
     max_payload_bytes: int
 
-    def requests(self, held: HeldJob, payloads: Sequence[bytes], loaded: LoadedModel) -> Choices:
-        """A request for each choice that has not ended, to be decoded by its model.
+    def request(self, held: HeldJob, payloads: Sequence[bytes], loaded: LoadedModel) -> Request:
+        """The request for the choices that have not ended, to be decoded by its model.
 
         `payloads` are the events that earlier attempts wrote.
 
@@ -125,11 +125,11 @@ class Preparation:
         if claimed.seq and not can_continue(committed, model, job):
             committed = Committed()
             held.restart()
-        requests = build_requests(claimed, job, committed, loaded.encode, model.vocab_size)
-        held.prompt_tokens = len(requests[0].prompt)
+        request = build_request(claimed, job, committed, loaded.encode, model.vocab_size)
+        held.prompt_tokens = len(request.prompt)
         held.model, held.model_name = model, job.model
-        left = [r for r in requests if not held.choices[r.choice].finish_reason]
-        return plan_output(loaded.plan, job, left)
+        left = tuple(c for c in request.choices if not held.choices[c.index].finish_reason)
+        return plan_output(loaded.plan, job, msgspec.structs.replace(request, choices=left))
 
 
 UNSIGNED = Signer()
@@ -242,14 +242,14 @@ PROBLEMS = {
 }
 
 
-def build_requests(
+def build_request(
     claimed: ClaimedJob,
     job: GenerationJob,
     committed: Committed,
     encode: Callable[[GenerationJob], tuple[int, ...]],
     vocab_size: int,
-) -> list[Request]:
-    """Tokenize the prompt and carry the parameters over: a request a choice.
+) -> Request:
+    """Tokenize the prompt and carry the parameters over, for all choices.
 
     Raises:
         JobRefusedError: the prompt can't be rendered or tokenized, or a parameter names a token
@@ -264,25 +264,23 @@ def build_requests(
         # A chat template is foreign code: what it raises concerns this job alone.
         raise JobRefusedError(EngineError.code, f"messages: {type(error).__name__}") from None
     sampling = _sampling(claimed, job, vocab_size)
-    return [
-        Request(
-            id=claimed.attempt.name, prompt=prompt, sampling=sampling, max_tokens=job.max_tokens,
-            stop=job.stop, committed=committed.of(index).token_ids, choice=index,
-            salt=job.tenant or "", lane=lane_of(claimed.queue), model=model_of(claimed.queue),
-        )
-        for index in range(job.n)
-    ]  # fmt: skip
+    choices = tuple(RequestChoice(index, committed.of(index).token_ids) for index in range(job.n))
+    return Request(
+        id=claimed.attempt.name, prompt=prompt, sampling=sampling, max_tokens=job.max_tokens,
+        stop=job.stop, choices=choices, salt=job.tenant or "", lane=lane_of(claimed.queue),
+        model=model_of(claimed.queue),
+    )  # fmt: skip
 
 
-def plan_output(plan: Plan, job: GenerationJob, requests: Sequence[Request]) -> list[Request]:
-    """The requests with the grammar and the format that the job asks for.
+def plan_output(plan: Plan, job: GenerationJob, request: Request) -> Request:
+    """The request with the grammar and the format that the job asks for.
 
     Raises:
         JobRefusedError: the job's schema, regex, grammar or tools can't be honoured.
 
     """
     try:
-        return plan(job, requests)
+        return plan(job, request)
     except MlxServingError as error:
         raise JobRefusedError(error.code, error.message) from None
     except Exception as error:  # noqa: BLE001 -- a grammar is foreign input to foreign code

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from mlx_serving.common.queues import Lane
-    from mlx_serving.worker.engine.row import LaneRows
+    from mlx_serving.worker.engine.interface import LaneRows
     from mlx_serving.worker.engine.scheduling.limits import BatchSize
 
 

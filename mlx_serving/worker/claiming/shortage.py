@@ -10,9 +10,9 @@ from mlx_serving.common.queues import LANES, queue_name
 from mlx_serving.worker.claiming.placement import ModelQueues
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
-    from mlx_serving.worker.engine.row import Request
+    from mlx_serving.worker.engine.interface import Request
 
 CLOSED_SECONDS: Final = 5.0  # how long nobody overtakes a job that there was no room for
 PASSED_SECONDS: Final = 5.0  # how long others do then, before it is tried again
@@ -21,7 +21,7 @@ PASSED_SECONDS: Final = 5.0  # how long others do then, before it is tried again
 class Missing(NamedTuple):
     """A job that was handed back, and when (monotonic seconds)."""
 
-    choices: Sequence[Request]
+    request: Request
     since: float
 
 
@@ -44,16 +44,16 @@ class Shortage:
         """Whether any job is waited for."""
         return bool(self._jobs)
 
-    def note(self, choices: Sequence[Request]) -> None:
+    def note(self, request: Request) -> None:
         """Remember a job that was handed back, in place of the last one of its lane."""
         with self._lock:
-            self._jobs[choices[0].model, choices[0].rank] = Missing(choices, self._clock())
+            self._jobs[request.model, request.rank] = Missing(request, self._clock())
 
-    def settle(self, has_room: Callable[..., bool]) -> bool:
+    def settle(self, has_room: Callable[[Request], bool]) -> bool:
         """Forget the jobs that there is room for; returns whether there are any."""
         with self._lock:
             jobs = list(self._jobs.items())
-        met = [(key, job) for key, job in jobs if has_room(*job.choices)]
+        met = [(key, job) for key, job in jobs if has_room(job.request)]
         over = [
             (key, job) for key, job in jobs if self._age(job) >= CLOSED_SECONDS + PASSED_SECONDS
         ]

@@ -16,11 +16,11 @@ from mlx_serving.common.events import (
 )
 from mlx_serving.common.results import ChoiceResult, joined_calls
 from mlx_serving.worker.delivery.token_text import render
-from mlx_serving.worker.engine.row import TokenLogprobs
+from mlx_serving.worker.engine.interface import TokenLogprobs
 
 if TYPE_CHECKING:
     from mlx_serving.worker.delivery.token_text import Spell
-    from mlx_serving.worker.engine.row import Output, ToolCall
+    from mlx_serving.worker.engine.interface import Output, ParsedToolCall
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +149,7 @@ class Choice(Struct, eq=False):
         )  # fmt: skip
 
 
-def _delta(call: ToolCall) -> ToolCallDelta:
+def _delta(call: ParsedToolCall) -> ToolCallDelta:
     """A whole call, as an event carries it."""
     function = FunctionDelta(call.name, call.arguments)
     return ToolCallDelta(call.index, call.id, "function", function)

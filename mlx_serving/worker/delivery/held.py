@@ -17,13 +17,13 @@ from mlx_serving.common.results import GenerationResult, Timings, encode_result
 from mlx_serving.common.states import JobState
 from mlx_serving.worker.delivery.choice import Choice
 from mlx_serving.worker.delivery.token_text import Spell, unspelled
-from mlx_serving.worker.engine.row import FINISH_ERROR, ModelInfo
+from mlx_serving.worker.engine.interface import FINISH_ERROR, ModelInfo
 from mlx_serving.worker.rq_worker import rq_failure, rq_success
 
 if TYPE_CHECKING:
     from mlx_serving.common.queues import Lane
     from mlx_serving.worker.delivery.choice import Committed
-    from mlx_serving.worker.engine.row import Output
+    from mlx_serving.worker.engine.interface import Output
 
 PROVEN_SECONDS: Final = 2.0
 PROVEN_TOKENS: Final = 32

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from mlx_serving.common.protocol.calls import CommitRow
     from mlx_serving.worker.delivery.held import HeldJob
-    from mlx_serving.worker.engine.row import Output
+    from mlx_serving.worker.engine.interface import Output
     from mlx_serving.worker.process.inflight_file import InflightJobs
     from mlx_serving.worker.status.counters import Counters
 

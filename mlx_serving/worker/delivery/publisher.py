@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from mlx_serving.common.protocol.calls import CommitRow, RowReply
     from mlx_serving.common.protocol.client import Protocol
     from mlx_serving.worker.delivery.held import HeldJob
-    from mlx_serving.worker.engine.row import Output
+    from mlx_serving.worker.engine.interface import Output
 
 
 @dataclass(frozen=True, slots=True)

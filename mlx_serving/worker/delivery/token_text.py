@@ -14,7 +14,7 @@ from mlx_serving.common.events import TokenLogprob, TopLogprob
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from mlx_serving.worker.engine.row import TokenLogprobs
+    from mlx_serving.worker.engine.interface import TokenLogprobs
     from mlx_serving.worker.engine.text.vocabulary import VocabularyTable
 
 Spell = Callable[[int], bytes]

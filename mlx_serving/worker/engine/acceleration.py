@@ -1,17 +1,17 @@
-"""Native or twin: which implementation of each accelerated piece is in use, and why.
+"""Chooses the native implementation or the Python twin of each accelerated piece, and says why.
 
-A native piece proves itself: on start it runs beside its twin on this machine, and where the two
-differ the twin is used. Every choice is a report that the log, `mlx-serving doctor` and the demo
-show. Whether native pieces are wanted at all is a setting, handed in as `prefer_native`.
+Every native piece has a self-check: on start it runs beside its twin on this machine, and if the
+results differ, the twin is used. Every choice gives a report, which the log, `mlx-serving doctor`
+and the demo show. The setting that switches native pieces off is passed as `prefer_native`.
 """
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
-from importlib import import_module
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final
 
+from mlx_serving.worker.engine.kv.prefix.choice import choose_prefix_index
+from mlx_serving.worker.engine.native import SWITCHED_OFF, AccelerationReport, load_native
 from mlx_serving.worker.engine.text import detokenizer as twin
 from mlx_serving.worker.engine.text.detokenizer import DetokenizerProtocol
 from mlx_serving.worker.engine.text.vocabulary import Vocabulary, VocabularyTable, read_vocabulary
@@ -19,35 +19,12 @@ from mlx_serving.worker.engine.text.vocabulary import Vocabulary, VocabularyTabl
 if TYPE_CHECKING:
     import mlx.core as mx
 
-    from mlx_serving.worker.engine.sampling import MakeDraw
+    from mlx_serving.worker.engine.sampling.sampler import MakeDraw
 
 DETOKENIZER: Final = "detokenizer"
 SAMPLER: Final = "sampler"
-_SWITCHED_OFF: Final = "switched off by the settings"
 
-Make = Callable[[VocabularyTable], DetokenizerProtocol]
-
-
-@dataclass(frozen=True, slots=True)
-class AccelerationReport:
-    """One piece's choice; "off": the engine goes without it. `reason` can stand after a colon."""
-
-    piece: str
-    implementation: Literal["native", "twin", "off"]
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{self.piece}: {self.implementation} ({self.reason})"
-
-
-def load_native() -> tuple[ModuleType | None, str]:
-    """The native module, or None and why it can't be had."""
-    try:
-        return import_module("mlx_serving._native"), "built"
-    except ModuleNotFoundError:
-        return None, "this install was built without the native module"
-    except ImportError as error:  # another Python's or another machine's build
-        return None, f"the native module does not load: {error}"
+MakeDetokenizer = Callable[[VocabularyTable], DetokenizerProtocol]
 
 
 def make_detokenizer(
@@ -55,11 +32,11 @@ def make_detokenizer(
     *,
     prefer_native: bool,
 ) -> tuple[DetokenizerProtocol, AccelerationReport]:
-    """A detokenizer for a model, one per engine: its table is shared by all of its slots.
+    """Return a detokenizer for a model, one per engine: all of its slots share one table.
 
     Args:
         tokenizer: as `read_vocabulary` takes it.
-        prefer_native: False asks for the twin.
+        prefer_native: False: use the twin.
 
     Raises:
         UnsupportedVocabularyError: see `read_vocabulary`.
@@ -69,10 +46,7 @@ def make_detokenizer(
 
 
 def reports(*, prefer_native: bool) -> list[AccelerationReport]:
-    """What an engine started now would use, piece by piece."""
-    # Imported here: it uses this module.
-    from mlx_serving.worker.engine.kv.prefix.choice import choose_prefix_index
-
+    """Return what an engine that starts now would use, piece by piece."""
     choices = (choose_detokenizer, choose_sampler, choose_prefix_index)
     return [choose(prefer_native=prefer_native)[1] for choose in choices]
 
@@ -80,16 +54,16 @@ def reports(*, prefer_native: bool) -> list[AccelerationReport]:
 def choose_sampler(
     *, prefer_native: bool, logits_dtype: "mx.Dtype | None" = None
 ) -> "tuple[MakeDraw, AccelerationReport]":
-    """The sampler to use: the GPU's kernel or the CPU's C++; the pure-MLX reference as their twin.
+    """Return the sampler to use: the GPU's kernel or the CPU's C++; their twin is in pure MLX.
 
-    It is checked for the model's `logits_dtype`, without one for all that there are. A GPU that
-    never compiled the kernel takes a few seconds for each.
+    The self-check is for the model's `logits_dtype`; None: for every dtype. A GPU that never
+    compiled the kernel takes a few seconds for each.
     """
-    # Imported here: MLX stays out of a process that only simulates.
+    # Imported here: a process that only simulates does not import MLX.
     from mlx_serving.worker.engine.sampling.reference import ReferenceDraw
     from mlx_serving.worker.engine.sampling.self_check import first_difference
 
-    make, reason = _accelerated_sampler() if prefer_native else (None, _SWITCHED_OFF)
+    make, reason = _accelerated_sampler() if prefer_native else (None, SWITCHED_OFF)
     if make is None:
         return ReferenceDraw, AccelerationReport(SAMPLER, "twin", reason)
     try:
@@ -103,7 +77,7 @@ def choose_sampler(
 
 
 def _accelerated_sampler() -> "tuple[MakeDraw | None, str]":
-    """What this device has, and its name; or None and why."""
+    """Return this device's sampler and its name, or None and why there is none."""
     from mlx_serving.worker.engine import kernels
     from mlx_serving.worker.engine.sampling.kernels import KernelDraw, native_sampler
 
@@ -114,17 +88,17 @@ def _accelerated_sampler() -> "tuple[MakeDraw | None, str]":
     return (None, reason) if native is None else (native_sampler(native), "the native piece")
 
 
-def choose_detokenizer(*, prefer_native: bool) -> tuple[Make, AccelerationReport]:
-    """The implementation to use; some 10 ms, most of it the self-check."""
+def choose_detokenizer(*, prefer_native: bool) -> tuple[MakeDetokenizer, AccelerationReport]:
+    """Return the implementation to use; takes some 10 ms, most of it the self-check."""
     make, reason = _try_native(prefer_native=prefer_native)
     if make is None:
         return _make_twin, AccelerationReport(DETOKENIZER, "twin", reason)
     return make, AccelerationReport(DETOKENIZER, "native", reason)
 
 
-def _try_native(*, prefer_native: bool) -> tuple[Make | None, str]:
+def _try_native(*, prefer_native: bool) -> tuple[MakeDetokenizer | None, str]:
     if not prefer_native:
-        return None, _SWITCHED_OFF
+        return None, SWITCHED_OFF
     native, reason = load_native()
     if native is None:
         return None, reason
@@ -134,7 +108,7 @@ def _try_native(*, prefer_native: bool) -> tuple[Make | None, str]:
     return _maker(native), "self-check passed"
 
 
-def _maker(native: ModuleType) -> Make:
+def _maker(native: ModuleType) -> MakeDetokenizer:
     def make(table: VocabularyTable) -> DetokenizerProtocol:
         vocabulary = native.Vocabulary(
             table.tokens, table.kind, table.special_ids, table.strip_leading_space
@@ -150,7 +124,7 @@ def _make_twin(table: VocabularyTable) -> DetokenizerProtocol:
     return twin.Detokenizer(vocabulary)
 
 
-# What both kinds of table know: words, halves of characters, spaces, a special token.
+# Both kinds of table have words, parts of characters, spaces and a special token.
 _CHECK_TABLES: Final = (
     VocabularyTable(
         [piece.encode() for piece in ("a", "b", "Ġ", "ð", "Ł", "Ļ", "Ĥ", "Ġab", "<t x>", "<s>")],
@@ -172,13 +146,13 @@ _CHECK_EMOJI: Final = {0: 3, 1: 4, 2: 5, 3: 6}  # step -> id: a whole character,
 _CHECK_EMOJI_EVERY: Final = 12  # steps; in between, any ids
 
 
-def _self_check(make: Make) -> str | None:
-    """Runs the same random streams through a piece and its twin; the first difference, or None."""
+def _self_check(make: MakeDetokenizer) -> str | None:
+    """Run the same random streams through a piece and its twin; return the first difference."""
     for table in _CHECK_TABLES:
         expected = _check_run(_make_twin(table))
         try:
             got = _check_run(make(table))
-        except Exception as error:  # noqa: BLE001 - whatever a broken module does, the twin is used
+        except Exception as error:  # noqa: BLE001 - after any error the twin is used
             return f"{table.kind}: {type(error).__name__}: {error}"
         if got != expected:
             return f"{table.kind}: its text differs from the twin's"

@@ -1,4 +1,4 @@
-"""What the engine asks of whatever computes its batch, and what it carries for its owner."""
+"""The interface of what computes an engine's batch."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Container, Iterable
 
     from mlx_serving.common.queues import Lane
-    from mlx_serving.worker.engine.acceleration import AccelerationReport
     from mlx_serving.worker.engine.memory.kv_caches import KvMemory
+    from mlx_serving.worker.engine.native import AccelerationReport
     from mlx_serving.worker.engine.row import Row, SampledToken
     from mlx_serving.worker.engine.scheduling.chunk import PrefillChunk
 
 
 @dataclass(frozen=True, slots=True)
 class Attachments:
-    """What an engine carries for its owner and doesn't use itself.
+    """Values that an engine has for the code around it.
 
     `tokenizer` is mlx-lm's wrapper (for `prompts.PromptEncoder`), None without a model;
     `acceleration` says for each accelerated piece whether it is native or the twin; `kv_memory` is
-    the memory guard's way to the KV caches, None where there are none.
+    the memory guard's view of the KV caches, None without caches.
     """
 
     tokenizer: Any = None
@@ -33,20 +33,20 @@ NOTHING = Attachments()
 
 
 class StepNotBuiltError(RuntimeError):
-    """A decode step could not be built: nothing of it was launched, and no row has moved."""
+    """A decode step could not be built: nothing of it was launched, and no row has changed."""
 
 
 class BatchRunner(Protocol):
-    """What computes: `model_runner.ModelRunner`, or `simulated.SimulatedRunner` without a model.
+    """Computes the batch: `model_runner.ModelRunner`, or `simulated.SimulatedRunner`.
 
-    Whatever waits for the device may raise `LaunchedWorkError`: the rows of the batch are lost.
+    A method that waits for the device may raise `LaunchedWorkError`: the batch's rows are lost.
     """
 
     on_launch: Callable[[], None]
-    """Called before a launch, which leaves the interpreter to other threads while it lasts."""
+    """Called before a launch, which releases the interpreter to other threads while it lasts."""
 
     def prefill(self, chunk: PrefillChunk) -> None:
-        """Compute one chunk of prompts; wait for it where no row decodes."""
+        """Compute one chunk of prompts; wait for it if no row decodes."""
 
     def drop_prefill(self, lane: Lane) -> None:
         """Forget the prompt being prefilled for a lane."""
@@ -54,28 +54,30 @@ class BatchRunner(Protocol):
     def join(self, chunk: PrefillChunk) -> None:
         """Move the rows of the chunk that was prefilled last into the decode batch.
 
-        Where it is a mixed one, the next step of `decode` computes it. Whatever this raises, the
-        decode batch is as it was.
+        A mixed chunk is computed by the next `decode`. After an error, the batch is unchanged.
         """
 
     def remove(self, rows: Iterable[Row]) -> None:
-        """Take rows out of the decode batch, or drop what is kept of them; others are ignored."""
+        """Take rows out of the decode batch, and drop the kept keys and values of parked rows.
+
+        Other rows are ignored.
+        """
 
     def park(self, rows: Iterable[Row], keep: Container[Row]) -> list[SampledToken]:
-        """Take rows out of the decode batch; return the tokens that were on their way.
+        """Take rows out of the decode batch; return their tokens of the running step.
 
-        The keys and values of those in `keep` stay, for `resume` or `remove`.
+        The keys and values of the rows in `keep` are kept, for `resume` or `remove`.
         """
 
     def resume(self, row: Row) -> None:
-        """Put a row that was kept back into the decode batch; whatever this raises, it is kept."""
+        """Put a parked row back into the decode batch; after an error, it is parked as before."""
 
     def reset(self) -> None:
         """Drop the decode batch and the prompt being prefilled, after a step that failed."""
 
     def decode(self) -> list[SampledToken]:
-        """Return one new token a row; rows without news are left out.
+        """Return one new token for each row that has one.
 
         Raises:
-            StepNotBuiltError: where that is so; after any other error the rows are lost.
+            StepNotBuiltError: see there; after any other error the rows are lost.
         """

@@ -1,4 +1,4 @@
-"""The engine: admits requests, steps the batch, turns tokens into text, says why a row ended."""
+"""The engine: admits requests, steps the batch, turns tokens into text, ends rows."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -12,27 +12,25 @@ from mlx_serving.worker.engine.batch_runner import (
     StepNotBuiltError,
 )
 from mlx_serving.worker.engine.failures import LaunchedWorkError, attempt, is_memory_short
-from mlx_serving.worker.engine.memory.guard import MemoryRoom
-from mlx_serving.worker.engine.memory.kv_caches import KvMemory
-from mlx_serving.worker.engine.memory.recovery import NO_MEMORY, OUT_OF_MEMORY, Recovery
-from mlx_serving.worker.engine.prefilling import Failure, Prefilling
-from mlx_serving.worker.engine.request_checks import check_request
-from mlx_serving.worker.engine.row import (
+from mlx_serving.worker.engine.interface import (
     FINISH_ERROR,
     FINISH_LENGTH,
     FINISH_STOP,
     LaneRows,
     ModelInfo,
     Output,
-    Phase,
     Request,
     RequestRefusedError,
-    Row,
     RowError,
-    SampledToken,
 )
+from mlx_serving.worker.engine.memory.guard import MemoryRoom
+from mlx_serving.worker.engine.memory.kv_caches import KvMemory
+from mlx_serving.worker.engine.memory.recovery import NO_MEMORY, OUT_OF_MEMORY, Recovery
+from mlx_serving.worker.engine.prefilling import FailedRows, Prefilling
+from mlx_serving.worker.engine.request_checks import check_request
+from mlx_serving.worker.engine.row import Phase, Row, SampledToken
 from mlx_serving.worker.engine.scheduling.chunk import ChunkStep, PrefillChunk
-from mlx_serving.worker.engine.scheduling.parking import NOBODY, Parking
+from mlx_serving.worker.engine.scheduling.parking import NO_PARKING, Parking
 from mlx_serving.worker.engine.scheduling.scheduler import Scheduler
 from mlx_serving.worker.engine.structured.parser import grammar_ended, parse_output, row_error
 from mlx_serving.worker.engine.text.detokenizer import DetokenizerProtocol
@@ -40,10 +38,10 @@ from mlx_serving.worker.engine.text.marked_detokenizer import MarkedDetokenizer
 
 
 class Engine:
-    """One continuous batch on one device; answers to `sequence.InferenceEngine`.
+    """One continuous batch on one device; implements `interface.InferenceEngine`.
 
-    Only one thread may call it. A step is: at most one prefill chunk, then one decode step
-    launched and the tokens of the step before it read.
+    Only one thread may call it. A step computes at most one prefill chunk, launches one decode
+    step, and reads the tokens of the decode step before it.
     """
 
     def __init__(
@@ -55,8 +53,8 @@ class Engine:
         attachments: Attachments = NOTHING,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Put the parts together; `models.load_engine` does it for a model on disk."""
-        self._clock = clock  # seconds, by which the size of a prefill chunk is found
+        """Put the parts together; `loader.load_engine` does it for a model on disk."""
+        self._clock = clock  # in seconds; measures steps, for the size of prefill chunks
         self.model_info = model_info
         self.tokenizer = attachments.tokenizer
         self.acceleration = attachments.acceleration
@@ -66,33 +64,32 @@ class Engine:
         runner.on_launch = self._tell_launch
         self._scheduler = scheduler
         self._detokenizer = detokenizer
-        self._early: list[Output] = []  # for the next step to return
+        self._early: list[Output] = []  # made between steps; the next step returns them
         self.kv_memory = attachments.kv_memory
         room = self.kv_memory.room if self.kv_memory else MemoryRoom()
         self._recovery = Recovery(scheduler, room)
         self._prefilling = Prefilling(runner, scheduler, self._tell_prefill)
-        self._failure: Exception | None = None  # of work that was launched, for the next step
+        self._failure: Exception | None = None  # of launched work; the next step raises it
 
-    def fits(self, *choices: Request) -> bool:
-        """Say whether this device's KV budget could ever hold these choices of one request."""
-        return self._scheduler.fits(*choices)
+    def fits(self, request: Request) -> bool:
+        """Say whether the request fits this device's KV budget if nothing else is there."""
+        return self._scheduler.fits(request)
 
-    def can_add(self, *choices: Request) -> bool:
-        """Say whether there is room for these choices of one request now, or can be made."""
-        return not (self._recovery or self._failure) and self._recovery.has_room(*choices)
+    def can_add(self, request: Request) -> bool:
+        """Say whether there is room for all choices now, or rows that may be parked take it."""
+        return not (self._recovery or self._failure) and self._recovery.has_room(request)
 
-    def add(self, *choices: Request) -> None:
-        """Admit choices of one request; see `InferenceEngine.add` for what it raises."""
-        for request in choices:
-            check_request(request, self.model_info.vocab_size)
-        # What the prefix cache knows changes as rows leave: more may have to than it seemed.
-        while (parking := self._scheduler.make_room(*choices)) != NOBODY:
+    def add(self, request: Request) -> None:
+        """Admit a request; see `InferenceEngine.add` for what it raises."""
+        check_request(request, self.model_info.vocab_size)
+        # Rows that leave change the prefix cache: more rows may have to be parked than at first.
+        while (parking := self._scheduler.find_room(request)) != NO_PARKING:
             try:
                 self._park(parking)
-            except Exception as error:  # the batch's, and not this request's
+            except Exception as error:  # of the batch, not of this request
                 self._failure = error
                 raise RequestRefusedError("no_room", "a step that was under way failed") from error
-        rows = self._scheduler.admit(*choices)
+        rows = self._scheduler.admit(request)
         try:
             for row in rows:
                 row.slot = self._open(row.request)
@@ -104,13 +101,13 @@ class Engine:
             self._begin(row)
 
     def _begin(self, row: Row) -> None:
-        """Give the row its parser and its place in its grammar, where it has them; resume it."""
+        """Give the row the parser and the matcher that its request asks for; resume it."""
         request = row.request
         if request.format is not None:
-            row.parser = request.format.open(request.id, request.choice)
+            row.parser = request.format.open(request.id, row.choice.index)
         if request.grammar is not None:
             row.matcher = request.grammar.start()
-        if request.committed:
+        if row.choice.committed:
             self._replay(row)
 
     def _open(self, request: Request) -> int:
@@ -119,60 +116,60 @@ class Engine:
             return detokenizer.open_marked(request.stop)
         return detokenizer.open(request.stop)
 
-    def _replay(self, sequence: Row) -> None:
-        """Bring a resumed row to where its last attempt stood; its text is out already."""
-        committed = sequence.request.committed
+    def _replay(self, row: Row) -> None:
+        """Bring a resumed row to the state that its last attempt committed, without output."""
+        committed = row.choice.committed
         live = [token for token in committed if token not in self.model_info.eos_token_ids]
-        text, stopped = self._detokenizer.replay(sequence.slot, live)
-        sequence.decoded = len(committed)
-        if sequence.parser is not None:
-            sequence.parser.push(text)
-        if sequence.matcher is not None:
-            sequence.matcher.replay(committed)
-        reason = self._finish_reason(sequence, committed[-1], stopped=stopped)
+        text, stopped = self._detokenizer.replay(row.slot, live)
+        row.decoded = len(committed)
+        if row.parser is not None:
+            row.parser.push(text)
+        if row.matcher is not None:
+            row.matcher.replay(committed)
+        reason = self._finish_reason(row, committed[-1], stopped=stopped)
         if reason is not None:
-            # Text is released with the finish reason, which no earlier attempt has written.
-            held = self._detokenizer.finish(sequence.slot)
-            output = self._output(sequence, reason, held)
-            itself = committed[-1] in self.model_info.eos_token_ids or grammar_ended(sequence)
-            parse_output(sequence, output, ended_itself=itself)
+            # This text goes out with the finish reason, which no earlier attempt has written.
+            rest = self._detokenizer.finish(row.slot)
+            output = self._output(row, reason, rest)
+            itself = committed[-1] in self.model_info.eos_token_ids or grammar_ended(row)
+            parse_output(row, output, ended_itself=itself)
             self._early.append(output)
-            self._forget(sequence)
+            self._forget(row)
 
     def _park(self, parking: Parking) -> None:
-        """Let rows give way; what the device had decoded of them goes out with the next step."""
+        """Park rows; the next step returns what the device had decoded of them."""
         decoding = [row for row in parking.park if row.phase is Phase.DECODING]
-        keep = {*decoding}.difference(parking.drop)
+        keep = {*decoding}.difference(parking.evict)
         if decoding:
             self._collect(self._runner.park(decoding, keep), self._early)
         for row in filter(self._scheduler.is_here, parking.park):  # the others have just ended
             self._drop_prefill(row)
             self._scheduler.park(row)
-        self._drop(parking.drop)
+        self._evict(parking.evict)
 
-    def _drop(self, rows: Iterable[Row]) -> None:
-        """Give the KV of parked rows back."""
+    def _evict(self, rows: Iterable[Row]) -> None:
+        """Drop the keys and values of parked rows."""
         leaving = list(filter(self._scheduler.is_here, rows))
         self._runner.remove(leaving)
         for row in leaving:
-            self._scheduler.drop(row)
+            self._scheduler.evict(row)
 
     def _drop_prefill(self, row: Row) -> None:
-        """Forget a prefill under way that a row leaves alone."""
+        """Forget the prefill under way if this row is the only one in it."""
         if row.phase is Phase.PREFILLING and self._scheduler.is_alone_in_prefill(row):
             self._runner.drop_prefill(row.request.lane)
 
     def _resume(self, outputs: list[Output]) -> None:
-        """Let parked rows go on, as far as there is room."""
-        while (parking := self._scheduler.next_parked()) is not None:
-            self._drop(parking.drop)
-            for row in parking.park:
-                if self._scheduler.resume(row):
-                    error = attempt("join", partial(self._runner.resume, row))
-                    if error is not None:
-                        row.failed = True
-                        self._runner.remove([row])
-                        self._fail([row], error, outputs)
+        """Let parked rows continue, as far as there is room."""
+        while (resumption := self._scheduler.next_parked()) is not None:
+            self._evict(resumption.evict)
+            row = resumption.resume
+            if self._scheduler.resume(row):
+                error = attempt("join", partial(self._runner.resume, row))
+                if error is not None:
+                    row.failed = True
+                    self._runner.remove([row])
+                    self._fail([row], error, outputs)
 
     def abort(self, request_id: str) -> None:
         """Forget every choice of the request; no Output follows. Unknown ids are ignored."""
@@ -206,14 +203,14 @@ class Engine:
         return outputs
 
     def _advance(self, chunk: PrefillChunk | None, outputs: list[Output]) -> list[SampledToken]:
-        """Prefill and launch a step; what the device still computes is waited for in here."""
+        """Prefill, launch a decode step, and wait for the tokens of the one before it."""
         if chunk is not None:
             self._compute(self._prefilling.compute(chunk), outputs)
         return self._decode(chunk, outputs)
 
     @contextmanager
     def _recovering(self, outputs: list[Output]) -> Iterator[None]:
-        """Let all rows begin again where memory is short; another error of the batch is raised."""
+        """If memory is short, let all rows begin again; raise any other error of the batch."""
         try:
             yield
         except Exception as error:
@@ -227,7 +224,7 @@ class Engine:
             raise failure
 
     def _decode(self, chunk: PrefillChunk | None, outputs: list[Output]) -> list[SampledToken]:
-        """Launch a step; prompts with which it can't be built are computed each by itself."""
+        """Launch a decode step; if it can't be built with its prompts, compute each by itself."""
         try:
             return self._runner.decode()
         except StepNotBuiltError:
@@ -238,12 +235,12 @@ class Engine:
         for row in rows:
             row.failed = True  # until its prompt is computed
         self._runner.remove(rows)
-        self._collect(self._runner.decode(), outputs)  # whatever becomes of the prompts
+        self._collect(self._runner.decode(), outputs)  # also if the prompts fail
         self._compute(self._prefilling.compute_apart(groups), outputs)
         return []
 
     def _recover(self, rows: list[Row], outputs: list[Output]) -> None:
-        """Let rows that the device had no memory for begin again; alone they may have to end."""
+        """Let rows begin again that the device had no memory for; one that was alone may end."""
         self._end(self._recovery.take(rows), NO_MEMORY, outputs)
         if not self._scheduler.has_work:
             self._runner.reset()
@@ -253,20 +250,20 @@ class Engine:
             outputs.append(self._output(row, FINISH_ERROR, error=error))
             self._forget(row)
 
-    def _compute(self, failures: Iterable[Failure], outputs: list[Output]) -> None:
-        """Let prompts be computed; what failed of them ends before the next one's turn."""
+    def _compute(self, failures: Iterable[FailedRows], outputs: list[Output]) -> None:
+        """Compute prompts one after the other; end those that fail before the next one."""
         for rows, error in failures:
             self._fail(rows, error, outputs)
 
     def _fail(self, rows: Iterable[Row], error: RowError, outputs: list[Output]) -> None:
-        """End rows over which something was raised; without memory for them they begin again."""
+        """End failed rows; if there was no memory for them, they begin again."""
         if error.code == OUT_OF_MEMORY:
             self._recover(list(rows), outputs)
         else:
             self._end(rows, error, outputs)
 
     def _collect(self, sampled: list[SampledToken], outputs: list[Output]) -> None:
-        """Turn one step's tokens into outputs and take the rows that ended out of the batch."""
+        """Turn one step's tokens into outputs; take rows that ended out of the batch."""
         eos = self.model_info.eos_token_ids
         checked = [(each, row_error(each.row, each.token)) for each in sampled]
         with_text = [
@@ -283,10 +280,7 @@ class Engine:
                 row.failed = True
                 output = self._output(row, FINISH_ERROR, error=error)
             else:
-                row.decoded += 1
-                if row.cached is None:
-                    row.cached = row.cached_tokens
-                row.tokens.append(token)
+                row.append(token)
                 text, stopped = ("", False) if token in eos else next(pieces)
                 reason = self._finish_reason(row, token, stopped=stopped)
                 output = self._output(row, reason, text, [token])
@@ -300,7 +294,7 @@ class Engine:
         if ended:
             try:
                 self._runner.remove(ended)
-            finally:  # what it raises is for the others
+            finally:  # an error concerns the other rows
                 for row in ended:
                     self._forget(row)
 
@@ -319,8 +313,8 @@ class Engine:
     ) -> Output:
         request = row.request
         tokens = list(token_ids)
-        counts = (len(request.prompt), row.cached_tokens)
-        return Output(request.id, request.choice, tokens, text, reason, error, *counts)
+        counts = (len(request.prompt), row.cached_prompt_tokens)
+        return Output(request.id, row.choice.index, tokens, text, reason, error, *counts)
 
     def _tell_prefill(self, request_ids: Iterable[str]) -> None:
         self.on_prefill(request_ids)
@@ -355,12 +349,12 @@ class Engine:
 
     @property
     def parked(self) -> int:
-        """Rows that gave way to others and go on later."""
+        """Rows that left the batch in favour of others and continue when there is room."""
         return self._scheduler.parked
 
     @property
     def request_ids(self) -> set[str]:
-        """Requests that it has, in whatever phase."""
+        """Ids of all requests that have a row, in any phase, or an Output not returned yet."""
         rows = [*self._scheduler.rows, *self._recovery.rows]
         return {row.request.id for row in rows} | {o.request_id for o in self._early}
 
@@ -371,7 +365,7 @@ class Engine:
 
     @property
     def kv_memories(self) -> tuple[KvMemory, ...]:
-        """The memory guard's way to the KV caches."""
+        """The memory guard's view of the KV caches; empty if there is none."""
         return () if self.kv_memory is None else (self.kv_memory,)
 
     @property
@@ -386,4 +380,4 @@ class Engine:
 
 
 def _ignore(*_news: object) -> None:
-    """Nobody asked to be told."""
+    """Do nothing."""

@@ -1,36 +1,37 @@
-"""Several engines, each with a model of its own, as one: what the engine thread steps."""
+"""The engines of several models, stepped as one by the engine thread."""
 
 from collections.abc import Callable, Iterable, Iterator
 
 from mlx_serving.common.queues import LANES
-from mlx_serving.worker.engine.memory.kv_caches import KvMemory
-from mlx_serving.worker.engine.row import (
+from mlx_serving.worker.engine.interface import (
     InferenceEngine,
     LaneRows,
     Output,
     Request,
     RequestRefusedError,
 )
+from mlx_serving.worker.engine.memory.kv_caches import KvMemory
 
 
 class EngineSet:
     """The engines of the models in memory, by alias. Only the engine thread calls it.
 
-    `Request.model` says which one decodes a request. Each engine keeps to its own KV budget and its
-    own rows; a request makes way for itself among the rows of its own model only. How many rows
-    there are over all, whoever claims looks to.
+    `Request.model` names the engine that decodes a request. Each engine has its own KV budget and
+    its own rows; a request can park rows of its own model only. The dispatcher bounds the total
+    number of rows.
     """
 
     def __init__(self, on_prefill: Callable[[Iterable[str]], None] | None = None) -> None:
-        self._engines: dict[str, InferenceEngine] = {}  # replaced, never changed: others read it
-        self._new: frozenset[str] = frozenset()  # models of which no step was timed; as above
-        self._stepping = ""  # the model of which a step is under way
+        # Other threads read these two: they are replaced, never changed in place.
+        self._engines: dict[str, InferenceEngine] = {}
+        self._new: frozenset[str] = frozenset()  # models of which no step was timed
+        self._stepping = ""  # the model whose step is under way
         self.on_prefill: Callable[[Iterable[str]], None] = on_prefill or _ignore
         self.on_launch: Callable[[], None] = _ignore
         self.on_stepped: Callable[[], None] = _ignore  # called after each model's step
 
     def put(self, model: str, engine: InferenceEngine) -> None:
-        """Take an engine in; one of the same model is replaced."""
+        """Add an engine; it replaces one of the same model."""
         engine.on_prefill = self._tell_prefill
         engine.on_launch = self._tell_launch
         self._engines = self._engines | {model: engine}
@@ -42,31 +43,34 @@ class EngineSet:
         self._new -= {model}
 
     def has(self, model: str) -> bool:
-        """Whether the model's engine is here."""
+        """Whether there is an engine for the model."""
         return model in self._engines
 
-    def fits(self, *choices: Request) -> bool:
-        """Say whether the model's KV budget could ever hold these choices of one request."""
-        engine = self._engines.get(choices[0].model)
-        return engine is not None and engine.fits(*choices)
+    def fits(self, request: Request) -> bool:
+        """Say whether the request fits its model's KV budget if nothing else is there."""
+        engine = self._engines.get(request.model)
+        return engine is not None and engine.fits(request)
 
-    def can_add(self, *choices: Request) -> bool:
-        """Say whether there is room for these choices now; True where `add` would refuse them."""
-        engine = self._engines.get(choices[0].model)
-        return engine is None or engine.can_add(*choices)
+    def can_add(self, request: Request) -> bool:
+        """Say whether there is room for the request now; True if its model is not loaded.
 
-    def add(self, *choices: Request) -> None:
-        """Admit choices of one request; see `InferenceEngine.add`.
+        `add` then refuses it.
+        """
+        engine = self._engines.get(request.model)
+        return engine is None or engine.can_add(request)
+
+    def add(self, request: Request) -> None:
+        """Admit a request; see `InferenceEngine.add`.
 
         Raises:
             RequestRefusedError: as there, and with `code` "model_not_loaded".
 
         """
-        model = choices[0].model
-        engine = self._engines.get(model)
+        engine = self._engines.get(request.model)
         if engine is None:
-            raise RequestRefusedError("model_not_loaded", f"{model}: is not loaded any more")
-        engine.add(*choices)
+            message = f"{request.model}: is not loaded any more"
+            raise RequestRefusedError("model_not_loaded", message)
+        engine.add(request)
 
     def abort(self, request_id: str) -> None:
         """Forget every choice of the request; unknown ids are ignored."""
@@ -79,7 +83,7 @@ class EngineSet:
         for model, engine in self._working():
             self._stepping = model
             stepped = engine.step()
-            self.on_stepped()  # before its model counts as timed, see `Runner.time_left`
+            self.on_stepped()  # before its model counts as timed, see `EngineThread.time_left`
             if _waited(engine, stepped):
                 self._new -= {model}
             outputs += stepped
@@ -91,9 +95,9 @@ class EngineSet:
 
     @property
     def first_use(self) -> bool:
-        """Whether the step under way, or one that is due, is its model's first that is timed.
+        """Whether the present step, or the next one, is the first that is timed of its model.
 
-        A model that nobody uses is none of them, however long it is in memory.
+        Models without work don't count, however long they are in memory.
         """
         stepping, new, engines = self._stepping, self._new, self._engines
         if stepping:
@@ -117,12 +121,12 @@ class EngineSet:
 
     @property
     def parked(self) -> int:
-        """Rows that left a batch in favour of others and go on when there is room."""
+        """Rows that left a batch in favour of others and continue when there is room."""
         return sum(engine.parked for engine in self._engines.values())
 
     @property
     def request_ids(self) -> set[str]:
-        """Requests that it has, in whatever phase."""
+        """Ids of all requests that have a row, in any phase, or an Output not returned yet."""
         return set().union(*(engine.request_ids for engine in self._engines.values()))
 
     @property
@@ -148,7 +152,7 @@ class EngineSet:
 
     @property
     def kv_memories(self) -> tuple[KvMemory, ...]:
-        """What the memory guard sees of the KV caches of all engines."""
+        """The memory guard's view of the KV caches of all engines."""
         return tuple(m for engine in self._engines.values() for m in engine.kv_memories)
 
     def _tell_launch(self) -> None:
@@ -159,12 +163,12 @@ class EngineSet:
 
 
 def _waited(engine: InferenceEngine, outputs: list[Output]) -> bool:
-    """Whether a step waited for the device: it read tokens, or left nothing there to wait for.
+    """Whether a step waited for the device: it read tokens, or left nothing running there.
 
-    One whose outputs have no tokens may have had nothing to do there.
+    A step whose outputs have no tokens may not have used the device at all.
     """
     return any(output.token_ids for output in outputs) or not (outputs or engine.running)
 
 
 def _ignore(*_news: object) -> None:
-    """Nobody asked to be told."""
+    """Do nothing."""

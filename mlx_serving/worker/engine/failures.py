@@ -1,28 +1,28 @@
-"""Whose fault a failed step is: of what some rows asked, or of what was launched before. Pure."""
+"""Tells errors of single rows from errors of work that was launched before. Pure."""
 
 from __future__ import annotations
 
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
+from mlx_serving.worker.engine.interface import RowError
 from mlx_serving.worker.engine.memory.recovery import NO_MEMORY, is_out_of_memory
-from mlx_serving.worker.engine.row import RowError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 
 def attempt(what: str, act: Callable[[], None]) -> RowError | None:
-    """Do `act`; whatever it raises is the rows' error `<what>_failed`, or that of no memory.
+    """Call `act`; return its error as the rows' error `<what>_failed`, or as out of memory.
 
     Raises:
-        LaunchedWorkError: what was launched before has failed.
+        LaunchedWorkError: work that was launched before failed.
     """
     try:
         act()
     except LaunchedWorkError:
         raise
-    except Exception as error:  # noqa: BLE001 - see above
+    except Exception as error:  # noqa: BLE001 - any error is the rows' own
         if is_out_of_memory(error):
             return NO_MEMORY
         # The exception's own text may hold addresses or parts of the prompt.
@@ -30,27 +30,29 @@ def attempt(what: str, act: Callable[[], None]) -> RowError | None:
     return None
 
 
-_AFTER_THE_FACT: Final = "Command buffer execution failed"  # Metal's, of what it was given before
+_AFTER_THE_FACT: Final = (
+    "Command buffer execution failed"  # Metal's message for work that was launched before
+)
 
 
 class LaunchedWorkError(RuntimeError):
-    """Something failed that was launched before: the batch's rows are lost.
+    """Work failed that was launched before: the batch's rows are lost.
 
-    `memory_short`: it found no memory, so that the rows may begin again.
+    `memory_short`: it failed for lack of memory, so the rows may begin again.
     """
 
     def __init__(self, error: Exception) -> None:
-        """Take the place of what MLX raised."""
+        """Take the error that MLX raised."""
         super().__init__(type(error).__name__)
         self.memory_short = is_out_of_memory(error)
 
 
 @contextmanager
 def launched_work() -> Iterator[None]:
-    """Whatever is raised in here was raised by what was launched before.
+    """Any error in this block is one of work that was launched before.
 
     Raises:
-        LaunchedWorkError: in its place.
+        LaunchedWorkError: in place of that error.
     """
     try:
         yield
@@ -62,10 +64,10 @@ def launched_work() -> Iterator[None]:
 
 @contextmanager
 def beside_step(*, decoding: bool) -> Iterator[None]:
-    """What is raised in here while rows decode may be the step's under way: its words tell.
+    """An error in this block may be the running step's if rows decode: its message tells.
 
     Raises:
-        LaunchedWorkError: in its place, where that is so.
+        LaunchedWorkError: in place of an error of the running step.
     """
     try:
         yield
@@ -76,5 +78,5 @@ def beside_step(*, decoding: bool) -> Iterator[None]:
 
 
 def is_memory_short(error: Exception) -> bool:
-    """Say whether a step failed for want of memory, which its rows survive."""
+    """Say whether a step failed for lack of memory: then its rows may begin again."""
     return error.memory_short if isinstance(error, LaunchedWorkError) else is_out_of_memory(error)

@@ -1,8 +1,9 @@
 """Projections of one input as one product: q, k and v of attention, gate and up of an MLP.
 
-At decode a step is bound by the number of operations, not by their size. Sibling layers keep
-their names and places in the model; each is a part of a shared product, which is computed when
-the first of them is called and cut for all. Their weights are stored once, in the product.
+A decode step is bound by the number of operations, not by their size. Sibling layers keep their
+names and places in the model; each is a part of a shared product, which is computed when the first
+of them is called, and split for all. Their weights are stored once, in a joined layer beside them
+(`fused_q_proj_k_proj_v_proj`), which is a part of the module tree as any other layer.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,17 +20,17 @@ _QUANTIZATION: Final = ("group_size", "bits", "mode")
 
 
 class Product:
-    """One layer that stands for several which take the same input."""
+    """The outputs of a joined layer, split for the siblings that it replaces."""
 
     def __init__(self, layer: Module, sizes: Sequence[int]) -> None:
-        """Take the joined layer and how many of its outputs each sibling has, in order."""
+        """Take the joined layer and the number of outputs of each sibling, in order."""
         self._layer = layer
         self._ends = [sum(sizes[: index + 1]) for index in range(len(sizes) - 1)]
         self._input: mx.array | None = None
         self._parts: dict[int, mx.array] = {}
 
     def part(self, index: int, inputs: mx.array) -> mx.array:
-        """Return one sibling's output; keeps the others' until they are asked for."""
+        """Return one sibling's output; keep those of the others until they are called."""
         if self._input is not inputs or index not in self._parts:
             self._input = inputs
             self._parts = dict(enumerate(mx.split(self._layer(inputs), self._ends, axis=-1)))
@@ -40,7 +41,7 @@ class Product:
 
 
 class Part(Module):
-    """A sibling in its old place."""
+    """A sibling in its old place; it has no weights of its own."""
 
     def __init__(self, product: Product, index: int) -> None:
         super().__init__()
@@ -53,9 +54,9 @@ class Part(Module):
 
 
 def fuse(model: Any) -> int:  # noqa: ANN401 - a model of mlx-lm
-    """Join sibling layers of a model, in place; returns how many products there are.
+    """Join sibling layers of a model, in place; returns the number of products.
 
-    A group is joined where all its layers are plain or quantised linear ones of one kind.
+    Siblings are joined if all are plain or quantised linear layers of one kind.
     """
     return sum(_join(parent, names) for parent, names in list(_groups(model)))
 
@@ -73,6 +74,7 @@ def _join(parent: Module, names: tuple[str, ...]) -> bool:
     if joined is None:
         return False
     product = Product(joined, [layer.weight.shape[0] for layer in layers])
+    setattr(parent, f"fused_{'_'.join(names)}", joined)
     for index, name in enumerate(names):
         setattr(parent, name, Part(product, index))
     mx.eval(joined.parameters())
@@ -80,7 +82,7 @@ def _join(parent: Module, names: tuple[str, ...]) -> bool:
 
 
 def _joined(layers: Sequence[Any]) -> Module | None:
-    """Return one layer with the outputs of all, or None where they are not of one kind."""
+    """Return one layer with the outputs of all, or None if they are not of one kind."""
     first = layers[0]
     if type(first) not in (Linear, QuantizedLinear):
         return None
@@ -93,7 +95,7 @@ def _joined(layers: Sequence[Any]) -> Module | None:
 
 
 def _kind(layer: Any) -> tuple[Any, ...]:  # noqa: ANN401 - any module
-    """Return what layers must have in common: class, quantisation, parameters' types and inputs."""
+    """Return what joined layers have in common: class, quantisation, parameter types, inputs."""
     arrays = layer.parameters()
     quantization = tuple(getattr(layer, name, None) for name in _QUANTIZATION)
     shapes = tuple((name, array.dtype, array.shape[1:]) for name, array in sorted(arrays.items()))

@@ -1,4 +1,4 @@
-"""Work that touches no MLX, done beside the engine thread while that goes on. Imports no mlx."""
+"""Work without MLX in a thread of its own, while the engine thread continues. Imports no mlx."""
 
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -6,14 +6,14 @@ from typing import Final, TypeVar
 
 T = TypeVar("T")
 
-SLICE_SECONDS: Final = 0.001  # to wait at each turn: long enough to leave the interpreter to it
+SLICE_SECONDS: Final = 0.001  # to wait at each turn, so that the other thread gets the interpreter
 
 
-def aside(work: Callable[[], T]) -> Generator[None, None, T]:
-    """Do it in a thread of its own; yield until it is done, and return what it returned.
+def in_thread(work: Callable[[], T]) -> Generator[None, None, T]:
+    """Call `work` in a thread of its own; yield until it is done, and return its result.
 
     Raises:
-        Exception: whatever the work raises.
+        Exception: what the work raises.
     """
     with ThreadPoolExecutor(1, "loading") as thread:
         future = thread.submit(work)

@@ -1,6 +1,6 @@
-"""The texts of the GPU kernels, in the dialect of this device. Imports mlx late.
+"""Source texts of the GPU kernels, in the dialect of this device. Imports mlx only when called.
 
-The sources stand in `native/kernels/`; an installed package has them as `mlx_serving/kernels/`.
+The sources are in `native/kernels/`; an installed package has them as `mlx_serving/kernels/`.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ _INCLUDES: Final = re.compile(r"^#(pragma once|include .*)\n", re.MULTILINE)
 
 
 def dialect() -> Dialect | None:
-    """Which kernels MLX's default device can run; None on the CPU."""
+    """Return the dialect of kernels that MLX's default device can run; None on the CPU."""
     import mlx.core as mx
 
     if mx.default_device().type != mx.DeviceType.gpu:
@@ -24,7 +24,7 @@ def dialect() -> Dialect | None:
 
 
 def folder() -> Path:
-    """Return where the sources are: in the package, or in the tree of an editable install."""
+    """Return the folder of the sources: in the package, or in the tree of an editable install."""
     package = Path(__file__).parents[2]
     installed = package / "kernels"
     return installed if installed.is_dir() else package.parent / "native" / "kernels"
@@ -37,7 +37,7 @@ def read_source(room: str, *files: str) -> str:
         FileNotFoundError: this install has no such kernel.
     """
     text = "".join((folder() / room / file).read_text() for file in files)
-    # MLX compiles one text: the files are given in the order in which they include each other.
+    # MLX compiles one text: `files` are in the order in which they include each other.
     return _INCLUDES.sub("", text)
 
 
@@ -49,7 +49,7 @@ def make_kernel(
     source: str,
     header: str = "",
 ) -> Any:  # noqa: ANN401 - MLX's kernels are untyped callables
-    """Return MLX's kernel of these texts; nothing is compiled before its first use.
+    """Return MLX's kernel of these texts; MLX compiles it on its first use.
 
     `arrays` names its inputs and its outputs.
     """
@@ -57,7 +57,7 @@ def make_kernel(
 
     make = mx.fast.metal_kernel if language == "metal" else mx.fast.cuda_kernel
     inputs, outputs = arrays
-    # MLX keeps compiled CUDA kernels on disk by name: another text must have another name.
+    # MLX caches compiled CUDA kernels on disk by name: another text must have another name.
     digest = hashlib.sha256((header + source).encode()).hexdigest()[:16]
     return make(
         name=f"mlx_serving_{name}_{digest}",

@@ -1,4 +1,4 @@
-"""From a model folder to a warm engine."""
+"""Loads a model folder into a warm engine."""
 
 import os
 from collections.abc import Generator, Iterable, Iterator
@@ -14,7 +14,8 @@ from mlx_serving.worker.engine.acceleration import choose_sampler, make_detokeni
 from mlx_serving.worker.engine.batch_runner import Attachments
 from mlx_serving.worker.engine.engine import Engine
 from mlx_serving.worker.engine.fused_layers import fuse
-from mlx_serving.worker.engine.in_thread import aside
+from mlx_serving.worker.engine.in_thread import in_thread
+from mlx_serving.worker.engine.interface import ModelInfo, Request, SamplingParams
 from mlx_serving.worker.engine.kv.choice import CacheKind, choose_cache
 from mlx_serving.worker.engine.kv.paged.step import MIXED_ROWS
 from mlx_serving.worker.engine.kv.prefix.choice import make_prefix_cache
@@ -23,29 +24,28 @@ from mlx_serving.worker.engine.memory.guard import MemoryRoom
 from mlx_serving.worker.engine.memory.kv_caches import KvMemory
 from mlx_serving.worker.engine.model_files import check_model_files, model_revision, tokenizer_hash
 from mlx_serving.worker.engine.model_runner import ModelRunner
-from mlx_serving.worker.engine.row import ModelInfo, Request, SamplingParams
 from mlx_serving.worker.engine.scheduling.chunk import FIRST_TOKENS, STEP_SECONDS
 from mlx_serving.worker.engine.scheduling.limits import BatchSize, SchedulerLimits
 from mlx_serving.worker.engine.scheduling.scheduler import Scheduler
 from mlx_serving.worker.engine.text.marked_detokenizer import with_markers
 
 CPU_KV_BUDGET_BYTES: Final = 1 << 30
-# Of the memory that the weights leave. The rest is for activations, logits, the copy of one
-# layer's cache while rows join or leave, and the system.
+# Of the memory beside the weights. The rest is for activations, logits, the copy of one layer's
+# cache while rows join or leave, and the system.
 KV_MEMORY_FRACTION: Final = 0.75
-MODEL_MEMORY_FRACTION: Final = 0.5  # of the device's, for the weights of several models
-WARM_ROWS: Final = 320  # of steps that compute prompts: sizes up to this one are warmed up
+MODEL_MEMORY_FRACTION: Final = 0.5  # of the device's memory, for weights of several models
+WARM_ROWS: Final = 320  # the largest step with prompts that is warmed up
 WARM_PROMPT_TOKENS: Final = 128
-SLICE_BYTES: Final = 1 << 28  # of weights that are read at once, while other models' rows wait
+SLICE_BYTES: Final = 1 << 28  # of weights to read at once, while rows of other models wait
 
 
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
     """How much of the device an engine takes. `kv_budget_bytes` None: derived from the device.
 
-    `prefix_cache_bytes`: of the KV budget, what prefixes may keep that no row uses; None: half of
-    it, 0: every prompt is computed. `kv_cache`, `kv_bits`: see
-    `cache_choice.choose_cache`. `step_seconds`: what a step with a part of a prompt may take.
+    `prefix_cache_bytes`: the part of the KV budget that idle prefixes may keep; None: half of it,
+    0: no prefix is cached. `kv_cache`, `kv_bits`: see `kv.choice.choose_cache`. `step_seconds`: how
+    long a step with a prefill chunk may take.
     """
 
     max_batch_rows: int = 64
@@ -68,10 +68,10 @@ def load_engine(
     *,
     name: str | None = None,
 ) -> Engine:
-    """Load a model folder, check it, and compute once, so that no request pays for it.
+    """Check and load a model folder, and compute once, so that no request waits for that.
 
-    `name` is the alias that jobs know the model by; the folder's name without it. The engine may
-    be used by another thread than the one that loaded it, but by one only.
+    `name` is the model's alias in jobs; None: the folder's name. Another thread than the one that
+    loaded the engine may use it, but only one.
 
     Raises:
         ModelFilesError: the folder is incomplete or holds something that is never loaded.
@@ -94,10 +94,10 @@ def load_in_slices(
     *,
     name: str | None = None,
 ) -> Generator[None, None, Engine]:
-    """Load as `load_engine` does, a slice at each `next`: a thread may step others in between.
+    """Load as `load_engine` does, a slice at each `next`, so that other engines can step between.
 
     A slice is one of the load's parts, or some 256 MiB of weights, or one step of the warm-up; the
-    tokenizer is read aside. Closed before its end, it leaves nothing behind.
+    tokenizer is read in a thread of its own. If closed before its end, it leaves nothing behind.
     """
     path = Path(model_path)
     check_model_files(path)
@@ -108,7 +108,7 @@ def load_in_slices(
         fuse(model)
     yield
     trusted, eos = {"trust_remote_code": False}, config.get("eos_token_id")
-    tokenizer = yield from aside(lambda: load_tokenizer(path, trusted, eos_token_ids=eos))
+    tokenizer = yield from in_thread(lambda: load_tokenizer(path, trusted, eos_token_ids=eos))
     choice = choose_cache(
         model, prefer_native=options.prefer_native, kind=options.kv_cache, bits=options.kv_bits
     )
@@ -192,17 +192,17 @@ def build_engine(
 
 
 def default_kv_budget() -> int:
-    """Bytes for KV caches on this device; call it when the weights are loaded."""
+    """Return the bytes for KV caches on this device; call it when the weights are loaded."""
     if mx.default_device() == mx.cpu:
         return CPU_KV_BUDGET_BYTES
     return max(0, int((_device_memory() - mx.get_active_memory()) * KV_MEMORY_FRACTION))
 
 
 def default_budgets(all_weights: int, model_budget: int | None) -> tuple[int, int]:
-    """Bytes for the weights and for the KV caches of several models; call it before any is loaded.
+    """Return the bytes for weights and for KV caches of several models, before any is loaded.
 
-    Weights get half of the device's memory where no `model_budget` says otherwise. `all_weights`
-    is the size of all models together: what they leave is for KV caches.
+    Weights get `model_budget`, or half of the device's memory if it is None. `all_weights` is the
+    size of all models together: KV caches get a part of the memory beside them.
     """
     memory = _device_memory()
     for_models = model_budget or int(memory * MODEL_MEMORY_FRACTION)
@@ -212,7 +212,7 @@ def default_budgets(all_weights: int, model_budget: int | None) -> tuple[int, in
 
 
 def _device_memory() -> int:
-    """Bytes that MLX may use on this device: on a CPU, the machine's."""
+    """Return the bytes that MLX may use on this device; on a CPU, all of the machine's memory."""
     if mx.default_device() == mx.cpu:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     device = mx.device_info()
@@ -227,7 +227,7 @@ def warm_up(engine: Engine) -> None:
 
 
 def _warm_up(engine: Engine) -> Iterator[None]:
-    """Yield after each step of it."""
+    """Warm up; yield after each step."""
     token = min(1, engine.model_info.vocab_size - 1)
     mixed = SamplingParams(temperature=0.8, top_p=0.9, top_k=8, min_p=0.05, seed=1)
     plain = SamplingParams(temperature=0.8, seed=1)
@@ -245,13 +245,13 @@ def _warm_up(engine: Engine) -> Iterator[None]:
     if engine.mixes_prompts:
         for rows in range(MIXED_ROWS, WARM_ROWS + 1, MIXED_ROWS):
             yield from _drive(engine, _prompts_of(rows, token))
-        if engine.kv_memory is not None:  # these prompts are nobody's prefixes
+        if engine.kv_memory is not None:  # no request has these prompts as its prefix
             engine.kv_memory.shrink()
             engine.kv_memory.restore()
 
 
 def _prompts_of(tokens: int, token: int) -> list[Request]:
-    """Return prompts with so many tokens in all; none finds what another one computes."""
+    """Return prompts with so many tokens in all, which share no cached prefixes."""
     count = -(-tokens // WARM_PROMPT_TOKENS)
     prompts = [(token,) * ((tokens + n) // count) for n in range(count)]
     return [

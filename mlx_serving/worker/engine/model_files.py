@@ -1,7 +1,8 @@
-"""What may be loaded from a model folder, and what identifies it. Needs no mlx.
+"""Checks a model folder before it is loaded, and identifies model and tokenizer. Needs no mlx.
 
-Only safetensors weights and mlx-lm's own architectures: nothing in the folder is ever imported
-or unpickled (mlx-lm CVE-2026-5843: remote code named by a config). What a hub gave is checked too.
+Only safetensors weights and mlx-lm's own architectures are loaded: nothing in the folder is ever
+imported or unpickled (mlx-lm CVE-2026-5843: remote code named by a config). Folders downloaded
+from a hub are checked too.
 """
 
 import hashlib
@@ -20,13 +21,13 @@ _TOKENIZER_FILES: Final = (
 _SAMPLED_BLOCK_BYTES: Final = 1 << 16
 _PICKLES: Final = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.npy", "*.npz")
 _CODE_KEYS: Final = ("auto_map", "model_file", "custom_pipelines")
-# These name modules of mlx-lm that it imports; a dot would reach others.
+# mlx-lm imports its own modules by these names; a dot would lead to others.
 _MODULE_KEYS: Final = ("model_type", "chat_template_type", "tool_parser_type")
 _MODULE_NAME: Final = re.compile(r"[A-Za-z0-9_-]+")
 
 
 class ModelFilesError(ValueError):
-    """The model folder is incomplete, or holds something that is never loaded."""
+    """The model folder is incomplete, or has something in it that is never loaded."""
 
 
 def check_model_files(path: Path) -> None:
@@ -56,7 +57,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object.
 
     Raises:
-        ModelFilesError: the file holds anything else.
+        ModelFilesError: the file is anything else.
     """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
@@ -71,8 +72,8 @@ def read_json(path: Path) -> dict[str, Any]:
 def model_revision(path: Path) -> str:
     """Identify config and weights: 16 hex digits.
 
-    Reads each weight file's header and blocks spread evenly over it, never the whole of a large
-    file: fine-tunes of one model differ everywhere, and a start must not read 100 GB twice.
+    Reads each weight file's header and blocks spread evenly over it, never all of a large file:
+    fine-tunes of one model differ everywhere, and a start must not read 100 GB twice.
     """
     digest = hashlib.sha256((path / "config.json").read_bytes())
     for file in weight_files(path):
@@ -84,9 +85,9 @@ def model_revision(path: Path) -> str:
 
 
 def tokenizer_hash(path: Path) -> str:
-    """Identify all that turns a job into tokens and says which of them end it: 16 hex digits.
+    """Identify the files that tokenize a job and name its end tokens: 16 hex digits.
 
-    Another chat template gives another prompt, whose completion nothing else may continue.
+    Another chat template gives another prompt: no other completion may continue with it.
     """
     digest = hashlib.sha256()
     for name in _TOKENIZER_FILES:
@@ -102,7 +103,7 @@ def weight_files(path: Path) -> list[Path]:
 
 
 def weight_bytes(path: Path) -> int:
-    """Return the size of the files that mlx-lm loads: what the weights take in memory."""
+    """Return the size of the files that mlx-lm loads, which is that of the weights in memory."""
     return sum(file.stat().st_size for file in weight_files(path))
 
 

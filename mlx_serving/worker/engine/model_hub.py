@@ -1,9 +1,9 @@
 """Models of a hub: a pinned revision becomes a local folder, downloaded once. Needs no mlx.
 
 huggingface_hub fetches one file at a time into its own cache, where other tools find them too:
-weights in safetensors, configs and the tokenizer, nothing else. `config.json` comes last, so a
-folder that has it is complete. Whoever comes while another process downloads waits for it, and
-then finds the files; after a crash the files that are whole are kept.
+weights in safetensors, configs and the tokenizer, nothing else. `config.json` is fetched last, so a
+folder that has it is complete. If another process downloads the model, this one waits for it.
+After a crash, complete files are kept.
 """
 
 import re
@@ -25,41 +25,41 @@ _OTHERS: Final = frozenset(
     {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
     | {"special_tokens_map.json", "chat_template.jinja", "chat_template.json", _INDEX}
 )
-_SPARE_BYTES: Final = 1 << 30  # of the disk, left free by a download
+_SPARE_BYTES: Final = 1 << 30  # of the disk, to leave free
 _LOCK_POLL_SECONDS: Final = 0.2
 _ANSWER_SECONDS: Final = 20.0
 
 Say = Callable[[str], None]
-"""Tells somebody what goes on, a line at a time."""
+"""Shows one line of progress."""
 
 
 @dataclass(frozen=True, slots=True)
 class HubModel:
-    """`organisation/name` at a revision, as the settings name it."""
+    """`organisation/name` at a revision, as in the settings."""
 
     repo: str
     revision: str
 
     def __str__(self) -> str:
-        """As it stands in the settings."""
+        """As in the settings."""
         return f"{self.repo}@{self.revision}"
 
     @property
     def pinned(self) -> bool:
-        """Whether the revision is a commit, which can't come to mean other files."""
+        """Whether the revision is a commit, whose files never change."""
         return _COMMIT.fullmatch(self.revision) is not None
 
 
 @dataclass(frozen=True, slots=True)
 class Hub:
-    """Which hub, and where its files are kept; None: as huggingface_hub has it."""
+    """A hub and the folder of its files; None: huggingface_hub's own."""
 
     endpoint: str | None = None
     cache: Path | None = None
 
     @property
     def folder(self) -> Path:
-        """The cache."""
+        """The cache's folder."""
         from huggingface_hub.constants import HF_HUB_CACHE
 
         return self.cache or Path(HF_HUB_CACHE)
@@ -73,17 +73,17 @@ class Hub:
 
 
 class HubUnreachableError(ModelFilesError):
-    """The hub does not answer, or not now; another time it may."""
+    """The hub does not answer now; later it may."""
 
 
 def hub_model(value: str) -> HubModel | None:
-    """Read `organisation/name@revision`; None where a model's setting is a path."""
+    """Read `organisation/name@revision`; None: the setting is a path."""
     found = _NAME.fullmatch(value)
     return HubModel(found["repo"], found["revision"]) if found else None
 
 
 def require_pinned(model: HubModel) -> None:
-    """Refuse a revision that may come to mean other files. Raises ModelFilesError."""
+    """Refuse a revision whose files may change. Raises ModelFilesError."""
     if not model.pinned:
         message = (
             f"{model}: {model.revision!r} is a branch or a tag, which may come to mean other "
@@ -93,10 +93,10 @@ def require_pinned(model: HubModel) -> None:
 
 
 def local_folder(model: HubModel, hub: Hub) -> Path | None:
-    """Return the folder of a model that was downloaded whole; asks nobody.
+    """Return the folder of a model that is completely downloaded, or None; asks no hub.
 
     Raises:
-        ModelFilesError: the revision is not pinned, or what is there may not be loaded.
+        ModelFilesError: the revision is not pinned, or the folder may not be loaded.
     """
     require_pinned(model)
     folder = hub.folder / f"models--{model.repo.replace('/', '--')}" / "snapshots" / model.revision
@@ -107,11 +107,11 @@ def local_folder(model: HubModel, hub: Hub) -> Path | None:
 
 
 def download(model: HubModel, hub: Hub, say: Say) -> Path:
-    """Return the model's folder, downloaded if need be; bars show on a terminal.
+    """Return the model's folder, downloaded if need be; shows progress bars on a terminal.
 
     Raises:
         HubUnreachableError: the hub can't be reached, or can't answer now.
-        ModelFilesError: not pinned, not there, too large for the disk, or it holds
+        ModelFilesError: the model is not pinned, not on the hub, too large for the disk, or has
             nothing that may be loaded. The message names model, host and reason.
     """
     from filelock import FileLock, Timeout
@@ -134,7 +134,7 @@ def download(model: HubModel, hub: Hub, say: Say) -> Path:
 
 
 def resolve(model: HubModel, hub: Hub) -> HubModel:
-    """Ask the hub which commit a branch or a tag is now. Raises ModelFilesError as `download`."""
+    """Ask the hub for the commit of a branch or a tag. Raises ModelFilesError as `download`."""
     commit = _asked(model, hub, lambda: _info(model, hub)).sha
     if commit is None or not _COMMIT.fullmatch(commit):
         message = f"{model}: {hub.host} names no commit for it"
@@ -159,13 +159,13 @@ def _fetch(model: HubModel, hub: Hub, say: Say) -> Path:
 
 
 def _sizes(model: HubModel, hub: Hub) -> dict[str, int]:
-    """Names and bytes of the repository's files."""
+    """Return names and sizes in bytes of the repository's files."""
     files = _info(model, hub).siblings or []
     return {file.rfilename: file.size or 0 for file in files}
 
 
 def _info(model: HubModel, hub: Hub) -> Any:  # noqa: ANN401 -- the library's own type
-    """What the hub says of a revision; asked once, so that a hub that is away is soon told."""
+    """Return the hub's answer about a revision; asked once: an unreachable hub fails soon."""
     from huggingface_hub import HfApi
 
     return HfApi(endpoint=hub.endpoint).model_info(
@@ -174,7 +174,7 @@ def _info(model: HubModel, hub: Hub) -> Any:  # noqa: ANN401 -- the library's ow
 
 
 def _wanted(model: HubModel, sizes: dict[str, int]) -> list[str]:
-    """Files to fetch in their order: weights first, the config last."""
+    """Return the files to fetch, in order: weights first, the config last."""
     weights = sorted(name for name in sizes if _WEIGHTS.fullmatch(name))
     if not weights:
         message = f"{model}: has no model*.safetensors; weights of another kind are not loaded"
@@ -196,7 +196,7 @@ def _fetch_file(model: HubModel, hub: Hub, name: str) -> str:
 
 
 def _missing_weights(folder: Path) -> list[str]:
-    """Weight files that the index names and the folder lacks."""
+    """Return weight files that the index names and the folder lacks."""
     if not (folder / _INDEX).is_file():
         return []
     named = read_json(folder / _INDEX).get("weight_map")
@@ -205,7 +205,7 @@ def _missing_weights(folder: Path) -> list[str]:
 
 
 def _require_space(model: HubModel, hub: Hub, needed: int) -> None:
-    """Before the first byte, so that no disk is filled for a download that can't end."""
+    """Check the free space first, so that a download that can't finish does not fill the disk."""
     free = shutil.disk_usage(hub.folder).free
     if free < needed + _SPARE_BYTES:
         message = (
@@ -215,12 +215,12 @@ def _require_space(model: HubModel, hub: Hub, needed: int) -> None:
         raise ModelFilesError(message)
 
 
-def _asked(model: HubModel, hub: Hub, ask: Callable[[], Any]) -> Any:  # noqa: ANN401 -- what the question returns
-    """Ask the hub, and say in one line what became of it.
+def _asked(model: HubModel, hub: Hub, ask: Callable[[], Any]) -> Any:  # noqa: ANN401 -- the answer
+    """Ask the hub; turn its errors into one line each.
 
     Raises:
-        HubUnreachableError: it may answer another time.
-        ModelFilesError: it will not give this model.
+        HubUnreachableError: it may answer later.
+        ModelFilesError: it does not serve this model.
 
     """
     import httpx2

@@ -1,16 +1,16 @@
-"""The model on the device: prefills prompts, decodes the batch, one step ahead of the host.
+"""The model on the device: prefills prompts and decodes the batch, one step ahead of the host.
 
-The last token of a prompt is not prefilled: it enters the decode batch, and its logits there
-give the row's first token. So lm_head never runs over a prompt, the one sampler makes every
-token, and a row's first token costs no forward pass beside the step its batch-mates do anyway.
+The last token of a prompt is not prefilled: it enters the decode batch, and its logits there give
+the row's first token. So lm_head never runs over a prompt, one sampler samples every token, and a
+row's first token needs no forward pass of its own.
 
 Pipelining: step t + 1 is launched on the sampled tokens of step t while they are still on the
-device; only then does the host read step t. A row that turns out to have ended at t is taken
-out after the launch, and its token of t + 1 is dropped with it.
+device; then the host reads step t. A row that ended at t is taken out after the launch, and its
+token of t + 1 is dropped.
 
-A batch with constrained rows can't sample t + 1 before the host has read t: there t is read
-first. Then the masks are computed while the forward pass is launched and the device works on it,
-and the sampling is launched at last.
+If rows follow a grammar, t + 1 can't be sampled before the host has read t: the host reads t first.
+Then the masks are computed while the forward pass is launched and the device works on it, and the
+sampling is launched last.
 """
 
 from collections.abc import Callable, Collection, Container, Iterable
@@ -23,35 +23,31 @@ import mlx.core as mx
 from mlx_serving.common.queues import Lane
 from mlx_serving.worker.engine.batch_runner import StepNotBuiltError
 from mlx_serving.worker.engine.failures import LaunchedWorkError, beside_step, launched_work
+from mlx_serving.worker.engine.interface import TokenLogprobs
 from mlx_serving.worker.engine.kv import padded
 from mlx_serving.worker.engine.kv.choice import CacheChoice, choose_cache
-from mlx_serving.worker.engine.kv.decode_cache import ParkedRow, Prefilled, Prompt
+from mlx_serving.worker.engine.kv.interface import BlockCache, ParkedRow, Prefilled, Prompt
 from mlx_serving.worker.engine.kv.padded import LanguageModel
 from mlx_serving.worker.engine.kv.paged.pools import wait_for_launched
 from mlx_serving.worker.engine.kv.prefix.cache import PrefixCache
 from mlx_serving.worker.engine.memory.recovery import is_out_of_memory
-from mlx_serving.worker.engine.row import Row, SampledToken, TokenLogprobs
-from mlx_serving.worker.engine.sampling import (
-    BatchSampler,
-    Logprobs,
-    MakeDraw,
-    ReferenceDraw,
-    RowSampling,
-    read_logprobs,
-    token_words,
-)
+from mlx_serving.worker.engine.row import Row, SampledToken
+from mlx_serving.worker.engine.sampling.logprobs import read_logprobs
+from mlx_serving.worker.engine.sampling.noise import token_words
+from mlx_serving.worker.engine.sampling.parameters import Logprobs, RowSampling
+from mlx_serving.worker.engine.sampling.reference import ReferenceDraw
+from mlx_serving.worker.engine.sampling.sampler import BatchSampler, MakeDraw
 from mlx_serving.worker.engine.scheduling.chunk import PrefillChunk
 from mlx_serving.worker.engine.structured.masks import BatchMasks, Matcher, advance_rows
 
-TRIM_EVERY_LAUNCHES: Final = 512  # freed buffers go back to the system, as in mlx-lm
-
+TRIM_EVERY_LAUNCHES: Final = 512  # freed buffers are given back to the system, as in mlx-lm
 
 _LaunchLogprobs = tuple[list[Row], Logprobs] | None
 
 
 @dataclass(frozen=True, slots=True)
-class _Prefill:
-    """A chunk's prompts under way: the model's cache; whether that reads the decode batch's."""
+class _PromptCache:
+    """The cache of a chunk's prompts; `gathered`: it reads blocks of the decode batch's cache."""
 
     cache: list[Any]
     gathered: bool
@@ -64,7 +60,7 @@ class ModelRunner:
     """
 
     def __init__(self, model: LanguageModel, choice: CacheChoice | None = None) -> None:
-        """Measure the model's cache; `choice` None: the best that this device is proven to do.
+        """Measure the model's cache; `choice` None: see `choose_cache`.
 
         Raises:
             UnsupportedModelError: a layer's cache can't join a batch.
@@ -74,7 +70,7 @@ class ModelRunner:
         self._model = model
         self._words = token_words(self.cost.vocab_size)
         mx.eval(self._words)
-        self._prefills: dict[Lane, _Prefill] = {}
+        self._prefills: dict[Lane, _PromptCache] = {}
         self._cache = self.choice.make()
         self._rows: list[Row] = []
         self._parked: dict[Row, ParkedRow] = {}
@@ -82,24 +78,24 @@ class ModelRunner:
         self._origins: list[int] = []
         self._launches = 0
         self._last_launch = 0  # the launch that gives the last row its last token
-        self._joined = 0  # rows at the end whose pending token is not a sampled one
-        self._pending = mx.array([], dtype=mx.int32)  # [B], what the next step takes in
+        self._joined = 0  # rows at the end whose pending token was not sampled here
+        self._pending = mx.array([], dtype=mx.int32)  # [B], the next step's input tokens
         self._make_draw: MakeDraw = ReferenceDraw
         self._sampler: BatchSampler | None = None  # None: rows changed
         self._batch_masks: BatchMasks | None = None  # the same
-        self._constrained = False  # whether some row follows a grammar
-        # Log probabilities of `_pending`, and the rows as they stood at its launch.
+        self._constrained = False  # whether a row follows a grammar
+        # Log probabilities of `_pending`, and the rows in the order of its launch.
         self._logprobs: _LaunchLogprobs = None
         self.on_launch: Callable[[], None] = lambda: None
 
     @property
     def logits_dtype(self) -> mx.Dtype:
-        """What the model's logits are; nothing is computed for it."""
+        """The dtype of the model's logits; computes nothing."""
         token = mx.zeros((1, 1), dtype=mx.int32)
         return self._model(token, cache=padded.new_cache(self._model, 1)).dtype
 
     def use_sampler(self, make_draw: MakeDraw) -> None:
-        """Sample by another implementation than the reference from the next launch on."""
+        """From the next launch on, sample by another implementation than the reference."""
         self._make_draw = make_draw
         self._sampler = None
 
@@ -112,7 +108,7 @@ class ModelRunner:
         return self._cache.nbytes + beside
 
     def shrink(self) -> None:
-        """Give back memory that no row and no known prefix uses."""
+        """Give back memory that no row and no cached prefix uses."""
         self._cache.shrink()
 
     def reset(self) -> None:
@@ -121,18 +117,25 @@ class ModelRunner:
         self._rows, self._origins, self._joined = [], [], 0
         self._pending, self._logprobs = mx.array([], dtype=mx.int32), None
         self._rows_changed()
-        with suppress(LaunchedWorkError):  # what is left of the step may fail once more
+        with suppress(LaunchedWorkError):  # the rest of the step may fail too
             wait_for_launched()
         self._cache.reset()
         mx.clear_cache()
 
     def limit_kv(self, tokens: int) -> None:
-        """Bound what the decode batch's cache may hold, where it can tell."""
+        """Limit the decode batch's cache, if it has limits."""
         self._cache.limit(tokens)
 
     def use_prefixes(self, prefixes: PrefixCache) -> None:
-        """Let prompts begin with what `prefixes` knows of them; only for a cache of blocks."""
-        self._cache.use_prefixes(prefixes)
+        """Let prompts begin with their cached prefixes; only for a cache of blocks."""
+        self._block_cache.use_prefixes(prefixes)
+
+    @property
+    def _block_cache(self) -> BlockCache:
+        """The cache, if it keeps blocks: only then are prefixes cached and steps mixed."""
+        cache = self._cache
+        assert isinstance(cache, BlockCache)  # noqa: S101 - see above
+        return cache
 
     def prefill(self, chunk: PrefillChunk) -> None:
         """Compute one chunk; several prompts are padded on the right to the longest."""
@@ -145,28 +148,27 @@ class ModelRunner:
         layers = self._prefills[chunk.lane].cache
         if chunk.length:
             end = chunk.start + chunk.length
-            contexts = [
-                row.context(row.found + chunk.start, row.found + end) for row in chunk.leaders
-            ]
+            cached = chunk.leaders[0].prefill.cached_tokens
+            contexts = [row.context(cached + chunk.start, cached + end) for row in chunk.leaders]
             self._cache.forward_prompts(contexts, layers)
-        # With nothing to decode there is nothing to overlap with: wait, so that a step that
-        # returns has done its work.
+        # Without decoding rows there is nothing to overlap with: wait, so that a step that returns
+        # has done its work.
         evaluate = mx.async_eval if self._rows else mx.eval
         self.on_launch()
         evaluate(padded.states(layers))
 
-    def _begin_prefill(self, chunk: PrefillChunk) -> _Prefill:
-        found = chunk.leaders[0].found
-        if found:
-            blocks = [row.prefix for row in chunk.leaders]
-            return _Prefill(self._cache.gather(blocks, found), gathered=True)
-        return _Prefill(self._cache.new_prompts(len(chunk.groups)), gathered=False)
+    def _begin_prefill(self, chunk: PrefillChunk) -> _PromptCache:
+        cached = chunk.leaders[0].prefill.cached_tokens
+        if cached:
+            blocks = [row.prefill.pinned_blocks for row in chunk.leaders]
+            return _PromptCache(self._block_cache.gather(blocks, cached), gathered=True)
+        return _PromptCache(self._cache.new_prompts(len(chunk.groups)), gathered=False)
 
     def drop_prefill(self, lane: Lane) -> None:
         """Forget the prompt being prefilled for a lane."""
         dropped = self._prefills.pop(lane, None)
         if dropped is not None and dropped.gathered:
-            wait_for_launched()  # the blocks that it reads may be given to others now
+            wait_for_launched()  # other rows may get the blocks that it reads now
         mx.clear_cache()
 
     def join(self, chunk: PrefillChunk) -> None:
@@ -180,10 +182,12 @@ class ModelRunner:
         leaders = chunk.leaders
         keys = [row.context_key for row in leaders]
         if chunk.mixed:
-            self._cache.enter(
+            contexts = [row.context(0, row.context_length) for row in leaders]
+            prefills = [row.prefill for row in leaders]
+            self._block_cache.enter(
                 [
-                    Prompt(row.context(0, row.context_length), key, row.found, row.prefix)
-                    for row, key in zip(leaders, keys, strict=True)
+                    Prompt(context, key, prefill.cached_tokens, prefill.pinned_blocks)
+                    for context, key, prefill in zip(contexts, keys, prefills, strict=True)
                 ]
             )
         else:
@@ -193,7 +197,7 @@ class ModelRunner:
             self._cache.join(Prefilled(layers, lengths, copies, keys))
 
     def _enter(self, joining: Collection[Row], last_tokens: mx.array) -> None:
-        """Append rows to the batch whose cache has them."""
+        """Append rows that the cache has already."""
         self._rows += joining
         self._origins += [self._launches - row.decoded for row in joining]
         self._pending = mx.concatenate([self._pending, last_tokens])
@@ -201,7 +205,7 @@ class ModelRunner:
         self._rows_changed()
 
     def remove(self, rows: Iterable[Row]) -> None:
-        """Take rows out of the decode batch, or drop what is kept of them; others are ignored."""
+        """See `BatchRunner.remove`."""
         leaving = set(rows)
         for row in leaving.intersection(self._parked):
             self._cache.release(self._parked.pop(row), None if row.failed else row.context_key)
@@ -211,10 +215,10 @@ class ModelRunner:
         self._take_out(leaving)
 
     def park(self, rows: Iterable[Row], keep: Container[Row]) -> list[SampledToken]:
-        """Take rows out of the decode batch; return the tokens that were on their way.
+        """Take rows out of the decode batch; return their tokens of the running step.
 
-        Waits for the launch under way, so that the rows' last tokens are known and nothing of
-        theirs runs. The keys and values of those in `keep` stay, for `resume` or `remove`.
+        Waits for the running step, so that the rows' last tokens are read and nothing uses their
+        blocks. The keys and values of the rows in `keep` are kept, for `resume` or `remove`.
         """
         leaving = set(rows)
         launched = self._rows[: len(self._rows) - self._joined]
@@ -229,7 +233,7 @@ class ModelRunner:
         return found
 
     def resume(self, row: Row) -> None:
-        """Put a row that was kept back into the decode batch."""
+        """Put a parked row back into the decode batch."""
         last_token = _last_tokens([row])
         with beside_step(decoding=bool(self._rows)):
             self._cache.resume(self._parked[row])
@@ -252,7 +256,7 @@ class ModelRunner:
         self._rows_changed()
 
     def decode(self) -> list[SampledToken]:
-        """Launch the next step and return the tokens of the one before it, row by row.
+        """Launch the next step and return the tokens of the one before it.
 
         A row that joined since the last call has no token yet.
         """
@@ -275,7 +279,7 @@ class ModelRunner:
         logprobs: _LaunchLogprobs,
         logits: mx.array | None,
     ) -> list[SampledToken]:
-        """Decode a batch in which some rows follow a grammar; `logits` are built, not launched."""
+        """Decode a batch in which some rows follow a grammar; `logits` are not launched yet."""
         found = self._read(sampled, previous, logprobs)
         if logits is None:
             advance_rows(found)
@@ -293,7 +297,7 @@ class ModelRunner:
         logprobs: _LaunchLogprobs,
         only: Container[Row] | None = None,
     ) -> list[SampledToken]:
-        """Wait for the tokens of a launch, and for what goes with them; `only` some rows'."""
+        """Wait for the tokens and log probabilities of a launch; `only`: those of these rows."""
         wanted = [row for row in sampled if only is None or row in only]
         if not wanted:
             return []
@@ -313,11 +317,11 @@ class ModelRunner:
         return self._batch_masks
 
     def _forward(self) -> mx.array:
-        """Build the step's logits, [B, V]; the rows' sampling is read as it stands now.
+        """Build the step's logits, [B, V]; take the rows' sampling parameters as they are now.
 
-        What only a step after a change of rows has is launched by itself. MLX keeps what it
-        launched by its operations (CUDA graphs of some 30): one more in front of a step would
-        shift them all, and each would be built anew.
+        Operations that only a step after a change of rows has are launched by themselves. MLX
+        caches what it launches in graphs of some 30 operations (on CUDA): one more operation in
+        front of a step would shift all of them, and each graph would be built anew.
         """
         if self._sampler is None:
             mx.async_eval(self._pending)
@@ -333,7 +337,7 @@ class ModelRunner:
             raise StepNotBuiltError(type(error).__name__) from error
 
     def _sample(self, logits: mx.array, mask: mx.array | None = None) -> None:
-        """Launch the step."""
+        """Launch the step, sampling included."""
         assert self._sampler is not None  # noqa: S101 - `_forward` made it
         draws = self._sampler.sample(logits, self._pending, mask)
         self._pending = draws.tokens
@@ -357,7 +361,7 @@ class ModelRunner:
         return [
             RowSampling(
                 row.request.sampling,
-                row.request.choice,
+                row.choice.index,
                 self._launches - origin,
                 row.history or (),
                 len(row.request.prompt),
@@ -374,7 +378,7 @@ def _last_tokens(rows: Iterable[Row]) -> mx.array:
 def _read_logprobs(
     tokens: dict[Row, int], rows: list[Row], logprobs: Logprobs
 ) -> dict[Row, TokenLogprobs]:
-    """Read the log probabilities of those `rows`, as they stood at the launch, that asked."""
+    """Read the log probabilities of those rows that asked; `rows` are in the launch's order."""
     asked = [
         (index, row, row.request.sampling.logprobs)
         for index, row in enumerate(rows)

@@ -1,33 +1,34 @@
-"""Prompts are computed and their rows join the batch; what fails for several is tried for each."""
+"""Computes prompts and lets their rows join the batch; if several fail, tries each alone."""
 
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 
 from mlx_serving.worker.engine.batch_runner import BatchRunner
 from mlx_serving.worker.engine.failures import attempt
+from mlx_serving.worker.engine.interface import RowError
 from mlx_serving.worker.engine.memory.recovery import OUT_OF_MEMORY
-from mlx_serving.worker.engine.row import Row, RowError
-from mlx_serving.worker.engine.scheduling.chunk import Group, PrefillChunk
+from mlx_serving.worker.engine.row import Row
+from mlx_serving.worker.engine.scheduling.chunk import PrefillChunk, RowGroup
 from mlx_serving.worker.engine.scheduling.scheduler import Scheduler
 
-Failure = tuple[Iterable[Row], RowError]
+FailedRows = tuple[Iterable[Row], RowError]
 
 
 class Prefilling:
     """Takes a step's chunk from the scheduler to the runner.
 
-    What it yields has failed, and is to be ended or taken out before it goes on. It raises
-    `LaunchedWorkError` where something failed that was launched before.
+    It yields rows that failed; the caller ends them or takes them out before asking for the next.
+    It raises `LaunchedWorkError` if work failed that was launched before.
     """
 
     def __init__(
         self, runner: BatchRunner, scheduler: Scheduler, tell: Callable[[Iterable[str]], None]
     ) -> None:
-        """Take who computes and who knows the rows; `tell` gets the requests of each chunk."""
+        """Take runner and scheduler; `tell` is called with the request ids of each chunk."""
         self._runner, self._scheduler, self._tell = runner, scheduler, tell
 
-    def compute(self, chunk: PrefillChunk) -> Iterator[Failure]:
-        """Compute a chunk; its rows join where it is the last one of their prompts."""
+    def compute(self, chunk: PrefillChunk) -> Iterator[FailedRows]:
+        """Compute a chunk; if it completes its prompts, their rows join the batch."""
         error = self._try_prefill(chunk)
         if error is None and self._scheduler.finish_prefill(chunk):
             error = self._try_join(chunk)
@@ -38,12 +39,12 @@ class Prefilling:
         else:
             yield from self.compute_apart(chunk.groups)
 
-    def compute_apart(self, groups: Iterable[Group]) -> Iterator[Failure]:
-        """Compute prompts one by one: one of them may have been to blame for all."""
+    def compute_apart(self, groups: Iterable[RowGroup]) -> Iterator[FailedRows]:
+        """Compute prompts one by one: one of them may have made all fail."""
         for group in groups:
             for row in group:
                 row.failed = False
-                row.found = row.prefilled = 0
+                row.begin_prefill(cached_tokens=0)
             chunks = self._scheduler.chunks_of(group)
             error = next(filter(None, map(self._try_prefill, chunks)), None)
             if error is None:
@@ -52,8 +53,8 @@ class Prefilling:
             if error is not None:
                 yield group, error
 
-    def waiting_for_step(self, chunk: PrefillChunk | None) -> list[Group]:
-        """Return prompts that the next decode step is to compute; those that failed are gone."""
+    def waiting_for_step(self, chunk: PrefillChunk | None) -> list[RowGroup]:
+        """Return the prompts that the next decode step computes, without those that failed."""
         if chunk is None or not chunk.mixed:
             return []
         return [group for group in chunk.groups if all(map(self._scheduler.is_here, group))]
@@ -70,7 +71,7 @@ class Prefilling:
     def _try_join(self, chunk: PrefillChunk) -> RowError | None:
         error = attempt("join", partial(self._runner.join, chunk))
         if error is None:
-            self._scheduler.joined(chunk.groups)
+            self._scheduler.join(chunk.groups)
         else:
             self._runner.drop_prefill(chunk.lane)
         return error

@@ -1,17 +1,17 @@
-"""What an engine checks of a request before it admits it. Pure."""
+"""Checks of a request before an engine admits it. Pure."""
 
 import math
 
-from mlx_serving.worker.engine.row import Request, RequestRefusedError, SamplingParams
+from mlx_serving.worker.engine.interface import Request, RequestRefusedError, SamplingParams
 
 _SEED_LIMIT = 2**64
-_MOST_PENALTY = 2  # these three are OpenAI's
+_MOST_PENALTY = 2  # these three limits are OpenAI's
 _MOST_BIAS = 100
 _MOST_LOGPROBS = 20
 
 
 def check_request(request: Request, vocab_size: int) -> None:
-    """Refuse a request that can't run, naming the field.
+    """Refuse a request that can't run; the message names the field.
 
     Raises:
         RequestRefusedError: with `code` "invalid_parameter" or "token_out_of_vocabulary".
@@ -24,8 +24,9 @@ def check_request(request: Request, vocab_size: int) -> None:
         _refuse("stop: a stop string is empty")
     _check_sampling(request.sampling)
     _check_adjustments(request.sampling, vocab_size)
-    for name, tokens in (("prompt", request.prompt), ("committed", request.committed)):
-        # An id outside the vocabulary would read memory that is not the embedding's.
+    committed = [("committed", choice.committed) for choice in request.choices]
+    for name, tokens in (("prompt", request.prompt), *committed):
+        # An id outside the vocabulary would read memory outside of the embedding table.
         if tokens and not (min(tokens) >= 0 and max(tokens) < vocab_size):
             message = f"{name}: holds a token outside the vocabulary of {vocab_size}"
             raise RequestRefusedError("token_out_of_vocabulary", message)

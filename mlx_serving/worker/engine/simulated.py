@@ -1,8 +1,8 @@
 """An engine without a model: tokens at a set rate, text that counts up. Needs no mlx.
 
 It is the real engine (admission, prefill chunks, stop strings, resume, abort) over a runner that
-sleeps instead of computing. Token n of a completion reads " n", so any output can be checked:
-``1 2 3 4``.
+sleeps instead of computing. The text of token n of a completion is " n", so any output can be
+checked: ``1 2 3 4``.
 """
 
 import time
@@ -15,13 +15,8 @@ from mlx_serving.common.job.output_format import enforces_tools
 from mlx_serving.common.job.schema import GenerationJob
 from mlx_serving.common.queues import Lane
 from mlx_serving.worker.engine.engine import Engine
-from mlx_serving.worker.engine.row import (
-    ModelInfo,
-    Request,
-    Row,
-    SampledToken,
-    TokenLogprobs,
-)
+from mlx_serving.worker.engine.interface import ModelInfo, Request, TokenLogprobs
+from mlx_serving.worker.engine.row import Row, SampledToken
 from mlx_serving.worker.engine.scheduling.chunk import FIRST_TOKENS, STEP_SECONDS, PrefillChunk
 from mlx_serving.worker.engine.scheduling.limits import BatchSize, SchedulerLimits
 from mlx_serving.worker.engine.scheduling.scheduler import Scheduler
@@ -40,10 +35,10 @@ _LARGE_BATCH: Final = BatchSize(1024)
 class SimulatedOptions:
     """How fast and how large the simulated device is.
 
-    `tokens_per_second` is one row's decode rate, whatever the batch; `prefill_tokens_per_second`
-    the whole device's; 0 costs no time. `answer_tokens`: a row ends by itself after so many
-    tokens, None lets it run to max_tokens. A prompt's token behind `double_depth_tokens` others
-    costs twice as much as its first one; 0: they all cost the same.
+    `tokens_per_second` is one row's decode rate in a batch of any size;
+    `prefill_tokens_per_second` the whole device's; 0: takes no time. `answer_tokens`: a row ends by
+    itself after so many tokens; None: at max_tokens. A prompt's token after `double_depth_tokens`
+    others costs twice as much as its first one; 0: all cost the same.
     """
 
     tokens_per_second: float = 100.0
@@ -59,7 +54,7 @@ class SimulatedOptions:
 
     @classmethod
     def zero_cost(cls, batch: BatchSize = _LARGE_BATCH) -> "SimulatedOptions":
-        """For dispatch benchmarks: any number of jobs ends in the one step after they came."""
+        """For benchmarks of dispatch: any number of jobs ends in the first step after they came."""
         return cls(
             tokens_per_second=0.0,
             prefill_tokens_per_second=0.0,
@@ -84,29 +79,29 @@ class SimulatedRunner:
         self.on_launch: Callable[[], None] = lambda: None
 
     def prefill(self, chunk: PrefillChunk) -> None:
-        """Sleep as long as the chunk's tokens, padding included, take."""
+        """Sleep as long as the chunk's tokens take, padding included."""
         options = self._options
         if options.prefill_tokens_per_second:
             seconds = chunk.computed_tokens / options.prefill_tokens_per_second
-            depth = chunk.leaders[0].found + chunk.start
+            depth = chunk.leaders[0].prefill.cached_tokens + chunk.start
             if options.double_depth_tokens:
                 seconds *= 1 + depth / options.double_depth_tokens
             self._sleep(seconds)
 
     def drop_prefill(self, lane: Lane) -> None:
-        """Nothing is kept of a prompt."""
+        """Do nothing: no prompt is kept."""
 
     def join(self, chunk: PrefillChunk) -> None:
         """Start to decode these rows."""
         self._rows |= dict.fromkeys(chunk.rows)
 
     def remove(self, rows: Iterable[Row]) -> None:
-        """Stop to decode these rows."""
+        """Stop decoding these rows."""
         for row in rows:
             self._rows.pop(row, None)
 
     def park(self, rows: Iterable[Row], keep: Container[Row]) -> list[SampledToken]:
-        """Stop to decode these rows; a row counts on from where it was, kept or not."""
+        """Stop decoding these rows; a row later counts on from its last number, kept or not."""
         del keep
         self.remove(rows)
         return []
@@ -141,7 +136,7 @@ class SimulatedRunner:
 
 
 def spell(token_id: int) -> bytes:
-    """Bytes of a token: 7 reads " 7"."""
+    """Return the text of a token as bytes: " 7" for 7."""
     return b"<end>" if token_id == EOS_TOKEN else b" %d" % token_id
 
 
@@ -157,8 +152,8 @@ class SimulatedPromptEncoder:
         return tuple(index % VOCAB_SIZE for index in range(1, words + 1))
 
 
-def plan(job: GenerationJob, requests: Iterable[Request]) -> list[Request]:
-    """Stand in for `output_plan.OutputPlanner`: what counts up follows no grammar.
+def plan(job: GenerationJob, request: Request) -> Request:
+    """Stand in for `structured.plan.OutputPlanner`: the simulated output follows no grammar.
 
     Raises:
         InvalidJob: the job asks for one.
@@ -166,11 +161,11 @@ def plan(job: GenerationJob, requests: Iterable[Request]) -> list[Request]:
     if job.response_format is not None or enforces_tools(job.tools, job.tool_choice):
         field = "tools" if job.response_format is None else "response_format"
         raise InvalidJob([(field, "the simulated engine can't be held to a form")])
-    return list(requests)
+    return request
 
 
 class SimulatedEngine(Engine):
-    """The engine's interface over `SimulatedRunner`."""
+    """`Engine` with a `SimulatedRunner`."""
 
     def __init__(
         self,

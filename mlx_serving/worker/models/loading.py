@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 import structlog
 
-from mlx_serving.worker.engine.in_thread import aside
+from mlx_serving.worker.engine.in_thread import in_thread
 from mlx_serving.worker.engine.scheduling.chunk import step_seconds
 from mlx_serving.worker.engine.scheduling.limits import BatchSize
 from mlx_serving.worker.models.model_budget import ModelBudget
@@ -24,20 +24,20 @@ if TYPE_CHECKING:
 
     from mlx_serving.common.job.schema import GenerationJob
     from mlx_serving.common.settings import Settings
+    from mlx_serving.worker.claiming.intake import Plan
     from mlx_serving.worker.delivery.token_text import Spell
     from mlx_serving.worker.engine.engine import Engine
     from mlx_serving.worker.engine.engine_set import EngineSet
+    from mlx_serving.worker.engine.interface import InferenceEngine
     from mlx_serving.worker.engine.memory.device import DeviceMemory
     from mlx_serving.worker.engine.memory.kv_caches import KvMemory
-    from mlx_serving.worker.engine.row import InferenceEngine, Request
-
-    Plan = Callable[[GenerationJob, Sequence[Request]], list[Request]]
 
     Encode = Callable[[GenerationJob], tuple[int, ...]]
 
 
 log = structlog.get_logger(__name__)
 
+LOAD_SLICE_SECONDS: Final = 300.0  # the most that a slice of a model's load may take
 SIMULATED_BYTES: Final = 1 << 30  # of a simulated model, in a model budget
 SIMULATED_SLICES: Final = 10  # of a simulated load
 
@@ -114,7 +114,8 @@ def plan_memory(
     """
     sizes = {model: model_bytes(spec, path) for model, path in paths.items()}
     pinned, bound, kv = (
-        frozenset(settings.pinned_models), settings.model_budget_bytes, settings.kv_budget_bytes,
+        frozenset(settings.worker.pinned_models), settings.worker.model_budget_bytes,
+        settings.cache.budget_bytes,
     )  # fmt: skip
     if spec.kind == "mlx" and len(sizes) > 1 and (bound is None or kv is None):
         from mlx_serving.worker.engine.loader import default_budgets  # imports MLX
@@ -166,26 +167,26 @@ def _load_mlx(
     from mlx_serving.worker.engine.text.prompts import PromptEncoder
 
     options = EngineOptions(
-        max_batch_rows=settings.max_batch_rows,
+        max_batch_rows=settings.batch.max_rows,
         kv_budget_bytes=kv_budget_bytes,
-        prefix_cache_bytes=settings.prefix_cache_bytes,
-        kv_cache=settings.kv_cache,
-        kv_bits=settings.kv_bits,
-        prefill_chunk_tokens=settings.prefill_chunk_tokens,
-        lane_min_share=settings.lane_min_share,
-        lane_headroom=settings.lane_headroom,
-        prefer_native=settings.native,
-        step_seconds=step_seconds(settings.engine_stall_seconds),
+        prefix_cache_bytes=settings.cache.prefix_bytes,
+        kv_cache=settings.cache.kind,
+        kv_bits=settings.cache.bits,
+        prefill_chunk_tokens=settings.batch.prefill_chunk_tokens,
+        lane_min_share=settings.batch.lane_min_share,
+        lane_headroom=settings.batch.lane_headroom,
+        prefer_native=settings.engine.native,
+        step_seconds=step_seconds(settings.engine.stall_seconds),
     )
     engine = yield from load_in_slices(path, options)
     for report in engine.acceleration:
         log.info("acceleration", piece=report.piece, implementation=report.implementation,
                  reason=report.reason)  # fmt: skip
     encode = PromptEncoder(engine.tokenizer).encode
-    yield from aside(lambda: _warm_up(encode))
+    yield from in_thread(lambda: _warm_up(encode))
     planner = OutputPlanner(engine.tokenizer, engine.model_info)
-    yield from aside(planner.warm_up)
-    spell = yield from aside(lambda: _speller(engine))
+    yield from in_thread(planner.warm_up)
+    spell = yield from in_thread(lambda: _speller(engine))
     info = describe(device_name(), engine)
     return LoadedModel(engine, encode, planner.plan, spell, planner.close, info)
 
@@ -211,7 +212,9 @@ def _warm_up(encode: Encode) -> None:
 
 def batch_size(settings: Settings) -> BatchSize:
     """Return how many rows a worker's batch may have, by the settings."""
-    return BatchSize.of(settings.max_batch_rows, settings.lane_min_share, settings.lane_headroom)
+    return BatchSize.of(
+        settings.batch.max_rows, settings.batch.lane_min_share, settings.batch.lane_headroom
+    )
 
 
 def _load_simulated(spec: EngineSpec, settings: Settings) -> Generator[None, None, LoadedModel]:
@@ -227,7 +230,7 @@ def _load_simulated(spec: EngineSpec, settings: Settings) -> Generator[None, Non
             spec.tokens_per_second,
             spec.prefill_tokens_per_second,
             batch=batch,
-            step_seconds=step_seconds(settings.engine_stall_seconds),
+            step_seconds=step_seconds(settings.engine.stall_seconds),
         )
         if spec.tokens_per_second
         else simulated.SimulatedOptions.zero_cost(batch)

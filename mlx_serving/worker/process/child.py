@@ -26,7 +26,7 @@ from mlx_serving.worker.delivery.publisher import EngineLink, Publisher, Publish
 from mlx_serving.worker.delivery.sweeper import Sweeper
 from mlx_serving.worker.dispatcher import Dispatcher, DispatcherOptions
 from mlx_serving.worker.engine.engine_set import EngineSet
-from mlx_serving.worker.engine_thread import Runner, RunnerTimes
+from mlx_serving.worker.engine_thread import EngineThread, LoopTimes
 from mlx_serving.worker.listener import READ_SECONDS, Listener
 from mlx_serving.worker.messages import Messages
 from mlx_serving.worker.models.loaded_models import LoadedModels
@@ -57,7 +57,7 @@ if TYPE_CHECKING:
 
     from mlx_serving.common.redis.connection import Endpoint
     from mlx_serving.common.settings import Settings
-    from mlx_serving.worker.engine.row import Output
+    from mlx_serving.worker.engine.interface import Output
     from mlx_serving.worker.models.loading import LoadedModel
 
 log = structlog.get_logger(__name__)
@@ -138,15 +138,15 @@ class Child:
         loaded_models.avoid(spec.avoid)
         return loaded_models
 
-    def _build_runner(self) -> Runner:
+    def _build_runner(self) -> EngineThread:
         settings = self._spec.settings
-        return Runner(
+        return EngineThread(
             self._load,
             on_outputs=self._publish,
             on_refused=self._refused,
             on_room=partial(self.messages.post, "room"),
             paused=self._buffer_is_full,
-            times=RunnerTimes(settings.engine_stall_seconds, settings.model_load_seconds),
+            times=LoopTimes(settings.engine_stall_seconds, settings.model_load_seconds),
             tend=self.keeper.tend,
         )
 

@@ -48,8 +48,8 @@ class RecycleRules:
 class MemoryFloor:
     """The least memory that a child used in the last minute, without its KV caches.
 
-    What a step or a prompt takes is freed again and leaves the floor where it is. A leak raises it.
-    The floor of the first whole minute is the base that later ones are compared with.
+    What a step or a prompt takes is freed again and does not raise the floor; a leak does. The
+    floor of the first whole minute is the base that later ones are compared with.
     """
 
     def __init__(self) -> None:

@@ -13,7 +13,7 @@ from mlx_serving.worker.process.crash import EXIT_ENGINE, EXIT_STALLED
 
 if TYPE_CHECKING:
     from mlx_serving.worker.delivery.publisher import Publisher
-    from mlx_serving.worker.engine_thread import Runner
+    from mlx_serving.worker.engine_thread import EngineThread
 
 log = structlog.get_logger(__name__)
 
@@ -27,7 +27,7 @@ class Watchdog(threading.Thread):
     The process is gone within the stall time: the watchdog looks often, and acts a little before.
     """
 
-    def __init__(self, runner: Runner, publisher: Publisher, stall_seconds: float) -> None:
+    def __init__(self, runner: EngineThread, publisher: Publisher, stall_seconds: float) -> None:
         super().__init__(name="watchdog", daemon=True)
         self._runner, self._publisher = runner, publisher
         self._pause = min(WATCH_SECONDS, 0.05 * stall_seconds)

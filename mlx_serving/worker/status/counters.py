@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from mlx_serving.common.protocol.calls import ClaimedJob, RowReply
     from mlx_serving.worker.delivery.held import HeldJob
-    from mlx_serving.worker.engine.row import Output
+    from mlx_serving.worker.engine.interface import Output
 
 _TO_FIRST_TOKEN: Final = (
     0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 0.75, 1, 2, 5, 10, 20, 40, 80, 160, 640, 2560,

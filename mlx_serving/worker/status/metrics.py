@@ -67,7 +67,7 @@ COUNTERS: Final[dict[str, tuple[str, str, tuple[str, ...]]]] = {
     "memory_errors": ("", "Out-of-memory errors of the device; what was decoded went on.", ()),
     "redis_errors": ("", "Calls to Redis that failed and are sent again.", ()),
     "model_loads": ("model", "Models brought up, those before the first claim too.", ()),
-    "model_load_failures": ("model", "Models that could not be.", ()),
+    "model_load_failures": ("model", "Models that could not be brought up.", ()),
 }
 """Name → (label or '', help, values of the label that are always shown).
 
@@ -97,7 +97,7 @@ GAUGES: Final[dict[str, tuple[str, Callable[[Snapshot], float]]]] = {
     "memory_active_bytes": ("Bytes in the engine's arrays.", lambda s: s.memory_active),
     "memory_cached_bytes": ("Freed buffers that MLX keeps.", lambda s: s.memory_cached),
     "memory_limit_bytes": (
-        "What may be active now; less than the device's where others took the memory.",
+        "What may be active now; less than the device's if others took the memory.",
         lambda s: s.memory_limit,
     ),
     "memory_short": (

@@ -23,7 +23,7 @@ LAST_SNAPSHOT_SECONDS: Final = 1.0  # that sending the last one may take
 
 
 class RunnerView(Protocol):
-    """What is read of `Runner`."""
+    """What is read of `EngineThread`."""
 
     engine: Any
     failure: BaseException | None
@@ -110,7 +110,7 @@ class Snapshotter:
         return Snapshot(
             phase=self._phase(),
             pid=os.getpid(),
-            stall_seconds=runner.stall_seconds,  # before the age, see `Runner.time_left`
+            stall_seconds=runner.stall_seconds,  # before the age, see `EngineThread.time_left`
             engine_age=runner.stalled_for,
             engine_dead=runner.failure is not None,
             publisher_dead=started and not publisher.is_alive() and not self._stopping,

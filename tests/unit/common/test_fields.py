@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from itertools import chain
 from typing import TYPE_CHECKING
@@ -21,6 +22,7 @@ from mlx_serving.common.protocol.fields import (
     lua_tables,
 )
 from mlx_serving.common.protocol.scripts import NAMES, script_text
+from mlx_serving.common.worker_record import WorkerRecord
 from tests.support.paths import ROOT
 
 if TYPE_CHECKING:
@@ -55,6 +57,8 @@ def test_a_script_names_only_fields_that_there_are(path: Path) -> None:
     assert named <= {field.name.lower() for field in JobField}
     assert set(re.findall(r"\bENTRY\.(\w+)", text)) <= {field.name.lower() for field in EntryField}
     assert set(re.findall(r"\bLIMIT\.(\w+)", text)) <= {field.name.lower() for field in LimitField}
+    of_worker = {field.name for field in dataclasses.fields(WorkerRecord)}
+    assert set(re.findall(r"\bWORKER\.(\w+)", text)) <= of_worker
 
 
 @pytest.mark.parametrize("path", LUA, ids=lambda path: path.stem)

@@ -8,7 +8,7 @@ from rq.job import JobStatus
 from mlx_serving.common.states import RQ_STATUS, TERMINAL, TRANSITIONS, JobState, can_move
 from tests.support.paths import ROOT
 
-DOCUMENT = ROOT / "docs" / "state_machine.md"
+DOCUMENT = ROOT / "docs" / "reference" / "state_machine.md"
 
 
 def test_the_allowed_moves_are_these() -> None:

@@ -15,7 +15,7 @@ from mlx_serving.producer.batch.body import IGNORED, NEUTRAL
 from mlx_serving.producer.batch.options import BatchOptions
 from tests.support.paths import ROOT
 
-PAGE = (ROOT / "docs" / "bulk.md").read_text()
+PAGE = (ROOT / "docs" / "how-to" / "bulk.md").read_text()
 README = (ROOT / "README.md").read_text()
 
 
@@ -36,7 +36,7 @@ def test_every_command_on_the_pages_is_one(command: str) -> None:
 def test_every_command_and_option_is_on_the_page() -> None:
     known = getattr(get_command(batch), "commands", {})
     assert [name for name in known if f"`{name}" not in PAGE] == []
-    cli = (ROOT / "docs" / "cli.md").read_text()
+    cli = (ROOT / "docs" / "reference" / "cli.md").read_text()
     options = [o for parameter in known["submit"].params for o in parameter.opts if "--" in o]
     missing = [o for o in options if f"`{o}" not in cli and o not in {"--json", "--redis-url"}]
     assert missing == []

@@ -1,10 +1,10 @@
-"""docs/delivery.md names tests; each of them exists."""
+"""docs/explanation/delivery.md names tests; each of them exists."""
 
 import re
 
 from tests.support.paths import ROOT
 
-PAGE = (ROOT / "docs/delivery.md").read_text()
+PAGE = (ROOT / "docs/explanation/delivery.md").read_text()
 
 
 def test_every_test_that_the_page_names_exists() -> None:

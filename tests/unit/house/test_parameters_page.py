@@ -1,4 +1,4 @@
-"""docs/parameters.md and docs/settings.md are what the schemas say; the tests they name exist."""
+"""The two pages are what the schemas say; the tests that they name exist."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ def script() -> ModuleType:
 
 
 def test_the_page_is_what_the_schema_says() -> None:
-    written = (ROOT / "docs" / "parameters.md").read_text(encoding="utf-8")
+    written = (ROOT / "docs" / "reference" / "parameters.md").read_text(encoding="utf-8")
     assert written == script().page(), "run scripts/parameters_page.py"
 
 
 def test_the_settings_page_has_every_setting_and_its_meaning() -> None:
-    written = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
+    written = (ROOT / "docs" / "reference" / "settings.md").read_text(encoding="utf-8")
     assert written == script().settings_page(), "run scripts/parameters_page.py"
     told = [name for group in script().SETTINGS.values() for name in group]
     assert sorted(told) == sorted(Settings.model_fields)

@@ -19,7 +19,7 @@ from mlx_serving.worker.delivery.holdings import BULK_SECONDS, BULK_TOKENS
 from tests.support.paths import ROOT
 from tests.support.publisher_bench import Bench
 
-PAGE = (ROOT / "docs" / "scale.md").read_text()
+PAGE = (ROOT / "docs" / "explanation" / "scale.md").read_text()
 COSTS = re.compile(r"a worker ([\d.]+)% of a core; an event ([\d.]+) µs; a bulk commit ([\d.]+) µs")
 
 

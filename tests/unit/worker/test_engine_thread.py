@@ -9,16 +9,24 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from mlx_serving.worker.engine.row import Output, Request, RequestRefusedError, SamplingParams
-from mlx_serving.worker.engine_thread import FIRST_STEP_SECONDS, Runner, RunnerTimes
+from mlx_serving.worker.engine.interface import (
+    Output,
+    Request,
+    RequestChoice,
+    RequestRefusedError,
+    SamplingParams,
+)
+from mlx_serving.worker.engine_thread import FIRST_STEP_SECONDS, EngineThread, LoopTimes
 from tests.support.helpers import wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 
-def request(name: str, choices: int = 1) -> tuple[Request, ...]:
-    return tuple(Request(name, (1,), SamplingParams(), 4, choice=n) for n in range(choices))
+def request(name: str, choices: int = 1) -> Request:
+    return Request(
+        name, (1,), SamplingParams(), 4, choices=tuple(map(RequestChoice, range(choices)))
+    )
 
 
 class FakeEngine:
@@ -39,18 +47,18 @@ class FakeEngine:
         self.gate = threading.Event()
         self.gate.set()
 
-    def can_add(self, *choices: Request) -> bool:
-        return len(self.rows) + len(choices) <= self.room
+    def can_add(self, request: Request) -> bool:
+        return len(self.rows) + len(request.choices) <= self.room
 
-    def add(self, *choices: Request) -> None:
-        name = choices[0].id
+    def add(self, request: Request) -> None:
+        name = request.id
         if name == "crowded" and self.steps < 2:
             raise RequestRefusedError("no_room", "no room after all")
         if name == "refused":
             raise RequestRefusedError("too_large", "too large")
         if name == "broken":
             raise ZeroDivisionError
-        self.rows += [choice.id for choice in choices]
+        self.rows += [name for _ in request.choices]
         self.added.append(name)
 
     def abort(self, request_id: str) -> None:
@@ -76,17 +84,17 @@ class FakeEngine:
         return set(self.rows)
 
 
-USUAL = RunnerTimes()
+USUAL = LoopTimes()
 
 
 class Bench:
-    def __init__(self, times: RunnerTimes = USUAL) -> None:
+    def __init__(self, times: LoopTimes = USUAL) -> None:
         self.engine = FakeEngine()
         self.outputs: list[Output] = []
         self.refused: list[tuple[str, str, str]] = []
         self.rooms = 0
         self.paused = False
-        self.runner = Runner(
+        self.runner = EngineThread(
             lambda: self.engine,  # type: ignore[arg-type, return-value]
             on_outputs=self._take,
             on_refused=lambda *what: self.refused.append(what),
@@ -117,7 +125,7 @@ def bench() -> Iterator[Bench]:
 def test_requests_enter_in_order_as_there_is_room(bench: Bench) -> None:
     bench.runner.submit([request(name) for name in "abc"])
     wait_until(lambda: bench.engine.added == ["a", "b"])
-    wait_until(lambda: [c[0].id for c in bench.runner.unadmitted() or ()] == ["c"])
+    wait_until(lambda: [r.id for r in bench.runner.unadmitted() or ()] == ["c"])
     bench.runner.abort("a")
     wait_until(lambda: bench.engine.added == ["a", "b", "c"])
     assert bench.runner.unadmitted() == []
@@ -129,7 +137,7 @@ def test_what_waits_can_be_taken_back_once(bench: Bench) -> None:
     wait_until(lambda: len(bench.runner.unadmitted() or ()) == 2)
     assert bench.runner.withdraw({"a", "c"}) == {"c"}
     assert bench.runner.withdraw({"c"}) == set()
-    assert [c[0].id for c in bench.runner.unadmitted() or ()] == ["d"]
+    assert [r.id for r in bench.runner.unadmitted() or ()] == ["d"]
 
 
 def test_it_has_what_was_submitted_until_that_is_over(bench: Bench) -> None:
@@ -214,7 +222,7 @@ def test_a_models_first_step_may_take_long(bench: Bench) -> None:
 
 
 def test_a_stall_time_that_is_longer_than_a_first_steps_stands() -> None:
-    bench = Bench(RunnerTimes(stall_seconds=100.0))
+    bench = Bench(LoopTimes(stall_seconds=100.0))
     bench.runner.engine = bench.engine  # type: ignore[assignment]
     bench.engine.first_use = True
     assert bench.runner.stall_seconds == 100
@@ -276,7 +284,7 @@ def test_a_load_that_fails_is_ready_with_the_failure() -> None:
     def load() -> FakeEngine:
         raise FileNotFoundError
 
-    runner = Runner(
+    runner = EngineThread(
         load,  # type: ignore[arg-type]
         on_outputs=lambda _: None, on_refused=lambda *_: None, on_room=lambda: None,
         paused=lambda: False,
@@ -315,7 +323,7 @@ def iter_slices(turns: list[int], count: int) -> Iterator[None]:
 
 
 def test_a_slice_has_a_longer_deadline_than_a_step() -> None:
-    bench = Bench(RunnerTimes(slice_seconds=0.5))
+    bench = Bench(LoopTimes(slice_seconds=0.5))
     bench.runner.start()
     assert bench.runner.ready.wait(5)
     gate = threading.Event()

@@ -1,1 +1,1 @@
-"""KV caches of a batch whose members come and go."""
+"""KV caches of a batch that rows join and leave."""

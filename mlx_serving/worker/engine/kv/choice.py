@@ -1,8 +1,8 @@
-"""Which KV cache the decode batch gets: paged where a kernel proved itself here, else mlx-lm's.
+"""Chooses the KV cache of the decode batch: paged if its kernels pass their check, else mlx-lm's.
 
-The paged cache is used where every layer keeps a plain KV cache, the device has the kernels, the
-kernels agree with their reference on it, and the model itself gives the same logits with either
-cache. Anything else keeps mlx-lm's batch caches, and the report says why.
+The paged cache is used if every layer has a plain KV cache, the device has the kernels, the kernels
+agree with their reference there, and the model gives the same logits with either cache. Otherwise
+mlx-lm's batch caches are used, and the report says why.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,11 +12,11 @@ from typing import Final, Literal
 import mlx.core as mx
 from mlx_lm.models.cache import KVCache
 
-from mlx_serving.worker.engine.acceleration import AccelerationReport
 from mlx_serving.worker.engine.kernels import dialect
 from mlx_serving.worker.engine.kv import padded
-from mlx_serving.worker.engine.kv.decode_cache import DecodeCache, PaddedCache, QuantizedCache
+from mlx_serving.worker.engine.kv.interface import DecodeCache
 from mlx_serving.worker.engine.kv.padded import CacheCost, LanguageModel
+from mlx_serving.worker.engine.kv.padded_cache import PaddedCache, QuantizedCache
 from mlx_serving.worker.engine.kv.paged import dispatch
 from mlx_serving.worker.engine.kv.paged.cache import BLOCK_TOKENS, LOOKAHEAD_TOKENS, PagedCache
 from mlx_serving.worker.engine.kv.paged.kernel_ops import KernelOps, supports
@@ -25,18 +25,19 @@ from mlx_serving.worker.engine.kv.paged.pools import LayerShape
 from mlx_serving.worker.engine.kv.paged.reference import ReferenceOps
 from mlx_serving.worker.engine.kv.paged.self_check import check
 from mlx_serving.worker.engine.kv.quantized import KvBits, bytes_per_token, quantization_of
+from mlx_serving.worker.engine.native import AccelerationReport
 
 PAGED_CACHE: Final = "paged KV cache"
-MIXED_READS: Final = 1 << 17  # as 512 tokens of prompts of 256
+MIXED_READS: Final = 1 << 17  # as 512 tokens of prompts of 256 tokens
 CacheKind = Literal["auto", "paged", "padded"]
 
 
 @dataclass(frozen=True, slots=True)
 class CacheChoice:
-    """A kind of cache. `block_tokens`: what rows are rounded up to; 0: padded to the longest.
+    """A kind of cache. `block_tokens`: its block size; 0: rows are padded to the longest.
 
-    `report` is None on a CPU, which has no kernel to choose. `bytes_per_token` None: what
-    mlx-lm's own caches take. `mixed_reads`: see `SchedulerLimits`.
+    `report` is None on a CPU, which has no kernels. `bytes_per_token` None: as many as mlx-lm's
+    own caches take. `mixed_reads`: see `SchedulerLimits`.
     """
 
     make: Callable[[], DecodeCache]
@@ -46,7 +47,7 @@ class CacheChoice:
     mixed_reads: int = 0
 
     def cost(self, model: LanguageModel) -> CacheCost:
-        """Measure what a row costs.
+        """Measure the memory that a row takes.
 
         Raises:
             UnsupportedModelError: the model's rows can't be batched.
@@ -68,10 +69,10 @@ def choose_cache(
     kind: CacheKind = "auto",
     bits: KvBits | None = None,
 ) -> CacheChoice:
-    """Choose for this model on this device; runs a few tiny steps where a kernel might be used.
+    """Choose for this model on this device; runs a few tiny steps if there are kernels.
 
-    `kind` "paged" asks for blocks on a CPU too, where their reference is slower than padding.
-    `bits`: keys and values are kept in so many; None: as the model computes them.
+    `kind` "paged": use blocks also on a CPU, although their reference is slower than padding.
+    `bits`: keep keys and values in so many bits; None: as the model computes them.
 
     Raises:
         UnsupportedModelError: the model's keys and values can't be kept in `bits`.
@@ -87,7 +88,7 @@ def choose_cache(
         return padded_choice(model, "switched off by the settings")
     try:
         return paged_choice(model, KernelOps(language))
-    except Exception as error:  # noqa: BLE001 - whatever fails, mlx-lm's own caches work
+    except Exception as error:  # noqa: BLE001 - after any error, mlx-lm's own caches are used
         return padded_choice(model, f"{type(error).__name__}: {error}")
 
 
@@ -102,7 +103,7 @@ def _choose_on_cpu(model: LanguageModel, kind: CacheKind) -> CacheChoice:
 
 
 def paged_choice(model: LanguageModel, ops: PagedOps) -> CacheChoice:
-    """Return the paged cache with these operations, where they and the model pass their checks."""
+    """Return the paged cache with these operations if they and the model pass their checks."""
     shapes = layer_shapes(model)
     reason = _why_not(model, shapes) or check(model, shapes, ops)
     mx.clear_cache()  # of the check's buffers
@@ -116,7 +117,7 @@ def paged_choice(model: LanguageModel, ops: PagedOps) -> CacheChoice:
 
 
 def quantized_choice(model: LanguageModel, bits: KvBits) -> CacheChoice:
-    """Return padded caches in so many bits; no kernel reads blocks of those."""
+    """Return padded caches in so many bits; there is no kernel for blocks of those."""
     how = quantization_of(model, bits)
     reason = f"kv_bits={bits}: padded, by mlx-lm's attention on groups of {how.group_size}"
     report = AccelerationReport(PAGED_CACHE, "off", reason)
@@ -124,13 +125,13 @@ def quantized_choice(model: LanguageModel, bits: KvBits) -> CacheChoice:
 
 
 def padded_choice(model: LanguageModel, reason: str) -> CacheChoice:
-    """Return mlx-lm's batch caches, and say why."""
+    """Return mlx-lm's batch caches, and the reason for them."""
     report = AccelerationReport(PAGED_CACHE, "twin", reason)
     return CacheChoice(lambda: PaddedCache(model), 0, report)
 
 
 def layer_shapes(model: LanguageModel) -> list[LayerShape]:
-    """Return what each layer keeps; empty where any of them is not a plain KV cache."""
+    """Return the shape of each layer's cache; empty if any layer has no plain KV cache."""
     cache = padded.new_cache(model, 1)
     if any(type(layer) is not KVCache for layer in cache):
         return []

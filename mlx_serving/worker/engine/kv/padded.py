@@ -1,4 +1,4 @@
-"""The KV caches of mlx-lm, made, joined and measured for a batch whose members come and go.
+"""Makes, joins and measures mlx-lm's KV caches for a batch that rows join and leave.
 
 Rows of a batch cache are right-justified: shorter rows are padded on the left to the longest.
 """
@@ -14,7 +14,7 @@ GROWTH_TOKENS: Final[int] = BatchKVCache.step  # caches grow by blocks of this m
 
 
 class LanguageModel(Protocol):
-    """An mlx-lm model: tokens [B, T] and a cache a layer to logits [B, T, V]."""
+    """An mlx-lm model: from tokens [B, T] and a cache for each layer to logits [B, T, V]."""
 
     def __call__(self, inputs: mx.array, cache: list[Any]) -> mx.array:
         """Run the forward pass; updates the caches in place."""
@@ -26,7 +26,7 @@ class UnsupportedModelError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class CacheCost:
-    """What a row costs: bytes for each token, and a fixed part (recurrent states)."""
+    """Memory of a row: bytes for each token, and fixed bytes (recurrent states)."""
 
     bytes_per_token: int
     fixed_bytes: int
@@ -70,15 +70,15 @@ def as_batch(cache: list[Any]) -> list[Any]:
 
 
 def extended(cache: list[Any], other: list[Any]) -> list[Any]:
-    """Return the rows of `cache`, then those of `other`; `cache` stays as it is."""
+    """Return the rows of `cache`, then those of `other`; does not change `cache`."""
     layers: list[Any] = _twin(cache)
     for layer, joining in zip(layers, other, strict=True):
         layer.extend(joining)
     return layers
 
 
-def _twin(part: Any) -> Any:  # noqa: ANN401 - layers of any kind, and what they hold
-    """Return a copy on the same buffers: an array that is changed in place spares its twin."""
+def _twin(part: Any) -> Any:  # noqa: ANN401 - layers of any kind, and parts of them
+    """Return a copy on the same buffers: changing an array in place does not change the copy."""
     if isinstance(part, mx.array):
         return copy(part)
     if isinstance(part, list | tuple):
@@ -94,7 +94,7 @@ def keep_rows(cache: list[Any], rows: list[int], longest: int) -> None:
     """Keep only `rows` of the batch, in place; `longest` is the longest kept row, in tokens.
 
     mlx-lm's own `filter` reads each layer's padding back from the device, which waits for the
-    step in flight once a layer. The host knows the lengths, so plain KV layers skip that.
+    running step for each layer. The host knows the lengths, so plain KV layers skip that.
     """
     indices = mx.array(rows, dtype=mx.int32)
     for layer in cache:
@@ -120,7 +120,7 @@ def _keep_kv_rows(layer: Any, indices: mx.array, unused: int) -> None:  # noqa: 
 def extract(model: LanguageModel, cache: list[Any], row: int | None) -> list[Any]:
     """Return a plain cache with a copy of one row of a batch; None: an empty one.
 
-    A batch may hold no arrays before its first step, of which no row can be taken.
+    Before its first step, a batch may have no arrays to take a row from.
     """
     if row is None:
         return _plain_cache(model)
@@ -135,7 +135,7 @@ def states(cache: list[Any]) -> list[Any]:
 
 
 def measure(model: LanguageModel) -> CacheCost:
-    """Measure what a row costs from the shapes of two prefills that are never computed.
+    """Measure the memory of a row from the shapes of two prefills that are never computed.
 
     Raises:
         UnsupportedModelError: a layer's cache can't join a batch, or the model takes no batch of
@@ -177,7 +177,7 @@ def _require_ragged_rows(model: LanguageModel) -> None:
     """Build, and never compute, batches of rows of different lengths and their next step.
 
     Some of mlx-lm's models expect one offset for all rows (gpt_bigcode), or put a batch's mask on
-    the wrong axis (gemma2), which goes unnoticed where that has as many entries: so two sizes.
+    the wrong axis (gemma2). If that axis has the same size, it raises no error: so two batch sizes.
     """
     try:
         for rows in (3, 5):

@@ -1,10 +1,10 @@
-"""A KV cache in few bits for a batch whose members come and go.
+"""A KV cache in few bits for a batch that rows join and leave.
 
-mlx-lm's own quantised cache knows no batch, so that its server decodes one by one with it. This one
-keeps what mlx-lm's `BatchKVCache` keeps (rows right-justified, padded on the left) in the form that
+mlx-lm's own quantised cache has no batches: its server decodes row by row with it. This cache is
+laid out as mlx-lm's `BatchKVCache` (rows right-justified, padded on the left), in the form that
 mlx-lm's attention takes for quantised layers: packed words, scales and biases of groups along the
-head's dimension (`mx.quantize`). Prefill attends to the quantised form too, so that a row that is
-computed anew, resumed, alone or in another batch, has the same keys and values.
+head's dimension (`mx.quantize`). Prefill attends to the quantised form too, so that a row has the
+same keys and values when it is computed again, resumed, alone or in another batch.
 """
 
 from collections.abc import Sequence
@@ -27,14 +27,14 @@ Quantized = tuple[mx.array, mx.array, mx.array]
 
 @dataclass(frozen=True, slots=True)
 class Quantization:
-    """How keys and values are kept."""
+    """How keys and values are quantised."""
 
     bits: KvBits
     group_size: int
 
 
 class QuantizedBatchCache:
-    """One layer's keys and values; takes the place of mlx-lm's `BatchKVCache`."""
+    """One layer's keys and values; replaces mlx-lm's `BatchKVCache`."""
 
     def __init__(self, rows: int, quantization: Quantization) -> None:
         """Start empty, with rows of no tokens."""
@@ -46,7 +46,7 @@ class QuantizedBatchCache:
         self._end = 0  # tokens in use, padding included
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Quantized, Quantized]:
-        """Append [B, KVH, T, D]; return all that there is, quantised."""
+        """Append keys and values [B, KVH, T, D]; return all of them, quantised."""
         fresh = [*self._quantize(keys), *self._quantize(values)]
         begin, self._end = self._end, self._end + keys.shape[2]
         self._grow(fresh)
@@ -60,12 +60,12 @@ class QuantizedBatchCache:
         return mx.quantize(values, group_size=self.group_size, bits=self.bits)
 
     def _grow(self, fresh: list[mx.array]) -> None:
-        held = self._parts[0].shape[2] if self._parts else 0
-        missing = -(-(self._end - held) // STEP_TOKENS) * STEP_TOKENS
+        room_before = self._parts[0].shape[2] if self._parts else 0
+        missing = -(-(self._end - room_before) // STEP_TOKENS) * STEP_TOKENS
         if missing <= 0:
             return
         room = [mx.zeros((*p.shape[:2], missing, p.shape[3]), p.dtype) for p in fresh]
-        if not held:
+        if not room_before:
             self._parts = room
         else:
             pairs = zip(self._parts, room, strict=True)
@@ -77,7 +77,7 @@ class QuantizedBatchCache:
         return_array: bool = False,  # noqa: FBT001, FBT002 - mlx-lm's signature
         window_size: int | None = None,
     ) -> mx.array:
-        """Return bool [B, 1, tokens, T]: what each of the next tokens sees."""
+        """Return bool [B, 1, tokens, T]: the tokens that each of the next tokens attends to."""
         del return_array
         mask: mx.array = create_causal_mask(
             tokens, offset=self._end, left_padding=self.left_padding, window_size=window_size
@@ -85,7 +85,7 @@ class QuantizedBatchCache:
         return mask
 
     def prepare(self, *, lengths: Sequence[int], right_padding: Sequence[int]) -> None:
-        """Note that what comes is padded on the right."""
+        """Note that the next tokens are padded on the right."""
         del lengths
         self._right_padding = mx.array(list(right_padding), dtype=mx.int32)
 
@@ -121,7 +121,7 @@ class QuantizedBatchCache:
         return [mx.pad(part, widths) if self._end < end else part for part in self._used()]
 
     def keep(self, rows: mx.array, unused: int) -> None:
-        """Keep these rows, without so many places of padding that none of them needs."""
+        """Keep these rows, without `unused` places of padding that none of them needs."""
         self.offset = self.offset[rows]
         self.left_padding = self.left_padding[rows] - unused
         self._parts = [part[rows][..., unused:, :] for part in self._parts]
@@ -156,12 +156,12 @@ class QuantizedBatchCache:
 
     @property
     def state(self) -> list[mx.array]:
-        """What is to be evaluated."""
+        """The arrays to evaluate."""
         return [*self._parts, self.offset, self.left_padding]
 
 
 def quantized_layers(model: LanguageModel, rows: int, how: Quantization) -> list[Any]:
-    """Return an empty cache a layer."""
+    """Return an empty cache for each layer."""
     return [QuantizedBatchCache(rows, how) for _ in padded.new_cache(model, 1)]
 
 
@@ -169,8 +169,8 @@ def quantization_of(model: LanguageModel, bits: KvBits) -> Quantization:
     """Return how this model's keys and values can be kept in so many bits.
 
     Raises:
-        UnsupportedModelError: it has other layers than such with plain keys and values, heads that
-            no group divides, or attention that takes no quantised cache.
+        UnsupportedModelError: a layer has no plain keys and values, no group size divides the
+            heads, or the attention takes no quantised cache.
     """
     cache = padded.new_cache(model, 1)
     for index, layer in enumerate(cache):
@@ -194,7 +194,7 @@ def quantization_of(model: LanguageModel, bits: KvBits) -> Quantization:
 
 
 def bytes_per_token(model: LanguageModel, how: Quantization) -> int:
-    """Return what a row's token takes; nothing is computed for it."""
+    """Return the bytes of one token; computes nothing."""
     layers = quantized_layers(model, 1, how)
     model(mx.zeros((1, STEP_TOKENS), dtype=mx.int32), cache=layers)
     return int(sum(layer.nbytes for layer in layers)) // STEP_TOKENS

@@ -1,1 +1,1 @@
-"""What there is memory for, and what happens where there is not."""
+"""The device's memory: how much there is, the guard, and recovery from running out."""

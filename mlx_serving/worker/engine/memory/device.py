@@ -1,4 +1,4 @@
-"""The device that MLX computes on, its memory, and the bounds that it is given. Imports mlx."""
+"""The device that MLX computes on, its memory, and the limits set on it. Imports mlx."""
 
 from __future__ import annotations
 
@@ -20,17 +20,15 @@ def device_name() -> str:
     return f"{kind}: {name}" if name else kind
 
 
-CACHE_FRACTION: Final = 0.1  # of the limit: freed buffers that MLX keeps for the next use
-
-
+CACHE_FRACTION: Final = 0.1  # of the limit: freed buffers that MLX keeps for reuse
 LEAST_CACHE_BYTES: Final = 256 << 20
 
 
 class DeviceMemory(Protocol):
-    """Reads and trims; tests have one of made-up numbers."""
+    """Reads a device's memory and trims it; tests make the numbers up."""
 
     def read(self) -> MemoryReading:
-        """Return how things stand; the peak begins again."""
+        """Return the memory in use; the peak starts again from here."""
 
     def trim(self) -> None:
         """Give freed buffers back to the system."""
@@ -39,14 +37,14 @@ class DeviceMemory(Protocol):
 class MlxMemory:
     """The default device's memory.
 
-    `available` says what the system could still give, in bytes, or None. It is asked where the
-    device shares the system's memory: on Metal and on a CPU, not on CUDA.
+    `available` returns how many bytes the system can still give, or None. It is called only if
+    the device shares the system's memory: on Metal and on a CPU, not on CUDA.
     """
 
     def __init__(self, available: Callable[[], int | None]) -> None:
-        """Bound MLX: allocations beyond the limit raise, before the system runs out.
+        """Limit MLX: allocations beyond the limit raise, before the system runs out.
 
-        On a CPU, MLX keeps no freed buffers, and the limit is one that only the guard knows.
+        On a CPU, MLX keeps no freed buffers, and only the guard applies the limit.
         """
         self._available = available
         self.limit = device_limit()
@@ -67,7 +65,7 @@ class MlxMemory:
 
 
 def device_limit() -> int:
-    """Return what one process should hold on the default device at most, in bytes.
+    """Return the most that one process should hold on the default device, in bytes.
 
     On Metal its recommended working set, else the limit that MLX chose: 95% of a GPU's memory.
     """

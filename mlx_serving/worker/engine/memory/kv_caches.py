@@ -1,4 +1,4 @@
-"""What the memory guard sees of an engine's KV caches, and does to them. Pure."""
+"""What the memory guard reads of an engine's KV caches, and does to them. Pure."""
 
 from typing import Protocol
 
@@ -7,18 +7,18 @@ from mlx_serving.worker.engine.memory.guard import KvUse, MemoryRoom
 
 
 class Caches(Protocol):
-    """What is asked of `model_runner.ModelRunner`."""
+    """What `KvMemory` needs of `model_runner.ModelRunner`."""
 
     @property
     def kv_bytes(self) -> int:
         """Bytes of all KV caches."""
 
     def shrink(self) -> None:
-        """Give back memory that no row and no known prefix uses."""
+        """Give back memory that no row and no cached prefix uses."""
 
 
 class KvMemory:
-    """Only the engine's thread calls it, between steps."""
+    """An engine's KV caches. Only the engine's thread calls it, between steps."""
 
     def __init__(
         self,
@@ -34,20 +34,20 @@ class KvMemory:
 
     @property
     def use(self) -> KvUse:
-        """What they hold now."""
+        """What the caches hold now."""
         return KvUse(self._caches.kv_bytes, starved=self.room.starved)
 
     def allow(self, nbytes: int) -> None:
-        """Let them grow to so many bytes in all."""
+        """Let the caches grow to so many bytes in all."""
         self.room.look(nbytes // self._bytes_per_token)
 
     def shrink(self) -> None:
-        """Give up prefixes that no row uses, and keep no more of them until `restore`."""
+        """Evict cached prefixes that no row uses, and keep none until `restore`."""
         if self._prefixes is not None:
             self._prefixes.keep_idle(0)
             self._caches.shrink()
 
     def restore(self) -> None:
-        """Keep prefixes again."""
+        """Keep prefixes that no row uses again."""
         if self._prefixes is not None:
             self._prefixes.keep_idle(self._idle_limit)

@@ -8,7 +8,7 @@ from mlx_serving.worker.engine.sampling.parameters import Column, Parameters, St
 
 
 class Adjustments:
-    """Final logits of one batch; rows without any of the three stay as they are."""
+    """Final logits of one batch; rows without any of the three are unchanged."""
 
     def __init__(self, parameters: Parameters) -> None:
         """Sort the batch's history and bias by row."""
@@ -43,7 +43,7 @@ class Adjustments:
         before = inputs.state[:, 1 : inputs.step + 1]
         recent = mx.concatenate([before, inputs.tokens[:, None]], axis=1)
         recent = recent[self._rows]
-        real = recent >= 0  # the token of a broken row is none
+        real = recent >= 0  # a broken row has no token
         sampled = self._positions[:, None] + mx.arange(inputs.step + 1) > 0
         seen = self._count(self._past, recent, real, values) > 0
         count = self._count(self._past_completion, recent, real & sampled, values)
@@ -65,7 +65,7 @@ class Adjustments:
 
 
 class _Entries:
-    """Parts [begin, end) of a flat array, each element with the row it belongs to."""
+    """Slices [begin, end) of a flat array, each element with the row that it belongs to."""
 
     def __init__(self, flat: mx.array, begins: NDArray[np.int32], ends: NDArray[np.int32]) -> None:
         places = [np.arange(begin, end) for begin, end in zip(begins, ends, strict=True)]

@@ -26,11 +26,7 @@ if TYPE_CHECKING:
     from mlx_serving.worker.engine.sampling.sampler import MakeDraw
 
 FOLDER: Final = "sampler"
-
-
 BODY: Final = "main.inc"
-
-
 PARTS: Final = ("row.h", "noise.h", "passes.h", "adjustments.h", "filters.h", "sampler.h")
 
 
@@ -48,7 +44,7 @@ _OUTPUT_DTYPES: Final = [mx.int32, mx.float32, mx.int32, mx.float32, mx.int32, m
 _THREADS: Final[dict[str, int]] = {"cuda": 1024, "metal": 512}  # a power of two
 
 
-_UNUSED: Final = 8  # elements of an array that no row reads
+_UNUSED: Final = 8  # elements of an array that is not read
 
 
 def kernel_source(language: Dialect) -> tuple[str, str]:
@@ -67,7 +63,7 @@ def _kernel(language: Dialect) -> Callable[..., list[mx.array]]:
 
 
 class KernelDraw:
-    """Draws for one batch, one launch a call."""
+    """Draws for one batch, with one launch for each call."""
 
     def __init__(self, parameters: Parameters, words: mx.array) -> None:
         """Take the packed batch; the kernel hashes token ids itself and needs no `words`.
@@ -121,7 +117,7 @@ class NativeDraw:
     ) -> None:
         """Take the native module and the packed batch.
 
-        `by_groups` works as a GPU does, with several threads on a row: for tests.
+        `by_groups`: compute with several threads for each row, as a GPU does; for tests.
         """
         self._sample = partial(native.sample, by_groups=by_groups)
         self._parameters = parameters
@@ -153,7 +149,7 @@ class NativeDraw:
 
 
 def native_sampler(native: ModuleType) -> MakeDraw:
-    """Return the CPU's sampler: native, but for batches that an argmax serves without a wait."""
+    """Return the CPU's sampler: native, except for greedy batches, whose argmax need not wait."""
 
     def make(parameters: Parameters, words: mx.array) -> Draw:
         plain = not parameters.adjusted and parameters.top_logprobs is None

@@ -1,4 +1,4 @@
-"""Log probabilities of the model's own distribution: on the device, and in the host's own types."""
+"""Log probabilities of the model's own distribution: computed on the device, read by the host."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 import mlx.core as mx
 import numpy as np
 
-from mlx_serving.worker.engine.row import TokenLogprobs
+from mlx_serving.worker.engine.interface import TokenLogprobs
 from mlx_serving.worker.engine.sampling.parameters import Logprobs, Parameters
 
 if TYPE_CHECKING:
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 
 def read_logprobs(logprobs: Logprobs, asked: Iterable[tuple[int, int, int]]) -> list[TokenLogprobs]:
-    """Read what some rows asked for; waits for the device.
+    """Read the log probabilities that rows asked for; waits for the device.
 
-    `asked` names (row, token it sampled, how many of the likeliest). Tokens without any
-    probability are left out: their log probability is not a number that JSON has.
+    `asked`: (row, token that it sampled, number of likeliest tokens). Tokens of probability 0 are
+    left out: JSON has no number for their log probability.
     """
     chosen, ids, top = (np.array(values) for values in logprobs)
     return [
@@ -37,16 +37,14 @@ def read_logprobs(logprobs: Logprobs, asked: Iterable[tuple[int, int, int]]) -> 
 
 
 _MAGNITUDE: Final = 0x7FFFFFFF
-
-
 _LEAST: Final = -(2**31)
 
 
 class LogprobReport:
-    """The chosen token's and the likeliest ones', of the rows that ask."""
+    """Log probabilities of the chosen and the likeliest tokens, for rows that ask for them."""
 
     def __init__(self, parameters: Parameters) -> None:
-        """Remember which rows ask."""
+        """Note which rows ask."""
         asking = [i for i, row in enumerate(parameters.rows) if row.params.logprobs is not None]
         self._rows = mx.array(asking, dtype=mx.uint32)
         self._size = parameters.size
@@ -56,7 +54,7 @@ class LogprobReport:
         """Report on tokens int32 [B] drawn from logits [B, V], before any adjustment."""
         raw = logits[self._rows].astype(mx.float32)
         values = raw - mx.logsumexp(raw, axis=-1, keepdims=True)
-        # A broken row has no token; whatever is reported of it is not read.
+        # A broken row has no token; its report is not read.
         chosen_ids = mx.maximum(tokens[self._rows], 0)[:, None]
         chosen = mx.zeros(self._size)
         chosen[self._rows] = mx.take_along_axis(values, chosen_ids, axis=-1)[:, 0]
@@ -73,7 +71,7 @@ def _likeliest(logits: mx.array, count: int) -> mx.array:
     """Return the ids of each row's `count` largest, of equals the lowest id: int32 [R, count].
 
     One argmax each, over integers in the order of the floats: MLX promises no stable sort, and
-    what is taken must come after -inf.
+    tokens that were taken must come after -inf.
     """
     bits = (logits + 0.0).view(mx.int32)  # -0 ties with 0
     keys = mx.where(bits < 0, bits ^ _MAGNITUDE, bits)

@@ -1,6 +1,7 @@
 """Counter-based Gumbel noise: a hash of (seed, choice, position, token id) and nothing else.
 
-So a row's tokens don't depend on its batch-mates, its place in the batch, its worker or a restart.
+So a row's tokens depend neither on other rows, nor on its place in the batch, its worker or a
+restart.
 The mixer is lowbias32 (Chris Wellons, hash-prospector, 2018; public domain), keyed by 64 bits.
 The constants never change: a resumed job draws what it would have drawn.
 """
@@ -30,7 +31,7 @@ def mix(word: int) -> int:
 
 @lru_cache(maxsize=_REMEMBERED_STREAMS)
 def stream_key(seed: int, choice: int) -> tuple[int, int]:
-    """Return the two 32-bit words that stand for (seed, choice)."""
+    """Return the two 32-bit words of the random stream of (seed, choice)."""
     low, high = seed & _WORD, (seed >> 32) & _WORD
     first = mix(mix(mix(low ^ _WEYL_1) ^ high) ^ choice)
     second = mix(mix(mix(high ^ _WEYL_2) + low & _WORD) + choice & _WORD)
@@ -46,7 +47,7 @@ def _mix_array(words: mx.array) -> mx.array:
 
 
 def token_words(vocab_size: int) -> mx.array:
-    """Return one mixed word a token id: uint32 [V]. Constant, so made once a model."""
+    """Return one mixed word for each token id: uint32 [V]. Constant; made once for each model."""
     ids = mx.arange(vocab_size, dtype=mx.uint32)
     return _mix_array(ids * _WEYL_1 + _WEYL_2)
 
@@ -71,8 +72,8 @@ def hash_tokens(keys: mx.array, words: mx.array) -> mx.array:
 def negative_gumbel(bits: mx.array) -> mx.array:
     """Turn uint32 hashes into float32 negated standard Gumbel noise, log(-log(1 - u)).
 
-    u = (bits + 1/2) / 2**32. Small u, where the winners are, keeps its full precision; u is
-    clamped below 1, where float32 ends, so noise is always finite (-22.9 to 2.9).
+    u = (bits + 1/2) / 2**32. Small u, which wins the argmax, has full precision; u is clamped
+    below 1, so noise is always finite (-22.9 to 2.9).
     """
     uniform = mx.minimum(bits.astype(mx.float32) * 2.0**-32 + 2.0**-33, _LARGEST_UNIFORM)
     return mx.log(-mx.log1p(-uniform))

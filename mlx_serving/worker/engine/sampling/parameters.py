@@ -1,4 +1,4 @@
-"""What the sampler is given, as arrays on the device: no value compiles anything; its draws."""
+"""The sampler's parameters, as arrays on the device (no value is compiled in), and its draws."""
 
 from __future__ import annotations
 
@@ -19,17 +19,16 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from mlx_serving.worker.engine.row import SamplingParams
+    from mlx_serving.worker.engine.interface import SamplingParams
 
 
 class StepInputs(NamedTuple):
-    """A call's own data.
+    """The inputs of one call.
 
-    `step` counts the calls since the parameters were packed; `tokens` int32 [B] are what the
-    model took in at this one. `state` int32 [B, C] holds, in each row, `step` and the tokens that
-    the model took in at the calls before: with `tokens` they are what the packed history lacks.
-    `mask` int32 [B, ceil(V / 32)]: bit t % 32 of word t / 32 is set where token t is allowed
-    (llguidance's layout).
+    `step`: the number of calls since the parameters were packed. `tokens` int32 [B]: the model's
+    input tokens of this call. `state` int32 [B, C]: in each row, `step` and the input tokens of the
+    calls before; with `tokens`, they complete the packed history. `mask` int32 [B, ceil(V / 32)]:
+    bit t % 32 of word t / 32 is set if token t is allowed (llguidance's layout).
     """
 
     step: int
@@ -41,8 +40,8 @@ class StepInputs(NamedTuple):
 class Logprobs(NamedTuple):
     """Natural log probabilities under the model's own distribution.
 
-    `chosen` float32 [B]; `top_tokens` int32 [B, K] and `top` float32 [B, K], likeliest first and
-    of equals the lowest id. A row's values beyond those it asked for mean nothing.
+    `chosen` float32 [B]; `top_tokens` int32 [B, K] and `top` float32 [B, K], likeliest first, of
+    equals the lowest id first. A row's values beyond those that it asked for are undefined.
     """
 
     chosen: mx.array
@@ -51,7 +50,7 @@ class Logprobs(NamedTuple):
 
 
 class Draws(NamedTuple):
-    """`tokens` int32 [B]; `logprobs` where any row asked; `state` to hand to the next call."""
+    """`tokens` int32 [B]; `logprobs` if any row asked for them; `state` of the next call."""
 
     tokens: mx.array
     logprobs: Logprobs | None
@@ -59,7 +58,7 @@ class Draws(NamedTuple):
 
     @property
     def arrays(self) -> list[mx.array]:
-        """Everything to evaluate."""
+        """All arrays to evaluate."""
         return [self.tokens, self.state, *(self.logprobs or ())]
 
 
@@ -67,21 +66,19 @@ class Draw(Protocol):
     """One implementation, made for one batch's parameters."""
 
     def __call__(self, logits: mx.array, inputs: StepInputs) -> Draws:
-        """Draw a token a row from logits [B, V] of any float dtype."""
+        """Draw one token for each row from logits [B, V] of any float dtype."""
 
 
-GREEDY_BELOW: Final = 1e-5  # a lower temperature than this is 0
+GREEDY_BELOW: Final = 1e-5  # a lower temperature counts as 0
 
 
-# Metal hands a kernel arrays of fewer elements in another address space.
+# Metal passes arrays of fewer elements to a kernel in another address space.
 _SHORTEST: Final = 8
-
-
 _NO_LOGPROBS: Final = (1 << 32) - 1  # -1 as a word
 
 
 class Column(IntEnum):
-    """Columns of `Parameters.table`: floats by their bits, then integers."""
+    """Columns of `Parameters.table`: the bits of floats, then integers."""
 
     TEMPERATURE = 0
     TOP_P = 1
@@ -91,7 +88,7 @@ class Column(IntEnum):
     FREQUENCY = 5
     FLAGS = 6
     TOP_K = 7
-    LOGPROBS = 8  # -1: none asked for
+    LOGPROBS = 8  # -1: not asked for
     TOP_LOGPROBS = 9  # the most that any row of the batch asks for
     STREAM_FIRST = 10
     STREAM_SECOND = 11
@@ -118,12 +115,12 @@ _GREEDY, _PENALISED, _MASKED = map(int, Flag)
 
 @dataclass(frozen=True, slots=True)
 class RowSampling:
-    """One row's place in the random stream, and its past where penalties need it.
+    """One row's sampling: its position in the random stream, and its past for penalties.
 
-    `position` is that of its next sampled token in the completion, from 0. `history` holds the
-    row's prompt, of `prompt_length` tokens, and what the host knows of its completion; it may
-    lack the token that the next step takes in, which the sampler is given then. `masked` rows
-    sample under the mask of allowed tokens that each call brings.
+    `position`: of the next sampled token in the completion, from 0. `history`: the row's prompt, of
+    `prompt_length` tokens, and its completion as far as the host has read it; the next step's input
+    token may be missing: the sampler gets it with the call. `masked`: the row's tokens are
+    restricted by the mask of each call.
     """
 
     params: SamplingParams
@@ -135,21 +132,21 @@ class RowSampling:
 
     @property
     def past(self) -> Sequence[int]:
-        """The tokens before the one that the next step takes in."""
+        """The tokens before the next step's input token."""
         return self.history[: self.prompt_length + self.position - 1]
 
 
 def is_greedy(params: SamplingParams) -> bool:
-    """Say whether the likeliest token is taken."""
+    """Say whether the row takes the likeliest token."""
     return params.temperature < GREEDY_BELOW
 
 
 @dataclass(frozen=True, slots=True)
 class Parameters:
-    """Rows [B] packed.
+    """Packed rows [B].
 
-    `table` int32 [B, 20], columns as in `Column`. `lists` int32 [N]: every row's history, biased
-    tokens and biases (float32 by their bits), one after another.
+    `table` int32 [B, 20], columns as in `Column`. `lists` int32 [N]: the history, the biased tokens
+    and the biases (bits of float32) of every row, one after the other.
     """
 
     rows: tuple[RowSampling, ...]
@@ -158,12 +155,12 @@ class Parameters:
     lists: mx.array
     adjusted: tuple[int, ...]  # rows with penalties, bias or a mask, in scratch order
     top_logprobs: int | None  # the most that any row asks for
-    penalised: bool  # any row has penalties, so that every call needs its input tokens
-    masked: bool  # any row samples under a mask, so that every call needs one
+    penalised: bool  # any row has penalties: every call needs input tokens
+    masked: bool  # any row is masked: every call needs a mask
 
     @property
     def size(self) -> int:
-        """Rows."""
+        """Number of rows."""
         return len(self.rows)
 
     def floats(self, column: Column) -> mx.array:
@@ -176,7 +173,7 @@ class Parameters:
 
 
 def pack(rows: Iterable[RowSampling], vocab_size: int) -> Parameters:
-    """Pack a batch's rows, in order. Runs on the host; waits for nothing on the device."""
+    """Pack a batch's rows, in order. Runs on the host and does not wait for the device."""
     batch = tuple(rows)
     params = [row.params for row in batch]
     adjusted = [
@@ -206,7 +203,7 @@ def pack(rows: Iterable[RowSampling], vocab_size: int) -> Parameters:
 
 
 def _floats(params: SamplingParams) -> tuple[float, ...]:
-    """Return the first columns."""
+    """Return the columns before FLAGS."""
     return (
         1.0 if is_greedy(params) else params.temperature,
         params.top_p,
@@ -223,14 +220,14 @@ def _ints(row: RowSampling, vocab_size: int, most_logprobs: int) -> tuple[int, .
     logprobs = _NO_LOGPROBS if params.logprobs is None else min(params.logprobs, vocab_size)
     top_k = min(params.top_k or vocab_size, vocab_size)
     stream = stream_key(params.seed, row.choice)
-    # Plain integers: an IntFlag costs a microsecond an operation, and this is done for every row.
+    # Plain integers: each operation on an IntFlag takes a microsecond, and this runs for every row.
     flags = _GREEDY if is_greedy(params) else 0
     flags += (_PENALISED if params.penalised else 0) + (_MASKED if row.masked else 0)
     return (flags, top_k, logprobs, most_logprobs, *stream, row.position)
 
 
 def _fill_lists(rows: list[RowSampling], places: list[int], table: NDArray[np.int32]) -> mx.array:
-    """Join the rows' lists and write into `table`, at `places`, where each begins and ends."""
+    """Join the rows' lists; write where each begins and ends into `table`, at `places`."""
     if not rows:
         return _no_lists()
     parts: list[NDArray[np.int32]] = []

@@ -1,10 +1,10 @@
-"""The sampler in pure MLX operations: what every other implementation is checked against.
+"""The sampler in pure MLX operations; every other implementation is checked against it.
 
 Order: penalties (repetition, then frequency and presence), logit bias, the mask of allowed tokens;
 then the filters in Hugging Face transformers' and vLLM V0's order: temperature, top-k, top-p over
 the mass that top-k left, min-p against the most likely token. Top-k and top-p end in the least
 logit they keep, so tokens tied with it are kept too. A token is then picked by the Gumbel-max
-trick, argmax(logit / temperature + noise), which draws exactly from softmax over what is kept.
+trick, argmax(logit / temperature + noise), which draws exactly from the softmax of the kept ones.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from typing import Final
 
 import mlx.core as mx
 
-from mlx_serving.worker.engine.row import INVALID_TOKEN
+from mlx_serving.worker.engine.interface import INVALID_TOKEN
 from mlx_serving.worker.engine.sampling.adjustments import Adjustments
 from mlx_serving.worker.engine.sampling.logprobs import LogprobReport
 from mlx_serving.worker.engine.sampling.noise import hash_tokens, negative_gumbel, position_keys
@@ -24,11 +24,11 @@ from mlx_serving.worker.engine.sampling.parameters import (
     is_greedy,
 )
 
-_SUM_BLOCK: Final = 512  # values; sums of sums lose less of a long tail than one running sum
+_SUM_BLOCK: Final = 512  # values; sums of block sums are more exact than one running sum
 
 
 def cumulative_before(values: mx.array) -> mx.array:
-    """Return the sums of what comes before each of values float32 [R, V], along the row."""
+    """Return for each of values float32 [R, V] the sum of the values before it in its row."""
     rows, size = values.shape
     blocks = mx.pad(values, [(0, 0), (0, -size % _SUM_BLOCK)]).reshape(rows, -1, _SUM_BLOCK)
     within = mx.cumsum(blocks, axis=-1, inclusive=False)
@@ -63,7 +63,7 @@ def not_usable(logits: mx.array) -> mx.array:
 
 
 class ReferenceDraw:
-    """Draws for one batch; nothing is sorted unless a row has top-k or top-p."""
+    """Draws for one batch; sorts only if a row has top-k or top-p."""
 
     def __init__(self, parameters: Parameters, words: mx.array) -> None:
         """Take the packed batch and `token_words` of the vocabulary."""
@@ -95,7 +95,7 @@ class ReferenceDraw:
         return Draws(tokens, logprobs, state)
 
     def final(self, logits: mx.array, inputs: StepInputs) -> mx.array:
-        """Return the logits after penalties, bias and mask; as they came where there are none."""
+        """Return the logits after penalties, bias and mask; unchanged if there are none."""
         return logits if self._adjustments is None else self._adjustments(logits, inputs)
 
     def _tokens(self, final: mx.array, step: int) -> mx.array:
@@ -106,7 +106,7 @@ class ReferenceDraw:
         return mx.where(self._greedy, likeliest, drawn)
 
     def scores(self, final: mx.array, step: int) -> mx.array:
-        """Return what the draw takes the argmax of, -inf where filtered: float32 [B, V]."""
+        """Return the scores whose argmax is drawn, -inf for filtered tokens: float32 [B, V]."""
         logits = final.astype(mx.float32)
         parameters = self._parameters
         temperature = parameters.floats(Column.TEMPERATURE)
@@ -129,7 +129,7 @@ class ReferenceDraw:
         temperature = self._parameters.floats(Column.TEMPERATURE)[rows]
         top_k = self._parameters.ints(Column.TOP_K)[rows]
         top_p = self._parameters.floats(Column.TOP_P)[rows]
-        # Sorted in the dtype it has: half the bytes where no row is adjusted.
+        # Sorted in its own dtype: half the bytes if no row is adjusted.
         descending = mx.sort(final, axis=-1)[:, ::-1].astype(mx.float32)
         threshold = kept_threshold(descending, temperature, top_k, top_p)
         if not isinstance(rows, mx.array):
@@ -140,7 +140,7 @@ class ReferenceDraw:
 
 
 def state_after(inputs: StepInputs) -> mx.array:
-    """Return the next call's state; beyond its columns, tokens are not kept."""
+    """Return the next call's state; tokens beyond its columns are not kept."""
     columns = mx.arange(inputs.state.shape[1])
     state = mx.where(columns == inputs.step + 1, inputs.tokens[:, None], inputs.state)
     return mx.where(columns == 0, inputs.step + 1, state)

@@ -1,4 +1,4 @@
-"""One vectorised sampler for the whole batch: every parameter an element of an array."""
+"""One vectorised sampler for the whole batch: every parameter is an element of an array."""
 
 from collections.abc import Callable, Iterable
 from typing import Final
@@ -23,10 +23,10 @@ MakeDraw = Callable[[Parameters, mx.array], Draw]
 
 
 class BatchSampler:
-    """The sampling state of one batch, rebuilt (on the host, no sync) when its rows change.
+    """The sampling state of one batch; rebuilt (on the host, without sync) when its rows change.
 
-    Sampling moves every row one position on. Rows own their noise and their history, so neither
-    batch-mates nor order matter.
+    Each sampling advances every row by one position. Noise and history are the row's own, so its
+    tokens depend neither on other rows nor on their order.
     """
 
     def __init__(
@@ -46,19 +46,19 @@ class BatchSampler:
     def sample(
         self, logits: mx.array, tokens: mx.array | None = None, mask: mx.array | None = None
     ) -> Draws:
-        """Sample one token a row from logits [B, V] of any float dtype.
+        """Sample one token for each row from logits [B, V] of any float dtype.
 
         A row whose logits hold NaN or +inf, or nothing but -inf, samples `INVALID_TOKEN`; the
         other rows are untouched by it.
 
         Args:
-            logits: what the model gave.
-            tokens: int32 [B], what the model took in; needed by rows with penalties.
-            mask: int32 [B, ceil(V / 32)], the allowed tokens; needed by masked rows, and read
-                for no other.
+            logits: the model's output.
+            tokens: int32 [B], the model's input; needed by rows with penalties.
+            mask: int32 [B, ceil(V / 32)], the allowed tokens; needed by masked rows, not read
+                for others.
 
         Raises:
-            ValueError: a row needs what is not given, or `needs_rebuild` was not heeded.
+            ValueError: an argument that a row needs is missing, or `needs_rebuild` is true.
         """
         if self._parameters.penalised and tokens is None:
             raise ValueError("tokens: a row has penalties")
@@ -75,14 +75,14 @@ class BatchSampler:
 
     @property
     def needs_rebuild(self) -> bool:
-        """Whether the tokens counted since the rows were packed fill their place."""
+        """Whether the state has no room for another token: the rows have to be packed again."""
         return self._parameters.penalised and self._step >= RECENT_TOKENS
 
 
 def _nothing_counted(rows: int, columns: int) -> mx.array:
     """Return zeros int32 [rows, columns], from the host.
 
-    Zeros made by the device would be an operation that only the first step after a change of
-    rows has. MLX keeps what it launches by its operations (a CUDA graph), and would build anew.
+    Zeros made on the device would be one more operation in the first step after a change of rows.
+    MLX caches what it launches by its operations (a CUDA graph), and would build it anew.
     """
     return mx.array(np.zeros((rows, columns), dtype=np.int32))

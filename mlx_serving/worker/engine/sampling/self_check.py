@@ -1,7 +1,7 @@
-"""Runs an implementation beside the reference on this device, on rows that reach every branch.
+"""Runs an implementation beside the reference on this device, with rows that reach every branch.
 
-Tokens must be equal, but for near-ties: log and exp differ by an ulp between device libraries,
-so another token passes where the reference scores it within `NEAR_TIE` of its own.
+Tokens must be equal, except for near-ties: log and exp differ by an ulp between device libraries,
+so another token passes if the reference scores it within `NEAR_TIE` of its own.
 """
 
 import random
@@ -12,7 +12,7 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_serving.worker.engine.row import SamplingParams
+from mlx_serving.worker.engine.interface import SamplingParams
 from mlx_serving.worker.engine.sampling.noise import token_words
 from mlx_serving.worker.engine.sampling.parameters import (
     Draw,
@@ -29,17 +29,17 @@ from mlx_serving.worker.engine.sampling.sampler import MakeDraw
 NEAR_TIE: Final = 1e-3  # of a score; its scale is that of logit / temperature + noise
 LOGPROB_TOLERANCE: Final = 1e-3
 DTYPES: Final = (mx.float32, mx.float16, mx.bfloat16)
-_VOCAB_SIZE: Final = 1031  # a prime: no thread's share is like another's
+_VOCAB_SIZE: Final = 1031  # a prime: no two threads have equal shares
 _ROWS: Final = 24
 _STEPS: Final = 3
 _STATE_COLUMNS: Final = 9
 
 
 def first_difference(make: MakeDraw, dtype: mx.Dtype | None = None) -> str | None:
-    """Return the first difference between an implementation and the reference, in words.
+    """Return the first difference between an implementation and the reference as text, or None.
 
-    For logits of `dtype`, or of every one in `DTYPES`. The reference computes on the CPU: on a
-    GPU that never ran its operations, each would be compiled first, for this check alone.
+    For logits of `dtype`; None: of every one in `DTYPES`. The reference computes on the CPU: a GPU
+    would first have to compile each of its operations, for this check alone.
     """
     device = mx.default_device()
     with mx.stream(mx.cpu):
@@ -67,7 +67,7 @@ def _first_difference(make: MakeDraw, dtype: mx.Dtype, device: mx.Device) -> str
     for step, (logits, tokens, mask) in enumerate(_steps(dtype)):
         state = mx.broadcast_to(mx.arange(_STATE_COLUMNS), (_ROWS, _STATE_COLUMNS))
         state = mx.where(mx.arange(_STATE_COLUMNS) == 0, step, state)
-        mx.eval(logits, tokens, mask, state)  # nothing that two devices would share is pending
+        mx.eval(logits, tokens, mask, state)  # so that two devices share no pending array
         inputs = StepInputs(step, tokens, state, mask)
         found = _compare(reference, draw_there, logits, inputs, parameters)
         if found is not None:
@@ -76,7 +76,7 @@ def _first_difference(make: MakeDraw, dtype: mx.Dtype, device: mx.Device) -> str
 
 
 def _rows(chance: random.Random) -> Iterator[RowSampling]:
-    """Each filter off, at its ends and in between, in mixed company."""
+    """Yield rows with each filter off, at its limits and in between, in one batch."""
     for index in range(_ROWS):
         penalties = (1.3, 0.7, -0.4) if index % 3 == 0 else (1.0, 0.0, 0.0)
         params = SamplingParams(
@@ -96,7 +96,7 @@ def _rows(chance: random.Random) -> Iterator[RowSampling]:
 
 
 def _steps(dtype: mx.Dtype) -> Iterator[tuple[mx.array, mx.array, mx.array]]:
-    """Logits [B, V] with -inf, ties and broken rows; input tokens; masks."""
+    """Yield logits [B, V] with -inf, ties and broken rows; input tokens; masks."""
     for step in range(_STEPS):
         chance = np.random.default_rng(step)
         logits = chance.normal(0.0, 3.0, (_ROWS, _VOCAB_SIZE)).astype(np.float32)

@@ -1,1 +1,1 @@
-"""Who is admitted, who gives way, and whose prompt is computed next. Pure: no mlx, no clock."""
+"""Admission, parking, and the order of prefills. Pure: no mlx, no clock."""

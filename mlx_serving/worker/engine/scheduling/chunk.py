@@ -1,4 +1,4 @@
-"""What one forward pass of prefill computes: which tokens, and how many a second allow. Pure."""
+"""One forward pass of prefill: which tokens it computes, and how many are quick enough. Pure."""
 
 from __future__ import annotations
 
@@ -11,84 +11,72 @@ from mlx_serving.worker.engine.row import Row
 if TYPE_CHECKING:
     from mlx_serving.common.queues import Lane
 
-Group = tuple[Row, ...]  # rows with one context, never empty
+RowGroup = tuple[Row, ...]  # rows with one context, never empty
 
 
 @dataclass(frozen=True, slots=True)
 class PrefillChunk:
-    """One forward pass of prefill: tokens [start, start + length) of what each group must compute.
+    """One forward pass of prefill: tokens [start, start + length) of each group's uncached tokens.
 
-    That is its context after what was `found` of it in the prefix cache, which is as much in each
-    group of a chunk. Rows of a group have one context, which is computed once: they are choices
-    of one request. More than one group only where all that each of them must compute fits.
-    The first group's lane is the chunk's; prompts of lower lanes may ride along. A lane has at most
-    one prefill under way, and a chunk of several prompts ends in the step that it begins in.
+    Those are the group's context without its `cached_tokens`, of which every group of a chunk has
+    as many. The rows of a group are choices of one request: they have one context, which is
+    computed once. A chunk has several groups only if it computes all uncached tokens of each, so
+    it is done in one step. The chunk's lane is that of its first group; prompts of lower lanes may
+    ride along. A lane has at most one prefill under way.
 
-    A mixed chunk has no pass of its own: the decode step computes it with its rows' own tokens. It
-    has all that each of its prompts must compute, which may differ in what was found of them.
+    A mixed chunk has no forward pass of its own: the decode step computes it beside its rows' own
+    tokens. It computes all uncached tokens of each group; their `cached_tokens` may differ.
     """
 
-    groups: tuple[Group, ...]
+    groups: tuple[RowGroup, ...]
     start: int
     length: int
     mixed: bool = False
 
     @property
     def rows(self) -> tuple[Row, ...]:
-        """Every row of the chunk, in order of arrival."""
+        """Every row of the chunk, in order of admission."""
         return tuple(row for group in self.groups for row in group)
 
     @property
     def leaders(self) -> tuple[Row, ...]:
-        """One row of each group: the ones that are computed."""
+        """The first row of each group: its context is the one that is computed."""
         return tuple(group[0] for group in self.groups)
 
     @property
     def computed_tokens(self) -> int:
         """Tokens that are computed, padding included."""
         if self.mixed:
-            return sum(row.context_length - row.found for row in self.leaders)
+            return sum(row.uncached_tokens for row in self.leaders)
         return self.length * len(self.groups)
 
     @property
     def lane(self) -> Lane:
-        """The lane that the chunk is for: its first rows'."""
+        """The lane of the chunk: that of its first group."""
         return self.groups[0][0].request.lane
 
     @property
     def completes(self) -> bool:
         """Whether the rows' contexts are in the cache after this chunk."""
         end = self.start + self.length
-        return all(row.found + end >= row.context_length for row in self.leaders)
+        return all(end >= row.uncached_tokens for row in self.leaders)
 
 
-FIRST_TOKENS: Final = 64
-
-
-LEAST_TOKENS: Final = 16
-
-
-STEP_SECONDS: Final = 1.0  # what a step with a chunk may take
-
-
-STALL_PART: Final = 0.2  # of the stall time, which it may not be more than
-
-
-DECODE_STEPS: Final = 2.0  # such steps' time: a decode step is not believed to take more
-
-
-DECODES: Final = 3  # steps without a chunk, of which the shortest is believed: one may compile
-
-
-FILLED: Final = 0.5  # of the size: a smaller chunk says little of one that is full
+FIRST_TOKENS: Final = 64  # size of an engine's first chunk
+LEAST_TOKENS: Final = 16  # no chunk is made smaller than this
+STEP_SECONDS: Final = 1.0  # the longest that a step with a chunk may take
+STALL_PART: Final = 0.2  # of the stall time: an upper bound on that
+DECODE_STEPS: Final = 2.0  # in `step_seconds`: an upper bound on the measured decode step
+DECODES: Final = 3  # the shortest of so many decode steps is taken: any of them may have compiled
+FILLED: Final = 0.5  # of the size: smaller chunks don't tell how long a full one takes
 
 
 @dataclass(frozen=True, slots=True)
 class ChunkStep:
-    """A step as it was measured: when it began and ended, by one clock for all, in seconds.
+    """A step as it was measured: when it began and ended, in seconds of one clock.
 
-    `tokens` of prompts were in it, padding included; 0: it had none. `waited`: it waited for the
-    device to compute them, else the next step does.
+    `tokens`: how many prompt tokens it computed, padding included; 0: no chunk. `waited`: it
+    waited until the device had computed them; else the next step waits for them.
     """
 
     began: float
@@ -98,69 +86,70 @@ class ChunkStep:
 
     @property
     def seconds(self) -> float:
-        """What it took."""
+        """How long it took."""
         return self.ended - self.began
 
     @property
-    def left(self) -> int:
-        """Tokens that it launched and did not wait for."""
+    def unfinished_tokens(self) -> int:
+        """Prompt tokens that it launched and did not wait for."""
         return 0 if self.waited else self.tokens
 
 
 class ChunkSize:
-    """The size of a prefill chunk, `tokens`, padding included; one an engine."""
+    """The size of an engine's prefill chunks: `tokens`, padding included. It follows step times."""
 
     def __init__(
         self, most: int, first: int = FIRST_TOKENS, step_seconds: float = STEP_SECONDS
     ) -> None:
-        """Begin with `first`; it never exceeds `most`. A step may take `step_seconds`."""
+        """Begin with `first`; never exceed `most`. A step may take `step_seconds`."""
         self.most, self.tokens = most, min(first, most)
         self._least = min(LEAST_TOKENS, self.tokens)
         self._step_seconds = step_seconds
         self._before = ChunkStep(0.0, 0.0)
-        self._decodes = deque([0.0] * DECODES, DECODES)  # seconds of those that no prompt was in
+        self._decodes = deque([0.0] * DECODES, DECODES)  # seconds of the last steps without a chunk
 
     def note(self, step: ChunkStep) -> None:
-        """Learn from a step."""
+        """Adapt the size to a measured step."""
         before, self._before = self._before, step
         since = step.ended - before.ended
-        if not (step.tokens or before.left):
+        if not (step.tokens or before.unfinished_tokens):
             if not step.waited:
                 self._decodes.append(since)
             return
         decode = 0.0 if step.waited else min(*self._decodes, DECODE_STEPS * self._step_seconds)
         allowed = self._allowed(decode)
-        took = since if before.left and not step.waited else step.seconds
+        took = since if before.unfinished_tokens and not step.waited else step.seconds
         if took - decode > allowed:
-            self._shrink(max(step.tokens, before.left))  # either may have been what took so long
+            # Either of the two may have taken so long.
+            self._shrink(max(step.tokens, before.unfinished_tokens))
         elif step.waited:
             self._grow(step.tokens, took / allowed)
         else:
-            self._grow(before.left, (max(before.seconds, took) - decode) / allowed)
+            self._grow(before.unfinished_tokens, (max(before.seconds, took) - decode) / allowed)
 
     def _allowed(self, decode_seconds: float) -> float:
-        """Return what prompts may add to a decode step, in seconds.
+        """Return how long prompts may make a decode step, in seconds.
 
-        With that step a second in all; where it takes long by itself, half as much again, or
-        prompts would hardly go on.
+        Both together may take `step_seconds`. If the decode step alone takes almost as long,
+        prompts may add half of its time: else they would hardly make progress.
         """
         return max(self._step_seconds - decode_seconds, decode_seconds / 2)
 
     def _shrink(self, tokens: int) -> None:
-        """Halve where a chunk of this size, or a smaller one, took too long.
+        """Halve the size if a chunk of this size or a smaller one took too long.
 
-        It may have been a larger one, of before. One below the least size says nothing of sizes:
-        what it took was something else.
+        A larger chunk is one from before the last change. A chunk below the least size was slow
+        for another reason than its size.
         """
         if self._least <= tokens <= self.tokens:
             self.tokens = max(self._least, self.tokens // 2)
 
     def _grow(self, tokens: int, part: float) -> None:
-        """Double where tokens that took so large a part of what is allowed say that it fits."""
+        """Double the size if, by this measurement, such a chunk fits into the allowed time."""
         if tokens > FILLED * self.tokens and part * 2 * self.tokens <= tokens:
             self.tokens = min(self.most, 2 * self.tokens)
 
 
 def step_seconds(stall_seconds: float) -> float:
-    """Return what a step with a chunk may take where one of `stall_seconds` counts as hung."""
+    """Return how long a step with a chunk may take if one of `stall_seconds` counts as hung."""
     return min(STEP_SECONDS, STALL_PART * stall_seconds)

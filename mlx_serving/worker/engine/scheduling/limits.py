@@ -1,4 +1,4 @@
-"""What bounds a batch."""
+"""The limits of a batch: rows, KV tokens, prefill."""
 
 import math
 from dataclasses import dataclass
@@ -8,10 +8,11 @@ from mlx_serving.worker.engine.scheduling.chunk import FIRST_TOKENS, STEP_SECOND
 
 @dataclass(frozen=True, slots=True)
 class BatchSize:
-    """The rows of a batch, and whom they are for.
+    """How many rows a batch has, and how lanes share them.
 
-    `lane_min_share`: of the batch, what each lane below the highest keeps while it has rows.
-    `headroom_rows`: beyond `max_rows`, for the highest lane and for what a lane lacks of its share.
+    `lane_min_share`: the part of the batch that each lane below the highest keeps while it has
+    rows. `headroom_rows`: rows beyond `max_rows`, for the highest lane and for lanes that have
+    less than their share.
     """
 
     max_rows: int
@@ -27,32 +28,31 @@ class BatchSize:
 
     @classmethod
     def of(cls, max_rows: int, lane_min_share: float, headroom: float) -> "BatchSize":
-        """Build one with headroom of so large a part of the batch, rounded down."""
+        """Build one whose headroom is a part of the batch, rounded down to rows."""
         return cls(max_rows, lane_min_share, int(headroom * max_rows))
 
     @property
     def most_rows(self) -> int:
-        """Rows at most, headroom included."""
+        """The most rows, headroom included."""
         return self.max_rows + self.headroom_rows
 
     @property
     def lane_min_rows(self) -> int:
-        """Rows that are a lane's share; two lanes leave at least one row of a batch."""
+        """Rows of a lane's share; the shares of two lanes leave at least one row of the batch."""
         return min(math.ceil(self.lane_min_share * self.max_rows), (self.max_rows - 1) // 2)
 
 
 @dataclass(frozen=True, slots=True)
 class SchedulerLimits:
-    """What bounds a batch.
+    """The limits of a batch.
 
-    `prefill_chunk_tokens`: the most that a prefill chunk may come to hold, padding included;
-    `first_chunk_tokens`: with how many it begins; `step_seconds`: what a step with one may take.
-    See `chunk_size`.
+    `prefill_chunk_tokens`: the largest prefill chunk, padding included; `first_chunk_tokens`: the
+    first one's size; `step_seconds`: how long a step with a chunk may take. See `chunk.ChunkSize`.
     `kv_row_overhead_tokens`: KV tokens that a row may hold beyond its own (the cache grows in
-    blocks; layers of fixed size). `kv_capacity_tokens` is the budget of the whole batch.
-    `kv_block_tokens`: rows are kept in blocks of so many tokens; 0: padded to the longest row.
-    `mixed_reads`: KV tokens that prompts may read in a decode step which computes them, summed over
-    their own tokens; 0: no step does, every prompt has a pass of its own.
+    blocks; layers of fixed size). `kv_capacity_tokens`: the KV budget of the whole batch.
+    `kv_block_tokens`: the size of the blocks that rows are kept in; 0: rows are padded to the
+    longest. `mixed_reads`: how many KV tokens a decode step may read for the prompts that it
+    computes, summed over their tokens; 0: each prompt has a forward pass of its own.
     """
 
     batch: BatchSize
@@ -65,12 +65,12 @@ class SchedulerLimits:
     step_seconds: float = STEP_SECONDS
 
     def __post_init__(self) -> None:
-        """Refuse limits under which nothing could run."""
+        """Refuse limits with which nothing could run."""
         _at_least_one(self, "prefill_chunk_tokens")
         _at_least_one(self, "first_chunk_tokens")
 
     def is_share(self, rows: int, kv_tokens: int) -> bool:
-        """Say whether a lane that has these has its share: of the rows, or of the KV budget."""
+        """Say whether these are a lane's share: of the rows, or of the KV budget."""
         least = self.batch.lane_min_share * self.kv_capacity_tokens
         return rows >= self.batch.lane_min_rows or (rows > 0 and kv_tokens >= least)
 

@@ -1,12 +1,12 @@
-"""Which rows give way to a request of a higher lane, and when they go on. Pure.
+"""Which rows are parked for a request of a higher lane, and when they continue. Pure.
 
-A row of the lowest lane gives way first, and the newest of that lane: so the oldest goes on and
-ends. Its keys and values are kept where the budget allows, else they are computed again when it
-goes on. A lane below the highest keeps its share of the batch (`SchedulerLimits.is_share`): rows
-beyond it alone give way, and where it has less, nothing of a higher lane takes the room that its
-parked rows need for it.
+The newest row of the lowest lane is parked first, so that the oldest rows finish. A parked row
+keeps its keys and values if the budget allows; else they are evicted, and computed again when it
+continues. A lane below the highest keeps its share of the batch (`SchedulerLimits.is_share`): only
+its rows beyond that are parked. If it has less, no row of a higher lane takes the room that its
+parked rows need to regain it.
 
-Parked rows go on in the order of lanes and admission, before anything new of their lane.
+Parked rows continue in the order of lanes and admission, before anything new of their lane.
 """
 
 from collections.abc import Iterable, Iterator
@@ -14,28 +14,40 @@ from dataclasses import dataclass
 from typing import Final
 
 from mlx_serving.common.queues import LANES
-from mlx_serving.worker.engine.row import Phase, Request, Row
+from mlx_serving.worker.engine.interface import Request
+from mlx_serving.worker.engine.row import Phase, Row
 from mlx_serving.worker.engine.scheduling.limits import SchedulerLimits
 from mlx_serving.worker.engine.scheduling.reservation import Reservation, Trial
 
-# Which rows of a lane give way first: those that lose nothing, last the one that loses most.
+# The order in which rows of a lane are parked: those that lose nothing first, that lose most last.
 _PHASES = (Phase.WAITING, Phase.DECODING, Phase.PREFILLING)
 
 
 @dataclass(frozen=True, slots=True)
 class Parking:
-    """What makes room: rows to `park`; rows, of these and of parked ones, to `drop` the KV of."""
+    """How to make room: `park` these rows, and `evict` the keys and values of those.
+
+    Rows to evict are parked already or are among those to park.
+    """
 
     park: tuple[Row, ...] = ()
-    drop: tuple[Row, ...] = ()
+    evict: tuple[Row, ...] = ()
 
 
-NOBODY: Final = Parking()
+NO_PARKING: Final = Parking()
 """There is room as it is."""
 
 
+@dataclass(frozen=True, slots=True)
+class Resumption:
+    """The parked row to `resume`, and the parked rows to `evict` before that."""
+
+    resume: Row
+    evict: tuple[Row, ...] = ()
+
+
 class ParkingLot:
-    """The parked rows, and the rules; `Scheduler` does what they say."""
+    """The parked rows, and the rules; `Scheduler` acts on the answers."""
 
     def __init__(self, limits: SchedulerLimits, reservation: Reservation) -> None:
         """Start empty."""
@@ -52,95 +64,95 @@ class ParkingLot:
         return tuple(map(len, self._parked))
 
     def enter(self, row: Row) -> None:
-        """Take a row that left the batch."""
+        """Add a row that left the batch."""
         rows = self._parked[row.request.rank]
         rows.append(row)
         rows.sort(key=lambda parked: parked.order)
 
     def leave(self, row: Row) -> None:
-        """Forget a row."""
+        """Remove a row."""
         self._parked[row.request.rank].remove(row)
 
-    def make_room(self, choices: tuple[Request, ...], rows: Iterable[Row]) -> Parking | None:
-        """Say who of all rows gives way to choices of one lane; None: not enough of them can."""
-        if not len(self) and self._reservation.can_add(choices):
-            return NOBODY
-        rank = choices[0].rank
+    def find_room(self, request: Request, rows: Iterable[Row]) -> Parking | None:
+        """Say which of all rows to park and evict for a request; None: there can't be room."""
+        if not len(self) and self._reservation.can_add(request):
+            return NO_PARKING
+        rank = request.rank
         if any(self._parked[: rank + 1]):
             return None
         trial = Trial(self._reservation, rank)
-        for request in choices:
-            trial.add(Row(request))
+        for choice in request.choices:
+            trial.add(Row(request, choice))
         self._reserve_shares(trial, below=rank)
         if trial.fits:
-            return NOBODY
-        return self._give_way(trial, rank, rows)
+            return NO_PARKING
+        return self._find_parking(trial, rank, rows)
 
-    def _give_way(self, trial: Trial, rank: int, rows: Iterable[Row]) -> Parking | None:
+    def _find_parking(self, trial: Trial, rank: int, rows: Iterable[Row]) -> Parking | None:
         parked: list[Row] = []
-        dropped: list[Row] = []
+        evicted: list[Row] = []
         lower = [row for row in rows if row.request.rank > rank and row.phase in _PHASES]
         candidates = _candidates(trial, lower)
         while not trial.fits:
-            kept = self._kept(trial, rank, parked) if trial.fits_rows else []
-            if kept:
-                trial.drop(kept[0])
-                dropped.append(kept[0])
+            evictable = self._evictable(trial, rank, parked) if trial.fits_rows else []
+            if evictable:
+                trial.evict(evictable[0])
+                evicted.append(evictable[0])
                 continue
             row = next(candidates, None)
             if row is None or len(self) + len(parked) >= self._limits.batch.max_rows:
                 return None
             trial.park(row)
             parked.append(row)
-        return Parking(tuple(parked), tuple(dropped))
+        return Parking(tuple(parked), tuple(evicted))
 
-    def _kept(self, trial: Trial, rank: int, parked: list[Row]) -> list[Row]:
-        """Rows of lanes below whose keys and values could go, the first to go first."""
+    def _evictable(self, trial: Trial, rank: int, parked: list[Row]) -> list[Row]:
+        """Rows of lower lanes whose keys and values may be evicted, in that order."""
         rows = [row for lane in self._parked[rank + 1 :] for row in lane] + parked
         kept = [row for row in rows if trial.keeps(row)]
         return sorted(kept, key=lambda row: (-row.request.rank, -row.order))
 
     def _reserve_shares(self, trial: Trial, below: int) -> None:
-        """Add the parked rows that lanes below need back for their shares."""
+        """Add the parked rows that lower lanes need back to have their shares."""
         for rank in range(below + 1, len(LANES)):
             for row in self._parked[rank]:
                 if trial.has_share(rank):
                     break
                 trial.add(row)
 
-    def next(self) -> Parking | None:
-        """Say which parked row goes on now (`park`, one row), and whose KV goes for it; or None.
+    def next(self) -> Resumption | None:
+        """Say which parked row continues now; None if there is room for none.
 
-        Where a lane's next row has no room, nobody passes it but rows of a lane below which has
-        less than its share.
+        If a lane's next row has no room, only rows of lower lanes with less than their share may
+        overtake it.
         """
         blocked = False
         for rank, rows in enumerate(self._parked):
             if not rows or (blocked and self._reservation.has_share(rank)):
                 continue
-            found = self._try(rows[0])
+            found = self._find_resumption(rows[0])
             if found is not None:
                 return found
             blocked = True
         return None
 
-    def _try(self, row: Row) -> Parking | None:
+    def _find_resumption(self, row: Row) -> Resumption | None:
         rank = row.request.rank
         trial = Trial(self._reservation, rank)
         must = not trial.has_share(rank) or not trial.rows
         trial.add(row)
         self._reserve_shares(trial, below=rank)
-        dropped: list[Row] = []
+        evicted: list[Row] = []
         if must and trial.fits_rows:
-            kept = (kept for kept in self._kept(trial, rank - 1, []) if kept is not row)
-            while not trial.fits_kv and (newest := next(kept, None)) is not None:
-                trial.drop(newest)
-                dropped.append(newest)
-        return Parking((row,), tuple(dropped)) if trial.fits else None
+            evictable = (kept for kept in self._evictable(trial, rank - 1, []) if kept is not row)
+            while not trial.fits_kv and (newest := next(evictable, None)) is not None:
+                trial.evict(newest)
+                evicted.append(newest)
+        return Resumption(row, tuple(evicted)) if trial.fits else None
 
 
 def _candidates(trial: Trial, lower: list[Row]) -> Iterator[Row]:
-    """Rows that may give way, in turn, as long as their lane keeps its share without them."""
+    """Yield rows that may be parked, in order, while their lane keeps its share without them."""
     for rank in range(len(LANES) - 1, 0, -1):
         lane = [row for row in lower if row.request.rank == rank]
         lane.sort(key=lambda row: (_PHASES.index(row.phase), -row.order))

@@ -1,4 +1,4 @@
-"""Whose prompt is prefilled next. Pure."""
+"""Which prompts are prefilled next. Pure."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from bisect import insort
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Final
 
+from msgspec.structs import replace
+
 from mlx_serving.common.queues import LANES
 from mlx_serving.worker.engine.row import Phase, Row
-from mlx_serving.worker.engine.scheduling.chunk import ChunkSize, Group, PrefillChunk
+from mlx_serving.worker.engine.scheduling.chunk import ChunkSize, PrefillChunk, RowGroup
 from mlx_serving.worker.engine.scheduling.packing import ChunkPacking, Packing, StepPacking
 
 if TYPE_CHECKING:
@@ -21,42 +23,36 @@ if TYPE_CHECKING:
 
 
 class LaneTurns:
-    """The highest lane first, but each lane that waits gets its share of the turns."""
+    """The highest lane has the next turn, but each waiting lane gets its share of the turns."""
 
     def __init__(self, min_share: float) -> None:
-        """Let one turn in 1 / `min_share` go to a lane that waits; 0: none."""
+        """Give a waiting lane at least one turn in 1 / `min_share`; 0: no such share."""
         self._patience = math.ceil(1 / min_share) - 1 if min_share else math.inf
-        self._passed = [0] * len(LANES)  # turns since a lane that waits had one
+        self._turns_without = [0] * len(LANES)  # turns since a waiting lane had one
 
     def next(self, waiting: Iterable[int]) -> int:
-        """Return whose turn it is of the ranks that wait, at least one; they don't change."""
+        """Return the rank whose turn it is, of at least one that waits; `take` then notes it."""
         ranks = sorted(waiting)
-        overdue = (rank for rank in ranks if self._passed[rank] >= self._patience)
+        overdue = (rank for rank in ranks if self._turns_without[rank] >= self._patience)
         return next(overdue, ranks[0])
 
     def take(self, turn: int, waiting: Iterable[int]) -> None:
-        """Note that a lane had its turn while these waited."""
+        """Note that lane `turn` has its turn while the lanes `waiting` wait."""
         ranks = set(waiting)
-        self._passed = [
-            passed + 1 if rank in ranks and rank != turn else 0
-            for rank, passed in enumerate(self._passed)
+        self._turns_without = [
+            turns + 1 if rank in ranks and rank != turn else 0
+            for rank, turns in enumerate(self._turns_without)
         ]
 
 
-ROWS_PER_PROMPT: Final = 16  # so many decoding rows make one more prompt worth waiting for
-
-
-PATIENCE_STEPS: Final = (0, 4, 8)  # by lane, the most that a prompt waits for others
-
-
-RIDING_CHUNKS: Final = 0.5  # of a chunk: what it may come to hold by prompts that ride along
-
-
+ROWS_PER_PROMPT: Final = 16  # a prompt waits for one more prompt for each so many decoding rows
+PATIENCE_STEPS: Final = (0, 4, 8)  # by lane: how many steps a prompt waits for others at most
+RIDING_CHUNKS: Final = 0.5  # prompts ride along only up to this part of a full chunk
 RIDING_TOKENS: Final = 32  # such a prompt is as long as the others, rounded up to so many
 
 
 class PromptQueue:
-    """Prompts that wait, and those of which a part is computed: at most one chunk's a lane."""
+    """Prompts that wait, and those under way: in each lane at most the prompts of one chunk."""
 
     def __init__(
         self,
@@ -68,37 +64,37 @@ class PromptQueue:
         """Start empty."""
         self._limits, self._chunk_size, self._reservation = limits, chunk_size, reservation
         self._shares_blocks = prefixes is not None
-        self._waiting: list[list[Group]] = [[] for _ in LANES]
-        self._begun: list[tuple[Group, ...]] = [()] * len(LANES)
+        self._waiting: list[list[RowGroup]] = [[] for _ in LANES]
+        self._begun: list[tuple[RowGroup, ...]] = [()] * len(LANES)
         self._turns = LaneTurns(limits.batch.lane_min_share)
-        self._waited = 0  # steps for which the next prompt was put off
+        self._waited = 0  # steps that the next prompt was put off
 
-    def add(self, group: Group) -> None:
+    def add(self, group: RowGroup) -> None:
         """Queue a prompt, in its lane's order of admission."""
         insort(self._waiting[group[0].request.rank], group, key=lambda rows: rows[0].order)
         for row in group:
             row.phase = Phase.WAITING
-            self._reservation.look_up(row)
+        self._pin_prefixes(group)
 
     def remove(self, row: Row) -> None:
-        """Forget a row; one that is not here is ignored."""
+        """Forget a row, in whatever phase it is."""
         rank = row.request.rank
         if row.phase is Phase.WAITING:
             self._waiting[rank] = list(_without(self._waiting[rank], (row,)))
         elif row.phase is Phase.PREFILLING:
             self._end((row,))
-        self._reservation.let_go(row)
+        row.prefill = self._reservation.unpin_prefix(row)
 
-    def begun(self, rank: int) -> tuple[Group, ...]:
-        """Return the prompts under way in a lane's chunk: those that ride with it, too.
+    def begun(self, rank: int) -> tuple[RowGroup, ...]:
+        """Return the prompts under way in a lane's chunk, those that ride along included.
 
-        Between two steps there is at most one, which is the lane's own and takes several chunks: a
-        chunk of several prompts computes all of each.
+        Between two steps there is at most one: the lane's own, which takes several chunks. A chunk
+        of several prompts computes all of each.
         """
         return self._begun[rank]
 
     def schedule(self, decoding: int) -> PrefillChunk | None:
-        """Choose the next chunk beside so many decoding rows; None where there is none."""
+        """Choose the next chunk beside so many decoding rows; None: there is none, or it waits."""
         pending = [rank for rank in range(len(LANES)) if self._begun[rank] or self._waiting[rank]]
         if not pending:
             self._waited = 0
@@ -112,16 +108,18 @@ class PromptQueue:
         self._turns.take(rank, pending)
         groups = self._begun[rank]
         leaders = [group[0] for group in groups]
-        start = leaders[0].prefilled - leaders[0].found
-        length = max(map(_to_compute, leaders)) - start
+        start = leaders[0].prefill.prefilled_tokens - leaders[0].prefill.cached_tokens
+        length = max(row.uncached_tokens for row in leaders) - start
         if not mixed:
             length = min(length, self._chunk_size.tokens)
         return PrefillChunk(groups, start, length, mixed=mixed)
 
     def finish(self, chunk: PrefillChunk) -> bool:
-        """Record that the chunk is computed; return whether that was all of its prompts."""
+        """Record that the chunk is computed; return whether its prompts are complete."""
+        end = chunk.start + chunk.length
         for row in chunk.rows:
-            row.prefilled = min(row.found + chunk.start + chunk.length, row.context_length)
+            prefilled = min(row.prefill.cached_tokens + end, row.context_length)
+            row.prefill = replace(row.prefill, prefilled_tokens=prefilled)
         if not chunk.completes:
             return False
         for row in chunk.rows:
@@ -130,11 +128,11 @@ class PromptQueue:
         return True
 
     def _end(self, rows: Container[Row]) -> None:
-        """Let prefills under way go on without these rows, which may ride with another lane."""
+        """Take rows out of the prefills under way; a row may ride along in another lane's chunk."""
         self._begun = [tuple(_without(groups, rows)) for groups in self._begun]
 
     def _begin(self, rank: int) -> bool:
-        """Take the next prompts of a lane; returns whether the decode step is to compute them."""
+        """Take the next prompts of a lane; returns whether the decode step computes them."""
         taken = self._take_for_step(rank)
         mixed = bool(taken)
         if not mixed:
@@ -145,22 +143,22 @@ class PromptQueue:
                 row.phase = Phase.PREFILLING
         return mixed
 
-    def _waits_for_more(self, waiting: list[Group], decoding: int) -> bool:
-        """Say whether the next chunk is put off by a step, so that more prompts share it."""
+    def _waits_for_more(self, waiting: list[RowGroup], decoding: int) -> bool:
+        """Say whether to put the next chunk off by a step, so that more prompts share it."""
         head, wanted = waiting[0][0], decoding // ROWS_PER_PROMPT
         patience = PATIENCE_STEPS[head.request.rank]
         if not patience:
             return False
         waits = len(waiting) < wanted and self._waited < patience
         if waits:
-            # A prompt beside which no others fit into a chunk has nothing to wait for.
-            self._reservation.look_up(head)
-            waits = wanted * _to_compute(head) <= self._chunk_size.tokens
+            # If no others fit into a chunk beside this prompt, it has nothing to wait for.
+            head.prefill = self._reservation.pin_prefix(head)
+            waits = wanted * head.uncached_tokens <= self._chunk_size.tokens
         self._waited = self._waited + 1 if waits else 0
         return waits
 
-    def _take_for_step(self, rank: int) -> list[Group]:
-        """Take prompts that a decode step computes; none where the lane's next is too long."""
+    def _take_for_step(self, rank: int) -> list[RowGroup]:
+        """Take prompts that a decode step computes; none if the lane's next prompt is too long."""
         if not self._limits.mixed_reads:
             return []
         packing = StepPacking(
@@ -173,68 +171,66 @@ class PromptQueue:
                 taken += self._take(waiting, packing)
         return taken
 
-    def _take_for_chunk(self, rank: int) -> list[Group]:
-        """Take one prompt, or as many short ones as fit one chunk when padded alike."""
+    def _take_for_chunk(self, rank: int) -> list[RowGroup]:
+        """Take one prompt, or as many short ones as fit one chunk when padded to one length."""
         packing = ChunkPacking(
             self._limits, self._chunk_size.tokens, shares_blocks=self._shares_blocks
         )
         taken = self._take(self._waiting[rank], packing)
         rows = [row for group in taken for row in group]
-        found = min(row.found for row in rows)
+        cached = min(row.prefill.cached_tokens for row in rows)
         for row in rows:
-            row.found = row.prefilled = found
+            row.begin_prefill(cached)
         for waiting in self._lower(rank):
             self._take_along(taken, waiting)
         return taken
 
-    def _lower(self, rank: int) -> Iterator[list[Group]]:
-        """Yield what waits in each lower lane that has no prefill under way."""
+    def _lower(self, rank: int) -> Iterator[list[RowGroup]]:
+        """Yield the waiting prompts of each lower lane that has no prefill under way."""
         for lower in range(rank + 1, len(LANES)):
             if not self._begun[lower]:
                 yield self._waiting[lower]
 
-    def _take(self, waiting: list[Group], packing: Packing) -> list[Group]:
-        """Take prompts in their order as far as they are packed."""
-        taken: list[Group] = []
+    def _take(self, waiting: list[RowGroup], packing: Packing) -> list[RowGroup]:
+        """Take prompts in their order, as long as there is room for the next one."""
+        taken: list[RowGroup] = []
         while waiting:
-            for row in waiting[0]:
-                self._reservation.look_up(row)
+            self._pin_prefixes(waiting[0])
             if not packing.has_room_for(waiting[0]):
                 break
             packing.add(waiting[0])
             taken.append(waiting.pop(0))
         return taken
 
-    def _take_along(self, taken: list[Group], waiting: list[Group]) -> None:
-        """Add prompts of a lower lane that make the chunk hardly longer and not much larger."""
+    def _take_along(self, taken: list[RowGroup], waiting: list[RowGroup]) -> None:
+        """Add prompts of a lower lane that make the chunk little longer and not much larger."""
         most = RIDING_CHUNKS * self._chunk_size.tokens
-        longest = max(_to_compute(group[0]) for group in taken)
+        longest = max(group[0].uncached_tokens for group in taken)
         if not longest:
-            return  # all is known: there is no pass to ride in
+            return  # all is cached: there is no forward pass to ride in
         length = -(-longest // RIDING_TOKENS) * RIDING_TOKENS
-        found = taken[0][0].found
+        cached = taken[0][0].prefill.cached_tokens
         packing = ChunkPacking(
             self._limits, self._chunk_size.tokens, taken, shares_blocks=self._shares_blocks
         )
         while waiting and (len(taken) + 1) * length <= most:
             head = waiting[0][0]
-            if head.context_length - found > length:
+            if head.context_length - cached > length:
                 return
-            for row in waiting[0]:
-                self._reservation.look_up(row)
-            if head.found < found or not packing.has_room_for(waiting[0]):
+            self._pin_prefixes(waiting[0])
+            if head.prefill.cached_tokens < cached or not packing.has_room_for(waiting[0]):
                 return
             taken.append(waiting.pop(0))
             for row in taken[-1]:
-                row.found = row.prefilled = found
+                row.begin_prefill(cached)
             packing.add(taken[-1])
 
+    def _pin_prefixes(self, group: RowGroup) -> None:
+        for row in group:
+            row.prefill = self._reservation.pin_prefix(row)
 
-def _without(groups: Iterable[Group], leaving: Container[Row]) -> Iterator[Group]:
+
+def _without(groups: Iterable[RowGroup], leaving: Container[Row]) -> Iterator[RowGroup]:
     for group in groups:
         if kept := tuple(row for row in group if row not in leaving):
             yield kept
-
-
-def _to_compute(row: Row) -> int:
-    return row.context_length - row.found

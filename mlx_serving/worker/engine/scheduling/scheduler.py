@@ -1,24 +1,19 @@
-"""Who is admitted, who gives way, and whose prompt is prefilled next. Pure: no mlx, no clock.
+"""Which requests are admitted, which rows are parked, what is prefilled next. Pure: no clock.
 
-A row is admitted when the KV cache of all admitted rows, each as long as it can ever get, fits
-the budget (`reservation`). A request of a higher lane may park rows of lower ones for that
-(`parking`): `make_room` says which, `park` and `drop` note that it is done, `next_parked` and
+A row is admitted if the KV cache of all admitted rows, each as long as it can ever get, fits the
+budget (`reservation`). A request of a higher lane may park rows of lower ones for that
+(`parking`): `find_room` says which, `park` and `evict` note that it is done, `next_parked` and
 `resume` bring them back. Prompts are computed in the order of `prompt_queue`.
 """
 
 from collections.abc import Iterable
 
+from mlx_serving.worker.engine.interface import LaneRows, Request, RequestRefusedError
 from mlx_serving.worker.engine.kv.prefix.cache import PrefixCache
-from mlx_serving.worker.engine.row import (
-    LaneRows,
-    Phase,
-    Request,
-    RequestRefusedError,
-    Row,
-)
-from mlx_serving.worker.engine.scheduling.chunk import ChunkSize, Group, PrefillChunk
+from mlx_serving.worker.engine.row import Phase, Row
+from mlx_serving.worker.engine.scheduling.chunk import ChunkSize, PrefillChunk, RowGroup
 from mlx_serving.worker.engine.scheduling.limits import SchedulerLimits
-from mlx_serving.worker.engine.scheduling.parking import NOBODY, Parking, ParkingLot
+from mlx_serving.worker.engine.scheduling.parking import NO_PARKING, Parking, ParkingLot, Resumption
 from mlx_serving.worker.engine.scheduling.prompt_queue import PromptQueue
 from mlx_serving.worker.engine.scheduling.reservation import Reservation
 
@@ -40,89 +35,85 @@ class Scheduler:
         self._rows: dict[tuple[str, int], Row] = {}
         self._admitted = 0
 
-    def fits(self, *choices: Request) -> bool:
-        """Say whether the choices could run here if they were alone."""
-        rows, needed = len(choices), self._reservation.alone(choices)
+    def fits(self, request: Request) -> bool:
+        """Say whether the request fits if nothing else is here."""
+        rows, needed = len(request.choices), self._reservation.alone(request.kv_tokens)
         return rows <= self.limits.batch.max_rows and needed <= self.limits.kv_capacity_tokens
 
-    def can_add(self, *choices: Request) -> bool:
-        """Say whether the choices can be admitted now, were others parked for them."""
-        return self._parked.make_room(choices, self._rows.values()) is not None
+    def can_add(self, request: Request) -> bool:
+        """Say whether the request can be admitted now, if need be by parking others."""
+        return self._parked.find_room(request, self._rows.values()) is not None
 
-    def make_room(self, *choices: Request) -> Parking:
-        """Say what has to be parked and dropped before `add` takes the choices.
+    def find_room(self, request: Request) -> Parking:
+        """Say which rows have to be parked and evicted before `add` takes the request.
 
         Raises:
             RequestRefusedError: as `add` does.
         """
-        self._check_choices(choices)
-        if not self.fits(*choices):
-            raise RequestRefusedError("too_large", self._why_too_large(choices))
-        parking = self._parked.make_room(choices, self._rows.values())
+        self._check_choices(request)
+        if not self.fits(request):
+            raise RequestRefusedError("too_large", self._why_too_large(request))
+        parking = self._parked.find_room(request, self._rows.values())
         if parking is None:
             raise RequestRefusedError("no_room", "the batch has no room for this request now")
         return parking
 
-    def add(self, *choices: Request) -> list[Row]:
-        """Admit the choices of one request, all or none, to the end of their lane's queue.
+    def add(self, request: Request) -> list[Row]:
+        """Admit all choices of a request, or none, to the end of their lane's queue.
 
         Raises:
             RequestRefusedError: with `code` "duplicate_request", "too_large", "no_room" or
                 "invalid_parameter".
         """
-        if self.make_room(*choices) != NOBODY:
+        if self.find_room(request) != NO_PARKING:
             raise RequestRefusedError("no_room", "others are to be parked first")
-        return self.admit(*choices)
+        return self.admit(request)
 
-    def admit(self, *choices: Request) -> list[Row]:
-        """Admit choices for which `make_room` has just asked nobody to give way; see `add`."""
-        rows = [Row(request, order=self._admitted) for request in choices]
+    def admit(self, request: Request) -> list[Row]:
+        """Admit a request for which `find_room` has just answered `NO_PARKING`; see `add`."""
+        rows = [Row(request, choice, order=self._admitted) for choice in request.choices]
         self._admitted += 1
         for row in rows:
-            self._rows[row.request.id, row.request.choice] = row
+            self._rows[request.id, row.choice.index] = row
             self._reservation.add(row)
-        shared = not any(request.committed for request in choices)
+        shared = not any(choice.committed for choice in request.choices)
         for group in [tuple(rows)] if shared else [(row,) for row in rows]:
             self._prompts.add(group)
         return rows
 
-    def _why_too_large(self, choices: tuple[Request, ...]) -> str:
-        if len(choices) > self.limits.batch.max_rows:
+    def _why_too_large(self, request: Request) -> str:
+        rows = len(request.choices)
+        if rows > self.limits.batch.max_rows:
             return (
-                f"n: the request needs {len(choices)} rows, "
+                f"n: the request needs {rows} rows, "
                 f"this engine decodes {self.limits.batch.max_rows}"
             )
+        needed = self._reservation.alone(request.kv_tokens)
         return (
-            f"max_tokens: the request needs {self._reservation.alone(choices)} KV tokens, "
+            f"max_tokens: the request needs {needed} KV tokens, "
             f"this device holds {self.limits.kv_capacity_tokens}"
         )
 
-    def _check_choices(self, choices: tuple[Request, ...]) -> None:
-        first = choices[0]
-        if len(choices) > 1 and any(
-            (c.id, c.prompt, c.lane) != (first.id, first.prompt, first.lane) for c in choices
-        ):
-            message = "prompt: choices that are added together must share id and prompt, and lane"
-            raise RequestRefusedError("invalid_parameter", message)
-        numbers = [request.choice for request in choices]
-        for number in numbers:
-            if (first.id, number) in self._rows or numbers.count(number) > 1:
-                message = f"id: choice {number} of request {first.id} is already here"
+    def _check_choices(self, request: Request) -> None:
+        indices = [choice.index for choice in request.choices]
+        for index in indices:
+            if (request.id, index) in self._rows or indices.count(index) > 1:
+                message = f"id: choice {index} of request {request.id} is already here"
                 raise RequestRefusedError("duplicate_request", message)
 
     def find(self, request_id: str) -> list[Row]:
-        """Return every admitted choice of the request."""
+        """Return every admitted row of the request."""
         return [row for (key, _), row in self._rows.items() if key == request_id]
 
     def is_here(self, row: Row) -> bool:
         """Say whether a row was admitted and not removed."""
-        return self._rows.get((row.request.id, row.request.choice)) is row
+        return self._rows.get((row.request.id, row.choice.index)) is row
 
     def remove(self, row: Row) -> None:
-        """Forget a row in whatever phase it is and give its reservation back."""
+        """Forget a row, in whatever phase it is, and give its reservation back."""
         if not self.is_here(row):
             return
-        del self._rows[row.request.id, row.request.choice]
+        del self._rows[row.request.id, row.choice.index]
         if row.phase is Phase.PARKED:
             self._parked.leave(row)
         else:
@@ -136,22 +127,22 @@ class Scheduler:
     # Parking
 
     def park(self, row: Row) -> None:
-        """Note that a row left the batch; one that decoded keeps its keys and values."""
+        """Note that a row left the batch; if it decoded, its keys and values are kept."""
         self._take_out(row)
         self._reservation.park(row)
         row.phase = Phase.PARKED
         self._parked.enter(row)
 
-    def drop(self, row: Row) -> None:
-        """Note that a parked row's keys and values are gone, where it had any."""
-        self._reservation.drop(row)
+    def evict(self, row: Row) -> None:
+        """Note that a parked row's keys and values are gone, if it had any."""
+        self._reservation.evict(row)
 
-    def next_parked(self) -> Parking | None:
-        """Say which row goes on now (`park`, one row), and whose keys and values go for it."""
+    def next_parked(self) -> Resumption | None:
+        """Say which parked row continues now, and which to evict for it; None: none continues."""
         return self._parked.next() if len(self._parked) else None
 
     def resume(self, row: Row) -> bool:
-        """Let a parked row go on; returns whether it decodes. Else its prompt is queued again."""
+        """Let a parked row continue; returns whether it decodes. If not, its prompt is queued."""
         kept = self._reservation.keeps(row)
         self._parked.leave(row)
         self._reservation.add(row)
@@ -159,39 +150,39 @@ class Scheduler:
             row.phase = Phase.DECODING
             self._decoding[row] = None
         else:
-            row.found = row.prefilled = 0
+            row.begin_prefill(cached_tokens=0)
             self._prompts.add((row,))
         return kept
 
     # Prefill
 
     def schedule_prefill(self) -> PrefillChunk | None:
-        """Choose the next prefill chunk; None when no prompt is pending."""
+        """Choose the next prefill chunk; None if no prompt is pending, or the next one waits."""
         return self._prompts.schedule(len(self._decoding))
 
-    def chunks_of(self, group: Group) -> list[PrefillChunk]:
+    def chunks_of(self, group: RowGroup) -> list[PrefillChunk]:
         """Return the chunks of one prompt, computed by itself from its beginning."""
         length, most = group[0].context_length, self.chunk_size.tokens
         starts = range(0, max(1, length), most)
         return [PrefillChunk((group,), start, min(most, length - start)) for start in starts]
 
     def is_alone_in_prefill(self, row: Row) -> bool:
-        """Say whether the prefill under way of the row's lane is its own alone."""
+        """Say whether the row's lane prefills this row and no other."""
         return self._prompts.begun(row.request.rank) == ((row,),)
 
     def finish_prefill(self, chunk: PrefillChunk) -> bool:
-        """Record that the chunk is computed; return whether its rows decode from now on."""
+        """Record that the chunk is computed; return whether its rows now decode."""
         done = self._prompts.finish(chunk)
         if done:
             self._decoding |= dict.fromkeys(chunk.rows)
         return done
 
-    def joined(self, groups: Iterable[Group]) -> None:
-        """Note that rows have their own blocks, of which the prefix cache counts the full ones."""
+    def join(self, groups: Iterable[RowGroup]) -> None:
+        """Note that rows have their own blocks: the prefix cache counts the full ones."""
         for row in (row for group in groups for row in group):
-            self._reservation.joined(row)
+            row.prefill = self._reservation.join(row)
 
-    # What there is
+    # Numbers
 
     @property
     def running(self) -> int:
@@ -205,7 +196,7 @@ class Scheduler:
 
     @property
     def parked(self) -> int:
-        """Rows that gave way to others."""
+        """Parked rows."""
         return len(self._parked)
 
     @property
@@ -220,12 +211,12 @@ class Scheduler:
 
     @property
     def rows(self) -> list[Row]:
-        """Every admitted row, in order of arrival."""
+        """Every admitted row, in order of admission."""
         return list(self._rows.values())
 
     @property
     def kv_tokens_kept(self) -> int:
-        """KV tokens of the blocks in use, those that only the prefix cache owns included."""
+        """KV tokens of the blocks in use, including blocks that only the prefix cache owns."""
         return self._prefixes.used * self.limits.kv_block_tokens if self._prefixes else 0
 
     @property

@@ -1,1 +1,1 @@
-"""What an output has to be and what it is: grammars, reasoning, tool calls."""
+"""Structured output: grammars that text must follow, reasoning, tool calls."""

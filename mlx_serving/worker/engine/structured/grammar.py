@@ -1,8 +1,8 @@
-"""From what a job asks of its output to one grammar, in llguidance's own form.
+"""Writes the grammar that a job asks for, in llguidance's format.
 
-Rules are in its Lark dialect (docs/syntax.md of guidance-ai/llguidance). A marker that is a token
-of its own is named by its id; any other is spelled. Where a model reasons, its reasoning comes
-before what the grammar is for.
+Rules are in llguidance's Lark dialect (docs/syntax.md of guidance-ai/llguidance). A marker that is
+a token of its own is written by its id, any other by its characters. If the model reasons, the
+grammar lets its reasoning come before the answer.
 """
 
 import json
@@ -30,7 +30,7 @@ _GAP: Final = r"GAP: /[ \t\r\n]{0,8}/"
 
 @dataclass(frozen=True, slots=True)
 class GrammarSpec:
-    """A grammar as llguidance takes it, and the job's field that it comes from."""
+    """A grammar in llguidance's format, and the field of the job that asks for it."""
 
     text: str
     path: str
@@ -38,24 +38,24 @@ class GrammarSpec:
 
 @dataclass(slots=True)
 class _Rules:
-    """Rules of the grammar, the `answer` among them."""
+    """Rules of a grammar; one of them is `answer`."""
 
     lines: list[str]
     path: str
     grammar: str = ""  # the job's own, as `@job`
-    blank_before: bool = False  # whether the answer may follow some blanks
-    free: bool = False  # whether it is free text, reasoning included
+    blank_before: bool = False  # whether blanks may come before the answer
+    free: bool = False  # whether it is any text, reasoning included
 
 
 def output_grammar(
     job: GenerationJob, model: ModelFormat, token_of: TokenOf, *, reasoning: bool
 ) -> GrammarSpec | None:
-    """Return the grammar that the job asks for; None where any text will do.
+    """Return the grammar that the job asks for; None: any text is allowed.
 
-    `reasoning`: the prompt ends within the model's reasoning.
+    `reasoning`: the prompt ends inside the model's reasoning.
 
     Raises:
-        InvalidJob: tools are to be enforced, and can't be in this model's format of calls.
+        InvalidJob: the job enforces tools, and this model's format of calls can't be enforced.
     """
     writer = _Writer(model, token_of)
     rules = writer.answer(job)
@@ -70,13 +70,13 @@ def output_grammar(
 
 
 class _Writer:
-    """Writes rules in the words of one model's markers."""
+    """Writes rules with the markers of one model."""
 
     def __init__(self, model: ModelFormat, token_of: TokenOf) -> None:
         self._model, self._spelling = model, Spelling(token_of)
 
     def answer(self, job: GenerationJob) -> _Rules | None:
-        """Rules of what the job asks for, reasoning aside."""
+        """Return the rules of the answer, without reasoning; None: any text is allowed."""
         form = _formatted(job.response_format) if job.response_format else None
         if not enforces_tools(job.tools, job.tool_choice):
             return form
@@ -97,7 +97,7 @@ class _Writer:
         return form
 
     def after_reasoning(self, rules: _Rules, *, opened: bool) -> list[str]:
-        """Rules for the model's reasoning, and then the answer."""
+        """Return the rules of a text with reasoning, then the answer."""
         start, end = self._model.think_start or "", self._model.think_end or ""
         thought, lines = self._spelling.text_up_to("thought", [ANY_TEXT], end)
         gap = "BLANKS" if rules.blank_before else ""
@@ -105,7 +105,7 @@ class _Writer:
         return [f"start: {first} answer", r"BLANKS: /[ \t\r\n]{0,8}/", *lines]
 
     def _call_format(self, job: GenerationJob) -> CallFormat:
-        """How this model's calls are written. Raises InvalidJob where that is not known."""
+        """Return the format of this model's calls. Raises InvalidJob if it is not known."""
         found = call_format(self._model.parser_name, self._spelling)
         if found is not None:
             return found
@@ -115,7 +115,7 @@ class _Writer:
     def _calls(
         self, job: GenerationJob, form: CallFormat, tools: tuple[Tool, ...], *, several: bool
     ) -> list[str]:
-        """Rules of a call, or of all calls that share their markers."""
+        """Return the rules of one call, or of several that share their markers."""
         start, end = self._model.tool_start or "", self._model.tool_end or ""
         names = " | ".join(f"tool_{index}" for index in range(len(tools)))
         more = f"({form.between} any_tool)*" if several and form.between is not None else ""
@@ -132,13 +132,13 @@ class _Writer:
         return rules
 
     def _free_text(self) -> list[str]:
-        """Rules of any text with calls in it, which the call's marker begins and nothing else."""
+        """Return the rules of any text with calls; only a call may hold a call's marker."""
         model = self._model
         start = model.tool_start or ""
         text = f"TEXT: /{ANY_TEXT}/ & ~/{ANY_TEXT}{escaped(start)}{ANY_TEXT}/"
-        ends = not model.tool_end  # the one call, or all of them, are the end of the text
+        ends = not model.tool_end  # the text ends after its call or calls
         if not self._spelling.begins_with_token(start):
-            # A call's first marker is a part of the text before it, matched up to there.
+            # The call's first marker belongs to the text before it, which is matched up to there.
             lead, rules = self._spelling.text_up_to("lead", [ANY_TEXT], start)
             called = f"{lead} rest_of_call"
             return [
@@ -164,12 +164,12 @@ class _Writer:
 
 
 def _formatted(form: dict[str, Any]) -> _Rules:
-    """Rules of a response_format, which is checked already."""
+    """Return the rules of a response_format, which was checked before."""
     kind = form["type"]
     if kind == "grammar":
         return _Rules(["answer: @job"], "response_format.grammar", grammar=form["grammar"])
     if kind == "regex":
-        from llguidance import regex_to_lark  # not before somebody asks for a grammar
+        from llguidance import regex_to_lark  # imported when the first job asks for a grammar
 
         return _Rules([f"answer: /{regex_to_lark(form['regex'], '')}/"], "response_format.regex")
     if kind == "json_object":

@@ -1,4 +1,4 @@
-"""Compiles grammars for one model, off the engine thread, bounded in time and size, cached."""
+"""Compiles one model's grammars outside the engine thread, in bounded time; caches them."""
 
 import json
 import weakref
@@ -20,15 +20,13 @@ if TYPE_CHECKING:
     from llguidance import LLTokenizer
 
 CACHED_GRAMMARS: Final = 128
-CACHED_CHARS: Final = (
-    4 * 1024 * 1024
-)  # of grammar text; what is compiled from it is some times that
+CACHED_CHARS: Final = 4 * 1024 * 1024  # of grammar text; compiled grammars take a multiple
 
 
 def tokenizer_source(tokenizer: Any, vocab_size: int, eos: frozenset[int]) -> TokenizerSource:  # noqa: ANN401 - a wrapper forwards by getattr
-    """Take from a fast tokenizer (or mlx-lm's wrapper) what llguidance builds its own from.
+    """Return what llguidance builds its tokenizer from, of a fast tokenizer or mlx-lm's wrapper.
 
-    `vocab_size` is the model's; ids from there to the tokenizer's are never allowed by any mask.
+    `vocab_size` is the model's; no mask allows ids of the tokenizer beyond it.
     """
     inner = getattr(tokenizer, "_tokenizer", tokenizer)
     backend = getattr(inner, "backend_tokenizer", inner)
@@ -39,10 +37,10 @@ def tokenizer_source(tokenizer: Any, vocab_size: int, eos: frozenset[int]) -> To
 
 
 class GrammarCompiler:
-    """One model's compiled grammars, by their text: the least recently used are dropped.
+    """One model's compiled grammars, by their text; the least recently used are dropped.
 
-    What can't be compiled is remembered too. Thread-safe; a caller waits for at most one grammar
-    that is being compiled, never the engine.
+    Grammars that can't be compiled are remembered too. Thread-safe; a caller may wait for one other
+    grammar that is being compiled. The engine's thread never waits.
     """
 
     def __init__(self, source: TokenizerSource, seconds: float = COMPILE_SECONDS) -> None:
@@ -56,9 +54,12 @@ class GrammarCompiler:
         self._lock = Lock()
 
     def warm_up(self) -> None:
-        """Build what every compilation needs, so that no job waits for it."""
+        """Build now what every compilation needs, so that no job waits for it."""
         self._trial.start()
-        with self._lock, suppress(ValueError):  # the first grammar says that it is of no use
+        with (
+            self._lock,
+            suppress(ValueError),
+        ):  # the first grammar reports that the tokenizer can't be used
             self._built_tokenizer()
 
     def close(self) -> None:
@@ -69,8 +70,8 @@ class GrammarCompiler:
         """Return the compiled grammar.
 
         Args:
-            grammar: as llguidance takes it.
-            path: the job's field that it comes from, for the error.
+            grammar: in llguidance's format.
+            path: the field of the job that asks for it, for the error.
 
         Raises:
             InvalidSchema: it can't be compiled, or not in time.
@@ -86,7 +87,7 @@ class GrammarCompiler:
         return found
 
     def special_ids(self, ids: list[int]) -> list[bool]:
-        """Say of each id whether grammars name it as a token, because no text spells it."""
+        """Say of each id whether it is a special token, which grammars name by its id."""
         with self._lock:
             tokenizer = self._built_tokenizer()
         return [tokenizer.is_special_token(token) for token in ids]

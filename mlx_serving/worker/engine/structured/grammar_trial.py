@@ -1,9 +1,9 @@
 """Tries a grammar in a process of its own, which can be killed.
 
-A schema or grammar is foreign input to a compiler that can't be interrupted: small ones can cost
-minutes, gigabytes, or the process (a deep chain of rules overflows the stack). So each is first
-compiled, and its first mask computed, where that harms nobody. The process is started by `start`
-or by the first trial, gets the tokenizer once, and ends when its standard input does.
+A schema or grammar is foreign input to a compiler that can't be interrupted: a small one can take
+minutes or gigabytes, or crash the process (a deep chain of rules overflows the stack). So each is
+first compiled, and its first masks computed, in another process. That process is started by
+`start` or by the first trial, gets the tokenizer once, and ends when its standard input ends.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ COMPILE_SECONDS: Final = 0.5
 START_SECONDS: Final = 30.0
 STEP_LEXER_FUEL: Final = 50_000
 STEP_MAX_ITEMS: Final = 20_000
-"""llguidance's bounds on one mask, a third of its own defaults: some milliseconds at most."""
+"""llguidance's limits on one mask, a third of its defaults: a few milliseconds at most."""
 
 WALKED_TOKENS: Final = 8
 _REASON_CHARS: Final = 300
-# Classes of tokens that a mask takes whole where a JSON string may go on for as many characters:
-# llguidance's own begin at 10, and towards a string's `maxLength` it looked at every token.
+# Classes of tokens that a mask takes as a whole if a JSON string may have as many more characters.
+# llguidance's own begin at 10 characters: near a string's `maxLength` it checks every token.
 _STRING_SLICES: Final = [
     r'[^"\\\x00-\x1F\x7F]' + f"{{1,{length}}}" for length in (2, 3, 4, 5, 6, 8, 14, 20)
 ]
@@ -41,15 +41,15 @@ _STRING_SLICES: Final = [
 
 @dataclass(frozen=True, slots=True)
 class TokenizerSource:
-    """A tokenizer as llguidance builds it: tokenizer.json's text, the model's width, its eos."""
+    """Input of llguidance's tokenizer: tokenizer.json's text, the model's width, its eos ids."""
 
     json: str
     vocab_size: int
     eos: tuple[int, ...]
 
     def build(self) -> LLTokenizer:
-        """Build it; up to a second for a large vocabulary. Raises ValueError."""
-        from llguidance import LLTokenizer  # not before somebody asks for a grammar
+        """Build the tokenizer; takes up to a second for a large vocabulary. Raises ValueError."""
+        from llguidance import LLTokenizer  # imported when the first job asks for a grammar
 
         return LLTokenizer(
             self.json, n_vocab=self.vocab_size, eos_token=list(self.eos),
@@ -58,7 +58,7 @@ class TokenizerSource:
 
 
 def parser_limits() -> LLParserLimits:
-    """Bounds on what one mask may cost. Verbose errors would quote the grammar and the text."""
+    """Return limits on the cost of one mask, without errors that quote the grammar and the text."""
     from llguidance import LLParserLimits
 
     return LLParserLimits(
@@ -67,7 +67,7 @@ def parser_limits() -> LLParserLimits:
 
 
 def compile_grammar(tokenizer: LLTokenizer, grammar: str) -> tuple[LLMatcher, str]:
-    """A matcher at the grammar's start, and why it can't be used; "" where it can."""
+    """Return a matcher at the grammar's start, and why it can't be used ("": it can)."""
     from llguidance import LLMatcher
 
     matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=parser_limits())
@@ -75,9 +75,9 @@ def compile_grammar(tokenizer: LLTokenizer, grammar: str) -> tuple[LLMatcher, st
 
 
 def walk(matcher: LLMatcher, tokens: int, *, last: bool) -> str:
-    """Follow a grammar's first (or last) allowed tokens; why that fails, "" where it doesn't.
+    """Follow a grammar by its first (or last) allowed tokens; return why that fails, or "".
 
-    Many a grammar compiles and is too complex for its first mask or its second.
+    Some grammars compile, and their first or second mask is too complex.
     """
     for _ in range(tokens):
         allowed = _allowed(matcher.compute_bitmask())
@@ -88,14 +88,14 @@ def walk(matcher: LLMatcher, tokens: int, *, last: bool) -> str:
 
 
 def _allowed(bitmask: bytes) -> list[int]:
-    """Ids whose bits are set: all of the first and of the last byte that has any."""
+    """Return the ids of the first and of the last byte that has any bit set."""
     found = [at for at, byte in enumerate(bitmask) if byte]
     return [8 * at + bit for at in found[:1] + found[-1:] for bit in range(8)
             if bitmask[at] >> bit & 1]  # fmt: skip
 
 
 def _reason(matcher: LLMatcher) -> str:
-    """The first line of a matcher's error: what follows shows the grammar."""
+    """Return the first line of a matcher's error: the others quote the grammar."""
     if not matcher.is_error():
         return ""
     message = matcher.get_error().removesuffix("<non-verbose/>").strip()
@@ -103,7 +103,7 @@ def _reason(matcher: LLMatcher) -> str:
 
 
 class GrammarTrial:
-    """Says of a grammar whether this model's tokenizer can be held to it. One caller at a time."""
+    """Says whether a grammar can be used with this model's tokenizer. One caller at a time."""
 
     def __init__(self, source: TokenizerSource, seconds: float = COMPILE_SECONDS) -> None:
         self._source, self._seconds = source, seconds
@@ -112,12 +112,12 @@ class GrammarTrial:
         self._ready = False
 
     def start(self) -> None:
-        """Start the process, and don't wait for it."""
+        """Start the process without waiting for it."""
         with self._lock:
             self._start()
 
     def try_grammar(self, grammar: str) -> str:
-        """Return why the grammar can't be used; "" where it can."""
+        """Return why the grammar can't be used; "": it can."""
         with self._lock:
             process = self._start()
             try:
@@ -146,15 +146,15 @@ class GrammarTrial:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
-                start_new_session=True,  # Ctrl-C is the worker's to handle
+                start_new_session=True,  # the worker handles Ctrl-C
             )
             self._ready = False
-            with contextlib.suppress(OSError):  # it died: the first answer is missed
+            with contextlib.suppress(OSError):  # it died: the first answer will be missing
                 self._send(self._process, asdict(self._source) | {"seconds": self._seconds})
         return self._process
 
     def _restart(self) -> None:
-        """The next grammar finds a new process under way."""
+        """End the process and start a new one for the next grammar."""
         self._end()
         self._start()
 
@@ -198,7 +198,7 @@ def serve(lines: IO[bytes], replies: IO[bytes]) -> None:
     tokenizer = msgspec.convert(settings, TokenizerSource).build()
     _reply(replies, "ready")
     for line in lines:
-        # Should the parent be gone, nobody kills it: the alarm does.
+        # If the parent is gone, the alarm ends this process.
         signal.setitimer(signal.ITIMER_REAL, 2 * seconds)
         reason = try_grammar(tokenizer, msgspec.json.decode(line))
         signal.setitimer(signal.ITIMER_REAL, 0)
@@ -206,7 +206,7 @@ def serve(lines: IO[bytes], replies: IO[bytes]) -> None:
 
 
 def try_grammar(tokenizer: LLTokenizer, grammar: str) -> str:
-    """Compile a grammar and follow it for some tokens; why that fails, "" where it doesn't."""
+    """Compile a grammar and follow it for some tokens; return why that fails, "": it doesn't."""
     matcher, reason = compile_grammar(tokenizer, grammar)
     for last in (False, True):
         reason = reason or walk(matcher.deep_copy(), WALKED_TOKENS, last=last)

@@ -1,10 +1,10 @@
-"""Structured output: each row's place in its grammar, and the masks that keep it there.
+"""Each row's position in its grammar, and the masks of allowed tokens.
 
-The grammar engine is llguidance. A mask says which tokens the grammar allows next, one bit a
-token. It depends on the token before, which the device samples, so it can't be ready when a step
-is launched: `model_runner` builds the forward pass, reads the last token, and the masks are
-computed here, in a thread of their own, while the forward pass is launched and the device works
-on it. They are needed only when the next token is sampled.
+The grammar engine is llguidance. A mask has one bit for each token: whether the grammar allows it
+next. It depends on the token before, which the device samples, so it can't be ready when a step is
+launched. `model_runner` builds the forward pass and reads the last token; the masks are computed
+here, in a thread of their own, while the forward pass is launched and the device works on it. They
+are needed only for sampling the next token.
 """
 
 import os
@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Final
 import mlx.core as mx
 import numpy as np
 
-from mlx_serving.worker.engine.row import INVALID_TOKEN, SampledToken
+from mlx_serving.worker.engine.interface import INVALID_TOKEN
+from mlx_serving.worker.engine.row import SampledToken
 
 if TYPE_CHECKING:
     from llguidance import LLExecutor, LLMatcher
@@ -28,45 +29,45 @@ BITS: Final = 32  # tokens a word
 
 
 class Matcher:
-    """One row's place in its grammar; answers to `sequence.TokenMatcher`."""
+    """One row's position in its grammar; implements `interface.TokenMatcher`."""
 
     def __init__(self, matcher: "LLMatcher", mask_words: int) -> None:
-        """Take an llguidance matcher that nobody else uses, and how long its masks are."""
+        """Take an llguidance matcher of its own, and the length of its masks in words."""
         self.inner = matcher
         self.mask_words = mask_words
 
     def advance(self, token: int) -> None:
-        """Take the token that the row got; one that the grammar forbids is a failure."""
+        """Take the token that was sampled for the row; a forbidden one is a failure."""
         self.inner.consume_token(token)
 
     def replay(self, tokens: Iterable[int]) -> None:
-        """Take what earlier attempts decoded."""
+        """Take the tokens that earlier attempts decoded."""
         self.inner.consume_tokens(list(tokens))
 
     @property
     def ended(self) -> bool:
-        """Whether the grammar is satisfied and nothing but the end can follow."""
+        """Whether the grammar is satisfied and only the end can follow."""
         return self.inner.is_stopped() and not self.inner.is_error()
 
     @property
     def failure(self) -> str | None:
-        """Why the grammar can't be followed any further, in llguidance's word; None where it can.
+        """Why the grammar can't be followed any further, as one of llguidance's codes; else None.
 
-        It names no text: the row's own may be anything.
+        The code quotes no text: the row's own may be anything.
         """
         return self.inner.stop_reason() if self.inner.is_error() else None
 
 
 class CompiledGrammar:
-    """A grammar that rows can start from; answers to `sequence.Grammar`."""
+    """A compiled grammar; implements `interface.Grammar`."""
 
     def __init__(self, template: "LLMatcher", vocab_size: int) -> None:
-        """Take a matcher at the grammar's start, only ever copied, and its tokenizer's width."""
+        """Take a matcher at the grammar's start, only to copy it, and its tokenizer's width."""
         self._template = template
         self._mask_words = words_of(vocab_size)
 
     def start(self) -> Matcher:
-        """Return a new row's place: the start."""
+        """Return a new row's position: the start."""
         return Matcher(self._template.deep_copy(), self._mask_words)
 
 
@@ -74,7 +75,7 @@ class BatchMasks:
     """The masks of one batch, rebuilt when its rows change."""
 
     def __init__(self, matchers: SequenceOf[Matcher | None], vocab_size: int) -> None:
-        """Take each row's matcher in order, None for a row that is free; and the model's width."""
+        """Take each row's matcher in order, None without a grammar; and the model's width."""
         found = [(matcher, row) for row, matcher in enumerate(matchers) if matcher is not None]
         self._rows = [(matcher.inner, row) for matcher, row in found]
         self._words = words_of(vocab_size)
@@ -85,9 +86,9 @@ class BatchMasks:
         )
 
     def start(self, sampled: SequenceOf[SampledToken]) -> "Future[mx.array]":
-        """Tell the rows' grammars what was sampled and compute the next masks, in a thread.
+        """Pass the sampled tokens on to the matchers and compute the next masks, in a thread.
 
-        Until the result is there, nobody else may use these rows' matchers.
+        Until the result is there, the caller must not use these rows' matchers.
         """
         return _masks_thread().submit(self._advance_and_compute, sampled)
 
@@ -96,10 +97,10 @@ class BatchMasks:
         return self.compute()
 
     def compute(self) -> mx.array:
-        """Return which tokens each row may get next: int32 [B, ceil(V / 32)].
+        """Return the masks of the allowed next tokens: int32 [B, ceil(V / 32)].
 
-        Rows are computed in parallel, with the GIL released. A row whose grammar fails may get
-        the end of sequence only.
+        Rows are computed in parallel, with the GIL released. For a row whose grammar failed, only
+        the end of sequence is allowed.
         """
         rows, words = self._bitmask.shape
         address = self._bitmask.ctypes.data
@@ -109,9 +110,9 @@ class BatchMasks:
 
 @cache
 def _executor() -> "LLExecutor":
-    """Threads that compute masks: made when the first constrained row comes.
+    """Return the threads that compute masks, made for the first constrained row.
 
-    Half of the cores: the engine's thread launches the forward pass meanwhile.
+    They use half of the cores: the engine's thread launches the forward pass meanwhile.
     """
     from llguidance import LLExecutor
 
@@ -120,17 +121,17 @@ def _executor() -> "LLExecutor":
 
 @cache
 def _masks_thread() -> ThreadPoolExecutor:
-    """Launching a step keeps the engine's thread busy as long as the device, or longer."""
+    """Return the thread for masks: the engine's thread is busy launching the step meanwhile."""
     return ThreadPoolExecutor(max_workers=1, thread_name_prefix="masks")
 
 
 def words_of(vocab_size: int) -> int:
-    """Return how many 32-bit words hold a bit a token."""
+    """Return how many 32-bit words hold one bit for each token."""
     return -(-vocab_size // BITS)
 
 
 def advance_rows(sampled: Iterable[SampledToken]) -> None:
-    """Tell the constrained ones among some rows which token they got."""
+    """Pass sampled tokens on to the matchers of those rows that have one."""
     for row, token, _ in sampled:
         if row.matcher is not None and token != INVALID_TOKEN:
             row.matcher.advance(token)

@@ -1,30 +1,29 @@
-"""Text to typed parts, streamed: what is text, what is reasoning, what is a tool call.
+"""Splits a row's text, as it streams, into text, reasoning and tool calls.
 
-A model marks its reasoning and its calls by markers in its text, such as `<think>`. The parser
-walks through states between them, as mlx-lm's server does. The end of the text that could still
-become a marker is held back, and no more, so no part of a marker leaks; of two markers the one
-that is complete first counts. So what is released depends on the text so far and not on the
-pieces in which it came.
+A model marks its reasoning and its calls by markers in its text, such as `<think>`. The parser has
+a state between them, as mlx-lm's server does. An end of the text that may still become a marker is
+kept back, and nothing else, so no part of a marker leaks. Of two markers the one that is complete
+first counts. So the result depends on the text and not on the pieces in which it came.
 
-A call is released whole, when its end marker is there: only then mlx-lm's parser can say whether
-it is one. What it can't read becomes text again, markers included.
+A call is released whole, when its end marker is there: only then mlx-lm's parser can tell whether
+it is a call. A call that it can't read becomes text again, markers included.
 """
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Final
 
-from mlx_serving.worker.engine.row import (
+from mlx_serving.worker.engine.interface import (
     FINISH_STOP,
     FINISH_TOOL_CALLS,
     INVALID_TOKEN,
     Output,
+    ParsedToolCall,
     Parts,
-    Row,
     RowError,
-    ToolCall,
 )
+from mlx_serving.worker.engine.row import Row
 
 TEXT: Final = "normal"
 REASONING: Final = "reasoning"
@@ -34,32 +33,23 @@ Transitions = Mapping[str, tuple[tuple[str, str], ...]]
 """State → its markers, each with the state that it leads to. States are named as in mlx-lm."""
 
 
-@dataclass(frozen=True, slots=True)
-class ReadCall:
-    """A call as a model's parser read it; `id` None where the model gave none."""
-
-    name: str
-    arguments: str
-    id: str | None = None
-
-
-ReadCalls = Callable[[str], list[ReadCall] | None]
-"""From a call's text, without its markers, to the calls in it; None where it holds none."""
+ReadCalls = Callable[[str], list[ParsedToolCall] | None]
+"""From a call's text, without its markers, to the calls in it; None: it holds none."""
 
 
 class MarkedTextParser:
-    """One row's parser; answers to `sequence.OutputParser`."""
+    """One row's parser; implements `interface.OutputParser`."""
 
     def __init__(
         self, transitions: Transitions, state: str, read_calls: ReadCalls, seed: str
     ) -> None:
-        """Start in a state; ids of calls are drawn from `seed`, so that a resume draws the same."""
+        """Start in a state; ids of calls are derived from `seed`: the same after a resume."""
         self._transitions, self._state = transitions, state
         self._read_calls, self._seed = read_calls, seed
-        self._held = ""  # the end of the text that may become a marker
-        self._opening = ""  # the marker that opened the call under way, and
-        self._before = TEXT  # the state that it was found in
-        self._body: list[str] = []  # of that call
+        self._unsure = ""  # the end of the text that may become a marker
+        self._opening = ""  # the marker that opened the present call
+        self._before = TEXT  # the state before that marker
+        self._body: list[str] = []  # text of the present call
         self._calls = 0
 
     @property
@@ -68,9 +58,9 @@ class MarkedTextParser:
         return self._calls > 0
 
     def push(self, text: str) -> Parts:
-        """Take the row's next text; what may still become a marker waits."""
+        """Take the row's next text; an end that may still become a marker is kept back."""
         parts = Parts()
-        rest = self._held + text
+        rest = self._unsure + text
         while True:
             markers = self._transitions.get(self._state, ())
             found = _first(rest, markers)
@@ -82,18 +72,18 @@ class MarkedTextParser:
             self._enter(marker, target, parts)
         keep = max((_overlap(rest, marker) for marker, _ in markers), default=0)
         self._release(rest[: len(rest) - keep], parts)
-        self._held = rest[len(rest) - keep :]
+        self._unsure = rest[len(rest) - keep :]
         return parts
 
     def finish(self, *, whole: bool) -> Parts:
-        """Release what waits.
+        """Release what was kept back.
 
-        A call without its end marker is read only where the model ended the text itself: one that
+        A call without its end marker is read only if the model ended the text itself: a call that
         was cut off may look whole and lack arguments.
         """
         parts = Parts()
-        self._release(self._held, parts)
-        self._held = ""
+        self._release(self._unsure, parts)
+        self._unsure = ""
         if self._state == CALL:
             self._close_call("", parts, readable=whole)
             self._state = TEXT
@@ -108,7 +98,7 @@ class MarkedTextParser:
         self._state = target
 
     def _release(self, text: str, parts: Parts) -> None:
-        """Put text of the present state where it belongs; states of no known name have none."""
+        """Add text to the part of the present state; text in unknown states is dropped."""
         if self._state == TEXT:
             parts.text += text
         elif self._state == REASONING:
@@ -117,7 +107,7 @@ class MarkedTextParser:
             self._body.append(text)
 
     def _close_call(self, closing: str, parts: Parts, *, readable: bool = True) -> bool:
-        """Read the call under way, or give its text back to the state that it was found in."""
+        """Read the present call, or give its text back to the state before it."""
         body = "".join(self._body)
         self._body.clear()
         calls = self._read_calls(body) if readable else None
@@ -126,8 +116,7 @@ class MarkedTextParser:
             self._release(f"{self._opening}{body}{closing}", parts)
             return False
         for call in calls:
-            identity = call.id or self._new_id()
-            parts.tool_calls.append(ToolCall(self._calls, identity, call.name, call.arguments))
+            parts.tool_calls.append(replace(call, index=self._calls, id=call.id or self._new_id()))
             self._calls += 1
         return True
 
@@ -137,7 +126,7 @@ class MarkedTextParser:
 
 
 def _first(text: str, markers: tuple[tuple[str, str], ...]) -> tuple[int, str, str] | None:
-    """The marker that is complete first, the longer of two that end together: where, and its."""
+    """Return position, text and target of the first complete marker; the longer of two at once."""
     found = [
         (at + len(marker), at, marker, target)
         for marker, target in markers
@@ -147,7 +136,7 @@ def _first(text: str, markers: tuple[tuple[str, str], ...]) -> tuple[int, str, s
 
 
 def _overlap(text: str, marker: str) -> int:
-    """The length of the longest end of `text` that `marker` begins with."""
+    """Return the length of the longest end of `text` that `marker` begins with."""
     longest = min(len(text), len(marker) - 1)
     return next((n for n in range(longest, 0, -1) if text.endswith(marker[:n])), 0)
 
@@ -156,7 +145,7 @@ NAN_LOGITS: Final = RowError("nan_logits", "the model's logits for this row were
 
 
 def row_error(row: Row, token: int) -> RowError | None:
-    """Why the row can't go on with this token; None where it can."""
+    """Return why the row can't continue with this token; None if it can."""
     failure = row.matcher.failure if row.matcher is not None else None
     if failure is not None:
         return RowError("grammar_failed", f"the grammar can't be followed further: {failure}")
@@ -169,9 +158,9 @@ def grammar_ended(row: Row) -> bool:
 
 
 def parse_output(row: Row, output: Output, *, ended_itself: bool) -> None:
-    """Split the output's text into its parts, in place; a row that called tools ends by that.
+    """Split the output's text into its parts, in place; set the finish reason of tool calls.
 
-    `ended_itself`: the model or the grammar ended the text, no stop string or limit.
+    `ended_itself`: the model or the grammar ended the text, not a stop string or a limit.
     """
     if row.parser is None:
         return

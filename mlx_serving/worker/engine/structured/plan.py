@@ -1,4 +1,4 @@
-"""From a job to how its rows are decoded: the grammar they follow, how their text is read."""
+"""From a job to the grammar that its rows follow, and to the format that their text is read in."""
 
 from __future__ import annotations
 
@@ -13,19 +13,12 @@ from mlx_serving.worker.engine.structured.parser import REASONING, TEXT
 from mlx_serving.worker.engine.structured.tool_formats import ModelFormat, RequestFormat
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from mlx_serving.common.job.schema import GenerationJob
-    from mlx_serving.worker.engine.row import (
-        Grammar,
-        ModelInfo,
-        OutputFormat,
-        Request,
-    )
+    from mlx_serving.worker.engine.interface import Grammar, ModelInfo, OutputFormat, Request
 
 
 class OutputPlanner:
-    """Plans the output of one model's jobs. Used by the thread that takes jobs in."""
+    """Plans the output of one model's jobs. Used by the dispatcher's thread."""
 
     def __init__(self, tokenizer: Any, info: ModelInfo) -> None:  # noqa: ANN401 - forwards by getattr
         """Take mlx-lm's TokenizerWrapper, and the model's vocabulary and eos ids."""
@@ -36,31 +29,31 @@ class OutputPlanner:
         )
 
     def warm_up(self) -> None:
-        """Build what the first grammar would wait for."""
+        """Build now what the first grammar would have to wait for."""
         self._compiler.warm_up()
 
     def close(self) -> None:
         """End the process that tries grammars."""
         self._compiler.close()
 
-    def plan(self, job: GenerationJob, requests: Sequence[Request]) -> list[Request]:
-        """Return the job's requests with their grammar and their format.
+    def plan(self, job: GenerationJob, request: Request) -> Request:
+        """Return the job's request with its grammar and its format.
 
         Raises:
             InvalidSchema: the job's schema, regex or grammar can't be compiled.
             InvalidJob: tools that this model has no format for.
         """
-        if not requests:
-            return []
+        if not request.choices:
+            return request
         if job.tools and self._format.parse is None:
             raise InvalidJob([("tools", "mlx-lm knows no format of tool calls for this model")])
-        reasoning = self._in_reasoning(job, requests[0].prompt)
+        reasoning = self._in_reasoning(job, request.prompt)
         grammar = self._grammar(job, reasoning=reasoning)
         form = self._request_format(job, reasoning=reasoning)
-        return [replace(request, grammar=grammar, format=form) for request in requests]
+        return replace(request, grammar=grammar, format=form)
 
     def _in_reasoning(self, job: GenerationJob, prompt: tuple[int, ...]) -> bool:
-        """Whether the prompt ends within the model's reasoning, as some templates leave it."""
+        """Whether the prompt ends within the model's reasoning, which some templates open."""
         if job.messages is None or not self._tokenizer.has_thinking:
             return False
         tokens = list(prompt)
@@ -73,7 +66,7 @@ class OutputPlanner:
         return None if spec is None else self._compiler.compile(spec.text, spec.path)
 
     def _request_format(self, job: GenerationJob, *, reasoning: bool) -> OutputFormat | None:
-        """None where all text is text: a prompt that passes no chat template, or no markers."""
+        """The format; None if all text is text: no chat template was used, or no markers exist."""
         tools = tuple(job.template_tools() or ())
         transitions = self._format.transitions if tools else self._format.without_calls()
         if job.messages is None or not any(transitions.values()):

@@ -1,30 +1,30 @@
-"""How a model marks reasoning and tool calls, as mlx-lm knows it; calls read by its parsers."""
+"""How a model marks reasoning and tool calls, from mlx-lm; reads calls by mlx-lm's parsers."""
 
 import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
+from mlx_serving.worker.engine.interface import ParsedToolCall
 from mlx_serving.worker.engine.structured.parser import (
     CALL,
     REASONING,
     TEXT,
     MarkedTextParser,
-    ReadCall,
     Transitions,
 )
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-_ID_CHARS: Final = 128  # of a call's id that a model writes itself; messages take no longer ones
+_ID_CHARS: Final = 128  # longest id that a model may give a call: a longer one is no valid message
 
 
 @dataclass(frozen=True, slots=True)
 class ModelFormat:
     """A model's markers. `parse` is mlx-lm's parser of one call; None: no tool calling.
 
-    `transitions` are those of mlx-lm's server for a request with tools; `initial` is the state
-    that the model's template leaves it in, None where the prompt says it.
+    `transitions` are those of mlx-lm's server for a request with tools. `initial` is the state
+    that the model's template leaves it in; None: it depends on the prompt.
     """
 
     think_start: str | None
@@ -52,7 +52,7 @@ class ModelFormat:
 
     @property
     def markers(self) -> list[str]:
-        """Every marker there is."""
+        """All markers."""
         return sorted({marker for edges in self.transitions.values() for marker, _ in edges})
 
     def without_calls(self) -> Transitions:
@@ -65,7 +65,7 @@ class ModelFormat:
 
 
 def _transitions(tokenizer: Any) -> Transitions:  # noqa: ANN401 - see above
-    """Between which states the markers lead, as in mlx-lm's server."""
+    """Return the markers of each state and the states that they lead to, as in mlx-lm's server."""
     edges: dict[str, list[tuple[str, str]]] = {TEXT: []}
     if tokenizer.has_thinking:
         edges[TEXT].append((tokenizer.think_start, REASONING))
@@ -73,7 +73,7 @@ def _transitions(tokenizer: Any) -> Transitions:  # noqa: ANN401 - see above
     response: Mapping[str, list[tuple[str, str]]] = tokenizer.response_transitions
     if tokenizer.has_tool_calling:
         targets = {target for found in response.values() for _, target in found}
-        # A response format that leads to calls says itself where they begin.
+        # If the response format has transitions to calls, they say where calls begin.
         sources = [TEXT] if CALL not in targets else []
         for source in [*sources, *([REASONING] if tokenizer.has_thinking else [])]:
             edges[source].append((tokenizer.tool_call_start, CALL))
@@ -86,9 +86,9 @@ def _transitions(tokenizer: Any) -> Transitions:  # noqa: ANN401 - see above
 
 @dataclass(frozen=True, slots=True)
 class RequestFormat:
-    """How one request's text is to be read; answers to `sequence.OutputFormat`.
+    """How one request's text is to be read; implements `interface.OutputFormat`.
 
-    `tools` as the chat template got them; none: calls are not looked for.
+    `tools` as the chat template got them; if there are none, no calls are read.
     """
 
     model: ModelFormat
@@ -101,10 +101,10 @@ class RequestFormat:
         job_id = request_id.partition(":")[0]  # the same in every attempt
         return MarkedTextParser(transitions, self.state, self.read_calls, f"{job_id}\0{choice}")
 
-    def read_calls(self, text: str) -> list[ReadCall] | None:
-        """Read the calls in a call's text; None where it is malformed, or names no tool on offer.
+    def read_calls(self, text: str) -> list[ParsedToolCall] | None:
+        """Read the calls in a call's text; None if it is malformed or names an unknown tool.
 
-        A parser is foreign code over text that may be anything: whatever it raises means no.
+        The parser is foreign code, and its text may be anything: any error counts as malformed.
         """
         try:
             found = self.model.parse(text, list(self.tools))
@@ -115,15 +115,15 @@ class RequestFormat:
         return calls if calls and all(call.name in names for call in calls) else None
 
 
-def _checked(call: Any) -> ReadCall:  # noqa: ANN401 - what a parser returns
-    """A call with arguments as JSON text. Raises whatever a malformed one raises."""
+def _checked(call: Any) -> ParsedToolCall:  # noqa: ANN401 - what a parser returns
+    """Return the call with its arguments as JSON text. A malformed one raises some error."""
     arguments = call.get("arguments", {})
     if isinstance(arguments, str):  # some models write them as a JSON text
         arguments = json.loads(arguments)
     if not isinstance(arguments, dict):
         raise TypeError
     text = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
-    text.encode()  # a lone surrogate has no place in an event
+    text.encode()  # an event can't hold a lone surrogate
     identity = call.get("id")
     usable = isinstance(identity, str) and identity.isprintable() and 0 < len(identity) <= _ID_CHARS
-    return ReadCall(call["name"], text, identity if usable else None)
+    return ParsedToolCall(0, identity if usable else "", call["name"], text)

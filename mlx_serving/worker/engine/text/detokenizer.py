@@ -1,14 +1,14 @@
 """Tokens to text, streamed: the Python twin of `mlx_serving._native`.
 
-A pushed token passes three stages, each with a little state per slot:
+A pushed token passes three stages, each with some state per slot:
 
-1. bytes: the token's spelling becomes bytes, and bytes whole characters. Byte-level vocabularies
-   hold at most three bytes of an unfinished character. Byte-fallback vocabularies hold a run of
-   `<0xAB>` tokens until it ends, because the reference judges the run as a whole: one bad byte
-   turns every byte of its run into U+FFFD.
+1. bytes: the token's spelling becomes bytes, and bytes become whole characters. Byte-level
+   vocabularies keep back at most three bytes of an unfinished character. Byte-fallback ones keep
+   back a run of `<0xAB>` tokens until it ends, because the reference decodes the run as a whole:
+   one bad byte turns every byte of its run into U+FFFD.
 2. the leading space that Llama's decoder strips, once per text;
-3. stop strings: the longest end of the text that could still become a stop string is held back,
-   and no more.
+3. stop strings: the longest end of the text that may still become a stop string is kept back, and
+   nothing else.
 
 The released text, joined, equals `tokenizer.decode(tokens, skip_special_tokens=True,
 clean_up_tokenization_spaces=False)` up to the stop string. The C++ module does the same by other
@@ -26,7 +26,7 @@ REPLACEMENT: Final = "\N{REPLACEMENT CHARACTER}"
 
 
 class DetokenizerProtocol(Protocol):
-    """What the engine calls; the native class and the twin both answer to it."""
+    """What the engine calls; implemented by the native class and by the twin."""
 
     def open(self, stops: Sequence[str] = ()) -> int:
         """See `Detokenizer.open`."""
@@ -45,7 +45,7 @@ class DetokenizerProtocol(Protocol):
 
 
 class _ByteLevelText:
-    """Bytes to whole characters; an unfinished character waits, a broken one is U+FFFD."""
+    """Bytes to whole characters; an unfinished one is kept back, a broken one becomes U+FFFD."""
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self._vocabulary = vocabulary
@@ -59,7 +59,7 @@ class _ByteLevelText:
 
 
 class _ByteFallbackText:
-    """Text tokens pass through; a run of byte tokens waits for its end."""
+    """Text tokens pass through; a run of byte tokens is kept back until its end."""
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self._vocabulary = vocabulary
@@ -70,7 +70,7 @@ class _ByteFallbackText:
         if isinstance(piece, int):
             self._run.append(piece)
             return ""
-        # An id without text (special, unknown) is not there at all: it ends no run.
+        # An id without text (special, unknown) counts as absent: it ends no run.
         return self.flush() + piece if piece else ""
 
     def flush(self) -> str:
@@ -84,25 +84,25 @@ class _ByteFallbackText:
 
 @dataclass(slots=True)
 class _StopMatcher:
-    """Finds the stop string that is complete first; where two end together, the longer."""
+    """Finds the stop string that is complete first; of two that end together, the longer."""
 
     stops: tuple[str, ...]
-    held: str = ""
+    kept_back: str = ""
 
     def push(self, text: str) -> tuple[str, bool]:
-        """Returns (what may be released, whether a stop string is complete)."""
-        text = self.held + text
+        """Return (the text to release, whether a stop string is complete)."""
+        text = self.kept_back + text
         found = [(at + len(stop), at) for stop in self.stops if (at := text.find(stop)) >= 0]
         if found:
-            self.held = ""
+            self.kept_back = ""
             return text[: min(found)[1]], True
         keep = max((_overlap(text, stop) for stop in self.stops), default=0)
-        self.held = text[len(text) - keep :]
+        self.kept_back = text[len(text) - keep :]
         return text[: len(text) - keep], False
 
 
 def _overlap(text: str, stop: str) -> int:
-    """The length of the longest end of `text` that `stop` begins with."""
+    """Return the length of the longest end of `text` that `stop` begins with."""
     longest = min(len(text), len(stop) - 1)
     return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
 
@@ -121,7 +121,7 @@ class _Slot:
     def finish(self) -> str:
         self.finished = True
         released, stopped = self._release(self.text.flush())
-        return released if stopped else released + self.matcher.held
+        return released if stopped else released + self.matcher.kept_back
 
     def _release(self, text: str) -> tuple[str, bool]:
         if self.stopped or not text:
@@ -135,7 +135,7 @@ class _Slot:
 
 @dataclass(slots=True)
 class _Slots:
-    """Open slots by number; the lowest free number is given out first."""
+    """Open slots by number; a new slot gets the lowest free number."""
 
     open: dict[int, _Slot] = field(default_factory=dict)
 
@@ -156,14 +156,14 @@ class _Slots:
 
 
 class Detokenizer:
-    """Streams of tokens to streams of text, one slot a stream, the whole batch in one call."""
+    """Streams of tokens to streams of text: one slot for each stream, one call for the batch."""
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self._vocabulary = vocabulary
         self._slots = _Slots()
 
     def open(self, stops: Sequence[str] = ()) -> int:
-        """Opens a slot.
+        """Open a slot.
 
         Args:
             stops: strings that end the text right before them; none may be empty.
@@ -183,14 +183,14 @@ class Detokenizer:
         return self._slots.add(_Slot(text, matcher, vocabulary.strip_leading_space))
 
     def push(self, slots: list[int], tokens: list[int]) -> list[tuple[str, bool]]:
-        """Feeds one token to each of some slots; either all are fed or, on an error, none.
+        """Feed one token to each of some slots; after an error, no slot has changed.
 
         Args:
             slots: open slots, each at most once.
-            tokens: as many ids; unknown ones release nothing, as in the reference.
+            tokens: one id for each slot; unknown ids release nothing, as in the reference.
 
         Returns:
-            (released text, whether a stop string has been met) per slot. After a stop string
+            (released text, whether a stop string is complete) for each slot. After a stop string
             the text ends right before it, and later pushes release nothing.
 
         Raises:
@@ -208,7 +208,7 @@ class Detokenizer:
         return [row.push(token) for row, token in zip(rows, tokens, strict=True)]
 
     def replay(self, slot: int, tokens: list[int]) -> tuple[str, bool]:
-        """Feeds many tokens to one slot, to rebuild its state: the joined text, stopped or not.
+        """Feed many tokens to one slot, to rebuild its state; return (text, whether it stopped).
 
         Raises:
             ValueError: a slot that is not open or finished, a negative id.
@@ -219,7 +219,7 @@ class Detokenizer:
         return text, row.stopped
 
     def finish(self, slot: int) -> str:
-        """Releases what a slot still holds; an unfinished character becomes U+FFFD.
+        """Release what a slot has kept back; an unfinished character becomes U+FFFD.
 
         Raises:
             ValueError: a slot that is not open, or finished before.
@@ -227,7 +227,7 @@ class Detokenizer:
         return self._slots.get(slot).finish()
 
     def close(self, slot: int) -> None:
-        """Frees a slot, finished or not.
+        """Free a slot, finished or not.
 
         Raises:
             ValueError: a slot that is not open.

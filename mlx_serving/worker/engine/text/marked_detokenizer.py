@@ -1,8 +1,8 @@
-"""Detokenizing for models whose markers are special tokens, which text leaves out.
+"""Detokenizing for models whose markers are special tokens, which plain text leaves out.
 
-Qwen's `<think>` and `<tool_call>` are ordinary added tokens and show in the text. Gemma's,
-Kimi's and Mistral's are special: a row whose text is parsed needs them to show, any other row
-needs them not to. So there are two detokenizers over one model, and a slot belongs to one.
+Qwen's `<think>` and `<tool_call>` are ordinary added tokens and are a part of the text. Gemma's,
+Kimi's and Mistral's markers are special tokens: the text of a row that is parsed must have them,
+that of any other row must not. So such a model has two detokenizers, and each slot is of one.
 """
 
 from collections.abc import Sequence
@@ -16,13 +16,13 @@ from mlx_serving.worker.engine.text.vocabulary import read_vocabulary
 
 
 class MarkedDetokenizer:
-    """Two detokenizers behind one; answers to `DetokenizerProtocol`.
+    """Two detokenizers as one; implements `DetokenizerProtocol`.
 
-    Slots with even numbers are the plain one's, odd ones show the markers too.
+    Slots with even numbers are of the plain one; those with odd numbers have markers in their text.
     """
 
     def __init__(self, plain: DetokenizerProtocol, marked: DetokenizerProtocol) -> None:
-        """Take the one that hides special tokens, and the one that shows markers."""
+        """Take the one that leaves special tokens out, and the one that writes markers."""
         self._both = (plain, marked)
 
     def open(self, stops: Sequence[str] = ()) -> int:
@@ -30,7 +30,7 @@ class MarkedDetokenizer:
         return 2 * self._both[0].open(stops)
 
     def open_marked(self, stops: Sequence[str] = ()) -> int:
-        """Open a slot whose text shows markers that are special tokens."""
+        """Open a slot whose text has markers that are special tokens."""
         return 2 * self._both[1].open(stops) + 1
 
     def push(self, slots: list[int], tokens: list[int]) -> list[tuple[str, bool]]:
@@ -48,7 +48,7 @@ class MarkedDetokenizer:
         return self._both[slot % 2].replay(slot // 2, tokens)
 
     def finish(self, slot: int) -> str:
-        """Release what a slot still holds, as `Detokenizer.finish`."""
+        """Release what a slot has kept back, as `Detokenizer.finish`."""
         return self._both[slot % 2].finish(slot // 2)
 
     def close(self, slot: int) -> None:
@@ -62,12 +62,12 @@ def with_markers(
     *,
     prefer_native: bool,
 ) -> DetokenizerProtocol:
-    """Return a detokenizer that can show markers, where the model has any that are special.
+    """Return a detokenizer that can also write markers, if the model has any that are special.
 
-    It then shows every special token but those that end, begin or pad a text: a call of such a
-    model is full of them.
+    It then writes every special token except those that begin, end or pad a text: a call of such
+    a model has many of them.
     """
-    if not hasattr(tokenizer, "tool_call_start"):  # no wrapper of mlx-lm's, so no known markers
+    if not hasattr(tokenizer, "tool_call_start"):  # not mlx-lm's wrapper: no markers are known
         return plain
     table = read_vocabulary(tokenizer)
     markers = ModelFormat.of(tokenizer).markers

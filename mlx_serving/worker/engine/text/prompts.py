@@ -1,4 +1,4 @@
-"""A job's messages or prompt to token ids, by the model's own chat template and tokenizer."""
+"""From a job's messages or prompt to token ids, by the model's chat template and tokenizer."""
 
 from typing import Any, Final
 
@@ -7,8 +7,8 @@ from jinja2 import TemplateError
 from mlx_serving.common.errors import FieldError, InvalidJob
 from mlx_serving.common.job.schema import GenerationJob
 
-# What apply_chat_template takes for itself: a job that set these would change what is rendered
-# (its own Jinja program among them) or what comes back.
+# Parameters of apply_chat_template itself: a job that set one would change what is rendered (even
+# the template, a Jinja program) or the type of the result.
 RESERVED_TEMPLATE_KWARGS: Final = frozenset(
     {
         "chat_template",
@@ -42,7 +42,7 @@ class PromptEncoder:
         """Return the token ids that the model is to continue.
 
         Raises:
-            InvalidJob: the model can't take this prompt; names "messages", "prompt" or
+            InvalidJob: the model can't take this prompt; it names "messages", "prompt" or
                 "chat_template_kwargs.<name>".
         """
         if job.prompt is not None:
@@ -67,7 +67,7 @@ class PromptEncoder:
             text = self._tokenizer.apply_chat_template(
                 messages, tools=job.template_tools(), tokenize=False, **kwargs
             )
-        except TemplateError as error:  # what a template raises itself is meant to be read
+        except TemplateError as error:  # the template's own message, written to be read
             raise InvalidJob([FieldError("messages", f"chat template: {error}")]) from None
         except Exception as error:
             reason = f"the chat template raised {type(error).__name__}"
@@ -75,7 +75,7 @@ class PromptEncoder:
         return list(self._tokenizer.encode(text, add_special_tokens=False))
 
     def _message(self, message: dict[str, Any]) -> dict[str, Any]:
-        """Call a developer "system" where the template knows only that."""
+        """Rename the role "developer" to "system" if the template does not know it."""
         if message["role"] != "developer" or self._knows_developer:
             return message
         return {**message, "role": "system"}

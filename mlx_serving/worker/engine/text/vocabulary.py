@@ -3,10 +3,10 @@
 `read_vocabulary` takes it from a Hugging Face fast tokenizer (or mlx-lm's wrapper around one);
 `Vocabulary` is the Python twin of `mlx_serving._native.Vocabulary`.
 
-What the text equals: `tokenizer.decode(tokens, skip_special_tokens=True,
+The text equals `tokenizer.decode(tokens, skip_special_tokens=True,
 clean_up_tokenization_spaces=False)`. The clean-up, which deletes spaces before punctuation, is
-never applied, even where a tokenizer asks for it: it changes what the model wrote (code above
-all) and can't be streamed.
+never applied, even if the tokenizer asks for it: it changes what the model wrote (code above all)
+and can't be streamed.
 """
 
 import json
@@ -29,12 +29,12 @@ _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f+][0-9A-Fa-f])>")
 
 
 class UnsupportedVocabularyError(ValueError):
-    """The tokenizer's decoder is none that can be streamed exactly."""
+    """The tokenizer's decoder can't be streamed exactly."""
 
 
 @dataclass(frozen=True, slots=True)
 class VocabularyTable:
-    """The arguments of `Vocabulary`, read from a tokenizer; both implementations take them."""
+    """The arguments of `Vocabulary`, read from a tokenizer; the native class takes the same."""
 
     tokens: list[bytes]
     kind: VocabularyKind
@@ -43,7 +43,7 @@ class VocabularyTable:
 
 
 def read_vocabulary(tokenizer: Any) -> VocabularyTable:  # noqa: ANN401 - a wrapper forwards by getattr
-    """Reads a fast tokenizer's table; takes some 0.2 s at 150,000 tokens, so once per model.
+    """Read a fast tokenizer's table; takes some 0.2 s for 150,000 tokens: once per model.
 
     Args:
         tokenizer: mlx-lm's TokenizerWrapper, a transformers fast tokenizer, or a
@@ -51,16 +51,16 @@ def read_vocabulary(tokenizer: Any) -> VocabularyTable:  # noqa: ANN401 - a wrap
 
     Raises:
         UnsupportedVocabularyError: a slow tokenizer, or a decoder other than byte-level BPE and
-            byte-fallback. There is no slow path behind this: a model whose text can't be
-            streamed exactly is refused when it loads, by the name of its decoder.
+            byte-fallback. There is no slower way: a model whose text can't be streamed exactly
+            is refused when it loads, by the name of its decoder.
     """
     backend = _backend(tokenizer)
     kind, strip = _classify(_decoder_config(backend))
     size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-    # Not get_vocab's spellings: an added token decodes as its normalised form.
+    # Not get_vocab's spellings: an added token is decoded to its normalised form.
     spellings = [backend.id_to_token(token_id) or "" for token_id in range(size)]
     tokens = [spelling.encode() for spelling in spellings]
-    # The reference asks whether a token's spelling is a special one's, whatever its id.
+    # The reference compares spellings with those of special tokens, and not ids.
     added = backend.get_added_tokens_decoder().values()
     special = {token.content for token in added if token.special}
     special_ids = {token_id for token_id, spelling in enumerate(spellings) if spelling in special}
@@ -78,7 +78,7 @@ def _backend(tokenizer: Any) -> "Tokenizer":  # noqa: ANN401 - see read_vocabula
 
 
 def _decoder_config(backend: "Tokenizer") -> dict[str, Any] | None:
-    """The decoder as tokenizer.json spells it; its pickle state is that JSON."""
+    """Return the decoder as in tokenizer.json; its pickle state is that JSON."""
     if backend.decoder is None:
         return None
     config: dict[str, Any] = json.loads(backend.decoder.__getstate__())
@@ -86,7 +86,7 @@ def _decoder_config(backend: "Tokenizer") -> dict[str, Any] | None:
 
 
 def _classify(decoder: dict[str, Any] | None) -> tuple[VocabularyKind, bool]:
-    """(kind, strip one leading space) of a tokenizer.json's decoder."""
+    """Return (kind, whether to strip one leading space) of a tokenizer.json's decoder."""
     steps = _steps(decoder)
     names = [step.get("type") for step in steps]
     if names == ["ByteLevel"]:
@@ -117,7 +117,7 @@ def _is_word_boundary(step: dict[str, Any]) -> bool:
 
 
 def _strips_one_space(step: dict[str, Any]) -> bool | None:
-    """Whether a Strip step drops the first space; None where it drops anything else."""
+    """Whether a Strip step drops the first space; None: it drops anything else."""
     if step.get("stop") != 0 or step.get("start") not in {0, 1} or step.get("content") != " ":
         return None
     return step.get("start") == 1
@@ -125,7 +125,7 @@ def _strips_one_space(step: dict[str, Any]) -> bool | None:
 
 @cache
 def byte_alphabet() -> dict[str, int]:
-    """GPT-2's byte alphabet: printable bytes spell themselves, the rest come from U+0100 on.
+    """GPT-2's byte alphabet: printable bytes are themselves, the others begin at U+0100.
 
     Source: `bytes_to_unicode` in openai/gpt-2, src/encoder.py.
     """
@@ -136,7 +136,7 @@ def byte_alphabet() -> dict[str, int]:
 
 
 def _byte_level_piece(spelling: str) -> bytes:
-    """A token with any character outside the alphabet is literal text, as in the reference."""
+    """Return a token's bytes; one with a character outside the alphabet is literal text."""
     alphabet = byte_alphabet()
     if all(character in alphabet for character in spelling):
         return bytes(alphabet[character] for character in spelling)
@@ -144,7 +144,7 @@ def _byte_level_piece(spelling: str) -> bytes:
 
 
 class Vocabulary:
-    """Every token's bytes, decoded once per model and shared by all slots; immutable.
+    """The bytes of every token, decoded once per model and shared by all slots; immutable.
 
     Args:
         tokens: each id's spelling as the tokenizer lists it, UTF-8; b"" for an id without one.
@@ -185,13 +185,13 @@ class Vocabulary:
         return len(self._bytes or self._texts)
 
     def piece_bytes(self, token: int) -> bytes:
-        """A byte-level token's bytes; nothing for special and unknown ids."""
+        """Return a byte-level token's bytes; none for special and unknown ids."""
         if token >= len(self._bytes) or token in self.special_ids:
             return b""
         return self._bytes[token]
 
     def piece_text(self, token: int) -> str | int:
-        """A byte-fallback token's text, or the value of a byte token; "" for special ids."""
+        """Return a byte-fallback token's text, or the value of a byte token; "" for special ids."""
         if token >= len(self._texts) or token in self.special_ids:
             return ""
         return self._texts[token]

@@ -12,13 +12,13 @@ from mlx_serving.common.events import ChoiceDelta, ChoiceLogprobs, TokenLogprob
 from mlx_serving.common.job.schema import GenerationJob
 from mlx_serving.worker.claiming.intake import (
     JobRefusedError,
-    build_requests,
+    build_request,
     can_continue,
     open_payload,
     read_committed,
 )
 from mlx_serving.worker.delivery.choice import Committed, CommittedChoice
-from mlx_serving.worker.engine.row import ModelInfo, SamplingParams
+from mlx_serving.worker.engine.interface import ModelInfo, RequestChoice, SamplingParams
 from tests.support.worker_fakes import MODEL, claim_of
 
 
@@ -119,9 +119,9 @@ def test_a_request_carries_the_parameters_and_names_the_attempt() -> None:
         max_tokens=9, stop=["a", "b"],
     )  # fmt: skip
     committed = Committed({0: CommittedChoice((5, 6))})
-    (request,) = build_requests(claim_of(epoch=4), job, committed, lambda _: (1, 2), 100)
+    request = build_request(claim_of(epoch=4), job, committed, lambda _: (1, 2), 100)
     assert request.id == "a:4:0f"
-    assert (request.prompt, request.committed, request.max_tokens) == ((1, 2), (5, 6), 9)
+    assert (request.prompt, request.choices[0].committed, request.max_tokens) == ((1, 2), (5, 6), 9)
     assert request.stop == ("a", "b")
     sampling = request.sampling
     assert sampling == SamplingParams(0.5, 0.9, 7, 0.1, 11)
@@ -130,17 +130,17 @@ def test_a_request_carries_the_parameters_and_names_the_attempt() -> None:
 @pytest.mark.parametrize(("tenant", "salt"), [(None, ""), ("acme", "acme")])
 def test_a_request_shares_prefixes_with_its_own_tenant(tenant: str | None, salt: str) -> None:
     job = GenerationJob.build(model="tally", prompt="x", tenant=tenant)
-    (request,) = build_requests(claim_of(), job, Committed(), lambda _: (1,), 100)
+    request = build_request(claim_of(), job, Committed(), lambda _: (1,), 100)
     assert request.salt == salt
 
 
 def test_an_unresolved_seed_is_the_same_for_every_attempt() -> None:
     job = GenerationJob.build(model="tally", prompt="x")
     seeds = {
-        build_requests(claim_of(epoch=n), job, Committed(), lambda _: (1,), 9)[0].sampling.seed
+        build_request(claim_of(epoch=n), job, Committed(), lambda _: (1,), 9).sampling.seed
         for n in range(3)
     }
-    (other,) = build_requests(claim_of("b"), job, Committed(), lambda _: (1,), 9)
+    other = build_request(claim_of("b"), job, Committed(), lambda _: (1,), 9)
     assert len(seeds) == 1
     assert other.sampling.seed not in seeds
 
@@ -151,7 +151,7 @@ def test_a_template_that_raises_fails_the_job_without_its_words() -> None:
 
     job = GenerationJob.build(model="tally", prompt="x")
     with pytest.raises(JobRefusedError, match="KeyError") as caught:
-        build_requests(claim_of(), job, Committed(), encode, 9)
+        build_request(claim_of(), job, Committed(), encode, 9)
     assert "secret" not in str(caught.value)
 
 
@@ -203,16 +203,11 @@ def test_a_choice_that_no_job_has_is_refused(index: int) -> None:
         read_committed([events.encode(told)], 1)
 
 
-def test_each_choice_gets_a_request_with_one_prompt_and_its_own_tokens() -> None:
+def test_one_request_has_the_prompt_and_each_choice_its_own_tokens() -> None:
     committed = read_committed(several(), 3)
-    requests = build_requests(claim_of(), job(n=3), committed, lambda _: (7, 8), 100)
-    assert [(r.id, r.choice, r.prompt, r.committed) for r in requests] == [
-        ("a:1:0f", 0, (7, 8), (1, 0)),
-        ("a:1:0f", 1, (7, 8), (2,)),
-        ("a:1:0f", 2, (7, 8), ()),
-    ]
-    assert len({id(r.prompt) for r in requests}) == 1
-    assert len({r.sampling for r in requests}) == 1  # one seed; the noise counts choices
+    request = build_request(claim_of(), job(n=3), committed, lambda _: (7, 8), 100)
+    assert (request.id, request.prompt) == ("a:1:0f", (7, 8))
+    assert request.choices == (RequestChoice(0, (1, 0)), RequestChoice(1, (2,)), RequestChoice(2))
 
 
 def test_a_request_carries_penalties_biases_and_log_probabilities() -> None:
@@ -220,7 +215,7 @@ def test_a_request_carries_penalties_biases_and_log_probabilities() -> None:
         repetition_penalty=1.5, presence_penalty=0.5, frequency_penalty=-0.25, seed=1,
         logit_bias={"3": -100, "99": 2}, logprobs=True, top_logprobs=4,
     )  # fmt: skip
-    (request,) = build_requests(claim_of(), asked, Committed(), lambda _: (1,), 100)
+    request = build_request(claim_of(), asked, Committed(), lambda _: (1,), 100)
     assert request.sampling == SamplingParams(
         temperature=1.0, seed=1, repetition_penalty=1.5, presence_penalty=0.5,
         frequency_penalty=-0.25, logit_bias=((3, -100.0), (99, 2.0)), logprobs=4,
@@ -233,13 +228,13 @@ def test_a_request_carries_penalties_biases_and_log_probabilities() -> None:
 def test_log_probabilities_without_alternatives_are_the_chosen_tokens(
     fields: dict[str, Any], asked: int | None
 ) -> None:
-    (request,) = build_requests(claim_of(), job(**fields), Committed(), lambda _: (1,), 100)
+    request = build_request(claim_of(), job(**fields), Committed(), lambda _: (1,), 100)
     assert request.sampling.logprobs == asked
 
 
 def test_a_bias_on_a_token_that_the_model_lacks_is_refused_by_its_path() -> None:
     asked = job(logit_bias={"5": 1, "100": 1})
     with pytest.raises(JobRefusedError) as caught:
-        build_requests(claim_of(), asked, Committed(), lambda _: (1,), 100)
+        build_request(claim_of(), asked, Committed(), lambda _: (1,), 100)
     assert caught.value.code == "token_out_of_vocabulary"
     assert caught.value.message.startswith("logit_bias.100: ")

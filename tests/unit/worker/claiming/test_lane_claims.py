@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from mlx_serving.common.queues import LANES
 from mlx_serving.worker.claiming.lane_claims import LaneClaim, LaneNews, LaneRoom
-from mlx_serving.worker.engine.row import LaneRows
+from mlx_serving.worker.engine.interface import LaneRows
 from mlx_serving.worker.engine.scheduling.limits import BatchSize
 
 ROOM = LaneRoom(BatchSize(64, 0.1))

@@ -7,7 +7,7 @@ import pytest
 
 from mlx_serving.common.queues import LANES, Lane
 from mlx_serving.worker.claiming.lane_claims import LaneClaim, LaneRoom
-from mlx_serving.worker.engine.row import Request
+from mlx_serving.worker.engine.interface import Request
 from mlx_serving.worker.engine.scheduling.limits import BatchSize, SchedulerLimits
 from tests.support.scheduled_batch import Batch, request
 

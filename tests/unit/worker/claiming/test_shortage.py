@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from mlx_serving.worker.claiming.placement import ModelQueues
 from mlx_serving.worker.claiming.shortage import CLOSED_SECONDS, PASSED_SECONDS, Shortage
-from mlx_serving.worker.engine.row import Request, SamplingParams
+from mlx_serving.worker.engine.interface import Request, SamplingParams
 
 if TYPE_CHECKING:
     from mlx_serving.common.queues import Lane
@@ -15,8 +15,8 @@ ALL = ModelQueues("a", ("a:interactive", "a:default", "a:bulk"))
 OTHER = ModelQueues("b", ("b:default",))
 
 
-def job(name: str, lane: Lane = "default", model: str = "a") -> list[Request]:
-    return [Request(name, (1,), SamplingParams(), 4, lane=lane, model=model)]
+def job(name: str, lane: Lane = "default", model: str = "a") -> Request:
+    return Request(name, (1,), SamplingParams(), 4, lane=lane, model=model)
 
 
 def test_its_lane_and_lower_ones_of_its_model_are_closed() -> None:
@@ -47,13 +47,13 @@ def test_they_open_when_there_is_room_for_the_last_that_was_handed_back() -> Non
     shortage.note(job("y", "interactive"))
     seen: list[str] = []
 
-    def look(*choices: Request) -> bool:
-        seen.append(choices[0].id)
+    def look(request: Request) -> bool:
+        seen.append(request.id)
         return False
 
     assert not shortage.settle(look)
     assert seen == ["x", "y"]
-    assert shortage.settle(lambda *choices: choices[0].id == "y")
+    assert shortage.settle(lambda request: request.id == "y")
     assert shortage.closed == ["a:default", "a:bulk"]
     assert shortage.settle(lambda *_: True)
     assert not shortage

@@ -12,7 +12,7 @@ from mlx_serving.common.protocol import calls
 from mlx_serving.common.states import JobState
 from mlx_serving.worker.delivery.choice import Committed, CommittedChoice
 from mlx_serving.worker.delivery.held import HeldJob
-from mlx_serving.worker.engine.row import Output, RowError, TokenLogprobs
+from mlx_serving.worker.engine.interface import Output, RowError, TokenLogprobs
 from tests.support.worker_fakes import claim_of, commit_rows, held, output, payload_of
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ import redis
 
 from mlx_serving.common.protocol.calls import RowReply
 from mlx_serving.worker.delivery.holdings import BULK_SECONDS
-from mlx_serving.worker.engine.row import Output, RowError
+from mlx_serving.worker.engine.interface import Output, RowError
 from tests.support.helpers import wait_until
 from tests.support.publisher_bench import FLUSH, Bench
 from tests.support.worker_fakes import held, output

@@ -9,7 +9,7 @@ import pytest
 
 from mlx_serving.common.events import TokenLogprob
 from mlx_serving.worker.delivery.token_text import render, speller, unspelled
-from mlx_serving.worker.engine.row import TokenLogprobs
+from mlx_serving.worker.engine.interface import TokenLogprobs
 from mlx_serving.worker.engine.text.vocabulary import VocabularyTable, read_vocabulary
 from tests.support.tokenizers_for_tests import BYTE_FALLBACK, BYTE_LEVEL, GEMMA, Reference
 

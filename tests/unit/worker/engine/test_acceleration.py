@@ -5,14 +5,14 @@ from typing import Any
 
 import pytest
 
-from mlx_serving.worker.engine import acceleration
+from mlx_serving.worker.engine import acceleration, native
 from mlx_serving.worker.engine.text.detokenizer import Detokenizer
 from mlx_serving.worker.engine.text.vocabulary import Vocabulary
 from tests.support.tokenizers_for_tests import BYTE_LEVEL
 
 
-def _pretend(monkeypatch: pytest.MonkeyPatch, native: Any, reason: str = "built") -> None:
-    monkeypatch.setattr(acceleration, "load_native", lambda: (native, reason))
+def _pretend(monkeypatch: pytest.MonkeyPatch, module: Any, reason: str = "built") -> None:
+    monkeypatch.setattr(acceleration, "load_native", lambda: (module, reason))
 
 
 def _native(detokenizer: type) -> Any:
@@ -74,7 +74,7 @@ def test_a_module_that_does_not_load_says_why(monkeypatch: pytest.MonkeyPatch) -
         msg = f"{name}: wrong ELF class"
         raise ImportError(msg)
 
-    monkeypatch.setattr(acceleration, "import_module", fail)
+    monkeypatch.setattr(native, "import_module", fail)
     report = acceleration.reports(prefer_native=True)[0]
     assert report.reason.endswith("does not load: mlx_serving._native: wrong ELF class")
 

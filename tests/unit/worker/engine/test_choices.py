@@ -5,10 +5,16 @@ from typing import Any
 import mlx.core as mx
 import pytest
 from mlx_lm.models import gemma3_text, lfm2
+from msgspec.structs import replace
 
 from benchmarks.lib.synthetic import build_model
 from mlx_serving.worker.engine.engine import Engine
-from mlx_serving.worker.engine.row import Request, RequestRefusedError, SamplingParams
+from mlx_serving.worker.engine.interface import (
+    Request,
+    RequestChoice,
+    RequestRefusedError,
+    SamplingParams,
+)
 from tests.support.engine_support import GREEDY, HYBRID, SLIDING, drive, other_model, tiny_engine
 
 SAMPLED = SamplingParams(1.0, top_p=0.95, seed=77)
@@ -19,12 +25,15 @@ def choices_of(
     count: int,
     prompt: tuple[int, ...] = PROMPT,
     committed: dict[int, tuple[int, ...]] | None = None,
-) -> list[Request]:
+) -> Request:
     tails = committed or {}
-    return [
-        Request("n", prompt, SAMPLED, 12, committed=tails.get(choice, ()), choice=choice)
-        for choice in range(count)
-    ]
+    choices = tuple(RequestChoice(index, tails.get(index, ())) for index in range(count))
+    return Request("n", prompt, SAMPLED, 12, choices=choices)
+
+
+def each(request: Request) -> list[Request]:
+    """A request a choice."""
+    return [replace(request, choices=(choice,)) for choice in request.choices]
 
 
 def tokens_of(engine: Engine, choices: int) -> list[list[int]]:
@@ -62,11 +71,11 @@ class Counting:
 
 @pytest.mark.parametrize("prompt", [PROMPT, tuple(range(150)), (7,)], ids=len)
 def test_choices_get_the_tokens_that_they_get_alone(prompt: tuple[int, ...]) -> None:
-    choices = choices_of(4, prompt)
+    asked = choices_of(4, prompt)
     engine = tiny_engine(eos=())
-    engine.add(*choices)
+    engine.add(asked)
     tokens = tokens_of(engine, 4)
-    assert tokens == [alone(request) for request in choices]
+    assert tokens == [alone(request) for request in each(asked)]
     assert len({tuple(row) for row in tokens}) == 4
 
 
@@ -75,7 +84,7 @@ def test_the_prompt_is_computed_once(length: int) -> None:
     model = Counting()
     engine = tiny_engine(model, eos=())
     model.prompt_tokens = 0
-    engine.add(*choices_of(8, tuple(range(length))))
+    engine.add(choices_of(8, tuple(range(length))))
     tokens_of(engine, 8)
     assert model.prompt_tokens == length - 1
 
@@ -85,36 +94,36 @@ def test_the_prompt_is_computed_once(length: int) -> None:
 )
 def test_other_caches_are_copied_too(module: Any, config: dict[str, Any]) -> None:
     model = other_model(module, config)
-    choices = choices_of(3)
+    asked = choices_of(3)
     engine = tiny_engine(model, eos=())
-    engine.add(*choices)
-    assert tokens_of(engine, 3) == [alone(request, model) for request in choices]
+    engine.add(asked)
+    assert tokens_of(engine, 3) == [alone(request, model) for request in each(asked)]
 
 
 def test_choices_share_a_chunk_with_other_prompts() -> None:
-    choices = choices_of(3, (5, 6, 7))
+    asked = choices_of(3, (5, 6, 7))
     engine = tiny_engine(eos=())
     engine.add(Request("before", (1, 2), GREEDY, 5))
-    engine.add(*choices)
+    engine.add(asked)
     engine.add(Request("after", (3, 4, 5, 6, 7, 8), GREEDY, 5))
-    assert tokens_of(engine, 3) == [alone(request) for request in choices]
+    assert tokens_of(engine, 3) == [alone(request) for request in each(asked)]
 
 
 def test_choices_join_a_batch_that_decodes() -> None:
-    choices = choices_of(3)
+    asked = choices_of(3)
     engine = tiny_engine(eos=())
     engine.add(Request("before", (1, 2), GREEDY, 30))
     for _ in range(5):
         engine.step()
-    engine.add(*choices)
-    assert tokens_of(engine, 3) == [alone(request) for request in choices]
+    engine.add(asked)
+    assert tokens_of(engine, 3) == [alone(request) for request in each(asked)]
 
 
 def test_choices_that_resume_go_on_each_from_its_own_tokens() -> None:
-    whole = [alone(request) for request in choices_of(4)]
+    whole = [alone(request) for request in each(choices_of(4))]
     committed = {0: tuple(whole[0][:5]), 2: tuple(whole[2][:1])}
     engine = tiny_engine(eos=())
-    engine.add(*choices_of(4, committed=committed))
+    engine.add(choices_of(4, committed=committed))
     rest = tokens_of(engine, 4)
     assert [list(committed.get(n, ())) + row for n, row in enumerate(rest)] == whole
 
@@ -122,36 +131,35 @@ def test_choices_that_resume_go_on_each_from_its_own_tokens() -> None:
 def test_all_choices_are_admitted_or_none() -> None:
     engine = tiny_engine(rows=3)
     four = choices_of(4)
-    assert not engine.fits(*four)
-    assert not engine.can_add(*four)
+    assert not engine.fits(four)
+    assert not engine.can_add(four)
     with pytest.raises(RequestRefusedError, match="needs 4 rows") as refusal:
-        engine.add(*four)
+        engine.add(four)
     assert refusal.value.code == "too_large"
     assert not engine.has_work
     engine.add(Request("other", (1,), GREEDY, 4))
     with pytest.raises(RequestRefusedError) as refusal:
-        engine.add(*four[:3])
+        engine.add(choices_of(3))
     assert refusal.value.code == "no_room"
     assert engine.waiting == 1
-    assert engine.can_add(*four[:2])
+    assert engine.can_add(choices_of(2))
 
 
 def test_a_bad_stop_string_admits_no_choice() -> None:
     engine = tiny_engine()
-    bad = Request("n", PROMPT, GREEDY, 4, stop=("\ud800",), choice=1)
+    bad = Request(
+        "n", PROMPT, GREEDY, 4, stop=("\ud800",), choices=(RequestChoice(0), RequestChoice(1))
+    )
     with pytest.raises(RequestRefusedError, match="stop: "):
-        engine.add(Request("n", PROMPT, GREEDY, 4), bad)
+        engine.add(bad)
     assert not engine.has_work
     drive(engine, [Request("next", PROMPT, GREEDY, 4)])
 
 
-def test_choices_of_different_prompts_are_refused() -> None:
+def test_a_choice_that_a_request_names_twice_is_refused() -> None:
     engine = tiny_engine()
-    with pytest.raises(RequestRefusedError, match="share id and prompt") as refusal:
-        engine.add(Request("n", (1, 2), GREEDY, 4), Request("n", (1, 3), GREEDY, 4, choice=1))
-    assert refusal.value.code == "invalid_parameter"
     with pytest.raises(RequestRefusedError, match="choice 0 of request n") as refusal:
-        engine.add(*[Request("n", (1, 2), GREEDY, 4)] * 2)
+        engine.add(Request("n", (1, 2), GREEDY, 4, choices=(RequestChoice(0), RequestChoice(0))))
     assert refusal.value.code == "duplicate_request"
     assert not engine.has_work
 
@@ -159,7 +167,7 @@ def test_choices_of_different_prompts_are_refused() -> None:
 @pytest.mark.parametrize("steps", [0, 1, 2, 4])
 def test_abort_takes_a_group_in_every_phase(steps: int) -> None:
     engine = tiny_engine(eos=())
-    engine.add(*choices_of(4, tuple(range(150))))
+    engine.add(choices_of(4, tuple(range(150))))
     for _ in range(steps):
         engine.step()
     engine.abort("n")
@@ -172,7 +180,7 @@ def test_a_prompt_that_fails_ends_every_choice_of_it_and_no_other() -> None:
     from tests.support.engine_support import POISON, PoisonedModel
 
     engine = tiny_engine(PoisonedModel(raises=True))
-    engine.add(*choices_of(3, (3, POISON, 4)))
+    engine.add(choices_of(3, (3, POISON, 4)))
     engine.add(Request("good", (1, 2), GREEDY, 5))
     codes: list[tuple[str, int, str]] = []
     finished = set()

@@ -1,9 +1,10 @@
 """The engine over tiny random models in memory: right tokens, whoever shares the batch."""
 
 import pytest
+from msgspec.structs import replace
 
 from benchmarks.lib.synthetic import build_model, build_tokenizer
-from mlx_serving.worker.engine.row import Request, SamplingParams
+from mlx_serving.worker.engine.interface import Request, RequestChoice, SamplingParams
 from tests.support.engine_support import (
     EOS,
     GREEDY,
@@ -76,7 +77,9 @@ def test_sampled_tokens_are_the_same_in_a_churning_batch(alone: Collected) -> No
 @pytest.mark.parametrize("cut", [1, 5, 31])
 def test_a_resumed_row_goes_on_where_it_stood(alone: Collected, cut: int) -> None:
     committed = tuple(alone.token_ids[:cut])
-    resumed = Request("m", MEASURED.prompt, MEASURED.sampling, 32, committed=committed)
+    resumed = Request(
+        "m", MEASURED.prompt, MEASURED.sampling, 32, choices=(RequestChoice(0, committed),)
+    )
     rest = drive(tiny_engine(eos=()), [resumed, *random_requests(3, seed=5)])["m"]
     assert rest.token_ids == alone.token_ids[cut:]
     assert rest.finish_reason == "length"
@@ -92,7 +95,7 @@ def test_resumed_text_joins_without_a_seam(alone: Collected) -> None:
         for output in engine.step():
             tokens += output.token_ids
             text += output.text
-    resumed = Request("m", MEASURED.prompt, MEASURED.sampling, 32, committed=tuple(tokens))
+    resumed = replace(MEASURED, choices=(RequestChoice(0, tuple(tokens)),))
     rest = drive(tiny_engine(eos=()), [resumed])["m"]
     assert text + rest.text == alone.text
 
@@ -100,7 +103,9 @@ def test_resumed_text_joins_without_a_seam(alone: Collected) -> None:
 def test_choices_of_one_request_differ_and_stay_apart() -> None:
     engine = tiny_engine(eos=())
     for choice in range(3):
-        engine.add(Request("n", MEASURED.prompt, MEASURED.sampling, 12, choice=choice))
+        engine.add(
+            Request("n", MEASURED.prompt, MEASURED.sampling, 12, choices=(RequestChoice(choice),))
+        )
     tokens: dict[int, list[int]] = {0: [], 1: [], 2: []}
     while engine.has_work:
         for output in engine.step():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mlx_serving.worker.engine.engine_set import EngineSet
-from mlx_serving.worker.engine.row import Request, SamplingParams
+from mlx_serving.worker.engine.interface import Request, RequestChoice, SamplingParams
 from mlx_serving.worker.engine.simulated import SimulatedEngine, SimulatedOptions
 
 if TYPE_CHECKING:
@@ -102,7 +102,8 @@ def test_a_step_that_waited_for_a_part_of_a_prompt_is_timed() -> None:
 def test_what_ends_without_the_device_times_nothing() -> None:
     engines = EngineSet()
     engines.put("a", SimulatedEngine(FREE))
-    engines.add(Request("ended", (1,), SamplingParams(), 4, committed=(1, 2, 3, 4), model="a"))
+    choices = (RequestChoice(0, committed=(1, 2, 3, 4)),)
+    engines.add(Request("ended", (1,), SamplingParams(), 4, choices=choices, model="a"))
     assert [output.finish_reason for output in engines.step()] == ["length"]
     engines.add(request("a"))
     assert is_first(engines)

@@ -8,10 +8,16 @@ from msgspec.structs import replace
 from benchmarks.lib.synthetic import TINY, build_model
 from mlx_serving.common.queues import Lane
 from mlx_serving.worker.engine.engine import Engine
+from mlx_serving.worker.engine.interface import (
+    Request,
+    RequestChoice,
+    RequestRefusedError,
+    SamplingParams,
+)
 from mlx_serving.worker.engine.kv.paged import cache as cache_module
 from mlx_serving.worker.engine.kv.paged.step import plain_step
-from mlx_serving.worker.engine.row import Phase, Request, RequestRefusedError, SamplingParams
-from mlx_serving.worker.engine.sampling import BatchSampler
+from mlx_serving.worker.engine.row import Phase
+from mlx_serving.worker.engine.sampling.sampler import BatchSampler
 from tests.support.engine_support import (
     GREEDY,
     POISON,
@@ -191,7 +197,7 @@ def test_abort_while_a_long_prompt_is_prefilled_starts_the_next_one_cleanly() ->
 def test_abort_takes_every_choice() -> None:
     engine = tiny_engine()
     for choice in range(3):
-        engine.add(Request("n", (1, 2), GREEDY, 9, choice=choice))
+        engine.add(Request("n", (1, 2), GREEDY, 9, choices=(RequestChoice(choice),)))
     engine.step()
     engine.abort("n")
     assert not engine.has_work
@@ -208,7 +214,7 @@ VOCAB = TINY["vocab_size"]
         (Request("a", (1, VOCAB), GREEDY, 4), "token_out_of_vocabulary", "prompt"),
         (Request("a", (-1, 2), GREEDY, 4), "token_out_of_vocabulary", "prompt"),
         (
-            Request("a", (1,), GREEDY, 4, committed=(VOCAB,)),
+            Request("a", (1,), GREEDY, 4, choices=(RequestChoice(0, (VOCAB,)),)),
             "token_out_of_vocabulary",
             "committed",
         ),

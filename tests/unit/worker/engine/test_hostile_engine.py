@@ -8,7 +8,12 @@ import mlx.core as mx
 import pytest
 
 from benchmarks.lib.synthetic import TINY, build_model
-from mlx_serving.worker.engine.row import Request, RequestRefusedError, SamplingParams
+from mlx_serving.worker.engine.interface import (
+    Request,
+    RequestChoice,
+    RequestRefusedError,
+    SamplingParams,
+)
 from tests.support.engine_support import GREEDY, drive, greedy_by_mlx_lm, tiny_engine
 
 NAN, OOM = 299, 298  # token ids that only hostile prompts hold
@@ -78,7 +83,9 @@ def test_an_id_outside_the_vocabulary_never_reaches_the_model(token: int, where:
     model = HostileModel(AssertionError("computed"))
     engine = tiny_engine(model)
     tokens = {"prompt": (1,), "committed": (1,)} | {where: (1, token)}
-    request = Request("bad", tokens["prompt"], GREEDY, 4, committed=tokens["committed"])
+    request = Request(
+        "bad", tokens["prompt"], GREEDY, 4, choices=(RequestChoice(0, tokens["committed"]),)
+    )
     with pytest.raises(RequestRefusedError, match=f"^{where}: ") as refusal:
         engine.add(request)
     assert refusal.value.code == "token_out_of_vocabulary"

@@ -6,13 +6,13 @@ import threading
 
 import pytest
 
-from mlx_serving.worker.engine.in_thread import aside
+from mlx_serving.worker.engine.in_thread import in_thread
 from mlx_serving.worker.models.loading import finish
 
 
 def test_it_yields_until_the_work_is_done() -> None:
     gate = threading.Event()
-    work = aside(lambda: (gate.wait(10), threading.current_thread().name)[1])
+    work = in_thread(lambda: (gate.wait(10), threading.current_thread().name)[1])
     for _ in range(5):
         next(work)
     gate.set()
@@ -24,4 +24,4 @@ def test_what_it_raises_arrives() -> None:
         raise FileNotFoundError("gone")
 
     with pytest.raises(FileNotFoundError, match="gone"):
-        finish(aside(fail))
+        finish(in_thread(fail))

@@ -11,10 +11,10 @@ import pytest
 
 from mlx_serving.worker.engine.engine import Engine
 from mlx_serving.worker.engine.failures import LaunchedWorkError, beside_step
+from mlx_serving.worker.engine.interface import Output, Request, RequestRefusedError, SamplingParams
 from mlx_serving.worker.engine.kv.paged.cache import PagedCache
-from mlx_serving.worker.engine.kv.paged.placement import Placement
+from mlx_serving.worker.engine.kv.paged.placement import BlockPlacement
 from mlx_serving.worker.engine.kv.paged.reference import ReferenceOps
-from mlx_serving.worker.engine.row import Output, Request, RequestRefusedError, SamplingParams
 from tests.support.engine_support import Collected, drive
 from tests.support.unordered import Unordered, engine_on
 
@@ -123,16 +123,16 @@ WAITS: dict[str, tuple[str, list[Request]]] = {
 def prepare(patch: pytest.MonkeyPatch, run: Run, name: str, message: str) -> FailedStep:
     if name == "placing":
         real, failed = (
-            Placement.place_prefilled,
+            BlockPlacement.place_prefilled,
             FailedStep(patch, run.engine, WAITS[name][0], message),
         )
 
-        def place(placing: Placement, prefilled: Any) -> None:
+        def place(placing: BlockPlacement, prefilled: Any) -> None:
             if not failed.raised:
                 raise ValueError
             real(placing, prefilled)
 
-        patch.setattr(Placement, "place_prefilled", place)
+        patch.setattr(BlockPlacement, "place_prefilled", place)
         return failed
     return FailedStep(patch, run.engine, WAITS[name][0], message)
 
@@ -168,7 +168,9 @@ def test_any_other_error_of_the_step_is_raised(name: str, monkeypatch: pytest.Mo
     assert run.lost == []
     allocator = cast("Any", run.engine._runner)._cache.allocator
     run.engine._runner.reset()
-    assert allocator.used == sum(len(row.prefix) for row in run.engine._scheduler.rows)
+    assert allocator.used == sum(
+        len(row.prefill.pinned_blocks) for row in run.engine._scheduler.rows
+    )
 
 
 def test_an_abort_that_hears_of_it_leaves_it_to_the_next_step(

@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.lib.synthetic import build_model
 from mlx_serving.worker.engine.engine import Engine
-from mlx_serving.worker.engine.row import Request, SamplingParams
+from mlx_serving.worker.engine.interface import Request, SamplingParams
 from tests.support.engine_support import GREEDY, drive, tiny_engine
 
 SLACK_BYTES = 4096  # an idle engine's few small arrays

@@ -13,7 +13,13 @@ from msgspec.structs import replace
 from benchmarks.lib.synthetic import build_model
 from mlx_serving.common.queues import Lane
 from mlx_serving.worker.engine.engine import Engine
-from mlx_serving.worker.engine.row import Output, Request, RequestRefusedError, SamplingParams
+from mlx_serving.worker.engine.interface import (
+    Output,
+    Request,
+    RequestChoice,
+    RequestRefusedError,
+    SamplingParams,
+)
 from tests.support.engine_support import HYBRID, SLIDING, other_model, prefixes_of, tiny_engine
 
 SAMPLED = SamplingParams(1.0, top_p=0.95, seed=5, repetition_penalty=1.2, logprobs=2)
@@ -210,26 +216,24 @@ def test_pools_that_are_compacted_keep_what_parked_rows_hold() -> None:
     assert cache.allocator.used == 0
 
 
-def try_add(engine: Engine, choices: list[Request]) -> bool:
-    """Add as the runner does: where less room could be made than there seemed, they wait on."""
+def try_add(engine: Engine, request: Request) -> bool:
+    """Add as the engine thread does: if parking freed less than expected, the request waits on."""
     try:
-        engine.add(*choices)
+        engine.add(request)
     except RequestRefusedError as error:
         assert error.code == "no_room"  # noqa: PT017 - no other is allowed
         return False
     return True
 
 
-def under_traffic(
-    engine: Engine, jobs: list[tuple[int, list[Request]]], chance: random.Random
-) -> Rows:
+def under_traffic(engine: Engine, jobs: list[tuple[int, Request]], chance: random.Random) -> Rows:
     """Each job comes in its step, the highest lane first; two of them are cut off."""
     cut = {f"j{chance.randrange(12)}" for _ in range(2)}
     pending, rows, step = list(jobs), Rows(), 0
     while pending or engine.has_work:
-        due = sorted((j for j in pending if j[0] <= step), key=lambda job: job[1][0].rank)
+        due = sorted((j for j in pending if j[0] <= step), key=lambda job: job[1].rank)
         for job in due:
-            if engine.can_add(*job[1]) and try_add(engine, job[1]):
+            if engine.can_add(job[1]) and try_add(engine, job[1]):
                 pending.remove(job)
         if chance.random() < 0.1 and cut:
             engine.abort(cut.pop())
@@ -271,10 +275,13 @@ def test_any_traffic_gives_what_each_job_gives_alone(
     pending = []
     for number, (lane, prompt, tokens, count, wait) in enumerate(jobs):
         first = bulk(f"j{number}", prompt, tokens, lane)
-        choices = [replace(first, choice=c) for c in range(count)]
-        if engine.fits(*choices):
-            pending.append((wait, choices))
-    whole = alone(request for _, choices in pending for request in choices)
+        request = replace(first, choices=tuple(map(RequestChoice, range(count))))
+        if engine.fits(request):
+            pending.append((wait, request))
+    each = [
+        replace(request, choices=(choice,)) for _, request in pending for choice in request.choices
+    ]
+    whole = alone(each)
     rows = under_traffic(engine, pending, chance)
     for key, said in rows.said.items():
         if key in rows.ended:

@@ -9,8 +9,8 @@ import pytest
 from msgspec.structs import replace
 
 from benchmarks.lib.synthetic import build_model
+from mlx_serving.worker.engine.interface import Request, RequestChoice, SamplingParams
 from mlx_serving.worker.engine.kv.padded import LanguageModel, new_cache
-from mlx_serving.worker.engine.row import Request, SamplingParams
 from mlx_serving.worker.engine.sampling.sampler import RECENT_TOKENS
 from mlx_serving.worker.engine.simulated import SimulatedEngine
 from tests.support.engine_support import GREEDY, Collected, drive, tiny_engine
@@ -90,7 +90,7 @@ def test_a_resumed_row_with_penalties_goes_on_where_it_stood(
     params = SamplingParams(temperature=1.0, top_p=0.95, seed=5, **fields)
     request = Request("r", PROMPT, params, LENGTH)
     whole = drive(tiny_engine(eos=()), [request])["r"].token_ids
-    resumed = replace(request, committed=tuple(whole[:cut]))
+    resumed = replace(request, choices=(RequestChoice(0, tuple(whole[:cut])),))
     rest = drive(tiny_engine(eos=()), [*mates(3), resumed])["r"].token_ids
     assert rest == whole[cut:]
 

@@ -6,7 +6,12 @@ import sys
 import pytest
 
 from mlx_serving.common.job.schema import GenerationJob
-from mlx_serving.worker.engine.row import InferenceEngine, Request, SamplingParams
+from mlx_serving.worker.engine.interface import (
+    InferenceEngine,
+    Request,
+    RequestChoice,
+    SamplingParams,
+)
 from mlx_serving.worker.engine.simulated import (
     SimulatedEngine,
     SimulatedOptions,
@@ -21,7 +26,7 @@ FREE = SimulatedOptions(tokens_per_second=0, prefill_tokens_per_second=0)
 def request(
     max_tokens: int, stop: tuple[str, ...] = (), committed: tuple[int, ...] = ()
 ) -> Request:
-    return Request("a", (5, 6, 7), PARAMS, max_tokens, stop, committed)
+    return Request("a", (5, 6, 7), PARAMS, max_tokens, stop, (RequestChoice(0, committed),))
 
 
 def run(request_: Request, options: SimulatedOptions = FREE) -> Collected:

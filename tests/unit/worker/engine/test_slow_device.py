@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from mlx_serving.worker.engine.engine_set import EngineSet
-from mlx_serving.worker.engine.row import Request, SamplingParams
+from mlx_serving.worker.engine.interface import Request, SamplingParams
 from mlx_serving.worker.engine.scheduling.limits import SchedulerLimits
 from mlx_serving.worker.engine.scheduling.scheduler import Scheduler
 from mlx_serving.worker.engine.simulated import SimulatedEngine, SimulatedOptions, SimulatedRunner

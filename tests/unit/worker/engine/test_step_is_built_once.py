@@ -16,8 +16,11 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import pytest
 
-from mlx_serving.worker.engine.row import Request, SamplingParams
-from mlx_serving.worker.engine.sampling import BatchSampler, RowSampling, kernels, token_words
+from mlx_serving.worker.engine.interface import Request, SamplingParams
+from mlx_serving.worker.engine.sampling import kernels
+from mlx_serving.worker.engine.sampling.noise import token_words
+from mlx_serving.worker.engine.sampling.parameters import RowSampling
+from mlx_serving.worker.engine.sampling.sampler import BatchSampler
 from tests.support.engine_support import tiny_engine
 
 if TYPE_CHECKING:
@@ -143,10 +146,8 @@ def test_rows_that_leave_add_no_operation_to_the_next_step(
         return logits
 
     monkeypatch.setattr(runner._cache, "step", counted)
-    engine.add(*[
-        Request("a", tuple(range(1, 34)), SamplingParams(), 4 + 3 * choice, choice=choice)
-        for choice in range(8)
-    ])  # fmt: skip
+    for index in range(8):
+        engine.add(Request(f"r{index}", tuple(range(1, 34)), SamplingParams(), 4 + 3 * index))
     while engine.has_work:
         engine.step()
     for filled in (False, True):

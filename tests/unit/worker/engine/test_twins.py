@@ -8,14 +8,14 @@ from typing import Any, cast
 import pytest
 
 from mlx_serving.worker.engine.engine import Engine
+from mlx_serving.worker.engine.interface import Request, SamplingParams
 from mlx_serving.worker.engine.kv.paged.cache import BLOCK_TOKENS
-from mlx_serving.worker.engine.row import Request, SamplingParams
 from tests.support.engine_support import drive, prefixes_of, tiny_engine
 
 SAMPLED = SamplingParams(1.0, top_p=0.95, seed=9)
 KNOWN = tuple(range(80))  # two blocks and a half
 TWINS = [Request(f"twin{n}", (*KNOWN, *range(200, 221)), SAMPLED, 100) for n in range(24)]
-OF_A_ROW = -(-TWINS[0].kv_tokens // BLOCK_TOKENS)
+OF_A_ROW = -(-TWINS[0].kv_tokens[0] // BLOCK_TOKENS)
 MIXED = pytest.mark.parametrize("mixed", [False, True], ids=["chunk", "mixed"])
 
 

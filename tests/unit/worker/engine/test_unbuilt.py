@@ -8,9 +8,9 @@ import pytest
 from mlx_serving.worker.engine.batch_runner import StepNotBuiltError
 from mlx_serving.worker.engine.engine import Engine
 from mlx_serving.worker.engine.failures import LaunchedWorkError
+from mlx_serving.worker.engine.interface import Output, Request, SamplingParams
 from mlx_serving.worker.engine.kv.paged.cache import PagedCache
 from mlx_serving.worker.engine.model_runner import ModelRunner
-from mlx_serving.worker.engine.row import Output, Request, SamplingParams
 from tests.support.engine_support import Collected, drive, tiny_engine
 
 SAMPLED = SamplingParams(1.0, top_p=0.95, seed=5)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from mlx_serving.worker.engine.interface import Request
 from mlx_serving.worker.engine.memory.guard import MemoryReading, MemoryRoom, Relief
 from mlx_serving.worker.engine.memory.kv_caches import KvMemory
-from mlx_serving.worker.engine.row import Request
 from mlx_serving.worker.models.memory_keeper import LOOK_SECONDS, MemoryKeeper
 from mlx_serving.worker.process.recycling import (
     LEAST_GROWTH_BYTES,

@@ -1,1 +1,1 @@
-"""Keys and values in blocks, which rows own and share."""
+"""The paged KV cache: keys and values in blocks, which rows own and share."""

@@ -1,11 +1,11 @@
-"""Which blocks of a paged KV cache are whose: ids, reference counts, a free list. Pure."""
+"""Allocates the blocks of a paged KV cache: ids, owner counts, a free list. Pure."""
 
 from collections.abc import Iterable
 from heapq import heappop, heappush
 
 
 class OutOfBlocksError(RuntimeError):
-    """The pool has no such number of free blocks."""
+    """The pool has fewer free blocks than asked for."""
 
 
 class BlockAllocator:
@@ -29,12 +29,12 @@ class BlockAllocator:
 
     @property
     def extent(self) -> int:
-        """One more than the highest id in use: as many blocks must exist on the device."""
+        """One more than the highest id in use: so many blocks must exist on the device."""
         return self._extent
 
     @property
     def idle(self) -> int:
-        """Blocks that nobody needs and `reclaim` can free."""
+        """Blocks that no row uses and `reclaim` can free."""
         return 0
 
     def can_allocate(self, count: int) -> bool:
@@ -81,10 +81,10 @@ class BlockAllocator:
             self._free, self._extent = [], 0
 
     def reclaim(self, blocks: int) -> None:
-        """Free up to so many blocks that nobody needs: here there are none."""
+        """Free up to so many blocks that no row uses: here there are none."""
 
     def owners(self, block: int) -> int:
-        """Return how many owners a block has; 0 where it is free."""
+        """Return how many owners a block has; 0: it is free."""
         return self._owners.get(block, 0)
 
     def compact(self) -> dict[int, int]:

@@ -1,10 +1,10 @@
-"""The paged KV cache of the decode batch: cost and memory follow live tokens.
+"""The paged KV cache of the decode batch: time and memory follow the tokens of its rows.
 
-Every layer has one pool of blocks; a row owns as many as its tokens need. Rows that join bring
-their prompt into free blocks, rows that leave give theirs back; nothing else is touched. Choices
-of one prompt share its full blocks (vLLM's paged KV cache: Kwon et al., 2023).
+Every layer has one pool of blocks; a row owns as many blocks as its tokens need. A row that joins
+copies its prompt into free blocks, a row that leaves frees its blocks; nothing else is copied.
+Choices of one prompt share its full blocks (vLLM's paged KV cache: Kwon et al., 2023).
 
-The pools grow before rows need them and shrink when most of them is unused.
+The pools grow before rows need them, and shrink if most blocks are unused.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,11 +16,11 @@ import numpy as np
 
 from mlx_serving.worker.engine.failures import LaunchedWorkError, launched_work
 from mlx_serving.worker.engine.kv import padded
-from mlx_serving.worker.engine.kv.decode_cache import ParkedRow, Prefilled, Prompt
+from mlx_serving.worker.engine.kv.interface import ParkedRow, Prefilled, Prompt
 from mlx_serving.worker.engine.kv.padded import LanguageModel
 from mlx_serving.worker.engine.kv.paged.block_allocator import BlockAllocator
 from mlx_serving.worker.engine.kv.paged.layers import PagedLayer, PagedOps, StepPlan, StoreEntry
-from mlx_serving.worker.engine.kv.paged.placement import Placement
+from mlx_serving.worker.engine.kv.paged.placement import BlockPlacement
 from mlx_serving.worker.engine.kv.paged.pools import (
     LayerShape,
     Pools,
@@ -40,19 +40,19 @@ from mlx_serving.worker.engine.kv.prefix.cache import PrefixCache
 from mlx_serving.worker.engine.kv.prefix.index import PrefixKey
 
 BLOCK_TOKENS: Final = 32
-# A row gets its next block when fewer free places than this are left, so that the rows' tables
-# change once in so many steps and not in each.
+# A row gets its next block when its last one has fewer free places than this, so that the rows'
+# tables change once in so many steps and not in each.
 LOOKAHEAD_TOKENS: Final = 8
-# What pools have beyond the blocks in use: so many, two a row, or an eighth of those.
+# Pools have at least so many blocks beyond those in use, two for each row, or an eighth of them.
 SLACK_BLOCKS: Final = 64
-RECLAIMED_PART: Final = 1 / 8  # of idle blocks, what a burst may take so that no pool has to grow
-PROMPT_TOKENS: Final = 32  # prompts are computed in multiples of so many tokens
-LONG_TOKENS: Final = 1024  # of the prompts that join at once
+RECLAIMED_PART: Final = 1 / 8  # of the idle blocks: may be evicted at once to avoid larger pools
+PROMPT_TOKENS: Final = 32  # prompts are padded to a multiple of so many tokens
+LONG_TOKENS: Final = 1024  # prompts of more tokens are copied in layer by layer
 _UNBOUNDED: Final = 2**31 - 1
 
 
 class PagedCache:
-    """See `DecodeCache`."""
+    """Rows in blocks; implements `interface.BlockCache`."""
 
     def __init__(self, model: LanguageModel, shapes: Sequence[LayerShape], ops: PagedOps) -> None:
         """Start without rows and without pools."""
@@ -63,12 +63,12 @@ class PagedCache:
         self._rows: list[list[int]] = []  # each row's blocks
         self._parked: list[ParkedRow] = []
         self._lengths = np.zeros(0, dtype=np.int32)  # each row's tokens, as of the last step begun
-        self._leaving: list[int] = []  # blocks of rows that left: a running step may write there
-        self._contexts: list[Context] = []  # of rows that joined uncomputed
-        self._steps_left = 0  # steps until a row is out of room
+        self._leaving: list[int] = []  # blocks of rows that left: the running step may write there
+        self._contexts: list[Context] = []  # of rows that joined, for the next step to compute
+        self._steps_left = 0  # steps until a row needs another block
         self._plan: StepPlan | None = None  # None: rows or blocks changed
         self._stored = mx.zeros((1,), mx.int32)  # 0; depends on every store so far
-        self._nobodys: list[int] = []  # the block that rows write to which fill up a batch
+        self._padding_block: int | None = None  # written by the rows that pad a batch
         self._step = compiled_step(model, ops) if ops.in_place else plain_step(model)
 
     @property
@@ -87,7 +87,7 @@ class PagedCache:
         return self._pools.nbytes
 
     def limit(self, tokens: int) -> None:
-        """Bound each pool to whole blocks of so many tokens, and the one of nobody."""
+        """Limit each pool to whole blocks of so many tokens, and the padding block."""
         self.allocator.limit = tokens // BLOCK_TOKENS + 1
         self._pools.limit(self.allocator.limit)
 
@@ -97,18 +97,18 @@ class PagedCache:
         return padded.new_cache(self._model, 1)
 
     def forward_prompts(self, contexts: list[list[int]], layers: list[Any]) -> None:
-        """Pad on the right; no token looks there, and `join` knows the lengths.
+        """Pad on the right: no token attends to padding, and `join` gets the lengths.
 
-        Lengths are rounded up too: each new shape costs a GPU's libraries a search for kernels.
+        Lengths are rounded up too: for each new shape, a GPU's libraries search for a kernel.
         """
         longest = max(map(len, contexts))
         length = round_up(longest, PROMPT_TOKENS)
         self._model(padded.padded(contexts, length), cache=layers)
         for layer in layers:
-            layer.trim(length - longest)  # a prompt's next chunk goes there
+            layer.trim(length - longest)  # the prompt's next chunk begins there
 
     def join(self, prefilled: Prefilled) -> None:
-        """Append rows: each prompt is copied into blocks, its full ones once for all its rows."""
+        """Append rows: copy each prompt into blocks, its full blocks once for all of its rows."""
         with self._placing() as placing:
             self._make_room(placing.count_prefilled(prefilled))
             placing.place_prefilled(prefilled)
@@ -117,7 +117,7 @@ class PagedCache:
             self._append(placing, self._store(prefilled, placing.entries))
 
     def enter(self, prompts: Sequence[Prompt]) -> None:
-        """Append rows by their blocks: known ones, and what the next step computes into."""
+        """Append rows with cached blocks, and new ones that the next step computes."""
         with self._placing() as placing:
             self._make_room(placing.count_prompts(prompts))
             placing.place_prompts(prompts)
@@ -125,27 +125,27 @@ class PagedCache:
             self._append(placing, self._copy(placing.entries))
 
     @contextmanager
-    def _placing(self) -> Iterator[Placement]:
-        """Take blocks for rows that join; whatever raises, all others are as they were.
+    def _placing(self) -> Iterator[BlockPlacement]:
+        """Allocate blocks for rows that join; after an error, free them: other rows are unchanged.
 
         Raises:
-            LaunchedWorkError: the step under way failed; in place of what was raised, too.
+            LaunchedWorkError: the step under way failed; raised in place of any other error.
         """
-        placing = Placement(
+        placing = BlockPlacement(
             self.allocator,
             self._prefixes,
             block_tokens=BLOCK_TOKENS,
             first_row=len(self._rows),
         )
         try:
-            self._need_nobodys()
+            self._need_padding_block()
             yield placing
         except Exception as error:
             self._wait_and_give_back(placing, error)
             raise
 
-    def _wait_and_give_back(self, placing: Placement, error: Exception) -> None:
-        """Return blocks that what was launched may read or write."""
+    def _wait_and_give_back(self, placing: BlockPlacement, error: Exception) -> None:
+        """Free the blocks of a failed join, after launched work that may read or write them."""
         try:
             wait_for_launched()
         except LaunchedWorkError:
@@ -157,11 +157,17 @@ class PagedCache:
             if not self._rows:
                 self._leave_pools()
 
-    def _need_nobodys(self) -> None:
-        if not self._nobodys:
-            self._nobodys = self.allocator.allocate(1)
+    def _need_padding_block(self) -> int:
+        if self._padding_block is None:
+            (self._padding_block,) = self.allocator.allocate(1)
+        return self._padding_block
 
-    def _append(self, placing: Placement, stored: mx.array) -> None:
+    def _free_padding_block(self) -> None:
+        if self._padding_block is not None:
+            self.allocator.free([self._padding_block])
+            self._padding_block = None
+
+    def _append(self, placing: BlockPlacement, stored: mx.array) -> None:
         lengths = np.concatenate([self._lengths, np.array(placing.lengths, dtype=np.int32)])
         placing.publish()
         self._rows += placing.rows
@@ -169,7 +175,7 @@ class PagedCache:
         self._lengths, self._stored, self._plan = lengths, stored, None
 
     def _store(self, prefilled: Prefilled, entries: Sequence[StoreEntry]) -> mx.array:
-        """Copy the prompts in; long ones layer by layer, so that one layer at a time is twice."""
+        """Copy the prompts in; long ones layer by layer, so that only one layer exists twice."""
         stored = self._stored
         long = sum(prefilled.lengths) > LONG_TOKENS
         for index, layer in enumerate(self.layers if entries else ()):
@@ -181,7 +187,7 @@ class PagedCache:
         return stored
 
     def _copy(self, entries: Sequence[StoreEntry]) -> mx.array:
-        """Copy the known parts of blocks."""
+        """Copy the cached parts of blocks into the rows' own blocks."""
         stored = self._stored
         if entries:
             finish_writes(self._ops, stored)
@@ -191,7 +197,7 @@ class PagedCache:
 
     def keep(self, kept: Sequence[int]) -> None:
         """Keep only these rows; copies nothing."""
-        self._contexts = []  # not empty only where a step with new rows failed: they leave now
+        self._contexts = []  # not empty only after a step with new rows failed: they leave now
         staying = set(kept)
         for index, blocks in enumerate(self._rows):
             if index not in staying:
@@ -203,13 +209,13 @@ class PagedCache:
             self._drop()
 
     def step(self, tokens: mx.array) -> mx.array:
-        """Build the model's step; only where rows or their blocks changed does a table change."""
+        """Build the model's step; the tables change only if rows or their blocks changed."""
         rows = len(self._rows)
         self._grow_ahead()
         if self._plan is None or not self._steps_left:
             self._shrink()
             self._extend_rows()
-            batch = BatchRows(self._rows, self._lengths, self._nobodys[0])
+            batch = BatchRows(self._rows, self._lengths, self._need_padding_block())
             self._plan = make_plan(batch, self._contexts, self._stored)
         filling = self._plan.lengths.shape[0] - rows
         if filling:
@@ -224,7 +230,7 @@ class PagedCache:
         return logits[:rows] if filling else logits
 
     def _take_contexts(self, count: int) -> mx.array:
-        """Return what the step computes beside the rows' own tokens: int32 [count]."""
+        """Return the prompts' tokens that the step computes beside its rows': int32 [count]."""
         tokens = [token for context in self._contexts for token in context.tokens]
         self._contexts = []
         return mx.array(tokens + [0] * (count - len(tokens)), dtype=mx.int32)
@@ -235,7 +241,7 @@ class PagedCache:
         self._leaving = []
 
     def _extend_rows(self) -> None:
-        """Allocate the next block of each row that is close to the end of its last one."""
+        """Allocate the next block of each row that has almost filled its last one."""
         short = [
             index
             for index, (blocks, length) in enumerate(
@@ -252,10 +258,10 @@ class PagedCache:
         self._steps_left = int(rooms.min())
 
     def _make_room(self, blocks: int) -> None:
-        """See that the allocator can give `blocks`: leavings of a step that still runs count.
+        """Free what is needed so that `blocks` can be allocated, if need be after the running step.
 
-        Where the pools have to grow for them, a few known blocks that nobody uses are given up
-        instead; no more, since what they are known for is worth a step that waits.
+        If the pools would have to grow for them, evict a few idle blocks of the prefix cache
+        instead. Not more than a few: cached prefixes are worth a step that waits.
         """
         if not self.allocator.can_allocate(blocks):
             wait_for_launched()
@@ -265,14 +271,14 @@ class PagedCache:
             self.allocator.reclaim(missing)
 
     def _grow(self) -> None:
-        """Let the pools hold what the allocator handed out."""
+        """Grow the pools to the blocks that are allocated."""
         needed = self.allocator.extent
         if needed > self.blocks:
             self._launch_stores()
             self._pools.need(max(needed, self._wanted()))
 
     def _grow_ahead(self) -> None:
-        """Let the pools grow a little where every row's next block may not find room any more."""
+        """Grow the pools a little if they may soon be too small for the next block of every row."""
         blocks = self.blocks
         if blocks - self.allocator.used < len(self._rows) + LOOKAHEAD_TOKENS:
             wanted = self._wanted()
@@ -281,18 +287,18 @@ class PagedCache:
                 self._pools.grow_ahead(wanted)
 
     def _launch_stores(self) -> None:
-        """See that pools which are copied next have what was to be stored in them."""
+        """Launch pending stores, since the pools are copied next."""
         with launched_work():
             mx.async_eval(self._stored)
 
     def _wanted(self) -> int:
-        """Blocks that the pools should have for what is in use."""
+        """Return how many blocks the pools should have for those in use."""
         used = self.allocator.used
         slack = max(SLACK_BLOCKS, 2 * len(self._rows), used // 8)
         return min(used + slack, self.allocator.limit)
 
     def _shrink(self) -> None:
-        """Move what is used together where most of the pools is not."""
+        """Compact the pools if most blocks are unused."""
         size = self._wanted()
         if self.blocks > 2 * size:
             self._compact(size)
@@ -308,51 +314,52 @@ class PagedCache:
             self._plan = None
 
     def reset(self) -> None:
-        """See `DecodeCache`. Nobody may hold blocks but rows and the index."""
+        """See `DecodeCache`. Only rows and the prefix index may own blocks."""
         self.allocator.free([block for row in self._rows for block in row])
         self.allocator.free([block for parked in self._parked for block in parked.state])
-        self.allocator.free([*self._leaving, *self._nobodys])
+        self.allocator.free(self._leaving)
+        self._free_padding_block()
         if self._prefixes:
             self._prefixes.clear()
-        self._rows, self._leaving, self._nobodys = [], [], []
+        self._rows, self._leaving = [], []
         self._parked, self._contexts = [], []
         self._pools.drop()
         self._lengths = np.zeros(0, dtype=np.int32)
         self._plan, self._stored = None, mx.zeros((1,), mx.int32)
 
     def _compact(self, size: int) -> None:
-        """Move what is used to the beginning of pools of so many blocks."""
+        """Move the used blocks to the beginning of new pools of so many blocks."""
         wait_for_launched(self._stored)
         self.settle()
         moved = self.allocator.compact()
         self._rows = [[moved[block] for block in row] for row in self._rows]
         for parked in self._parked:
             parked.state[:] = [moved[block] for block in parked.state]
-        self._nobodys = [moved[block] for block in self._nobodys]
+        if self._padding_block is not None:
+            self._padding_block = moved[self._padding_block]
         self._pools.compact(list(moved), size)
 
     def _drop(self) -> None:
-        """Forget the pools: no row is left. A running step keeps them alive until it is done."""
+        """Let go of the pools: no row is left. A running step keeps them alive until it is done."""
         if self._prefixes or self._parked:
-            wait_for_launched()  # pools that stay are free to be written to
+            wait_for_launched()  # the pools stay and may be written to
         self._leave_pools()
         if self.allocator.used:
             self._shrink()
 
     def _leave_pools(self) -> None:
-        """Forget what only rows need, and the pools where nobody has blocks there."""
+        """Free what only rows need, and the pools if no block is used."""
         self.settle()
-        self.allocator.free(self._nobodys)
-        self._nobodys = []
+        self._free_padding_block()
         if not self.allocator.used:
             self._pools.drop()
 
     def use_prefixes(self, prefixes: PrefixCache) -> None:
-        """See `DecodeCache`; call it before any row joins."""
+        """See `BlockCache`; call it before any row joins."""
         self.allocator = self._prefixes = prefixes
 
     def gather(self, prompts: Sequence[Sequence[int]], tokens: int) -> list[Any]:
-        """See `DecodeCache`."""
+        """See `BlockCache`."""
         finish_writes(self._ops, self._stored)
         pools = [(layer.keys, layer.values) for layer in self.layers]
         return gather_blocks(pools, prompts, tokens, self._stored)
@@ -371,21 +378,21 @@ class PagedCache:
         """Keep the row's blocks: nothing is copied."""
         finish_writes(self._ops, self._stored)
         parked = ParkedRow(self._rows[row], int(self._lengths[row]))
-        self._rows[row] = []  # for `keep` to find nothing to free
+        self._rows[row] = []  # so that `keep` frees nothing
         self._parked.append(parked)
         return parked
 
     def resume(self, parked: ParkedRow) -> None:
-        """Append the row by its blocks."""
+        """Append the row with its blocks."""
         finish_writes(self._ops, self._stored)
-        self._need_nobodys()
+        self._need_padding_block()
         self._parked.remove(parked)
         self._rows.append(parked.state)
         self._lengths = np.append(self._lengths, np.int32(parked.length))
         self._plan = None
 
     def release(self, parked: ParkedRow, key: PrefixKey | None) -> None:
-        """Give the row's blocks back, and the pools where they were the last ones."""
+        """Free the row's blocks, and the pools if those were the last ones."""
         self._parked.remove(parked)
         self._enter(parked.state, key)
         self.allocator.free(parked.state)

@@ -1,7 +1,7 @@
-"""Sends the attention of mlx-lm's models to a paged cache where their cache is one.
+"""Attention of mlx-lm's models on a paged cache.
 
 mlx-lm's model modules import `scaled_dot_product_attention` by name, so it is replaced in the
-modules that a model's layers come from. Any other cache falls through to mlx-lm's own function.
+modules that define a model's layers. With any other cache, mlx-lm's own function is called.
 """
 
 import sys
@@ -20,7 +20,7 @@ def attention(
     queries: mx.array,
     keys: mx.array,
     values: mx.array,
-    cache: Any,  # noqa: ANN401 - whatever mlx-lm's models keep
+    cache: Any,  # noqa: ANN401 - any cache of mlx-lm's models
     scale: float,
     mask: Any,  # noqa: ANN401 - array, "causal" or None
     sinks: mx.array | None = None,
@@ -28,7 +28,7 @@ def attention(
     """Attend as `mlx_lm.models.base.scaled_dot_product_attention` does.
 
     Raises:
-        ValueError: a paged cache is asked for what it can't do.
+        ValueError: a paged cache gets a mask or sinks.
     """
     if not isinstance(cache, PagedLayer):
         return _original(queries, keys, values, cache, scale, mask, sinks)
@@ -39,7 +39,7 @@ def attention(
 
 
 def install(model: Any) -> bool:  # noqa: ANN401 - a model of mlx-lm
-    """Replace attention in the modules of the model's layers; say whether any had it."""
+    """Replace attention in the modules of the model's layers; return whether any has it."""
     modules = {type(part).__module__ for part in model.modules()}
     found = False
     for name in modules:

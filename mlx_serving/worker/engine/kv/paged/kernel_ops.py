@@ -1,7 +1,7 @@
 """The kernels of the paged cache: `native/kernels/paged/`, in the dialect of this device.
 
-They write to the pools in place. MLX knows the pools as inputs only, and so never copies them;
-what must come after a write takes something that the writing kernel made.
+They write to the pools in place. For MLX the pools are only inputs, so it never copies them. To run
+after a write, an operation takes an output of the kernel that writes.
 """
 
 from collections.abc import Sequence
@@ -12,26 +12,26 @@ import mlx.core as mx
 from mlx_serving.worker.engine.kernels import Dialect, make_kernel, read_source
 from mlx_serving.worker.engine.kv.paged.layers import PagedLayer, StepPlan, StoreEntry
 
-THREADS: Final = 128  # of a thread block; the kernels' own constant
+THREADS: Final = 128  # of a thread block; the same constant stands in the kernels
 LARGEST_HEAD: Final = 256
 _SUFFIXES: Final[dict[Dialect, str]] = {"cuda": "cu", "metal": "metal"}
 
 
 def team_lanes(head_dim: int) -> int:
-    """Threads that share one token's head."""
+    """Return the number of threads that share one token's head."""
     if head_dim <= 96:  # noqa: PLR2004
         return 8
     return 16 if head_dim <= 128 else 32  # noqa: PLR2004
 
 
 def head_tile(heads_per_kv_head: int, head_dim: int) -> int:
-    """Query heads that a thread block computes at once, bounded by its registers and memory."""
+    """Return how many query heads a thread block computes, as its registers and memory allow."""
     most = min(8, 1024 // head_dim) if head_dim // team_lanes(head_dim) <= 8 else 4  # noqa: PLR2004
     return max(n for n in range(1, most + 1) if heads_per_kv_head % n == 0)
 
 
 def supports(head_dim: int) -> bool:
-    """Say whether the kernels can do heads of this size."""
+    """Say whether the kernels support heads of this size."""
     return head_dim <= LARGEST_HEAD and head_dim % team_lanes(head_dim) == 0
 
 
@@ -48,7 +48,7 @@ def _make(
 
 
 class KernelOps:
-    """See `PagedOps`."""
+    """Implements `PagedOps` with kernels."""
 
     in_place = True
 
@@ -99,8 +99,8 @@ class KernelOps:
     ) -> mx.array:
         """See `PagedOps.attend`.
 
-        One launch; another one after it where a row has several items of work, and one before it
-        where rows attend to what others store.
+        One launch; another one after it if a row has several items of work, and one before it if
+        rows attend to tokens that other rows store.
         """
         _, heads, _, head_dim = queries.shape
         items = plan.work.shape[0]
@@ -137,7 +137,7 @@ class KernelOps:
     def _joined(
         self, queries: mx.array, parts: mx.array, stats: mx.array, plan: StepPlan
     ) -> mx.array:
-        """Put the results of each row's items together."""
+        """Combine the results of each row's items."""
         rows, heads, _, head_dim = queries.shape
         (out,) = self._combine(
             inputs=[parts, stats, plan.firsts],
@@ -152,7 +152,7 @@ class KernelOps:
     def _store_step(
         self, layer: PagedLayer, keys: mx.array, values: mx.array, plan: StepPlan
     ) -> mx.array:
-        """Store the step's own keys and values; returns what is there when that is done."""
+        """Store the step's own keys and values; returns an array that depends on it."""
         rows, heads, _, head_dim = keys.shape
         (done,) = self._append(
             inputs=[keys, values, layer.keys, layer.values, plan.table, plan.lengths],

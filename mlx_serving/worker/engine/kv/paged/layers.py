@@ -1,7 +1,8 @@
-"""One layer's keys and values in blocks, and the interface of what computes on them.
+"""One layer's keys and values in blocks, and the interface of the operations on them.
 
-`reference.ReferenceOps` does that in MLX, `kernel_ops.KernelOps` on a GPU, in place. Both store a
-decode step's own keys and values and attend over every row's tokens, those included.
+`reference.ReferenceOps` implements it in MLX, `kernel_ops.KernelOps` by kernels on a GPU, in place.
+Both store a decode step's own keys and values and attend over all tokens of each row, those
+included.
 """
 
 from collections.abc import Sequence
@@ -13,15 +14,15 @@ import mlx.core as mx
 
 @dataclass(slots=True)
 class StepPlan:
-    """Where the rows of a step stand, on the device.
+    """The rows of a step, as arrays on the device.
 
     `table` int32 [B, W]: the blocks of each row in order, then any valid ids. `lengths` int32
-    [B]: tokens in the cache before this step. `advance` int32 [B]: what a step adds to them, 0
-    for rows that only fill up the batch. `work` int32 [I, 3]: (row, first token, end) of each
-    item of work, in order of rows, then items of row -1, which are no work; the last item of a
-    row may end beyond its tokens. `firsts` int32 [B + 1]: the first item of each row, then their
-    end. `split`: whether a row has several items; else item i is row i. `mixed`: whether rows
-    attend to what other rows of this step store: they are tokens of prompts.
+    [B]: tokens in the cache before this step. `advance` int32 [B]: how many tokens a step adds, 0
+    for rows that pad the batch. `work` int32 [I, 3]: (row, first token, end) of each item of work,
+    in order of rows, then items of row -1, which pad it; the last item of a row may end after its
+    tokens. `firsts` int32 [B + 1]: the first item of each row, then the number of items. `split`:
+    whether a row has several items; else item i is row i. `mixed`: whether rows attend to tokens
+    that other rows of this step store: those rows are tokens of prompts.
     """
 
     table: mx.array
@@ -35,7 +36,7 @@ class StepPlan:
 
 @dataclass(frozen=True, slots=True)
 class StoreEntry:
-    """Tokens [first, first + count) of a prompt, which go to the start of a block."""
+    """Tokens [first, first + count) of a prompt, to store at the start of a block."""
 
     block: int
     prompt: int
@@ -44,9 +45,9 @@ class StoreEntry:
 
 
 class PagedOps(Protocol):
-    """What computes on a layer's blocks. `in_place`: by writing to the pools' own buffers.
+    """Operations on a layer's blocks. `in_place`: they write to the pools' own buffers.
 
-    `ordered_by_stream`: kernels run one after the other, as they are launched; see `order`.
+    `ordered_by_stream`: kernels run one after the other, in the order of their launch.
     """
 
     in_place: bool
@@ -60,9 +61,9 @@ class PagedOps(Protocol):
         entries: Sequence[StoreEntry],
         after: mx.array,
     ) -> mx.array:
-        """Copy from keys and values [P, KVH, S, D] into blocks that no row in flight reads.
+        """Copy from keys and values [P, KVH, S, D] into blocks that no running step reads.
 
-        Returns int32 [1], 0, which is there when that is done and `after`, of the same kind, is.
+        Returns int32 [1], 0, which depends on the copy and on `after`, of the same shape.
         """
 
     def attend(
@@ -74,11 +75,11 @@ class PagedOps(Protocol):
         scale: float,
         plan: StepPlan,
     ) -> mx.array:
-        """Store keys and values [B, KVH, 1, D]; attend with queries [B, H, 1, D], give the same."""
+        """Store keys and values [B, KVH, 1, D]; attend with queries [B, H, 1, D]."""
 
 
 class PagedLayer:
-    """What an mlx-lm model takes for a layer's cache in a decode step of one token a row.
+    """A layer's cache, as an mlx-lm model takes it in a decode step of one token a row.
 
     `keys` and `values` are [blocks, KV heads, block tokens, head dim].
     """
@@ -97,7 +98,7 @@ class PagedLayer:
         return self.plan.lengths
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Pass the step's keys and values on to `attend`, which stores them."""
+        """Return the step's keys and values unchanged: `attend` stores them."""
         return keys, values
 
     def make_mask(
@@ -106,10 +107,10 @@ class PagedLayer:
         return_array: bool = False,  # noqa: FBT001, FBT002 - mlx-lm's signature
         window_size: int | None = None,
     ) -> None:
-        """Return no mask: a row sees its own tokens, and all of them.
+        """Return no mask: a row attends to all of its own tokens and to no others.
 
         Raises:
-            ValueError: the model wants what this cache can't do.
+            ValueError: the model asks for several tokens, a mask or a window.
         """
         if tokens != 1 or return_array or window_size:
             message = "a paged cache takes one token a row and knows no mask and no window"
@@ -131,7 +132,7 @@ class PagedLayer:
         return self.keys.nbytes + self.values.nbytes
 
     def view(self) -> tuple[mx.array, ...]:
-        """Make views of the pools, once these are computed, where they are written in place."""
+        """Make views of the pools, which are computed by now, if they are written in place."""
         self.views = (self.keys[:1], self.values[:1]) if self._ops.in_place else ()
         return self.views
 
@@ -139,10 +140,10 @@ class PagedLayer:
 def resize(
     layers: Sequence[PagedLayer], blocks: int, kept: Sequence[int] | None = None, *, at_once: int
 ) -> None:
-    """Copy into pools of `blocks` blocks: `kept` first, in order, None for all there are.
+    """Copy into pools of `blocks` blocks: the blocks `kept` first, in order; None: all blocks.
 
-    No step may be running. `at_once`: bytes of pools that may be there twice meanwhile; a layer's
-    always may. Where memory is short for some layers, those keep the pools that they have.
+    No step may be running. `at_once`: bytes of pools that may exist twice meanwhile (at least one
+    layer's). If memory is short for some layers, those keep their old pools.
     """
     step = max(1, at_once // max(layer.nbytes for layer in layers))
     for first in range(0, len(layers), step):
@@ -156,7 +157,7 @@ def resize(
 
 
 def materialize(layers: Sequence[PagedLayer]) -> None:
-    """Compute layers' pools, and views of them if they are to be written in place."""
+    """Compute layers' pools, and views of them if they are written in place."""
     mx.eval([pool for layer in layers for pool in (layer.keys, layer.values)])
     mx.eval([view for layer in layers for view in layer.view()])
 

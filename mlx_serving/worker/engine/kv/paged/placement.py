@@ -1,13 +1,13 @@
-"""Which blocks rows that join get, and what is to be stored in them. Pure.
+"""The blocks of rows that join, and what is stored in them. Pure.
 
-A join succeeds or leaves no trace: `give_back` returns all that was taken, and nobody else finds
-a prompt's blocks before `publish`.
+A join succeeds or leaves no trace: `give_back` frees all that was allocated, and the prefix cache
+gets a prompt's blocks only by `publish`.
 """
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from mlx_serving.worker.engine.kv.decode_cache import Prefilled, Prompt
+from mlx_serving.worker.engine.kv.interface import Prefilled, Prompt
 from mlx_serving.worker.engine.kv.paged.block_allocator import BlockAllocator
 from mlx_serving.worker.engine.kv.paged.layers import StoreEntry
 from mlx_serving.worker.engine.kv.paged.step import Context
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from mlx_serving.worker.engine.kv.prefix.index import PrefixKey
 
 
-class Placement:
-    """Rows that join after `first_row` others: each one's blocks and tokens, in order.
+class BlockPlacement:
+    """Rows that join after `first_row` others: the blocks and the length of each, in order.
 
-    `entries`: what is to be stored, from prompts that were computed or from known blocks.
-    `contexts`: what the next step is to compute.
+    `entries`: what to store, from computed prompts or from cached blocks. `contexts`: what the next
+    step computes.
     """
 
     def __init__(
@@ -32,22 +32,23 @@ class Placement:
         block_tokens: int,
         first_row: int,
     ) -> None:
-        """Start without any."""
+        """Start without rows."""
         self.rows: list[list[int]] = []
         self.lengths: list[int] = []
         self.entries: list[StoreEntry] = []
         self.contexts: list[Context] = []
         self._allocator, self._prefixes = allocator, prefixes
         self._block_tokens, self._first_row = block_tokens, first_row
-        self._taken: list[int] = []  # a block is here once for each owner that it got
-        self._of_prompts: list[int] = []  # of these, what is a prompt's and not a row's
-        self._known: list[tuple[PrefixKey, list[int], int]] = []  # a prompt's; how many others knew
-        self._entered: list[list[int]] = []  # what the prefix cache got
+        self._taken: list[int] = []  # each block once for each owner that it got here
+        self._of_prompts: list[int] = []  # of these, those that a prompt owns and not a row
+        # For each prompt: its key, its full blocks, and how many of them were cached already.
+        self._full: list[tuple[PrefixKey, list[int], int]] = []
+        self._published: list[list[int]] = []  # blocks that the prefix cache got
 
     # Prompts that were computed
 
     def count_prefilled(self, prefilled: Prefilled) -> int:
-        """Return how many blocks the rows take at most."""
+        """Return the most blocks that the rows can need."""
         blocks = 0
         for prompt, length in enumerate(prefilled.lengths):
             whole, rest = divmod(length, self._block_tokens)
@@ -56,27 +57,27 @@ class Placement:
         return blocks
 
     def place_prefilled(self, prefilled: Prefilled) -> None:
-        """Give each prompt full blocks, which its rows share, and each row one for the rest."""
+        """Give each prompt full blocks, which its rows share, and each row a block for the rest."""
         shared = [self._full_blocks(prefilled, p) for p in range(len(prefilled.lengths))]
         for prompt in prefilled.prompts:
             length = prefilled.lengths[prompt]
             self._add_row(self._row_of(prompt, length, shared[prompt]), length)
 
     def _full_blocks(self, prefilled: Prefilled, prompt: int) -> list[int]:
-        known: list[int] = []
+        cached: list[int] = []
         if self._prefixes:
-            known = self._prefixes.acquire(prefilled.keys[prompt])
-            self._taken += known
-        fresh = self._allocate(prefilled.lengths[prompt] // self._block_tokens - len(known))
+            cached = self._prefixes.acquire(prefilled.keys[prompt])
+            self._taken += cached
+        fresh = self._allocate(prefilled.lengths[prompt] // self._block_tokens - len(cached))
         size = self._block_tokens
         self.entries += [
             StoreEntry(block, prompt, index * size, size)
-            for index, block in enumerate(fresh, start=len(known))
+            for index, block in enumerate(fresh, start=len(cached))
         ]
-        blocks = known + fresh
+        blocks = cached + fresh
         self._of_prompts += blocks
         if self._prefixes:
-            self._known.append((prefilled.keys[prompt], blocks, len(known)))
+            self._full.append((prefilled.keys[prompt], blocks, len(cached)))
         return blocks
 
     def _row_of(self, prompt: int, length: int, shared: list[int]) -> list[int]:
@@ -91,27 +92,28 @@ class Placement:
     # Prompts that the next step computes
 
     def count_prompts(self, prompts: Sequence[Prompt]) -> int:
-        """Return how many blocks the rows take."""
+        """Return how many blocks the rows need."""
         return sum(map(self._new_blocks, prompts))
 
     def _new_blocks(self, prompt: Prompt) -> int:
         size = self._block_tokens
-        return -(-len(prompt.context) // size) - prompt.found // size
+        return -(-len(prompt.context) // size) - prompt.cached_tokens // size
 
     def place_prompts(self, prompts: Sequence[Prompt]) -> None:
-        """Give each its known blocks and new ones; what is known of a part of a block is copied."""
+        """Give each row its cached blocks and new ones; a cached part of a block is copied."""
         for prompt in prompts:
-            length, (whole, rest) = len(prompt.context), divmod(prompt.found, self._block_tokens)
-            blocks = list(prompt.blocks[:whole])
+            length, cached = len(prompt.context), prompt.cached_tokens
+            whole, rest = divmod(cached, self._block_tokens)
+            blocks = list(prompt.cached_blocks[:whole])
             self._share(blocks)
             blocks += self._allocate(self._new_blocks(prompt))
             if rest:
-                self.entries.append(StoreEntry(blocks[whole], prompt.blocks[whole], 0, rest))
-            if prompt.found < length:
+                self.entries.append(StoreEntry(blocks[whole], prompt.cached_blocks[whole], 0, rest))
+            if cached < length:
                 row = self._first_row + len(self.rows)
-                self.contexts.append(Context(row, prompt.found, prompt.context[prompt.found :]))
+                self.contexts.append(Context(row, cached, prompt.context[cached:]))
             if self._prefixes:
-                self._known.append((prompt.key, blocks[: length // self._block_tokens], whole))
+                self._full.append((prompt.key, blocks[: length // self._block_tokens], whole))
             self._add_row(blocks, length)
 
     # Both
@@ -130,16 +132,16 @@ class Placement:
         self._taken += blocks
 
     def publish(self) -> None:
-        """Let the prompts be found; they let go of their blocks, and their rows keep them."""
+        """Enter the prompts into the prefix cache; from now on only their rows own the blocks."""
         if self._prefixes:
-            for key, blocks, known in self._known:
-                self._entered.append(blocks[known:])
+            for key, blocks, cached in self._full:
+                self._published.append(blocks[cached:])
                 self._prefixes.insert(key, blocks)
         self._allocator.free(self._of_prompts)
 
     def give_back(self) -> None:
-        """Return all blocks."""
+        """Free all blocks."""
         self._allocator.free(self._taken)
         if self._prefixes:
-            for blocks in self._entered:
+            for blocks in self._published:
                 self._prefixes.forget(blocks)

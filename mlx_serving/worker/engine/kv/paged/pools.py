@@ -1,4 +1,4 @@
-"""The pools of blocks of all layers: made, grown, moved, gathered; what orders their kernels."""
+"""The pools of blocks of all layers: makes, grows, moves and gathers them, after running writes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mlx_serving.worker.engine.kv.paged.layers import PagedLayer, PagedOps, mate
 
 
 def wait_for_launched(*stored: mx.array) -> None:
-    """Launch stores, and wait for all that was launched.
+    """Launch stores, and wait for all launched work.
 
     Raises:
         LaunchedWorkError: some of it failed.
@@ -25,7 +25,7 @@ def wait_for_launched(*stored: mx.array) -> None:
 
 
 def finish_writes(ops: PagedOps, stored: mx.array) -> None:
-    """Wait for steps and stores under way, where nothing else has them come before what follows.
+    """Wait for running steps and stores, unless kernels run in the order of their launch.
 
     `stored`: int32 [1], 0; depends on every store so far.
 
@@ -36,18 +36,17 @@ def finish_writes(ops: PagedOps, stored: mx.array) -> None:
         wait_for_launched(stored)
 
 
-LayerArrays = Sequence[
-    tuple[mx.array, mx.array]
-]  # a layer's keys and values: [blocks, KVH, T, D] each
+LayerArrays = Sequence[tuple[mx.array, mx.array]]
+"""Keys and values of each layer: [blocks, KVH, T, D] each."""
 
 
 def gather_blocks(
     pools: LayerArrays, prompts: Sequence[Sequence[int]], tokens: int, after: mx.array
 ) -> list[Any]:
-    """Return a plain cache a layer, which holds so many tokens of each prompt.
+    """Return a plain cache for each layer, with the first `tokens` of each prompt.
 
-    `prompts` are each one's blocks, which hold that many at least. `after`: int32 [1], 0; what
-    it depends on comes first.
+    `prompts`: the blocks of each, with at least so many tokens. `after`: int32 [1], 0; the copy
+    runs after the work that it depends on.
     """
     count = -(-tokens // pools[0][0].shape[2])
     table = mx.array([list(blocks[:count]) for blocks in prompts], dtype=mx.int32) + after
@@ -55,7 +54,7 @@ def gather_blocks(
 
 
 def _take(pool: mx.array, table: mx.array) -> mx.array:
-    """Return the prompts' tokens in order: [P, KVH, W x T, D]."""
+    """Return the prompts' keys or values in order of tokens: [P, KVH, W x T, D]."""
     blocks = pool[table].transpose(0, 2, 1, 3, 4)
     prompts, heads, _, _, head_dim = blocks.shape
     return blocks.reshape(prompts, heads, -1, head_dim)
@@ -67,21 +66,15 @@ def _layer(keys: mx.array, values: mx.array, tokens: int) -> KVCache:
     return layer
 
 
-RESIZED_BYTES: Final = 1 << 28  # of pools that are twice there while they grow
-
-
-LEFT_BYTES: Final = 1 << 30  # of old pools, what may stay among MLX's cached buffers: so many, …
-
-
-LEFT_FRACTION: Final = 1 / 16  # … or so much of all that pools may hold
-
-
-STEPS_TO_GROW: Final = 32  # in so many steps all layers grow
+RESIZED_BYTES: Final = 1 << 28  # of pools that may exist twice while they grow
+LEFT_BYTES: Final = 1 << 30  # of old pools that may stay in MLX's buffer cache: so many, …
+LEFT_FRACTION: Final = 1 / 16  # … or this part of the largest size of all pools
+STEPS_TO_GROW: Final = 32  # all layers grow within so many steps
 
 
 @dataclass(frozen=True, slots=True)
 class LayerShape:
-    """A layer's KV heads, their size and type."""
+    """The number, size and type of a layer's KV heads."""
 
     heads: int
     head_dim: int
@@ -95,10 +88,10 @@ class Pools:
     """
 
     def __init__(self, shapes: Sequence[LayerShape], block_tokens: int, ops: PagedOps) -> None:
-        """Start without any."""
+        """Start without pools."""
         self.layers: list[PagedLayer] = []
         self._shapes, self._block_tokens, self._ops = shapes, block_tokens, ops
-        self._left = 0  # bytes of old pools since MLX's cached buffers were given back
+        self._left = 0  # bytes of old pools in MLX's buffer cache
         self._may_leave = LEFT_BYTES
 
     @property
@@ -112,13 +105,13 @@ class Pools:
         return sum(layer.nbytes for layer in self.layers)
 
     def limit(self, blocks: int) -> None:
-        """Know how many blocks there will ever be."""
+        """Set the most blocks that there will be."""
         tokens = blocks * self._block_tokens
         values = sum(2 * shape.heads * shape.head_dim * shape.dtype.size for shape in self._shapes)
         self._may_leave = max(LEFT_BYTES, int(LEFT_FRACTION * tokens * values))
 
     def need(self, blocks: int) -> None:
-        """Have so many blocks now; may wait for the step under way."""
+        """Grow to so many blocks now; may wait for the running step."""
         if not self.layers:
             layers = [self._new_layer(shape, blocks) for shape in self._shapes]
             materialize(layers)
@@ -127,7 +120,7 @@ class Pools:
             self._grow(self._shorter(blocks), blocks)
 
     def grow_ahead(self, blocks: int) -> None:
-        """Let a few of the layers with fewer blocks have so many, those with the fewest first."""
+        """Grow a few of the layers to so many blocks, those with the fewest first."""
         count = -(-len(self.layers) // STEPS_TO_GROW)
         shortest = sorted(self._shorter(blocks), key=lambda layer: layer.keys.shape[0])
         self._grow(shortest[:count], blocks)
@@ -141,20 +134,20 @@ class Pools:
         wait_for_launched()
         self._left += sum(layer.nbytes for layer in layers)
         resize(layers, blocks, at_once=RESIZED_BYTES)
-        # The old pools' buffers fit nothing else, but to clear has the next step ask the system
-        # for all of its memory again: few bytes wait for the runner, which clears now and then.
+        # Nothing else fits the old pools' buffers. But after a clear, the next step allocates all
+        # of its memory anew: so a few bytes stay until the runner clears, now and then.
         if self._left > self._may_leave:
             self._left = 0
             mx.clear_cache()
 
     def compact(self, kept: Sequence[int], blocks: int) -> None:
-        """Keep these blocks, in order, in pools of so many; memory may be short."""
+        """Keep these blocks, in order, in new pools of so many; memory may be short."""
         resize(self.layers, blocks, kept, at_once=0)
         self._left = 0
         mx.clear_cache()
 
     def drop(self) -> None:
-        """Forget them all; a step under way keeps what it uses."""
+        """Drop all pools; a running step keeps those that it uses."""
         self.layers = []
 
     def _new_layer(self, shape: LayerShape, blocks: int) -> PagedLayer:

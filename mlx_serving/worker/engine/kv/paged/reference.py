@@ -1,4 +1,4 @@
-"""What the kernels of the paged cache do, in MLX: they are checked against it."""
+"""The operations of the paged cache in MLX: the kernels are checked against them."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,7 @@ from mlx_serving.worker.engine.kv.paged.layers import PagedLayer, StepPlan, Stor
 
 
 class ReferenceOps:
-    """Gathers every row's blocks for mlx's own attention: right on any device, and slow."""
+    """Gathers every row's blocks for MLX's own attention: correct on any device, and slow."""
 
     in_place = False
     ordered_by_stream = True
@@ -21,7 +21,7 @@ class ReferenceOps:
         entries: Sequence[StoreEntry],
         after: mx.array,
     ) -> mx.array:
-        """See `PagedOps.store`. Fills whole blocks; what is beyond a prompt is never read."""
+        """See `PagedOps.store`. Fills whole blocks; places after a prompt's end are never read."""
         size = layer.keys.shape[2]
         blocks = mx.array([entry.block for entry in entries])
         prompts = mx.array([[entry.prompt] for entry in entries])

@@ -1,7 +1,7 @@
 """The paged cache's self-check: this model, on this device, against the reference and mlx-lm.
 
-Rows with random keys and values, one long enough that several items of work share it, join,
-decode and leave; prompts are computed in a step of theirs. Every call of the operations is compared
+Rows with random keys and values join, decode and leave; one is so long that it is split into
+several items of work. Then decode steps compute prompts. Every call of the operations is compared
 with the reference in MLX, and the logits with those on mlx-lm's own batch caches.
 """
 
@@ -11,13 +11,9 @@ from typing import Any, Final, cast
 import mlx.core as mx
 from mlx_lm.models.cache import KVCache
 
-from mlx_serving.worker.engine.kv.decode_cache import (
-    DecodeCache,
-    PaddedCache,
-    Prefilled,
-    Prompt,
-)
+from mlx_serving.worker.engine.kv.interface import DecodeCache, Prefilled, Prompt
 from mlx_serving.worker.engine.kv.padded import LanguageModel
+from mlx_serving.worker.engine.kv.padded_cache import PaddedCache
 from mlx_serving.worker.engine.kv.paged.cache import BLOCK_TOKENS, PagedCache
 from mlx_serving.worker.engine.kv.paged.layers import (
     PagedLayer,
@@ -30,7 +26,7 @@ from mlx_serving.worker.engine.kv.paged.reference import ReferenceOps
 from mlx_serving.worker.engine.kv.paged.step import SPLIT_ABOVE_TOKENS
 from mlx_serving.worker.engine.kv.prefix.index import PrefixKey
 
-# How far values may be apart, as a part of their norm: 16-bit types round, in each layer anew.
+# The largest difference, as a part of the norm: 16-bit types round in each layer.
 _ATTENTION_TOLERANCE: Final = {mx.float32: 1e-3, mx.float16: 2e-3, mx.bfloat16: 1e-2}
 _LOGITS_TOLERANCE: Final = {mx.float32: 5e-3, mx.float16: 0.03, mx.bfloat16: 0.1}
 _LENGTHS: Final = (SPLIT_ABOVE_TOKENS + 5, 3, BLOCK_TOKENS)
@@ -42,12 +38,9 @@ class DifferenceError(RuntimeError):
 
 
 class ComparedOps:
-    """Runs operations beside their reference.
+    """Runs operations beside their reference; raises `DifferenceError` if the two differ."""
 
-    Its methods raise `DifferenceError` where the two differ.
-    """
-
-    in_place = False  # a compiled step could not look at values
+    in_place = False  # a compiled step can't compare values
 
     def __init__(self, ops: PagedOps) -> None:
         self.ordered_by_stream = ops.ordered_by_stream
@@ -106,14 +99,14 @@ class ComparedOps:
 
 
 def distance(values: mx.array, expected: mx.array) -> float:
-    """Return the norm of the difference over the norm of what is expected; NaN fails any bound."""
+    """Return the norm of the difference over the norm of `expected`; NaN exceeds any bound."""
     wide = expected.astype(mx.float32)
     difference = mx.linalg.norm(values.astype(mx.float32) - wide)
     return cast("float", (difference / (mx.linalg.norm(wide) + 1e-9)).item())
 
 
 def check(model: LanguageModel, shapes: Sequence[LayerShape], ops: PagedOps) -> str | None:
-    """Return what differs, or None."""
+    """Return the first difference as text, or None."""
     try:
         _run(PagedCache(model, shapes, ComparedOps(ops)), shapes)
     except DifferenceError as error:
@@ -126,9 +119,10 @@ def check(model: LanguageModel, shapes: Sequence[LayerShape], ops: PagedOps) -> 
 
 
 def _run(cache: DecodeCache, shapes: Sequence[LayerShape]) -> mx.array:
-    """Rows join one by one, then the first leaves, twice; returns all logits, [logits, V].
+    """Let rows join one by one; then, twice, compute a prompt and let the first row leave.
 
-    Then prompts are computed, once beside a long row and once beside short ones.
+    So one prompt is computed beside a long row and one beside short rows. Returns all logits,
+    [logits, V].
     """
     logits: list[mx.array] = []
 
@@ -149,7 +143,7 @@ def _run(cache: DecodeCache, shapes: Sequence[LayerShape]) -> mx.array:
 
 
 def _compute(cache: DecodeCache, prompt: list[int]) -> None:
-    """Let a prompt join: computed by the next step, or before where the cache can't do that."""
+    """Let a prompt join: computed by the next step, or before if the cache can't do that."""
     if isinstance(cache, PagedCache):
         cache.enter([Prompt(prompt, PrefixKey(b"", b""))])
         return

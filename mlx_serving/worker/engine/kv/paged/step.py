@@ -1,4 +1,4 @@
-"""One decode step on paged layers: which row reads which blocks, and the compiled function."""
+"""One decode step on paged layers: its plan, and the compiled function."""
 
 from __future__ import annotations
 
@@ -15,29 +15,19 @@ from mlx_serving.worker.engine.kv.paged.layers import PagedLayer, PagedOps, Step
 if TYPE_CHECKING:
     from mlx_serving.worker.engine.kv.padded import LanguageModel
 
-# Rows are one item of work each, until one is longer than this; then all are cut into chunks.
-# (Measured: a second launch to join the parts costs more than it saves before that.)
+# Each row is one item of work, until a row is longer than this; then all are cut into chunks.
+# (Measured: for shorter rows, the second launch that joins the parts costs more than it saves.)
 SPLIT_ABOVE_TOKENS: Final = 2048
-
-
 CHUNK_TOKENS: Final = 1024
-
-
-MIXED_ROWS: Final = 64  # a step that computes prompts has a multiple of so many rows
-
-
+MIXED_ROWS: Final = 64  # a step that computes prompts is padded to a multiple of so many rows
 _LEAST_TABLE_WIDTH: Final = 16  # blocks
-
-
 _ITEMS: Final = 32  # items of work are padded to multiples of so many
-
-
 _END: Final = 2**31 - 1
 
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """What the next step computes of a row's context: `tokens`, from position `first` on."""
+    """The part of a row's context that the next step computes, from position `first` on."""
 
     row: int
     first: int
@@ -46,23 +36,23 @@ class Context:
 
 @dataclass(frozen=True, slots=True)
 class BatchRows:
-    """Each row's blocks, and its tokens, int32 [R], before the step; `spare`: nobody's block."""
+    """Each row's blocks, its length int32 [R] before the step, and the padding block."""
 
     blocks: Sequence[Sequence[int]]
     lengths: np.ndarray
-    spare: int
+    padding_block: int
 
 
 def make_plan(batch: BatchRows, contexts: Sequence[Context], after: mx.array) -> StepPlan:
-    """Plan a step of these rows, then of their contexts' tokens in order, then of nobody's.
+    """Plan a step of these rows, then of their contexts' tokens in order, then of padding.
 
-    `after`: int32 [1], 0; what it depends on comes before the step.
+    `after`: int32 [1], 0; the step runs after the work that it depends on.
     """
     rows = len(batch.blocks)
     owners = np.concatenate([np.arange(rows), *_owners(contexts)]).astype(np.int32)
     size = round_up(owners.size, MIXED_ROWS) if contexts else round_up_rows(rows)
     width = max(_LEAST_TABLE_WIDTH, round_up_to_power(max(map(len, batch.blocks))))
-    table = np.full((size, width), batch.spare, dtype=np.int32)
+    table = np.full((size, width), batch.padding_block, dtype=np.int32)
     for index, blocks in enumerate(batch.blocks):
         table[index, : len(blocks)] = blocks
     table[rows : owners.size] = table[owners[rows:]]
@@ -73,7 +63,7 @@ def make_plan(batch: BatchRows, contexts: Sequence[Context], after: mx.array) ->
     mx.async_eval(after)  # by itself: see `ModelRunner._forward`
     return StepPlan(
         mx.array(table),
-        # So that a step comes after every store, and begins with a sum as every other does.
+        # So the step runs after every store, and begins with a sum as every other step.
         mx.array(lengths) + after,
         mx.array(advance),
         mx.array(work, dtype=mx.int32),
@@ -92,7 +82,7 @@ def _positions(contexts: Sequence[Context]) -> list[np.ndarray]:
 
 
 def plan_work(lengths: Sequence[int]) -> tuple[list[tuple[int, int, int]], list[int]]:
-    """Return the items of work of rows of such lengths, and each row's first; see `StepPlan`."""
+    """Return the items of work for rows of these lengths, and each row's first; see `StepPlan`."""
     if max(lengths) <= SPLIT_ABOVE_TOKENS:
         return [(row, 0, _END) for row in range(len(lengths))], list(range(len(lengths) + 1))
     work: list[tuple[int, int, int]] = []
@@ -108,14 +98,14 @@ def plan_work(lengths: Sequence[int]) -> tuple[list[tuple[int, int, int]], list[
 STEP_ROWS: Final = 8  # batch sizes are multiples of it, or a smaller power of two
 
 
-Step = Callable[[mx.array, StepPlan, Sequence[PagedLayer]], tuple[mx.array, mx.array]]
+StepFunction = Callable[[mx.array, StepPlan, Sequence[PagedLayer]], tuple[mx.array, mx.array]]
 
 
 """From tokens int32 [B], a plan and layers to logits [B, V] and the next step's lengths [B]."""
 
 
 def round_up_rows(rows: int) -> int:
-    """Return the batch size that so many rows are computed in."""
+    """Return the batch size, padding included, for so many rows."""
     if rows <= STEP_ROWS:
         return round_up_to_power(rows)
     return round_up(rows, STEP_ROWS)
@@ -131,8 +121,8 @@ def round_up_to_power(count: int) -> int:
     return 1 << (count - 1).bit_length()
 
 
-def plain_step(model: LanguageModel) -> Step:
-    """Return the step as Python builds it each time."""
+def plain_step(model: LanguageModel) -> StepFunction:
+    """Return a step that Python builds anew each time."""
 
     def step(
         tokens: mx.array, plan: StepPlan, layers: Sequence[PagedLayer]
@@ -144,8 +134,8 @@ def plain_step(model: LanguageModel) -> Step:
     return step
 
 
-def compiled_step(model: LanguageModel, ops: PagedOps) -> Step:
-    """Return the step compiled; `ops` work in place, so that nothing but results comes out."""
+def compiled_step(model: LanguageModel, ops: PagedOps) -> StepFunction:
+    """Return the compiled step; `ops` work in place, so the only outputs are the results."""
     plain = plain_step(model)
 
     def traced(split: bool, mixed: bool) -> Callable[..., Any]:  # noqa: FBT001 - one a value

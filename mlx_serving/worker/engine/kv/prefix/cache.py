@@ -1,8 +1,8 @@
-"""The prefix cache: blocks of the paged KV cache that may be found again by their tokens. Pure.
+"""The prefix cache: blocks of the paged KV cache that can be found again by their tokens. Pure.
 
-An allocator whose blocks outlive their rows: what a row computed is entered in an index, which
-then owns the block beside the row. Blocks that only the index owns are idle: they are evicted,
-the least recently used first, when rows need room or when there are more of them than wanted.
+An allocator whose blocks outlive their rows: a row's full blocks are entered into an index, which
+then owns them beside the row. Blocks that only the index owns are idle: they are evicted, the
+least recently used first, when rows need room or when there are more than `idle_limit`.
 """
 
 from collections.abc import Iterable, Sequence
@@ -17,7 +17,7 @@ class PrefixCache(BlockAllocator):
     def __init__(
         self, index: PrefixIndexProtocol, block_tokens: int, limit: int, idle_limit: int
     ) -> None:
-        """Start empty; at most `idle_limit` blocks are kept that no row uses."""
+        """Start empty; keep at most `idle_limit` blocks that no row uses."""
         super().__init__(limit)
         self._index = index
         self._block_tokens = block_tokens
@@ -26,7 +26,7 @@ class PrefixCache(BlockAllocator):
 
     @property
     def idle_limit(self) -> int:
-        """How many blocks are kept that no row uses."""
+        """The most blocks that are kept and no row uses."""
         return self._idle_limit
 
     @property
@@ -40,7 +40,7 @@ class PrefixCache(BlockAllocator):
         return len(self._index) - self._index.idle
 
     def can_allocate(self, count: int) -> bool:
-        """Say whether `count` more blocks are within the limit, were all idle ones evicted."""
+        """Say whether `count` more blocks are within the limit if all idle ones are evicted."""
         return self.used - self.idle + count <= self.limit
 
     def allocate(self, count: int) -> list[int]:
@@ -67,27 +67,27 @@ class PrefixCache(BlockAllocator):
         self._evict(min(blocks, self.idle))
 
     def keep_idle(self, blocks: int) -> None:
-        """Keep no more than so many blocks that no row uses, from now on."""
+        """From now on, keep at most so many blocks that no row uses."""
         self._idle_limit = blocks
         self._evict(self.idle - blocks)
 
     def find(self, key: PrefixKey) -> list[int]:
-        """Return the whole blocks of the longest known prefix."""
+        """Return the whole blocks of the longest cached prefix."""
         blocks, tokens = self._index.match(*key)
         return blocks[: tokens // self._block_tokens]
 
     def acquire(self, key: PrefixKey) -> list[int]:
-        """Find, and give each block one more owner."""
+        """Do as `find`, and give each block one more owner."""
         blocks = self.find(key)
         self.share(blocks)
         return blocks
 
     def pin(self, key: PrefixKey) -> tuple[list[int], int]:
-        """Return the blocks of the longest known prefix, one more owner each, and its tokens.
+        """Return the blocks of the longest cached prefix, and its tokens; each gets one more owner.
 
-        Of the last block, only the first tokens may be the prefix's. A prefix of less than a block
-        counts as none: to gather it costs more than to compute it. `unpin` takes the same list
-        back; until then, `compact` renumbers what is in it.
+        Of the last block, maybe only the first tokens are the prefix's. A prefix of less than a
+        block counts as none: copying it costs more than computing it. `unpin` takes the same list
+        back; until then, `compact` renumbers the blocks in it.
         """
         blocks, tokens = self._index.match(*key)
         if tokens < self._block_tokens:
@@ -97,7 +97,7 @@ class PrefixCache(BlockAllocator):
         return blocks, tokens
 
     def unpin(self, blocks: list[int]) -> None:
-        """Let go of what `pin` returned. Any other list is ignored."""
+        """Take one owner from the blocks of a list that `pin` returned; other lists are ignored."""
         if self._pins.pop(id(blocks), None) is not None:
             self.free(blocks)
 
@@ -110,11 +110,11 @@ class PrefixCache(BlockAllocator):
         return moved
 
     def insert(self, key: PrefixKey, blocks: Sequence[int]) -> None:
-        """Enter blocks of a row, in order, as far as the key's tokens fill them."""
+        """Enter the blocks of a row, in order, that the key's tokens fill."""
         super().share(self._index.insert(*key, blocks))
 
     def forget(self, blocks: Sequence[int]) -> None:
-        """Take a row's blocks out of the index, as far as no other row uses them."""
+        """Take a row's blocks out of the index, except those that other rows use."""
         shared = sum(self.owners(block) > 2 for block in blocks)  # noqa: PLR2004 - index and row
         super().free(self._index.forget(blocks[shared:]))
 

@@ -1,40 +1,40 @@
-"""Whether an engine has a prefix cache, and whether its index is native or the twin."""
+"""Chooses whether an engine has a prefix cache, and its index: native or the twin."""
 
 import random
 from array import array
 from collections.abc import Callable
 from typing import Any, Final
 
-from mlx_serving.worker.engine.acceleration import AccelerationReport, load_native
 from mlx_serving.worker.engine.kv.prefix import index as twin
 from mlx_serving.worker.engine.kv.prefix.cache import PrefixCache
 from mlx_serving.worker.engine.kv.prefix.index import PrefixIndexProtocol
+from mlx_serving.worker.engine.native import SWITCHED_OFF, AccelerationReport, load_native
 
 PREFIX_INDEX: Final = "prefix index"
 PREFIX_CACHE: Final = "prefix cache"
-# Of the KV budget, what prefixes may keep that no row uses, where the settings don't say.
+# The part of the KV budget that idle prefixes may keep, unless the settings say otherwise.
 DEFAULT_IDLE_FRACTION: Final = 0.5
 
-Make = Callable[[int], PrefixIndexProtocol]
+MakeIndex = Callable[[int], PrefixIndexProtocol]
 
 
 def make_prefix_cache(
     block_tokens: int, capacity_tokens: int, idle_tokens: int | None, *, prefer_native: bool
 ) -> tuple[PrefixCache | None, AccelerationReport]:
-    """Return an engine's prefix cache, or None and why it goes without.
+    """Return an engine's prefix cache, or None and why it has none.
 
     Args:
-        block_tokens: of the decode batch's cache; 0: it keeps no blocks.
-        capacity_tokens: what that cache may hold.
-        idle_tokens: what may be kept that no row uses; None: a part of the capacity; 0: nothing,
-            and no prefix is looked up.
-        prefer_native: False asks for the twin.
+        block_tokens: the block size of the decode batch's cache; 0: it has no blocks.
+        capacity_tokens: how many tokens that cache may hold.
+        idle_tokens: how many tokens may be kept that no row uses; None: a part of the capacity;
+            0: none, and no prefix is looked up.
+        prefer_native: False: use the twin.
     """
     if not block_tokens:
         reason = "the KV cache keeps no blocks that could be shared; every prompt is computed"
         return None, AccelerationReport(PREFIX_CACHE, "off", reason)
     if idle_tokens == 0:
-        return None, AccelerationReport(PREFIX_CACHE, "off", "switched off by the settings")
+        return None, AccelerationReport(PREFIX_CACHE, "off", SWITCHED_OFF)
     if idle_tokens is None:
         idle_tokens = int(capacity_tokens * DEFAULT_IDLE_FRACTION)
     make, report = choose_prefix_index(prefer_native=prefer_native)
@@ -42,25 +42,25 @@ def make_prefix_cache(
     return PrefixCache(make(block_tokens), block_tokens, *blocks), report
 
 
-def choose_prefix_index(*, prefer_native: bool) -> tuple[Make, AccelerationReport]:
-    """The implementation to use; some 5 ms, most of it the self-check."""
+def choose_prefix_index(*, prefer_native: bool) -> tuple[MakeIndex, AccelerationReport]:
+    """Return the implementation to use; takes some 5 ms, most of it the self-check."""
     make, reason = _try_native(prefer_native=prefer_native)
     if make is None:
         return twin.PrefixIndex, AccelerationReport(PREFIX_INDEX, "twin", reason)
     return make, AccelerationReport(PREFIX_INDEX, "native", reason)
 
 
-def _try_native(*, prefer_native: bool) -> tuple[Make | None, str]:
+def _try_native(*, prefer_native: bool) -> tuple[MakeIndex | None, str]:
     if not prefer_native:
-        return None, "switched off by the settings"
+        return None, SWITCHED_OFF
     native, reason = load_native()
     if native is None:
         return None, reason
     expected = _check_run(twin.PrefixIndex)
     try:
-        make: Make = native.PrefixIndex
+        make: MakeIndex = native.PrefixIndex
         got = _check_run(make)
-    except Exception as error:  # noqa: BLE001 - whatever a broken module does, the twin is used
+    except Exception as error:  # noqa: BLE001 - after any error the twin is used
         difference = f"{type(error).__name__}: {error}"
         return None, f"the native piece failed its self-check: {difference}"
     if got != expected:
@@ -73,8 +73,8 @@ _CHECK_BLOCK_TOKENS: Final = 3  # not a multiple of eight bytes
 _CHECK_DEPTH: Final = 6
 
 
-def _check_run(make: Make) -> list[Any]:
-    """Rows with random prefixes of two salts come and go; returns all that the index said."""
+def _check_run(make: MakeIndex) -> list[Any]:
+    """Add and remove rows with random prefixes of two salts; return every answer of the index."""
     chance = random.Random(0)  # noqa: S311 - test data
     index = make(_CHECK_BLOCK_TOKENS)
     seen: list[Any] = []

@@ -1,11 +1,11 @@
-"""Which blocks of the KV cache hold which tokens: the Python twin of `_native.PrefixIndex`.
+"""An index of cached blocks by their tokens: the Python twin of `_native.PrefixIndex`.
 
-A radix tree whose digits are blocks of tokens, one tree a salt: a node stands for a block of the
-cache and for all tokens from the start of a prompt to the block's end. Keys and values depend on
+A radix tree for each salt, whose digits are blocks of tokens: a node is a block of the cache, and
+its path is all tokens from the start of a prompt to the block's end. Keys and values depend on
 every token before them, so a block is found by its whole path and never by its tokens alone.
 
-Blocks that a row holds are never evicted. What holds a block holds the path to it, so that the
-blocks nobody holds make up whole subtrees: each of them can be evicted, leaves first.
+Blocks that a row holds are never evicted. A row that holds a block holds the path to it, so the
+blocks that no row holds are whole subtrees, which can be evicted leaf by leaf.
 """
 
 from bisect import bisect_left, insort
@@ -18,63 +18,62 @@ TOKEN_BYTES: Final = 4
 
 
 class PrefixKey(NamedTuple):
-    """What a prefix is found by: whose it is, and its tokens as native int32s."""
+    """The key of a prefix: the salt of its requests, and its tokens as native int32s."""
 
     salt: bytes
     tokens: bytes
 
 
 class PrefixIndexProtocol(Protocol):
-    """Blocks by the tokens they hold. Only one thread may call it."""
+    """Blocks by their tokens. Only one thread may call it."""
 
     @property
     def idle(self) -> int:
-        """Blocks that nothing holds: as many can be evicted."""
+        """Blocks that no row holds: all of them can be evicted."""
 
     def __len__(self) -> int:
         """Return the number of blocks."""
 
     def match(self, salt: bytes, tokens: bytes) -> tuple[list[int], int]:
-        """Return the blocks of the longest known prefix, in order, and how many tokens it has.
+        """Return the blocks of the longest indexed prefix, in order, and its number of tokens.
 
-        `tokens` are native int32s. Of the last block, it may be that only the first tokens are
-        the prefix's: where they are less than a block, or where it goes on otherwise. Looking
-        changes nothing.
+        `tokens` are native int32s. Of the last block, maybe only the first tokens are the prefix's,
+        if `tokens` end or differ within it. Changes nothing.
         """
 
     def insert(self, salt: bytes, tokens: bytes, blocks: Sequence[int]) -> list[int]:
-        """Take in the blocks of a prefix, in order; return those that are new, which are held.
+        """Enter the blocks of a prefix, in order; return those that are new, which count as held.
 
-        It ends where the tokens or the blocks do, or where another block holds the same prefix.
+        Stops at the end of the tokens or the blocks, or if another block has the same prefix.
 
         Raises:
-            ValueError: a block is known by other tokens; nothing is changed then.
+            ValueError: a block is indexed by other tokens; nothing is changed then.
         """
 
     def hold(self, blocks: Sequence[int]) -> None:
-        """Keep these from eviction. Unknown blocks are ignored."""
+        """Protect these blocks from eviction. Unknown blocks are ignored."""
 
     def release(self, blocks: Sequence[int]) -> None:
-        """Note that these are used no more, as of now. Unknown blocks are ignored."""
+        """Note that no row uses these blocks from now on. Unknown blocks are ignored."""
 
     def evict(self, count: int) -> list[int]:
-        """Forget up to `count` idle blocks, the least recently released first; return them."""
+        """Remove up to `count` idle blocks, the least recently released first; return them."""
 
     def forget(self, blocks: Sequence[int]) -> list[int]:
-        """Forget a path from its end up to where others go on from it; return what went."""
+        """Remove a path's blocks from its end up to the first with other children; return them."""
 
     def renumber(self, blocks: Sequence[int]) -> None:
-        """Call block `blocks[n]` n from now on. They are in rising order; no other is known.
+        """Rename block `blocks[n]` to n. `blocks` are in rising order and hold every indexed one.
 
         Raises:
-            ValueError: a known block is missing; nothing is changed then.
+            ValueError: an indexed block is missing; nothing is changed then.
         """
 
     def blocks(self) -> dict[int, bool]:
-        """Return every block, and whether it is held."""
+        """Return every block, and whether a row holds it."""
 
     def check(self) -> None:
-        """Look at every block.
+        """Check every block.
 
         Raises:
             RuntimeError: the index contradicts itself.
@@ -109,7 +108,7 @@ class PrefixIndex:
         self._nodes: dict[int, _Node] = {}
         self._idle = 0
         self._clock = 0
-        # Idle leaves, and what was one once: (released_at, block).
+        # Idle leaves, and former ones: (released_at, block).
         self._leaves: list[tuple[int, int]] = []
 
     @property
@@ -275,7 +274,7 @@ class PrefixIndex:
 
 
 def _nearest(node: _Node, tokens: bytes) -> tuple[_Node | None, int]:
-    """Return the child that has most first tokens in common with these, and how many."""
+    """Return the child with the longest common beginning with these tokens, and its length."""
     at = bisect_left(node.order, tokens)
     best, most = None, 0
     # In order, the nearest is one of two neighbours.

@@ -1,4 +1,4 @@
-"""Which formats of calls can be enforced, and how each is written: mlx-lm's parsers by name."""
+"""The formats of calls that can be enforced, by the names of mlx-lm's parsers."""
 
 import json
 import keyword
@@ -12,7 +12,7 @@ from mlx_serving.worker.engine.structured.tool_grammars.schema import ToolSchema
 from mlx_serving.worker.engine.structured.tool_grammars.spelling import Spelling, listed
 
 WriteTool = Callable[[ToolSchema, str, Spelling, str], list[str]]
-"""Write the rule (the name is given) of a call of a tool; the marker that ends calls comes last."""
+"""Writes the rule of a tool's call; takes tool, rule name, spelling, and the calls' end marker."""
 
 _WORD: Final = r"\w+"
 _DASHED: Final = r"[\w-]+"
@@ -22,10 +22,10 @@ _ANY_NAME: Final = r"[\w.-]+"
 
 @dataclass(frozen=True, slots=True)
 class CallFormat:
-    """How calls stand between the model's markers; texts are right sides of rules.
+    """How calls are written between the model's markers; texts are right sides of rules.
 
-    `between`: what parts the calls that share their markers; None: each call has its own.
-    `names`: regex of the functions' names that the parser can read.
+    `between`: the separator of calls that share their markers; None: each call has its own
+    markers. `names`: regex of the function names that the parser can read.
     """
 
     write: WriteTool
@@ -36,7 +36,7 @@ class CallFormat:
 
 
 def call_format(name: str | None, spelling: Spelling) -> CallFormat | None:
-    """Return the format of a parser of mlx-lm's; None where its calls can't be enforced."""
+    """Return the format of one of mlx-lm's parsers; None if its calls can't be enforced."""
     if name == "mistral" and spelling.begins_with_token("[ARGS]"):
         return replace(_MISTRAL_ARGS, between=spelling.literal("[TOOL_CALLS]"))
     return _FORMATS.get(name or "")
@@ -49,19 +49,22 @@ def _json_call(tool: ToolSchema, name: str, spelling: Spelling, end: str) -> lis
 
 
 def _between(before: str, after: str) -> WriteTool:
-    """A call whose arguments are a JSON object between two texts; `{}` is the function's name."""
+    """Write calls whose arguments are a JSON object between two texts.
+
+    In `before`, `{}` stands for the function's name and `#` for a number.
+    """
 
     def write(tool: ToolSchema, name: str, spelling: Spelling, end: str) -> list[str]:
         del end
         parts = [spelling.literal(part) for part in before.format(tool.name).split("#")]
-        head = " /[0-9]{1,4}/ ".join(parts)  # a number of the model's own choice
+        head = " /[0-9]{1,4}/ ".join(parts)  # a number that the model chooses
         return [f"{name}: {head} {tool.arguments()} {spelling.literal(after)}"]
 
     return write
 
 
 def _pythonic(tool: ToolSchema, name: str, spelling: Spelling, end: str) -> list[str]:
-    """`name(key=value, …)`: the JSON texts that llguidance writes are Python's literals too."""
+    """Write `name(key=value, …)`: JSON texts as llguidance writes them are Python literals too."""
     del spelling, end
     if any(keyword.iskeyword(part) for part in tool.name.split(".")):
         raise tool.refusal(tool.name_path, "the function's name can't be written")

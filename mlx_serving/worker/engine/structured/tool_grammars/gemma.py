@@ -1,7 +1,7 @@
 """Gemma's formats: `call:name{key:value,…}`, with a delimiter of their own around strings.
 
-Their values are no JSON, so every schema is written out here; what the parser in mlx-lm can't
-read back is refused.
+Values are not JSON, so the rules of every schema are written here. A value that mlx-lm's parser
+can't read back is refused.
 """
 
 import json
@@ -35,9 +35,10 @@ _KEYWORDS: Final[dict[str, frozenset[str]]] = {
 
 @dataclass(frozen=True, slots=True)
 class GemmaFormat:
-    """`quote` stands around strings. `nested`: whether a value may be an array or an object.
+    """How calls are written: `quote` is the delimiter of strings.
 
-    `without`: what no string may hold.
+    `nested`: whether a value may be an array or an object. `without`: texts that no string may
+    hold.
     """
 
     quote: str
@@ -45,7 +46,7 @@ class GemmaFormat:
     without: tuple[str, ...] = ()
 
     def rules(self, tool: ToolSchema, name: str, spelling: Spelling, end: str) -> list[str]:
-        """Write the rule `name` of a call of a tool, and what it is made of.
+        """Write the rule `name` of a call of a tool, and the rules that it uses.
 
         `end` is the marker that ends the call.
 
@@ -112,7 +113,7 @@ class _GemmaWriter:
     def _text(self, schema: dict[str, Any], path: str) -> str:
         body = self._tool.text_length(schema, path) or ANY_TEXT
         never = [f"{ANY_TEXT}{escaped(text)}{ANY_TEXT}" for text in self._without]
-        # The parser in mlx-lm marks places by this character.
+        # mlx-lm's parser uses this character itself.
         never.append(f"{ANY_TEXT}\\x00{ANY_TEXT}")
         text, rules = self._spelling.text_up_to(
             self._new_name(), [body], self._form.quote, never=never
@@ -146,7 +147,7 @@ class _GemmaWriter:
         return f'"{{" {inside} "}}"'
 
     def _reference(self, reference: object, path: str) -> str:
-        """A rule of its own for what is referred to, so that a schema may refer to itself."""
+        """Return the rule of a referenced schema, written once: a schema may refer to itself."""
         if not isinstance(reference, str) or not reference.startswith("#/"):
             raise self._tool.refusal(path, "such a reference can't be followed")
         if reference not in self._references:
@@ -158,7 +159,7 @@ class _GemmaWriter:
         return self._references[reference]
 
     def _choice(self, choice: object, path: str) -> str:
-        """One value of an enum, as text."""
+        """Return one value of an enum as text."""
         if isinstance(choice, str):
             if any(text in choice for text in (*self._without, self._form.quote, "\0")):
                 raise self._tool.refusal(path, f"{choice[:64]!r} can't be written")

@@ -1,8 +1,8 @@
-"""Formats that write a call's parameters one by one between tags, as XML does.
+"""Formats that write each parameter of a call between tags, as XML does.
 
-A string stands there as it is, without quotes; any other value as JSON. What the format's parser
-in mlx-lm would read as something else than was meant is left out of the grammar: a text that
-holds a closing tag, one that is read as null, blanks that are stripped.
+A string is written as it is, without quotes; any other value as JSON. The grammar leaves out texts
+that the format's parser in mlx-lm would misread: a text that holds a closing tag, one that is read
+as null, blanks that are stripped.
 """
 
 import json
@@ -24,16 +24,16 @@ from mlx_serving.worker.engine.structured.tool_grammars.spelling import ANY_TEXT
 _TEXT_KEYWORDS: Final = ANNOTATIONS | {"type", "enum", "const", "minLength", "maxLength"}
 _JSON_TYPES: Final = frozenset({"integer", "number", "boolean", "object", "array"})
 _NAMES: Final = r"""[^\s<>"'&={}]{1,128}"""
-_EDGE_CHAR: Final = r"[!-~\u{a1}-\u{167f}\u{3001}-\u{10ffff}]"  # none that is stripped, few ranges
+_EDGE_CHAR: Final = r"[!-~\u{a1}-\u{167f}\u{3001}-\u{10ffff}]"  # never stripped; few ranges
 _STRIPPED: Final = f"({_EDGE_CHAR}((?s:.*){_EDGE_CHAR})?)?"
-_SHARED_CHARS: Final = 5  # as in "</atem:"; "</" alone begins tags of texts too
+_SHARED_CHARS: Final = 5  # as in "</atem:"; "</" alone begins other tags too
 _NULL: Final = "(?i:null)"
-_BREAK: Final = "␤"  # in a tag: a line break or none, as the versions of a model differ
+_BREAK: Final = "␤"  # in a tag: an optional line break; versions of a model differ in it
 
 
 @dataclass(frozen=True, slots=True)
 class TagFormat:
-    """How calls are written: `{}` stands for the function's or the parameter's name."""
+    """How calls are written; `{}` stands for the name of the function or of the parameter."""
 
     head: str
     before: str
@@ -44,26 +44,26 @@ class TagFormat:
     edge: str = ""
     """On both sides of a value."""
     without: tuple[str, ...] = ()
-    """What no text may hold, beside the closing tag."""
+    """Texts that no string may hold, beside the closing tag."""
     typed: bool = False
-    """The parser turns a value into what the schema says, which has to name one type."""
+    """The parser converts a value to the schema's type, of which there must be exactly one."""
     strips: bool = False
-    """The parser strips a text's blanks."""
+    """The parser strips blanks from both ends of a string."""
     null: str = ""
-    """Regex of texts that are read as null or another value that is no text."""
+    """Regex of strings that the parser reads as null or as another value."""
     nullable_null: str = ""
-    """The same where the schema allows null; none: it may not."""
+    """The same if the schema allows null; empty: no schema may allow it."""
     plain: str = ANY_TEXT
-    """Regex of texts that may stand as they are."""
+    """Regex of strings that may be written as they are."""
     wrapped: tuple[str, str] | None = None
-    """What else a text may stand in."""
+    """Texts before and after a string, which may be written between these instead."""
     quoted: bool = False
-    """A text may be a JSON string instead."""
+    """A string may be written as a JSON string instead."""
     empty: str = ""
-    """A call without arguments, where the parser can't read the tags alone."""
+    """A call without arguments, if the parser can't read it by the tags alone."""
 
     def rules(self, tool: ToolSchema, name: str, spelling: Spelling, end: str) -> list[str]:
-        """Write the rule `name` of a call of a tool, and what it is made of.
+        """Write the rule `name` of a call of a tool, and the rules that it uses.
 
         `end` is the marker that ends the call.
 
@@ -86,7 +86,7 @@ class _TagWriter:
         names = [self._parameter(n, parameter) for n, parameter in enumerate(parameters)]
         head, tail = self._literal(form.head.format(self._tool.name)), self._literal(form.tail)
         if form.empty and not any(parameter.required for parameter in parameters):
-            # None at all, or the first that is there and any after it.
+            # No parameter at all, or one as the first and any after it.
             calls = [self._literal(form.empty.format(self._tool.name))]
             for n, first in enumerate(names):
                 calls.append(" ".join([head, first, *(f"({p})?" for p in names[n + 1 :]), tail]))
@@ -108,7 +108,7 @@ class _TagWriter:
         return name
 
     def _values(self, name: str, parameter: Parameter) -> list[str]:
-        """Right sides for a parameter's value and its closing tag."""
+        """Return the right sides of rules for a parameter's value and its closing tag."""
         form, schema = self._form, parameter.schema
         inner = _without_null(schema) if form.nullable_null else None
         null = form.null
@@ -144,7 +144,7 @@ class _TagWriter:
         return found
 
     def _up_to(self, name: str, bodies: Sequence[str], edge: str, closing: str, null: str) -> str:
-        """Free text and what ends it: as it is between tags, or within what wraps it."""
+        """Return the rule of a free text up to its end: the closing tag, or the wrapper's end."""
         form, tail = self._form, escaped(edge)
         blanks = r"\s*" if form.strips and closing == form.closing else ""
         never = [f"{blanks}{null}{blanks}{tail}"] if null else []
@@ -158,7 +158,7 @@ class _TagWriter:
         return found
 
     def _choice(self, parameter: Parameter, choice: object, null: str) -> str:
-        """One text of an enum, written so that it is read as this text."""
+        """Return one string of an enum, written so that the parser reads this string."""
         form = self._form
         if not isinstance(choice, str):
             raise self._tool.refusal(parameter.path, "a string's enum holds what is no string")
@@ -175,14 +175,15 @@ class _TagWriter:
         raise self._tool.refusal(parameter.path, f"{choice[:64]!r} can't be written")
 
     def _literal(self, text: str) -> str:
-        """Text of a rule, in which a line break may be optional."""
+        """Return a text as a right side; its optional line breaks stay optional."""
         return ' "\\n"? '.join(map(self._spelling.literal, text.split(_BREAK)))
 
 
 def _needles(form: TagFormat, closing: str) -> list[str]:
-    """What a text up to a closing tag may not hold: few and short ones, so that masks cost little.
+    """Return texts that a string up to a closing tag must not hold.
 
-    Where all tags of a format begin alike, no text may hold that beginning.
+    There are few and short ones, so that masks cost little: if all tags of a format begin alike,
+    no string may hold that beginning.
     """
     tags = [*form.without, form.closing]
     shared = commonpath(tags)
@@ -192,7 +193,7 @@ def _needles(form: TagFormat, closing: str) -> list[str]:
 
 
 def _without_null(schema: Any) -> dict[str, Any] | None:  # noqa: ANN401 -- as above
-    """The schema of what a nullable value else is; None where it isn't nullable, or is a union."""
+    """Return a nullable schema without null; None if it is not nullable, or is another union."""
     kinds, options = schema.get("type"), schema.get("anyOf")
     if isinstance(kinds, list) and len(kinds) == 2 and "null" in kinds:  # noqa: PLR2004 -- and one more
         (kind,) = [kind for kind in kinds if kind != "null"]
@@ -208,7 +209,7 @@ def _without_null(schema: Any) -> dict[str, Any] | None:  # noqa: ANN401 -- as a
 
 
 def _texts_only(schema: Any) -> bool:  # noqa: ANN401 -- as above
-    """Whether an enum of strings says what a schema without a type is."""
+    """Whether a schema has no type and an enum of strings."""
     choices = schema.get("enum")
     return (
         "type" not in schema
@@ -245,6 +246,6 @@ MINICPM: Final = TagFormat(
 MUSE_SPARK: Final = TagFormat(
     f"<atem:invoke {_XML_NAME}\n", f"<atem:parameter {_XML_NAME}", "</atem:parameter>",
     gap="\n", tail="</atem:invoke>\n", without=("</atem:invoke>",), strips=True, quoted=True,
-    # What JSON could be is read as JSON.
+    # A string that may be JSON is read as JSON.
     plain=r'([^\s"\x7b\[0-9\-](?s:.*))?', null="(true|false|null|NaN|Infinity)",
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""What a tool's parameters are to a format that writes them one by one: names, order, values."""
+"""A tool's parameters for formats that write them one by one: names, order, values."""
 
 import json
 import re
@@ -10,7 +10,7 @@ from mlx_serving.common.errors import InvalidJob
 from mlx_serving.common.job.messages import Tool
 
 BLANKS: Final = r"[\x20\x0A\x0D\x09]{1,64}"
-"""So much at most between the parts of a JSON text: a model that only indents would never end."""
+"""Blanks between the parts of a JSON text: bounded, so that a model can't indent forever."""
 
 ANNOTATIONS: Final = frozenset(
     {"title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly"}
@@ -24,7 +24,7 @@ _OBJECT_KEYWORDS: Final = ANNOTATIONS | {
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """One parameter of a tool. `path` is that of its schema in the job."""
+    """One parameter of a tool; `path` is the path of its schema in the job."""
 
     name: str
     schema: Mapping[str, Any]
@@ -34,7 +34,7 @@ class Parameter:
 
 @dataclass(frozen=True, slots=True)
 class ToolSchema:
-    """A tool, its place among the job's, and what the model's format of calls is called."""
+    """A tool, its index among the job's tools, and the name of the model's format of calls."""
 
     tool: Tool
     index: int
@@ -57,30 +57,30 @@ class ToolSchema:
 
     @property
     def strict(self) -> bool:
-        """Whether its schema is kept to the letter, or as far as a grammar can."""
+        """Whether every keyword of its schema must be enforced, or only those that can be."""
         return bool(self.tool.function.strict)
 
     @property
     def definitions(self) -> dict[str, Any]:
-        """What references within its schema may lead to."""
+        """The definitions that its schema may refer to."""
         schema = self.tool.function.parameters or {}
         return {key: schema[key] for key in _DEFINITIONS if key in schema}
 
     def arguments(self) -> str:
-        """All arguments as one JSON object."""
+        """Return the rule of all arguments as one JSON object."""
         schema = {"type": "object", **(self.tool.function.parameters or {})}
         return json_text(schema, lenient=not self.strict)
 
     def value(self, parameter: Parameter) -> str:
-        """One argument as a JSON text."""
+        """Return the rule of one argument as a JSON text."""
         return json_text({**parameter.schema, **self.definitions}, lenient=not self.strict)
 
     def parameters(self, names: str) -> list[Parameter]:
-        """Its parameters in the order of its schema.
+        """Return the parameters in the order of the schema.
 
         Raises:
-            InvalidJob: the schema says more than which parameters there are, or one's name doesn't
-                match the regex `names`, so that the format has no way to write it.
+            InvalidJob: the schema has other keywords, or a name doesn't match the regex `names`,
+                so that the format can't write it.
         """
         schema: Any = self.tool.function.parameters or {}
         self.allow_keywords(schema, _OBJECT_KEYWORDS, self.path)
@@ -99,43 +99,43 @@ class ToolSchema:
         return found
 
     def allow_keywords(self, schema: Mapping[str, Any], known: Iterable[str], path: str) -> None:
-        """Refuse what a strict tool's schema says beyond some keywords; else it is left out."""
+        """Refuse other keywords than these of a strict tool; those of other tools are ignored."""
         odd = sorted(set(schema) - set(known))
         if odd and self.strict:
             raise self.refusal(f"{path}.{odd[0][:64]}", "can't be kept to")
 
     def text_length(self, schema: Mapping[str, Any], path: str) -> str:
-        """Regex of a text of the lengths that a schema allows, in characters; "": of any."""
+        """Return a regex of the lengths, in characters, that a schema allows; "": any."""
         least, most = self.count(schema, "minLength", path), self.count(schema, "maxLength", path)
         if least is None and most is None:
             return ""
         return f"(?s:.{{{least or 0},{'' if most is None else most}}})"
 
     def count(self, schema: Mapping[str, Any], keyword: str, path: str) -> int | None:
-        """A number of characters or items that a schema names; None where it doesn't."""
+        """Return a keyword's number of characters or items; None: it has no such keyword."""
         found = schema.get(keyword)
         if found is None or (type(found) is int and found >= 0):
             return found
         raise InvalidJob([(f"{path}.{keyword}", "is no whole number of at least 0")])
 
     def refusal(self, path: str, reason: str) -> InvalidJob:
-        """An error that names the place, and whose fault it is."""
+        """Return the error; it names the place in the job and the model's format."""
         return InvalidJob(
             [(path, f"{reason} in this model's format of calls ({self.format_name})")]
         )
 
 
 def json_text(schema: Mapping[str, Any], *, lenient: bool = False) -> str:
-    """A JSON text by a schema. `lenient` ignores keywords that no grammar can express."""
+    """Return the rule of a JSON text by a schema; `lenient`: ignore what no grammar can express."""
     options = {"whitespace_pattern": BLANKS, "lenient": lenient}
     return f"%json {json.dumps({**schema, 'x-guidance': options})}"
 
 
 def is_text(schema: Mapping[str, Any]) -> bool:
-    """Whether it is a string by its type, and nothing else."""
+    """Whether the schema's type is string and nothing else."""
     return schema.get("type") == "string"
 
 
 def _object(schema: object) -> Mapping[str, Any]:
-    """A schema that may be true, or anything, as an object."""
+    """Return a schema as an object: it may be `true`, or anything."""
     return schema if isinstance(schema, dict) else {}

@@ -1,6 +1,6 @@
-"""How a model's tokenizer spells what a grammar spells out: some markers are tokens of their own.
+"""Texts of a grammar as a model's tokenizer spells them: some markers are tokens of their own.
 
-Rules are in llguidance's Lark dialect, as in `output_grammar`.
+Rules are in llguidance's Lark dialect, as in `grammar`.
 """
 
 import json
@@ -9,21 +9,21 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 TokenOf = Callable[[str], int | None]
-"""From a marker to its token's id, where it is a token that no text spells."""
+"""From a marker to its token's id; None: it is no special token, but spelled by text."""
 
 ANY_TEXT: Final = "(?s:.*)"
 _MARKER: Final = re.compile(r"""(</?\|?[\w:"]+\|?>|\[[A-Z_]+\])""")
 
 
 class Spelling:
-    """Literals and free texts, in the words of one tokenizer."""
+    """Writes literals and free texts for one tokenizer."""
 
     def __init__(self, token_of: TokenOf) -> None:
-        """Take what knows the tokenizer's special tokens."""
+        """Take the function that knows the tokenizer's special tokens."""
         self._token_of = token_of
 
     def literal(self, text: str) -> str:
-        """Return a text as the right side of a rule; markers that are tokens stand by their id."""
+        """Return a text as the right side of a rule; special tokens are written by their id."""
         parts, plain = [], ""
         for piece in _MARKER.split(text):
             token = self._token(piece)
@@ -35,20 +35,20 @@ class Spelling:
         return " ".join(parts + [json.dumps(plain)] * bool(plain)) or '""'
 
     def begins_with_token(self, text: str) -> bool:
-        """Whether the text begins with a marker that is a token, which no free text can hold."""
+        """Whether the text begins with a special token, which no free text can hold."""
         found = _MARKER.match(text)
         return found is not None and self._token_of(found[0]) is not None
 
     def text_up_to(
         self, name: str, bodies: Sequence[str], closing: str, *, never: Sequence[str] = ()
     ) -> tuple[str, list[str]]:
-        """Return how a text and what ends it are called for, and the rules for that.
+        """Return the right side for a text up to `closing`, and the rules that it needs.
 
         Args:
-            name: of the rule, unique in the grammar, in small letters.
-            bodies: regexes that the text matches, all of them.
-            closing: what ends it; the text doesn't hold it.
-            never: regexes of what the text must not be.
+            name: of the rule, unique in the grammar, in lower case.
+            bodies: regexes, all of which the text must match.
+            closing: the text's end, which the text must not hold.
+            never: regexes that the text must not match.
         """
         token = self.begins_with_token(closing)
         end = "" if token else escaped(closing)
@@ -61,7 +61,7 @@ class Spelling:
         terminal = name.upper()
         if token:
             return f"{terminal} {self.literal(closing)}", [f"{terminal}: {whole}"]
-        # It ends where it can first, so that what ends it isn't taken for text.
+        # Lazy: it ends at the first `closing`, which must not become a part of the text.
         return name, [f"{name}[lazy]: {terminal}", f"{terminal}: {whole}"]
 
     def _token(self, piece: str) -> int | None:
@@ -69,17 +69,17 @@ class Spelling:
 
 
 def escaped(text: str) -> str:
-    """Text for the inside of a /regex/."""
+    """Return a text escaped for the inside of a /regex/."""
     return re.escape(text).replace("/", "\\/").replace("\n", "n")
 
 
 def listed(name: str, items: Sequence[tuple[str, bool]], separator: str) -> tuple[str, list[str]]:
-    """Return the rule of a list of items in their order, each optional or not, and what it needs.
+    """Return the rule of a list of items in their order, some optional, and the rules it needs.
 
     Args:
-        name: that the rules' names begin with.
-        items: rules, each with whether it is required.
-        separator: between two items that are there, as the right side of a rule.
+        name: the beginning of the rules' names.
+        items: rules, and for each whether it is required.
+        separator: between two items, as the right side of a rule.
     """
     lines = [f'{name}_first{len(items)}: ""', f'{name}_next{len(items)}: ""']
     for n, (item, required) in enumerate(items):

@@ -9,8 +9,8 @@ from mlx_lm.models import gemma3_text, lfm2, mamba
 from mlx_lm.models.cache import BatchKVCache, ChunkedKVCache, KVCache
 
 from benchmarks.lib.synthetic import TINY, build_model
+from mlx_serving.worker.engine.interface import Request
 from mlx_serving.worker.engine.kv import padded
-from mlx_serving.worker.engine.row import Request
 from tests.support.engine_support import (
     GREEDY,
     HYBRID,

@@ -9,11 +9,11 @@ from mlx_lm.models import longcat_flash_ngram
 from mlx_lm.models.cache import BatchKVCache, CacheList, KVCache
 
 from mlx_serving.worker.engine.engine import Engine
+from mlx_serving.worker.engine.interface import Request, SamplingParams
 from mlx_serving.worker.engine.kv import padded
 from mlx_serving.worker.engine.kv.paged.cache import PagedCache
 from mlx_serving.worker.engine.kv.paged.layers import PagedLayer
-from mlx_serving.worker.engine.kv.paged.placement import Placement
-from mlx_serving.worker.engine.row import Request, SamplingParams
+from mlx_serving.worker.engine.kv.paged.placement import BlockPlacement
 from tests.support.engine_support import Collected, drive, other_model, prefixes_of, tiny_engine
 
 SAMPLED = SamplingParams(1.0, top_p=0.95, seed=5)
@@ -81,12 +81,12 @@ PADDED = {
 PAGED = {
     "room": break_call(PagedCache, "_make_room"),
     "growth": break_call(PagedCache, "_grow"),
-    "placing": break_call(Placement, "place_prefilled", after=True),
+    "placing": break_call(BlockPlacement, "place_prefilled", after=True),
     "store": break_call(PagedLayer, "store"),
     "a later layer's store": break_call(PagedLayer, "store", after=True),
-    "publishing": break_call(Placement, "publish"),
+    "publishing": break_call(BlockPlacement, "publish"),
 }
-MIXED = PAGED | {"placing": break_call(Placement, "place_prompts", after=True)}
+MIXED = PAGED | {"placing": break_call(BlockPlacement, "place_prompts", after=True)}
 MIXED = {name: MIXED[name] for name in ("room", "growth", "placing", "publishing")}
 
 

@@ -8,12 +8,13 @@ import mlx.core as mx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from benchmarks.lib.synthetic import build_model
 from mlx_serving.worker.engine.engine import Engine
+from mlx_serving.worker.engine.interface import Request, RequestChoice, SamplingParams
 from mlx_serving.worker.engine.kv.paged.cache import BLOCK_TOKENS, PagedCache
 from mlx_serving.worker.engine.kv.paged.step import plain_step
-from mlx_serving.worker.engine.row import Request, SamplingParams
 from tests.support.engine_support import (
     GREEDY,
     POISON,
@@ -84,20 +85,20 @@ def test_a_prompt_that_fills_its_blocks_exactly(engine: Engine) -> None:
 @pytest.mark.parametrize("length", [1, 40, 33, 150])
 def test_choices_share_the_full_blocks_of_their_prompt(engine: Engine, length: int) -> None:
     prompt = tuple(range(length))
-    choices = [Request("n", prompt, SAMPLED, 12, choice=n) for n in range(4)]
-    engine.add(*choices)
-    tokens: list[list[int]] = [[] for _ in choices]
+    request = Request("n", prompt, SAMPLED, 12, choices=tuple(map(RequestChoice, range(4))))
+    engine.add(request)
+    tokens: list[list[int]] = [[] for _ in request.choices]
     most = 0
     while engine.has_work:
         for output in engine.step():
             tokens[output.choice] += output.token_ids
         most = max(most, cache_of(engine).allocator.used)
     full = (length - 1) // BLOCK_TOKENS
-    assert full + 4 <= most - 1 <= full + 8  # and the block of nobody
+    assert full + 4 <= most - 1 <= full + 8  # and the padding block
     alone = []
-    for request in choices:
+    for choice in request.choices:
         plain = tiny_engine(eos=())
-        plain.add(request)
+        plain.add(replace(request, choices=(choice,)))
         row: list[int] = []
         while plain.has_work:
             row += [token for output in plain.step() for token in output.token_ids]
@@ -161,14 +162,16 @@ def test_blocks_never_exceed_the_budget_and_none_is_lost(
     cache = cache_of(engine)
     assert cache.allocator.limit == 640 // BLOCK_TOKENS + 1
     pending = [
-        [Request(f"r{n}", (1,) * prompt, GREEDY, most, choice=c) for c in range(choices)]
+        Request(
+            f"r{n}", (1,) * prompt, GREEDY, most, choices=tuple(map(RequestChoice, range(choices)))
+        )
         for n, (prompt, most, choices) in enumerate(jobs)
     ]
-    pending = [group for group in pending if engine.fits(*group)]
+    pending = [request for request in pending if engine.fits(request)]
     step = 0
     while pending or engine.has_work:
-        while pending and engine.can_add(*pending[0]) and (not every or step % every == 0):
-            engine.add(*pending.pop(0))
+        while pending and engine.can_add(pending[0]) and (not every or step % every == 0):
+            engine.add(pending.pop(0))
         if chance.random() < 0.05:
             engine.abort(f"r{chance.randrange(10)}")
         engine.step()

@@ -8,8 +8,9 @@ import mlx.core as mx
 import pytest
 
 from benchmarks.lib.synthetic import build_model
+from mlx_serving.worker.engine.interface import Request, SamplingParams
 from mlx_serving.worker.engine.kv.choice import MIXED_READS, paged_choice
-from mlx_serving.worker.engine.kv.decode_cache import Prompt
+from mlx_serving.worker.engine.kv.interface import Prompt
 from mlx_serving.worker.engine.kv.paged import cache as cache_module
 from mlx_serving.worker.engine.kv.paged import pools as pools_module
 from mlx_serving.worker.engine.kv.paged.cache import BLOCK_TOKENS, PagedCache
@@ -18,7 +19,6 @@ from mlx_serving.worker.engine.kv.paged.layers import PagedLayer
 from mlx_serving.worker.engine.kv.paged.reference import ReferenceOps
 from mlx_serving.worker.engine.kv.prefix.cache import PrefixCache
 from mlx_serving.worker.engine.kv.prefix.index import PrefixIndex, PrefixKey
-from mlx_serving.worker.engine.row import Request, SamplingParams
 from tests.support.engine_support import drive
 from tests.support.unordered import Unordered, engine_on
 from tests.unit.worker.engine.kv.test_paged_pools import SHAPES

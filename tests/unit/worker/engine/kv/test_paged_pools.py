@@ -8,7 +8,7 @@ import mlx.core as mx
 import pytest
 
 from benchmarks.lib.synthetic import build_model
-from mlx_serving.worker.engine.kv.decode_cache import Prompt
+from mlx_serving.worker.engine.kv.interface import Prompt
 from mlx_serving.worker.engine.kv.paged import pools as pools_module
 from mlx_serving.worker.engine.kv.paged.block_allocator import BlockAllocator
 from mlx_serving.worker.engine.kv.paged.cache import BLOCK_TOKENS, PagedCache
@@ -94,7 +94,7 @@ def test_what_is_known_is_not_given_up_for_a_large_prompt_nor_for_one_that_is_kn
         prompt = prompt_of(turn % 2, blocks=100)
         pins, found = prefixes.pin(prompt.key)
         assert found == (100 * BLOCK_TOKENS if turn > 1 else 0)
-        cache.enter([dataclasses.replace(prompt, found=found, blocks=pins)])
+        cache.enter([dataclasses.replace(prompt, cached_tokens=found, cached_blocks=pins)])
         prefixes.unpin(pins)
         mx.eval(cache.step(mx.ones((1,), dtype=mx.int32)))
         cache.remember(0, prompt.key)

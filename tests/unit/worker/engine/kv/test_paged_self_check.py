@@ -10,7 +10,7 @@ from mlx_lm.models import gemma2, gemma3_text, lfm2
 from benchmarks.lib.synthetic import TINY, build_model
 from mlx_serving.worker.engine.kv import choice as cache_choice
 from mlx_serving.worker.engine.kv.choice import CacheChoice, choose_cache, paged_choice
-from mlx_serving.worker.engine.kv.decode_cache import PaddedCache
+from mlx_serving.worker.engine.kv.padded_cache import PaddedCache
 from mlx_serving.worker.engine.kv.paged import dispatch
 from mlx_serving.worker.engine.kv.paged.cache import PagedCache
 from mlx_serving.worker.engine.kv.paged.layers import (

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.lib.synthetic import build_model
-from mlx_serving.worker.engine.kv.decode_cache import Prefilled
+from mlx_serving.worker.engine.kv.interface import Prefilled
 from mlx_serving.worker.engine.kv.paged import dispatch
 from mlx_serving.worker.engine.kv.paged.cache import PagedCache
 from mlx_serving.worker.engine.kv.paged.layers import PagedLayer, StepPlan, materialize, resize
@@ -125,19 +125,21 @@ def test_a_compiled_step_is_the_plain_one() -> None:
         assert lengths[-1].item() == rows - 1 + base, "the last row only fills up"
 
 
-def test_rows_that_fill_up_a_batch_touch_nobody() -> None:
+def test_rows_that_pad_a_batch_touch_no_other() -> None:
     """Their tokens go to a block that no row owns."""
     shapes = [LayerShape(2, 16, mx.float32)] * 2
     cache = PagedCache(build_model(), shapes, ReferenceOps())
     for length in (5, 40, 3):
         layers = [_filled(length) for _ in range(2)]
         cache.join(Prefilled(layers, [length], [0]))
-    plan = make_plan(BatchRows(cache._rows, cache._lengths, *cache._nobodys), [], cache._stored)
+    padding_block = cache._padding_block
+    assert padding_block is not None
+    batch = BatchRows(cache._rows, cache._lengths, padding_block)
+    plan = make_plan(batch, [], cache._stored)
     owned = {block for row in cache._rows for block in row}
     assert plan.table.shape[0] == 4
-    (nobodys,) = cache._nobodys
-    assert (plan.table[3] == nobodys).all().item()
-    assert nobodys not in owned
+    assert (plan.table[3] == padding_block).all().item()
+    assert padding_block not in owned
     assert plan.advance.tolist() == [1, 1, 1, 0]
 
 

@@ -7,8 +7,8 @@ from typing import Any, cast
 import pytest
 from msgspec.structs import replace
 
+from mlx_serving.worker.engine.interface import Request, RequestChoice, SamplingParams
 from mlx_serving.worker.engine.kv.paged.cache import BLOCK_TOKENS
-from mlx_serving.worker.engine.row import Request, SamplingParams
 from mlx_serving.worker.engine.scheduling.chunk import PrefillChunk
 from tests.support.engine_support import GREEDY, drive, prefixes_of, tiny_engine
 
@@ -35,7 +35,7 @@ class Counted:
 
     def _count_mixed(self, chunk: PrefillChunk) -> None:
         if chunk.mixed:
-            self.prompt_tokens += sum(row.context_length - row.found for row in chunk.rows)
+            self.prompt_tokens += sum(row.uncached_tokens for row in chunk.rows)
         self._join(chunk)
 
     def computed(self, *requests: Request, every: int = 0) -> int:
@@ -200,7 +200,8 @@ def test_a_resumed_job_finds_prompt_and_committed_tokens(counted: Counted) -> No
     whole = request("a", (1, 2), sampling=SAMPLED, max_tokens=80)
     counted.computed(whole)
     tokens = counted.collected["a"].token_ids
-    resumed = request("a", (1, 2), sampling=SAMPLED, max_tokens=80, committed=tuple(tokens[:50]))
+    committed = RequestChoice(0, tuple(tokens[:50]))
+    resumed = request("a", (1, 2), sampling=SAMPLED, max_tokens=80, choices=(committed,))
     assert counted.computed(resumed) == 0, "the last block of the answer has these tokens too"
     assert counted.collected["a"].token_ids == tokens[50:]
     # Usage counts the prompt's tokens, not the committed ones.
@@ -209,16 +210,17 @@ def test_a_resumed_job_finds_prompt_and_committed_tokens(counted: Counted) -> No
 
 def test_choices_share_what_is_known_of_their_prompt(counted: Counted) -> None:
     counted.computed(request("first", (1, 2, 3)))
-    choices = [request("n", (1, 2, 4), sampling=SAMPLED, choice=n) for n in range(4)]
+    asked = request("n", (1, 2, 4), sampling=SAMPLED, choices=tuple(map(RequestChoice, range(4))))
     counted.prompt_tokens = 0
-    counted.engine.add(*choices)
-    tokens: list[list[int]] = [[] for _ in choices]
+    counted.engine.add(asked)
+    tokens: list[list[int]] = [[] for _ in asked.choices]
     while counted.engine.has_work:
         for output in counted.engine.step():
             tokens[output.choice] += output.token_ids
             assert output.cached_tokens == len(SHARED)
     assert counted.prompt_tokens == 2
-    alone = [expected(choice)["n"].token_ids for choice in choices]
+    each = [replace(asked, choices=(choice,)) for choice in asked.choices]
+    alone = [expected(choice)["n"].token_ids for choice in each]
     assert tokens == alone
 
 

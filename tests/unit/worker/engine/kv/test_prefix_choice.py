@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 
-from mlx_serving.worker.engine.acceleration import load_native
 from mlx_serving.worker.engine.kv.prefix import choice
 from mlx_serving.worker.engine.kv.prefix.cache import PrefixCache
 from mlx_serving.worker.engine.kv.prefix.index import PrefixIndex
 from mlx_serving.worker.engine.memory.guard import MemoryRoom
 from mlx_serving.worker.engine.memory.kv_caches import KvMemory
+from mlx_serving.worker.engine.native import load_native
 from mlx_serving.worker.models.loading import LoadedModel
 
 

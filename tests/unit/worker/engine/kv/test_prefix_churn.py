@@ -11,10 +11,15 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from mlx_serving.worker.engine.engine import Engine
+from mlx_serving.worker.engine.interface import (
+    Request,
+    RequestChoice,
+    RequestRefusedError,
+    SamplingParams,
+)
 from mlx_serving.worker.engine.kv.paged.cache import BLOCK_TOKENS
 from mlx_serving.worker.engine.kv.paged.step import plain_step
 from mlx_serving.worker.engine.kv.prefix.index import PrefixKey
-from mlx_serving.worker.engine.row import Request, RequestRefusedError, SamplingParams
 from tests.support.engine_support import (
     GREEDY,
     POISON,
@@ -126,15 +131,17 @@ def test_no_block_is_lost_and_none_is_over_budget(
         kv_budget_bytes=BYTES_PER_TOKEN * 640, eos=(), paged=True, prefix_cache_bytes=None
     )
     pending = [
-        [Request(f"r{n}", (stem,) * length, GREEDY, most, choice=c, salt=salt)
-         for c in range(choices)]
+        Request(
+            f"r{n}", (stem,) * length, GREEDY, most,
+            choices=tuple(map(RequestChoice, range(choices))), salt=salt,
+        )
         for n, (stem, length, most, choices, salt) in enumerate(jobs)
     ]  # fmt: skip
-    pending = [group for group in pending if engine.fits(*group)]
+    pending = [request for request in pending if engine.fits(request)]
     step = 0
     while pending or engine.has_work:
-        while pending and engine.can_add(*pending[0]) and (not every or step % every == 0):
-            engine.add(*pending.pop(0))
+        while pending and engine.can_add(pending[0]) and (not every or step % every == 0):
+            engine.add(pending.pop(0))
         if chance.random() < 0.08:
             engine.abort(f"r{chance.randrange(12)}")
         engine.step()
@@ -227,13 +234,13 @@ def test_pools_that_are_compacted_keep_what_is_known_and_what_rows_that_wait_hol
     engine.step()
     engine.add(waits)
     (row,) = engine._scheduler.find("waits")
-    held, before = list(row.prefix), cache.blocks
+    held, before = list(row.prefill.pinned_blocks), cache.blocks
     assert len(held) == 3
     prefixes.clear()
     cache._shrink()
     prefixes.check()
     assert cache.blocks < before
-    assert max(row.prefix) < min(held)
+    assert max(row.prefill.pinned_blocks) < min(held)
     rows = drive_to_end(engine)
     expected = drive(tiny_engine(eos=()), [stays, waits])
     assert rows["waits"] == expected["waits"].token_ids
@@ -270,4 +277,4 @@ def _key(engine: Engine, prompt: tuple[int, ...]) -> Any:
     from mlx_serving.worker.engine.row import Row
 
     del engine
-    return Row(Request("key", prompt, GREEDY, 1)).context_key
+    return Row(Request("key", prompt, GREEDY, 1), RequestChoice()).context_key

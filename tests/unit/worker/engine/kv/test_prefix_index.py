@@ -11,8 +11,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from mlx_serving.worker.engine.acceleration import load_native
 from mlx_serving.worker.engine.kv.prefix import index as twin
+from mlx_serving.worker.engine.native import load_native
 
 BLOCK = 4
 SALTS = (b"", b"a", b"tenant b")

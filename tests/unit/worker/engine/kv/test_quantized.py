@@ -6,11 +6,13 @@ from typing import Any, cast
 import mlx.core as mx
 import pytest
 from mlx_lm.models import gemma3_text, mamba
+from msgspec.structs import replace
 
 from benchmarks.lib.synthetic import TINY, build_model, build_tokenizer
 from mlx_serving.common.errors import InvalidSettings
 from mlx_serving.common.settings import load_settings
 from mlx_serving.worker.engine.engine import Engine
+from mlx_serving.worker.engine.interface import ModelInfo, Request, RequestChoice, SamplingParams
 from mlx_serving.worker.engine.kv.choice import (
     choose_cache,
     padded_choice,
@@ -20,7 +22,6 @@ from mlx_serving.worker.engine.kv.padded import LanguageModel, UnsupportedModelE
 from mlx_serving.worker.engine.kv.quantized import KvBits
 from mlx_serving.worker.engine.loader import EngineOptions, build_engine
 from mlx_serving.worker.engine.model_runner import ModelRunner
-from mlx_serving.worker.engine.row import ModelInfo, Request, SamplingParams
 from tests.support.engine_support import GREEDY, RECURRENT, SLIDING, Collected, drive, other_model
 
 SAMPLED = SamplingParams(0.9, top_p=0.9, seed=3)
@@ -70,20 +71,23 @@ def test_a_row_that_resumes_goes_on_as_it_would_have(model: LanguageModel) -> No
     whole = drive(engine_of(model, 4), [job])["long"].token_ids
     assert len(whole) > 8
     for cut in (1, 7):
-        rest = Request("long", job.prompt, SAMPLED, 24, committed=tuple(whole[:cut]))
+        rest = Request(
+            "long", job.prompt, SAMPLED, 24, choices=(RequestChoice(0, tuple(whole[:cut])),)
+        )
         assert drive(engine_of(model, 4), [rest])["long"].token_ids == whole[cut:]
 
 
 def test_choices_share_their_prompt(model: LanguageModel) -> None:
-    choices = [Request("n", tuple(range(9)), SAMPLED, 6, choice=n) for n in range(3)]
+    asked = Request("n", tuple(range(9)), SAMPLED, 6, choices=tuple(map(RequestChoice, range(3))))
     engine = engine_of(model, 8)
-    engine.add(*choices)
+    engine.add(asked)
     got: dict[int, list[int]] = {}
     while engine.has_work:
         for output in engine.step():
             got.setdefault(output.choice, []).extend(output.token_ids)
-    for choice in choices:
-        assert drive(engine_of(model, 8), [choice])["n"].token_ids == got[choice.choice]
+    for choice in asked.choices:
+        alone = drive(engine_of(model, 8), [replace(asked, choices=(choice,))])
+        assert alone["n"].token_ids == got[choice.index]
 
 
 def test_eight_bits_are_close_to_what_the_model_computes(model: LanguageModel) -> None:

@@ -8,9 +8,9 @@ import pytest
 
 from benchmarks.lib.synthetic import build_model
 from mlx_serving.worker.engine.engine import Engine
+from mlx_serving.worker.engine.interface import Request, SamplingParams
 from mlx_serving.worker.engine.kv.paged.step import plain_step
 from mlx_serving.worker.engine.memory.recovery import is_out_of_memory
-from mlx_serving.worker.engine.row import Request, SamplingParams
 from tests.support.engine_support import GREEDY, Collected, drive, prefixes_of, tiny_engine
 
 METAL = "[metal::malloc] Resource limit (499000) exceeded."
@@ -118,9 +118,9 @@ def test_nobody_new_is_admitted_before_those_that_wait() -> None:
         engine.add(request)
     while not model.failures:
         engine.step()
-    assert not engine.can_add(*requests(4)[3:])
+    assert not engine.can_add(requests(4)[3])
     list(_run(engine))
-    assert engine.can_add(*requests(4)[3:])
+    assert engine.can_add(requests(4)[3])
 
 
 def test_another_error_of_a_step_is_the_engines_end() -> None:

@@ -1,11 +1,12 @@
 """Which requests the device has memory for now: their keys and values, and their prompt twice."""
 
+from mlx_serving.worker.engine.interface import Request, RequestChoice, SamplingParams
 from mlx_serving.worker.engine.memory.guard import RELAX_LOOKS, MemoryRoom
-from mlx_serving.worker.engine.row import Request, SamplingParams
 
 
-def request(prompt: int, max_tokens: int = 10, choice: int = 0) -> Request:
-    return Request("a", (1,) * prompt, SamplingParams(), max_tokens, choice=choice)
+def request(prompt: int, max_tokens: int = 10, choices: int = 1) -> Request:
+    indices = tuple(map(RequestChoice, range(choices)))
+    return Request("a", (1,) * prompt, SamplingParams(), max_tokens, choices=indices)
 
 
 def paged(room: int | None = None) -> MemoryRoom:
@@ -19,10 +20,8 @@ def is_starved(room: MemoryRoom) -> bool:
     return room.starved
 
 
-def admits(
-    room: MemoryRoom, *choices: Request, used: int = 100, rows: int = 1, kept: int = 0
-) -> bool:
-    return room.admits(choices, used=used, rows=rows, kept=kept)
+def admits(room: MemoryRoom, asked: Request, used: int = 100, rows: int = 1, kept: int = 0) -> bool:
+    return room.admits(asked.kv_tokens, asked.prefill_tokens, used=used, rows=rows, kept=kept)
 
 
 def test_before_anybody_looked_the_budget_alone_decides() -> None:
@@ -36,9 +35,9 @@ def test_a_prompt_is_there_twice_until_it_has_joined() -> None:
 
 
 def test_choices_share_the_copy() -> None:
-    choices = [request(50, choice=n) for n in range(3)]
-    assert admits(paged(100 + 3 * 60 + 50), *choices)
-    assert not admits(paged(100 + 3 * 60 + 49), *choices)
+    asked = request(50, choices=3)
+    assert admits(paged(100 + 3 * 60 + 50), asked)
+    assert not admits(paged(100 + 3 * 60 + 49), asked)
 
 
 def test_padded_rows_all_get_as_wide_as_the_widest() -> None:

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from mlx_serving.worker.engine import acceleration, kernels
-from mlx_serving.worker.engine.sampling import ReferenceDraw
 from mlx_serving.worker.engine.sampling import kernels as sampling_kernels
 from mlx_serving.worker.engine.sampling.parameters import Column, Draws, Logprobs, StepInputs
+from mlx_serving.worker.engine.sampling.reference import ReferenceDraw
 from mlx_serving.worker.engine.sampling.self_check import NEAR_TIE
 from tests.support.engine_support import tiny_engine
 

@@ -6,8 +6,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_serving.worker.engine.row import SamplingParams
-from mlx_serving.worker.engine.sampling import BatchSampler, MakeDraw, RowSampling, token_words
+from mlx_serving.worker.engine.interface import SamplingParams
+from mlx_serving.worker.engine.sampling.noise import token_words
+from mlx_serving.worker.engine.sampling.parameters import RowSampling
+from mlx_serving.worker.engine.sampling.sampler import BatchSampler, MakeDraw
 from mlx_serving.worker.engine.sampling.self_check import first_difference
 from tests.support.sampling_support import IMPLEMENTATIONS, KERNELS, ints
 

@@ -6,14 +6,11 @@ import random
 import mlx.core as mx
 import pytest
 
-from mlx_serving.worker.engine.row import SamplingParams, TokenLogprobs
-from mlx_serving.worker.engine.sampling import (
-    BatchSampler,
-    MakeDraw,
-    RowSampling,
-    read_logprobs,
-    token_words,
-)
+from mlx_serving.worker.engine.interface import SamplingParams, TokenLogprobs
+from mlx_serving.worker.engine.sampling.logprobs import read_logprobs
+from mlx_serving.worker.engine.sampling.noise import token_words
+from mlx_serving.worker.engine.sampling.parameters import RowSampling
+from mlx_serving.worker.engine.sampling.sampler import BatchSampler, MakeDraw
 from tests.support.sampling_support import IMPLEMENTATIONS, ints
 
 VOCAB = 70

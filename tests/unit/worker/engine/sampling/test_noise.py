@@ -5,7 +5,13 @@ import math
 import mlx.core as mx
 import pytest
 
-from mlx_serving.worker.engine import sampling
+from mlx_serving.worker.engine.sampling.noise import (
+    hash_tokens,
+    negative_gumbel,
+    position_keys,
+    stream_key,
+    token_words,
+)
 
 WORD = 0xFFFFFFFF
 VOCAB = 4096
@@ -36,9 +42,9 @@ def reference_hash(seed: int, choice: int, position: int, token: int) -> int:
 
 
 def bits(seed: int, choice: int = 0, position: int = 0, vocab_size: int = VOCAB) -> mx.array:
-    streams = mx.array([sampling.stream_key(seed, choice)], dtype=mx.uint32)
-    keys = sampling.position_keys(streams, mx.array([position], dtype=mx.uint32))
-    return sampling.hash_tokens(keys, sampling.token_words(vocab_size))[0]
+    streams = mx.array([stream_key(seed, choice)], dtype=mx.uint32)
+    keys = position_keys(streams, mx.array([position], dtype=mx.uint32))
+    return hash_tokens(keys, token_words(vocab_size))[0]
 
 
 @pytest.mark.parametrize(
@@ -92,9 +98,9 @@ def test_token_ids_are_independent(shift: int) -> None:
 def test_one_token_is_independent_over_positions() -> None:
     """What `dice` sees: few tokens, many positions."""
     count = 1 << 15
-    streams = mx.array([sampling.stream_key(9, 0)] * count, dtype=mx.uint32)
-    keys = sampling.position_keys(streams, mx.arange(count, dtype=mx.uint32))
-    table = sampling.hash_tokens(keys, sampling.token_words(4))
+    streams = mx.array([stream_key(9, 0)] * count, dtype=mx.uint32)
+    keys = position_keys(streams, mx.arange(count, dtype=mx.uint32))
+    table = hash_tokens(keys, token_words(4))
     for token in range(4):
         assert_uncorrelated(table[:, token], mx.roll(table[:, token], 1))
         assert_uncorrelated(table[:, token], table[:, (token + 1) % 4])
@@ -117,14 +123,14 @@ def test_buckets_pass_chi_square() -> None:
 
 
 def test_noise_is_standard_gumbel() -> None:
-    noise = -sampling.negative_gumbel(bits(1, 0, 0, 1 << 20))
+    noise = -negative_gumbel(bits(1, 0, 0, 1 << 20))
     mean, variance = noise.mean().item(), noise.var().item()
     assert mean == pytest.approx(0.577216, abs=0.01)
     assert variance == pytest.approx(math.pi**2 / 6, rel=0.02)
 
 
 def test_noise_is_finite_at_both_ends() -> None:
-    ends = -sampling.negative_gumbel(mx.array([0, 1, WORD - 1, WORD], dtype=mx.uint32))
+    ends = -negative_gumbel(mx.array([0, 1, WORD - 1, WORD], dtype=mx.uint32))
     assert mx.isfinite(ends).all().item()
     assert (ends[1:] <= ends[:-1]).all().item()
     assert ends[0].item() == pytest.approx(33 * math.log(2), abs=1e-3)

@@ -2,13 +2,19 @@
 
 import pytest
 
-from mlx_serving.worker.engine.row import Request, RequestRefusedError, SamplingParams
+from mlx_serving.worker.engine.interface import (
+    Request,
+    RequestChoice,
+    RequestRefusedError,
+    SamplingParams,
+)
 from mlx_serving.worker.engine.scheduling.limits import BatchSize, SchedulerLimits
 from mlx_serving.worker.engine.scheduling.scheduler import Scheduler
 
 
 def request(name: str, prompt: int = 10, max_tokens: int = 10, committed: int = 0) -> Request:
-    return Request(name, (1,) * prompt, SamplingParams(), max_tokens, committed=(2,) * committed)
+    choices = (RequestChoice(0, (2,) * committed),)
+    return Request(name, (1,) * prompt, SamplingParams(), max_tokens, choices=choices)
 
 
 def scheduler(rows: int = 4, capacity: int = 100, chunk: int = 16, overhead: int = 0) -> Scheduler:
@@ -16,7 +22,7 @@ def scheduler(rows: int = 4, capacity: int = 100, chunk: int = 16, overhead: int
 
 
 def test_committed_tokens_are_part_of_max_tokens() -> None:
-    assert request("a", prompt=10, max_tokens=10, committed=4).kv_tokens == 20
+    assert request("a", prompt=10, max_tokens=10, committed=4).kv_tokens == [20]
 
 
 def test_rows_are_bounded() -> None:

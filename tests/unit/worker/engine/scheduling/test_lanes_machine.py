@@ -5,7 +5,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from mlx_serving.common.queues import LANES, Lane
-from mlx_serving.worker.engine.row import Phase, Request
+from mlx_serving.worker.engine.interface import Request
+from mlx_serving.worker.engine.row import Phase
 from tests.support.scheduled_batch import ROWS, Batch, limits, request
 
 _LAST = (Phase.PREFILLING, Phase.DECODING, Phase.WAITING)
@@ -30,27 +31,27 @@ class LanesMachine(RuleBasedStateMachine):
     )
     def add(self, lane: Lane, prompt: int, tokens: int, choices: int) -> None:
         self.count += 1
-        rows = [request(f"r{self.count}", lane, prompt, tokens, c) for c in range(choices)]
-        if not self.batch.scheduler.fits(*rows):
+        asked = request(f"r{self.count}", lane, prompt, tokens, choices)
+        if not self.batch.scheduler.fits(asked):
             return
         rank = LANES.index(lane)
         before = {low: self.batch.has_share(self.batch.active(low)) for low in LANES[rank + 1 :]}
         lacks = self.lacks(lane)
-        if self.batch.add(*rows):
+        if self.batch.add(asked):
             if rank and not lacks:
                 active = sum(self.batch.scheduler.lane_rows.active)
                 assert active <= ROWS, "headroom is for others"
             for low, had_share in before.items():
                 assert not had_share or self.batch.has_share(self.batch.active(low))
         else:
-            self.check_no_room(rows)
+            self.check_no_room(asked)
 
     def lacks(self, lane: Lane) -> bool:
         return len(self.batch.active(lane)) < self.batch.limits.batch.lane_min_rows
 
-    def check_no_room(self, rows: list[Request]) -> None:
+    def check_no_room(self, asked: Request) -> None:
         """No inversion: with every lane below cut down to its share, there is no room either."""
-        rank, batch = rows[0].rank, self.batch
+        rank, batch = asked.rank, self.batch
         below = LANES[rank + 1 :]
         owed = [
             low for low in below if batch.parked(low) and not batch.has_share(batch.active(low))
@@ -63,11 +64,11 @@ class LanesMachine(RuleBasedStateMachine):
             while kept and batch.has_share(kept[:-1]):
                 kept.pop()
             left += kept
-        requests = [row.request for row in left] + rows
-        needed = batch.scheduler._reservation.alone(requests)
+        kv_tokens = [row.kv_tokens for row in left] + asked.kv_tokens
+        needed = batch.scheduler._reservation.alone(kv_tokens)
         beyond = rank == 0 or self.lacks(LANES[rank])
         most = ROWS + self.headroom if beyond else ROWS
-        assert len(requests) > most or needed > 240
+        assert len(kv_tokens) > most or needed > 240
 
     @rule(steps=st.integers(1, 4))
     def step(self, steps: int) -> None:

@@ -4,7 +4,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from mlx_serving.worker.engine.row import Phase, Request, Row, SamplingParams
+from mlx_serving.worker.engine.interface import Request, RequestChoice, SamplingParams
+from mlx_serving.worker.engine.row import Phase, Row
 from mlx_serving.worker.engine.scheduling.limits import BatchSize, SchedulerLimits
 from mlx_serving.worker.engine.scheduling.scheduler import Scheduler
 
@@ -34,20 +35,16 @@ class SchedulerMachine(RuleBasedStateMachine):
     def add(self, prompt: int, max_tokens: int, committed: list[int]) -> None:
         """Add as many choices as `committed` has entries."""
         self.count += 1
-        choices = [
-            Request(
-                f"r{self.count}",
-                (1,) * prompt,
-                SamplingParams(),
-                max_tokens,
-                committed=(2,) * min(tokens, max_tokens - 1),
-                choice=choice,
-            )
-            for choice, tokens in enumerate(committed)
-        ]
-        if self.scheduler.can_add(*choices):
-            assert self.scheduler.fits(*choices)
-            added = self.scheduler.add(*choices)
+        choices = tuple(
+            RequestChoice(index, (2,) * min(tokens, max_tokens - 1))
+            for index, tokens in enumerate(committed)
+        )
+        request = Request(
+            f"r{self.count}", (1,) * prompt, SamplingParams(), max_tokens, choices=choices
+        )
+        if self.scheduler.can_add(request):
+            assert self.scheduler.fits(request)
+            added = self.scheduler.add(request)
             self.rows += added
             self.computed |= dict.fromkeys(added, 0)
 
@@ -74,7 +71,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         done = self.scheduler.finish_prefill(chunk)
         for row in chunk.rows:
             assert done == (row.phase is Phase.DECODING)
-            assert row.prefilled == self.computed[row]
+            assert row.prefill.prefilled_tokens == self.computed[row]
             if done:
                 assert self.computed[row] == row.context_length
         assert done or len(chunk.groups) == 1, "only a prompt on its own takes several chunks"
@@ -98,7 +95,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert len(self.rows) <= ROWS
 
     def reserved(self) -> int:
-        widths = [row.request.kv_tokens + OVERHEAD for row in self.rows]
+        widths = [row.kv_tokens + OVERHEAD for row in self.rows]
         return len(widths) * max(widths, default=0)
 
     def teardown(self) -> None:
@@ -117,7 +114,7 @@ class PagedSchedulerMachine(SchedulerMachine):
     block_tokens = 8
 
     def reserved(self) -> int:
-        return sum(-(-(row.request.kv_tokens + OVERHEAD) // 8) * 8 for row in self.rows)
+        return sum(-(-(row.kv_tokens + OVERHEAD) // 8) * 8 for row in self.rows)
 
 
 TestScheduler = SchedulerMachine.TestCase

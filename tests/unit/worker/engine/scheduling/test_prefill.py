@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from mlx_serving.common.queues import LANES, Lane
-from mlx_serving.worker.engine.row import Phase, Request, Row, SamplingParams
+from mlx_serving.worker.engine.interface import Request, RequestChoice, SamplingParams
+from mlx_serving.worker.engine.row import Phase, Row
 from mlx_serving.worker.engine.scheduling.chunk import PrefillChunk
 from mlx_serving.worker.engine.scheduling.limits import BatchSize, SchedulerLimits
 from mlx_serving.worker.engine.scheduling.packing import PACKED_CONTEXT_CHUNKS, ChunkPacking
@@ -45,7 +46,8 @@ def test_one_token_prompts_need_no_forward_pass() -> None:
 
 def test_committed_tokens_are_prefilled_after_the_prompt() -> None:
     scheduler = Scheduler(SchedulerLimits(BatchSize(4), 1000, 16))
-    (row,) = scheduler.add(Request("a", (1, 2, 3), SamplingParams(), 8, committed=(7, 8)))
+    choice = RequestChoice(0, committed=(7, 8))
+    (row,) = scheduler.add(Request("a", (1, 2, 3), SamplingParams(), 8, choices=(choice,)))
     assert row.context(0, 16) == [1, 2, 3, 7]
     assert row.last_token == 8
 
@@ -66,8 +68,8 @@ def test_removing_the_prompt_in_flight_lets_the_next_one_start_afresh() -> None:
 
 def test_choices_of_one_request_are_one_prompt() -> None:
     scheduler = Scheduler(SchedulerLimits(BatchSize(64), 100_000, 16))
-    choices = [Request("n", (1,) * 9, SamplingParams(), 4, choice=n) for n in range(5)]
-    rows = scheduler.add(*choices)
+    choices = tuple(map(RequestChoice, range(5)))
+    rows = scheduler.add(Request("n", (1,) * 9, SamplingParams(), 4, choices=choices))
     chunk = scheduler.schedule_prefill()
     assert chunk == PrefillChunk((tuple(rows),), 0, 8)
     assert scheduler.finish_prefill(chunk)
@@ -77,11 +79,8 @@ def test_choices_of_one_request_are_one_prompt() -> None:
 def test_choices_that_resume_are_prompts_of_their_own() -> None:
     scheduler = Scheduler(SchedulerLimits(BatchSize(64), 100_000, 64))
     tails: list[tuple[int, ...]] = [(), (7,), (7, 8)]
-    choices = [
-        Request("n", (1,) * 9, SamplingParams(), 4, committed=tail, choice=n)
-        for n, tail in enumerate(tails)
-    ]
-    rows = scheduler.add(*choices)
+    choices = tuple(RequestChoice(n, tail) for n, tail in enumerate(tails))
+    rows = scheduler.add(Request("n", (1,) * 9, SamplingParams(), 4, choices=choices))
     chunk = scheduler.schedule_prefill()
     assert chunk == PrefillChunk(tuple((row,) for row in rows), 0, 10)
 
@@ -161,9 +160,10 @@ def test_a_prompt_that_has_begun_does_not_wait_between_its_chunks() -> None:
 def go_together(rows: list[Row], limits: SchedulerLimits) -> bool:
     """Say, from all of them at once, whether the last one may share a chunk with the others."""
     chunk, block = limits.prefill_chunk_tokens, limits.kv_block_tokens
-    least, most = min(row.found for row in rows), max(row.found for row in rows)
+    cached = [row.prefill.cached_tokens for row in rows]
+    least, most = min(cached), max(cached)
     longest = max(row.context_length for row in rows)
-    end = (rows[-1].found // block + 1) * block
+    end = (cached[-1] // block + 1) * block
     *firsts, needed = (row.context(0, end) for row in rows)
     return (
         most - least <= block
@@ -182,8 +182,8 @@ def test_each_prompt_is_judged_as_if_all_were_looked_at_anew(
     packed: list[Row] = []
     for number, (length, found, own) in enumerate(prompts):
         tokens = (number if own else 7,) * length
-        row = Row(Request(str(number), tokens, SamplingParams(), 4))
-        row.found = min(found, row.context_length)
+        row = Row(Request(str(number), tokens, SamplingParams(), 4), RequestChoice())
+        row.begin_prefill(min(found, row.context_length))
         assert packing.has_room_for((row,)) == (not packed or go_together([*packed, row], limits))
         if packing.has_room_for((row,)):
             packing.add((row,))
@@ -273,7 +273,7 @@ def test_a_prompt_that_reads_too_much_has_chunks_and_those_behind_it_wait() -> N
 def test_choices_of_one_prompt_share_a_chunk() -> None:
     scheduler = mixing()
     request = Request("n", (1,) * 10, SamplingParams(), 4, lane="bulk")
-    scheduler.add(*(replace(request, choice=number) for number in range(3)))
+    scheduler.add(replace(request, choices=tuple(map(RequestChoice, range(3)))))
     add_prompt(scheduler, "other", 9, "bulk")
     chunk = scheduler.schedule_prefill()
     assert chunk is not None

@@ -11,13 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mlx_lm.generate import TextStateMachine
 
-from mlx_serving.worker.engine.row import Parts
+from mlx_serving.worker.engine.interface import ParsedToolCall, Parts
 from mlx_serving.worker.engine.structured.parser import (
     CALL,
     REASONING,
     TEXT,
     MarkedTextParser,
-    ReadCall,
 )
 
 TRANSITIONS = {
@@ -32,10 +31,10 @@ FRAGMENTS = (
 texts = st.lists(st.sampled_from(FRAGMENTS), max_size=20).map("".join)
 
 
-def read(text: str) -> list[ReadCall] | None:
+def read(text: str) -> list[ParsedToolCall] | None:
     try:
         found = json.loads(text)
-        return [ReadCall(found["name"], json.dumps(found["arguments"]))]
+        return [ParsedToolCall(0, "", found["name"], json.dumps(found["arguments"]))]
     except (ValueError, KeyError, TypeError):
         return None
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_serving.worker.engine.row import Parts
+from mlx_serving.worker.engine.interface import Parts
 from mlx_serving.worker.engine.structured.tool_formats import ModelFormat, RequestFormat
 from tests.support.paths import ROOT
 

@@ -24,7 +24,7 @@ from mlx_serving.worker.engine.structured.tool_grammars.spelling import _MARKER
 from tests.support.paths import ROOT
 
 if TYPE_CHECKING:
-    from mlx_serving.worker.engine.row import Parts
+    from mlx_serving.worker.engine.interface import Parts
 
 SAMPLES: Final[dict[str, str]] = json.loads(
     (ROOT / "tests" / "fixtures" / "tool_calls.json").read_text()

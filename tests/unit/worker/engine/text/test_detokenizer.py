@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mlx_serving.worker.engine.acceleration import load_native
+from mlx_serving.worker.engine.native import load_native
 from mlx_serving.worker.engine.text import detokenizer as twin
 from mlx_serving.worker.engine.text.vocabulary import Vocabulary, VocabularyTable, read_vocabulary
 from tests.support.tokenizers_for_tests import (

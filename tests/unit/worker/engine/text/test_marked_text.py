@@ -12,13 +12,8 @@ from transformers import PreTrainedTokenizerFast
 
 from mlx_serving.worker.engine.acceleration import make_detokenizer
 from mlx_serving.worker.engine.engine import Engine
-from mlx_serving.worker.engine.row import (
-    ModelInfo,
-    Parts,
-    Request,
-    SampledToken,
-    SamplingParams,
-)
+from mlx_serving.worker.engine.interface import ModelInfo, Parts, Request, SamplingParams
+from mlx_serving.worker.engine.row import SampledToken
 from mlx_serving.worker.engine.scheduling.limits import BatchSize, SchedulerLimits
 from mlx_serving.worker.engine.scheduling.scheduler import Scheduler
 from mlx_serving.worker.engine.structured.tool_formats import ModelFormat, RequestFormat
