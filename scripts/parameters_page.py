@@ -4,7 +4,7 @@
     python scripts/parameters_page.py --print  # shows them
 
 Meaning, type, range and default are the schema's own (`GenerationJob`, `Settings`); only the test
-that shows a field at work, and a setting's place, are named here, and held by
+that shows a field at work, and the page that explains a table of settings, are named here, held by
 `tests/unit/house/test_parameters_page.py`.
 """
 
@@ -13,13 +13,18 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from pydantic import SecretStr
 
 from mlx_serving.common.job.checks import UNSUPPORTED
 from mlx_serving.common.job.schema import FEATURE_PROTOCOL, GenerationJob
-from mlx_serving.common.settings import ENV_PREFIX, Settings
+from mlx_serving.common.settings import ENV_PREFIX, TABLES, Settings, variable
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from pydantic.fields import FieldInfo
 
 ROOT: Final = Path(__file__).parents[1]
 PAGE: Final = ROOT / "docs" / "reference" / "parameters.md"
@@ -80,58 +85,49 @@ SHOWN_BY: Final[dict[str, str]] = {
 }
 """From a field of a job to the test that shows what it does."""
 
-SETTINGS: Final[dict[str, tuple[str, ...]]] = {
-    "Redis": (
-        "redis_url", "redis_username", "redis_password", "redis_by_model", "redis_tls",
-        "redis_tls_ca", "redis_tls_cert", "redis_tls_key", "redis_connect_timeout_seconds",
-        "redis_read_timeout_seconds", "sentinel_hosts", "sentinel_service", "sentinel_username",
-        "sentinel_password", "key_prefix", "rq_prefix",
-    ),
-    "Jobs": ("signing_keys", "max_payload_bytes"),
-    "Models ([models.md](../explanation/models.md))": (
-        "models", "hub_endpoint", "hub_cache", "model_budget_bytes", "pinned_models",
-        "model_wait_seconds", "model_load_seconds",
-    ),
-    "The batch ([engine.md](../explanation/engine.md))": (
-        "max_batch_rows", "lane_min_share", "lane_headroom", "kv_budget_bytes",
-        "prefill_chunk_tokens", "kv_cache", "kv_bits", "prefix_cache_bytes", "native",
-    ),
-    "Delivery ([protocol.md](protocol.md))": (
-        "lease_seconds", "reap_interval_seconds", "engine_stall_seconds", "drain_grace_seconds",
-        "flush_interval_ms", "buffer_tokens", "prefix_affinity_ms",
-    ),
-    "When the engine is replaced ([memory.md](../explanation/memory.md))": (
-        "recycle_after_steps", "recycle_after_tokens", "recycle_after_hours",
-    ),
-    "When a worker works ([operations.md](../how-to/operations.md))": (
-        "work_hours", "back_off_user_seconds", "back_off_hot", "back_off_battery",
-        "back_off_hands_over",
-    ),
-    "Health and logs ([operations.md](../how-to/operations.md))": (
-        "metrics_port", "metrics_host", "log_format", "log_level",
-    ),
-}  # fmt: skip
-"""Every setting, where a reader looks for it."""
+TABLE_PAGES: Final[dict[str, str]] = {
+    "jobs": "../how-to/security.md",
+    "models": "../explanation/models.md",
+    "batch": "../explanation/engine.md",
+    "cache": "../explanation/engine.md",
+    "engine": "../explanation/memory.md",
+    "worker": "protocol.md",
+    "conditions": "../how-to/operations.md",
+    "metrics": "../how-to/operations.md",
+}
+"""From a table of settings to the page that explains it."""
 
 _SETTINGS_HEAD: Final = f"""\
 # Settings
 
-Of workers, producers and the command line alike. In the environment a setting's name is in capital
-letters behind `{ENV_PREFIX}`; in a file, `mlx-serving.toml` in the working folder or wherever
-`{ENV_PREFIX}CONFIG` points, it is as here. The environment wins. A list is `a,b` in the
-environment, a table (`models`, `redis_by_model`) is JSON there. A wrong value, or a name in a file
-that is none, is `invalid_settings` with that name; such a name in the environment is a warning.
-Settings are read at start. Each has a default that works; what workers and producers must agree on
-is under *Redis* and *Jobs*. None is for the wired limit of macOS, which a worker leaves alone
-([memory.md](../explanation/memory.md)).
+Workers, producers and the command line read the same settings, once, when they start. Each has a
+default that works. A file has a table for each subject:
 
 ```toml
-redis_url = "rediss://queue.internal:6379/0"
-metrics_port = 9109
+[redis]
+url = "rediss://queue.internal:6379/0"
+
+[batch]
+max_rows = 32
 
 [models]
 qwen = "/Users/me/models/Qwen3-0.6B"
 ```
+
+| a setting comes from | it is written |
+| --- | --- |
+| a keyword | `load_settings(batch__max_rows=32)` |
+| the environment | `{variable(("batch", "max_rows"))}=32` |
+| `mlx-serving.toml` in the working folder, or the file that `{ENV_PREFIX}CONFIG` names | as above |
+
+The first of them that gives a setting wins. In the environment a list is `a,b`, and a table of
+aliases (`{variable(("models",))}`, `{variable(("redis", "by_model"))}`) is JSON. A wrong value, or
+an unknown name in a file, is `invalid_settings` with the setting's path, as `batch.max_rows`. An
+unknown name in the environment is a warning.
+
+Some things are no settings here, because a library has a variable for them: RQ's prefix
+(`RQ_KEY_PREFIX`), a hub's URL (`HF_ENDPOINT`) and the folder for its files (`HF_HUB_CACHE`). The
+wired limit of macOS is left alone ([memory.md](../explanation/memory.md)).
 
 This page is written by `python scripts/parameters_page.py` from the schema.
 """
@@ -153,7 +149,7 @@ def page() -> str:
 
 def settings_page() -> str:
     """The settings page's text."""
-    return "\n".join([_SETTINGS_HEAD, *(_settings(*group) for group in SETTINGS.items())])
+    return "\n".join([_SETTINGS_HEAD, *map(_settings, Settings.model_fields)])
 
 
 def _fields() -> str:
@@ -189,19 +185,30 @@ model's format of calls can't write ([structured output](../explanation/structur
 """
 
 
-def _settings(group: str, names: tuple[str, ...]) -> str:
-    properties = Settings.model_json_schema(by_alias=False)["properties"]
+def _settings(table: str) -> str:
+    """One table's section; the aliases of `models` have one row."""
+    holder = TABLES.get(table, Settings)
+    names = list(holder.model_fields) if table in TABLES else [table]
+    properties = holder.model_json_schema()["properties"]
     rows = [
-        (f"`{name}`", Settings.model_fields[name].description or "", _kind(properties[name]),
-         _default(name))
+        (
+            f"`{name}`" if table in TABLES else "*alias*",
+            holder.model_fields[name].description or "",
+            _kind(properties[name]),
+            _default(holder.model_fields[name]),
+        )
         for name in names
-    ]  # fmt: skip
-    return f"## {group}\n\n{_table(('setting', 'meaning', 'type, range', 'default'), rows)}"
+    ]
+    about = holder.__doc__ if table in TABLES else "Models by alias, which jobs name."
+    page = TABLE_PAGES.get(table)
+    more = f" More: [{Path(page).name}]({page})." if page else ""
+    columns = ("setting", "meaning", "type, range", "default")
+    return f"## `[{table}]`\n\n{about}{more}\n\n{_table(columns, rows)}"
 
 
-def _default(name: str) -> str:
-    default = Settings.model_fields[name].default
-    if name == "models":
+def _default(field: FieldInfo) -> str:
+    default = field.get_default(call_default_factory=True)
+    if field is Settings.model_fields["models"]:
         return "`tally`, the tiny model"
     shown = default.get_secret_value() if isinstance(default, SecretStr) else default
     return "none" if shown in ((), {}) else _code(shown)
@@ -260,7 +267,7 @@ def _link(test: str) -> str:
     return f"[{Path(file).stem}](../../{file}) `{name.rpartition('::')[2]}`"
 
 
-def _table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def _table(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     lines = [columns, tuple("---" for _ in columns), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 

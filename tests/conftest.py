@@ -142,7 +142,7 @@ async def async_redis(
 @pytest.fixture
 def settings(local_redis: LocalRedis) -> Settings:
     """Settings that point at the private Redis."""
-    return load_settings(redis_url=local_redis.url)
+    return load_settings(redis__url=local_redis.url)
 
 
 @pytest.fixture(autouse=True)

@@ -185,8 +185,8 @@ def staged(load: Load) -> Iterator[Stage]:
     with ExitStack() as stack:
         server = stack.enter_context(LocalRedis())
         client = stack.enter_context(server.client())
-        settings = bench_settings(server.url, max_batch_rows=load.rows, drain_grace_seconds=1,
-                                  lane_headroom=load.headroom)  # fmt: skip
+        settings = bench_settings(server.url, batch__max_rows=load.rows, worker__drain_seconds=1,
+                                  batch__lane_headroom=load.headroom)  # fmt: skip
         streams = Streams(load.model, rate=load.rate, folder=load.folder)
         spec = stack.enter_context(engine_spec(streams))
         probe = child_call(_probe, settings, load)

@@ -191,7 +191,7 @@ def staged(plan: Plan, server: LocalRedis, port: int) -> Iterator[tuple[Stage, C
     """Bring all processes up; consumers wait for their ids."""
     with ExitStack() as stack:
         client = stack.enter_context(server.client())
-        settings = bench_settings(f"redis://127.0.0.1:{port}/0", max_batch_rows=plan.rows)
+        settings = bench_settings(f"redis://127.0.0.1:{port}/0", batch__max_rows=plan.rows)
         children = [child_call(host_workers, settings) for _ in range(plan.hosts)]
         children += [child_call(consume, settings) for _ in range(plan.consumers)]
         for child in children:

@@ -81,9 +81,10 @@ class Load:
         """A worker's; never replaced, or a few times within its share of the jobs."""
         tokens = int(RECYCLED_SHARE * self.jobs * TOKENS_A_JOB / (RECYCLES + 1)) if recycled else 0
         return bench_settings(
-            url, models={MODEL: str(TALLY_PATH)}, max_batch_rows=self.rows, kv_cache=self.kv_cache,
-            prefix_cache_bytes=self.prefix_mib << 20, recycle_after_tokens=tokens,
-            recycle_after_steps=0, recycle_after_hours=0, drain_grace_seconds=0.05,
+            url, models={MODEL: str(TALLY_PATH)}, batch__max_rows=self.rows,
+            cache__kind=self.kv_cache, cache__prefix_bytes=self.prefix_mib << 20,
+            engine__recycle_after_tokens=tokens, engine__recycle_after_hours=0,
+            worker__drain_seconds=0.05,
         )  # fmt: skip
 
 

@@ -115,7 +115,7 @@ def _bare_loop(connection: Connection, settings: Settings, spec: EngineSpec) -> 
     from mlx_serving.worker.engine.interface import Request, SamplingParams
     from mlx_serving.worker.models.loading import finish, load
 
-    loaded = finish(load(spec, settings, spec.model_path, settings.kv_budget_bytes))
+    loaded = finish(load(spec, settings, spec.model_path, settings.cache.budget_bytes))
     engine, encode = loaded.engine, loaded.encode
     connection.send("ready")
     while (jobs := connection.recv()) is not None:
@@ -234,9 +234,9 @@ def staged(load: Load) -> Iterator[Stage]:
     with ExitStack() as stack:
         server = stack.enter_context(LocalRedis())
         client = stack.enter_context(server.client())
-        overrides: dict[str, Any] = {"max_batch_rows": load.streams}
+        overrides: dict[str, Any] = {"batch__max_rows": load.streams}
         if load.flush_ms is not None:
-            overrides["flush_interval_ms"] = load.flush_ms
+            overrides["worker__flush_interval_ms"] = load.flush_ms
         settings = bench_settings(server.url, **overrides)
         spec = stack.enter_context(engine_spec(load))
         children = [child_call(_bare_loop, settings, spec)]  # it loads while the worker does
@@ -315,7 +315,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=256, help="of each stream")
     parser.add_argument("--rate", type=float, default=100.0, help="simulated steps/s")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
-    parser.add_argument("--flush-ms", type=float, help="the worker's flush_interval_ms")
+    parser.add_argument("--flush-ms", type=float, help="the worker's worker.flush_interval_ms")
     parser.add_argument("--folder", help="keep the synthetic model here, or use the one there")
     parser.add_argument("--rounds", type=int, default=6)
     options = vars(parser.parse_args())

@@ -21,7 +21,7 @@ from typing import Any, Literal, TypeVar
 
 import redis
 
-from mlx_serving.common.protocol.keys import Keys
+from mlx_serving.common.redis.connection import resolve
 from mlx_serving.common.settings import Settings, load_settings
 from mlx_serving.worker.models.loading import EngineSpec
 
@@ -117,7 +117,7 @@ def count_prompt(first: int, tokens: int) -> dict[str, Any]:
 
 def bench_settings(url: str, **overrides: Any) -> Settings:
     """Quiet settings for the Redis at `url`."""
-    return load_settings(**({"redis_url": url, "log_level": "error"} | overrides))
+    return load_settings(**({"redis__url": url, "log__level": "error"} | overrides))
 
 
 def _end_with_parent() -> None:
@@ -131,7 +131,7 @@ def _serve(settings: Settings, spec: EngineSpec, name: str) -> None:
     from mlx_serving.common.telemetry import configure_logging
     from mlx_serving.worker.process.supervisor import run_worker
 
-    configure_logging(log_format=settings.log_format, level=settings.log_level)
+    configure_logging(log_format=settings.log.format, level=settings.log.level)
     sys.exit(run_worker(settings, MODEL, spec, name))
 
 
@@ -143,7 +143,7 @@ def running_worker(
     process = SPAWN.Process(target=_serve, args=(settings, spec, name))
     process.start()
     try:
-        key = Keys(settings.key_prefix, settings.rq_prefix).worker(name)
+        key = resolve(settings).keys.worker(name)
         wait_until(
             lambda: bool(client.exists(key)) or not process.is_alive(),
             every=0.05, timeout=START_SECONDS, what="the worker is up",

@@ -52,7 +52,7 @@ def host_workers(connection: Connection, settings: Settings) -> None:
     from mlx_serving.common.telemetry import configure_logging
     from mlx_serving.worker.process.child import Child, ChildSpec
 
-    configure_logging(log_format="json", level=settings.log_level)
+    configure_logging(log_format="json", level=settings.log.level)
     running: list[tuple[Child, Thread]] = []
     connection.send("ready")
     while (message := connection.recv()) is not None:

@@ -235,9 +235,9 @@ def staged(load: Load, peer: str, peer_command: str) -> Iterator[Contest]:
     with ExitStack() as stack:
         server = stack.enter_context(LocalRedis())
         client = stack.enter_context(server.client())
-        overrides: Fields = {"max_batch_rows": load.streams}
+        overrides: Fields = {"batch__max_rows": load.streams}
         if load.flush_ms is not None:
-            overrides["flush_interval_ms"] = load.flush_ms
+            overrides["worker__flush_interval_ms"] = load.flush_ms
         settings = bench_settings(server.url, **overrides)
         spec = stack.enter_context(engine_spec(load))
         port = stack.enter_context(running_peer(peer, peer_command, spec.model_path, load.streams))
@@ -310,7 +310,7 @@ def main() -> None:
     parser.add_argument("--streams", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=192, help="of each stream")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
-    parser.add_argument("--flush-ms", type=float, help="the worker's flush_interval_ms")
+    parser.add_argument("--flush-ms", type=float, help="the worker's worker.flush_interval_ms")
     parser.add_argument("--folder", help="keep the synthetic model here, or use the one there")
     parser.add_argument("--settings", default="1,8", help="numbers of settings; 0: greedy")
     parser.add_argument("--rounds", type=int, default=3)

@@ -120,7 +120,10 @@ def run(bench: Bench, spec: EngineSpec, affinity_ms: int) -> list[Turn]:
         server = stack.enter_context(LocalRedis())
         client = stack.enter_context(server.client())
         settings = bench_settings(
-            server.url, max_batch_rows=bench.rows, kv_cache="paged", prefix_affinity_ms=affinity_ms
+            server.url,
+            batch__max_rows=bench.rows,
+            cache__kind="paged",
+            cache__prefix_affinity_ms=affinity_ms,
         )
         for n in range(bench.workers):
             stack.enter_context(running_worker(settings, spec, client, name=f"affinity-{n}"))

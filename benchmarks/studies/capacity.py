@@ -19,7 +19,7 @@ from typing import Any, Final
 
 from benchmarks.lib.process_cpu import BUSY
 
-FLUSH_SECONDS: Final = 0.01  # flush_interval_ms: a flush goes with the step nearest to it
+FLUSH_SECONDS: Final = 0.01  # worker.flush_interval_ms: a flush goes with the step nearest to it
 BULK_COMMITS: Final = 2.0  # a second and row: each 500 ms …
 BULK_TOKENS: Final = 16  # … or so many tokens
 

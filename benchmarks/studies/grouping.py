@@ -12,7 +12,7 @@ paged cache's pure-MLX path runs, which is slow: its tokens/s are no figures of 
 * room for all: it may keep all 20.
 * off: no prefix cache, every prompt is computed.
 * affinity off, on: whether a worker passes over lines whose beginning another one has
-  (`prefix_affinity_ms`); beginnings of 512 characters or more have a mark.
+  (`cache.prefix_affinity_ms`); beginnings of 512 characters or more have a mark.
 
 *Computed* are the prompt tokens that no cache gave (`usage`); *unique* are those that differ: each
 beginning once, and every line's own.
@@ -121,8 +121,8 @@ def run(bench: Bench, case: Case, spec: EngineSpec, path: Path) -> tuple[Batch, 
         server = stack.enter_context(LocalRedis())
         client = stack.enter_context(server.client())
         settings = bench_settings(
-            server.url, max_batch_rows=bench.rows, prefix_cache_bytes=room, kv_cache="paged",
-            prefix_affinity_ms=150 if case.affinity else 0,
+            server.url, batch__max_rows=bench.rows, cache__prefix_bytes=room, cache__kind="paged",
+            cache__prefix_affinity_ms=150 if case.affinity else 0,
         )  # fmt: skip
         for n in range(case.workers):
             stack.enter_context(running_worker(settings, spec, client, name=f"grouping-{n}"))

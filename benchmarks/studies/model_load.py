@@ -48,9 +48,11 @@ def figures(path: Path, streams: int) -> list[Figure]:
     from mlx_serving.worker.engine.interface import Request, SamplingParams
     from mlx_serving.worker.models.loading import EngineSpec, finish, load
 
-    settings = bench_settings("redis://unused", max_batch_rows=streams, kv_budget_bytes=2 << 30)
+    settings = bench_settings(
+        "redis://unused", batch__max_rows=streams, cache__budget_bytes=2 << 30
+    )
     spec = EngineSpec("mlx")
-    first = finish(load(spec, settings, str(path), settings.kv_budget_bytes))
+    first = finish(load(spec, settings, str(path), settings.cache.budget_bytes))
     progress("the first model is up")
     engine = first.engine
     for row in range(streams):

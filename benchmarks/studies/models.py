@@ -75,8 +75,8 @@ def run(load: Load) -> list[Figure]:
     with ExitStack() as stack:
         server = stack.enter_context(LocalRedis())
         settings = bench_settings(
-            server.url, max_batch_rows=load.rows, model_budget_bytes=SIMULATED_BYTES,
-            model_wait_seconds=load.patience,
+            server.url, batch__max_rows=load.rows, worker__model_budget_bytes=SIMULATED_BYTES,
+            worker__model_wait_seconds=load.patience,
         )  # fmt: skip
         client = stack.enter_context(Client(settings=settings))
         workers = [

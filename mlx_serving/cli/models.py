@@ -15,7 +15,6 @@ from mlx_serving.common.errors import FieldError, ModelUnreachable, UnknownModel
 if TYPE_CHECKING:
     from mlx_serving.common.settings import Settings
     from mlx_serving.worker.engine.model_files import ModelFilesError
-    from mlx_serving.worker.engine.model_hub import Hub
 
 
 def known_path(settings: Settings, model: str) -> str:
@@ -33,23 +32,16 @@ def known_path(settings: Settings, model: str) -> str:
     return path
 
 
-def hub_of(settings: Settings) -> Hub:
-    """The hub of the settings."""
-    from mlx_serving.worker.engine.model_hub import Hub
-
-    return Hub(settings.hub_endpoint, settings.hub_cache)
-
-
-def found_path(settings: Settings, path: str) -> str:
+def found_path(path: str) -> str:
     """Local folder of a model, or its hub name if it is not downloaded; downloads nothing."""
     from mlx_serving.worker.engine.model_files import ModelFilesError
-    from mlx_serving.worker.engine.model_hub import hub_model, local_folder
+    from mlx_serving.worker.engine.model_hub import Hub, hub_model, local_folder
 
     model = hub_model(path)
     if model is None:
         return path
     try:
-        found = local_folder(model, hub_of(settings))
+        found = local_folder(model, Hub())
     except ModelFilesError:
         return path  # the check of its files says why
     return path if found is None else str(found)
@@ -70,17 +62,17 @@ def hub_problem(alias: str, path: str) -> str | None:
     return f"not downloaded, or not completely: mlx-serving models pull {alias}"
 
 
-def fetched_path(settings: Settings, path: str) -> str:
+def fetched_path(path: str) -> str:
     """Local folder of a model; one on a hub is downloaded first.
 
     Raises:
         ModelFilesError: it can't be downloaded; names model, host and reason.
 
     """
-    from mlx_serving.worker.engine.model_hub import download, hub_model
+    from mlx_serving.worker.engine.model_hub import Hub, download, hub_model
 
     model = hub_model(path)
-    return path if model is None else str(download(model, hub_of(settings), note))
+    return path if model is None else str(download(model, Hub(), note))
 
 
 def refusal(alias: str, error: ModelFilesError) -> UnknownModel:
@@ -100,7 +92,7 @@ def pull(settings: Settings, alias: str) -> None:
     """
     from mlx_serving.cli.options import require_engine
     from mlx_serving.worker.engine.model_files import ModelFilesError
-    from mlx_serving.worker.engine.model_hub import hub_model, resolve
+    from mlx_serving.worker.engine.model_hub import Hub, hub_model, resolve
 
     model = hub_model(known_path(settings, alias))
     if model is None:
@@ -108,10 +100,10 @@ def pull(settings: Settings, alias: str) -> None:
     require_engine()
     try:
         if not model.pinned:
-            commit = resolve(model, hub_of(settings))
+            commit = resolve(model, Hub())
             reason = f"{model} is not pinned; it is {commit} now: write that"
             raise UnknownModel([FieldError(f"models.{alias}", reason)])
-        fetched_path(settings, str(model))
+        fetched_path(str(model))
     except ModelFilesError as error:
         raise refusal(alias, error) from None
 
@@ -124,7 +116,7 @@ class ModelView:
     """One alias; `problem` says why it can't be loaded here.
 
     `size_bytes` counts its files, `weight_bytes` what is loaded of them: that counts for
-    `model_budget_bytes`.
+    `worker.model_budget_bytes`.
     """
 
     alias: str
@@ -150,7 +142,7 @@ def models(
         pull(settings, pulled)
         alias = pulled
     shown = sorted(settings.models) if alias is None else [alias]
-    views = [model_view(name, found_path(settings, known_path(settings, name))) for name in shown]
+    views = [model_view(name, found_path(known_path(settings, name))) for name in shown]
     if as_json:
         print_json(views)
     else:

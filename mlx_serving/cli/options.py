@@ -72,4 +72,4 @@ def read_settings(redis_url: str | None = None) -> Settings:
         note(f"warning: {name} is not a setting and has no effect")
     if redis_url is None:
         return load_settings()
-    return load_settings(redis_url=redis_url, redis_by_model={})
+    return load_settings(redis__url=redis_url, redis__by_model={})

@@ -38,8 +38,8 @@ def worker(
 ) -> None:
     """Serve one or more models, each from its three queues, until SIGTERM or Ctrl-C.
 
-    Several are in memory at once as far as model_budget_bytes allows; the others are loaded and
-    unloaded as there is work for them.
+    Several are in memory at once as far as worker.model_budget_bytes allows; the others are loaded
+    and unloaded as there is work for them.
 
     The first signal drains: the worker claims nothing more, lets jobs end within the grace time,
     and hands the rest over. The second signal hands over at once.
@@ -61,7 +61,7 @@ def worker(
         fail(error)
         raise typer.Exit(EXIT_CONFIGURATION) from None
     require_redis(settings, first, name)
-    configure_logging(log_format=settings.log_format, level=settings.log_level)
+    configure_logging(log_format=settings.log.format, level=settings.log.level)
     name = name or default_name()
     get_logger(__name__).info("starting", worker=name, model=",".join(models), engine=engine)
     raise typer.Exit(run_worker(settings, first, spec, name))
@@ -107,7 +107,7 @@ def _paths(settings: Settings, known: dict[str, str]) -> dict[str, str]:
             paths[model] = model_path(settings, model)
         except UnknownModel as error:
             problems.append(error)
-            paths[model] = found_path(settings, path)
+            paths[model] = found_path(path)
             if len(known) > 1:
                 typer.echo(f"warning: {error}; its jobs are left to other workers", err=True)
     if len(problems) == len(known):
@@ -149,7 +149,7 @@ def model_path(settings: Settings, model: str) -> str:
 
     path = known_path(settings, model)
     try:
-        path = fetched_path(settings, path)
+        path = fetched_path(path)
         check_model_files(Path(path))
     except ModelFilesError as error:
         raise refusal(model, error) from None

@@ -74,7 +74,7 @@ class BaseClient:
         self.keys = self.endpoint.keys
         # Remembered: a batch asks it for each job.
         self._serves = lru_cache(maxsize=256)(partial(_is_at, self.endpoint, self.settings))
-        self._signer = Signer(key.get_secret_value() for key in self.settings.signing_keys)
+        self._signer = Signer(key.get_secret_value() for key in self.settings.jobs.signing_keys)
 
     def _seal(self, job: JobLike | None, fields: Mapping[str, Any]) -> EnqueueEntry:
         """Validate a job given as an object, a mapping or keywords, and seal it."""
@@ -88,7 +88,7 @@ class BaseClient:
         if not self._serves(job.model, job.tenant):
             reason = "is served by another Redis than this client's: open a Client(model=…) for it"
             raise InvalidJob([FieldError("model", reason)])
-        limit = self.settings.max_payload_bytes
+        limit = self.settings.jobs.max_bytes
         return seal(job, max_payload_bytes=limit, signer=self._signer)
 
     def _seal_all(self, jobs: Iterable[JobLike]) -> list[EnqueueEntry]:
@@ -213,14 +213,12 @@ def not_found(job_id: str) -> JobNotFound:
 
 
 def _settings(url: str | None, settings: Settings | None) -> Settings:
-    # pydantic-settings takes a twentieth of the import's time: only callers that read settings pay.
-    from pydantic import SecretStr
-
+    # pydantic takes most of the import's time: only callers that read settings pay for it.
     from mlx_serving.common.settings import load_settings
 
     if settings is None:
-        return load_settings() if url is None else load_settings(redis_url=url)
-    return settings if url is None else settings.model_copy(update={"redis_url": SecretStr(url)})
+        return load_settings() if url is None else load_settings(redis__url=url)
+    return settings if url is None else settings.replace(redis__url=url)
 
 
 def _mapping(job: object) -> Mapping[str, Any]:

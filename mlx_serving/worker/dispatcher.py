@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Final
 import redis
 import structlog
 
+from mlx_serving.common import defaults, limits
 from mlx_serving.common.errors import CorruptEvent, MlxServingError
 from mlx_serving.common.protocol import calls
 from mlx_serving.common.queues import model_of
@@ -62,9 +63,9 @@ class DispatcherOptions:
     worker: str
     batch: BatchSize
     messages: Messages
-    lease_ms: int = 10_000
-    drain_grace_seconds: float = 30.0
-    max_payload_bytes: int = 4 * 1024 * 1024
+    lease_ms: int = int(defaults.LEASE_SECONDS * 1000)
+    drain_seconds: float = defaults.DRAIN_SECONDS
+    max_payload_bytes: int = limits.PAYLOAD_BYTES
     conditions: Conditions = ANY_TIME
     memory_short: Callable[[], bool] = bool  # bool(): False
     affinity_ms: int = 0
@@ -174,10 +175,10 @@ class Dispatcher:
             self._status, self._drain_until = 0, time.monotonic()
             self._counters.draining = True
         elif what == "drain":
-            self._drain(self._options.drain_grace_seconds)
+            self._drain(self._options.drain_seconds)
         elif what == "recycle" and not self.draining and not self._publisher.failing:
             self._counters.count("recycles", argument)
-            self._drain(min(RECYCLE_SECONDS, self._options.drain_grace_seconds), argument)
+            self._drain(min(RECYCLE_SECONDS, self._options.drain_seconds), argument)
 
     def _drain(self, grace: float, recycled_for: str = "") -> None:
         self._status = EXIT_RECYCLE if recycled_for else 0  # 0 also if both are asked for

@@ -43,7 +43,7 @@ def test_the_example_of_the_bulk_page(
     local_redis: LocalRedis, redis_client: redis.Redis, tmp_path: Path
 ) -> None:
     path = Path(shutil.copy(ROOT / "examples" / "requests.jsonl", tmp_path))
-    batches = Client(settings=load_settings(redis_url=local_redis.url)).batches
+    batches = Client(settings=load_settings(redis__url=local_redis.url)).batches
     with WorkerProcess(local_redis.url, "w", None) as worker:
         worker.serving()
         batch = batches.submit(path, model_map={"gpt-4o-mini": "tally"})

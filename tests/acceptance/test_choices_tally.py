@@ -34,7 +34,7 @@ COUNT: dict[str, Any] = {"content": "count from 3 to 12", "temperature": 0.0}
 
 @pytest.fixture(scope="module")
 def first(local_redis: LocalRedis) -> Iterator[WorkerProcess]:
-    with WorkerProcess(local_redis.url, "first", None, max_batch_rows=12) as worker:
+    with WorkerProcess(local_redis.url, "first", None, batch__max_rows=12) as worker:
         yield worker.serving()
 
 
@@ -161,7 +161,7 @@ def test_choices_survive_the_loss_of_their_worker(
         expected = run(client, **fields)
         first.signal(signal.SIGSTOP)  # idle: the other one gets the job
         try:
-            with WorkerProcess(local_redis.url, name, None, drain_grace_seconds=0) as doomed:
+            with WorkerProcess(local_redis.url, name, None, worker__drain_seconds=0) as doomed:
                 doomed.serving()
                 handle = submit(client, **fields)
                 wait_until(lambda: len(job_events(client, handle.id)) > 4, timeout=30)

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import redis
-from pydantic import SecretStr
 
 from mlx_serving.cli.overview import read_overview
 from mlx_serving.common.protocol.keys import Keys
@@ -19,6 +18,7 @@ from mlx_serving.common.states import JobState
 from mlx_serving.producer.client import Client
 from tests.support.helpers import wait_until
 from tests.support.paths import ROOT
+from tests.support.redis_users import as_user
 
 USERS = ROOT / "ops" / "redis" / "users.acl"
 KEYS = Keys()
@@ -36,8 +36,7 @@ def server() -> Iterator[LocalRedis]:
 
 
 def settings_of(server: LocalRedis, user: str) -> Settings:
-    password = SecretStr(f"change-me-{user}")
-    return load_settings(redis_url=server.url, redis_username=user, redis_password=password)
+    return load_settings(redis__url=as_user(server.url, user), redis__password=f"change-me-{user}")
 
 
 def client_of(server: LocalRedis, user: str) -> redis.Redis:
@@ -48,9 +47,8 @@ def client_of(server: LocalRedis, user: str) -> redis.Redis:
 def test_producer_worker_and_monitor_do_their_work(
     server: LocalRedis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("MLX_SERVING_REDIS_USERNAME", "worker")
     monkeypatch.setenv("MLX_SERVING_REDIS_PASSWORD", "change-me-worker")
-    monkeypatch.setenv("MLX_SERVING_REDIS_URL", server.url)
+    monkeypatch.setenv("MLX_SERVING_REDIS_URL", as_user(server.url, "worker"))
     command = [sys.executable, "-m", "mlx_serving", "worker", "--engine", "simulated"]
     worker = subprocess.Popen([*command, "--tokens-per-second", "100"], cwd=ROOT)
     try:
@@ -121,7 +119,7 @@ def test_the_file_is_one_that_redis_loads(tmp_path: Path) -> None:
 
 def test_users_need_a_password(server: LocalRedis) -> None:
     with (
-        connect(Endpoint(url=server.url, username="producer", password="")) as client,
+        connect(Endpoint(url=as_user(server.url, "producer"), password="")) as client,
         pytest.raises(redis.AuthenticationError),
     ):
         wait_until(client.ping)

@@ -27,7 +27,7 @@ def _left_behind(output: str) -> list[str]:
 def test_the_demo_gives_eight_right_answers(native: str) -> None:
     environment = {
         **os.environ,
-        "MLX_SERVING_NATIVE": native,
+        "MLX_SERVING_ENGINE_NATIVE": native,
         "MLX_SERVING_REDIS_URL": "redis://nowhere.invalid:1",  # the demo uses its own
         "MLX_SERVING_REDIS_PASSWORD": "x",
     }

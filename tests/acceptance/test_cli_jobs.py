@@ -19,6 +19,7 @@ from mlx_serving.common.redis.local import LocalRedis
 from mlx_serving.common.settings import load_settings
 from mlx_serving.producer.client import Client
 from tests.support.helpers import wait_until
+from tests.support.redis_users import as_user
 
 runner = CliRunner()
 KEYS = Keys()
@@ -99,7 +100,7 @@ def test_a_job_that_does_not_finish_is_an_error(url: str) -> None:
 
 
 def _checks(server: LocalRedis) -> dict[str, Check]:
-    endpoint = resolve(load_settings(redis_url=server.url))
+    endpoint = resolve(load_settings(redis__url=server.url))
     return {check.name: check for check in redis_server.redis_checks(endpoint)}
 
 
@@ -128,7 +129,7 @@ def test_doctor_fails_scripts_that_an_acl_denies(local_redis: LocalRedis) -> Non
             commands=["+info", "+ping", "+hgetall"], categories=["+@connection"],
         )  # fmt: skip
         settings = load_settings(
-            redis_url=local_redis.url, redis_username="viewer", redis_password=password
+            redis__url=as_user(local_redis.url, "viewer"), redis__password=password
         )
         checks = {c.name: c for c in redis_server.redis_checks(resolve(settings))}
         client.acl_deluser("viewer")
@@ -156,7 +157,7 @@ def test_doctor_without_redis_fails_and_still_checks_the_rest() -> None:
 def test_a_worker_whose_name_another_has_is_warned(
     url: str, redis_client: redis.Redis, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    settings = load_settings(redis_url=url)
+    settings = load_settings(redis__url=url)
     redis_client.hset(KEYS.worker("mac-1"), "pid", 1)
     require_redis(settings, "tally", "mac-2")
     require_redis(settings, "tally")

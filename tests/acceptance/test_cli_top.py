@@ -17,6 +17,7 @@ from mlx_serving.common.settings import load_settings
 from mlx_serving.producer.client import Client
 from tests.support.helpers import wait_until
 from tests.support.paths import ROOT
+from tests.support.redis_users import as_user
 from tests.support.worker_process import InProcessWorker
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ def server() -> Iterator[LocalRedis]:
         client.execute_command("ACL", "SETUSER", "monitor", *monitor.split()[2:])
         with (
             InProcessWorker(server.url, "studio", rate=50.0),
-            Client(settings=load_settings(redis_url=server.url)) as producer,
+            Client(settings=load_settings(redis__url=server.url)) as producer,
         ):
             job = {"model": "tally", "prompt": "x", "max_tokens": 5000}
             handles = producer.submit_many([job] * 3)
@@ -47,8 +48,8 @@ def server() -> Iterator[LocalRedis]:
 @pytest.fixture
 def environment(server: LocalRedis) -> dict[str, str]:
     return {
-        **os.environ, "MLX_SERVING_REDIS_URL": server.url, "TERM": "xterm",
-        "MLX_SERVING_REDIS_USERNAME": "monitor", "MLX_SERVING_REDIS_PASSWORD": "change-me-monitor",
+        **os.environ, "MLX_SERVING_REDIS_URL": as_user(server.url, "monitor"), "TERM": "xterm",
+        "MLX_SERVING_REDIS_PASSWORD": "change-me-monitor",
         "COLUMNS": "140", "LINES": "30",
     }  # fmt: skip
 

@@ -104,7 +104,7 @@ def produce(url: str, seed: int, jobs: int) -> list[tuple[str, str, str | None]]
 @pytest.fixture
 def worker(local_redis: LocalRedis, redis_client: redis.Redis) -> Iterator[WorkerProcess]:
     del redis_client  # empties Redis
-    with WorkerProcess(local_redis.url, "w1", None, drain_grace_seconds=1) as started:
+    with WorkerProcess(local_redis.url, "w1", None, worker__drain_seconds=1) as started:
         yield started.serving()
 
 
@@ -182,7 +182,7 @@ async def test_one_seed_gives_the_same_dice_whatever_happens_around_it(
     local_redis: LocalRedis, redis_client: redis.Redis
 ) -> None:
     # Without a grace time a drain hands over at once.
-    with WorkerProcess(local_redis.url, "w1", None, drain_grace_seconds=0) as worker:
+    with WorkerProcess(local_redis.url, "w1", None, worker__drain_seconds=0) as worker:
         worker.serving()
         await check_dice(local_redis, redis_client, worker)
 

@@ -137,8 +137,8 @@ def test_errors_name_the_model_and_the_host(server: FakeHub, hub: Hub) -> None:
 
 def settings(monkeypatch: pytest.MonkeyPatch, hub: Hub, revision: str, endpoint: str = "") -> None:
     monkeypatch.setenv("MLX_SERVING_MODELS", f'{{"t": "{REPO}@{revision}"}}')
-    monkeypatch.setenv("MLX_SERVING_HUB_ENDPOINT", endpoint or str(hub.endpoint))
-    monkeypatch.setenv("MLX_SERVING_HUB_CACHE", str(hub.cache))
+    used = Hub(endpoint or hub.endpoint, hub.cache)
+    monkeypatch.setattr(hub_module, "Hub", lambda: used)
 
 
 def test_pull_downloads_and_the_list_says_what_is_here(
@@ -176,4 +176,4 @@ def test_a_worker_and_the_doctor_find_the_model_or_say_why_not(
     assert (found.level.value, "models pull t" in found.detail) == ("fail", True)
     settings(monkeypatch, hub, COMMIT)
     reached = load_settings()
-    assert model_path(reached, "t") == found_path(reached, f"{REPO}@{COMMIT}")
+    assert model_path(reached, "t") == found_path(f"{REPO}@{COMMIT}")

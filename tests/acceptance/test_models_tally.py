@@ -40,7 +40,7 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def loaded_models(copy: Path) -> LoadedModels:
     paths = {"tally": str(TALLY_PATH), "copy": str(copy)}
-    settings = load_settings(max_batch_rows=4)
+    settings = load_settings(batch__max_rows=4)
     return LoadedModels(
         ("tally", "copy"), EngineSet(), lambda m: load(SPEC, settings, paths[m], 1 << 26),
         lambda m: weight_bytes(Path(paths[m])),
@@ -86,7 +86,7 @@ def test_rows_decode_while_another_model_is_loaded(loaded_models: LoadedModels) 
 
 def test_the_kv_budget_is_shared_by_as_many_as_can_be_in_memory(copy: Path) -> None:
     paths = {"tally": str(TALLY_PATH), "copy": str(copy), "gone": "/nowhere"}
-    given = load_settings(kv_budget_bytes=6000, model_budget_bytes=SIZE * 2)
+    given = load_settings(cache__budget_bytes=6000, worker__model_budget_bytes=SIZE * 2)
     budget, share = plan_memory(SPEC, given, paths)
     assert (budget.sizes, share) == ({"tally": SIZE, "copy": SIZE, "gone": 0}, 2000)
     alone, share = plan_memory(SPEC, load_settings(), {"tally": str(TALLY_PATH)})
@@ -106,7 +106,7 @@ def test_a_worker_answers_for_both_and_leaves_the_one_that_is_missing(
     with (
         Client(settings=quick_settings(settled_redis.url)) as client,
         WorkerProcess(
-            settled_redis.url, "w", None, others=others, model_budget_bytes=SIZE * 3 // 2
+            settled_redis.url, "w", None, others=others, worker__model_budget_bytes=SIZE * 3 // 2
         ) as worker,
     ):
         left = client.submit(model="missing", messages=COUNT, max_tokens=64)

@@ -60,7 +60,7 @@ def test_usage_reports_hits_to_the_tenant_that_had_the_prompt_before(
     local_redis: LocalRedis, redis_client: redis.Redis
 ) -> None:
     del redis_client  # empties Redis
-    settings: dict[str, Any] = {"kv_cache": "paged"}  # the prefix cache is on by default
+    settings: dict[str, Any] = {"cache__kind": "paged"}  # the prefix cache is on by default
     with WorkerProcess(local_redis.url, "w1", None, **settings) as worker:
         worker.serving()
         with Client(local_redis.url) as client:

@@ -130,7 +130,7 @@ def test_a_worker_killed_in_this_phase_leaves_no_seam(
     try:
         first = WorkerProcess(
             settled_redis.url, f"first {phase}".replace(" ", "-"), None, Hacks(freeze=where),
-            prefill_chunk_tokens=8,
+            batch__prefill_chunk_tokens=8,
         )  # fmt: skip
         with first:
             first.serving()

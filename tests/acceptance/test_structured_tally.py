@@ -121,7 +121,7 @@ def test_a_grammar_and_a_call_survive_the_loss_of_their_worker(
         expected = run(client, **fields)
         jsonschema.validate(json.loads(expected.text), long["json_schema"]["schema"])
         second.signal(signal.SIGSTOP)  # idle: the first one gets the job
-        with WorkerProcess(url, names[0], None, drain_grace_seconds=0) as doomed:
+        with WorkerProcess(url, names[0], None, worker__drain_seconds=0) as doomed:
             doomed.serving()
             handle = submit(client, **fields)
             wait_until(lambda: len(job_events(client, handle.id)) > 4, timeout=30)

@@ -34,7 +34,7 @@ def arguments() -> argparse.Namespace:
         parser.add_argument(f"--{name.replace('_', '-')}", action=BooleanOptionalAction)
     for name in NUMBERS:
         parser.add_argument(f"--{name.replace('_', '-')}", type=int)
-    for name in ("lease", "reap", "stall"):
+    for name in ("lease", "stall"):
         parser.add_argument(f"--{name}", type=float, help="seconds")
     parser.add_argument("--output", type=Path, help="JSON file for the figures")
     parser.add_argument("--keep", default="", help="new folder for logs and traces")

@@ -139,7 +139,7 @@ class Keeper:
             cwd=ROOT, stdin=subprocess.PIPE, stdout=self._log, stderr=self._log,
         )  # fmt: skip
         assert process.stdin is not None
-        process.stdin.write(encode_settings(load_settings(redis_url=self._url)))
+        process.stdin.write(encode_settings(load_settings(redis__url=self._url)))
         process.stdin.close()
         return process
 
@@ -174,7 +174,7 @@ class Workers:
     def _start(self) -> WorkerProcess:
         self._generation += 1
         name = f"bulk-{self._generation}"
-        return WorkerProcess(self._url, name, self._rate, max_batch_rows=self._rows)
+        return WorkerProcess(self._url, name, self._rate, batch__max_rows=self._rows)
 
     def kill(self, index: int) -> None:
         old = self.alive[index].serving()
@@ -216,7 +216,7 @@ def run(
         path = write_lines(scratch / "in.jsonl", [work.request for work in asked])
         workers = Workers(server.url, 16 if small else 32, SIMULATED_RATE if simulated else None)
         stack.callback(workers.close)
-        batches = Client(settings=load_settings(redis_url=server.url)).batches
+        batches = Client(settings=load_settings(redis__url=server.url)).batches
         began = time.monotonic()
         batch = batches.submit(path, start=False, model_map={"gpt-4o-mini": "tally"}, **options)
         report.validation_seconds = time.monotonic() - began

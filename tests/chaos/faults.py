@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from typing import TYPE_CHECKING, Final
 
+from mlx_serving.worker.delivery.sweeper import reap_interval_seconds
 from tests.chaos.mutants import script_texts
 from tests.chaos.trace import now
 from tests.chaos.worker import TRAPS
@@ -127,7 +128,8 @@ class Tormentors:
         parent = rng.random() < 0.5
         try:
             slot.worker.signal(signal.SIGSTOP, parent=parent)
-            self._stopping.wait(self._plan.lease * rng.uniform(1.05, 1.8) + self._plan.reap)
+            reap = reap_interval_seconds(self._plan.lease)
+            self._stopping.wait(self._plan.lease * rng.uniform(1.05, 1.8) + reap)
             slot.worker.signal(signal.SIGCONT)
             self.counts["stops"] += 1
         finally:

@@ -113,11 +113,10 @@ def cpu_seconds(pid: int) -> float:
 
 def settings_of(plan: Plan) -> dict[str, Any]:
     return {
-        "kv_cache": "paged" if plan.prefix_cache else "padded",
-        "prefix_cache_bytes": PREFIX_BYTES if plan.prefix_cache else 0,
-        "lease_seconds": plan.lease,
-        "reap_interval_seconds": plan.reap,
-        "max_batch_rows": plan.rows,
+        "cache__kind": "paged" if plan.prefix_cache else "padded",
+        "cache__prefix_bytes": PREFIX_BYTES if plan.prefix_cache else 0,
+        "worker__lease_seconds": plan.lease,
+        "batch__max_rows": plan.rows,
     }
 
 

@@ -28,7 +28,6 @@ class Plan:
     in_flight: int = 40  # jobs a producer process has open
     answers: int = 60  # different prompts
     lease: float = 2.0
-    reap: float = 0.3
     stall: float = 120.0
     seed: int = 1
     mutant: str = ""

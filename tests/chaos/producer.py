@@ -119,8 +119,8 @@ class Producer:
     async def run(self) -> None:
         given = self._given
         async with (
-            AsyncClient(settings=load_settings(redis_url=given["proxy_url"])) as lossy,
-            AsyncClient(settings=load_settings(redis_url=given["url"])) as direct,
+            AsyncClient(settings=load_settings(redis__url=given["proxy_url"])) as lossy,
+            AsyncClient(settings=load_settings(redis__url=given["url"])) as direct,
             asyncio.TaskGroup() as tasks,
         ):
             self._clients = (lossy, direct)

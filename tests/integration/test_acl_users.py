@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import redis
-from pydantic import SecretStr
 
 from mlx_serving import AsyncClient, Client
 from mlx_serving.common.errors import QueueUnavailable, TenantLimited
@@ -29,6 +28,7 @@ from tests.support.bulk_files import simulated_line, write_lines
 from tests.support.helpers import wait_until
 from tests.support.paths import ROOT
 from tests.support.protocol_driver import LANES, Driver
+from tests.support.redis_users import as_user
 from tests.support.worker_process import InProcessWorker, quick_settings, submit
 
 if TYPE_CHECKING:
@@ -65,12 +65,12 @@ def admin(server: LocalRedis) -> Iterator[redis.Redis]:
         yield client
 
 
-def login(user: str) -> dict[str, Any]:
-    return {"redis_username": user, "redis_password": SecretStr(f"change-me-{user}")}
+def url_of(server: LocalRedis, user: str) -> str:
+    return as_user(server.url, user, f"change-me-{user}")
 
 
 def connection(server: LocalRedis, user: str) -> redis.Redis:
-    return connect(resolve(quick_settings(server.url, **login(user))))
+    return connect(resolve(quick_settings(url_of(server, user))))
 
 
 def denials(admin: redis.Redis) -> list[tuple[str, str, str]]:
@@ -99,9 +99,9 @@ class TestTheWholePath:
         self, server: LocalRedis, admin: redis.Redis
     ) -> None:
         """Also: the worker registers, claims, commits, renews, reaps and reconciles, as itself."""
-        settings = quick_settings(server.url, **login("producer"))
+        settings = quick_settings(url_of(server, "producer"))
         with (
-            InProcessWorker(server.url, rate=200, **login("worker")),
+            InProcessWorker(url_of(server, "worker"), rate=200),
             Client(settings=settings) as client,
         ):
             check_all(client, submit(client, 4, 5), 5)
@@ -118,19 +118,19 @@ class TestTheWholePath:
 
     def test_limits_are_an_operators(self, server: LocalRedis, admin: redis.Redis) -> None:
         """One sets them, a producer is refused by them, a monitor reads them."""
-        endpoints = {user: resolve(quick_settings(server.url, **login(user))) for user in UNTRUSTED}
+        endpoints = {user: resolve(quick_settings(url_of(server, user))) for user in UNTRUSTED}
         with Tenancy(endpoints["operator"]) as tenancy:
             tenancy.limit("acme", {"queued": 1})
             tenancy.limit("acme", {"running": "default"})
         fields = {"model": "tally", "prompt": "x", "result_ttl": 60, "tenant": "acme"}
-        with Client(settings=quick_settings(server.url, **login("producer"))) as client:
+        with Client(settings=quick_settings(url_of(server, "producer"))) as client:
             job = client.submit(fields)
             with pytest.raises(TenantLimited):
                 client.submit(fields)
             with Tenancy(endpoints["monitor"]) as tenancy:
                 (view,) = tenancy.view().tenants
             assert (view.tenant, view.queued, view.queued_limit) == ("acme", 1, 1)
-            with InProcessWorker(server.url, rate=200, **login("worker")):
+            with InProcessWorker(url_of(server, "worker"), rate=200):
                 job.result(timeout=10)
             cancelled = client.submit(fields)
             assert cancelled.cancel() is JobState.CANCELLED
@@ -138,7 +138,7 @@ class TestTheWholePath:
         assert [denied for denied in denials(admin) if denied not in HARMLESS] == []
 
     def test_the_async_client(self, server: LocalRedis, admin: redis.Redis) -> None:
-        settings = quick_settings(server.url, **login("producer"))
+        settings = quick_settings(url_of(server, "producer"))
 
         async def use() -> str:
             async with AsyncClient(settings=settings) as client:
@@ -147,15 +147,15 @@ class TestTheWholePath:
                     pass
                 return (await job.result(timeout=10)).text
 
-        with InProcessWorker(server.url, rate=200, **login("worker")):
+        with InProcessWorker(url_of(server, "worker"), rate=200):
             assert asyncio.run(use()) == "1 2 3 4 5"
         assert [denied for denied in denials(admin) if denied not in HARMLESS] == []
 
     def test_a_bulk_file(self, server: LocalRedis, admin: redis.Redis, tmp_path: Path) -> None:
-        batches = Client(settings=quick_settings(server.url, **login("producer"))).batches
+        batches = Client(settings=quick_settings(url_of(server, "producer"))).batches
         path = write_lines(tmp_path / "in.jsonl", map(simulated_line, range(1, 6)))
         batch = batches.submit(path, start=False)
-        with InProcessWorker(server.url, rate=200, **login("worker")):
+        with InProcessWorker(url_of(server, "worker"), rate=200):
             assert batches.run(batch.id).request_counts.completed == 5
         batch = batches.submit(path, start=False)
         batches.cancel(batch.id)
@@ -199,11 +199,11 @@ class TestTheWholePath:
         self, server: LocalRedis, admin: redis.Redis
     ) -> None:
         """`rq info` writes too: it trims registries and strikes off workers that are gone."""
-        settings = quick_settings(server.url, **login("producer"))
+        settings = quick_settings(url_of(server, "producer"))
         url = f"unix://monitor:change-me-monitor@{server.socket}"
         command = [sys.executable, "-m", "rq.cli", "info", "--url", url]
         with (
-            InProcessWorker(server.url, name="alive", rate=100, **login("worker")),
+            InProcessWorker(url_of(server, "worker"), name="alive", rate=100),
             Client(settings=settings) as client,
         ):
             check_all(client, submit(client, 2, 5), 5)
@@ -334,8 +334,7 @@ class TestScripts:
             line.split()[2:] for line in USERS.read_text().splitlines() if "user producer" in line
         )
         admin.execute_command("ACL", "SETUSER", "locked", *rules, "-script")
-        locked = {"redis_username": "locked", "redis_password": SecretStr("change-me-producer")}
-        settings = quick_settings(server.url, **locked)
+        settings = quick_settings(as_user(server.url, "locked", "change-me-producer"))
         admin.script_flush()
         try:
             with Client(settings=settings) as client:

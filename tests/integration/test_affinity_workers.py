@@ -79,8 +79,8 @@ def test_a_conversation_stays_with_its_worker(
         5000,
     )  # the machine may be slow, and its worker takes it at once
     with (
-        InProcessWorker(url, "a", rate=1000, prefix_affinity_ms=patient) as first,
-        InProcessWorker(url, "b", rate=1000, prefix_affinity_ms=patient) as second,
+        InProcessWorker(url, "a", rate=1000, cache__prefix_affinity_ms=patient) as first,
+        InProcessWorker(url, "b", rate=1000, cache__prefix_affinity_ms=patient) as second,
     ):
         serving(redis_client, "a", "b")
         for talk in range(4):
@@ -97,7 +97,7 @@ def test_a_full_worker_keeps_no_conversation(
     settled_redis: LocalRedis, redis_client: redis.Redis, client: Client
 ) -> None:
     url = settled_redis.url
-    options: dict[str, Any] = {"max_batch_rows": 2, "prefix_affinity_ms": 5000}
+    options: dict[str, Any] = {"batch__max_rows": 2, "cache__prefix_affinity_ms": 5000}
     with InProcessWorker(url, "a", rate=50, **options):
         serving(redis_client, "a")
         long = [turn(client, 0, 0, tokens=100), turn(client, 1, 0, tokens=100)]
@@ -106,7 +106,7 @@ def test_a_full_worker_keeps_no_conversation(
             serving(redis_client, "b")
             second = turn(client, 0, 1)
             assert worker_of(client, second) == "b"
-            assert waited_ms(client, second) < options["prefix_affinity_ms"]
+            assert waited_ms(client, second) < options["cache__prefix_affinity_ms"]
             assert worker_of(client, turn(client, 0, 2)) == "b", "it moved"
             for handle in long:
                 handle.cancel()
@@ -125,7 +125,7 @@ def test_a_worker_that_takes_nothing_delays_a_turn_by_the_bound(
     facts: Any = {"state": "serving", "resident": "tally", "batch_rows": 8}
     redis_client.hset(KEYS.worker("ghost"), mapping=facts)
     redis_client.expire(KEYS.worker("ghost"), 60)
-    settings = {"prefix_affinity_ms": BOUND_MS}
+    settings = {"cache__prefix_affinity_ms": BOUND_MS}
     with InProcessWorker(settled_redis.url, "b", rate=1000, others=others, **settings):
         serving(redis_client, "b")
         messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": "talk 0 0"}]

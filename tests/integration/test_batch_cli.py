@@ -98,7 +98,7 @@ def test_resume_in_the_foreground(run: Run, local_redis: LocalRedis, tmp_path: P
     from mlx_serving.producer.client import Client
 
     path = write_lines(tmp_path / "in.jsonl", map(simulated_line, range(1, 6)))
-    batch = Client(settings=load_settings(redis_url=local_redis.url)).batches.submit(
+    batch = Client(settings=load_settings(redis__url=local_redis.url)).batches.submit(
         path, start=False
     )
     with worker(local_redis):

@@ -55,7 +55,7 @@ class TestEnds:
     def test_expiry_keeps_what_finished(
         self, batches: Batches, redis_client: redis.Redis, local_redis: LocalRedis, tmp_path: Path
     ) -> None:
-        with InProcessWorker(local_redis.url, rate=20, max_batch_rows=4) as worker:
+        with InProcessWorker(local_redis.url, rate=20, batch__max_rows=4) as worker:
             wait_until(lambda: redis_client.exists(Keys().worker(worker.name)), timeout=30)
             batch = submitted(batches, tmp_path, 300, completion_window="4s", depth=20)
             batch = batches.run(batch.id)
@@ -86,7 +86,7 @@ class TestEnds:
     ) -> None:
         monkeypatch.setattr(runner_module, "AWAY_SECONDS", 0.1)
         with LocalRedis(appendonly="always") as server, server.client() as client:
-            settings = load_settings(redis_url=server.url)
+            settings = load_settings(redis__url=server.url)
             batches = Client(settings=settings).batches
             batch = submitted(batches, tmp_path, 30, in_flight=20)
             folder = batches.folder(batch.id)
@@ -121,7 +121,7 @@ class TestEnds:
     ) -> None:
         batch = submitted(batches, tmp_path, 300, depth=20)
         with (
-            InProcessWorker(local_redis.url, rate=20, max_batch_rows=4),
+            InProcessWorker(local_redis.url, rate=20, batch__max_rows=4),
             running(batches, batch) as ended,
         ):
             wait_until(lambda: batches.status(batch.id).request_counts.completed > 3)
@@ -196,14 +196,14 @@ class TestNames:
         self, batches: Batches, tmp_path: Path
     ) -> None:
         batch = submitted(batches, tmp_path, 1)
-        away = Client(settings=load_settings(redis_url="unix:///nowhere.sock")).batches
+        away = Client(settings=load_settings(redis__url="unix:///nowhere.sock")).batches
         report = away.report(str(batches.folder(batch.id).path))
         assert (report.batch, report.running) == (batch, False)
         with pytest.raises(QueueUnavailable):
             away.report(batch.id)
 
     def test_without_redis_nothing_is_written(self, tmp_path: Path) -> None:
-        batches = Client(settings=load_settings(redis_url="unix:///nowhere.sock")).batches
+        batches = Client(settings=load_settings(redis__url="unix:///nowhere.sock")).batches
         with pytest.raises(QueueUnavailable):
             submitted(batches, tmp_path, 1)
         assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]

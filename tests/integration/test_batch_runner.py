@@ -6,7 +6,6 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from pydantic import SecretStr
 
 from mlx_serving import Client, InvalidBatch
 from mlx_serving.common.redis.local import LocalRedis
@@ -99,7 +98,7 @@ class TestRun:
     def test_a_line_that_is_refused_at_submit_is_an_error_line(
         self, settings: Settings, local_redis: LocalRedis, tmp_path: Path
     ) -> None:
-        small = Client(settings=settings.model_copy(update={"max_payload_bytes": 1024})).batches
+        small = Client(settings=settings.replace(jobs__max_bytes=1024)).batches
         lines = [simulated_line(1), simulated_line(2), simulated_line(3)]
         lines[1]["body"]["messages"][0]["content"] = "x" * 2000
         batch = small.submit(write_lines(tmp_path / "in.jsonl", lines), start=False)
@@ -162,8 +161,8 @@ class TestRun:
             line["body"]["model"] = "large"
         path = write_lines(tmp_path / "in.jsonl", lines)
         with LocalRedis() as other, other.client() as client:
-            split = {"redis_by_model": {"large": SecretStr(other.url)}}
-            batches = Client(settings=settings.model_copy(update=split)).batches
+            split = settings.replace(redis__by_model={"large": other.url})
+            batches = Client(settings=split).batches
             batch = batches.submit(path, start=False)
             with running(batches, batch):
                 wait_until(lambda: client.llen("rq:queue:large:bulk") == 5)
@@ -273,7 +272,7 @@ class TestCrash:
     ) -> None:
         monkeypatch.setattr(runner_module, "AWAY_SECONDS", 0.1)
         with LocalRedis(appendonly="always") as server:
-            batches = Client(settings=load_settings(redis_url=server.url)).batches
+            batches = Client(settings=load_settings(redis__url=server.url)).batches
             batch = submitted(batches, tmp_path, 300, depth=50)
             with InProcessWorker(server.url, rate=100), running(batches, batch) as ended:
                 out = batches.folder(batch.id).output

@@ -176,7 +176,7 @@ def test_they_wait_for_a_worker_that_has_the_rows(
 @pytest.mark.slow
 def test_a_whole_worker_runs_choices_of_many_jobs(local_redis: LocalRedis, client: Client) -> None:
     """More jobs than the batch has rows for; streamed and in bulk; one is abandoned by its time."""
-    with InProcessWorker(local_redis.url, rate=400.0, max_batch_rows=8):
+    with InProcessWorker(local_redis.url, rate=400.0, batch__max_rows=8):
         bulk = [submit(client, n=3, max_tokens=40, stream=False, lane="bulk") for _ in range(6)]
         live = [submit(client, n=4, max_tokens=40) for _ in range(6)]
         late = submit(client, n=2, max_tokens=5000, timeout=1.0)

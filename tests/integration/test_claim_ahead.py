@@ -34,7 +34,7 @@ TEXT = "a row that is not over so soon"
 @pytest.fixture
 def worker(local_redis: LocalRedis) -> Iterator[SteppedWorker]:
     engine = spelled_engine(TEXT)
-    with SteppedWorker(local_redis.url, engine, words, max_batch_rows=ROWS) as worker:
+    with SteppedWorker(local_redis.url, engine, words, batch__max_rows=ROWS) as worker:
         yield worker
 
 

@@ -45,7 +45,7 @@ class LostReply:
 
 @pytest.mark.parametrize("away", [0, 2])
 def test_its_jobs_run_at_once(client: Client, settled_redis: LocalRedis, away: int) -> None:
-    with InProcessWorker(settled_redis.url, lease_seconds=30.0) as worker:
+    with InProcessWorker(settled_redis.url, worker__lease_seconds=30.0) as worker:
         lost = LostReply(worker, away)
         lost.armed = True
         jobs = submit(client, 3, TOKENS)
@@ -56,7 +56,7 @@ def test_its_jobs_run_at_once(client: Client, settled_redis: LocalRedis, away: i
 
 def test_its_model_does_not_leave_meanwhile(client: Client, settled_redis: LocalRedis) -> None:
     """A job waits for the other model, and nothing but the lost claim keeps this one."""
-    worker = ModelsWorker(settled_redis.url, "w1", "big", lease_seconds=30.0)
+    worker = ModelsWorker(settled_redis.url, "w1", "big", worker__lease_seconds=30.0)
     lost = LostReply(worker, away=1)
     with worker:
         wait_until(lambda: worker.resident == ("tally",))
@@ -68,7 +68,7 @@ def test_its_model_does_not_leave_meanwhile(client: Client, settled_redis: Local
 
 
 def test_a_drain_hands_them_back(client: Client, settled_redis: LocalRedis, driver: Driver) -> None:
-    with InProcessWorker(settled_redis.url, lease_seconds=30.0) as worker:
+    with InProcessWorker(settled_redis.url, worker__lease_seconds=30.0) as worker:
         assert worker.child.runner.ready.wait(10)
         lost = LostReply(worker)
         lost.armed = True
@@ -95,7 +95,7 @@ def test_a_job_that_the_engine_lost_is_given_back(
             engine.abort(request.id)
 
     monkeypatch.setattr(SimulatedEngine, "add", forgetful)
-    with InProcessWorker(settled_redis.url, lease_seconds=30.0):
+    with InProcessWorker(settled_redis.url, worker__lease_seconds=30.0):
         jobs = submit(client, 2, TOKENS)
         check_answers(client, jobs, TOKENS)
     attempts = {job.id: client.result(job.id).attempts for job in jobs}

@@ -15,6 +15,7 @@ from mlx_serving.common.redis.connection import Endpoint, connect, connect_async
 from mlx_serving.common.redis.local import LocalRedis
 from mlx_serving.common.redis.retrying import retry_idempotent
 from tests.support.helpers import free_port, wait_until
+from tests.support.redis_users import as_user
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -30,7 +31,7 @@ async def test_an_acl_user_gets_in_and_may_do_no_more_than_its_rules(
         admin.acl_setuser(
             "app", enabled=True, passwords=["+pw"], keys=["app:*"], categories=["+@all"]
         )
-    endpoint = Endpoint(url=local_redis.url, username="app", password="pw")
+    endpoint = Endpoint(url=as_user(local_redis.url, "app"), password="pw")
     with connect(endpoint) as client:
         assert client.set("app:x", 1, ex=60)
         with pytest.raises(redis.exceptions.NoPermissionError):
@@ -40,7 +41,7 @@ async def test_an_acl_user_gets_in_and_may_do_no_more_than_its_rules(
 
 
 def test_a_wrong_password_is_a_clear_error(local_redis: LocalRedis) -> None:
-    endpoint = Endpoint(url=local_redis.url, username="nobody", password="hush")
+    endpoint = Endpoint(url=as_user(local_redis.url, "nobody"), password="hush")
     with connect(endpoint) as client, pytest.raises(QueueUnavailable) as raised:
         retry_idempotent(client.ping)
     assert "hush" not in str(raised.value)

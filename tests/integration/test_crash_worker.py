@@ -64,7 +64,7 @@ def test_the_poison_dies_and_its_mates_live(
     after_tokens: int | None,
 ) -> None:
     hacks = Hacks(poison=Poison(how, after_tokens))
-    with WorkerProcess(server.url, "w", 200, hacks, engine_stall_seconds=1.0) as worker:
+    with WorkerProcess(server.url, "w", 200, hacks, engine__stall_seconds=1.0) as worker:
         good = submit(client, 3, 25)
         (bad,) = submit(client, 1, 25, prompt=POISON)
         assert code(client, bad) == "poison"
@@ -112,7 +112,7 @@ def test_kill_9_charges_nobody_and_jobs_wait_for_no_lease(
     server: LocalRedis, client: Client, kills: int
 ) -> None:
     tokens, lease = 400, 60.0
-    with WorkerProcess(server.url, "w", 100, lease_seconds=lease) as worker:
+    with WorkerProcess(server.url, "w", 100, worker__lease_seconds=lease) as worker:
         worker.serving()
         handles = submit(client, 8, tokens, max_attempts=1)
         started = time.monotonic()
@@ -131,7 +131,7 @@ def test_a_hang_ends_in_exit_69_each_time_and_charges_nobody(
     server: LocalRedis, client: Client
 ) -> None:
     hacks = Hacks(poison=Poison("hang", 3))
-    with WorkerProcess(server.url, "w", 200, hacks, engine_stall_seconds=1.0) as worker:
+    with WorkerProcess(server.url, "w", 200, hacks, engine__stall_seconds=1.0) as worker:
         worker.serving()
         (bad,) = submit(client, 1, 25, prompt=POISON, max_attempts=1)
         wait_until(lambda: worker.whole_log().count("exit_code=69") == 3, timeout=30)
@@ -146,7 +146,7 @@ def test_a_hang_that_does_not_come_again_costs_an_attempt_and_no_job(
     server: LocalRedis, client: Client, tmp_path: Path
 ) -> None:
     hacks = Hacks(poison=Poison("hang", 6, once=str(tmp_path / "hung")))
-    with WorkerProcess(server.url, "w", 200, hacks, engine_stall_seconds=1.0) as worker:
+    with WorkerProcess(server.url, "w", 200, hacks, engine__stall_seconds=1.0) as worker:
         worker.serving()
         good = submit(client, 3, 25)
         (bad,) = submit(client, 1, 25, prompt=POISON)
@@ -213,7 +213,7 @@ def test_a_crash_while_loading_is_tried_again_ever_more_slowly(server: LocalRedi
 
 def test_the_verdict_waits_for_redis(server: LocalRedis, client: Client) -> None:
     """The jobs are its own again as soon as Redis is back, whatever is left of their leases."""
-    with WorkerProcess(server.url, "w", 100, lease_seconds=60.0) as worker:
+    with WorkerProcess(server.url, "w", 100, worker__lease_seconds=60.0) as worker:
         worker.serving()
         handles = submit(client, 8, 60)
         wait_until_decoded(client, handles, 5)
@@ -246,7 +246,7 @@ def test_a_model_that_kills_the_process_that_loads_it_charges_no_job_and_is_left
     hacks = Hacks(load="abort bad")
     others = {"big": "", "bad": "bad"}
     with WorkerProcess(
-        server.url, "w", 50, hacks, others, model_budget_bytes=2 * SIMULATED_BYTES
+        server.url, "w", 50, hacks, others, worker__model_budget_bytes=2 * SIMULATED_BYTES
     ) as worker:
         worker.serving()
         running = submit(client, 3, 60)

@@ -54,8 +54,8 @@ def test_unequal_workers_share_by_speed(
         return int(redis_client.zcard("mlxs:open:tally:default"))
 
     with (
-        WorkerProcess(url, "fast", FAST, max_batch_rows=ROWS) as fast,
-        WorkerProcess(url, "slow", SLOW, max_batch_rows=ROWS) as slow,
+        WorkerProcess(url, "fast", FAST, batch__max_rows=ROWS) as fast,
+        WorkerProcess(url, "slow", SLOW, batch__max_rows=ROWS) as slow,
     ):
         fast.serving()
         slow.serving()

@@ -39,7 +39,7 @@ def test_a_worker_claims_its_own_job_again_and_ends_it(server: LocalRedis, clien
     with server.client() as connection:
         (handle,) = submit(client, 1, tokens)
         connection.save()
-        with InProcessWorker(server.url, rate=1.0, lease_seconds=LEASE_SECONDS) as worker:
+        with InProcessWorker(server.url, rate=1.0, worker__lease_seconds=LEASE_SECONDS) as worker:
             wait_until(lambda: client.status(handle.id).state.value == "running")
             server.restart()
             check_answers(client, [handle], tokens)
@@ -48,7 +48,7 @@ def test_a_worker_claims_its_own_job_again_and_ends_it(server: LocalRedis, clien
 
 def test_a_snapshot_from_before_the_claims_is_restored(server: LocalRedis, client: Client) -> None:
     """By public means alone: stop the worker, submit, save, go on, kill Redis, start it again."""
-    settings: dict[str, Any] = {"lease_seconds": LEASE_SECONDS, "max_batch_rows": 16}
+    settings: dict[str, Any] = {"worker__lease_seconds": LEASE_SECONDS, "batch__max_rows": 16}
     with WorkerProcess(server.url, "w", rate=1.0, **settings) as worker:
         worker.serving().signal(signal.SIGSTOP)
         handles = submit(client, JOBS, TOKENS)

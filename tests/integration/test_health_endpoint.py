@@ -42,7 +42,7 @@ def server() -> Iterator[LocalRedis]:
 def worker(
     server: LocalRedis, rate: float = 100, hacks: Hacks = SOUND, **settings: Any
 ) -> WorkerProcess:
-    return WorkerProcess(server.url, "w", rate, hacks, metrics_port=0, **settings)
+    return WorkerProcess(server.url, "w", rate, hacks, metrics__port=0, **settings)
 
 
 def _hangs(server: LocalRedis, client: Client, stall: float, hacks: Hacks) -> float:
@@ -51,7 +51,9 @@ def _hangs(server: LocalRedis, client: Client, stall: float, hacks: Hacks) -> fl
     `/healthz` has to be red from the stall time's 80% on, and may not be well again before the
     next child serves.
     """
-    with worker(server, 50, hacks, engine_stall_seconds=stall, lease_seconds=60) as process:
+    with worker(
+        server, 50, hacks, engine__stall_seconds=stall, worker__lease_seconds=60
+    ) as process:
         probe = Probe(process).ok()
         pid = process.child_pid
         handles = submit(client, 2, 100)
@@ -114,7 +116,7 @@ def test_an_engine_that_hangs_with_the_interpreters_lock(
 def test_redis_away_is_degraded_until_the_buffer_is_full(
     server: LocalRedis, client: Client
 ) -> None:
-    with worker(server, rate=100, buffer_tokens=1600) as process:  # 4 s of four rows
+    with worker(server, rate=100, worker__buffer_tokens=1600) as process:  # 4 s of four rows
         probe = Probe(process).ok()
         handles = submit(client, 4, 2000)
         wait_until_decoded(client, handles)
@@ -162,8 +164,8 @@ def test_a_parent_that_does_not_read_stops_no_job(server: LocalRedis, client: Cl
 def test_a_port_that_is_taken_names_the_setting(settings: Any) -> None:
     with closing(socket.create_server(("127.0.0.1", 0))) as taken:
         port = taken.getsockname()[1]
-        given = settings.model_copy(update={"metrics_port": port})
-        with pytest.raises(InvalidSettings, match=f"metrics_port: can't listen on .* {port}"):
+        given = settings.replace(metrics__port=port)
+        with pytest.raises(InvalidSettings, match=rf"metrics\.port: can't listen on .* {port}"):
             Monitor(given, "tally", "w")
 
 
@@ -172,7 +174,7 @@ def test_nothing_listens_unless_asked(settings: Any) -> None:
 
 
 def test_http_as_it_should_be(settings: Any) -> None:
-    monitor = Monitor(settings.model_copy(update={"metrics_port": 0}), "tally", "w")
+    monitor = Monitor(settings.replace(metrics__port=0), "tally", "w")
     with closing(socket.create_connection(("127.0.0.1", monitor.port or 0), timeout=5)) as peer:
         peer.sendall(b"GET /metrics?x=1 HTTP/1.1\r\nHost: h\r\n\r\n")
         head = peer.recv(65_536).decode()

@@ -58,13 +58,13 @@ ODD_IDS = [b"a\nforged line", b"\x1b[2Jowned", b"%s{0}", b"\xff\xfe", b"b" * 500
 @pytest.mark.parametrize("log_format", ["json", "console"])
 def test_nothing_private_and_no_forged_line(settled_redis: LocalRedis, log_format: str) -> None:
     settings: dict[str, Any] = {
-        "log_level": "debug", "log_format": log_format, "signing_keys": [KEY],
-        "redis_password": None, "max_batch_rows": 8,
+        "log__level": "debug", "log__format": log_format, "jobs__signing_keys": [KEY],
+        "redis__password": None, "batch__max_rows": 8,
     }  # fmt: skip
     with (
         settled_redis.client() as connection,
         WorkerProcess(settled_redis.url, "logged", 200, **settings) as worker,
-        Client(settings=quick_settings(settled_redis.url, signing_keys=[KEY])) as client,
+        Client(settings=quick_settings(settled_redis.url, jobs__signing_keys=[KEY])) as client,
     ):
         driver = Driver(connection)
         worker.serving()

@@ -37,13 +37,13 @@ JOB = GenerationJob.build(model="tally", prompt="x", max_tokens=5, result_ttl=60
 
 @pytest.fixture
 def client(settled_redis: LocalRedis) -> Iterator[Client]:
-    with Client(settings=quick_settings(settled_redis.url, signing_keys=[KEY])) as client:
+    with Client(settings=quick_settings(settled_redis.url, jobs__signing_keys=[KEY])) as client:
         yield client
 
 
 @pytest.fixture
 def worker(settled_redis: LocalRedis) -> Iterator[InProcessWorker]:
-    with InProcessWorker(settled_redis.url, rate=500, signing_keys=[KEY]) as worker:
+    with InProcessWorker(settled_redis.url, rate=500, jobs__signing_keys=[KEY]) as worker:
         yield worker
 
 
@@ -79,7 +79,7 @@ def test_signed_jobs_run(driver: Driver, client: Client) -> None:
 
 @pytest.mark.usefixtures("worker")
 async def test_the_async_client_signs_too(settled_redis: LocalRedis) -> None:
-    settings = quick_settings(settled_redis.url, signing_keys=[KEY])
+    settings = quick_settings(settled_redis.url, jobs__signing_keys=[KEY])
     async with AsyncClient(settings=settings) as client:
         handle = await client.submit(JOB)
         assert (await handle.result(timeout=10)).text == counted(5)
@@ -154,9 +154,9 @@ def test_a_worker_without_keys_ignores_signatures(
 def test_keys_rotate_under_load(settled_redis: LocalRedis) -> None:
     phases = [([KEY], [KEY, NEXT]), ([NEXT], [NEXT, KEY]), ([NEXT], [NEXT])]
     for signs, verifies in phases:
-        settings = quick_settings(settled_redis.url, signing_keys=signs)
+        settings = quick_settings(settled_redis.url, jobs__signing_keys=signs)
         with (
-            InProcessWorker(settled_redis.url, rate=500, signing_keys=verifies),
+            InProcessWorker(settled_redis.url, rate=500, jobs__signing_keys=verifies),
             Client(settings=settings) as client,
         ):
             check_answers(client, submit(client, 4, 5), 5)
@@ -167,7 +167,7 @@ def test_keys_reach_the_child_and_no_log(
     settled_redis: LocalRedis, driver: Driver, client: Client
 ) -> None:
     url = settled_redis.url
-    with WorkerProcess(url, "keyed", 200, signing_keys=[KEY], log_level="debug") as process:
+    with WorkerProcess(url, "keyed", 200, jobs__signing_keys=[KEY], log__level="debug") as process:
         check_answers(client, submit(client, 2, 5), 5)
         enqueue(driver, "unsigned", **UNACCEPTED["not signed"])
         assert refusal(client, "unsigned").code == "bad_signature"

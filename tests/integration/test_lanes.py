@@ -23,7 +23,7 @@ TEXT = "a row that is not over so soon, héllo 👋 and more"
 
 def new_worker(settled_redis: LocalRedis, name: str = "w", capacity: int = 10_000) -> SteppedWorker:
     engine = spelled_engine(TEXT, room=(ROWS, capacity))
-    return SteppedWorker(settled_redis.url, engine, words, name, max_batch_rows=ROWS)
+    return SteppedWorker(settled_redis.url, engine, words, name, batch__max_rows=ROWS)
 
 
 @pytest.fixture

@@ -41,7 +41,7 @@ def server() -> Iterator[LocalRedis]:
 
 
 def worker(server: LocalRedis, rate: float = 100, **settings: Any) -> WorkerProcess:
-    return WorkerProcess(server.url, "w", rate, metrics_port=0, **settings)
+    return WorkerProcess(server.url, "w", rate, metrics__port=0, **settings)
 
 
 def test_what_is_counted_is_what_was_done(server: LocalRedis, client: Client) -> None:
@@ -80,7 +80,7 @@ def test_what_is_counted_is_what_was_done(server: LocalRedis, client: Client) ->
 def test_the_depth_and_age_of_a_queue_that_nobody_serves(
     server: LocalRedis, client: Client
 ) -> None:
-    with worker(server, rate=5, max_batch_rows=1) as process:
+    with worker(server, rate=5, batch__max_rows=1) as process:
         probe = Probe(process).ok()
         handles = submit(client, 1, 200)
         wait_until_decoded(client, handles)
@@ -125,7 +125,7 @@ def test_a_fenced_write_and_a_takeover_are_counted(server: LocalRedis, client: C
         handles = submit(client, 2, 150)
         wait_until_decoded(client, handles)
         process.signal(signal.SIGSTOP)
-        with WorkerProcess(server.url, "other", 100, metrics_port=0) as other:
+        with WorkerProcess(server.url, "other", 100, metrics__port=0) as other:
             its = Probe(other).ok()
             wait_until(lambda: its.metric("claims_total{later}") == 2, timeout=20)
             assert its.metric("takeovers_total{requeued}") == 2

@@ -50,7 +50,7 @@ def newer_producer(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def worker(url: str, name: str, protocol: int = NEW, rate: float = RATE) -> WorkerProcess:
     hacks = Hacks(protocol=protocol)
-    return WorkerProcess(url, name, rate, hacks, drain_grace_seconds=0).serving()
+    return WorkerProcess(url, name, rate, hacks, worker__drain_seconds=0).serving()
 
 
 def old_jobs(client: Client, count: int, tokens: int = 40) -> list[JobHandle]:

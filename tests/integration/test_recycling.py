@@ -24,8 +24,8 @@ def test_a_child_that_decoded_enough_is_replaced_and_its_jobs_go_on(
 ) -> None:
     tokens = 240  # 0.9 s from the limit to the last token, and age is looked at twice a second
     with WorkerProcess(
-        settled_redis.url, "w", rate=100, metrics_port=0, recycle_after_tokens=1000,
-        drain_grace_seconds=0.2,
+        settled_redis.url, "w", rate=100, metrics__port=0, engine__recycle_after_tokens=1000,
+        worker__drain_seconds=0.2,
     ) as worker:  # fmt: skip
         first = worker.serving().child_pid
         probe = Probe(worker)
@@ -52,7 +52,7 @@ def test_a_child_that_decoded_enough_is_replaced_and_its_jobs_go_on(
 
 def test_who_asks_for_the_end_meanwhile_gets_it(settled_redis: LocalRedis, client: Client) -> None:
     with WorkerProcess(
-        settled_redis.url, "w", rate=50, recycle_after_tokens=20, drain_grace_seconds=3
+        settled_redis.url, "w", rate=50, engine__recycle_after_tokens=20, worker__drain_seconds=3
     ) as worker:
         worker.serving()
         submit(client, 1, 100)

@@ -36,7 +36,7 @@ def test_decode_goes_on_to_its_bound_and_nothing_is_lost(
 ) -> None:
     """Both workers are cut off for longer than ten leases; each job ends in its first attempt."""
     tokens, seconds = 400, 20
-    bounds: dict[str, Any] = {"buffer_tokens": BUFFER_TOKENS, "max_batch_rows": ROWS}
+    bounds: dict[str, Any] = {"worker__buffer_tokens": BUFFER_TOKENS, "batch__max_rows": ROWS}
     with (
         WorkerProcess(proxy.url, "first", 25, **bounds) as a,
         WorkerProcess(proxy.url, "second", 25, **bounds) as b,
@@ -69,7 +69,7 @@ def test_decode_goes_on_to_its_bound_and_nothing_is_lost(
 def test_what_is_in_flight_is_bounded(proxy: LossyProxy, client: Client) -> None:
     """The engine decodes to the bound, then pauses, which is no stall; it goes on after."""
     tokens, bound = 300, 200
-    with InProcessWorker(proxy.url, rate=100, buffer_tokens=bound) as worker:
+    with InProcessWorker(proxy.url, rate=100, worker__buffer_tokens=bound) as worker:
         handles = submit(client, 8, tokens)
         followers = Followers(client, handles)
         wait_until(lambda: min(followers.tokens()) > 5)

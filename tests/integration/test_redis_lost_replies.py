@@ -47,7 +47,7 @@ def test_a_worker_that_loses_replies(
     server: LocalRedis, proxy: LossyProxy, client: Client, script: str, rate: float, tokens: int
 ) -> None:
     """Eight in a row of one kind, in the middle of the work."""
-    with WorkerProcess(proxy.url, "only", rate=rate, max_batch_rows=8) as worker:
+    with WorkerProcess(proxy.url, "only", rate=rate, batch__max_rows=8) as worker:
         worker.serving()
         followers = Followers(client, submit(client, 16, tokens))
         wait_until(lambda: sum(followers.tokens()) > 8, timeout=20)
@@ -66,7 +66,7 @@ def test_a_drain_that_loses_replies(
     server: LocalRedis, proxy: LossyProxy, client: Client, script: str
 ) -> None:
     """What it hands over is queued at once, and ends elsewhere."""
-    with WorkerProcess(proxy.url, "first", rate=20, drain_grace_seconds=0) as first:
+    with WorkerProcess(proxy.url, "first", rate=20, worker__drain_seconds=0) as first:
         first.serving()
         followers = Followers(client, submit(client, 8, TOKENS))
         wait_until(lambda: min(followers.tokens()) > 3, timeout=20)
@@ -85,7 +85,7 @@ def test_a_drain_that_loses_replies(
 
 def test_jobs_whose_claim_lost_its_reply_are_recognised(proxy: LossyProxy, client: Client) -> None:
     """Redis gave them to this worker, which never learned it: it need not wait for the lease."""
-    with InProcessWorker(proxy.url, rate=200, lease_seconds=10, reap_interval_seconds=2):
+    with InProcessWorker(proxy.url, rate=200, worker__lease_seconds=10):
         client.result(submit(client, 1, 2)[0].id, timeout=10)  # it serves
         proxy.lose_reply_to(calls_of("claim"))
         wait_until(lambda: not proxy.losing)  # an idle one claims every second

@@ -57,8 +57,8 @@ def test_restarts_take_no_job_from_a_live_worker(server: LocalRedis, client: Cli
     """D5: at most 1 of 32 is taken over; the last outage is longer than a lease."""
     tokens = 400
     with (
-        WorkerProcess(server.url, "first", rate=20, max_batch_rows=16) as first,
-        WorkerProcess(server.url, "second", rate=20, max_batch_rows=16) as second,
+        WorkerProcess(server.url, "first", rate=20, batch__max_rows=16) as first,
+        WorkerProcess(server.url, "second", rate=20, batch__max_rows=16) as second,
     ):
         first.serving()
         second.serving()

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 pytestmark = [pytest.mark.chaos, pytest.mark.slow]
 
-DEFAULTS: dict[str, Any] = {"lease_seconds": 10.0, "reap_interval_seconds": 2.0}
-SHORT: dict[str, Any] = {"lease_seconds": 1.0, "reap_interval_seconds": 0.2}
+DEFAULTS: dict[str, Any] = {"worker__lease_seconds": 10.0}
+SHORT: dict[str, Any] = {"worker__lease_seconds": 1.0}
 ROUNDS, VICTIMS = 7, 3
 TOKENS = 60
 
@@ -76,14 +76,14 @@ def test_with_the_default_lease(server: LocalRedis, client: Client) -> None:
 
 
 def test_over_many_kills(server: LocalRedis, client: Client) -> None:
-    wait_for_uptime(server, SHORT["lease_seconds"] + 2)
+    wait_for_uptime(server, SHORT["worker__lease_seconds"] + 2)
     waits: list[float] = []
     done: list[str] = []
     for number in range(ROUNDS):
         with ExitStack() as stack:
             victims = [
                 stack.enter_context(
-                    WorkerProcess(server.url, f"{number}-{i}", 20, max_batch_rows=1, **SHORT)
+                    WorkerProcess(server.url, f"{number}-{i}", 20, batch__max_rows=1, **SHORT)
                 )
                 for i in range(VICTIMS)
             ]

@@ -69,7 +69,7 @@ async def load(client: Producer, done: asyncio.Event) -> list[Heard]:
 
 
 def started(url: str, name: str) -> WorkerProcess:
-    return WorkerProcess(url, name, RATE, drain_grace_seconds=GRACE_SECONDS).serving()
+    return WorkerProcess(url, name, RATE, worker__drain_seconds=GRACE_SECONDS).serving()
 
 
 def roll(url: str, workers: dict[str, WorkerProcess]) -> list[float]:

@@ -130,7 +130,7 @@ def test_a_long_queue(
     ratio = SHORT_RATIO if count == SHORT else SUBMIT_RATIO
     assert queued.many >= ratio * queued.single
     # The first jobs warm the worker up; the rest may not make it grow.
-    with WorkerProcess(url, "w", rate=0.0, max_batch_rows=64) as worker:
+    with WorkerProcess(url, "w", rate=0.0, batch__max_rows=64) as worker:
         begun = time.perf_counter()
         sizes = work_off(worker, redis_client, count)
         rate = count / (time.perf_counter() - begun)

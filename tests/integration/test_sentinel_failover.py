@@ -76,8 +76,8 @@ def fail_over(fleet: SentinelFleet) -> None:
 def test_a_failover_under_load(fleet: SentinelFleet, settings: Settings) -> None:
     with (
         Client(settings=settings) as client,
-        WorkerProcess(fleet.url, "first", rate=10, max_batch_rows=24, **fleet.settings) as first,
-        WorkerProcess(fleet.url, "second", rate=10, max_batch_rows=24, **fleet.settings) as second,
+        WorkerProcess(fleet.url, "first", rate=10, batch__max_rows=24, **fleet.settings) as first,
+        WorkerProcess(fleet.url, "second", rate=10, batch__max_rows=24, **fleet.settings) as second,
         connect(resolve(settings)) as connection,
     ):
         first.serving()

@@ -33,7 +33,10 @@ class ModelsWorker(InProcessWorker):
     def __init__(
         self, url: str, name: str, *others: str, room: int = 1, patience: float = 0.5, **more: Any
     ) -> None:
-        budget = {"model_budget_bytes": room * SIMULATED_BYTES, "model_wait_seconds": patience}
+        budget = {
+            "worker__model_budget_bytes": room * SIMULATED_BYTES,
+            "worker__model_wait_seconds": patience,
+        }
         super().__init__(url, name, 200.0, others, **(budget | more))
 
     def loads(self, model: str) -> int:
@@ -79,7 +82,7 @@ def test_each_job_is_decoded_by_its_own_model(client: Client, settled_redis: Loc
 def test_a_model_that_is_waited_for_too_long_gets_its_turn_while_the_other_has_work(
     client: Client, settled_redis: LocalRedis
 ) -> None:
-    with ModelsWorker(settled_redis.url, "w1", "big", max_batch_rows=2) as worker:
+    with ModelsWorker(settled_redis.url, "w1", "big", batch__max_rows=2) as worker:
         steady = submit(client, 40, 20)  # 20 times 0.1 s
         waits = submit(client, 2, TOKENS, model="big")
         check_answers(client, waits, TOKENS)
@@ -91,7 +94,7 @@ def test_a_model_that_is_waited_for_too_long_gets_its_turn_while_the_other_has_w
 def test_a_pinned_model_stays_and_what_has_no_room_beside_it_is_left(
     client: Client, settled_redis: LocalRedis
 ) -> None:
-    with ModelsWorker(settled_redis.url, "w1", "big", pinned_models=["tally"]) as worker:
+    with ModelsWorker(settled_redis.url, "w1", "big", worker__pinned_models=["tally"]) as worker:
         (left,) = submit(client, 1, TOKENS, model="big")
         check_answers(client, submit(client, 2, TOKENS), TOKENS)
         with ModelsWorker(settled_redis.url, "w2", "big"):
@@ -117,13 +120,14 @@ def test_a_load_that_is_longer_than_a_lease_costs_no_job_its_lease(
 ) -> None:
     monkeypatch.setattr("mlx_serving.worker.models.loading.SIMULATED_SLICES", 1)
     times: dict[str, Any] = {
-        "lease_seconds": 0.5,
-        "reap_interval_seconds": 0.1,
-        "engine_stall_seconds": 0.8,
+        "worker__lease_seconds": 0.5,
+        "engine__stall_seconds": 0.8,
     }
     with (
         ModelsWorker(settled_redis.url, "w1", "big", "third", room=2, **times) as worker,
-        InProcessWorker(settled_redis.url, "reaper", **times, work_hours=["00:00-00:01"]) as _,
+        InProcessWorker(
+            settled_redis.url, "reaper", **times, conditions__hours=["00:00-00:01"]
+        ) as _,
     ):
         wait_until(lambda: worker.resident == ("tally", "big"))
         slow = replace(worker.child._spec.engine, load_seconds=1.2)

@@ -55,8 +55,8 @@ def test_a_worker_that_slept_past_its_leases_is_fenced_and_claims_again(
 ) -> None:
     tokens = 150
     with (
-        WorkerProcess(server.url, "sleeper", rate=50, max_batch_rows=8) as sleeper,
-        WorkerProcess(server.url, "other", rate=30, max_batch_rows=8) as other,
+        WorkerProcess(server.url, "sleeper", rate=50, batch__max_rows=8) as sleeper,
+        WorkerProcess(server.url, "other", rate=30, batch__max_rows=8) as other,
     ):
         sleeper.serving()
         other.serving()
@@ -84,7 +84,7 @@ def test_a_worker_that_slept_alone_goes_on_with_what_it_holds(
 ) -> None:
     """Nobody took its jobs, so it does not take them from itself: no prompt is computed again."""
     tokens = 120
-    with WorkerProcess(server.url, "only", rate=40, engine_stall_seconds=60) as only:
+    with WorkerProcess(server.url, "only", rate=40, engine__stall_seconds=60) as only:
         only.serving()
         followers = Followers(client, submit(client, 8, tokens))
         wait_until(lambda: min(followers.tokens()) > 5, timeout=20)
@@ -102,7 +102,7 @@ def test_a_worker_that_slept_alone_goes_on_with_what_it_holds(
 def test_a_deadline_that_passes_in_sleep_ends_the_job_on_waking(
     server: LocalRedis, client: Client
 ) -> None:
-    with WorkerProcess(server.url, "only", rate=20, engine_stall_seconds=60) as only:
+    with WorkerProcess(server.url, "only", rate=20, engine__stall_seconds=60) as only:
         only.serving()
         handle = submit(client, 1, 1000, deadline=2.0)[0]
         wait_until(lambda: client.status(handle.id).seq > 3, timeout=20)
@@ -135,8 +135,8 @@ def test_clocks_that_jump_change_nothing(
     ours.write_text("0")
     clock = WrongClock(ours)
     with (
-        WorkerProcess(server.url, "fast", 30, Hacks(clock_file=str(fast)), max_batch_rows=8) as a,
-        WorkerProcess(server.url, "slow", 30, Hacks(clock_file=str(slow)), max_batch_rows=8) as b,
+        WorkerProcess(server.url, "fast", 30, Hacks(clock_file=str(fast)), batch__max_rows=8) as a,
+        WorkerProcess(server.url, "slow", 30, Hacks(clock_file=str(slow)), batch__max_rows=8) as b,
     ):
         a.serving()
         b.serving()
@@ -170,7 +170,7 @@ def test_times_are_exact_whatever_the_clocks_say(
     ours.write_text(str(-HOUR))
     clock = WrongClock(ours)
     hacks = Hacks(clock_file=str(worker_clock))
-    with WorkerProcess(server.url, "only", 20, hacks, max_batch_rows=4) as worker:
+    with WorkerProcess(server.url, "only", 20, hacks, batch__max_rows=4) as worker:
         worker.serving()
         clock.start()
         try:
@@ -200,8 +200,8 @@ def test_nothing_of_a_worker_depends_on_when_it_was_stopped(
     """Stops shorter and longer than a lease, on two workers in turn, all through the work."""
     tokens = 100
     with (
-        WorkerProcess(server.url, "first", rate=40, engine_stall_seconds=60) as first,
-        WorkerProcess(server.url, "second", rate=40, engine_stall_seconds=60) as second,
+        WorkerProcess(server.url, "first", rate=40, engine__stall_seconds=60) as first,
+        WorkerProcess(server.url, "second", rate=40, engine__stall_seconds=60) as second,
     ):
         pids = [worker.serving().child_pid for worker in (first, second)]
         followers = Followers(client, submit(client, 48, tokens))

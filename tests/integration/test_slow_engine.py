@@ -25,7 +25,7 @@ def test_prompts_on_a_slow_device_end_on_their_first_attempt(
     server: LocalRedis, client: Client, jobs: int, words: int
 ) -> None:
     with WorkerProcess(
-        server.url, "slow", 200, SLOW, engine_stall_seconds=STALL_SECONDS, metrics_port=0
+        server.url, "slow", 200, SLOW, engine__stall_seconds=STALL_SECONDS, metrics__port=0
     ) as worker:
         worker.serving()
         check_answers(client, submit(client, 1, 3), 3)  # from here on no step is the first
@@ -48,7 +48,7 @@ def test_a_models_first_step_may_take_longer_than_the_stall_time(
 ) -> None:
     """As where a kernel is compiled: leases are kept, and nothing is red or dead."""
     with WorkerProcess(
-        server.url, "first", 200, Hacks(slow_first_step=4.0), engine_stall_seconds=1.0
+        server.url, "first", 200, Hacks(slow_first_step=4.0), engine__stall_seconds=1.0
     ) as worker:
         worker.serving()
         handles = submit(client, 4, 10)

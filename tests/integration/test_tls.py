@@ -58,9 +58,9 @@ class Authority:
 
     def login(self, name: str) -> dict[str, Any]:
         return {
-            "redis_tls_ca": self.file("ca.crt"),
-            "redis_tls_cert": self.file(f"{name}.crt"),
-            "redis_tls_key": self.file(f"{name}.key"),
+            "redis__tls_ca": self.file("ca.crt"),
+            "redis__tls_cert": self.file(f"{name}.crt"),
+            "redis__tls_key": self.file(f"{name}.key"),
         }
 
 
@@ -118,14 +118,6 @@ def test_the_async_client(tls: Tls) -> None:
         assert asyncio.run(use()) == "1 2 3 4 5"
 
 
-def test_redis_tls_turns_a_plain_url_into_tls(tls: Tls) -> None:
-    plain = tls.url.replace("rediss://", "redis://")
-    login = tls.ours.login("producer")
-    with Client(settings=quick_settings(plain, redis_tls=True, **login)) as client:
-        job = client.submit(model="tally", prompt="x", result_ttl=60)
-        assert job.cancel().value == "cancelled"
-
-
 # With TLS 1.3 the server refuses after the client's handshake: what the client meets first, the
 # alert or the closed socket, is a race.
 CUT_OFF = ("connection", "eof occurred")
@@ -144,13 +136,13 @@ class TestRefused:
         return str(refusal.value).lower()
 
     def test_a_server_of_another_ca(self, tls: Tls) -> None:
-        login = tls.ours.login("producer") | {"redis_tls_ca": tls.theirs.file("ca.crt")}
+        login = tls.ours.login("producer") | {"redis__tls_ca": tls.theirs.file("ca.crt")}
         assert "certificate verify failed" in self.refusal(tls.url, **login)
 
     def test_a_server_that_no_known_ca_signed(self, tls: Tls) -> None:
         """Without a CA of ours, the system's decide."""
         login = tls.ours.login("producer")
-        del login["redis_tls_ca"]
+        del login["redis__tls_ca"]
         assert "certificate verify failed" in self.refusal(tls.url, **login)
 
     def test_a_server_by_another_name(self, tls: Tls) -> None:
@@ -159,11 +151,11 @@ class TestRefused:
         assert "hostname mismatch" in message
 
     def test_no_client_certificate(self, tls: Tls) -> None:
-        message = self.refusal(tls.url, redis_tls_ca=tls.ours.file("ca.crt"))
+        message = self.refusal(tls.url, redis__tls_ca=tls.ours.file("ca.crt"))
         assert any(words in message for words in ("certificate required", *CUT_OFF))
 
     def test_a_client_certificate_of_another_ca(self, tls: Tls) -> None:
-        login = tls.theirs.login("producer") | {"redis_tls_ca": tls.ours.file("ca.crt")}
+        login = tls.theirs.login("producer") | {"redis__tls_ca": tls.ours.file("ca.crt")}
         message = self.refusal(tls.url, **login)
         assert any(words in message for words in ("unknown ca", *CUT_OFF))
 

@@ -125,7 +125,7 @@ class TestTime:
 def test_a_deadline_passes_while_no_worker_has_room(
     client: Client, settled_redis: LocalRedis
 ) -> None:
-    with InProcessWorker(settled_redis.url, rate=RATE, max_batch_rows=1):
+    with InProcessWorker(settled_redis.url, rate=RATE, batch__max_rows=1):
         (running,) = submit(client, 1, 120)
         (waiting,) = submit(client, 1, 10, deadline=0.5)
         result = client.result(waiting.id, timeout=5)

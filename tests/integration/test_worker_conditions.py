@@ -105,7 +105,9 @@ def test_a_whole_worker_keeps_its_hours(
     hour = (time.localtime().tm_hour + 12) % 24
     hours = f"{hour:02}:00-{hour:02}:30"
     (waiting,) = submit(client, 1, 3)
-    with WorkerProcess(settled_redis.url, "night", metrics_port=0, work_hours=hours) as worker:
+    with WorkerProcess(
+        settled_redis.url, "night", metrics__port=0, conditions__hours=hours
+    ) as worker:
         probe = Probe(worker.serving())
         wait_until(lambda: probe.status() == "paused")
         health = probe.health()

@@ -84,7 +84,7 @@ def test_a_zombie_that_wakes_after_the_takeover_writes_nothing(
 def test_a_mac_that_slept_alone_finishes_its_own_jobs(server: LocalRedis, client: Client) -> None:
     """It is the only worker: it reaps its own leases, and claims jobs that it still decodes."""
     tokens = 100
-    with WorkerProcess(server.url, "only", rate=50, engine_stall_seconds=60) as only:
+    with WorkerProcess(server.url, "only", rate=50, engine__stall_seconds=60) as only:
         only.serving()
         handles = submit(client, 8, tokens)
         wait_until_decoded(client, handles, 5)

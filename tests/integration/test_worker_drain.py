@@ -42,7 +42,7 @@ def test_jobs_that_end_within_the_grace_time_finish_and_the_rest_is_handed_over(
     settled_redis: LocalRedis, client: Client
 ) -> None:
     url = settled_redis.url
-    with WorkerProcess(url, "first", rate=50, drain_grace_seconds=2.0) as first:
+    with WorkerProcess(url, "first", rate=50, worker__drain_seconds=2.0) as first:
         first.serving()
         short, long = submit(client, 16, 50), submit(client, 16, 400)
         wait_until_decoded(client, short + long)
@@ -68,7 +68,7 @@ def test_a_second_signal_or_no_grace_hands_over_at_once(
     settled_redis: LocalRedis, client: Client, how: str
 ) -> None:
     grace = 60.0 if how == "twice" else 0.0
-    with WorkerProcess(settled_redis.url, "first", 50, drain_grace_seconds=grace) as first:
+    with WorkerProcess(settled_redis.url, "first", 50, worker__drain_seconds=grace) as first:
         first.serving()
         handles = submit(client, 8, 1000)
         wait_until_decoded(client, handles)
@@ -93,7 +93,7 @@ def test_one_signal_to_the_whole_process_group_is_one_signal(
     settled_redis: LocalRedis, client: Client
 ) -> None:
     """As systemd (KillMode=control-group) and a terminal's Ctrl-C do it."""
-    with WorkerProcess(settled_redis.url, "first", 50, drain_grace_seconds=20) as first:
+    with WorkerProcess(settled_redis.url, "first", 50, worker__drain_seconds=20) as first:
         first.serving()
         handles = submit(client, 4, 60)
         wait_until_decoded(client, handles)
@@ -116,7 +116,7 @@ def test_an_idle_worker_leaves_at_once_and_without_a_trace(
 def test_rqs_shutdown_command_drains(
     settled_redis: LocalRedis, client: Client, redis_client: redis.Redis
 ) -> None:
-    with WorkerProcess(settled_redis.url, "first", 100, drain_grace_seconds=20) as first:
+    with WorkerProcess(settled_redis.url, "first", 100, worker__drain_seconds=20) as first:
         first.serving()
         handles = submit(client, 4, 60)
         wait_until_decoded(client, handles)
@@ -131,7 +131,7 @@ def test_a_drain_does_not_wait_for_a_redis_that_is_away(client: Client) -> None:
     del client
     with (
         LocalRedis() as server,
-        WorkerProcess(server.url, "first", 50, drain_grace_seconds=0.5) as first,
+        WorkerProcess(server.url, "first", 50, worker__drain_seconds=0.5) as first,
         Client(settings=quick_settings(server.url)) as other,
     ):
         first.serving()

@@ -35,7 +35,7 @@ GOOD = {"v": 1, "min_protocol": 1, "model": "tally", "prompt": "x", "max_tokens"
 
 @pytest.fixture
 def worker(settled_redis: LocalRedis) -> Iterator[InProcessWorker]:
-    with InProcessWorker(settled_redis.url, rate=1000, max_payload_bytes=100_000) as worker:
+    with InProcessWorker(settled_redis.url, rate=1000, jobs__max_bytes=100_000) as worker:
         yield worker
 
 

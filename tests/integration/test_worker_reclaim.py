@@ -44,7 +44,7 @@ def test_a_worker_without_room_for_what_it_lost_and_got_again(
     client: Client, driver: Driver, settled_redis: LocalRedis
 ) -> None:
     tokens = 60
-    with InProcessWorker(settled_redis.url, rate=50, max_batch_rows=2):
+    with InProcessWorker(settled_redis.url, rate=50, batch__max_rows=2):
         handles = submit(client, 5, tokens, max_attempts=100)
         for _ in range(8):
             driver.lapse(*(handle.id for handle in handles))
@@ -57,6 +57,6 @@ def test_a_worker_without_room_for_what_it_lost_and_got_again(
 def test_jobs_that_wait_and_stream_or_not(
     client: Client, settled_redis: LocalRedis, *, stream: bool
 ) -> None:
-    with InProcessWorker(settled_redis.url, rate=200, max_batch_rows=4):
+    with InProcessWorker(settled_redis.url, rate=200, batch__max_rows=4):
         handles = submit(client, 20, 40, stream=stream)
         check_answers(client, handles, 40)

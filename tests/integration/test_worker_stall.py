@@ -40,7 +40,7 @@ def test_a_hung_engine_ends_the_process_and_its_jobs_come_back(
 ) -> None:
     stall = 1.5
     hacks = Hacks(block_at_step=10)
-    with WorkerProcess(server.url, "hung", 50, hacks, engine_stall_seconds=stall) as hung:
+    with WorkerProcess(server.url, "hung", 50, hacks, engine__stall_seconds=stall) as hung:
         hung.serving()
         handles = submit(client, 4, 40)
         wait_until_decoded(client, handles)
@@ -58,7 +58,7 @@ def test_what_was_decoded_before_a_stall_is_written(server: LocalRedis, client: 
     """No flush would be due for an hour; the stalled worker writes before it ends."""
     hacks = Hacks(block_at_step=10)
     with WorkerProcess(
-        server.url, "hung", 50, hacks, engine_stall_seconds=1.5, flush_interval_ms=1000
+        server.url, "hung", 50, hacks, engine__stall_seconds=1.5, worker__flush_interval_ms=1000
     ) as hung:
         hung.serving()
         (bulk,) = submit(client, 1, 40, lane="bulk", stream=False)
@@ -73,7 +73,7 @@ def test_a_stalled_worker_waits_for_no_redis_that_is_away(
     server: LocalRedis, client: Client
 ) -> None:
     hacks = Hacks(block_at_step=10)
-    with WorkerProcess(server.url, "hung", 50, hacks, engine_stall_seconds=2.0) as hung:
+    with WorkerProcess(server.url, "hung", 50, hacks, engine__stall_seconds=2.0) as hung:
         hung.serving()
         handles = submit(client, 4, 40)
         wait_until_decoded(client, handles, 1)
@@ -91,7 +91,7 @@ def test_a_stalled_worker_waits_for_no_redis_that_is_away(
 def test_a_hung_engine_does_not_keep_its_leases(server: LocalRedis, client: Client) -> None:
     """The watchdog is slow here; the leases end by themselves, because nobody renews them."""
     hacks = Hacks(block_at_step=10)
-    with WorkerProcess(server.url, "hung", 50, hacks, engine_stall_seconds=4) as hung:
+    with WorkerProcess(server.url, "hung", 50, hacks, engine__stall_seconds=4) as hung:
         hung.serving()
         handles = submit(client, 4, 40)
         wait_until_decoded(client, handles)

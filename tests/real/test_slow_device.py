@@ -75,7 +75,7 @@ def serving(
     worker = DefaultWorker(server, model, folder)
     try:
         worker.serving()
-        with Client(settings=load_settings(redis_url=server.url)) as client:
+        with Client(settings=load_settings(redis__url=server.url)) as client:
             yield client, worker
     finally:
         worker.stop()

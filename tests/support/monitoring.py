@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Probe:
-    """`/healthz` and `/metrics` of one worker process, which has `metrics_port=0`."""
+    """`/healthz` and `/metrics` of one worker process, which has `metrics__port=0`."""
 
     def __init__(self, worker: WorkerProcess) -> None:
         self._worker = worker

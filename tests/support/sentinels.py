@@ -46,7 +46,7 @@ class SentinelFleet:
     def settings(self) -> dict[str, Any]:
         """What leads workers and clients here."""
         hosts = tuple(f"127.0.0.1:{port}" for port in self.ports)
-        return {"sentinel_hosts": hosts, "sentinel_service": SERVICE}
+        return {"sentinel__hosts": hosts, "sentinel__service": SERVICE}
 
     @property
     def url(self) -> str:

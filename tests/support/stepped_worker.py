@@ -53,7 +53,9 @@ class SteppedWorker:
         plan: Plan = plan,
         **changes: Any,
     ) -> None:
-        settings = quick_settings(url, flush_interval_ms=0, lease_seconds=30, **changes)
+        settings = quick_settings(
+            url, worker__flush_interval_ms=0, worker__lease_seconds=30, **changes
+        )
         self.name = name
         self.child = Child(ChildSpec(settings, "tally", name, EngineSpec("simulated")))
         self._encode, self._plan = encode, plan

@@ -44,10 +44,9 @@ if TYPE_CHECKING:
 
 LEASE_SECONDS = 2.0
 QUICK: dict[str, Any] = {
-    "lease_seconds": LEASE_SECONDS,
-    "reap_interval_seconds": 0.3,
-    "log_format": "json",
-    "max_batch_rows": 32,
+    "worker__lease_seconds": LEASE_SECONDS,
+    "log__format": "json",
+    "batch__max_rows": 32,
 }
 
 
@@ -78,7 +77,7 @@ class Hacks:
 
 
 def quick_settings(url: str, **changes: Any) -> Settings:
-    return load_settings(redis_url=url, **(QUICK | changes))
+    return load_settings(redis__url=url, **(QUICK | changes))
 
 
 def hacked_child(hacks: Hacks, spec: ChildSpec, lifeline: Connection) -> None:

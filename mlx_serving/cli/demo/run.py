@@ -74,9 +74,9 @@ def _watch(
 def private_settings(server: LocalRedis) -> Settings:
     """The user's settings, except for Redis: the demo uses its own."""
     return load_settings(
-        redis_url=server.url, redis_by_model={}, redis_username=None, redis_password=None,
-        redis_tls=False, redis_tls_ca=None, redis_tls_cert=None, redis_tls_key=None,
-        sentinel_hosts=(), models={}, drain_grace_seconds=1.0,
+        redis__url=server.url, redis__by_model={}, redis__password=None, redis__tls_ca=None,
+        redis__tls_cert=None, redis__tls_key=None, sentinel__hosts=(), models={},
+        worker__drain_seconds=1.0,
     )  # fmt: skip
 
 

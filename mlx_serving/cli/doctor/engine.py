@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 def other_models(settings: Settings, model: str) -> Iterator[Check]:
     """Check the files of every alias except the one that is loaded anyway."""
     for alias in sorted(settings.models.keys() - {model}):
-        view = model_view(alias, found_path(settings, settings.models[alias]))
+        view = model_view(alias, found_path(settings.models[alias]))
         if view.problem is not None or view.weight_bytes is None:
             yield Check(f"model {alias}", Level.WARN, f"{view.problem}")
             continue
@@ -124,8 +124,8 @@ def check_acceleration(settings: Settings) -> Iterator[Check]:
     """Report for each piece whether it is native or a twin, and why."""
     from mlx_serving.worker.engine.acceleration import reports
 
-    for report in reports(prefer_native=settings.native):
-        wanted = report.implementation == "native" or not settings.native
+    for report in reports(prefer_native=settings.engine.native):
+        wanted = report.implementation == "native" or not settings.engine.native
         detail = f"{report.implementation}: {report.reason}"
         yield Check(f"native {report.piece}", Level.OK if wanted else Level.WARN, detail)
 
@@ -136,12 +136,12 @@ def check_model(settings: Settings, model: str) -> Check:
 
     name = f"model {model}"
     try:
-        problem = hub_problem(model, found_path(settings, settings.models.get(model, "")))
+        problem = hub_problem(model, found_path(settings.models.get(model, "")))
         if problem is not None:  # doctor downloads nothing
             return Check(name, Level.FAIL, problem)
         path = model_path(settings, model)
         began = time.perf_counter()
-        options = EngineOptions(max_batch_rows=1, prefer_native=settings.native)
+        options = EngineOptions(max_batch_rows=1, prefer_native=settings.engine.native)
         engine = load_engine(path, options, name=model)
         loaded = time.perf_counter()
         text, tokens = _answer(engine, model)

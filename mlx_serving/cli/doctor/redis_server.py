@@ -7,7 +7,6 @@ import time
 from typing import TYPE_CHECKING, Any, Final
 
 import redis
-from rq.defaults import RQ_KEY_PREFIX
 
 from mlx_serving.cli.doctor.report import Check, Level
 from mlx_serving.common.protocol import calls
@@ -48,7 +47,6 @@ def redis_checks(endpoint: Endpoint) -> Iterator[Check]:
                 name = look.__name__.removeprefix("check_")
                 yield Check(f"redis {name}", Level.WARN, f"can't be read: {error}")
         yield check_scripts(client, endpoint)
-        yield check_rq_prefix(endpoint.rq_prefix)
 
 
 def check_version(client: redis.Redis) -> Check:
@@ -114,14 +112,6 @@ def check_scripts(client: redis.Redis, endpoint: Endpoint) -> Check:
     except redis.RedisError as error:
         return Check("redis scripts", Level.FAIL, f"the protocol's scripts don't run: {error}")
     return Check("redis scripts", Level.OK, "the protocol's scripts run")
-
-
-def check_rq_prefix(prefix: str) -> Check:
-    """Compare RQ's prefix, which it reads when it is imported, with that of the settings."""
-    if prefix == RQ_KEY_PREFIX:
-        return Check("rq prefix", Level.OK, f"{prefix!r}, as RQ has it")
-    detail = f"settings say {prefix!r}, RQ says {RQ_KEY_PREFIX!r}: set RQ_KEY_PREFIX for both"
-    return Check("rq prefix", Level.FAIL, detail)
 
 
 def _info(client: redis.Redis, section: str) -> dict[str, Any]:

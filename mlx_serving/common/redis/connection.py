@@ -16,6 +16,7 @@ from redis.connection import parse_url
 from redis.retry import Retry
 from redis.sentinel import Sentinel
 
+from mlx_serving.common import defaults
 from mlx_serving.common.errors import InvalidSettings
 from mlx_serving.common.protocol.keys import Keys
 
@@ -35,24 +36,28 @@ RESP_VERSION: Final = 2
 class Endpoint:
     """One Redis (a URL, or a Sentinel service), its credentials, and our prefixes in it.
 
+    The URL says user, database and TLS, also with Sentinels; a password in it wins over `password`.
     Times are seconds. Secrets stay out of its repr, and so out of logs.
     """
 
-    url: str = field(default="redis://localhost:6379/0", repr=False)
-    username: str | None = None
+    url: str = field(default=defaults.REDIS_URL, repr=False)
     password: str | None = field(default=None, repr=False)
-    tls: bool = False
     tls_ca: str | None = None
     tls_cert: str | None = None
     tls_key: str | None = None
     sentinels: tuple[tuple[str, int], ...] = ()
-    sentinel_service: str = "mymaster"
+    sentinel_service: str = defaults.SENTINEL_SERVICE
     sentinel_username: str | None = None
     sentinel_password: str | None = field(default=None, repr=False)
-    connect_timeout: float = 5.0
-    read_timeout: float = 5.0
-    key_prefix: str = "mlxs"
-    rq_prefix: str = "rq"
+    connect_timeout: float = defaults.REDIS_TIMEOUT_SECONDS
+    read_timeout: float = defaults.REDIS_TIMEOUT_SECONDS
+    key_prefix: str = defaults.KEY_PREFIX
+    rq_prefix: str = defaults.RQ_PREFIX
+
+    @property
+    def tls(self) -> bool:
+        """Whether server and Sentinels are reached over TLS."""
+        return self.url.startswith("rediss://")
 
     @property
     def keys(self) -> Keys:
@@ -63,28 +68,28 @@ class Endpoint:
 def resolve(settings: Settings, model: str | None = None, tenant: str | None = None) -> Endpoint:
     """Which Redis serves this model and tenant: the one place that decides it.
 
-    Today: the model's own URL (`redis_by_model`), else the one of all. `tenant` is taken now, so
+    Today: the model's own URL (`redis.by_model`), else the one of all. `tenant` is taken now, so
     that tenants can get servers of their own without a change in any caller.
     """
     del tenant
-    own = settings.redis_by_model.get(model) if model is not None else None
-    url = own or settings.redis_url
+    from mlx_serving.common.settings import rq_prefix  # pydantic: only who has settings pays for it
+
+    given = settings.redis
+    own = given.by_model.get(model) if model is not None else None
     return Endpoint(
-        url=url.get_secret_value(),
-        username=settings.redis_username,
-        password=_secret(settings.redis_password),
-        tls=settings.redis_tls,
-        tls_ca=_path(settings.redis_tls_ca),
-        tls_cert=_path(settings.redis_tls_cert),
-        tls_key=_path(settings.redis_tls_key),
-        sentinels=() if own else tuple(map(_host_and_port, settings.sentinel_hosts)),
-        sentinel_service=settings.sentinel_service,
-        sentinel_username=settings.sentinel_username,
-        sentinel_password=_secret(settings.sentinel_password),
-        connect_timeout=settings.redis_connect_timeout_seconds,
-        read_timeout=settings.redis_read_timeout_seconds,
-        key_prefix=settings.key_prefix,
-        rq_prefix=settings.rq_prefix,
+        url=(own or given.url).get_secret_value(),
+        password=_secret(given.password),
+        tls_ca=_path(given.tls_ca),
+        tls_cert=_path(given.tls_cert),
+        tls_key=_path(given.tls_key),
+        sentinels=() if own else tuple(map(_host_and_port, settings.sentinel.hosts)),
+        sentinel_service=settings.sentinel.service,
+        sentinel_username=settings.sentinel.username,
+        sentinel_password=_secret(settings.sentinel.password),
+        connect_timeout=given.timeout_seconds,
+        read_timeout=given.timeout_seconds,
+        key_prefix=given.key_prefix,
+        rq_prefix=rq_prefix(),
     )
 
 
@@ -99,7 +104,7 @@ def resolve_shared(settings: Settings, models: Sequence[str]) -> Endpoint:
     for model in models[1:]:
         if resolve(settings, model) != first:
             reason = f"a worker's models share one Redis, and {models[0]} has another"
-            raise InvalidSettings([(f"redis_by_model.{model}", reason)])
+            raise InvalidSettings([(f"redis.by_model.{model}", reason)])
     return first
 
 
@@ -111,7 +116,7 @@ def connect(endpoint: Endpoint, *, block_seconds: float = 0.0) -> redis.Redis:
     """
     options = _options(endpoint, block_seconds)
     if not endpoint.sentinels:
-        return redis.Redis.from_url(_url(endpoint), retry=Retry(NoBackoff(), 0), **options)
+        return redis.Redis.from_url(endpoint.url, retry=Retry(NoBackoff(), 0), **options)
     sentinel = Sentinel(  # type: ignore[no-untyped-call]
         list(endpoint.sentinels),
         sentinel_kwargs=_sentinel_options(endpoint) | {"retry": Retry(NoBackoff(), 0)},
@@ -119,8 +124,7 @@ def connect(endpoint: Endpoint, *, block_seconds: float = 0.0) -> redis.Redis:
     master: redis.Redis = sentinel.master_for(  # type: ignore[no-untyped-call]
         endpoint.sentinel_service,
         retry=Retry(NoBackoff(), 0),
-        **options,
-        **_database(endpoint),
+        **options | _url_options(endpoint),
     )
     return master
 
@@ -136,7 +140,7 @@ def connect_async(endpoint: Endpoint, *, block_seconds: float = 0.0) -> AsyncRed
 
     options = _options(endpoint, block_seconds)
     if not endpoint.sentinels:
-        return AsyncRedis.from_url(_url(endpoint), retry=AsyncRetry(NoBackoff(), 0), **options)
+        return AsyncRedis.from_url(endpoint.url, retry=AsyncRetry(NoBackoff(), 0), **options)
     sentinel = AsyncSentinel(  # type: ignore[no-untyped-call]
         list(endpoint.sentinels),
         sentinel_kwargs=_sentinel_options(endpoint) | {"retry": AsyncRetry(NoBackoff(), 0)},
@@ -145,8 +149,7 @@ def connect_async(endpoint: Endpoint, *, block_seconds: float = 0.0) -> AsyncRed
         endpoint.sentinel_service,
         redis_class=SentinelRedis,
         retry=AsyncRetry(NoBackoff(), 0),
-        **options,
-        **_database(endpoint),
+        **options | _url_options(endpoint),
     )
     return master
 
@@ -159,8 +162,6 @@ def _options(endpoint: Endpoint, block_seconds: float) -> dict[str, Any]:
         "health_check_interval": HEALTH_CHECK_SECONDS,
         "protocol": RESP_VERSION,
     }
-    if endpoint.username is not None:
-        options["username"] = endpoint.username
     if endpoint.password is not None:
         options["password"] = endpoint.password
     return options | _tls_options(endpoint)
@@ -184,21 +185,16 @@ def _tls_options(endpoint: Endpoint) -> dict[str, Any]:
         "ssl_certfile": endpoint.tls_cert,
         "ssl_keyfile": endpoint.tls_key,
     }
-    if not (endpoint.tls or endpoint.url.startswith("rediss://")):
+    if not endpoint.tls:
         return {}
     return {name: path for name, path in files.items() if path is not None}
 
 
-def _database(endpoint: Endpoint) -> dict[str, Any]:
-    """What a Sentinel client takes from the URL: the database; and TLS, which has no scheme."""
+def _url_options(endpoint: Endpoint) -> dict[str, Any]:
+    """What a client behind Sentinels takes from the URL: user, password, database and TLS."""
     parsed: dict[str, Any] = dict(parse_url(endpoint.url))  # type: ignore[no-untyped-call]
-    return {"db": parsed.get("db", 0)} | ({"ssl": True} if endpoint.tls else {})
-
-
-def _url(endpoint: Endpoint) -> str:
-    if endpoint.tls and endpoint.url.startswith("redis://"):
-        return "rediss://" + endpoint.url.removeprefix("redis://")
-    return endpoint.url
+    options = {name: parsed[name] for name in ("username", "password") if name in parsed}
+    return options | {"db": parsed.get("db", 0)} | ({"ssl": True} if endpoint.tls else {})
 
 
 def _host_and_port(text: str) -> tuple[str, int]:

@@ -20,7 +20,7 @@ from mlx_serving.producer.client import Client
 def main() -> int:
     """Run the batch; return 0 at its end or if another runner has it, 1 if it can't go on."""
     settings = load_settings(**msgspec.json.decode(sys.stdin.buffer.read()))
-    configure_logging(log_format=settings.log_format, level=settings.log_level)
+    configure_logging(log_format=settings.log.format, level=settings.log.level)
     folder = BatchFolder.open(Path(sys.argv[1]))
     with folder.lock() as free:
         if not free:

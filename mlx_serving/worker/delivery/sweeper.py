@@ -24,6 +24,14 @@ log = structlog.get_logger(__name__)
 
 
 PAGE_JOBS: Final = 256
+REAP_INTERVAL_SECONDS: Final = 2.0
+REAPS_A_LEASE: Final = 5
+"""A lease that ran out is seen soon, measured by the lease itself."""
+
+
+def reap_interval_seconds(lease_seconds: float) -> float:
+    """Return the time between two looks for leases that ran out."""
+    return min(REAP_INTERVAL_SECONDS, lease_seconds / REAPS_A_LEASE)
 
 
 class TenantAudit:

@@ -10,6 +10,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model, load_tokenizer
 
+from mlx_serving.common import defaults
 from mlx_serving.worker.engine.acceleration import choose_sampler, make_detokenizer
 from mlx_serving.worker.engine.batch_runner import Attachments
 from mlx_serving.worker.engine.engine import Engine
@@ -48,15 +49,15 @@ class EngineOptions:
     long a step with a prefill chunk may take.
     """
 
-    max_batch_rows: int = 64
+    max_batch_rows: int = defaults.MAX_BATCH_ROWS
     kv_budget_bytes: int | None = None
     prefix_cache_bytes: int | None = None
     kv_cache: CacheKind = "auto"
     kv_bits: KvBits | None = None
-    prefill_chunk_tokens: int = 512
+    prefill_chunk_tokens: int = defaults.PREFILL_CHUNK_TOKENS
     first_chunk_tokens: int = FIRST_TOKENS
     step_seconds: float = STEP_SECONDS
-    lane_min_share: float = 0.1
+    lane_min_share: float = defaults.LANE_MIN_SHARE
     lane_headroom: float = 0.0
     prefer_native: bool = True
     warm_up: bool = True

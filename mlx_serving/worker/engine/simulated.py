@@ -10,6 +10,7 @@ from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
 from typing import Final
 
+from mlx_serving.common import defaults
 from mlx_serving.common.errors import InvalidJob
 from mlx_serving.common.job.output_format import enforces_tools
 from mlx_serving.common.job.schema import GenerationJob
@@ -46,7 +47,7 @@ class SimulatedOptions:
     answer_tokens: int | None = None
     batch: BatchSize = _BATCH
     kv_capacity_tokens: int = 1_000_000
-    prefill_chunk_tokens: int = 512
+    prefill_chunk_tokens: int = defaults.PREFILL_CHUNK_TOKENS
     first_chunk_tokens: int = FIRST_TOKENS
     step_seconds: float = STEP_SECONDS
     double_depth_tokens: int = 0

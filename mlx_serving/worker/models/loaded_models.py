@@ -248,5 +248,7 @@ class LoadedModels:
         pins = sorted(budget.pinned - {model})
         beside = f" beside {', '.join(pins)}" if pins else ""
         size = budget.sizes[model]
-        message = f"{size} bytes do not fit into model_budget_bytes {budget.budget_bytes}{beside}"
+        message = (
+            f"{size} bytes do not fit into worker.model_budget_bytes {budget.budget_bytes}{beside}"
+        )
         raise ModelTooLargeError(message)

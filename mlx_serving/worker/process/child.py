@@ -23,7 +23,7 @@ from mlx_serving.worker.claiming.intake import Preparation
 from mlx_serving.worker.claiming.placement import Placement
 from mlx_serving.worker.delivery.measured_protocol import MeasuredProtocol, QueueWatch
 from mlx_serving.worker.delivery.publisher import EngineLink, Publisher, PublisherOptions
-from mlx_serving.worker.delivery.sweeper import Sweeper
+from mlx_serving.worker.delivery.sweeper import Sweeper, reap_interval_seconds
 from mlx_serving.worker.dispatcher import Dispatcher, DispatcherOptions
 from mlx_serving.worker.engine.engine_set import EngineSet
 from mlx_serving.worker.engine_thread import EngineThread, LoopTimes
@@ -31,6 +31,7 @@ from mlx_serving.worker.listener import READ_SECONDS, Listener
 from mlx_serving.worker.messages import Messages
 from mlx_serving.worker.models.loaded_models import LoadedModels
 from mlx_serving.worker.models.loading import (
+    LOAD_SLICE_SECONDS,
     EngineSpec,
     batch_size,
     load,
@@ -93,7 +94,7 @@ class Child:
         settings = spec.settings
         self._spec = spec
         self._paths = spec.engine.paths(spec.model)
-        self._kv_budget_bytes = settings.kv_budget_bytes  # of each model, once that is planned
+        self._kv_budget_bytes = settings.cache.budget_bytes  # of each model, once that is planned
         self.queues = tuple(queue_name(model, lane) for model in self._paths for lane in LANES)
         endpoint = resolve_shared(settings, tuple(self._paths))
         # Parts that need no other.
@@ -118,7 +119,7 @@ class Child:
             paused=lambda: self.conditions.reasons,
         )  # fmt: skip
         self.reporter = Reporter(self.snapshotter.snapshot, spec.reports)
-        self.watchdog = Watchdog(self.runner, self.publisher, settings.engine_stall_seconds)
+        self.watchdog = Watchdog(self.runner, self.publisher, settings.engine.stall_seconds)
         # What claims jobs.
         self.fleet = self._build_fleet()
         self.dispatcher = self._build_dispatcher()
@@ -146,7 +147,7 @@ class Child:
             on_refused=self._refused,
             on_room=partial(self.messages.post, "room"),
             paused=self._buffer_is_full,
-            times=LoopTimes(settings.engine_stall_seconds, settings.model_load_seconds),
+            times=LoopTimes(settings.engine.stall_seconds, LOAD_SLICE_SECONDS),
             tend=self.keeper.tend,
         )
 
@@ -155,7 +156,7 @@ class Child:
         return Publisher(
             MeasuredProtocol(connect(endpoint), endpoint.keys, self.counters),
             self._spec.name,
-            PublisherOptions(self._lease_ms, settings.flush_interval_ms / 1000),
+            PublisherOptions(self._lease_ms, settings.worker.flush_interval_ms / 1000),
             EngineLink(runner.abort, lambda: runner.time_left > 0, runner.has),
             inflight=self.inflight,
             counters=self.counters,
@@ -164,7 +165,7 @@ class Child:
     def _build_fleet(self) -> Fleet:
         spec = self._spec
         presence = Presence(
-            spec.name, tuple(self._paths), spec.settings.max_batch_rows, self.snapshotter.snapshot
+            spec.name, tuple(self._paths), spec.settings.batch.max_rows, self.snapshotter.snapshot
         )
         return Fleet(self.protocol, self.queues, presence, self.loaded_models.resident)
 
@@ -172,29 +173,29 @@ class Child:
         settings, name, lease_ms = self._spec.settings, self._spec.name, self._lease_ms
         keeper, publisher = self.keeper, self.publisher
         options = DispatcherOptions(
-            name, batch_size(settings), self.messages, lease_ms, settings.drain_grace_seconds,
-            settings.max_payload_bytes, self.conditions, lambda: keeper.state.refuses,
-            settings.prefix_affinity_ms,
+            name, batch_size(settings), self.messages, lease_ms, settings.worker.drain_seconds,
+            settings.jobs.max_bytes, self.conditions, lambda: keeper.state.refuses,
+            settings.cache.prefix_affinity_ms,
         )  # fmt: skip
         sweeper = Sweeper(
             self.protocol, self.queues, lease_ms=lease_ms,
-            reap_seconds=settings.reap_interval_seconds,
+            reap_seconds=reap_interval_seconds(settings.worker.lease_seconds),
             watch=QueueWatch(self.protocol, self.queues, self.counters),
         )  # fmt: skip
         placement = Placement(
             self.loaded_models, self.protocol, self.fleet, name, interleave=self.runner.interleave,
             held=lambda: [job.claimed.queue for job in publisher.held()],
-            patience=settings.model_wait_seconds,
+            patience=settings.worker.model_wait_seconds,
         )  # fmt: skip
-        signer = Signer(key.get_secret_value() for key in settings.signing_keys)
+        signer = Signer(key.get_secret_value() for key in settings.jobs.signing_keys)
         return Dispatcher(
             options, self.protocol, self.runner, publisher, sweeper, placement,
-            Preparation(signer, settings.max_payload_bytes),
+            Preparation(signer, settings.jobs.max_bytes),
         )  # fmt: skip
 
     @property
     def _lease_ms(self) -> int:
-        return int(self._spec.settings.lease_seconds * 1000)
+        return int(self._spec.settings.worker.lease_seconds * 1000)
 
     # What the engine thread calls
 
@@ -236,7 +237,7 @@ class Child:
             self.publisher.fail(job, code, message)
 
     def _buffer_is_full(self) -> bool:
-        return self.publisher.backlog >= self._spec.settings.buffer_tokens
+        return self.publisher.backlog >= self._spec.settings.worker.buffer_tokens
 
     # Running
 
@@ -312,7 +313,7 @@ def _follow_parent(lifeline: Connection, messages: Messages) -> None:
 
 def run_child(spec: ChildSpec, lifeline: Connection) -> None:
     """Entry point of the spawned process; exits with the worker's status."""
-    configure_logging(log_format=spec.settings.log_format, level=spec.settings.log_level)
+    configure_logging(log_format=spec.settings.log.format, level=spec.settings.log.level)
     try:
         child = Child(spec)
     except MlxServingError as error:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 Reason = Literal["tokens", "steps", "hours", "memory"]
 REASONS: Final[tuple[Reason, ...]] = ("tokens", "steps", "hours", "memory")
 SPREAD: Final = 0.1  # of a rule, so that workers that started together are replaced apart
+RECYCLE_AFTER_STEPS: Final = 400_000  # a leak of one buffer a step is survived
 WINDOW_LOOKS: Final = 120  # a minute at two looks a second
 LEAST_GROWTH_BYTES: Final = 512 << 20
 GROWTH_FRACTION: Final = 0.05  # of the device's memory
@@ -39,9 +40,9 @@ class RecycleRules:
         """Read them from the settings; each is up to a tenth less, by the worker's name."""
         share = 1 - SPREAD * (crc32(worker.encode()) % 1000) / 1000
         return cls(
-            round(settings.recycle_after_tokens * share),
-            round(settings.recycle_after_steps * share),
-            settings.recycle_after_hours * share,
+            round(settings.engine.recycle_after_tokens * share),
+            round(RECYCLE_AFTER_STEPS * share),
+            settings.engine.recycle_after_hours * share,
         )
 
 

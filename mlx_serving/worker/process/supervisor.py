@@ -156,7 +156,7 @@ class Supervisor:
         return 0
 
     def _start(self) -> EngineChild:
-        inflight = InflightFile(SLOTS_A_ROW * self._spec.settings.max_batch_rows)
+        inflight = InflightFile(SLOTS_A_ROW * self._spec.settings.batch.max_rows)
         theirs, ours = self._context.Pipe(duplex=False)
         spec = ChildSpec(
             self._spec.settings, self._spec.model, self._spec.name, self._spec.engine,

@@ -95,9 +95,10 @@ class Rules:
     @classmethod
     def of(cls, settings: Settings) -> Self:
         """Read them from the settings."""
+        given = settings.conditions
         return cls(
-            tuple(map(Hours.parse, settings.work_hours)), settings.back_off_user_seconds,
-            settings.back_off_hot, settings.back_off_battery, settings.back_off_hands_over,
+            tuple(map(Hours.parse, given.hours)), given.user_idle_seconds, given.pause_when_hot,
+            given.pause_on_battery, given.hand_over,
         )  # fmt: skip
 
     @property

@@ -11,6 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Literal
 
+from mlx_serving.common import defaults
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -38,7 +40,7 @@ class HealthLimits:
     """
 
     stall_seconds: float = 10.0
-    buffer_tokens: int = 65_536
+    buffer_tokens: int = defaults.BUFFER_TOKENS
 
     def red_seconds(self, child: Snapshot) -> float:
         """How long the engine may make no progress before it counts as hung."""

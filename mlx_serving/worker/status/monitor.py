@@ -1,7 +1,7 @@
 """Watches the child from the parent, and serves `/healthz` and `/metrics`.
 
 It is in the parent because that outlives an engine that hangs or dies. Each child sends its
-snapshots through a pipe, which a thread reads. There is an HTTP server only if `metrics_port` is
+snapshots through a pipe, which a thread reads. There is an HTTP server only if `metrics.port` is
 set.
 """
 
@@ -46,21 +46,21 @@ class Monitor:
     """Follows one child after the other; the supervisor tells it when one starts and ends.
 
     Raises:
-        InvalidSettings: `metrics_host` and `metrics_port` can't be listened on.
+        InvalidSettings: `metrics.host` and `metrics.port` can't be listened on.
         MissingDependency: prometheus-client is not installed.
 
     """
 
     def __init__(self, settings: Settings, model: str, worker: str) -> None:
         self.tracker = StatusTracker()
-        self._limits = HealthLimits(settings.engine_stall_seconds, settings.buffer_tokens)
+        self._limits = HealthLimits(settings.engine.stall_seconds, settings.worker.buffer_tokens)
         self._model, self._worker = model, worker
         self._ends: tuple[Connection, Connection] | None = None
         self._reader: threading.Thread | None = None
         self._began = time.monotonic()
         self._server: _Server | None = None
-        if settings.metrics_port is not None:
-            self._server = self._serve(settings.metrics_host, settings.metrics_port)
+        if settings.metrics.port is not None:
+            self._server = self._serve(settings.metrics.host, settings.metrics.port)
 
     @property
     def port(self) -> int | None:
@@ -73,7 +73,7 @@ class Monitor:
             server = _Server(host, port, routes)
         except OSError as error:
             raise InvalidSettings(
-                [("metrics_port", f"can't listen on {host}, port {port}: {error.strerror}")]
+                [("metrics.port", f"can't listen on {host}, port {port}: {error.strerror}")]
             ) from None
         thread = threading.Thread(target=server.serve_forever, name="monitor", daemon=True)
         thread.start()
@@ -176,7 +176,7 @@ class Monitor:
             from mlx_serving.worker.status.metrics import WorkerCollector
         except ModuleNotFoundError as error:
             raise MissingDependency(
-                f'{error.name}, for metrics_port: pip install "mlx-serving[worker]"'
+                f'{error.name}, for metrics.port: pip install "mlx-serving[worker]"'
             ) from None
         registry = CollectorRegistry(auto_describe=False)
         registry.register(WorkerCollector(self.tracker, self._limits, self._model, self._worker))

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,7 @@ from mlx_serving.common.events import (
 from mlx_serving.common.results import ChoiceResult, GenerationResult
 from mlx_serving.common.settings import TALLY_PATH, load_settings
 from mlx_serving.common.states import JobState
+from mlx_serving.worker.engine import model_hub
 from mlx_serving.worker.process.crash import EXIT_CONFIGURATION
 
 COMMANDS = ("demo", "worker", "generate", "status", "cancel", "doctor", "models", "batch")
@@ -155,7 +157,7 @@ def test_redis_that_is_away_is_one_line() -> None:
 def test_a_wrong_url_names_the_setting() -> None:
     result = runner.invoke(app, ["status", "--redis-url", "http://example.com"])
     assert result.exit_code == 1
-    assert result.stderr.startswith("error: invalid_settings: redis_url: ")
+    assert result.stderr.startswith("error: invalid_settings: redis.url: ")
 
 
 def test_a_misspelt_setting_of_the_environment_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,9 +197,9 @@ def test_a_worker_that_no_restart_mends_says_so_to_its_service_manager(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Status 78: wrong settings, a model that is not there, no engine."""
-    monkeypatch.setenv("MLX_SERVING_LEASE_SECONDS", "soon")
+    monkeypatch.setenv("MLX_SERVING_WORKER_LEASE_SECONDS", "soon")
     wrong_setting = runner.invoke(app, ["worker"])
-    monkeypatch.delenv("MLX_SERVING_LEASE_SECONDS")
+    monkeypatch.delenv("MLX_SERVING_WORKER_LEASE_SECONDS")
     monkeypatch.setenv("MLX_SERVING_MODELS", json.dumps({"gone": str(tmp_path / "gone")}))
     no_model = runner.invoke(app, ["worker", "--model", "gone"])
     monkeypatch.setattr(options, "ENGINE", ("no_such_engine",))
@@ -211,7 +213,7 @@ def test_a_worker_that_no_restart_mends_says_so_to_its_service_manager(
 def test_a_worker_whose_hub_is_away_is_worth_another_start(monkeypatch: pytest.MonkeyPatch) -> None:
     hub_model = {"big": "organisation/name@" + "0" * 40}
     monkeypatch.setenv("MLX_SERVING_MODELS", json.dumps(hub_model))
-    monkeypatch.setenv("MLX_SERVING_HUB_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(model_hub, "Hub", partial(model_hub.Hub, "http://127.0.0.1:9"))
     result = runner.invoke(app, ["worker", "--model", "big"])
     assert result.exit_code == 1
     assert result.stderr.startswith("error: model_unreachable: models.big: organisation/name@0000")
@@ -251,8 +253,8 @@ def test_a_worker_may_serve_several_models(tmp_path: Path) -> None:
 
 
 def test_a_worker_s_models_share_one_redis() -> None:
-    settings = load_settings(redis_by_model={"b": "redis://elsewhere/0"})
-    with pytest.raises(InvalidSettings, match=r"redis_by_model\.b: .*share one Redis"):
+    settings = load_settings(redis__by_model={"b": "redis://elsewhere/0"})
+    with pytest.raises(InvalidSettings, match=r"redis\.by_model\.b: .*share one Redis"):
         engine_spec(settings, "tally", "simulated", others=["b"])
 
 

@@ -69,11 +69,6 @@ def test_a_server_that_evicts_fails(policy: str, limit: int, level: str) -> None
     assert redis_server.check_eviction(server).level == level  # type: ignore[arg-type]
 
 
-def test_rq_prefix_must_be_rqs_own() -> None:
-    assert redis_server.check_rq_prefix("rq").level is Level.OK
-    assert redis_server.check_rq_prefix("other").level is Level.FAIL
-
-
 def test_an_install_without_the_engine_is_a_producer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine, "missing_engine", lambda: ["mlx"])
     checks = list(engine.engine_checks(load_settings(), "tally"))
@@ -83,7 +78,7 @@ def test_an_install_without_the_engine_is_a_producer(monkeypatch: pytest.MonkeyP
 
 
 def test_a_twin_that_was_asked_for_is_no_warning() -> None:
-    checks = list(engine.check_acceleration(load_settings(native=False)))
+    checks = list(engine.check_acceleration(load_settings(engine__native=False)))
     assert [check.name for check in checks] == [
         "native detokenizer",
         "native sampler",
@@ -114,7 +109,7 @@ def test_no_condition_is_said() -> None:
 
 
 def test_a_condition_that_can_not_be_told_is_warned_of() -> None:
-    settings = load_settings(back_off_hot=True, back_off_battery=True)
+    settings = load_settings(conditions__pause_when_hot=True, conditions__pause_on_battery=True)
     by_name = {c.name: c for c in condition_checks(settings, FakeProbe(None, None, battery=True))}
     assert "paused now: on_battery" in by_name["work"].detail
     assert by_name["work heat"].level is Level.WARN
@@ -124,7 +119,7 @@ def test_a_condition_that_can_not_be_told_is_warned_of() -> None:
 
 def test_a_macs_own_words_are_called_unverified() -> None:
     probe = MacProbe(lambda *command: "Now drawing from 'AC Power'" if "batt" in command else None)
-    checks = list(condition_checks(load_settings(back_off_battery=True), probe))
+    checks = list(condition_checks(load_settings(conditions__pause_on_battery=True), probe))
     assert [check.name for check in checks] == ["work", "work battery"]
     assert all(UNVERIFIED in check.detail for check in checks)
 

@@ -25,7 +25,7 @@ UNIT = "mlx-serving-worker@.service"
 # the parent's verdict, each as long as a Redis that hangs makes them wait.
 REDIS_SECONDS = resolve(load_settings()).read_timeout
 LONGEST_DRAIN_SECONDS = (
-    load_settings().drain_grace_seconds + 2 * RELEASE_SECONDS + 4 * REDIS_SECONDS + VERDICT_SECONDS
+    load_settings().worker.drain_seconds + 2 * RELEASE_SECONDS + 4 * REDIS_SECONDS + VERDICT_SECONDS
 )
 
 

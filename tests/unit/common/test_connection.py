@@ -22,8 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 SENTINELS = Endpoint(
-    url="redis://unused/3",
-    username="u",
+    url="redis://u@unused/3",
     password="p",
     sentinels=(("a", 1), ("b", 2)),
     sentinel_service="main",
@@ -55,7 +54,16 @@ def test_timeouts_are_explicit_and_blocking_has_its_own(make: Callable[..., Any]
 
 @pytest.mark.parametrize("make", [connect, connect_async])
 def test_credentials_are_passed(make: Callable[[Endpoint], Any]) -> None:
-    made = options(make(Endpoint(username="u", password="p")))
+    made = options(make(Endpoint(url="redis://u@h", password="p")))
+    assert (made["username"], made["password"]) == ("u", "p")
+
+
+@pytest.mark.parametrize("make", [connect, connect_async])
+@pytest.mark.parametrize("sentinels", [(), (("a", 1),)])
+def test_a_password_in_the_url_wins(
+    make: Callable[[Endpoint], Any], sentinels: tuple[tuple[str, int], ...]
+) -> None:
+    made = options(make(Endpoint(url="redis://u:p@h", password="x", sentinels=sentinels)))
     assert (made["username"], made["password"]) == ("u", "p")
 
 
@@ -65,16 +73,8 @@ def test_a_unix_socket_is_a_url() -> None:
     assert options(client)["path"] == "/run/x.sock"
 
 
-@pytest.mark.parametrize(
-    "endpoint",
-    [
-        Endpoint(url="rediss://h:1", tls_ca="/ca.pem", tls_cert="/c.pem", tls_key="/k.pem"),
-        Endpoint(
-            url="redis://h:1", tls=True, tls_ca="/ca.pem", tls_cert="/c.pem", tls_key="/k.pem"
-        ),
-    ],
-)
-def test_tls_by_url_or_by_setting(endpoint: Endpoint) -> None:
+def test_tls_is_the_urls() -> None:
+    endpoint = Endpoint(url="rediss://h:1", tls_ca="/ca.pem", tls_cert="/c.pem", tls_key="/k.pem")
     client = connect(endpoint)
     assert client.connection_pool.connection_class is SSLConnection
     assert options(client)["ssl_ca_certs"] == "/ca.pem"
@@ -99,7 +99,7 @@ def test_sentinel_finds_the_primary_with_credentials_of_its_own(
 
 
 def test_sentinel_speaks_tls_to_all() -> None:
-    endpoint = Endpoint(tls=True, tls_ca="/ca.pem", sentinels=(("a", 1),))
+    endpoint = Endpoint(url="rediss://unused", tls_ca="/ca.pem", sentinels=(("a", 1),))
     pool = connect(endpoint).connection_pool
     assert isinstance(pool, SentinelConnectionPool)
     assert pool.connection_class is SentinelManagedSSLConnection

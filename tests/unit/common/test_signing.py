@@ -168,17 +168,19 @@ class TestSealed:
 
 class TestSettings:
     def test_keys_come_from_the_environment(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setenv("MLX_SERVING_SIGNING_KEYS", f"{NEW}, {OLD}")
-        keys = load_settings().signing_keys
+        monkeypatch.setenv("MLX_SERVING_JOBS_SIGNING_KEYS", f"{NEW}, {OLD}")
+        keys = load_settings().jobs.signing_keys
         assert [key.get_secret_value() for key in keys] == [NEW, OLD]
         assert NEW not in f"{load_settings()}"
 
     def test_no_keys_by_default(self) -> None:
-        assert load_settings().signing_keys == ()
+        assert load_settings().jobs.signing_keys == ()
 
     def test_a_short_key_is_refused_and_not_shown(self) -> None:
-        with pytest.raises(InvalidSettings, match=r"signing_keys\[1\]: .*at least 32") as refusal:
-            load_settings(signing_keys=[OLD, "hunter2"])
+        with pytest.raises(
+            InvalidSettings, match=r"jobs\.signing_keys\[1\]: .*at least 32"
+        ) as refusal:
+            load_settings(jobs__signing_keys=[OLD, "hunter2"])
         assert "hunter2" not in str(refusal.value)
 
     def test_a_toml_file_gives_a_list(
@@ -186,6 +188,6 @@ class TestSettings:
     ) -> None:
         file = f"{tmp_path}/config.toml"
         with open(file, "w") as stream:  # noqa: PTH123
-            stream.write(f'signing_keys = ["{NEW}", "{OLD}"]\n')
+            stream.write(f'[jobs]\nsigning_keys = ["{NEW}", "{OLD}"]\n')
         monkeypatch.setenv("MLX_SERVING_CONFIG", file)
-        assert [key.get_secret_value() for key in load_settings().signing_keys] == [NEW, OLD]
+        assert [key.get_secret_value() for key in load_settings().jobs.signing_keys] == [NEW, OLD]

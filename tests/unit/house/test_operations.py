@@ -6,6 +6,7 @@ from inspect import getsource
 
 import pytest
 
+from mlx_serving.common.setting_tables import ConditionSettings
 from mlx_serving.common.settings import Settings
 from mlx_serving.worker.status import conditions, health
 from mlx_serving.worker.status.metrics import WorkerCollector
@@ -62,14 +63,14 @@ def test_every_reason_is_explained() -> None:
 
 def test_settings_and_their_defaults_are_as_written() -> None:
     settings = Settings()
-    assert (settings.metrics_port, settings.metrics_host) == (None, "127.0.0.1")
-    assert f"({settings.buffer_tokens:,})" in PAGE
-    assert settings.engine_stall_seconds == 10.0
+    assert (settings.metrics.port, settings.metrics.host) == (None, "127.0.0.1")
+    assert f"({settings.worker.buffer_tokens:,})" in PAGE
+    assert settings.engine.stall_seconds == 10.0
 
 
 def test_the_settings_that_keep_a_worker_from_work_are_in_the_table() -> None:
-    named = set(re.findall(r"^\| `(work_hours|back_off_\w+)` \|", PAGE, re.MULTILINE))
-    assert named == {n for n in Settings.model_fields if n.startswith(("work_", "back_off_"))}
+    named = set(re.findall(r"^\| `conditions\.(\w+)` \|", PAGE, re.MULTILINE))
+    assert named == set(ConditionSettings.model_fields)
 
 
 def test_the_rules_are_rules() -> None:

@@ -11,13 +11,13 @@ from mlx_serving.producer.batch.background import encode_settings
 
 def test_settings_arrive_as_they_were() -> None:
     settings = load_settings(
-        redis_url="rediss://user:secret@host:6380/2",
-        redis_by_model={"large": SecretStr("redis://other:6379")},
-        sentinel_hosts=("a:1", "b:2"),
-        signing_keys=("k" * 32,),
+        redis__url="rediss://user:secret@host:6380/2",
+        redis__by_model={"large": SecretStr("redis://other:6379")},
+        sentinel__hosts=("a:1", "b:2"),
+        jobs__signing_keys=("k" * 32,),
         models={"mine": "/models/mine"},
-        lease_seconds=7.5,
-        metrics_port=None,
+        worker__lease_seconds=7.5,
+        metrics__port=None,
     )
     sent = encode_settings(settings)
     assert load_settings(**msgspec.json.decode(sent)) == settings

@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 
+from mlx_serving.common import defaults
 from mlx_serving.worker.engine.scheduling.chunk import FIRST_TOKENS, STEP_SECONDS
 
 
@@ -16,7 +17,7 @@ class BatchSize:
     """
 
     max_rows: int
-    lane_min_share: float = 0.1
+    lane_min_share: float = defaults.LANE_MIN_SHARE
     headroom_rows: int = 0
 
     def __post_init__(self) -> None:

@@ -100,7 +100,9 @@ def test_where_nothing_loads_the_first_reason_is_raised() -> None:
 def test_a_single_model_larger_than_the_budget_says_so() -> None:
     shelf = Shelf("a", budget=1)
     shelf.sizes["a"] = 2
-    with pytest.raises(ModelTooLargeError, match="2 bytes do not fit into model_budget_bytes 1"):
+    with pytest.raises(
+        ModelTooLargeError, match=r"2 bytes do not fit into worker\.model_budget_bytes 1"
+    ):
         shelf.first()
 
 

@@ -48,7 +48,9 @@ def test_memory_that_stays_high_comes_first() -> None:
 
 
 def test_workers_that_start_together_are_not_replaced_together() -> None:
-    settings = load_settings(recycle_after_hours=10.0, recycle_after_tokens=1_000_000)
+    settings = load_settings(
+        engine__recycle_after_hours=10.0, engine__recycle_after_tokens=1_000_000
+    )
     rules = [RecycleRules.of(settings, f"mac-{n}") for n in range(50)]
     assert len({rule.hours for rule in rules}) > 40
     assert all(9.0 <= rule.hours <= 10.0 for rule in rules)
@@ -56,8 +58,9 @@ def test_workers_that_start_together_are_not_replaced_together() -> None:
 
 
 def test_a_rule_that_is_off_stays_off() -> None:
-    off = load_settings(recycle_after_hours=0, recycle_after_tokens=0, recycle_after_steps=0)
-    assert RecycleRules.of(off, "mac-1") == RecycleRules()
+    off = load_settings(engine__recycle_after_hours=0, engine__recycle_after_tokens=0)
+    rules = RecycleRules.of(off, "mac-1")
+    assert (rules.tokens, rules.hours) == (0, 0.0)
 
 
 def watched(*floors: int, spike: int = 0) -> MemoryFloor:

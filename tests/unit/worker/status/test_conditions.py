@@ -141,9 +141,12 @@ def test_it_looks_again_by_itself() -> None:
 
 def test_rules_come_from_the_settings() -> None:
     settings = load_settings(
-        work_hours="22:00-07:00, 12:00-13:00", back_off_user_seconds=600, back_off_hot=True,
-        back_off_battery=True, back_off_hands_over=True,
-    )  # fmt: skip
+        conditions__hours="22:00-07:00, 12:00-13:00",
+        conditions__user_idle_seconds=600,
+        conditions__pause_when_hot=True,
+        conditions__pause_on_battery=True,
+        conditions__hand_over=True,
+    )
     rules = Rules.of(settings)
     assert rules.hours == (Hours(22 * 60, 7 * 60), Hours(12 * 60, 13 * 60))
     assert (rules.user_seconds, rules.hot, rules.battery, rules.hands_over) == (
@@ -157,8 +160,8 @@ def test_rules_come_from_the_settings() -> None:
 
 @pytest.mark.parametrize("wrong", ["22-7", "22:00", "25:00-07:00", "22:60-07:00", "07:00-07:00"])
 def test_wrong_hours_are_named(wrong: str) -> None:
-    with pytest.raises(InvalidSettings, match="work_hours"):
-        load_settings(work_hours=wrong)
+    with pytest.raises(InvalidSettings, match=r"conditions\.hours"):
+        load_settings(conditions__hours=wrong)
 
 
 # -- the Mac's own words, as its manual pages have them (unverified) --------------------

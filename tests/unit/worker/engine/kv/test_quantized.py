@@ -132,13 +132,13 @@ def test_it_says_what_it_does(model: LanguageModel) -> None:
 
 
 def test_the_setting_and_what_it_goes_with(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert load_settings().kv_bits is None
-    monkeypatch.setenv("MLX_SERVING_KV_BITS", "8")
-    assert load_settings().kv_bits == 8
-    with pytest.raises(InvalidSettings, match="kv_bits needs a padded kv_cache"):
-        load_settings(kv_cache="paged")
-    with pytest.raises(InvalidSettings, match="kv_bits"):
-        load_settings(kv_bits=3)
+    assert load_settings().cache.bits is None
+    monkeypatch.setenv("MLX_SERVING_CACHE_BITS", "8")
+    assert load_settings().cache.bits == 8
+    with pytest.raises(InvalidSettings, match=r"cache\.bits: needs a padded cache"):
+        load_settings(cache__kind="paged")
+    with pytest.raises(InvalidSettings, match=r"cache\.bits"):
+        load_settings(cache__bits=3)
 
 
 def test_an_empty_cache_takes_nothing(model: LanguageModel) -> None:
