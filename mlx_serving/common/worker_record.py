@@ -94,7 +94,7 @@ class WorkerRecord:
     def to_hash(self) -> dict[str, str]:
         """All fields as Redis keeps them."""
         return {
-            "model": self.model[:TEXT_CHARS],
+            "model": self.model,
             "revision": self.revision[:TEXT_CHARS],
             "device": self.device[:TEXT_CHARS],
             "acceleration": self.acceleration[:TEXT_CHARS],

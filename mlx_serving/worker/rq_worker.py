@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import base64
 import json
+import time
 import zlib
 from typing import TYPE_CHECKING, Any
 
 import structlog
+from redis.exceptions import ResponseError
 from rq import worker_registration
 from rq.serializers import JSONSerializer
 from rq.worker.base import BaseWorker, WorkerStatus
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 log = structlog.get_logger(__name__)
 
 WORKER_TTL_SECONDS = 60
+LOOK_SECONDS = 30.0  # between two looks at the lists of workers
 
 
 def rq_success(result: bytes) -> bytes:
@@ -52,6 +55,7 @@ class BatchWorker(BaseWorker):
             serializer=JSONSerializer,
             worker_ttl=WORKER_TTL_SECONDS,
         )
+        self._looked_at = float("-inf")
 
     def _set_connection(self, connection: redis.Redis) -> redis.Redis:
         """Keep our timeouts: RQ would raise the read timeout to minutes."""
@@ -78,22 +82,32 @@ class BatchWorker(BaseWorker):
         """Renew the heartbeat and the state; register first if the worker is not on every list.
 
         A worker that comes back under its name finds the hash of its earlier run for a minute, so
-        the hash alone does not say that it is registered.
+        the hash alone does not say that it is registered. The lists are looked at now and then: an
+        idle worker asks little of Redis.
         """
-        if not self._is_registered():
+        now = time.monotonic()
+        look = now - self._looked_at >= LOOK_SECONDS
+        if look:
+            self._looked_at = now
+        if not (self._is_listed() if look else self.connection.exists(self.key)):
             self.enter()
         busy = WorkerStatus.BUSY if held else WorkerStatus.IDLE
         self.heartbeat(WORKER_TTL_SECONDS)
         self.set_state(WorkerStatus.SUSPENDED if suspended and not held else busy)
 
-    def _is_registered(self) -> bool:
+    def _is_listed(self) -> bool:
+        """Say whether the worker has its hash and is on every list that RQ's tools read.
+
+        A list of another type says nothing of this worker; nobody can register in it either.
+        """
         lists = [worker_registration.REDIS_WORKER_KEYS]
         lists += [worker_registration.WORKERS_BY_QUEUE_KEY % name for name in self.queue_names()]
         with self.connection.pipeline(transaction=False) as pipe:
             pipe.exists(self.key)
             for each in lists:
                 pipe.sismember(each, self.key)
-            return all(pipe.execute())
+            replies = pipe.execute(raise_on_error=False)
+        return all(reply or isinstance(reply, ResponseError) for reply in replies)
 
     def peer_names(self) -> set[str]:
         """Names of the other workers registered on our queues; some may be dead."""

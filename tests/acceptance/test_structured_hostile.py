@@ -161,6 +161,7 @@ def test_a_crash_of_the_trial_harms_no_other_grammar() -> None:
     assert decode_one(request(job(response_format=regex("ab?")))).finish_reason == "stop"
 
 
+@pytest.mark.quiet
 def test_a_grammar_that_overflows_the_stack_kills_the_trial_alone() -> None:
     """Longer than any job's may be: straight to the compiler."""
     warm()

@@ -55,6 +55,8 @@ ODDITIES = {
     "control hash without state": field(JobField.STATE, None),
     "control hash with an unknown state": field(JobField.STATE, "sleeping"),
     "control hash without queue": field(JobField.QUEUE, None),
+    "control hash without owner": field(JobField.OWNER, None),
+    "control hash without cancel reason": field(JobField.CANCEL_REASON, None),
     "epoch is no number": field(JobField.EPOCH, "x"),
     "seq is no number": field(JobField.SEQ, "1.5"),
     "seq is missing": field(JobField.SEQ, None),

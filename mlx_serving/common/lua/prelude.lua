@@ -70,7 +70,7 @@ local function is_job_id(id) return #id > 0 and #id <= 256 and not string.find(i
 local TEXTS, NUMBERS, LATER_NUMBERS, SOUND  -- lists of fields, once `read_sound` needs them; SOUND: all, as they are stored
 
 local function list_sound()
-  TEXTS = {'state', 'queue', 'tenant', 'marks'}
+  TEXTS = {'state', 'queue', 'owner', 'cancel_reason', 'tenant', 'marks'}
   NUMBERS = {'epoch', 'seq', 'crashes', 'max_attempts', 'min_protocol', 'deadline_ms', 'timeout_ms', 'abandon_ms', 'result_ttl',
              'stream', 'enqueued_ms', 'needed_tokens'}
   LATER_NUMBERS = {'started_ms', 'first_token_ms', 'max_unproven', 'suspect_since_ms', 'needed_rows',
@@ -89,7 +89,8 @@ local function read_sound(id)
   if values.err then return nil end
   local job, before = {}, #TEXTS
   for i, name in ipairs(TEXTS) do job[name] = values[i] or nil end
-  if not (OPEN[job.state] or TERMINAL[job.state]) or not job.queue then return nil end
+  if not (OPEN[job.state] or TERMINAL[job.state]) then return nil end
+  if not (job.queue and job.owner and job.cancel_reason) then return nil end
   for i, name in ipairs(NUMBERS) do
     local value = values[before + i]
     -- up to 15 digits are exact as a Lua number

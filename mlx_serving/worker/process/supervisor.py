@@ -48,7 +48,7 @@ SLOTS_A_ROW: Final = 4  # of the in-flight file: rows, and jobs that ended but a
 
 def default_name() -> str:
     """A worker name that no other process has: host, process, four random hex digits."""
-    return f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(2)}"
+    return f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
 
 
 @dataclass(slots=True)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, cast
 
 import structlog
+from redis.exceptions import ResponseError
 
 from mlx_serving.common.worker_record import WorkerRecord
 from mlx_serving.worker.rq_worker import BatchWorker
@@ -76,11 +77,22 @@ class Fleet:
         with redis.pipeline(transaction=False) as pipe:
             for name in names:
                 pipe.hgetall(keys.worker(name))
-            replies = zip(names, pipe.execute(), strict=True)
-        records = (WorkerRecord.from_hash(name, raw) for name, raw in replies)
+            replies = zip(names, pipe.execute(raise_on_error=False), strict=True)
+        records = (_record(name, raw) for name, raw in replies)
         return [record for record in records if record is not None]
 
     def leave(self) -> None:
         """Deregister."""
         self._protocol.redis.delete(self._protocol.keys.worker(self.name))
         self._rq.leave()
+
+
+def _record(name: str, raw: object) -> WorkerRecord | None:
+    """Read another worker's record; one that can't be read is left out: it concerns nobody else."""
+    try:
+        if isinstance(raw, ResponseError):
+            raise ValueError(str(raw))  # noqa: TRY004, TRY301 -- of another type
+        return WorkerRecord.from_hash(name, cast("dict[bytes, bytes]", raw))
+    except ValueError as error:
+        log.warning("worker_record_unreadable", of=name, error=str(error))
+        return None
