@@ -158,20 +158,26 @@ def _merged(*sources: Mapping[str, Any]) -> dict[str, Any]:
     for source in sources:
         for name, value in source.items():
             old = merged.get(name)
-            if name in TABLES and isinstance(old, Mapping) and isinstance(value, Mapping):
+            if name not in TABLES or old is None:
+                merged[name] = value
+            elif isinstance(old, Mapping) and isinstance(value, Mapping):
                 merged[name] = {**old, **value}
             else:
-                merged[name] = value
+                raise InvalidSettings([(name, "must be a table")])
     return merged
 
 
 def _by_table(changes: Mapping[str, Any]) -> dict[str, Any]:
     """Turn `batch__max_rows` into a key of the table `batch`."""
-    sources = []
+    whole: dict[str, Any] = {}
+    single: dict[str, dict[str, Any]] = {}
     for name, value in changes.items():
         table, _, key = name.partition("__")
-        sources.append({table: {key: value} if key else value})
-    return _merged(*sources)
+        if key:
+            single.setdefault(table, {})[key] = value
+        else:
+            whole[table] = value
+    return _merged(whole, single)
 
 
 def _from_environment() -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from typing import TYPE_CHECKING
@@ -139,6 +140,18 @@ def settings(monkeypatch: pytest.MonkeyPatch, hub: Hub, revision: str, endpoint:
     monkeypatch.setenv("MLX_SERVING_MODELS", f'{{"t": "{REPO}@{revision}"}}')
     used = Hub(endpoint or hub.endpoint, hub.cache)
     monkeypatch.setattr(hub_module, "Hub", lambda: used)
+
+
+def test_the_command_line_asks_the_hub_that_the_environment_names(hub: Hub) -> None:
+    """huggingface_hub reads its own variables, when it is imported."""
+    environment = os.environ | {
+        "HF_ENDPOINT": str(hub.endpoint), "HF_HUB_CACHE": str(hub.cache), "HF_HUB_OFFLINE": "0",
+        "MLX_SERVING_MODELS": f'{{"t": "{REPO}@{COMMIT}"}}',
+    }  # fmt: skip
+    command = [sys.executable, "-m", "mlx_serving", "models", "pull", "t"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert local_folder(MODEL, hub) is not None
 
 
 def test_pull_downloads_and_the_list_says_what_is_here(

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 # Neither depends on what else this machine does: a start that waits for a core is not stuck.
 IDLE_SECONDS = 20.0
 BUSY_SECONDS = 60.0
-DRAIN_SECONDS = 300.0  # a worker that hangs in its drain is seen; a slow machine's worker ends
+DRAIN_SECONDS = 120.0  # `worker.drain_seconds` is 30; the rest is for a machine with other work
 PREFIX_BYTES = 4 << 20  # less than all prompts and answers of a run: blocks are evicted too
 
 

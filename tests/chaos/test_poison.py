@@ -73,7 +73,7 @@ def test_8_poison_jobs_among_400_die_and_nobody_else(
     hacks = Hacks(poison=Poison("abort", after_tokens))
     started = time.monotonic()
     good, bad = mixed(client, prompt)
-    with WorkerProcess(server.url, "w", 100, hacks, batch__max_rows=64) as worker:
+    with WorkerProcess(server.url, "w", 100, hacks, batch__max_rows=64, spawned=True) as worker:
         states = Counter(client.result(job.id, timeout=240).state.value for job in bad)
         check_answers(client, good, TOKENS)
         restarts = worker.whole_log().count("child_died")
@@ -94,7 +94,9 @@ def test_a_benign_crash_of_a_full_batch_of_64_costs_at_most_twice_its_time(
     crash = Poison("abort", int(tokens * fraction), once=str(tmp_path / "crashed"), rows=rows)
     took = {}
     for name, hacks in (("calm", Hacks()), ("crash", Hacks(poison=crash))):
-        with WorkerProcess(server.url, name, rate, hacks, batch__max_rows=rows) as worker:
+        with WorkerProcess(
+            server.url, name, rate, hacks, batch__max_rows=rows, spawned=True
+        ) as worker:
             worker.serving()
             started = time.monotonic()
             handles = submit(client, rows, tokens)

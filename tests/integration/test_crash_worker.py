@@ -159,7 +159,7 @@ def test_a_hang_that_does_not_come_again_costs_an_attempt_and_no_job(
 def test_a_crash_that_no_job_is_to_blame_for_kills_no_job(
     server: LocalRedis, client: Client
 ) -> None:
-    with WorkerProcess(server.url, "w", 100) as worker:
+    with WorkerProcess(server.url, "w", 100, spawned=True) as worker:
         worker.serving()
         handles = submit(client, 16, 100)
         wait_until_decoded(client, handles, 5)
@@ -182,7 +182,7 @@ def test_a_job_that_has_the_system_kill_the_engine_for_memory_dies(
 
 
 def test_sigkill_without_a_sign_of_it_charges_no_one(server: LocalRedis, client: Client) -> None:
-    with WorkerProcess(server.url, "w", 200, Hacks(poison=Poison("kill"))) as worker:
+    with WorkerProcess(server.url, "w", 200, Hacks(poison=Poison("kill")), spawned=True) as worker:
         (bad,) = submit(client, 1, 25, prompt=POISON)
         wait_until(lambda: worker.whole_log().count("cause=killed") >= 3, timeout=30)
         assert client.status(bad.id).attempts == 0

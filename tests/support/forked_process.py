@@ -6,10 +6,13 @@ A worker whose model is real is spawned, as in production, and never comes from 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
+import sys
 from multiprocessing import forkserver, get_context
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tests.support.paths import ROOT
@@ -17,7 +20,6 @@ from tests.support.paths import ROOT
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from multiprocessing.context import ForkServerContext
-    from pathlib import Path
 
 IMPORTED = ("mlx_serving.worker.process.supervisor", "mlx_serving.worker.engine.simulated")
 LOG_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_APPEND
@@ -37,7 +39,14 @@ class ForkedProcess:
         self._process = context.Process(
             target=_run, args=(target, arguments, str(log), dict(os.environ))
         )
-        self._process.start()
+        # The first start starts the server, which stands where it was started and imports from this
+        # path: a test may stand in a hostile folder, with it on its path.
+        path, sys.path[:] = sys.path[:], [p for p in sys.path if p and Path(p).exists()]
+        try:
+            with contextlib.chdir(ROOT):
+                self._process.start()
+        finally:
+            sys.path[:] = path
         assert self._process.pid is not None
         self.pid = self._process.pid
 

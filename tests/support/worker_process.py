@@ -187,13 +187,16 @@ def main_of_forked(given: dict[str, Any], log: str) -> int:
     from mlx_serving.worker.process import supervisor
 
     vars(supervisor)["spawn_context"] = context_of_children
-    return main(given, partial(_forked_child, log, os.getpgrp()))
+    return main(given, partial(_forked_child, log, os.getpgrp(), dict(os.environ)))
 
 
 def _forked_child(
-    log: str, group: int, hacks: Hacks, spec: ChildSpec, lifeline: Connection
-) -> None:
+    log: str, group: int, environ: Mapping[str, str], hacks: Hacks, spec: ChildSpec,
+    lifeline: Connection,
+) -> None:  # fmt: skip
     os.setpgid(0, group)
+    os.environ.clear()  # the fork server's, which knows nothing of this test
+    os.environ.update(environ)
     write_to(log)
     hacked_child(hacks, spec, lifeline)
 
@@ -202,7 +205,8 @@ class WorkerProcess:
     """A parent with its engine child.
 
     `rate`: a simulated row's tokens a second; 0 costs no time; None runs Tally on MLX. `others`:
-    alias and path of the models that it serves beside tally.
+    alias and path of the models that it serves beside tally. `spawned`: start it as production
+    does, with all that this costs, instead of forking it; a worker that runs MLX always is.
     """
 
     def __init__(
@@ -212,6 +216,8 @@ class WorkerProcess:
         rate: float | None = 100.0,
         hacks: Hacks = Hacks(),
         others: Mapping[str, str] = {},
+        *,
+        spawned: bool = False,
         **settings: Any,
     ) -> None:
         given = {
@@ -224,7 +230,7 @@ class WorkerProcess:
         self._child_pid = 0
         self.process = (
             self._spawned(json.dumps(given))
-            if rate is None
+            if spawned or rate is None
             else ForkedProcess(main_of_forked, (given, self._log.name), Path(self._log.name))
         )
 

@@ -72,6 +72,7 @@ class ModelRunner:
         mx.eval(self._words)
         self._prefills: dict[Lane, _PromptCache] = {}
         self._cache = self.choice.make()
+        self._blocks = self._cache if isinstance(self._cache, BlockCache) else None
         self._rows: list[Row] = []
         self._parked: dict[Row, ParkedRow] = {}
         # Launch number (may be negative) at which the row's position was 0.
@@ -133,9 +134,8 @@ class ModelRunner:
     @property
     def _block_cache(self) -> BlockCache:
         """The cache, if it keeps blocks: only then are prefixes cached and steps mixed."""
-        cache = self._cache
-        assert isinstance(cache, BlockCache)  # noqa: S101 - see above
-        return cache
+        assert self._blocks is not None  # noqa: S101 - see above
+        return self._blocks
 
     def prefill(self, chunk: PrefillChunk) -> None:
         """Compute one chunk; several prompts are padded on the right to the longest."""

@@ -320,3 +320,19 @@ def test_a_model_may_have_a_redis_of_its_own() -> None:
     assert resolve(settings, "big").sentinels == ()
     assert resolve(settings, "small").url == "redis://a:1"
     assert resolve(settings, "small").sentinels == (("s", 1),)
+
+
+def test_aliases_of_models_are_given_one_by_one() -> None:
+    models = load_settings(models__a="/models/a", models__b="/models/b").models
+    assert models.keys() >= {"a", "b"}
+
+
+def test_a_table_that_a_file_has_as_a_number_is_refused_beside_a_variable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "settings.toml"
+    file.write_text("batch = 3\n")
+    monkeypatch.setenv("MLX_SERVING_CONFIG", str(file))
+    monkeypatch.setenv("MLX_SERVING_BATCH_MAX_ROWS", "8")
+    with pytest.raises(InvalidSettings, match="batch"):
+        load_settings()

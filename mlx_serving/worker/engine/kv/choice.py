@@ -119,7 +119,7 @@ def paged_choice(model: LanguageModel, ops: PagedOps) -> CacheChoice:
 def quantized_choice(model: LanguageModel, bits: KvBits) -> CacheChoice:
     """Return padded caches in so many bits; there is no kernel for blocks of those."""
     how = quantization_of(model, bits)
-    reason = f"kv_bits={bits}: padded, by mlx-lm's attention on groups of {how.group_size}"
+    reason = f"cache.bits={bits}: padded, by mlx-lm's attention on groups of {how.group_size}"
     report = AccelerationReport(PAGED_CACHE, "off", reason)
     return CacheChoice(lambda: QuantizedCache(model, how), 0, report, bytes_per_token(model, how))
 

@@ -176,19 +176,19 @@ def quantization_of(model: LanguageModel, bits: KvBits) -> Quantization:
     for index, layer in enumerate(cache):
         if type(layer) is not KVCache:
             kind = type(layer).__name__
-            message = f"kv_bits: layer {index} keeps a {kind}, which can't be kept in {bits} bits"
+            message = f"cache.bits: layer {index} keeps a {kind}: not possible in {bits} bits"
             raise UnsupportedModelError(message)
     model(mx.zeros((1, 2), dtype=mx.int32), cache=cache)  # built, never computed
     sizes = {part.shape[-1] for layer in cache for part in (layer.keys, layer.values)}
     group = next((g for g in GROUP_SIZES if all(size % g == 0 for size in sizes)), None)
     if group is None:
-        message = f"kv_bits: heads of {max(sizes)} can't be kept in groups of {GROUP_SIZES[-1]}"
+        message = f"cache.bits: heads of {max(sizes)} can't be kept in groups of {GROUP_SIZES[-1]}"
         raise UnsupportedModelError(message)
     how = Quantization(bits, group)
     try:
         model(mx.zeros((2, 1), dtype=mx.int32), cache=quantized_layers(model, 2, how))
     except (TypeError, ValueError, AttributeError) as error:
-        message = f"kv_bits: the model's attention takes no quantised cache: {error}"
+        message = f"cache.bits: the model's attention takes no quantised cache: {error}"
         raise UnsupportedModelError(message) from error
     return how
 

@@ -117,18 +117,18 @@ def test_a_token_takes_so_much_of_what_float32_takes(
     ("module", "config"), [(gemma3_text, SLIDING), (mamba, RECURRENT)], ids=["sliding", "recurrent"]
 )
 def test_models_with_other_layers_are_refused_by_name(module: Any, config: dict[str, Any]) -> None:
-    with pytest.raises(UnsupportedModelError, match=r"^kv_bits: layer \d keeps a \w+Cache, which"):
+    with pytest.raises(UnsupportedModelError, match=r"^cache\.bits: layer \d keeps a \w+Cache: "):
         choose_cache(other_model(module, config), bits=8)
 
 
 def test_heads_that_no_group_divides_are_refused() -> None:
-    with pytest.raises(UnsupportedModelError, match=r"^kv_bits: heads of 16 can't be kept"):
+    with pytest.raises(UnsupportedModelError, match=r"^cache\.bits: heads of 16 can't be kept"):
         choose_cache(build_model(), bits=8)
 
 
 def test_it_says_what_it_does(model: LanguageModel) -> None:
     choice = choose_cache(model, bits=4)
-    assert str(choice.report).startswith("paged KV cache: off (kv_bits=4: padded")
+    assert str(choice.report).startswith("paged KV cache: off (cache.bits=4: padded")
 
 
 def test_the_setting_and_what_it_goes_with(monkeypatch: pytest.MonkeyPatch) -> None:
