@@ -96,6 +96,9 @@ class Table(BaseModel):
     )
 
 
+TLS_SCHEME: Final = "rediss://"
+
+
 class RedisSettings(Table):
     """The Redis that holds the jobs. Workers and producers must agree on it."""
 
@@ -134,6 +137,12 @@ class RedisSettings(Table):
             if self.tls_key is None:
                 missing, given = given, missing
             raise rules_error([FieldError(f"redis.{missing}", f"is needed with redis.{given}")])
+        urls = [url.get_secret_value() for url in (self.url, *self.by_model.values())]
+        for name, file in (("tls_ca", self.tls_ca), ("tls_cert", self.tls_cert)):
+            if file is not None and not any(url.startswith(TLS_SCHEME) for url in urls):
+                # Without TLS the passwords, prompts and answers would travel in the clear.
+                reason = f"is for TLS, which only a URL that begins with {TLS_SCHEME} has"
+                raise rules_error([FieldError(f"redis.{name}", reason)])
         return self
 
 

@@ -336,3 +336,14 @@ def test_a_table_that_a_file_has_as_a_number_is_refused_beside_a_variable(
     monkeypatch.setenv("MLX_SERVING_BATCH_MAX_ROWS", "8")
     with pytest.raises(InvalidSettings, match="batch"):
         load_settings()
+
+
+@pytest.mark.parametrize("name", ["tls_ca", "tls_cert"])
+def test_files_for_tls_are_refused_without_a_url_that_has_it(tmp_path: Path, name: str) -> None:
+    pem = tmp_path / "x.pem"
+    pem.touch()
+    files: dict[str, Any] = {name: pem} | ({"tls_key": pem} if name == "tls_cert" else {})
+    with pytest.raises(InvalidSettings, match=rf"redis\.{name}.*rediss://"):
+        load_settings(redis={"url": "redis://h:1", **files})
+    load_settings(redis={"url": "rediss://h:1", **files})
+    load_settings(redis={"by_model": {"a": "rediss://h:1"}, **files})
