@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 TEXT_CHARS: Final = 200  # a longer text is cut: a device's name, why a model can't be loaded
+MODEL_CHARS: Final = 1000  # of all aliases; a worker can't be asked for one that is cut off
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,7 +95,7 @@ class WorkerRecord:
     def to_hash(self) -> dict[str, str]:
         """All fields as Redis keeps them."""
         return {
-            "model": self.model,
+            "model": self.model[:MODEL_CHARS],
             "revision": self.revision[:TEXT_CHARS],
             "device": self.device[:TEXT_CHARS],
             "acceleration": self.acceleration[:TEXT_CHARS],
