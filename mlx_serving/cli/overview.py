@@ -12,6 +12,7 @@ from rq.worker.base import BaseWorker
 
 from mlx_serving.common.redis.connection import connect
 from mlx_serving.common.redis.retrying import FAULTS, unavailable
+from mlx_serving.common.redis.worker_records import read_records
 from mlx_serving.common.results import decode_result
 from mlx_serving.common.worker_record import WorkerRecord
 
@@ -96,12 +97,7 @@ def _workers(client: redis.Redis, keys: Keys) -> list[WorkerRecord]:
     """The workers registered with RQ that are ours; a stock `rq worker` has no record."""
     start = BaseWorker.redis_worker_namespace_prefix
     names = sorted(k.removeprefix(start) for k in worker_registration.get_keys(connection=client))
-    with client.pipeline(transaction=False) as pipe:
-        for name in names:
-            pipe.hgetall(keys.worker(name))
-        replies = zip(names, pipe.execute(), strict=True)
-    records = (WorkerRecord.from_hash(name, raw) for name, raw in replies)
-    return [record for record in records if record is not None]
+    return read_records(client, keys, names)
 
 
 def read_worker(client: redis.Redis, keys: Keys, name: str) -> WorkerRecord | None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from rq import Worker
 
+from mlx_serving.cli.overview import look
 from mlx_serving.common.protocol.client import Protocol
 from mlx_serving.common.protocol.keys import Keys
 from mlx_serving.common.worker_record import WorkerRecord
@@ -111,3 +112,4 @@ def test_a_record_that_cannot_be_read_is_left_out(redis_client: redis.Redis, odd
     presence = Presence("mine", ["tally"], 1, Snapshot)
     fleet = Fleet(Protocol(redis_client, keys), QUEUES, presence, lambda: ())
     assert fleet.models_elsewhere() == {"tally"}
+    assert [known.name for known in look(redis_client, keys).workers] == ["good"]

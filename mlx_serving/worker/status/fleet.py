@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Final, cast
+from typing import TYPE_CHECKING, Final
 
-import structlog
-from redis.exceptions import ResponseError
-
-from mlx_serving.common.worker_record import WorkerRecord
+from mlx_serving.common.redis.worker_records import read_records
 from mlx_serving.worker.rq_worker import BatchWorker
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from mlx_serving.common.protocol.client import Protocol
+    from mlx_serving.common.worker_record import WorkerRecord
     from mlx_serving.worker.status.presence import Presence
-
-log = structlog.get_logger(__name__)
 
 BEAT_SECONDS: Final = 2.0
 CHANGE_SECONDS: Final = 1.0  # between two beats of a worker that changes between busy and idle
@@ -72,27 +68,10 @@ class Fleet:
         return {model for peer in self._peers() if peer.is_serving for model in peer.resident}
 
     def _peers(self) -> list[WorkerRecord]:
-        redis, keys = self._protocol.redis, self._protocol.keys
         names = sorted(self._rq.peer_names())
-        with redis.pipeline(transaction=False) as pipe:
-            for name in names:
-                pipe.hgetall(keys.worker(name))
-            replies = zip(names, pipe.execute(raise_on_error=False), strict=True)
-        records = (_record(name, raw) for name, raw in replies)
-        return [record for record in records if record is not None]
+        return read_records(self._protocol.redis, self._protocol.keys, names)
 
     def leave(self) -> None:
         """Deregister."""
         self._protocol.redis.delete(self._protocol.keys.worker(self.name))
         self._rq.leave()
-
-
-def _record(name: str, raw: object) -> WorkerRecord | None:
-    """Read another worker's record; one that can't be read is left out: it concerns nobody else."""
-    try:
-        if isinstance(raw, ResponseError):
-            raise ValueError(str(raw))  # noqa: TRY004, TRY301 -- of another type
-        return WorkerRecord.from_hash(name, cast("dict[bytes, bytes]", raw))
-    except ValueError as error:
-        log.warning("worker_record_unreadable", of=name, error=str(error))
-        return None
