@@ -3,8 +3,8 @@
     python scripts/cli_page.py          # writes the page
     python scripts/cli_page.py --print  # shows it
 
-Commands, options and their meaning are what `--help` says. What concerns several commands, and what
-`doctor` checks, stands here. `tests/unit/house/test_docs.py` compares the page with this.
+Commands, options and their meaning come from `--help`. This file adds what concerns several
+commands and what `doctor` checks. `tests/unit/house/test_docs.py` compares the page with this.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     python scripts/metrics_page.py          # writes the page
     python scripts/metrics_page.py --print  # shows it
 
-Names, kinds, labels and meanings are the collector's own. Only which of them vLLM has as well
-is named here. `tests/unit/house/test_operations.py` compares the page with this.
+Names, kinds, labels and meanings come from the collector. This file adds only which metrics vLLM
+has too. `tests/unit/house/test_operations.py` compares the page with this.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SUFFIX: Final = {"counter": "_total", "info": "_info"}
 VLLM_HAS: Final = (
     "time_to_first_token_seconds", "inter_token_latency_seconds", "e2e_request_latency_seconds",
     "request_queue_time_seconds", "num_requests_running", "num_requests_waiting",
-    "num_requests_parked", "kv_cache_usage_perc", "prompt_tokens", "generation_tokens",
+    "kv_cache_usage_perc", "prompt_tokens", "generation_tokens",
     "request_success",
 )  # fmt: skip
 """Metrics that mean the same as vLLM's of this name, without prefix and suffix."""

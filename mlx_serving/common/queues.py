@@ -37,5 +37,5 @@ def lane_of(queue: str) -> Lane:
     lane = _LANES.get(queue.rpartition(":")[2])
     if lane is not None and ":" in queue:
         return lane
-    message = f"queue {queue} is no lane of a model"
+    message = f"queue {queue} is not the lane of a model"
     raise ValueError(message)

@@ -126,7 +126,7 @@ def variable(path: tuple[str, ...]) -> str:
 
 
 def unknown_variables() -> list[str]:
-    """Names in the environment that look like settings and are none: misspelt, or newer than us."""
+    """Variables that have our prefix but are not settings: misspelt, or of another release."""
     known = {variable(path) for path in setting_paths()} | OTHER_VARIABLES
     given = (name for name in os.environ if name.upper().startswith(ENV_PREFIX))
     return sorted(name for name in given if name.upper() not in known)

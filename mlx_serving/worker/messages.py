@@ -14,8 +14,8 @@ class Messages:
     - "room": rows left the batch, requests entered it, or a model was loaded
     - "cancel" <job id>: a held job may have been cancelled
     - "stop_job" <job id>: RQ's stop-job
-    - "drain": end what is held, within the grace, and stop
-    - "recycle" <reason>: drain, for a fresh child to go on
+    - "drain": finish the held jobs within the drain time, then stop
+    - "recycle" <reason>: drain, so that a fresh child takes over
     - "hand_over": release what is held, and stop at once
     """
 

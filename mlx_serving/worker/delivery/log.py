@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger(__name__)
 
-
 QUIET_SECONDS: Final = 10.0  # without a failure: the outage is over
 
 
@@ -33,7 +32,7 @@ class RedisFailures:
         self._failed_at = 0.0  # monotonic seconds of the last failure
 
     def note(self, error: redis.RedisError) -> None:
-        """Take a failure down."""
+        """Note a failure."""
         if not self._down:
             log.warning("redis_unavailable", reason=type(error).__name__)
         self._down, self._failed_at = True, time.monotonic()
@@ -42,7 +41,7 @@ class RedisFailures:
             self._client.connection_pool.disconnect()
 
     def note_quiet(self) -> None:
-        """Take down that nothing failed; not every turn asks something, so one proves little."""
+        """Note a turn without a failure. Many turns ask Redis nothing, so one proves little."""
         if self._down and time.monotonic() - self._failed_at >= QUIET_SECONDS:
             log.info("redis_available")
             self._down = False

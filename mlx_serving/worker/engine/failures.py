@@ -57,7 +57,7 @@ class LaunchedWorkError(RuntimeError):
 
 @contextmanager
 def launched_work() -> Iterator[None]:
-    """Any error in this block is one of work that was launched before.
+    """Treat any error in this block as one of work that was launched before.
 
     Raises:
         LaunchedWorkError: in place of that error.
@@ -72,7 +72,7 @@ def launched_work() -> Iterator[None]:
 
 @contextmanager
 def beside_step(*, decoding: bool) -> Iterator[None]:
-    """An error in this block may be the running step's if rows decode: its message tells.
+    """Treat an error in this block as the running step's, if rows decode and its message says so.
 
     Raises:
         LaunchedWorkError: in place of an error of the running step.

@@ -40,7 +40,7 @@ class Watchdog(threading.Thread):
             before = time.monotonic()
             time.sleep(self._pause)
             if time.monotonic() - before > 2 * WATCH_SECONDS:
-                continue  # the whole process slept: the engine gets its chance to come round
+                continue  # the whole process slept: give the engine time to continue
             dead = publisher.ident is not None and not publisher.is_alive()
             if dead and not runner.halted.is_set():
                 log.critical("publisher_dead")
