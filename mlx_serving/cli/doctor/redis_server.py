@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 import redis
 
+from mlx_serving.cli.console import harmless
 from mlx_serving.cli.doctor.report import Check, Level
+from mlx_serving.cli.overview import look, oddities
 from mlx_serving.common.protocol import calls
 from mlx_serving.common.protocol.client import Protocol
 from mlx_serving.common.redis.connection import connect
@@ -40,12 +42,13 @@ def redis_checks(endpoint: Endpoint) -> Iterator[Check]:
         looks: list[Callable[[redis.Redis], Check]] = [
             check_version, check_persistence, check_eviction, check_latency,
         ]  # fmt: skip
-        for look in looks:
+        for check in looks:
             try:
-                yield look(client)
+                yield check(client)
             except redis.RedisError as error:  # an ACL user may not be allowed to look
-                name = look.__name__.removeprefix("check_")
+                name = check.__name__.removeprefix("check_")
                 yield Check(f"redis {name}", Level.WARN, f"can't be read: {error}")
+        yield check_key_types(client, endpoint)
         yield check_scripts(client, endpoint)
 
 
@@ -103,6 +106,18 @@ def check_latency(client: redis.Redis) -> Check:
     median, worst = statistics.median(samples), max(samples)
     level = Level.WARN if median > SLOW_PING_MS else Level.OK
     return Check("redis latency", level, f"ping p50 {median:.2f} ms, max {worst:.2f} ms")
+
+
+def check_key_types(client: redis.Redis, endpoint: Endpoint) -> Check:
+    """Look for keys of a wrong type, those that were moved aside too."""
+    try:
+        found = oddities(look(client, endpoint.keys))
+    except redis.RedisError as error:
+        return Check("redis key types", Level.WARN, f"can't be read: {error}")
+    if not found:
+        return Check("redis key types", Level.OK, "no key of a wrong type")
+    detail = f"somebody else writes to our keys: {'; '.join(found)}"
+    return Check("redis key types", Level.WARN, harmless(detail))
 
 
 def check_scripts(client: redis.Redis, endpoint: Endpoint) -> Check:

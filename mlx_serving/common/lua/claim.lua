@@ -361,8 +361,8 @@ end
 local is_plain = redis.call('EXISTS', k_claim(nonce), k_rq_suspended()) == 0  -- neither: one look for both
 if not is_plain and take_again() then
   write_gathered()
-elseif not is_plain and most > 0 and redis.call('EXISTS', k_rq_suspended()) == 1 then
-  return {1, {}, {}, '', 0}
+elseif not is_plain and most > 0 and redis.call('GET', k_rq_suspended()) then
+  return answer({1, {}, {}, '', 0})
 else
   -- Whatever goes wrong at a job, those that were taken before it have their leases.
   local ok, problem = pcall(function() for at = FIRST_QUEUE, #ARGV do claim(ARGV[at]) end end)
@@ -370,4 +370,4 @@ else
   if #jobs > 0 or most == 0 then note_claim() end
   if not ok then error(problem, 0) end
 end
-return {0, jobs, dropped, reserved, math.ceil(again_ms)}
+return answer({0, jobs, dropped, reserved, math.ceil(again_ms)})

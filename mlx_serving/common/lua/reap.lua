@@ -9,16 +9,14 @@ local TAKEN_OVER = field_list('state', 'epoch', 'owner', 'cancel_reason')
 local OVERDUE = field_list('state', 'queue', 'owner', 'cancel_reason')
 -- After a restart live workers need one lease to renew; until then an old deadline proves nothing.
 local uptime = tonumber(string.match(redis.call('INFO', 'server'), 'uptime_in_seconds:(%d+)'))
-if uptime * 1000 < lease + 2000 then return {1, {}} end
+if uptime * 1000 < lease + 2000 then return answer({1, {}}) end
 
 local now = now_ms()
 local done = {}
 local head = string.len(k_rq_queue('')) + 1
 local queues = {}
 for at = FIRST_QUEUE, #ARGV do queues[ARGV[at]] = true end
-if redis.call('TYPE', k_rq_queues()).ok == 'set' then
-  for _, name in ipairs(redis.call('SMEMBERS', k_rq_queues())) do queues[string.sub(name, head)] = true end
-end
+for _, name in ipairs(redis.pcall('SMEMBERS', k_rq_queues())) do queues[string.sub(name, head)] = true end
 
 local function take_over(id, queue)
   if not is_sound(id) then bury(id, queue, iso, now) return end
@@ -56,4 +54,4 @@ for at = FIRST_QUEUE, #ARGV do
     show(redis.call, 'ZREMRANGEBYSCORE', registry(ARGV[at]), '-inf', '(' .. int(math.floor(now / 1000)))
   end
 end
-return {0, done}
+return answer({0, done})

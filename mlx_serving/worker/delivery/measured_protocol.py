@@ -14,6 +14,7 @@ from mlx_serving.worker.status.counters import COMMIT
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from mlx_serving.common.protocol.aside import MovedKey
     from mlx_serving.common.protocol.calls import Call
     from mlx_serving.common.protocol.keys import Keys
     from mlx_serving.worker.status.counters import Counters
@@ -38,6 +39,10 @@ class MeasuredProtocol(Protocol):
         """Send one call; what came of it is counted when its reply is read."""
         receive = super().send(call)
         return lambda timeout: self._measured(call, partial(receive, timeout))
+
+    def _moved_aside(self, moved: MovedKey) -> None:
+        super()._moved_aside(moved)
+        self._counters.count("keys_moved_aside")
 
     def _measured(self, call: Call[T], reply_of: Callable[[], T]) -> T:
         started = time.monotonic()
