@@ -19,13 +19,13 @@ from mlx_serving.producer.base import (
     CANCELLED_BY_CLIENT,
     BaseClient,
     batches,
-    check_admitted,
     check_id,
     not_found,
     text_of,
     wait_s,
 )
 from mlx_serving.producer.handles import AsyncJobHandle
+from mlx_serving.producer.refusals import check_admitted
 from mlx_serving.producer.retry_window import RetryWindow
 from mlx_serving.producer.stream_hub import Mailbox, StreamHub
 
