@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pytest
-import redis
 
 from mlx_serving.common.protocol import calls
 from mlx_serving.common.states import JobState
@@ -33,6 +32,16 @@ def test_a_resend_changes_nothing(driver: Driver) -> None:
     before = driver.snapshot()
     reply = driver.enqueue("a", max_attempts=9, deadline_ms=5)
     assert (reply.created, reply.state) == (False, JobState.QUEUED)
+    assert driver.snapshot() == before
+
+
+def test_a_resend_with_another_digest_is_refused_and_changes_nothing(driver: Driver) -> None:
+    driver.enqueue("a", digest="0011")
+    before = driver.snapshot()
+    reply = driver.enqueue("a", digest="0022")
+    assert (reply.created, reply.refusal) == (False, calls.Refusal("digest"))
+    assert driver.enqueue("a", digest="0011").refusal is None
+    assert driver.enqueue("a").refusal is None  # one that has no digest is not compared
     assert driver.snapshot() == before
 
 
@@ -114,21 +123,6 @@ def test_a_stale_callback_field_is_not_inherited(driver: Driver) -> None:
     driver.redis.hset("rq:job:a", "success_callback_name", "os.system")
     driver.enqueue("a")
     assert driver.take().job.problem == ""
-
-
-def test_half_an_enqueue_cannot_be_seen(driver: Driver) -> None:
-    """The list is of a wrong type, so the last step fails: the job is still one that a
-    reconciler brings back, not one that nobody knows."""
-    driver.redis.set("rq:queue:tally:default", "not a list")
-    with pytest.raises(redis.ResponseError):
-        driver.enqueue("a")
-    driver.redis.delete("rq:queue:tally:default")
-    if driver.protocol.record("a") is not None:
-        call = calls.reconcile(QUEUE, driver.indexed(), lease_ms=1)
-        assert driver.protocol.run(call).outcomes == [("a", "requeued")]
-    else:
-        assert driver.enqueue("a").created
-    assert driver.claimed_ids() == ["a"]
 
 
 def test_each_lane_has_a_list_of_its_own(driver: Driver) -> None:

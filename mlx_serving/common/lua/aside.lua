@@ -5,7 +5,7 @@
 -- A job's own keys are not moved by a command that meets them: what they held can't be made again. Who finds one odd ends
 -- the job (`bury` in the prelude), or begins it anew (enqueue.lua).
 
-local redis, move_aside, answer = redis, nil, nil
+local redis, move_aside, answer, raise = redis
 
 do
   local server = redis
@@ -68,10 +68,13 @@ do
     local reply = server.pcall(...)
     if is_error(reply) then
       reply = again(reply, ...)
-      if is_error(reply) then error(reply, 0) end
+      if is_error(reply) then raise(reply) end
     end
     return reply
   end
+
+  -- Fails with an error of Redis's own. Its `pcall` makes a text of one; as a table it keeps its code.
+  function raise(problem) error(type(problem) == 'table' and problem or {err = problem}, 0) end
 
   -- A script's reply: with the keys that it moved, if there are any.
   function answer(reply)

@@ -1,34 +1,38 @@
 -- Enqueues jobs, each once: a resend finds the job in the index of open jobs, or ended, and changes nothing. One that finds a
--- queued job that is not in the index completes it: what an error of Redis cut off was never acknowledged.
+-- queued job that is not in the index completes it: what an error of Redis cut off was never acknowledged. One with another
+-- digest is no resend.
 -- ARGV: two prefixes, the wall clock's time in RQ's form, then for each job:
 --   id, queue
 --   max_attempts, min_protocol, deadline_ms (from now; 0: none), timeout_ms, abandon_ms (0: none), result_ttl (seconds),
 --   stream (0|1)                      as in its control hash
---   tenant, marks                     '': none
+--   tenant, marks, digest             '': none
 --   count, and so many                fields and values in turn of RQ's hash of the job
--- Returns for each job: created (0|1), state; or, if its tenant has as many queued as it may: 0, '', limit, queued.
+-- Returns for each job: created (0|1), state; or, if it is refused, 0, '' and why: 'queued', limit, queued (its tenant has as many
+--   queued as it may); 'digest' (there is a job of its id with another payload).
 local FIRST_JOB = 4
 -- A job's arguments, counted from its id.
 local ID, QUEUE, MAX_ATTEMPTS, MIN_PROTOCOL, DEADLINE_MS, TIMEOUT_MS, ABANDON_MS, RESULT_TTL, STREAM, TENANT_NAME, MARKS,
-      RQ_COUNT, RQ_FIELDS = 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12
+      DIGEST, RQ_COUNT, RQ_FIELDS = 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13
 local now = now_ms()
 local replies = {}
 
 local function given(argument) return argument ~= '' and argument or nil end
 
-local BEGUN = {F.state, F.queue, F.epoch}
+local BEGUN = {F.state, F.queue, F.epoch, F.digest}
 
--- The state of a job that was enqueued before, or nil; and whether that was cut off. Then it is in the index from now on.
-local function find(id)
+-- The state of a job that was enqueued before, or nil; whether that was cut off (then it is in the index from now on); whether
+-- it has another digest.
+local function find(id, digest)
   local values = redis.pcall('HMGET', k_job(id), unpack(BEGUN))
   if values.err then  -- a hand's
     if move_aside(k_job(id)) then redis.call('DEL', k_job(id)) end
     return nil
   end
-  local state, queue, epoch = unpack(values)
-  if state ~= 'queued' or epoch ~= '0' or not queue then return state end
+  local state, queue, epoch, known_digest = unpack(values)
+  local is_another = state and digest and known_digest and digest ~= known_digest
+  if is_another or state ~= 'queued' or epoch ~= '0' or not queue then return state, false, is_another end
   -- A producer may not read the index. A full Redis refuses this, and it changes nothing then.
-  return state, redis.pcall('ZADD', k_open(queue), 'NX', int(now), id) == 1
+  return state, redis.pcall('ZADD', k_open(queue), 'NX', int(now), id) == 1, false
 end
 
 -- `at`: the job's place in ARGV; `last`: its last argument.
@@ -39,6 +43,7 @@ local function write(id, queue, tenant, at, last)
     max_attempts = ARGV[at + MAX_ATTEMPTS], min_protocol = ARGV[at + MIN_PROTOCOL], deadline_ms = int(deadline),
     timeout_ms = ARGV[at + TIMEOUT_MS], abandon_ms = ARGV[at + ABANDON_MS], result_ttl = ARGV[at + RESULT_TTL],
     stream = ARGV[at + STREAM], marks = given(ARGV[at + MARKS]), tenant = tenant,
+    digest = given(ARGV[at + DIGEST]),
   })
   if deadline > 0 then redis.call('ZADD', k_deadlines(), int(deadline), id) end
   redis.call('HSET', k_rq_job(id), unpack(ARGV, at + RQ_FIELDS, last))
@@ -52,9 +57,11 @@ end
 -- After an error in the middle (a permission that is missing): the job is refused, and nothing of it stays. `begun`: an earlier
 -- call wrote something of it too, which stays as it was, to be completed.
 local function take_back(id, queue, tenant, begun)
+  if not begun and redis.call('EXISTS', k_job(id)) == 0 then return end  -- a full Redis refused the first write
   redis.pcall('ZREM', k_open(queue), id)
   if begun then return end
-  redis.pcall('DEL', k_job(id), k_rq_job(id))
+  redis.pcall('DEL', k_job(id))
+  redis.pcall('DEL', k_rq_job(id))
   redis.pcall('ZREM', k_deadlines(), id)
   redis.pcall('LREM', k_rq_queue(queue), -1, id)
   if tenant then tolerantly(tenant_ends, id, queue, tenant) end
@@ -62,13 +69,17 @@ end
 
 local function enqueue(at, last)
   local id, queue = ARGV[at + ID], ARGV[at + QUEUE]
-  local state, is_cut = find(id)
+  local state, is_cut, is_another = find(id, given(ARGV[at + DIGEST]))
+  if is_another then return {0, '', 'digest'} end
   if state and not is_cut then return {0, state} end
   local tenant = given(ARGV[at + TENANT_NAME])
   local limit = tenant and limit_of(tenant, LIMIT.queued)
   if limit then
     local queued = members_of(k_tenant_queued(tenant))
-    if queued >= limit then return {0, '', limit, queued} end
+    if queued >= limit then
+      if is_cut then redis.call('ZREM', k_open(queue), id) end
+      return {0, '', LIMIT.queued, limit, queued}
+    end
   end
   -- What an earlier life of this id, or a hand, left behind. Only if there is any: a write that
   -- frees memory would let the rest of the script pass a full Redis.
@@ -78,7 +89,7 @@ local function enqueue(at, last)
   local ok, problem = pcall(write, id, queue, tenant, at, last)
   if not ok then
     take_back(id, queue, tenant, is_cut)
-    error(problem, 0)
+    raise(problem)
   end
   redis.call('PUBLISH', k_wake(queue), id)
   return {1, 'queued'}

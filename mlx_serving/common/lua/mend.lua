@@ -5,6 +5,6 @@ for at = 3, #ARGV, 2 do
   local key, kind = ARGV[at], ARGV[at + 1]
   local found = redis.call('TYPE', key).ok
   local problem = found ~= 'none' and found ~= kind and move_aside(key)
-  if problem then error(problem, 0) end
+  if problem then raise(problem) end
 end
 return answer({})

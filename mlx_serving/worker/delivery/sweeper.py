@@ -80,7 +80,8 @@ class TenantAudit:
     def _pages_of(self, key: str) -> Iterator[list[bytes | str]]:
         cursor = -1
         while cursor:
-            cursor, ids = self._protocol.redis.sscan(key, max(cursor, 0), count=PAGE_JOBS)
+            scan = partial(self._protocol.redis.sscan, key, max(cursor, 0), count=PAGE_JOBS)
+            cursor, ids = aside.mended(self._protocol, {key: "set"}, scan)
             if ids:
                 yield [*ids]
 
