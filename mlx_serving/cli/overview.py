@@ -10,7 +10,7 @@ from rq import worker_registration
 from rq.suspension import is_suspended
 from rq.worker.base import BaseWorker
 
-from mlx_serving.common.protocol import aside
+from mlx_serving.common.protocol import quarantine
 from mlx_serving.common.redis.connection import connect
 from mlx_serving.common.redis.retrying import FAULTS, unavailable
 from mlx_serving.common.redis.worker_records import read_records
@@ -40,15 +40,15 @@ class QueueView:
 class Overview:
     """All queues that RQ knows, and all workers of ours.
 
-    `odd_keys` are of a wrong type, and count as empty; `moved_keys` were, and were moved aside in
-    the last week, the last one first.
+    `odd_keys` are of a wrong type, and count as empty; `quarantined_keys` were, and were moved out
+    of the way in the last week, the last one first.
     """
 
     queues: list[QueueView] = field(default_factory=list)
     workers: list[WorkerRecord] = field(default_factory=list)
     suspended: bool = False
     odd_keys: list[str] = field(default_factory=list)
-    moved_keys: list[aside.MovedKey] = field(default_factory=list)
+    quarantined_keys: list[quarantine.QuarantinedKey] = field(default_factory=list)
 
 
 def read_overview(endpoint: Endpoint) -> Overview:
@@ -78,7 +78,7 @@ def look(client: redis.Redis, keys: Keys) -> Overview:
         _workers(reader, keys),
         suspended=bool(is_suspended(client)),
         odd_keys=sorted(reader.odd),
-        moved_keys=aside.read_moved(client, keys),
+        quarantined_keys=quarantine.read_quarantined(client, keys),
     )
 
 
@@ -97,7 +97,7 @@ class _Reader:
                 pipe.execute_command(name, key, *arguments)
             replies = pipe.execute(raise_on_error=False)
         for (_, key, *_), reply in zip(commands, replies, strict=True):
-            if aside.is_wrong_type(reply):
+            if quarantine.is_wrong_type(reply):
                 self.odd.add(key)
             elif isinstance(reply, Exception):
                 raise reply
@@ -158,10 +158,10 @@ def read_worker(client: redis.Redis, keys: Keys, name: str) -> WorkerRecord | No
 def oddities(overview: Overview) -> list[str]:
     """What was found under keys of a wrong type, a line each."""
     odd = [
-        f"key {key} has a wrong type: the next submit or worker that meets it moves it aside"
+        f"key {key} has a wrong type: the next submit or worker that meets it quarantines it"
         for key in overview.odd_keys
     ]
-    moved = [f"key {m.key} was a {m.kind}: moved to {m.place}" for m in overview.moved_keys]
+    moved = [f"key {m.key} was a {m.kind}: moved to {m.place}" for m in overview.quarantined_keys]
     return odd + moved
 
 

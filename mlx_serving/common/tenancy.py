@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
 from mlx_serving.common.errors import FieldError, InvalidSettings
-from mlx_serving.common.protocol.aside import is_wrong_type
 from mlx_serving.common.protocol.fields import TENANT_MARK, LimitField, limit_field
+from mlx_serving.common.protocol.quarantine import is_wrong_type
 from mlx_serving.common.redis.connection import connect
 from mlx_serving.common.redis.retrying import answered
 from mlx_serving.common.validation import tenant_problems
@@ -134,7 +134,7 @@ class Tenancy:
 
 
 def _read(pipe: redis.client.Pipeline) -> list[Any]:
-    """The pipeline's replies; None for a key of a wrong type, which a script moves aside."""
+    """The pipeline's replies; None for a key of a wrong type, which a script quarantines."""
     replies = pipe.execute(raise_on_error=False)
     for reply in replies:
         if isinstance(reply, Exception) and not is_wrong_type(reply):

@@ -1,4 +1,4 @@
-"""Keys that jobs share are of a wrong type: every script goes on, and each key is moved aside once.
+"""Keys that jobs share are of a wrong type: every script goes on, and each key is quarantined once.
 
 The reviewer's case was one type under some keys. Here: every shared key, every wrong type, planted
 before each step of a job's life.
@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 import pytest
 import redis
 
-from mlx_serving.common.protocol import aside, calls
+from mlx_serving.common.protocol import calls, quarantine
 from mlx_serving.common.redis.local import LocalRedis
 from mlx_serving.common.states import JobState
 from mlx_serving.worker.delivery.sweeper import Sweeper
 from tests.support.helpers import wait_until
-from tests.support.odd_keys import OF_JOBS, TENANT, cases, check_moved_once, plant
+from tests.support.odd_keys import OF_JOBS, TENANT, cases, check_quarantined_once, plant
 from tests.support.protocol_driver import LANES, QUEUE, Driver
 
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ PLANTED = [f"{life} {step}" for life, steps in LIVES.items() for step in steps]
 
 @pytest.mark.parametrize("planted", PLANTED)
 @pytest.mark.parametrize(("key", "kind"), cases(OF_JOBS))
-def test_the_job_ends_as_it_should_and_the_key_is_moved_aside_once(
+def test_the_job_ends_as_it_should_and_the_key_is_quarantined_once(
     driver: Driver, key: str, kind: str, planted: str
 ) -> None:
     name, step = planted.split()
@@ -152,7 +152,7 @@ def test_the_job_ends_as_it_should_and_the_key_is_moved_aside_once(
     life.cancel_queued("c")
     driver.reap()
     assert [driver.state(job_id) for job_id in "bc"] == ["finished", "cancelled"]
-    check_moved_once(driver.redis, key, kind)
+    check_quarantined_once(driver.redis, key, kind)
     assert driver.indexed() == driver.leased() == []
     driver.redis.delete("rq:suspended")
 
@@ -163,30 +163,30 @@ class TestNotes:
         names = [f"mlxs:turns:{n}" for n in range(100)]
         for name in names:
             plant(driver.redis, name, "stream")
-            driver.protocol.run(aside.mend({name: "list"}))
-        moved = aside.read_moved(driver.redis, driver.keys)
+            driver.protocol.run(quarantine.mend({name: "list"}))
+        moved = quarantine.read_quarantined(driver.redis, driver.keys)
         assert len(moved) == 64
         assert {each.key for each in moved} <= set(names)
-        assert len(list(driver.redis.scan_iter("mlxs:aside:mlxs:turns:*"))) == 100
-        assert driver.redis.ttl("mlxs:aside") > 0
+        assert len(list(driver.redis.scan_iter("mlxs:quarantine:mlxs:turns:*"))) == 100
+        assert driver.redis.ttl("mlxs:quarantine") > 0
 
     @pytest.mark.parametrize("kind", ["string", "list", "set", "hash", "stream"])
     def test_that_they_are_odd_stops_nobody(self, driver: Driver, kind: str) -> None:
-        plant(driver.redis, "mlxs:aside", kind)
-        assert aside.read_moved(driver.redis, driver.keys) == []
+        plant(driver.redis, "mlxs:quarantine", kind)
+        assert quarantine.read_quarantined(driver.redis, driver.keys) == []
         plant(driver.redis, "mlxs:open:tally:default", "string")
         assert driver.enqueue("a").created
-        assert [each.key for each in aside.read_moved(driver.redis, driver.keys)] == [
+        assert [each.key for each in quarantine.read_quarantined(driver.redis, driver.keys)] == [
             "mlxs:open:tally:default"
         ]
-        (place,) = driver.redis.scan_iter("mlxs:aside:mlxs:aside:*")
+        (place,) = driver.redis.scan_iter("mlxs:quarantine:mlxs:quarantine:*")
         assert driver.redis.type(place) == kind.encode()
         driver.cancel("a")
 
     def test_what_a_hand_wrote_among_them_is_shown_as_it_is(self, driver: Driver) -> None:
-        driver.redis.zadd("mlxs:aside", {b"": 1, b"\xff\x1b[2J": 2, b"hash x": 3})
-        driver.redis.expire("mlxs:aside", 60)
-        assert len(aside.read_moved(driver.redis, driver.keys)) == 3
+        driver.redis.zadd("mlxs:quarantine", {b"": 1, b"\xff\x1b[2J": 2, b"hash x": 3})
+        driver.redis.expire("mlxs:quarantine", 60)
+        assert len(quarantine.read_quarantined(driver.redis, driver.keys)) == 3
 
 
 @pytest.fixture

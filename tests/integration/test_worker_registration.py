@@ -8,9 +8,9 @@ import pytest
 from rq import Worker
 
 from mlx_serving.cli.overview import look
-from mlx_serving.common.protocol.aside import read_moved
 from mlx_serving.common.protocol.client import Protocol
 from mlx_serving.common.protocol.keys import Keys
+from mlx_serving.common.protocol.quarantine import read_quarantined
 from mlx_serving.common.worker_record import WorkerRecord
 from mlx_serving.worker import rq_worker
 from mlx_serving.worker.rq_worker import BatchWorker
@@ -92,7 +92,7 @@ def test_a_list_of_another_type_stops_nobody(
     alive.beat(held=1, suspended=False)
     assert names(redis_client) == ["mac"]
     assert redis_client.sismember(key, "rq:worker:mac")
-    assert [moved.key for moved in read_moved(redis_client, Keys())] == [key]
+    assert [moved.key for moved in read_quarantined(redis_client, Keys())] == [key]
 
 
 def test_an_idle_beat_looks_at_the_lists_now_and_then(redis_client: redis.Redis) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from mlx_serving.common.protocol.aside import read_moved
 from mlx_serving.common.protocol.keys import Keys
+from mlx_serving.common.protocol.quarantine import read_quarantined
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -53,8 +53,6 @@ OF_WORKERS = {
 }
 """Keys of the worker `local`, and those that workers share."""
 
-# What RQ counts of a worker is made anew under its odd hash, so that one is no key of `cases`.
-
 
 def cases(keys: dict[str, str]) -> list[tuple[str, str]]:
     """Every key with every wrong type."""
@@ -62,17 +60,19 @@ def cases(keys: dict[str, str]) -> list[tuple[str, str]]:
 
 
 def plant(client: redis.Redis, key: str, kind: str) -> None:
-    """Make a key of this type, whatever was there."""
-    client.delete(key)
-    PLANTS[kind](client, key)
+    """Make a key of this type, whatever was there; in one step, beside workers that write it."""
+    with client.pipeline(transaction=True) as pipe:
+        pipe.delete(key)
+        PLANTS[kind](pipe, key)
+        pipe.execute()
 
 
-def check_moved_once(client: redis.Redis, key: str, kind: str) -> None:
+def check_quarantined_once(client: redis.Redis, key: str, kind: str) -> None:
     """Check that the planted key, and no other, was moved aside, once, and what it holds too."""
-    moved = read_moved(client, Keys())
+    moved = read_quarantined(client, Keys())
     assert [(each.key, each.kind) for each in moved] == [(key, kind)]
     place: Any = moved[0].place
-    assert place.startswith(f"mlxs:aside:{key}:")
+    assert place.startswith(f"mlxs:quarantine:{key}:")
     assert client.type(place) == kind.encode()
     assert 0 < client.ttl(place) <= 7 * 24 * 3600
     assert client.type(key) != kind.encode()

@@ -109,7 +109,7 @@ def check_latency(client: redis.Redis) -> Check:
 
 
 def check_key_types(client: redis.Redis, endpoint: Endpoint) -> Check:
-    """Look for keys of a wrong type, those that were moved aside too."""
+    """Look for keys of a wrong type, those that were quarantined too."""
     try:
         found = oddities(look(client, endpoint.keys))
     except redis.RedisError as error:

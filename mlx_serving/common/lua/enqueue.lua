@@ -25,7 +25,7 @@ local BEGUN = {F.state, F.queue, F.epoch, F.digest}
 local function find(id, digest)
   local values = redis.pcall('HMGET', k_job(id), unpack(BEGUN))
   if values.err then  -- a hand's
-    if move_aside(k_job(id)) then redis.call('DEL', k_job(id)) end
+    if quarantine(k_job(id)) then redis.call('DEL', k_job(id)) end
     return nil
   end
   local state, queue, epoch, known_digest = unpack(values)

@@ -9,7 +9,7 @@ import structlog
 from redis import exceptions
 
 from mlx_serving.common.errors import CorruptJob
-from mlx_serving.common.protocol import aside
+from mlx_serving.common.protocol import quarantine
 from mlx_serving.common.protocol.fields import JobField
 from mlx_serving.common.protocol.scripts import NAMES, script_text
 from mlx_serving.common.protocol.stored_events import payloads
@@ -70,7 +70,7 @@ def parse_record(job_id: str, raw: Any) -> JobRecord | None:  # noqa: ANN401 -- 
 
 def _odd(job_id: str, error: exceptions.ResponseError) -> Exception:
     """The error to raise: ours if the key has another type, else Redis's own."""
-    if not aside.is_wrong_type(error):
+    if not quarantine.is_wrong_type(error):
         return error
     return CorruptJob(f"the control hash of job {job_id!r} can't be read")
 
@@ -109,13 +109,13 @@ class _Base:
         self._prefixes: list[Any] = [keys.prefix, keys.rq_prefix]
 
     def _parsed(self, call: Call[T], raw: Any) -> T:  # noqa: ANN401 -- redis-py's union
-        reply, moved = aside.split(raw)
+        reply, moved = quarantine.split(raw)
         for each in moved:
-            self._moved_aside(each)
+            self._note_quarantined(each)
         return call.parse(reply)
 
-    def _moved_aside(self, moved: aside.MovedKey) -> None:
-        log.warning("key_moved_aside", key=moved.key, type=moved.kind, moved_to=moved.place)
+    def _note_quarantined(self, moved: quarantine.QuarantinedKey) -> None:
+        log.warning("key_quarantined", key=moved.key, type=moved.kind, place=moved.place)
 
     def _range_arguments(self, job_id: str, after_seq: int) -> tuple[str, str, str]:
         return self.keys.events(job_id), f"({after_seq}-0", "+"

@@ -26,8 +26,8 @@ TOKENS_OPENING: Final = '"type":"tokens","choices":[{"index":0,'
 """How the body of most events begins: new tokens, first of choice 0."""
 
 
-MOVED_ASIDE: Final = "MOVED ASIDE"
-"""How the reply of a script begins that moved keys aside; see `aside`."""
+QUARANTINED: Final = "QUARANTINED"
+"""How the reply of a script begins that quarantined keys; see `quarantine`."""
 
 
 class JobField(StrEnum):
@@ -114,7 +114,7 @@ def lua_tables() -> str:
         "EVENT_OPENING": EVENT_OPENING,
         "TOKENS_OPENING": TOKENS_OPENING,
         "TENANT_MARK": TENANT_MARK,
-        "MOVED_ASIDE": MOVED_ASIDE,
+        "QUARANTINED": QUARANTINED,
     }
     lines = [f"local {name} = '{text}'" for name, text in texts.items()]
     lines += [_table("F", JobField), _table("ENTRY", EntryField), _table("LIMIT", LimitField)]

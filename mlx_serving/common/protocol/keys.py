@@ -37,8 +37,8 @@ _TEMPLATES: dict[str, tuple[str, str]] = {
     "worker": ("own", ":worker:<>"),  # hash: what a worker is and can hold; expires
     "batch": ("own", ":batch:<>"),  # hash: what a bulk file's runner says of it; expires
     "batches": ("own", ":batches"),  # zset of bulk files, by the time they were last heard of
-    "aside": ("own", ":aside"),  # zset: keys that were moved aside, by time; see `aside`
-    "set_aside": ("own", ":aside:<>"),  # such a key; argument: "<its name>:<time>"
+    "quarantine": ("own", ":quarantine"),  # zset: notes of keys of a wrong type, by time
+    "quarantined": ("own", ":quarantine:<>"),  # such a key; argument: "<name>:<time>"
     # RQ's: the view
     "rq_job": ("rq", ":job:<>"),
     "rq_queue": ("rq", ":queue:<>"),
@@ -172,13 +172,13 @@ class Keys:
         """Index of the bulk files that were heard of lately."""
         return self._spell("batches")
 
-    def aside(self) -> str:
-        """Notes of the keys that were moved aside; see `aside`."""
-        return self._spell("aside")
+    def quarantine(self) -> str:
+        """Notes of the keys that were quarantined; see `quarantine`."""
+        return self._spell("quarantine")
 
-    def set_aside(self, key_and_time: str) -> str:
-        """Place of a key that was moved aside, by ``<key>:<ms>``."""
-        return self._spell("set_aside", key_and_time)
+    def quarantined(self, key_and_time: str) -> str:
+        """Place of a key that was quarantined, by ``<key>:<ms>``."""
+        return self._spell("quarantined", key_and_time)
 
     def rq_queues(self) -> str:
         """RQ's set of queues."""

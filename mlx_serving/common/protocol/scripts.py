@@ -1,6 +1,6 @@
 """The protocol's Lua scripts, as texts ready to register.
 
-A script is the generated names of keys and fields, then ``aside.lua``, ``tenants.lua`` and
+A script is the generated names of keys and fields, then ``quarantine.lua``, ``tenants.lua`` and
 ``prelude.lua``, then its own file (before ``claim.lua`` also ``affinity.lua``). Redis caches it by
 hash, so the length costs nothing after the first call.
 """
@@ -17,7 +17,7 @@ NAMES = (
     "enqueue", "claim", "commit", "renew", "release", "cancel", "reap", "reconcile", "crash",
     "audit", "mend",
 )  # fmt: skip
-_SHARED = ("aside", "tenants", "prelude")
+_SHARED = ("quarantine", "tenants", "prelude")
 _BEFORE = {"claim": ("affinity",)}  # parts of one script alone
 
 

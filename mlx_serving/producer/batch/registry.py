@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 import msgspec
 
 from mlx_serving.common.errors import BatchNotFound
-from mlx_serving.common.protocol import aside
+from mlx_serving.common.protocol import quarantine
 from mlx_serving.common.protocol.client import Protocol
 from mlx_serving.common.protocol.fields import BatchField
 from mlx_serving.common.redis.connection import connect, resolve
@@ -148,4 +148,4 @@ class Registry:
                 send(pipe)
                 return pipe.execute()
 
-        return answered(lambda: aside.mended(self._protocol, types, run))
+        return answered(lambda: quarantine.mended(self._protocol.run, types, run))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final, cast
 
 import structlog
 
-from mlx_serving.common.protocol import aside
+from mlx_serving.common.protocol import quarantine
 from mlx_serving.common.protocol.fields import JobField
 from mlx_serving.common.queues import LANES, model_of, queue_name
 
@@ -256,7 +256,7 @@ class Placement:
         """Say that we bring the model up; False if another worker does."""
         key, redis = self._protocol.keys.bringing(model), self._protocol.redis
         take = partial(redis.set, key, self._worker, nx=True, get=True, px=BRINGING_MS)
-        owner = cast("bytes | None", aside.mended(self._protocol, {key: "string"}, take))
+        owner = cast("bytes | None", quarantine.mended(self._protocol.run, {key: "string"}, take))
         if owner is None:
             return True
         if owner != self._worker.encode():

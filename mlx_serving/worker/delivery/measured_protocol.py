@@ -14,9 +14,9 @@ from mlx_serving.worker.status.counters import COMMIT
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from mlx_serving.common.protocol.aside import MovedKey
     from mlx_serving.common.protocol.calls import Call
     from mlx_serving.common.protocol.keys import Keys
+    from mlx_serving.common.protocol.quarantine import QuarantinedKey
     from mlx_serving.worker.status.counters import Counters
 
 T = TypeVar("T")
@@ -40,9 +40,9 @@ class MeasuredProtocol(Protocol):
         receive = super().send(call)
         return lambda timeout: self._measured(call, partial(receive, timeout))
 
-    def _moved_aside(self, moved: MovedKey) -> None:
-        super()._moved_aside(moved)
-        self._counters.count("keys_moved_aside")
+    def _note_quarantined(self, moved: QuarantinedKey) -> None:
+        super()._note_quarantined(moved)
+        self._counters.count("keys_quarantined")
 
     def _measured(self, call: Call[T], reply_of: Callable[[], T]) -> T:
         started = time.monotonic()

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 import redis
 import structlog
 
-from mlx_serving.common.protocol import aside, calls
+from mlx_serving.common.protocol import calls, quarantine
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -70,7 +70,7 @@ class TenantAudit:
         keys = self._protocol.keys
         types = {keys.tenants(): "set"}
         read = partial(self._protocol.redis.smembers, keys.tenants())
-        tenants = aside.mended(self._protocol, types, read)
+        tenants = quarantine.mended(self._protocol.run, types, read)
         for raw in sorted(tenants):
             tenant = raw.decode(errors="replace") if isinstance(raw, bytes) else raw
             yield tenant, []  # whether it has any jobs, and whether its sets are sets
@@ -81,7 +81,7 @@ class TenantAudit:
         cursor = -1
         while cursor:
             scan = partial(self._protocol.redis.sscan, key, max(cursor, 0), count=PAGE_JOBS)
-            cursor, ids = aside.mended(self._protocol, {key: "set"}, scan)
+            cursor, ids = quarantine.mended(self._protocol.run, {key: "set"}, scan)
             if ids:
                 yield [*ids]
 
@@ -193,7 +193,7 @@ class Sweeper:
                     pipe.execute_command(command, name, *span)
                 return list(pipe.execute())
 
-        return aside.mended(self._protocol, dict(zip(names, types, strict=True)), read)
+        return quarantine.mended(self._protocol.run, dict(zip(names, types, strict=True)), read)
 
     def _repair(self, queue: str) -> list[tuple[str, str]]:
         indexed, listed, leased = self._read(queue, "ZRANGE", "LRANGE", 0, -1)

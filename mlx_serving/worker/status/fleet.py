@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Final, TypeVar
 
-from mlx_serving.common.protocol import aside
+from mlx_serving.common.protocol import quarantine
 from mlx_serving.common.redis.worker_records import read_records
 from mlx_serving.worker.rq_worker import BatchWorker
 
@@ -75,7 +75,7 @@ class Fleet:
 
     def _mended(self, act: Callable[[], T]) -> T:
         types = {self._protocol.keys.worker(self.name): "hash"} | self._rq.key_types()
-        return aside.mended(self._protocol, types, act)
+        return quarantine.mended(self._protocol.run, types, act)
 
     def _peers(self) -> list[WorkerRecord]:
         names = sorted(self._mended(self._rq.peer_names))

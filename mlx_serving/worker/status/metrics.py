@@ -65,7 +65,7 @@ COUNTERS: Final[dict[str, tuple[str, str, tuple[str, ...]]]] = {
         ("none", "trim", "shrink", "refuse"),
     ),
     "memory_errors": ("", "Out-of-memory errors of the device; what was decoded went on.", ()),
-    "keys_moved_aside": (
+    "keys_quarantined": (
         "",
         "Keys of a wrong type that this worker's calls moved out of the way.",
         (),

@@ -1,11 +1,12 @@
--- Moves keys of a wrong type aside. It follows the generated names and comes before all other parts: their `redis` is this one.
+-- Quarantines keys of a wrong type: moves them out of the way. Follows the generated names; all other parts follow, and call
+-- Redis through the `redis` of this one.
 -- Any hand may write under a key that jobs share, while the key does not exist. A command that meets such a key has written
 -- nothing: the key is moved, and the command runs again, so a script is never cut in half by one. Looking only after an error
 -- costs nothing while there is none.
 -- A job's own keys are not moved by a command that meets them: what they held can't be made again. Who finds one odd ends
 -- the job (`bury` in the prelude), or begins it anew (enqueue.lua).
 
-local redis, move_aside, answer, raise = redis
+local redis, quarantine, answer, raise = redis
 
 do
   local server = redis
@@ -21,9 +22,9 @@ do
 
   -- Notes a key that is about to be moved. Returns Redis's error, or nil.
   local function note(key, kind, place, now)
-    local log = k_aside()
+    local log = k_quarantine()
     local found = server.call('TYPE', log).ok
-    if found ~= 'zset' and found ~= 'none' then rename(log, k_set_aside(log .. ':' .. now)) end
+    if found ~= 'zset' and found ~= 'none' then rename(log, k_quarantined(log .. ':' .. now)) end
     local reply = server.pcall('ZADD', log, now, kind .. ' ' .. place)
     if is_error(reply) then return reply end
     server.call('ZREMRANGEBYRANK', log, 0, -NOTED - 1)
@@ -31,13 +32,13 @@ do
     moved[#moved + 1], moved[#moved + 2], moved[#moved + 3] = key, kind, place
   end
 
-  -- Moves a key aside. Returns an error if that can't be, or nil.
-  function move_aside(key)
+  -- Moves a key out of the way. Returns an error if that can't be, or nil.
+  function quarantine(key)
     local time = server.call('TIME')
     local now = string.format('%.0f', time[1] * 1000 + math.floor(time[2] / 1000))
-    local kind, place = server.call('TYPE', key).ok, k_set_aside(key .. ':' .. now)
+    local kind, place = server.call('TYPE', key).ok, k_quarantined(key .. ':' .. now)
     if not server.acl_check_cmd('RENAME', key, place) then
-      return {err = 'NOPERM the key ' .. key .. ' is a ' .. kind .. ', and this user may not move it aside'}
+      return {err = 'NOPERM the key ' .. key .. ' is a ' .. kind .. ', and this user may not quarantine it'}
     end
     -- First what takes memory: a full Redis then refuses a script that has written nothing yet, as it should.
     local problem = note(key, kind, place, now)
@@ -55,7 +56,7 @@ do
   -- What a command that failed replies once the key that it met is out of its way.
   local function again(reply, command, key, ...)
     if string.sub(reply.err, 1, 9) ~= 'WRONGTYPE' or is_of_job(key) then return reply end
-    return move_aside(key) or server.pcall(command, key, ...)
+    return quarantine(key) or server.pcall(command, key, ...)
   end
 
   local function try(...)
@@ -79,7 +80,7 @@ do
   -- A script's reply: with the keys that it moved, if there are any.
   function answer(reply)
     if #moved == 0 then return reply end
-    return {MOVED_ASIDE, reply, unpack(moved)}
+    return {QUARANTINED, reply, unpack(moved)}
   end
 
   redis = {call = call, pcall = try}
