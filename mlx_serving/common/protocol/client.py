@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import structlog
 from redis import exceptions
 
 from mlx_serving.common.errors import CorruptJob
@@ -26,8 +25,6 @@ if TYPE_CHECKING:
     from mlx_serving.common.protocol.keys import Keys
 
 T = TypeVar("T")
-
-log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +112,9 @@ class _Base:
         return call.parse(reply)
 
     def _note_quarantined(self, moved: quarantine.QuarantinedKey) -> None:
+        import structlog  # a producer's import is to cost little, and this is rare
+
+        log = structlog.get_logger(__name__)
         log.warning("key_quarantined", key=moved.key, type=moved.kind, place=moved.place)
 
     def _range_arguments(self, job_id: str, after_seq: int) -> tuple[str, str, str]:
