@@ -49,6 +49,7 @@ local left, left_count, again_ms = {}, 0, 0  -- ids, their number, and when the 
 local OVERTAKEN, OVERTAKEN_MS = 32, 30000  -- bulk jobs that a claim takes others before, and how long others may go before one
 local gone, walked = {}, 0  -- ids taken out of the list's middle, and what that cost
 local orders, looked_at, room = {}, {}, {}  -- by queue: tenants to ask; by line: jobs looked at; by tenant: jobs it may start
+local leaves = {}  -- by line: whether a job of it is left to another worker
 shared, shown = gather, gather_view
 
 -- Jobs put on the list by RQ's own Queue.enqueue have no control hash yet.
@@ -232,7 +233,9 @@ local function serve(queue, tenant)
     local id = redis.pcall('LINDEX', line, at)
     if type(id) ~= 'string' then return false end
     local verdict, job = decide(id, queue)
-    if verdict == 'skip' then at = at + 1
+    if verdict == 'skip' then
+      at = at + 1
+      if left[id] then leaves[line] = true end
     else
       unlist(id, queue)
       if verdict == 'take' then
@@ -257,9 +260,10 @@ end
 local function serve_turn(queue)
   local order = orders[queue]
   while #order > 0 and not is_over() do
-    local tenant, before = table.remove(order, 1), left_count
+    local tenant = table.remove(order, 1)
     local served = may_run(tenant) and serve(queue, tenant)
-    if served or left_count == before then pass_turn(queue, tenant) end  -- what is left for a moment costs no turn
+    -- A job that is left for a moment costs its tenant no turn.
+    if served or not leaves[line_of(queue, tenant)] then pass_turn(queue, tenant) end
     if served then
       order[#order + 1] = tenant
       return true

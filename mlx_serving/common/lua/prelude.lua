@@ -61,6 +61,7 @@ local function create_job(id, queue, now, terms)
     F.stream, terms.stream or 1, F.cancel_reason, terms.cancel_reason or '', F.enqueued_ms, int(now), F.needed_tokens, 0)
   if terms.marks then redis.call('HSET', k_job(id), F.marks, terms.marks) end
   if terms.tenant then redis.call('HSET', k_job(id), F.tenant, terms.tenant) end
+  if terms.digest then redis.call('HSET', k_job(id), F.digest, terms.digest) end
 end
 
 -- RQ's own rule for ids. Anybody may have pushed anything: bytes that are no text, a ':' (which
@@ -210,7 +211,7 @@ local function view_end(id, queue, state, iso, ttl, now, worker, epoch, rq_resul
 end
 
 -- An event is its attempt's epoch, its seq and its body, the JSON after EVENT_OPENING. `form` says how the body is stored and
--- given: ENTRY.body whole, ENTRY.tokens without TOKENS_OPENING. Readers put back what is left out (`calls.payloads`), so that a
+-- given: ENTRY.body whole, ENTRY.tokens without TOKENS_OPENING. Readers put back what is left out (`stored_events.py`), so that a
 -- replay is byte for byte what was published.
 local function entry_of(epoch, form, body) return {ENTRY.attempt, epoch, form, body} end
 

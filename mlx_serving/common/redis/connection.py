@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from mlx_serving.common.settings import Settings
 
 HEALTH_CHECK_SECONDS: Final = 30
+CONNECTIONS: Final = 2**31
+"""Most connections of one client: as many as its callers need. redis-py's default is 100, and each
+blocking stream holds one."""
 RESP_VERSION: Final = 2
 """RQ and our scripts read RESP2's reply shapes."""
 
@@ -169,6 +172,7 @@ def _options(endpoint: Endpoint, block_seconds: float) -> dict[str, Any]:
         "socket_connect_timeout": endpoint.connect_timeout,
         "socket_timeout": endpoint.read_timeout + block_seconds,
         "health_check_interval": HEALTH_CHECK_SECONDS,
+        "max_connections": CONNECTIONS,
         "protocol": RESP_VERSION,
     }
     if endpoint.password is not None:
