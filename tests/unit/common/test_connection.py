@@ -80,7 +80,7 @@ def test_tls_is_the_urls() -> None:
     assert options(client)["ssl_ca_certs"] == "/ca.pem"
     assert options(client)["ssl_certfile"] == "/c.pem"
     assert options(client)["ssl_keyfile"] == "/k.pem"
-    assert connect_async(endpoint).connection_pool.connection_class is AsyncSSLConnection
+    assert issubclass(connect_async(endpoint).connection_pool.connection_class, AsyncSSLConnection)
 
 
 @pytest.mark.parametrize("make", [connect, connect_async])
