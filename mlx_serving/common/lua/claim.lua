@@ -182,6 +182,7 @@ local function decide(id, queue)
     adopt(id, queue)
     job = read_sound(id)
   end
+  if job.queue ~= queue then return 'drop' end  -- a hand put it here; the reconciler puts it back on its own queue's list
   if TERMINAL[job.state] then
     -- A stock requeue of a job that ended: refused, and the view says again what is true.
     local ttl = math.max(redis.call('TTL', k_job(id)), 1)

@@ -83,5 +83,5 @@ do
     return {QUARANTINED, reply, unpack(moved)}
   end
 
-  redis = {call = call, pcall = try}
+  redis = {call = call, pcall = try, error_reply = server.error_reply}
 end
