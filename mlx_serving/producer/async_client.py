@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypeVar, overload
 from mlx_serving.common.protocol import calls
 from mlx_serving.common.protocol.client import AsyncProtocol
 from mlx_serving.common.redis.connection import connect_async
-from mlx_serving.common.redis.retrying import FAULTS, retry_idempotent_async, unavailable
+from mlx_serving.common.redis.retrying import FAULTS, answered_async
 from mlx_serving.common.states import TERMINAL
 from mlx_serving.producer.assembler import StreamAssembler
 from mlx_serving.producer.base import (
@@ -203,12 +203,9 @@ class AsyncClient(BaseClient):
         (await self.result(job_id)).raise_for_state()
 
     async def _answered(self, call: Callable[[], Awaitable[T]]) -> T:
-        """Run a call that may run twice; raise QueueUnavailable for any error of Redis."""
-        try:
-            async with self._calls:
-                return await retry_idempotent_async(call)
-        except FAULTS as error:
-            raise unavailable(error) from error
+        """Run a call that may run twice; see `answered_async` for what it raises."""
+        async with self._calls:
+            return await answered_async(call)
 
 
 async def _news(

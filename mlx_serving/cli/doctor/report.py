@@ -18,11 +18,13 @@ class Level(StrEnum):
     OK = "ok"
     WARN = "warn"
     """It runs, but does not keep every promise; the detail says which."""
+    SKIP = "skip"
+    """This user may not look at it; the detail says what would show it."""
     FAIL = "fail"
     """It does not run, or it loses jobs."""
 
 
-STYLES: Final = {Level.OK: "green", Level.WARN: "yellow", Level.FAIL: "bold red"}
+STYLES: Final = {Level.OK: "green", Level.WARN: "yellow", Level.SKIP: "dim", Level.FAIL: "bold red"}
 
 
 @dataclass(frozen=True, slots=True)

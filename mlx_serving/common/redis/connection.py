@@ -2,7 +2,7 @@
 
 By default redis-py sends a command again after a lost reply, up to ten times, also writes; so a
 command that is not idempotent may run twice. Connections made here never do that. Callers whose
-call may run twice, as all of our scripts may, use `retry_idempotent`.
+call may run twice, as all of our scripts may, use `answered`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,12 @@ from redis.sentinel import Sentinel
 from mlx_serving.common import defaults
 from mlx_serving.common.errors import InvalidSettings
 from mlx_serving.common.protocol.keys import Keys
+from mlx_serving.common.redis.tls import (
+    AsyncPlainConnection,
+    AsyncTlsConnection,
+    PlainConnection,
+    TlsConnection,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -29,7 +35,9 @@ if TYPE_CHECKING:
 
 HEALTH_CHECK_SECONDS: Final = 30
 RESP_VERSION: Final = 2
-"""RQ and our scripts read RESP2's reply shapes."""
+"""What we speak unless the URL says `?protocol=3`; replies are read in the shapes of both."""
+_CONNECTIONS: Final = {"redis": PlainConnection, "rediss": TlsConnection}
+_ASYNC_CONNECTIONS: Final = {"redis": AsyncPlainConnection, "rediss": AsyncTlsConnection}
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +63,14 @@ class Endpoint:
     rq_prefix: str = defaults.RQ_PREFIX
 
     @property
+    def scheme(self) -> str:
+        """What the URL begins with: redis, rediss or unix."""
+        return self.url.partition("://")[0]
+
+    @property
     def tls(self) -> bool:
         """Whether server and Sentinels are reached over TLS."""
-        return self.url.startswith("rediss://")
+        return self.scheme == "rediss"
 
     @property
     def keys(self) -> Keys:
@@ -116,6 +129,8 @@ def connect(endpoint: Endpoint, *, block_seconds: float = 0.0) -> redis.Redis:
     """
     options = _options(endpoint, block_seconds)
     if not endpoint.sentinels:
+        if (kind := _CONNECTIONS.get(endpoint.scheme)) is not None:
+            options["connection_class"] = kind
         return redis.Redis.from_url(endpoint.url, retry=Retry(NoBackoff(), 0), **options)
     sentinel = Sentinel(  # type: ignore[no-untyped-call]
         list(endpoint.sentinels),
@@ -140,6 +155,8 @@ def connect_async(endpoint: Endpoint, *, block_seconds: float = 0.0) -> AsyncRed
 
     options = _options(endpoint, block_seconds)
     if not endpoint.sentinels:
+        if (kind := _ASYNC_CONNECTIONS.get(endpoint.scheme)) is not None:
+            options["connection_class"] = kind
         return AsyncRedis.from_url(endpoint.url, retry=AsyncRetry(NoBackoff(), 0), **options)
     sentinel = AsyncSentinel(  # type: ignore[no-untyped-call]
         list(endpoint.sentinels),

@@ -11,10 +11,10 @@ from redis.asyncio.connection import SSLConnection as AsyncSSLConnection
 from redis.connection import SSLConnection, UnixDomainSocketConnection
 from redis.sentinel import SentinelConnectionPool, SentinelManagedSSLConnection
 
-from mlx_serving.common.errors import QueueUnavailable
+from mlx_serving.common.errors import QueueRefused, QueueUnavailable, WrongCredentials
 from mlx_serving.common.protocol.keys import Keys
 from mlx_serving.common.redis.connection import Endpoint, connect, connect_async
-from mlx_serving.common.redis.retrying import retry_idempotent, retry_idempotent_async
+from mlx_serving.common.redis.retrying import answered, answered_async
 
 # ruff: noqa: S106 -- made-up secrets
 
@@ -76,11 +76,11 @@ def test_a_unix_socket_is_a_url() -> None:
 def test_tls_is_the_urls() -> None:
     endpoint = Endpoint(url="rediss://h:1", tls_ca="/ca.pem", tls_cert="/c.pem", tls_key="/k.pem")
     client = connect(endpoint)
-    assert client.connection_pool.connection_class is SSLConnection
+    assert issubclass(client.connection_pool.connection_class, SSLConnection)
     assert options(client)["ssl_ca_certs"] == "/ca.pem"
     assert options(client)["ssl_certfile"] == "/c.pem"
     assert options(client)["ssl_keyfile"] == "/k.pem"
-    assert connect_async(endpoint).connection_pool.connection_class is AsyncSSLConnection
+    assert issubclass(connect_async(endpoint).connection_pool.connection_class, AsyncSSLConnection)
 
 
 @pytest.mark.parametrize("make", [connect, connect_async])
@@ -128,7 +128,7 @@ class Flaky:
         return "answer"
 
     def run(self, **keywords: Any) -> str:
-        return retry_idempotent(self, sleep=self.pauses.append, **keywords)
+        return answered(self, sleep=self.pauses.append, **keywords)
 
     def run_async(self, **keywords: Any) -> str:
         async def call() -> str:
@@ -137,7 +137,7 @@ class Flaky:
         async def sleep(seconds: float) -> None:
             self.pauses.append(seconds)
 
-        return asyncio.run(retry_idempotent_async(call, sleep=sleep, **keywords))
+        return asyncio.run(answered_async(call, sleep=sleep, **keywords))
 
 
 RUNS = pytest.mark.parametrize("run", [Flaky.run, Flaky.run_async])
@@ -177,14 +177,15 @@ def test_an_outage_that_lasts_is_named_as_such(run: Callable[..., str], error: E
 @RUNS
 def test_wrong_credentials_are_not_tried_again(run: Callable[..., str]) -> None:
     flaky = Flaky(99, exceptions.AuthenticationError("no"))
-    with pytest.raises(QueueUnavailable, match="no"):
+    with pytest.raises(WrongCredentials, match="no"):
         run(flaky)
-    assert flaky.calls == 1
+    assert (flaky.calls, flaky.pauses) == (1, [])
 
 
 @RUNS
-def test_other_errors_pass(run: Callable[..., str]) -> None:
+def test_an_error_that_no_retry_mends_is_not_tried_again(run: Callable[..., str]) -> None:
     flaky = Flaky(99, exceptions.ResponseError("WRONGTYPE"))
-    with pytest.raises(exceptions.ResponseError):
+    with pytest.raises(QueueRefused, match="WRONGTYPE") as raised:
         run(flaky)
-    assert flaky.calls == 1
+    assert (flaky.calls, flaky.pauses) == (1, [])
+    assert (raised.value.retryable, raised.value.code) == (False, "queue_refused")

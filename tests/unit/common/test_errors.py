@@ -34,7 +34,8 @@ def test_codes_are_unique() -> None:
 def test_only_these_may_succeed_when_they_are_tried_again() -> None:
     retryable = {kind.__name__ for kind in TREE if kind.retryable}
     assert retryable == {
-        "ResultTimeout", "QueueUnavailable", "TenantLimited", "EngineError", "ModelUnreachable",
+        "ResultTimeout", "TenantLimited", "EngineError", "ModelUnreachable",
+        "QueueUnavailable", "RedisLoading", "RedisReadOnly", "RedisFull", "RedisCrowded",
     }  # fmt: skip
 
 
