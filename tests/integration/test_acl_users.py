@@ -15,7 +15,7 @@ import pytest
 import redis
 
 from mlx_serving import AsyncClient, Client
-from mlx_serving.common.errors import QueueUnavailable, TenantLimited
+from mlx_serving.common.errors import MissingPermission, TenantLimited
 from mlx_serving.common.protocol import calls
 from mlx_serving.common.protocol.client import Protocol
 from mlx_serving.common.protocol.keys import Keys
@@ -338,7 +338,7 @@ class TestScripts:
         admin.script_flush()
         try:
             with Client(settings=settings) as client:
-                with pytest.raises(QueueUnavailable, match="permission"):
+                with pytest.raises(MissingPermission, match="permission"):
                     client.submit(model="tally", prompt="x", result_ttl=60)
                 for name in NAMES:
                     admin.script_load(script_text(name))

@@ -23,25 +23,29 @@ from tests.support.redis_users import as_user
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    import redis
+
 SECRET = "my-secret-word"  # noqa: S105 -- made up, to be looked for in errors
+
+
+CROWD: list[redis.Redis] = []
 
 
 class Trouble(NamedTuple):
     """`make` brings a server into it, and returns the URL that a client uses.
 
-    `reads` tells whether the calls that only read are told as well.
+    `writes`, `reads`: whether the calls that write, and those that only read, are told.
     """
 
     told: type[MlxServingError]
     make: Callable[[LocalRedis], str]
+    writes: bool = True
     reads: bool = True
 
 
 def wrong_password(server: LocalRedis) -> str:
     with server.client() as admin:
-        admin.acl_setuser(
-            "app", enabled=True, passwords=["+right"], keys=["*"], commands=["+@all"]
-        )
+        admin.acl_setuser("app", enabled=True, passwords=["+right"], keys=["*"], commands=["+@all"])
     return as_user(server.url, "app", SECRET)
 
 
@@ -61,7 +65,7 @@ def denied(*rules: str) -> Callable[[LocalRedis], str]:
     def make(server: LocalRedis) -> str:
         with server.client() as admin:
             everything = ("on", f">{SECRET}", "~*", "&*", "+@all")
-            admin.execute_command("ACL", "SETUSER", "app", *everything, *rules)  # type: ignore[no-untyped-call]
+            admin.execute_command("ACL", "SETUSER", "app", *everything, *rules)
         return as_user(server.url, "app", SECRET)
 
     return make
@@ -69,7 +73,7 @@ def denied(*rules: str) -> Callable[[LocalRedis], str]:
 
 def full(server: LocalRedis) -> str:
     with server.client() as admin:
-        admin.config_set("maxmemory", "1mb")
+        admin.config_set("maxmemory", "100kb")
     return server.url
 
 
@@ -99,13 +103,9 @@ def no_such_database(server: LocalRedis) -> str:
 
 
 def crowded(server: LocalRedis) -> str:
-    with server.client() as admin:
-        admin.config_set("maxclients", "1")
-        admin.client_kill_filter(_type="normal", skipme=True)
-    wait_until(lambda: True)
-    # The admin's own connection is the one that is taken.
-    server.keep = admin  # type: ignore[attr-defined]
-    admin.ping()
+    CROWD.append(server.client())  # the one client that is let in
+    CROWD[-1].config_set("maxclients", "1")
+    CROWD[-1].client_kill_filter(_type="normal", skipme=True)
     return server.url
 
 
@@ -125,8 +125,8 @@ def shut_port(_server: LocalRedis) -> str:
 def lonely_cluster(server: LocalRedis) -> str:
     """Every slot is its own, so that most commands would work."""
     with server.client() as admin:
-        admin.execute_command("CLUSTER", "ADDSLOTSRANGE", 0, 16383)  # type: ignore[no-untyped-call]
-        wait_until(lambda: b"cluster_state:ok" in admin.execute_command("CLUSTER", "INFO"))  # type: ignore[no-untyped-call]
+        admin.execute_command("CLUSTER", "ADDSLOTSRANGE", 0, 16383)
+        wait_until(lambda: b"cluster_state:ok" in admin.execute_command("CLUSTER", "INFO"))
     return server.url
 
 
@@ -139,7 +139,7 @@ TROUBLES = {
     "may not write in scripts": Trouble(MissingPermission, denied("-hset"), reads=False),
     "may touch no key": Trouble(MissingPermission, denied("resetkeys")),
     "may not publish": Trouble(MissingPermission, denied("resetchannels"), reads=False),
-    "may not read": Trouble(MissingPermission, denied("-hgetall", "-hmget")),
+    "may not read": Trouble(MissingPermission, denied("-hgetall", "-hmget"), writes=False),
     "full": Trouble(RedisFull, full, reads=False),
     "a replica": Trouble(RedisReadOnly, replica, reads=False),
     "lacks replicas": Trouble(RedisReadOnly, without_replicas, reads=False),
@@ -160,4 +160,7 @@ def in_trouble(name: str) -> Iterator[str]:
         try:
             yield TROUBLES[name].make(server)
         finally:
+            for client in CROWD:
+                client.close()
+            CROWD.clear()
             server.kill()  # one that can't save would not end in order

@@ -155,9 +155,10 @@ def connect_async(endpoint: Endpoint, *, block_seconds: float = 0.0) -> AsyncRed
 
     options = _options(endpoint, block_seconds)
     if not endpoint.sentinels:
+        client = AsyncRedis.from_url(endpoint.url, retry=AsyncRetry(NoBackoff(), 0), **options)
         if (kind := _ASYNC_CONNECTIONS.get(endpoint.scheme)) is not None:
-            options["connection_class"] = kind
-        return AsyncRedis.from_url(endpoint.url, retry=AsyncRetry(NoBackoff(), 0), **options)
+            client.connection_pool.connection_class = kind  # a keyword would lose against the URL
+        return client
     sentinel = AsyncSentinel(  # type: ignore[no-untyped-call]
         list(endpoint.sentinels),
         sentinel_kwargs=_sentinel_options(endpoint) | {"retry": AsyncRetry(NoBackoff(), 0)},

@@ -73,6 +73,7 @@ BY_CLASS: Final[tuple[tuple[type[Exception], type[QueueFailure]], ...]] = (
 
 # The whole command stands before it, a payload included.
 _OF_PIPELINE: Final = "of pipeline caused error: "
+_AS_TUPLE: Final = re.compile(r"^\(([\"'])(.*)\1,\)$", re.DOTALL)  # as asyncio's pipeline has it
 # What comes after it may be a password (HELLO, AUTH).
 _ARGUMENTS: Final = re.compile(r",? with args beginning with:.*", re.DOTALL)
 _PLACE_IN_SCRIPT: Final = re.compile(r"\.? script: [0-9a-f]{40}, on @user_script:\d+\.?")
@@ -89,6 +90,7 @@ def fault_of(error: Exception) -> QueueFailure:
 
     Its message tells what Redis said without any part of a command: that may be a secret.
     """
+    error = _innermost(error)
     text = _said(error)
     kind = _kind(error, text)
     return kind(f"{summary(kind)} ({text})" if text else None)
@@ -99,8 +101,16 @@ def said_by_script(text: str) -> QueueFailure:
     return fault_of(exceptions.ResponseError(text.lstrip("-")))
 
 
+def _innermost(error: Exception) -> Exception:
+    """What an asyncio connection wraps in a ConnectionError of its own, whatever it is."""
+    inner = error.__cause__
+    if isinstance(inner, exceptions.RedisError) and str(inner) == str(error):
+        return inner
+    return error
+
+
 def _said(error: Exception) -> str:
-    text = str(error).rpartition(_OF_PIPELINE)[2]
+    text = _AS_TUPLE.sub(r"\2", str(error).rpartition(_OF_PIPELINE)[2])
     text = _PLACE_IN_SCRIPT.sub("", _ARGUMENTS.sub("", text))
     return " ".join(text.split())[:LONGEST].rstrip(".")
 
