@@ -76,7 +76,7 @@ _OF_PIPELINE: Final = "of pipeline caused error: "
 _AS_TUPLE: Final = re.compile(r"^\(([\"'])(.*)\1,\)$", re.DOTALL)  # as asyncio's pipeline has it
 # What comes after it may be a password (HELLO, AUTH).
 _ARGUMENTS: Final = re.compile(r",? with args beginning with:.*", re.DOTALL)
-_PLACE_IN_SCRIPT: Final = re.compile(r"\.? script: [0-9a-f]{40}, on @user_script:\d+\.?")
+_PLACE_IN_SCRIPT: Final = re.compile(r"\.? script: (?:[0-9a-f]{40}, )?on @user_script:\d+\.?")
 # `Error running script (call to f_…): @user_script:12: NOPERM …`
 _IN_SCRIPT: Final = re.compile(r"@user_script: ?\d+: -?([A-Z]+) ")
 
@@ -94,11 +94,6 @@ def fault_of(error: Exception) -> QueueFailure:
     text = _said(error)
     kind = _kind(error, text)
     return kind(f"{summary(kind)} ({text})" if text else None)
-
-
-def said_by_script(text: str) -> QueueFailure:
-    """Our error for a row that a script could not write, by Redis's text of the reason."""
-    return fault_of(exceptions.ResponseError(text.lstrip("-")))
 
 
 def _innermost(error: Exception) -> Exception:

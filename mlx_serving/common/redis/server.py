@@ -13,7 +13,7 @@ from mlx_serving.common.errors import (
 )
 from mlx_serving.common.protocol import calls
 from mlx_serving.common.protocol.client import Protocol
-from mlx_serving.common.redis.retrying import answered
+from mlx_serving.common.redis.retrying import ATTEMPTS, answered
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -52,20 +52,28 @@ class Server:
         return [what for what, value in told.items() if value is None]
 
 
-def read_server(client: redis.Redis) -> Server:
+def read_server(client: redis.Redis, *, attempts: int = ATTEMPTS) -> Server:
     """Ask INFO; if that is denied, HELLO and CONFIG.
 
     Raises:
         QueueFailure: Redis can't be reached, or refuses our credentials.
 
     """
-    info = _allowed(lambda: dict(client.info("server", "memory"))) or {}
+
+    def allowed(call: Callable[[], T]) -> T | None:
+        """Its reply; None if this user, or a hosted service, may not ask."""
+        try:
+            return answered(call, attempts=attempts)
+        except (MissingPermission, UnsupportedRedis):
+            return None
+
+    info = allowed(lambda: dict(client.info("server", "memory"))) or {}
     mode, policy, most = (info.get(n) for n in ("redis_mode", "maxmemory_policy", "maxmemory"))
     if mode is None:
-        hello = _allowed(lambda: client.execute_command("HELLO"))  # type: ignore[no-untyped-call]
+        hello = allowed(lambda: client.execute_command("HELLO"))  # type: ignore[no-untyped-call]
         mode = _by_name(hello).get("mode")
     if policy is None:
-        config = _allowed(lambda: dict(client.config_get("maxmemory*"))) or {}
+        config = allowed(lambda: dict(client.config_get("maxmemory*"))) or {}
         policy, most = config.get(POLICY), config.get("maxmemory")
     return Server(mode, policy, None if most is None else int(most))
 
@@ -93,14 +101,6 @@ def check_scripts(client: redis.Redis, keys: Keys) -> None:
 
     """
     answered(lambda: Protocol(client, keys).run(calls.cancel(NOBODY, "checked")))
-
-
-def _allowed(call: Callable[[], T]) -> T | None:
-    """Its reply; None if this user, or a hosted service, may not ask."""
-    try:
-        return answered(call)
-    except (MissingPermission, UnsupportedRedis):
-        return None
 
 
 def _by_name(reply: Any) -> dict[str, str]:  # noqa: ANN401 -- a list in RESP2, a mapping in RESP3
