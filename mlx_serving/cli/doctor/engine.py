@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from mlx_serving.cli.doctor.report import Check, Level
+from mlx_serving.cli.doctor.report import MAY_NOT_LOOK, Check, Level
 from mlx_serving.cli.models import BYTES_A_MB, found_path, hub_problem, model_view
 from mlx_serving.cli.options import INSTALL, missing_engine
 from mlx_serving.cli.overview import read_overview
@@ -41,8 +41,8 @@ def fleet_checks(endpoint: Endpoint) -> Iterator[Check]:
     """Report models that live workers could not load, and jobs that no worker will take."""
     try:
         overview = read_overview(endpoint)
-    except MissingPermission as error:
-        yield Check("fleet", Level.SKIP, f"this user may not look: {error}")
+    except MissingPermission:
+        yield Check("fleet", Level.SKIP, MAY_NOT_LOOK)
         return
     except MlxServingError as error:
         yield Check("fleet", Level.WARN, f"can't be read: {error}")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import redis
 
-from mlx_serving.cli.doctor.report import Check, Level
+from mlx_serving.cli.doctor.report import MAY_NOT_LOOK, Check, Level
 from mlx_serving.common.errors import MissingPermission, QueueFailure, UnsupportedRedis, summary
 from mlx_serving.common.redis.connection import connect
 from mlx_serving.common.redis.retrying import answered
@@ -61,8 +61,8 @@ def _looked(name: str, look: Callable[[], Check]) -> Check:
     """A check's outcome; it says so if this user may not look."""
     try:
         return answered(look)
-    except MissingPermission as error:
-        return Check(name, Level.SKIP, f"this user may not look: {error}")
+    except MissingPermission:
+        return Check(name, Level.SKIP, MAY_NOT_LOOK)
     except QueueFailure as error:
         return Check(name, Level.FAIL, f"{error.code}: {error}")
 
@@ -121,7 +121,8 @@ def check_mode(server: Server) -> Check:
         detail = "this user may not read whether it is a Cluster, which can't hold a queue"
         return Check("redis mode", Level.SKIP, detail)
     if server.mode == "cluster":
-        return Check("redis mode", Level.FAIL, summary(UnsupportedRedis))
+        detail = f"{UnsupportedRedis.code}: {summary(UnsupportedRedis)}"
+        return Check("redis mode", Level.FAIL, detail)
     return Check("redis mode", Level.OK, server.mode)
 
 

@@ -24,6 +24,7 @@ class Level(StrEnum):
     """It does not run, or it loses jobs."""
 
 
+MAY_NOT_LOOK: Final = "this user's rules don't let it look; the user worker may"
 STYLES: Final = {Level.OK: "green", Level.WARN: "yellow", Level.SKIP: "dim", Level.FAIL: "bold red"}
 
 

@@ -50,6 +50,8 @@ BY_WORDS: Final[tuple[tuple[str, type[QueueFailure]], ...]] = (
     ("do not hash to the same slot", UnsupportedRedis),
     ("undeclared key", UnsupportedRedis),
     ("unknown command", UnsupportedRedis),
+    ("invalid password", WrongCredentials),
+    ("no password is set", WrongCredentials),
     ("db index", WrongDatabase),
     ("max number of clients", RedisCrowded),
     ("too many connections", RedisCrowded),

@@ -9,10 +9,13 @@ from typing import TYPE_CHECKING, Final, TypeVar
 
 from redis import exceptions
 
+from mlx_serving.common.errors import QueueUnavailable
 from mlx_serving.common.redis.faults import fault_of
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
+
+    from mlx_serving.common.errors import QueueFailure
 
 T = TypeVar("T")
 
@@ -37,11 +40,12 @@ def answered(
         QueueRefused: at once, for what no retry mends.
 
     """
+    fault: QueueFailure | None = None
     for pause in _pauses(attempts):
         try:
             return call()
         except FAULTS as error:
-            fault = fault_of(error)
+            fault = telling(fault, fault_of(error))
             if pause is None or not fault.retryable:
                 raise fault from error
         sleep(pause)
@@ -55,15 +59,25 @@ async def answered_async(
     sleep: Callable[[float], Awaitable[object]] = asyncio.sleep,
 ) -> T:
     """Asyncio twin of `answered`."""
+    fault: QueueFailure | None = None
     for pause in _pauses(attempts):
         try:
             return await call()
         except FAULTS as error:
-            fault = fault_of(error)
+            fault = telling(fault, fault_of(error))
             if pause is None or not fault.retryable:
                 raise fault from error
         await sleep(pause)
     raise AssertionError  # pragma: no cover -- the last pause is None
+
+
+def telling(earlier: QueueFailure | None, latest: QueueFailure) -> QueueFailure:
+    """The one of two failures in a row that says more.
+
+    A server that takes no more clients, as one, says so or just closes the connection: that is a
+    race.
+    """
+    return latest if earlier is None or type(latest) is not QueueUnavailable else earlier
 
 
 def _pauses(attempts: int) -> Iterator[float | None]:

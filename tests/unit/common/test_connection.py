@@ -11,7 +11,7 @@ from redis.asyncio.connection import SSLConnection as AsyncSSLConnection
 from redis.connection import SSLConnection, UnixDomainSocketConnection
 from redis.sentinel import SentinelConnectionPool, SentinelManagedSSLConnection
 
-from mlx_serving.common.errors import QueueRefused, QueueUnavailable, WrongCredentials
+from mlx_serving.common.errors import QueueRefused, QueueUnavailable, RedisCrowded, WrongCredentials
 from mlx_serving.common.protocol.keys import Keys
 from mlx_serving.common.redis.connection import Endpoint, connect, connect_async
 from mlx_serving.common.redis.retrying import answered, answered_async
@@ -189,3 +189,20 @@ def test_an_error_that_no_retry_mends_is_not_tried_again(run: Callable[..., str]
         run(flaky)
     assert (flaky.calls, flaky.pauses) == (1, [])
     assert (raised.value.retryable, raised.value.code) == (False, "queue_refused")
+
+
+@RUNS
+def test_the_failure_that_says_most_is_told(run: Callable[..., str]) -> None:
+    """A server that is full of clients says so to some of the tries, and just closes the others."""
+    errors = [
+        exceptions.ConnectionError("Connection lost"),
+        exceptions.ConnectionError("max number of clients reached"),
+        exceptions.ConnectionError("Connection lost"),
+    ]
+
+    class Crowd(Flaky):
+        def __call__(self) -> str:
+            raise errors[len(self.pauses)]
+
+    with pytest.raises(RedisCrowded):
+        run(Crowd(99), attempts=3)

@@ -42,6 +42,8 @@ EXPORTED = [
     "MissingDependency",
     "MlxServingError",
     "PayloadTooLarge",
+    "QueueFailure",
+    "QueueRefused",
     "QueueUnavailable",
     "ResultTimeout",
     "Settings",
