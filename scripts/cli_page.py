@@ -73,8 +73,8 @@ More: [bulk files](../how-to/bulk.md).""",
     "doctor": """\
 | check | fails | warns |
 |---|---|---|
-| redis | no answer, or a refusal, by its [code](errors.md); older than 7.0; a Cluster; evicts keys; \
-the protocol's scripts don't run | \
+| redis | no answer, or a refusal, by its [code](errors.md); older than 7.0; a Cluster; \
+evicts keys; the protocol's scripts don't run | \
 no AOF, or one that is not `always`; a ping over 5 ms; older than 7.0.15 |
 | engine | | not installed: this machine can submit, not serve |
 | mlx device | | a Linux CPU without OpenBLAS |

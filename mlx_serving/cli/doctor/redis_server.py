@@ -149,7 +149,7 @@ def _info(client: redis.Redis, section: str) -> dict[str, Any]:
 
 
 def _configured(client: redis.Redis, name: str) -> str | None:
-    """One directive; None where CONFIG is forbidden, as users and hosted services often have it."""
+    """One directive; None if this user or a hosted service forbids CONFIG."""
     try:
         return str(dict(client.config_get(name)).get(name, "(unknown fsync)"))
     except redis.ResponseError:
