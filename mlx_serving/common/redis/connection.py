@@ -19,6 +19,7 @@ from redis.sentinel import Sentinel
 from mlx_serving.common import defaults
 from mlx_serving.common.errors import InvalidSettings
 from mlx_serving.common.protocol.keys import Keys
+from mlx_serving.common.redis.demotion import leaving_replicas, leaving_replicas_async
 from mlx_serving.common.redis.tls import (
     AsyncPlainConnection,
     AsyncTlsConnection,
@@ -34,6 +35,9 @@ if TYPE_CHECKING:
     from mlx_serving.common.settings import Settings
 
 HEALTH_CHECK_SECONDS: Final = 30
+CONNECTIONS: Final = 2**31
+"""Most connections of one client: as many as its callers need. redis-py's default is 100, and each
+blocking stream holds one."""
 RESP_VERSION: Final = 2
 """What we speak unless the URL says `?protocol=3`; replies are read in the shapes of both."""
 _CONNECTIONS: Final = {"redis": PlainConnection, "rediss": TlsConnection}
@@ -129,9 +133,11 @@ def connect(endpoint: Endpoint, *, block_seconds: float = 0.0) -> redis.Redis:
     """
     options = _options(endpoint, block_seconds)
     if not endpoint.sentinels:
-        if (kind := _CONNECTIONS.get(endpoint.scheme)) is not None:
-            options["connection_class"] = kind
-        return redis.Redis.from_url(endpoint.url, retry=Retry(NoBackoff(), 0), **options)
+        client = redis.Redis.from_url(endpoint.url, retry=Retry(NoBackoff(), 0), **options)
+        pool = client.connection_pool
+        kind = _CONNECTIONS.get(endpoint.scheme, pool.connection_class)
+        pool.connection_class = leaving_replicas(kind)
+        return client
     sentinel = Sentinel(  # type: ignore[no-untyped-call]
         list(endpoint.sentinels),
         sentinel_kwargs=_sentinel_options(endpoint) | {"retry": Retry(NoBackoff(), 0)},
@@ -156,8 +162,9 @@ def connect_async(endpoint: Endpoint, *, block_seconds: float = 0.0) -> AsyncRed
     options = _options(endpoint, block_seconds)
     if not endpoint.sentinels:
         client = AsyncRedis.from_url(endpoint.url, retry=AsyncRetry(NoBackoff(), 0), **options)
-        if (kind := _ASYNC_CONNECTIONS.get(endpoint.scheme)) is not None:
-            client.connection_pool.connection_class = kind  # a keyword would lose against the URL
+        pool = client.connection_pool
+        kind = _ASYNC_CONNECTIONS.get(endpoint.scheme, pool.connection_class)
+        pool.connection_class = leaving_replicas_async(kind)
         return client
     sentinel = AsyncSentinel(  # type: ignore[no-untyped-call]
         list(endpoint.sentinels),
@@ -178,6 +185,7 @@ def _options(endpoint: Endpoint, block_seconds: float) -> dict[str, Any]:
         "socket_connect_timeout": endpoint.connect_timeout,
         "socket_timeout": endpoint.read_timeout + block_seconds,
         "health_check_interval": HEALTH_CHECK_SECONDS,
+        "max_connections": CONNECTIONS,
         "protocol": RESP_VERSION,
     }
     if endpoint.password is not None:

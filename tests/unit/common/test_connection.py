@@ -69,7 +69,7 @@ def test_a_password_in_the_url_wins(
 
 def test_a_unix_socket_is_a_url() -> None:
     client = connect(Endpoint(url="unix:///run/x.sock"))
-    assert client.connection_pool.connection_class is UnixDomainSocketConnection
+    assert issubclass(client.connection_pool.connection_class, UnixDomainSocketConnection)
     assert options(client)["path"] == "/run/x.sock"
 
 
