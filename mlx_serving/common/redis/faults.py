@@ -50,6 +50,7 @@ BY_WORDS: Final[tuple[tuple[str, type[QueueFailure]], ...]] = (
     ("do not hash to the same slot", UnsupportedRedis),
     ("undeclared key", UnsupportedRedis),
     ("unknown command", UnsupportedRedis),
+    ("unauthenticated", WrongCredentials),  # of a command that is long: `multibulk length`
     ("invalid password", WrongCredentials),
     ("no password is set", WrongCredentials),
     ("db index", WrongDatabase),

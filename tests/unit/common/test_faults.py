@@ -30,6 +30,7 @@ SAID: Final[list[tuple[str, type[QueueFailure]]]] = [
     ("WRONGPASS invalid username-password pair or user is disabled.", WrongCredentials),
     ("NOAUTH Authentication required.", WrongCredentials),
     ("ERR invalid password", WrongCredentials),
+    ("ERR Protocol error: unauthenticated multibulk length", WrongCredentials),
     ("ERR Client sent AUTH, but no password is set", WrongCredentials),
     # Redis 7.0, 7.4, Valkey; then in scripts of Redis 6, 7.0, 8 and Valkey.
     ("NOPERM this user has no permissions to run the 'evalsha' command", MissingPermission),
