@@ -26,6 +26,7 @@ from mlx_serving.producer.base import (
     text_of,
     wait_s,
 )
+from mlx_serving.producer.end_watch import EndWatch
 from mlx_serving.producer.handles import JobHandle
 from mlx_serving.producer.live_feed import LiveFeed
 from mlx_serving.producer.retry_window import RetryWindow
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
     from mlx_serving.common.results import GenerationResult
     from mlx_serving.common.settings import Settings
     from mlx_serving.common.states import JobState
-    from mlx_serving.producer.base import JobLike
+    from mlx_serving.producer.base import JobLike, Reader
     from mlx_serving.producer.batch.api import Batches
 
 T = TypeVar("T")
@@ -163,7 +164,7 @@ class Client(BaseClient):
         deadline_s = None if timeout is None else time.monotonic() + timeout
         record = self.status(job_id)
         if record.state not in TERMINAL:
-            for _ in self._follow(job_id, StreamAssembler(record.seq), deadline_s):
+            for _ in self._follow(job_id, EndWatch(), deadline_s):
                 pass
             record = self.status(job_id)
         payloads = [] if record.result else answered(lambda: self._protocol.read_events(job_id))
@@ -190,31 +191,31 @@ class Client(BaseClient):
         return state
 
     def _follow(
-        self, job_id: str, assembler: StreamAssembler, deadline_s: float | None = None
+        self, job_id: str, reader: Reader, deadline_s: float | None = None
     ) -> Generator[Event, None, None]:
         retries = RetryWindow()
         with closing(LiveFeed(self._live, self.keys.channel(job_id))) as feed:
-            while not assembler.ended:
-                timeout_s = wait_s(assembler, deadline_s, time.monotonic())
-                if assembler.needs_replay:
-                    yield from self._replay(job_id, assembler, retries)
-                elif assembler.wants_live:
-                    yield from feed.wait(assembler, timeout_s)
+            while not reader.ended:
+                timeout_s = wait_s(reader, deadline_s, time.monotonic())
+                if reader.needs_replay:
+                    yield from self._replay(job_id, reader, retries)
+                elif reader.wants_live:
+                    yield from feed.wait(reader, timeout_s)
                 else:
                     time.sleep(timeout_s)
-                    assembler.silent()
+                    reader.silent()
 
-    def _replay(self, job_id: str, assembler: StreamAssembler, retries: RetryWindow) -> list[Event]:
+    def _replay(self, job_id: str, reader: Reader, retries: RetryWindow) -> list[Event]:
         try:
             with self._redis.pipeline(transaction=False) as pipe:
-                self._queue_snapshot(pipe, job_id, assembler.replay_from)
+                self._queue_snapshot(pipe, job_id, reader.replay_from)
                 replies = pipe.execute()
         except FAULTS as error:
-            assembler.distrust()
+            reader.distrust()
             time.sleep(retries.failed(error, time.monotonic()))
             return []
         retries.succeeded()
-        return self._feed(assembler, job_id, replies)
+        return self._feed(reader, job_id, replies)
 
     def _texts(
         self, job_id: str, events: Generator[Event, None, None]
