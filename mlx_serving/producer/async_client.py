@@ -6,13 +6,15 @@ Belongs to the event loop it is first used in.
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypeVar, overload
 
-from mlx_serving.common.protocol import calls
+from mlx_serving.common.protocol import calls, ended_calls
 from mlx_serving.common.protocol.client import AsyncProtocol
 from mlx_serving.common.redis.connection import connect_async
 from mlx_serving.common.redis.retrying import FAULTS, retry_idempotent_async, unavailable
+from mlx_serving.common.results import EventsGone
 from mlx_serving.common.states import TERMINAL
 from mlx_serving.producer.assembler import StreamAssembler
 from mlx_serving.producer.base import (
@@ -20,8 +22,10 @@ from mlx_serving.producer.base import (
     BaseClient,
     batches,
     check_admitted,
+    check_forgotten,
     check_id,
     not_found,
+    requeued_state,
     text_of,
     wait_s,
 )
@@ -135,8 +139,9 @@ class AsyncClient(BaseClient):
         deadline_s = None if timeout is None else loop.time() + timeout
         record = await self.status(job_id)
         if record.state not in TERMINAL:
-            async for _ in self._follow(job_id, StreamAssembler(record.seq), deadline_s):
-                pass
+            with suppress(EventsGone):
+                async for _ in self._follow(job_id, StreamAssembler(record.seq), deadline_s):
+                    pass
             record = await self.status(job_id)
         if record.result:
             return self._result(record, [])
@@ -157,6 +162,17 @@ class AsyncClient(BaseClient):
         if state is None:
             raise not_found(job_id)
         return state
+
+    async def forget(self, job_id: str) -> None:
+        """Delete a job that ended; see :meth:`Client.forget`."""
+        call = ended_calls.forget([check_id(job_id)])
+        (state,) = await self._answered(lambda: self._protocol.run(call))
+        check_forgotten(job_id, state)
+
+    async def requeue(self, job_id: str) -> JobState:
+        """Enqueue a job anew that ended without finishing; see :meth:`Client.requeue`."""
+        call = ended_calls.requeue(check_id(job_id))
+        return requeued_state(job_id, await self._answered(lambda: self._protocol.run(call)))
 
     async def _follow(
         self, job_id: str, assembler: StreamAssembler, deadline_s: float | None = None
@@ -192,7 +208,10 @@ class AsyncClient(BaseClient):
             await asyncio.sleep(retries.failed(error, asyncio.get_running_loop().time()))
             return []
         retries.succeeded()
-        return self._feed(assembler, job_id, replies)
+        try:
+            return self._feed(assembler, job_id, replies)
+        except EventsGone as gone:
+            raise EventsGone(gone.message, result=await self.result(job_id)) from None
 
     async def _texts(
         self, job_id: str, events: AsyncGenerator[Event, None]

@@ -11,16 +11,18 @@ from mlx_serving.common.errors import (
     CorruptJob,
     FieldError,
     InvalidJob,
+    JobNotEnded,
     JobNotFound,
     ResultTimeout,
     StreamReset,
     TenantLimited,
 )
 from mlx_serving.common.events import RESET, decode
+from mlx_serving.common.lifetimes import Lifetimes
 from mlx_serving.common.protocol import calls
 from mlx_serving.common.protocol.fields import JobField
 from mlx_serving.common.redis.connection import resolve
-from mlx_serving.common.results import GenerationResult, Timings
+from mlx_serving.common.results import EventsGone, GenerationResult, Timings
 from mlx_serving.common.signing import Signer
 from mlx_serving.common.states import TERMINAL, JobState
 from mlx_serving.producer.envelope import seal
@@ -74,7 +76,9 @@ class BaseClient:
         self.keys = self.endpoint.keys
         # Remembered: a batch asks it for each job.
         self._serves = lru_cache(maxsize=256)(partial(_is_at, self.endpoint, self.settings))
-        self._signer = Signer(key.get_secret_value() for key in self.settings.jobs.signing_keys)
+        jobs = self.settings.jobs
+        self._signer = Signer(key.get_secret_value() for key in jobs.signing_keys)
+        self._lifetimes = Lifetimes(jobs.queued_ttl, jobs.events_ttl, jobs.failed_ttl)
 
     def _seal(self, job: JobLike | None, fields: Mapping[str, Any]) -> EnqueueEntry:
         """Validate a job given as an object, a mapping or keywords, and seal it."""
@@ -89,7 +93,7 @@ class BaseClient:
             reason = "is served by another Redis than this client's: open a Client(model=…) for it"
             raise InvalidJob([FieldError("model", reason)])
         limit = self.settings.jobs.max_bytes
-        return seal(job, max_payload_bytes=limit, signer=self._signer)
+        return seal(job, max_payload_bytes=limit, signer=self._signer, lifetimes=self._lifetimes)
 
     def _seal_all(self, jobs: Iterable[JobLike]) -> list[EnqueueEntry]:
         """Seal every job, or raise the errors of all that are wrong, each under ``jobs[i].``."""
@@ -115,6 +119,7 @@ class BaseClient:
 
         Raises:
             JobNotFound: there is no such job, or its result has expired.
+            EventsGone: it ended, and events that the consumer lacks are no longer kept.
             CorruptJob: its control hash can't be read.
 
         """
@@ -125,6 +130,8 @@ class BaseClient:
             committed, over = int(seq or 0), JobState(state.decode()) in TERMINAL
         except ValueError:
             raise CorruptJob(f"the control hash of job {job_id!r} can't be read") from None
+        if over and not entries and committed > assembler.replay_from:
+            raise EventsGone(f"the events of job {job_id} are gone: it ended too long ago")
         return assembler.replay(
             calls.payloads(entries),
             committed=committed,
@@ -210,6 +217,34 @@ def wait_s(assembler: StreamAssembler, deadline_s: float | None, now_s: float) -
 def not_found(job_id: str) -> JobNotFound:
     """Build the error for a job that does not exist."""
     return JobNotFound(f"there is no job {job_id!r}, or its result has expired")
+
+
+def check_forgotten(job_id: str, state: JobState | None) -> None:
+    """Check that a job is gone, given the state that keeps it from being forgotten.
+
+    Raises:
+        JobNotEnded: there is such a state.
+
+    """
+    if state is not None:
+        raise JobNotEnded(f"job {job_id} is {state.value}: cancel it first, or wait for its end")
+
+
+def requeued_state(job_id: str, reply: EnqueueReply | None) -> JobState:
+    """Return the state of a job that was to be enqueued anew.
+
+    Raises:
+        JobNotFound: it is gone, or its payload is.
+        TenantLimited: its tenant has reached its limit of queued jobs.
+
+    """
+    if reply is None:
+        raise JobNotFound(f"there is no job {job_id!r}, or its payload is no longer kept")
+    if reply.refusal:
+        limit, queued = reply.refusal
+        text = f"the tenant of job {job_id} has {queued} jobs queued and may have {limit}"
+        raise TenantLimited(text, limit=limit, queued=queued, job_ids=[None])
+    return reply.state
 
 
 def _settings(url: str | None, settings: Settings | None) -> Settings:

@@ -6,14 +6,15 @@ Threads may share it. Each stream reads on its caller's thread.
 from __future__ import annotations
 
 import time
-from contextlib import closing
+from contextlib import closing, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, overload
 
-from mlx_serving.common.protocol import calls
+from mlx_serving.common.protocol import calls, ended_calls
 from mlx_serving.common.protocol.client import Protocol
 from mlx_serving.common.redis.connection import connect
 from mlx_serving.common.redis.retrying import FAULTS, answered
+from mlx_serving.common.results import EventsGone
 from mlx_serving.common.states import TERMINAL
 from mlx_serving.producer.assembler import StreamAssembler
 from mlx_serving.producer.base import (
@@ -21,8 +22,10 @@ from mlx_serving.producer.base import (
     BaseClient,
     batches,
     check_admitted,
+    check_forgotten,
     check_id,
     not_found,
+    requeued_state,
     text_of,
     wait_s,
 )
@@ -142,6 +145,7 @@ class Client(BaseClient):
 
         Raises:
             JobNotFound: there is no such job, or its ``result_ttl`` is over.
+            EventsGone: it ended, and its events are no longer kept; ``.result`` has its output.
             StreamConflict, StreamGap: Redis lost events that it had acknowledged.
             QueueUnavailable: Redis has been away for a minute (2 s before the first event).
             ValueError: ``after_seq`` is negative.
@@ -163,8 +167,9 @@ class Client(BaseClient):
         deadline_s = None if timeout is None else time.monotonic() + timeout
         record = self.status(job_id)
         if record.state not in TERMINAL:
-            for _ in self._follow(job_id, StreamAssembler(record.seq), deadline_s):
-                pass
+            with suppress(EventsGone):
+                for _ in self._follow(job_id, StreamAssembler(record.seq), deadline_s):
+                    pass
             record = self.status(job_id)
         payloads = [] if record.result else answered(lambda: self._protocol.read_events(job_id))
         return self._result(record, payloads)
@@ -188,6 +193,31 @@ class Client(BaseClient):
         if state is None:
             raise not_found(job_id)
         return state
+
+    def forget(self, job_id: str) -> None:
+        """Delete a job that ended: its result, events and payload, at once. Idempotent.
+
+        Raises:
+            JobNotEnded: it waits or runs; cancel it first.
+
+        """
+        call = ended_calls.forget([check_id(job_id)])
+        (state,) = answered(lambda: self._protocol.run(call))
+        check_forgotten(job_id, state)
+
+    def requeue(self, job_id: str) -> JobState:
+        """Enqueue a job anew that ended without finishing: under its id, with its payload.
+
+        Its events begin anew; its deadline counts from now. Returns the state after the call: a
+        job that waits, runs or finished stays as it is.
+
+        Raises:
+            JobNotFound: there is no such job, or its payload is no longer kept.
+            TenantLimited: the job's tenant is at its limit of queued jobs.
+
+        """
+        call = ended_calls.requeue(check_id(job_id))
+        return requeued_state(job_id, answered(lambda: self._protocol.run(call)))
 
     def _follow(
         self, job_id: str, assembler: StreamAssembler, deadline_s: float | None = None
@@ -214,7 +244,10 @@ class Client(BaseClient):
             time.sleep(retries.failed(error, time.monotonic()))
             return []
         retries.succeeded()
-        return self._feed(assembler, job_id, replies)
+        try:
+            return self._feed(assembler, job_id, replies)
+        except EventsGone as gone:
+            raise EventsGone(gone.message, result=self.result(job_id)) from None
 
     def _texts(
         self, job_id: str, events: Generator[Event, None, None]
