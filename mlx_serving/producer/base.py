@@ -11,16 +11,15 @@ from mlx_serving.common.errors import (
     CorruptJob,
     FieldError,
     InvalidJob,
-    JobNotEnded,
     JobNotFound,
     ResultTimeout,
     StreamReset,
-    TenantLimited,
 )
 from mlx_serving.common.events import RESET, decode
 from mlx_serving.common.lifetimes import Lifetimes
 from mlx_serving.common.protocol import calls
 from mlx_serving.common.protocol.fields import JobField
+from mlx_serving.common.protocol.stored_events import payloads
 from mlx_serving.common.redis.connection import resolve
 from mlx_serving.common.results import EventsGone, GenerationResult, Timings
 from mlx_serving.common.signing import Signer
@@ -133,7 +132,7 @@ class BaseClient:
         if over and not entries and committed > assembler.replay_from:
             raise EventsGone(f"the events of job {job_id} are gone: it ended too long ago")
         return assembler.replay(
-            calls.payloads(entries),
+            payloads(entries),
             committed=committed,
             over=over,
             publishes=publishes != b"0",
@@ -169,25 +168,6 @@ def batches(entries: Sequence[EnqueueEntry]) -> Iterable[list[Call[list[EnqueueR
         ]
 
 
-def check_admitted(entries: Sequence[EnqueueEntry], replies: Sequence[EnqueueReply]) -> None:
-    """Check that no job was refused.
-
-    Raises:
-        TenantLimited: some were; the error says which were enqueued.
-
-    """
-    refused = [(e, r.refusal) for e, r in zip(entries, replies, strict=True) if r.refusal]
-    if not refused:
-        return
-    (first, why), tenants = refused[0], {entry.tenant for entry, _ in refused}
-    text = f"tenant {first.tenant!r} has {why.queued} jobs queued and may have {why.limit}"
-    if len(entries) > 1:
-        others = f", and {len(tenants) - 1} more tenants" if len(tenants) > 1 else ""
-        text += f": {len(refused)} of {len(entries)} jobs were not enqueued{others}"
-    ids = [None if r.refusal else e.job_id for e, r in zip(entries, replies, strict=True)]
-    raise TenantLimited(text, tenant=first.tenant, limit=why.limit, queued=why.queued, job_ids=ids)
-
-
 def text_of(event: Event) -> str:
     """Text that an event adds to choice 0.
 
@@ -217,34 +197,6 @@ def wait_s(assembler: StreamAssembler, deadline_s: float | None, now_s: float) -
 def not_found(job_id: str) -> JobNotFound:
     """Build the error for a job that does not exist."""
     return JobNotFound(f"there is no job {job_id!r}, or its result has expired")
-
-
-def check_forgotten(job_id: str, state: JobState | None) -> None:
-    """Check that a job is gone, given the state that keeps it from being forgotten.
-
-    Raises:
-        JobNotEnded: there is such a state.
-
-    """
-    if state is not None:
-        raise JobNotEnded(f"job {job_id} is {state.value}: cancel it first, or wait for its end")
-
-
-def requeued_state(job_id: str, reply: EnqueueReply | None) -> JobState:
-    """Return the state of a job that was to be enqueued anew.
-
-    Raises:
-        JobNotFound: it is gone, or its payload is.
-        TenantLimited: its tenant has reached its limit of queued jobs.
-
-    """
-    if reply is None:
-        raise JobNotFound(f"there is no job {job_id!r}, or its payload is no longer kept")
-    if reply.refusal:
-        limit, queued = reply.refusal
-        text = f"the tenant of job {job_id} has {queued} jobs queued and may have {limit}"
-        raise TenantLimited(text, limit=limit, queued=queued, job_ids=[None])
-    return reply.state
 
 
 def _settings(url: str | None, settings: Settings | None) -> Settings:

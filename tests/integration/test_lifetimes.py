@@ -258,7 +258,7 @@ class TestRequeue:
         end(driver, JobState.FAILED, tenant="acme")
         driver.redis.hset(driver.keys.limits(), "queued", 1)
         driver.enqueue("b", tenant="acme")
-        assert self.requeued(driver).refusal == Refusal(limit=1, queued=1)
+        assert self.requeued(driver).refusal == Refusal("queued", limit=1, found=1)
         assert driver.state("a") == "failed"
         driver.cancel("b")
         driver.redis.delete(driver.keys.limits())

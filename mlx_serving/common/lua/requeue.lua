@@ -2,7 +2,7 @@
 -- stays as it is, so that a resend changes nothing.
 -- ARGV: two prefixes, id, iso (the wall clock's time in RQ's form).
 -- Returns false if there is no such job or its payload is gone; else requeued (0|1), its state now; or, if its tenant has as
---   many queued as it may: 0, its state, limit, queued.
+--   many queued as it may: 0, its state, 'queued', limit, queued.
 local id, iso = ARGV[3], ARGV[4]
 local job = read_sound(id)
 if not job then return false end
@@ -11,7 +11,7 @@ if redis.call('EXISTS', k_rq_job(id)) == 0 then return false end
 local limit = job.tenant and limit_of(job.tenant, LIMIT.queued)
 if limit then
   local queued = members_of(k_tenant_queued(job.tenant))
-  if queued >= limit then return {0, job.state, limit, queued} end
+  if queued >= limit then return {0, job.state, LIMIT.queued, limit, queued} end
 end
 
 -- What the control hash says of the life that ended. A suspect of a crash stays one, and runs beside few rows. The epoch goes

@@ -27,6 +27,7 @@ EXPORTED = [
     "ForeignFunction",
     "GenerationJob",
     "GenerationResult",
+    "IdempotencyConflict",
     "InvalidBatch",
     "InvalidJob",
     "InvalidSettings",
