@@ -6,11 +6,14 @@
       * ModelUnreachable  its files are on a hub that does not answer now
     * PayloadTooLarge     the job is larger than the limit on its bytes
     * InvalidSchema       a schema, regex or grammar that the worker can't enforce
+    * IdempotencyConflict its idempotency key names a job with another payload
   * CorruptJob            what Redis holds under a job's id is not a job of ours
     * ForeignFunction     it names a function, callback or webhook that is not ours
     * BadSignature        it is not signed by a key that this worker knows
   * CorruptEvent          an entry of a job's stream is not an event of ours
-  * JobNotFound           no such job, or its `result_ttl` is over
+  * JobNotFound           no such job, its `result_ttl` is over, or it was forgotten
+  * JobNotEnded           the job waits or runs, so it can't be forgotten
+  * EventsGone            (in `results`) the job ended long ago; `.result` has its output
   * UnsuccessfulJob       (in `results`) the job ended, but did not finish; `.result` keeps its text
     * JobFailed
       * JobDead           it crashed the engine while it ran alone, or used up its attempts
@@ -85,6 +88,24 @@ class InvalidJob(_FieldErrors, MlxServingError):
 
     code = "invalid_job"
 
+    def __init__(
+        self,
+        errors: Iterable[FieldError | tuple[str, str]] | str | None = None,
+        *,
+        job_ids: Iterable[str | None] = (),
+    ) -> None:
+        """Keep each wrong field.
+
+        `job_ids`: empty if nothing was enqueued; else, if Redis refused some of the jobs, in their
+        order the id of each that was enqueued and None for each that was not.
+        """
+        super().__init__(errors)
+        self.job_ids = tuple(job_ids)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle with the ids, which `Exception` would leave out."""
+        return partial(type(self), self.errors, job_ids=self.job_ids), ()
+
 
 class UnknownModel(InvalidJob):
     """No worker serves this model: it is neither an alias nor a name in the settings."""
@@ -109,6 +130,12 @@ class InvalidSchema(InvalidJob):
     """The worker can't enforce this schema, regex or grammar."""
 
     code = "invalid_schema"
+
+
+class IdempotencyConflict(InvalidJob):
+    """The job's idempotency key names a job with another payload."""
+
+    code = "idempotency_key_reused"
 
 
 class CorruptJob(MlxServingError):
@@ -139,6 +166,12 @@ class JobNotFound(MlxServingError):
     """There is no such job, or its result has expired."""
 
     code = "job_not_found"
+
+
+class JobNotEnded(MlxServingError):
+    """The job waits or runs; only a job that ended can be forgotten."""
+
+    code = "job_not_ended"
 
 
 class InvalidBatch(_FieldErrors, MlxServingError):

@@ -9,16 +9,16 @@ import asyncio
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, overload
 
-from mlx_serving.common.protocol import calls
+from mlx_serving.common.protocol import calls, ended_calls
 from mlx_serving.common.protocol.client import AsyncProtocol
 from mlx_serving.common.redis.retrying import FAULTS, retry_idempotent_async, unavailable
+from mlx_serving.common.results import EventsGone
 from mlx_serving.common.states import TERMINAL
 from mlx_serving.producer.assembler import StreamAssembler
 from mlx_serving.producer.base import (
     CANCELLED_BY_CLIENT,
     BaseClient,
     batches,
-    check_admitted,
     check_id,
     not_found,
     text_of,
@@ -27,6 +27,7 @@ from mlx_serving.producer.base import (
 from mlx_serving.producer.end_watch import EndWatch
 from mlx_serving.producer.handles import AsyncJobHandle
 from mlx_serving.producer.loop_connections import ConnectionsByLoop
+from mlx_serving.producer.refusals import check_admitted, check_forgotten, requeued_state
 from mlx_serving.producer.retry_window import RetryWindow
 from mlx_serving.producer.snapshot_reader import common_wait_s
 
@@ -151,6 +152,17 @@ class AsyncClient(BaseClient):
             raise not_found(job_id)
         return state
 
+    async def forget(self, job_id: str) -> None:
+        """Delete a job that ended; see :meth:`Client.forget`."""
+        call = ended_calls.forget([check_id(job_id)])
+        (state,) = await self._answered(lambda protocol: protocol.run(call))
+        check_forgotten(job_id, state)
+
+    async def requeue(self, job_id: str) -> JobState:
+        """Enqueue a job anew that ended without finishing; see :meth:`Client.requeue`."""
+        call = ended_calls.requeue(check_id(job_id))
+        return requeued_state(job_id, await self._answered(lambda protocol: protocol.run(call)))
+
     async def _follow(
         self, job_id: str, reader: Reader, deadline_s: float | None = None
     ) -> AsyncGenerator[Event, None]:
@@ -182,7 +194,10 @@ class AsyncClient(BaseClient):
             await asyncio.sleep(retries.failed(error, asyncio.get_running_loop().time()))
             return []
         retries.succeeded()
-        return self._feed(reader, job_id, replies)
+        try:
+            return self._feed(reader, job_id, replies)
+        except EventsGone as gone:
+            raise EventsGone(gone.message, result=await self.result(job_id)) from None
 
     async def _texts(
         self, job_id: str, events: AsyncGenerator[Event, None]

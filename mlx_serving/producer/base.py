@@ -15,13 +15,14 @@ from mlx_serving.common.errors import (
     JobNotFound,
     ResultTimeout,
     StreamReset,
-    TenantLimited,
 )
 from mlx_serving.common.events import RESET, decode
+from mlx_serving.common.lifetimes import Lifetimes
 from mlx_serving.common.protocol import calls
 from mlx_serving.common.protocol.fields import JobField
+from mlx_serving.common.protocol.stored_events import payloads
 from mlx_serving.common.redis.connection import resolve
-from mlx_serving.common.results import GenerationResult, Timings
+from mlx_serving.common.results import EventsGone, GenerationResult, Timings
 from mlx_serving.common.signing import Signer
 from mlx_serving.common.states import TERMINAL, JobState
 from mlx_serving.producer.envelope import seal
@@ -78,7 +79,9 @@ class BaseClient:
         self.keys = self.endpoint.keys
         # Remembered: a batch asks it for each job.
         self._serves = lru_cache(maxsize=256)(partial(_is_at, self.endpoint, self.settings))
-        self._signer = Signer(key.get_secret_value() for key in self.settings.jobs.signing_keys)
+        jobs = self.settings.jobs
+        self._signer = Signer(key.get_secret_value() for key in jobs.signing_keys)
+        self._lifetimes = Lifetimes(jobs.queued_ttl, jobs.events_ttl, jobs.failed_ttl)
 
     def _seal(self, job: JobLike | None, fields: Mapping[str, Any]) -> EnqueueEntry:
         """Validate a job given as an object, a mapping or keywords, and seal it."""
@@ -93,7 +96,7 @@ class BaseClient:
             reason = "is served by another Redis than this client's: open a Client(model=…) for it"
             raise InvalidJob([FieldError("model", reason)])
         limit = self.settings.jobs.max_bytes
-        return seal(job, max_payload_bytes=limit, signer=self._signer)
+        return seal(job, max_payload_bytes=limit, signer=self._signer, lifetimes=self._lifetimes)
 
     def _seal_all(self, jobs: Iterable[JobLike]) -> list[EnqueueEntry]:
         """Seal every job, or raise the errors of all that are wrong, each under ``jobs[i].``."""
@@ -123,6 +126,7 @@ class BaseClient:
 
         Raises:
             JobNotFound: there is no such job, or its result has expired.
+            EventsGone: it ended, and events that the consumer lacks are no longer kept.
             CorruptJob: its control hash can't be read.
 
         """
@@ -133,9 +137,11 @@ class BaseClient:
             committed, now = int(seq or 0), JobState(state.decode())
         except ValueError:
             raise CorruptJob(f"the control hash of job {job_id!r} can't be read") from None
-        entries = read[0] if read else []
+        entries, after = read[0] if read else [], reader.replay_from
+        if now in TERMINAL and not entries and after is not None and committed > after:
+            raise EventsGone(f"the events of job {job_id} are gone: it ended too long ago")
         return reader.replay(
-            calls.payloads(entries),
+            payloads(entries),
             committed=committed,
             over=now in TERMINAL,
             waiting=now is JobState.QUEUED,
@@ -170,25 +176,6 @@ def batches(entries: Sequence[EnqueueEntry]) -> Iterable[list[Call[list[EnqueueR
             calls.enqueue_many(batch[first : first + SCRIPT_BATCH])
             for first in range(0, len(batch), SCRIPT_BATCH)
         ]
-
-
-def check_admitted(entries: Sequence[EnqueueEntry], replies: Sequence[EnqueueReply]) -> None:
-    """Check that no job was refused.
-
-    Raises:
-        TenantLimited: some were; the error says which were enqueued.
-
-    """
-    refused = [(e, r.refusal) for e, r in zip(entries, replies, strict=True) if r.refusal]
-    if not refused:
-        return
-    (first, why), tenants = refused[0], {entry.tenant for entry, _ in refused}
-    text = f"tenant {first.tenant!r} has {why.queued} jobs queued and may have {why.limit}"
-    if len(entries) > 1:
-        others = f", and {len(tenants) - 1} more tenants" if len(tenants) > 1 else ""
-        text += f": {len(refused)} of {len(entries)} jobs were not enqueued{others}"
-    ids = [None if r.refusal else e.job_id for e, r in zip(entries, replies, strict=True)]
-    raise TenantLimited(text, tenant=first.tenant, limit=why.limit, queued=why.queued, job_ids=ids)
 
 
 def text_of(event: Event) -> str:

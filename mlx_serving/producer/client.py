@@ -10,17 +10,17 @@ from contextlib import closing
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, overload
 
-from mlx_serving.common.protocol import calls
+from mlx_serving.common.protocol import calls, ended_calls
 from mlx_serving.common.protocol.client import Protocol
 from mlx_serving.common.redis.connection import connect
 from mlx_serving.common.redis.retrying import FAULTS, answered
+from mlx_serving.common.results import EventsGone
 from mlx_serving.common.states import TERMINAL
 from mlx_serving.producer.assembler import StreamAssembler
 from mlx_serving.producer.base import (
     CANCELLED_BY_CLIENT,
     BaseClient,
     batches,
-    check_admitted,
     check_id,
     not_found,
     text_of,
@@ -29,6 +29,7 @@ from mlx_serving.producer.base import (
 from mlx_serving.producer.end_watch import EndWatch
 from mlx_serving.producer.handles import JobHandle
 from mlx_serving.producer.live_feed import LiveFeed
+from mlx_serving.producer.refusals import check_admitted, check_forgotten, requeued_state
 from mlx_serving.producer.retry_window import RetryWindow
 
 if TYPE_CHECKING:
@@ -89,6 +90,7 @@ class Client(BaseClient):
 
         Raises:
             InvalidJob: a field is wrong; the message names each one.
+            IdempotencyConflict: the job's ``idempotency_key`` names a job with another payload.
             TenantLimited: the job's tenant is at its limit of queued jobs; nothing is written.
             QueueUnavailable: Redis is away, and the job may or may not have been enqueued.
                 Give an ``idempotency_key`` to submit it again without a duplicate.
@@ -104,8 +106,9 @@ class Client(BaseClient):
 
         Raises:
             InvalidJob: fields are wrong; paths begin with ``jobs[i].``; nothing is written.
-            TenantLimited: a tenant has reached its limit of queued jobs. Other jobs were enqueued:
-                the error's ``job_ids`` says which.
+            IdempotencyConflict: a key names a job with another payload.
+            TenantLimited: a tenant has reached its limit of queued jobs. With this and the error
+                before it other jobs were enqueued: the error's ``job_ids`` says which.
             QueueUnavailable: Redis is away; the first ones may have been enqueued.
 
         """
@@ -143,6 +146,7 @@ class Client(BaseClient):
 
         Raises:
             JobNotFound: there is no such job, or its ``result_ttl`` is over.
+            EventsGone: it ended, and its events are no longer kept; ``.result`` has its output.
             StreamConflict, StreamGap: Redis lost events that it had acknowledged.
             QueueUnavailable: Redis has been away for a minute (2 s before the first event).
             ValueError: ``after_seq`` is negative.
@@ -190,6 +194,31 @@ class Client(BaseClient):
             raise not_found(job_id)
         return state
 
+    def forget(self, job_id: str) -> None:
+        """Delete a job that ended: its result, events and payload, at once. Idempotent.
+
+        Raises:
+            JobNotEnded: it waits or runs; cancel it first.
+
+        """
+        call = ended_calls.forget([check_id(job_id)])
+        (state,) = answered(lambda: self._protocol.run(call))
+        check_forgotten(job_id, state)
+
+    def requeue(self, job_id: str) -> JobState:
+        """Enqueue a job anew that ended without finishing: under its id, with its payload.
+
+        Its events begin anew; its deadline counts from now. Returns the state after the call: a
+        job that waits, runs or finished stays as it is.
+
+        Raises:
+            JobNotFound: there is no such job, or its payload is no longer kept.
+            TenantLimited: the job's tenant is at its limit of queued jobs.
+
+        """
+        call = ended_calls.requeue(check_id(job_id))
+        return requeued_state(job_id, answered(lambda: self._protocol.run(call)))
+
     def _follow(
         self, job_id: str, reader: Reader, deadline_s: float | None = None
     ) -> Generator[Event, None, None]:
@@ -215,7 +244,10 @@ class Client(BaseClient):
             time.sleep(retries.failed(error, time.monotonic()))
             return []
         retries.succeeded()
-        return self._feed(reader, job_id, replies)
+        try:
+            return self._feed(reader, job_id, replies)
+        except EventsGone as gone:
+            raise EventsGone(gone.message, result=self.result(job_id)) from None
 
     def _texts(
         self, job_id: str, events: Generator[Event, None, None]

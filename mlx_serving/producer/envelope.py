@@ -5,6 +5,7 @@ RQ itself builds the hash, so that RQ's tools can read it.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import secrets
 import zlib
@@ -19,6 +20,7 @@ from rq.serializers import JSONSerializer
 from mlx_serving.common import limits
 from mlx_serving.common.errors import FieldError, PayloadTooLarge
 from mlx_serving.common.job.schema import JOB_FUNCTION
+from mlx_serving.common.lifetimes import DEFAULT
 from mlx_serving.common.protocol.calls import EnqueueEntry, iso_now
 from mlx_serving.common.protocol.fields import SIGNATURE_FIELD
 from mlx_serving.common.signing import Signer
@@ -30,14 +32,24 @@ if TYPE_CHECKING:
     from redis import Redis
 
     from mlx_serving.common.job.schema import GenerationJob
+    from mlx_serving.common.lifetimes import Lifetimes
 
 UNSIGNED: Final = Signer()
+
+RELATIVE: Final = frozenset({"v", "min_protocol", "deadline", "traceparent"})
+"""What a resend of the same job may say otherwise: it counts from now, or names the caller."""
 
 # RQ wants a connection for each job, but a job that is only turned into a hash uses none.
 _NO_CONNECTION = cast("Redis", object())
 
 
-def seal(job: GenerationJob, *, max_payload_bytes: int, signer: Signer = UNSIGNED) -> EnqueueEntry:
+def seal(
+    job: GenerationJob,
+    *,
+    max_payload_bytes: int,
+    signer: Signer = UNSIGNED,
+    lifetimes: Lifetimes = DEFAULT,
+) -> EnqueueEntry:
     """Build the entry that is enqueued: draw a seed, choose an id, build RQ's hash, sign it.
 
     Raises:
@@ -45,6 +57,7 @@ def seal(job: GenerationJob, *, max_payload_bytes: int, signer: Signer = UNSIGNE
 
     """
     wire = job.to_wire()
+    digest = _digest(wire) if job.idempotency_key else ""
     if job.seed is None:
         wire["seed"] = secrets.randbelow(limits.SEED)
     payload = _payload(wire)
@@ -62,10 +75,20 @@ def seal(job: GenerationJob, *, max_payload_bytes: int, signer: Signer = UNSIGNE
         timeout_ms=_milliseconds(job.timeout),
         abandon_ms=_milliseconds(job.abandon_after),
         result_ttl=job.result_ttl,
+        lifetimes=lifetimes,
         stream=job.stream,
         tenant=job.tenant or "",
         marks=marks(job),
+        idempotency_key=job.idempotency_key or "",
+        digest=digest,
     )
+
+
+def _digest(wire: dict[str, object]) -> str:
+    """16 hex digits: the same for jobs that ask for the same; a seed counts if the job has one."""
+    said = {name: value for name, value in wire.items() if name not in RELATIVE}
+    text = msgspec.json.encode(said, order="deterministic")
+    return hashlib.blake2b(text, digest_size=8).hexdigest()
 
 
 def _payload(wire: dict[str, object]) -> bytes:

@@ -10,8 +10,9 @@ import msgspec
 
 from mlx_serving.common import events
 from mlx_serving.common.attempts import Attempt
-from mlx_serving.common.protocol.calls import Call, ClaimedJob, RowReply, WireRow, payloads
+from mlx_serving.common.protocol.calls import Call, ClaimedJob, RowReply, WireRow
 from mlx_serving.common.protocol.fields import EntryField
+from mlx_serving.common.protocol.stored_events import payloads
 from mlx_serving.worker.delivery.held import HeldJob
 from mlx_serving.worker.engine.interface import ModelInfo, Output
 
