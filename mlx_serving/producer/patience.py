@@ -1,7 +1,7 @@
 """How long a reader waits for a live message before it reads Redis anyway. No I/O, no clock.
 
-Live messages make a reader quick. Reads make up for a lost message, so they may be rare where one
-is unlikely to be lost.
+Live messages make a reader quick. Reads only make up for a lost message, so they may be rare while
+messages arrive.
 """
 
 from __future__ import annotations
