@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+from mlx_serving.common.protocol.fields import JobField
 from mlx_serving.common.redis.local import LocalRedis
 from mlx_serving.worker.delivery.sweeper import Sweeper
 from tests.support.helpers import wait_until
@@ -195,7 +196,6 @@ class TestReconcile:
     def test_a_job_that_came_back_meanwhile_is_not_enqueued_twice(self, driver: Driver) -> None:
         driver.enqueue("a")
         from mlx_serving.common.protocol import calls
-from mlx_serving.common.protocol.fields import JobField
 
         call = calls.reconcile(QUEUE, ["a"], lease_ms=1)
         assert driver.protocol.run(call).outcomes == []
