@@ -6,7 +6,7 @@ Threads may share it. Each stream reads on its caller's thread.
 from __future__ import annotations
 
 import time
-from contextlib import closing, suppress
+from contextlib import closing
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, overload
 
@@ -26,6 +26,7 @@ from mlx_serving.producer.base import (
     text_of,
     wait_s,
 )
+from mlx_serving.producer.end_watch import EndWatch
 from mlx_serving.producer.handles import JobHandle
 from mlx_serving.producer.live_feed import LiveFeed
 from mlx_serving.producer.refusals import check_admitted, check_forgotten, requeued_state
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     from mlx_serving.common.results import GenerationResult
     from mlx_serving.common.settings import Settings
     from mlx_serving.common.states import JobState
-    from mlx_serving.producer.base import JobLike
+    from mlx_serving.producer.base import JobLike, Reader
     from mlx_serving.producer.batch.api import Batches
 
 T = TypeVar("T")
@@ -167,9 +168,8 @@ class Client(BaseClient):
         deadline_s = None if timeout is None else time.monotonic() + timeout
         record = self.status(job_id)
         if record.state not in TERMINAL:
-            with suppress(EventsGone):
-                for _ in self._follow(job_id, StreamAssembler(record.seq), deadline_s):
-                    pass
+            for _ in self._follow(job_id, EndWatch(), deadline_s):
+                pass
             record = self.status(job_id)
         payloads = [] if record.result else answered(lambda: self._protocol.read_events(job_id))
         return self._result(record, payloads)
@@ -220,32 +220,32 @@ class Client(BaseClient):
         return requeued_state(job_id, answered(lambda: self._protocol.run(call)))
 
     def _follow(
-        self, job_id: str, assembler: StreamAssembler, deadline_s: float | None = None
+        self, job_id: str, reader: Reader, deadline_s: float | None = None
     ) -> Generator[Event, None, None]:
         retries = RetryWindow()
         with closing(LiveFeed(self._live, self.keys.channel(job_id))) as feed:
-            while not assembler.ended:
-                timeout_s = wait_s(assembler, deadline_s, time.monotonic())
-                if assembler.needs_replay:
-                    yield from self._replay(job_id, assembler, retries)
-                elif assembler.wants_live:
-                    yield from feed.wait(assembler, timeout_s)
+            while not reader.ended:
+                timeout_s = wait_s(reader, deadline_s, time.monotonic())
+                if reader.needs_replay:
+                    yield from self._replay(job_id, reader, retries)
+                elif reader.wants_live:
+                    yield from feed.wait(reader, timeout_s)
                 else:
                     time.sleep(timeout_s)
-                    assembler.silent()
+                    reader.silent()
 
-    def _replay(self, job_id: str, assembler: StreamAssembler, retries: RetryWindow) -> list[Event]:
+    def _replay(self, job_id: str, reader: Reader, retries: RetryWindow) -> list[Event]:
         try:
             with self._redis.pipeline(transaction=False) as pipe:
-                self._queue_snapshot(pipe, job_id, assembler.replay_from)
+                self._queue_snapshot(pipe, job_id, reader.replay_from)
                 replies = pipe.execute()
         except FAULTS as error:
-            assembler.distrust()
+            reader.distrust()
             time.sleep(retries.failed(error, time.monotonic()))
             return []
         retries.succeeded()
         try:
-            return self._feed(assembler, job_id, replies)
+            return self._feed(reader, job_id, replies)
         except EventsGone as gone:
             raise EventsGone(gone.message, result=self.result(job_id)) from None
 

@@ -265,7 +265,7 @@ end
 
 -- Ends a job that no live worker holds: the script itself writes the end event.
 local function finalize_unowned(id, queue, state, code, message, iso, now)
-  local job = read_fields(id, field_list('seq', 'epoch', 'stream', 'owner'))
+  local job = read_fields(id, field_list('seq', 'epoch', 'owner'))
   local seq, epoch = (tonumber(job.seq) or 0) + 1, int(tonumber(job.epoch) or 0)
   local body = '"type":"end","state":"' .. state .. '","error":{"code":"' .. code .. '","message":' ..
     cjson.encode(message) .. ',"retryable":false}}'
@@ -273,7 +273,7 @@ local function finalize_unowned(id, queue, state, code, message, iso, now)
   if kind ~= 'stream' and kind ~= 'none' then redis.call('DEL', k_events(id)) end
   if pcall(append_event, id, seq, entry_of(epoch, ENTRY.body, body)) then  -- fails if the stream is ahead of the hash
     set_fields(id, {seq = int(seq)})
-    if job.stream ~= '0' then pcall(publish_event, id, epoch, seq, ENTRY.body, body) end
+    pcall(publish_event, id, epoch, seq, ENTRY.body, body)
   end
   finalize(id, queue, state, code, message, '', iso, now, job.owner or '', job.epoch or '0', nil)
 end

@@ -176,7 +176,12 @@ class CommitRow(msgspec.Struct, frozen=True, gc=False):
     def of(
         cls, attempt: Attempt, event: Event, *, publish: bool = True, end: JobEnd | None = None
     ) -> CommitRow:
-        """Row of an event that this attempt wrote."""
+        """Row of an event that this attempt wrote.
+
+        Without `publish`, what has no tokens is published all the same: the begin and the end of
+        an attempt, so that whoever waits for them need not poll.
+        """
+        publish = publish or not event.has_tokens
         return cls(attempt, event.seq, events.body(event), event.has_tokens, publish, end)
 
 
