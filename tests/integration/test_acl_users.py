@@ -108,10 +108,13 @@ def test_a_doctor_warns_of_nothing_that_its_user_may_not_see(user: str) -> None:
     assert unseen == {
         "worker": {"redis persistence"},
         "monitor": {"redis persistence", "redis scripts"},
-        "producer": {"redis persistence", "redis version", "redis maxmemory-policy", "fleet"},
+        "producer": {
+            "redis persistence", "redis version", "redis maxmemory-policy", "fleet",
+            "redis key types",
+        },
         "operator": {
             "redis persistence", "redis version", "redis maxmemory-policy", "fleet",
-            "redis scripts",
+            "redis scripts", "redis key types",
         },
     }[user]  # fmt: skip
 

@@ -12,7 +12,7 @@ import pytest
 import redis
 
 from mlx_serving import Client
-from mlx_serving.common.errors import QueueUnavailable
+from mlx_serving.common.errors import MissingPermission
 from mlx_serving.common.protocol import calls
 from mlx_serving.common.protocol.client import Protocol
 from mlx_serving.common.protocol.keys import Keys
@@ -165,7 +165,7 @@ def test_the_reviewers_case(server: LocalRedis, driver: Driver) -> None:
     forbid(driver, "mlxs:open:*")
     job = {"model": "tally", "prompt": "x", "max_tokens": 2, "idempotency_key": "order-7"}
     with Client(settings=quick_settings(as_user(server.url, "half", "x"))) as client:
-        with pytest.raises(QueueUnavailable):
+        with pytest.raises(MissingPermission):
             client.submit(job)
         assert list(driver.redis.scan_iter("mlxs:job:*")) == []
         forbid(driver)
