@@ -1,13 +1,16 @@
-"""`mlx-serving status` and `mlx-serving cancel`."""
+"""`mlx-serving status`, `mlx-serving cancel` and `mlx-serving pardon`."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mlx_serving.cli.console import print_json, print_table
 from mlx_serving.cli.options import AsJson, ForModel, RedisUrlOption, read_settings
+
+if TYPE_CHECKING:
+    from mlx_serving.cli.overview import QueueView
 
 
 def status(
@@ -55,8 +58,18 @@ def status(
     )
     for failure in failures_of(overview):
         typer.echo(f"\n{failure}")
+    _print_quarantined(overview.queues)
     if overview.suspended:
         typer.echo("\nRQ is suspended: no worker takes a job until `rq resume`")
+
+
+def _print_quarantined(queues: list[QueueView]) -> None:
+    for queue in queues:
+        for job_id in queue.quarantined:
+            typer.echo(
+                f"\n{queue.name}: job {job_id} is quarantined: its workers were lost while it ran "
+                f"alone. `mlx-serving pardon {job_id}` runs it again, `cancel` ends it"
+            )
 
 
 def cancel(
@@ -73,6 +86,34 @@ def cancel(
 
     with Client(settings=read_settings(redis_url), model=model) as client:
         state = client.cancel(job_id)
+    if as_json:
+        print_json({"id": job_id, "state": state.value})
+    else:
+        typer.echo(state.value)
+
+
+def pardon(
+    job_id: Annotated[str, typer.Argument(help="A job that is quarantined.")],
+    as_json: AsJson = False,
+    model: ForModel = None,
+    redis_url: RedisUrlOption = None,
+) -> None:
+    """Let a job run again that is quarantined because workers were lost with it.
+
+    Its losses are taken back: it runs as if it had none. Prints the job's state.
+    """
+    from mlx_serving.common.protocol import calls
+    from mlx_serving.common.protocol.client import Protocol
+    from mlx_serving.common.redis.connection import connect, resolve
+    from mlx_serving.common.redis.retrying import answered
+    from mlx_serving.producer.base import not_found
+
+    endpoint = resolve(read_settings(redis_url), model)
+    with connect(endpoint) as connection:
+        protocol = Protocol(connection, endpoint.keys)
+        state = answered(lambda: protocol.run(calls.pardon(job_id)))
+    if state is None:
+        raise not_found(job_id)
     if as_json:
         print_json({"id": job_id, "state": state.value})
     else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from rq import Queue, worker_registration
 from rq.suspension import is_suspended
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from mlx_serving.common.redis.connection import Endpoint
 
 
+QUARANTINED_SHOWN: Final = 100  # of a queue
+
+
 @dataclass(frozen=True, slots=True)
 class QueueView:
     """The jobs of one queue."""
@@ -33,6 +36,7 @@ class QueueView:
     running: int  # held by a worker
     open: int  # all that have not ended
     oldest_seconds: float | None = None  # age of the oldest open job; None: there is none
+    quarantined: tuple[str, ...] = ()  # ids of open jobs that nobody may claim, some of many
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,13 +83,18 @@ def _queues(client: redis.Redis, keys: Keys) -> list[QueueView]:
             pipe.zcard(keys.leases(name))
             pipe.zcard(keys.open(name))
             pipe.zrange(keys.open(name), 0, 0, withscores=True)
+            pipe.zrange(keys.quarantine(name), 0, QUARANTINED_SHOWN - 1)
         server, *replies = pipe.execute()
     now = server["server_time_usec"] / 1e6
-    columns = (replies[column::4] for column in range(4))
+    columns = (replies[column::5] for column in range(5))
     return [
-        QueueView(name, queued, running, open_, _age(oldest, now))
-        for name, queued, running, open_, oldest in zip(names, *columns, strict=True)
+        QueueView(name, queued, running, open_, _age(oldest, now), _ids(held))
+        for name, queued, running, open_, oldest, held in zip(names, *columns, strict=True)
     ]
+
+
+def _ids(raw: list[bytes]) -> tuple[str, ...]:
+    return tuple(job_id.decode(errors="replace") for job_id in raw)
 
 
 def _age(oldest: list[tuple[bytes, float]], now: float) -> float | None:
@@ -121,6 +130,7 @@ def job_view(record: JobRecord) -> dict[str, object]:
         "worker": record.owner or None,
         "attempt": record.epoch or None,
         "crashes": record.attempts or None,
+        "workers_lost": record.losses or None,
         "events": record.seq,
         "enqueued": _time(record.enqueued_ms),
         "started": _time(record.started_ms),

@@ -6,9 +6,13 @@ import os
 from typing import NamedTuple
 
 
-def new_nonce() -> str:
-    """Return a random name for a claim: 64 bits from the operating system, as 16 hex digits."""
-    return os.urandom(8).hex()
+def new_nonce(machine: str = "") -> str:
+    """Return a name for a claim: 64 random bits as 16 hex digits, and "-<machine>" if one is given.
+
+    `machine` (hex digits) tells which machine was lost, if the worker is.
+    """
+    nonce = os.urandom(8).hex()
+    return f"{nonce}-{machine}" if machine else nonce
 
 
 class Attempt(NamedTuple):

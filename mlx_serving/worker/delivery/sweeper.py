@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 import redis
 import structlog
 
+from mlx_serving.common.machine import machine_id
 from mlx_serving.common.protocol import calls
 
 if TYPE_CHECKING:
@@ -163,10 +164,12 @@ class Sweeper:
 
     def reap(self) -> list[tuple[str, str]]:
         """Take over expired leases, expire queued jobs past their deadline."""
-        call = calls.reap(lease_ms=self._lease_ms, queues=self._queues)
+        call = calls.reap(lease_ms=self._lease_ms, queues=self._queues, machine=machine_id())
         swept = self._protocol.run(call)
         for job_id, outcome in swept.outcomes:
             log.warning("job_reaped", job_id=job_id, outcome=outcome)
+            if outcome == "quarantined":
+                log.error("job_quarantined", job_id=job_id)
         return swept.outcomes
 
     def reconcile(self, queue: str) -> list[tuple[str, str]]:
@@ -180,8 +183,9 @@ class Sweeper:
             pipe.zcard(keys.open(queue))
             pipe.llen(keys.rq_queue(queue))
             pipe.zcard(keys.leases(queue))
-            indexed, listed, leased = pipe.execute()
-        if indexed == listed + leased:
+            pipe.zcard(keys.quarantine(queue))
+            indexed, *held = pipe.execute()
+        if indexed == sum(held):
             self._suspicious.discard(queue)
             return []
         if queue not in self._suspicious:
@@ -195,8 +199,9 @@ class Sweeper:
             pipe.zrange(keys.open(queue), 0, -1)
             pipe.lrange(keys.rq_queue(queue), 0, -1)
             pipe.zrange(keys.leases(queue), 0, -1)
-            indexed, listed, leased = pipe.execute()
-        lost = sorted(set(indexed) - set(listed) - set(leased))  # bytes: not every id is text
+            pipe.zrange(keys.quarantine(queue), 0, -1)
+            indexed, *held = pipe.execute()
+        lost = sorted(set(indexed).difference(*held))  # bytes: not every id is text
         outcomes: list[tuple[str, str]] = []
         for start in range(0, len(lost), PAGE):
             call = calls.reconcile(queue, lost[start : start + PAGE], lease_ms=self._lease_ms)
