@@ -1,4 +1,4 @@
-"""`mlx-serving status`, `mlx-serving cancel` and `mlx-serving pardon`."""
+"""`mlx-serving status`, `cancel`, `pardon`, `forget` and `requeue`: one job, by its id."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from mlx_serving.cli.options import AsJson, ForModel, RedisUrlOption, read_setti
 
 if TYPE_CHECKING:
     from mlx_serving.cli.overview import QueueView
+    from mlx_serving.common.states import JobState
 
 
 def status(
@@ -85,11 +86,42 @@ def cancel(
     from mlx_serving.producer.client import Client
 
     with Client(settings=read_settings(redis_url), model=model) as client:
-        state = client.cancel(job_id)
-    if as_json:
-        print_json({"id": job_id, "state": state.value})
-    else:
-        typer.echo(state.value)
+        _print_state(job_id, client.cancel(job_id), as_json=as_json)
+
+
+def forget(
+    job_id: Annotated[str, typer.Argument(help="The job to forget.")],
+    model: ForModel = None,
+    redis_url: RedisUrlOption = None,
+) -> None:
+    """Delete a job that ended from Redis, with its prompt, events and result.
+
+    A job that waits or runs is refused: cancel it first.
+    """
+    from mlx_serving.producer.client import Client
+
+    with Client(settings=read_settings(redis_url), model=model) as client:
+        client.forget(job_id)
+
+
+def requeue(
+    job_id: Annotated[str, typer.Argument(help="The job to run again.")],
+    as_json: AsJson = False,
+    model: ForModel = None,
+    redis_url: RedisUrlOption = None,
+) -> None:
+    """Run a job again that failed, died, expired or was cancelled, under its id.
+
+    Prints the state after the call; a job that waits, runs or finished stays as it is.
+    """
+    from mlx_serving.producer.client import Client
+
+    with Client(settings=read_settings(redis_url), model=model) as client:
+        _print_state(job_id, client.requeue(job_id), as_json=as_json)
+
+
+def _print_state(job_id: str, state: JobState, *, as_json: bool) -> None:
+    _print_state(job_id, state, as_json=as_json)
 
 
 def pardon(
@@ -102,7 +134,7 @@ def pardon(
 
     Its losses are taken back: it runs as if it had none. Prints the job's state.
     """
-    from mlx_serving.common.protocol import calls
+    from mlx_serving.common.protocol import ended_calls
     from mlx_serving.common.protocol.client import Protocol
     from mlx_serving.common.redis.connection import connect, resolve
     from mlx_serving.common.redis.retrying import answered
@@ -111,10 +143,7 @@ def pardon(
     endpoint = resolve(read_settings(redis_url), model)
     with connect(endpoint) as connection:
         protocol = Protocol(connection, endpoint.keys)
-        state = answered(lambda: protocol.run(calls.pardon(job_id)))
+        state = answered(lambda: protocol.run(ended_calls.pardon(job_id)))
     if state is None:
         raise not_found(job_id)
-    if as_json:
-        print_json({"id": job_id, "state": state.value})
-    else:
-        typer.echo(state.value)
+    _print_state(job_id, state, as_json=as_json)

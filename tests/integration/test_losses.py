@@ -9,7 +9,7 @@ import pytest
 
 from mlx_serving.common import attempts
 from mlx_serving.common.machine import machine_id
-from mlx_serving.common.protocol import calls
+from mlx_serving.common.protocol import calls, ended_calls
 from mlx_serving.common.protocol.calls import HeldRows
 from mlx_serving.common.protocol.fields import JobField
 from mlx_serving.common.states import JobState
@@ -354,12 +354,12 @@ class TestQuarantine:
         assert may_take(held, MACHINES[5]) == []
 
     def test_a_pardon_lets_it_run_again_as_if_nothing_was(self, held: Driver) -> None:
-        assert held.protocol.run(calls.pardon("a")) is JobState.QUEUED
+        assert held.protocol.run(ended_calls.pardon("a")) is JobState.QUEUED
         attempt = take(held, MACHINES[0])
         assert (attempt.job.max_unproven, attempt.job.runs_alone) == (0, False)
         held.commit(attempt, attempt.end())
-        assert held.protocol.run(calls.pardon("a")) is JobState.FINISHED
-        assert held.protocol.run(calls.pardon("unknown")) is None
+        assert held.protocol.run(ended_calls.pardon("a")) is JobState.FINISHED
+        assert held.protocol.run(ended_calls.pardon("unknown")) is None
         assert (quarantined(held), held.listed()) == ([], [])
 
     def test_it_can_be_cancelled(self, held: Driver) -> None:
