@@ -121,7 +121,10 @@ def requeue(
 
 
 def _print_state(job_id: str, state: JobState, *, as_json: bool) -> None:
-    _print_state(job_id, state, as_json=as_json)
+    if as_json:
+        print_json({"id": job_id, "state": state.value})
+    else:
+        typer.echo(state.value)
 
 
 def pardon(

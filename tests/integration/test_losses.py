@@ -6,7 +6,9 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from typer.testing import CliRunner
 
+from mlx_serving.cli.main import app
 from mlx_serving.common import attempts
 from mlx_serving.common.machine import machine_id
 from mlx_serving.common.protocol import calls, ended_calls
@@ -18,6 +20,8 @@ from tests.support.protocol_driver import LANES, QUEUE, Attempt, Driver
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from mlx_serving.common.redis.local import LocalRedis
 
 pytestmark = [
     pytest.mark.usefixtures("settled_redis"),
@@ -361,6 +365,18 @@ class TestQuarantine:
         assert held.protocol.run(ended_calls.pardon("a")) is JobState.FINISHED
         assert held.protocol.run(ended_calls.pardon("unknown")) is None
         assert (quarantined(held), held.listed()) == ([], [])
+
+    def test_the_operator_sees_it_and_pardons_it(
+        self, held: Driver, settled_redis: LocalRedis
+    ) -> None:
+        at = ["--redis-url", settled_redis.url]
+        shown = CliRunner().invoke(app, ["status", *at])
+        assert "tally:default: job a is quarantined" in shown.output
+        assert "workers_lost  5" in CliRunner().invoke(app, ["status", "a", *at]).output
+        assert CliRunner().invoke(app, ["pardon", "a", *at]).output == "queued\n"
+        assert "quarantined" not in CliRunner().invoke(app, ["status", *at]).output
+        assert CliRunner().invoke(app, ["pardon", "unknown", *at]).exit_code == 1
+        assert held.listed() == ["a"]
 
     def test_it_can_be_cancelled(self, held: Driver) -> None:
         assert held.cancel("a") is JobState.CANCELLED
