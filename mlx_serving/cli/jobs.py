@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mlx_serving.cli.console import print_json, print_table
+from mlx_serving.cli.console import harmless, print_json, print_table
 from mlx_serving.cli.options import AsJson, ForModel, RedisUrlOption, read_settings
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ def status(
     redis_url: RedisUrlOption = None,
 ) -> None:
     """Show a job; without an id, show the queues and the workers."""
-    from mlx_serving.cli.overview import job_view, read_overview
+    from mlx_serving.cli.overview import job_view, oddities, read_overview
     from mlx_serving.cli.top_view import failures_of, models_of, span, state_of
     from mlx_serving.producer.client import Client
 
@@ -59,16 +59,18 @@ def status(
     )
     for failure in failures_of(overview):
         typer.echo(f"\n{failure}")
-    _print_quarantined(overview.queues)
+    _print_isolated(overview.queues)
+    for oddity in oddities(overview):
+        typer.echo(f"\n{harmless(oddity)}")
     if overview.suspended:
         typer.echo("\nRQ is suspended: no worker takes a job until `rq resume`")
 
 
-def _print_quarantined(queues: list[QueueView]) -> None:
+def _print_isolated(queues: list[QueueView]) -> None:
     for queue in queues:
-        for job_id in queue.quarantined:
+        for job_id in queue.isolated:
             typer.echo(
-                f"\n{queue.name}: job {job_id} is quarantined: its workers were lost while it ran "
+                f"\n{queue.name}: job {job_id} is isolated: its workers were lost while it ran "
                 f"alone. `mlx-serving pardon {job_id}` runs it again, `cancel` ends it"
             )
 
@@ -128,12 +130,12 @@ def _print_state(job_id: str, state: JobState, *, as_json: bool) -> None:
 
 
 def pardon(
-    job_id: Annotated[str, typer.Argument(help="A job that is quarantined.")],
+    job_id: Annotated[str, typer.Argument(help="A job that is isolated.")],
     as_json: AsJson = False,
     model: ForModel = None,
     redis_url: RedisUrlOption = None,
 ) -> None:
-    """Let a job run again that is quarantined because workers were lost with it.
+    """Let a job run again that is isolated because workers were lost with it.
 
     Its losses are taken back: it runs as if it had none. Prints the job's state.
     """

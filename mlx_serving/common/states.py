@@ -48,7 +48,7 @@ _ENDS: Final = frozenset(
 
 TRANSITIONS: Final[dict[JobState, frozenset[JobState]]] = {
     # Failed from the queue: a control hash so mangled that nobody could claim the job. Dead from
-    # the queue: its workers were lost, and did not come back while it was quarantined.
+    # the queue: its workers were lost, and did not come back while it was isolated.
     JobState.QUEUED: frozenset(
         {JobState.RUNNING, JobState.CANCELLED, JobState.EXPIRED, JobState.FAILED, JobState.DEAD}
     ),

@@ -55,8 +55,8 @@ def lose_on(driver: Driver, *machines: str) -> list[tuple[str, str]]:
     return [outcome for machine in machines for outcome in lose(driver, take(driver, machine))]
 
 
-def quarantined(driver: Driver) -> list[bytes]:
-    ids: Any = driver.redis.zrange(driver.keys.quarantine(QUEUE), 0, -1)
+def isolated(driver: Driver) -> list[bytes]:
+    ids: Any = driver.redis.zrange(driver.keys.isolated(QUEUE), 0, -1)
     return list(ids)
 
 
@@ -149,7 +149,7 @@ class TestSuspicion:
                     driver.commit(attempt, attempt.end())
                     ended.append(job.job_id)
         assert sorted(ended) == ["x", "y", "z"]
-        assert quarantined(driver) == [b"poison"]
+        assert isolated(driver) == [b"poison"]
 
 
 class TestComingBack:
@@ -192,13 +192,13 @@ class TestComingBack:
         lose(driver, running)
         assert take(driver, MACHINES[4]).job.max_unproven == 0
 
-    def test_a_quarantined_job_goes_on(self, driver: Driver) -> None:
+    def test_a_isolated_job_goes_on(self, driver: Driver) -> None:
         driver.enqueue("a", tenant="acme")
         lost = [take_and_lose(driver, machine) for machine in MACHINES[:5]]
-        assert quarantined(driver) == [b"a"]
+        assert isolated(driver) == [b"a"]
         self.renew(driver, lost[-1])
         assert driver.reap(LEASE_MS).outcomes == [("a", "requeued")]
-        assert (quarantined(driver), driver.listed()) == ([], ["a"])
+        assert (isolated(driver), driver.listed()) == ([], ["a"])
         assert driver.redis.lrange(driver.keys.line(QUEUE, "acme"), 0, -1) == [b"a"]
 
     def test_another_life_of_the_same_name_forgives_nothing(self, driver: Driver) -> None:
@@ -220,7 +220,7 @@ class TestEnd:
     def test_two_machines_that_it_was_alone_on_make_it_dead(self, driver: Driver) -> None:
         driver.enqueue("a")
         outcomes = lose_on(driver, *MACHINES[:5])
-        assert outcomes == [*[("a", "requeued")] * 4, ("a", "quarantined")]
+        assert outcomes == [*[("a", "requeued")] * 4, ("a", "isolated")]
         assert (driver.state("a"), driver.listed()) == ("queued", [])
         go_back(driver, "a", HOUR_MS)
         assert awake(driver, MACHINES[3]) == []  # of the other it is not known yet
@@ -232,7 +232,7 @@ class TestEnd:
             "5 workers in all"
         )
         assert (driver.listed(), driver.leased(), driver.indexed()) == ([], [], [])
-        assert quarantined(driver) == []
+        assert isolated(driver) == []
         assert driver.events("a")[-1].state == "dead"
 
     def test_machines_that_never_come_back_prove_it_after_a_day(self, driver: Driver) -> None:
@@ -252,26 +252,26 @@ class TestEnd:
             assert awake(driver, machine, leases=5) == []
         assert driver.state("a") == "queued"
 
-    def test_one_machine_alone_is_quarantined_and_never_dead(self, driver: Driver) -> None:
+    def test_one_machine_alone_is_isolated_and_never_dead(self, driver: Driver) -> None:
         driver.enqueue("a")
         for _ in range(3):
             take_and_lose(driver, MACHINES[0])
         take_and_lose(driver, MACHINES[0])
         assert may_take(driver, MACHINES[0]) == []  # others go first for a while
         go_back(driver, "a", HOUR_MS)
-        assert lose(driver, take(driver, MACHINES[0])) == [("a", "quarantined")]
+        assert lose(driver, take(driver, MACHINES[0])) == [("a", "isolated")]
         go_back(driver, "a", 100 * HOUR_MS)
         assert awake(driver, MACHINES[0]) == []
         assert may_take(driver, MACHINES[0]) == []
         assert driver.state("a") == "queued"
 
-    def test_another_machine_that_comes_takes_it_out_of_quarantine(self, driver: Driver) -> None:
-        self.test_one_machine_alone_is_quarantined_and_never_dead(driver)
+    def test_another_machine_that_comes_takes_it_out_of_isolation(self, driver: Driver) -> None:
+        self.test_one_machine_alone_is_isolated_and_never_dead(driver)
         assert awake(driver, MACHINES[1]) == [("a", "requeued")]
         assert may_take(driver, MACHINES[0]) == []
         attempt = take(driver, MACHINES[1])
         assert attempt.job.runs_alone
-        assert lose(driver, attempt) == [("a", "quarantined")]
+        assert lose(driver, attempt) == [("a", "isolated")]
         go_back(driver, "a", HOUR_MS)
         assert awake(driver, MACHINES[0]) + awake(driver, MACHINES[1]) == [("a", "dead")]
 
@@ -283,7 +283,7 @@ class TestEnd:
             lose(driver, Attempt(job, name))
             go_back(driver, "a", HOUR_MS)
         awake(driver, MACHINES[0])
-        assert (driver.state("a"), quarantined(driver)) == ("queued", [b"a"])
+        assert (driver.state("a"), isolated(driver)) == ("queued", [b"a"])
 
     def test_a_mate_on_the_same_machine_is_company(self, driver: Driver) -> None:
         """The poison ran on the machine's other worker: who was alone beside it is innocent."""
@@ -294,7 +294,7 @@ class TestEnd:
             driver.enqueue("poison" + machine)
             (job,) = driver.claim("neighbour", nonce=attempts.new_nonce(machine)).jobs
             lose(driver, alone, Attempt(job, "neighbour"))
-        assert (quarantined(driver), "a" in driver.listed()) == ([], True)
+        assert (isolated(driver), "a" in driver.listed()) == ([], True)
         go_back(driver, "a", HOUR_MS)
         for machine in MACHINES[3:5]:
             awake(driver, machine)
@@ -319,27 +319,27 @@ class TestEnd:
             driver.commit(attempt, *[attempt.row() for _ in range(20)])
             lose(driver, attempt)
         assert number == 16
-        assert quarantined(driver) == [b"a"]
+        assert isolated(driver) == [b"a"]
 
     def test_workers_that_name_no_machine_are_a_machine_each(self, driver: Driver) -> None:
         driver.enqueue("a")
         for number in range(5):
             lose(driver, driver.take(f"mac, {number}"))
-        assert quarantined(driver) == [b"a"]
+        assert isolated(driver) == [b"a"]
         go_back(driver, "a", 25 * HOUR_MS)
         assert driver.reap(LEASE_MS).outcomes == [("a", "dead")]
 
 
 @pytest.fixture
 def held(driver: Driver) -> Driver:
-    """With a quarantined job `a`."""
+    """With a isolated job `a`."""
     driver.enqueue("a", tenant="acme", deadline_ms=HOUR_MS)
     lose_on(driver, *MACHINES[:5])
-    assert quarantined(driver) == [b"a"]
+    assert isolated(driver) == [b"a"]
     return driver
 
 
-class TestQuarantine:
+class TestIsolation:
     def test_it_is_queued_and_yet_nobody_takes_it(self, held: Driver) -> None:
         held.enqueue("b", tenant="acme")
         assert may_take(held, MACHINES[5]) == ["b"]
@@ -351,7 +351,7 @@ class TestQuarantine:
         held.redis.lpush(held.keys.rq_queue(QUEUE), "junk")
         for _ in range(3):
             assert sweeper.reconcile(QUEUE) == []
-        assert quarantined(held) == [b"a"]
+        assert isolated(held) == [b"a"]
 
     def test_a_hand_that_lists_it_again_starts_nothing(self, held: Driver) -> None:
         held.redis.rpush(held.keys.rq_queue(QUEUE), "a")
@@ -364,38 +364,38 @@ class TestQuarantine:
         held.commit(attempt, attempt.end())
         assert held.protocol.run(ended_calls.pardon("a")) is JobState.FINISHED
         assert held.protocol.run(ended_calls.pardon("unknown")) is None
-        assert (quarantined(held), held.listed()) == ([], [])
+        assert (isolated(held), held.listed()) == ([], [])
 
     def test_the_operator_sees_it_and_pardons_it(
         self, held: Driver, settled_redis: LocalRedis
     ) -> None:
         at = ["--redis-url", settled_redis.url]
         shown = CliRunner().invoke(app, ["status", *at])
-        assert "tally:default: job a is quarantined" in shown.output
+        assert "tally:default: job a is isolated" in shown.output
         assert "workers_lost  5" in CliRunner().invoke(app, ["status", "a", *at]).output
         assert CliRunner().invoke(app, ["pardon", "a", *at]).output == "queued\n"
-        assert "quarantined" not in CliRunner().invoke(app, ["status", *at]).output
+        assert "isolated" not in CliRunner().invoke(app, ["status", *at]).output
         assert CliRunner().invoke(app, ["pardon", "unknown", *at]).exit_code == 1
         assert held.listed() == ["a"]
 
     def test_it_can_be_cancelled(self, held: Driver) -> None:
         assert held.cancel("a") is JobState.CANCELLED
-        assert (quarantined(held), held.indexed()) == ([], [])
+        assert (isolated(held), held.indexed()) == ([], [])
 
     def test_it_can_be_cancelled_with_rqs_tools(self, held: Driver) -> None:
         held.redis.hset("rq:job:a", "status", "canceled")
         assert held.reap(LEASE_MS).outcomes == [("a", "cancelled")]
-        assert quarantined(held) == []
+        assert isolated(held) == []
 
     def test_its_deadline_ends_it(self, held: Driver) -> None:
         held.redis.zadd("mlxs:deadlines", {"a": 1})
         assert held.reap(LEASE_MS).outcomes == [("a", "expired")]
-        assert quarantined(held) == []
+        assert isolated(held) == []
 
     def test_an_odd_hash_of_it_stops_nobody(self, held: Driver) -> None:
         held.redis.hset(held.keys.job("a"), "seq", "odd")
         held.reap(LEASE_MS)
-        assert (held.record("a").error_code, quarantined(held)) == ("corrupt_job", [])
+        assert (held.record("a").error_code, isolated(held)) == ("corrupt_job", [])
 
     def test_odd_losses_and_machines_are_none(self, driver: Driver) -> None:
         driver.enqueue("a")
@@ -413,7 +413,7 @@ class TestQuarantine:
             time.sleep(0.002)
             lose(driver, Attempt(job, name))
             time.sleep(0.002)
-        assert quarantined(driver) == [b"a"]
+        assert isolated(driver) == [b"a"]
         go_back(driver, "a", HOUR_MS)
         assert awake(driver, MACHINES[0]) + awake(driver, MACHINES[1]) == [("a", "dead")]
 

@@ -109,7 +109,7 @@ def test_a_job_that_takes_machines_with_it_is_dead_and_its_mates_end(
         check_answers(client, submit(client, 3, 10), 10)
 
 
-def test_on_the_only_machine_it_is_quarantined_and_its_mates_end(
+def test_on_the_only_machine_it_is_isolated_and_its_mates_end(
     server: LocalRedis, client: Client
 ) -> None:
     with (
@@ -119,7 +119,7 @@ def test_on_the_only_machine_it_is_quarantined_and_its_mates_end(
         (bad,) = submit(client, 1, 40, prompt=POISON)
         good = submit(client, 12, 40)
         check_answers(client, good, 40)
-        wait_until(lambda: connection.zcard("mlxs:quarantine:tally:default"), timeout=90)
+        wait_until(lambda: connection.zcard("mlxs:isolated:tally:default"), timeout=90)
         deaths = machine.deaths
         check_answers(client, submit(client, 3, 10), 10)
         time.sleep(3 * LEASE_SECONDS)

@@ -1,7 +1,7 @@
 -- Losses: attempts whose worker let its lease run out and has not shown itself since. Follows the prelude.
 -- A job's losses are entries "<nonce>,<ms>,<alone>,<machine>,<owner>", a space between two; `alone`: since when (ms) it ran
 -- alone, 0: it did not, or another worker was lost on its machine meanwhile. A worker that comes back (a Mac that slept) sends its attempt's nonce with its next call, and that takes the loss back. What stays counts: from SUSPECT losses
--- on the job runs in small company, from one more on alone, to its end. Lost alone twice, it is quarantined: on no list, so that
+-- on the job runs in small company, from one more on alone, to its end. Lost alone twice, it is isolated: on no list, so that
 -- it takes no other machine with it. It is dead once two machines that it was alone on are known not to have slept.
 -- A nonce ends in '-' and the machine of its worker; of a machine Redis holds "<since>,<seen>", between which it was awake, and
 -- then " <owner>,<ms>" of the workers that were lost there last.
@@ -9,7 +9,7 @@ local LOSSES = {}
 
 do
 local SUSPECT, COMPANY = 2, 4
-local MOST = 16  -- losses kept; with so many a job is quarantined, alone or not
+local MOST = 16  -- losses kept; with so many a job is isolated, alone or not
 local PROGRESS = 16  -- events of an attempt that show that it did not die of how it began
 local KEPT, KEPT_MS, DAY_MS = 16, 172800000, 86400000
 local AWAKE, TOGETHER, OTHERS_FIRST = 6, 3, 6  -- leases
@@ -103,7 +103,7 @@ function LOSSES.is_barred(job, nonce, worker, now, lease)
   return count >= 2 or (machines[here] or 0) >= 2 or (last > 0 and now - last < OTHERS_FIRST * lease)
 end
 
--- Notes that a running attempt was lost; returns whether the job is to be quarantined. `job`: LOSSES.READ.
+-- Notes that a running attempt was lost; returns whether the job is to be isolated. `job`: LOSSES.READ.
 LOSSES.READ = {'losses', 'alone', 'nonce', 'seq', 'owner', 'queue', 'tenant'}
 function LOSSES.note(id, job, now)
   local nonce, owner = job.nonce or 'none', plain(job.owner)
@@ -125,13 +125,13 @@ function LOSSES.note(id, job, now)
 end
 
 -- Takes a queued job off its list, out of every claim's sight.
-function LOSSES.quarantine(id, job, now)
+function LOSSES.isolate(id, job, now)
   redis.call('LREM', k_rq_queue(job.queue), 1, id)
   if job.tenant then tolerantly(leave_line, id, job.queue, job.tenant) end
-  redis.call('ZADD', k_quarantine(job.queue), int(now), id)
+  redis.call('ZADD', k_isolated(job.queue), int(now), id)
 end
 
--- What becomes of a quarantined job: 'dead' and why, 'requeued', or nil: it stays. `here`: machine of the caller, or ''.
+-- What becomes of an isolated job: 'dead' and why, 'requeued', or nil: it stays. `here`: machine of the caller, or ''.
 function LOSSES.judge(id, job, here, now, lease)
   local entries, machines, owners, count, ends, gone = read(job.losses), {}, {}, 0, 0, 0
   for _, loss in ipairs(entries) do
@@ -158,7 +158,7 @@ function LOSSES.judge(id, job, here, now, lease)
   return nil
 end
 
--- Notes that a machine is awake. Nobody asks before a job is quarantined.
+-- Notes that a machine is awake. Nobody asks before a job is isolated.
 function LOSSES.see(machine, now, lease)
   if machine == '' then return end
   local found = read_machine(machine)
