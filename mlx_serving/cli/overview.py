@@ -145,9 +145,9 @@ def _ids(raw: list[bytes]) -> tuple[str, ...]:
     return tuple(job_id.decode(errors="replace") for job_id in raw)
 
 
-def _age(oldest: list[tuple[bytes, float]], now: float) -> float | None:
-    """Seconds since the enqueue of a queue's oldest open job; None if there is none."""
-    return max(0.0, now - oldest[0][1] / 1000) if oldest else None
+def _age(oldest: list[bytes], now: float) -> float | None:
+    """Seconds since the enqueue (its id and time, ms) of a queue's oldest open job, if any."""
+    return max(0.0, now - float(oldest[1]) / 1000) if oldest else None
 
 
 def _workers(reader: _Reader, keys: Keys) -> list[WorkerRecord]:

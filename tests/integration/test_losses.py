@@ -9,6 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from mlx_serving.cli.main import app
+from mlx_serving.cli.overview import look
 from mlx_serving.common import attempts
 from mlx_serving.common.machine import machine_id
 from mlx_serving.common.protocol import calls, ended_calls
@@ -372,6 +373,9 @@ class TestIsolation:
         at = ["--redis-url", settled_redis.url]
         shown = CliRunner().invoke(app, ["status", *at])
         assert "tally:default: job a is isolated" in shown.output
+        (queue,) = look(held.redis, held.keys).queues
+        assert queue.oldest_seconds is not None
+        assert queue.oldest_seconds < 60
         assert "workers_lost  5" in CliRunner().invoke(app, ["status", "a", *at]).output
         assert CliRunner().invoke(app, ["pardon", "a", *at]).output == "queued\n"
         assert "isolated" not in CliRunner().invoke(app, ["status", *at]).output
