@@ -9,6 +9,7 @@ import asyncio
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypeVar, overload
 
+from mlx_serving.common.events import Cursor
 from mlx_serving.common.protocol import calls
 from mlx_serving.common.protocol.client import AsyncProtocol
 from mlx_serving.common.redis.connection import connect_async
@@ -109,24 +110,24 @@ class AsyncClient(BaseClient):
         ]
 
     @overload
-    def stream(self, job_id: str, after_seq: int = 0) -> AsyncGenerator[Event, None]: ...
+    def stream(self, job_id: str, after: str = "") -> AsyncGenerator[Event, None]: ...
     @overload
     def stream(
-        self, job_id: str, after_seq: int = 0, *, text: Literal[False]
+        self, job_id: str, after: str = "", *, text: Literal[False]
     ) -> AsyncGenerator[Event, None]: ...
     @overload
     def stream(
-        self, job_id: str, after_seq: int = 0, *, text: Literal[True]
+        self, job_id: str, after: str = "", *, text: Literal[True]
     ) -> AsyncGenerator[str, None]: ...
     def stream(
-        self, job_id: str, after_seq: int = 0, *, text: bool = False
+        self, job_id: str, after: str = "", *, text: bool = False
     ) -> AsyncGenerator[Event, None] | AsyncGenerator[str, None]:
-        """Follow a job from the event after ``after_seq`` to its end; see :meth:`Client.stream`.
+        """Follow a job from a cursor to its end; see :meth:`Client.stream`.
 
         Close the iterator (`contextlib.aclosing`) if you leave it early: that ends its
         subscription at once, not when it is garbage-collected.
         """
-        events = self._follow(check_id(job_id), StreamAssembler(after_seq))
+        events = self._follow(check_id(job_id), StreamAssembler(Cursor.parse(after, "after")))
         return self._texts(job_id, events) if text else events
 
     async def result(self, job_id: str, timeout: float | None = None) -> GenerationResult:  # noqa: ASYNC109 -- as the sync twin
@@ -135,7 +136,8 @@ class AsyncClient(BaseClient):
         deadline_s = None if timeout is None else loop.time() + timeout
         record = await self.status(job_id)
         if record.state not in TERMINAL:
-            async for _ in self._follow(job_id, StreamAssembler(record.seq), deadline_s):
+            unchecked = StreamAssembler(Cursor(record.seq, ""))
+            async for _ in self._follow(job_id, unchecked, deadline_s):
                 pass
             record = await self.status(job_id)
         if record.result:

@@ -122,7 +122,7 @@ class BaseClient:
         if state is None:
             raise not_found(job_id)
         try:
-            committed, over = int(seq or 0), JobState(state.decode()) in TERMINAL
+            committed, over = max(0, int(seq or 0)), JobState(state.decode()) in TERMINAL
         except ValueError:
             raise CorruptJob(f"the control hash of job {job_id!r} can't be read") from None
         return assembler.replay(
@@ -189,7 +189,7 @@ def text_of(event: Event) -> str:
 
     """
     if event.type == RESET:
-        raise StreamReset(seq=event.seq)
+        raise StreamReset(cursor=event.cursor)
     return event.text
 
 

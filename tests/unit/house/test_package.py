@@ -45,7 +45,6 @@ EXPORTED = [
     "QueueUnavailable",
     "ResultTimeout",
     "Settings",
-    "StreamConflict",
     "StreamGap",
     "StreamReset",
     "TenantLimited",
