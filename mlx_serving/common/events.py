@@ -25,7 +25,6 @@ from typing import Final, NamedTuple
 
 import msgspec
 
-from mlx_serving.common.attempts import TAG_CHARS
 from mlx_serving.common.errors import CorruptEvent
 from mlx_serving.common.protocol.fields import EVENT_OPENING
 
@@ -77,7 +76,7 @@ class Cursor(NamedTuple):
 
 
 BEGINNING: Final = Cursor(0, "")
-_CURSOR: Final = re.compile(rf"([1-9][0-9]{{0,14}})-([0-9a-f]{{{TAG_CHARS}}})")
+_CURSOR: Final = re.compile(r"([1-9][0-9]{0,14})-([0-9a-f]{8})")  # 8: TAG_CHARS
 
 
 class TopLogprob(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):

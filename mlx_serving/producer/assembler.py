@@ -110,8 +110,8 @@ class StreamAssembler:
     def receive(self, payload: bytes) -> list[Event]:
         """Take one live message; return the events it makes ready, in order.
 
-        One that does not go on from what was delivered waits until the stream was read:
-        where another attempt begins, the stream says whether it is the job's.
+        One that does not go on from what was delivered waits until the stream was read: if
+        another attempt begins, the stream says whether it is the job's.
         """
         if self.ended:
             return []

@@ -349,8 +349,11 @@ def test_live_messages_of_the_old_primary_are_not_spliced(kind: str) -> None:
             for word in ("three ", "four ", "five "):
                 row.say(word)
                 new.say(word)
-            wait_until(lambda: "reset" in kinds(reader.events) or reader.error)
-            row.say("six ")
+            new.say("six ")
+            assert row.seq == new.seq
+            seen = wait_until(lambda: reader.events[-1] == new.written[-1] or reader.error)
+            assert seen is True
+            row.say("seven ")  # would come next, were it not the old attempt's
             new.end()
         at = kinds(reader.events).index("reset")
         assert reader.events[:at] == row.written[:at]

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mlx_serving.common.attempts import Attempt, new_nonce
 from mlx_serving.common.errors import CorruptEvent
 from mlx_serving.common.events import (
     BEGINNING,
@@ -47,6 +48,8 @@ def test_a_tag_is_never_omitted_so_that_every_event_has_the_same_opening() -> No
 class TestCursor:
     def test_an_event_gives_it_and_it_reads_back(self) -> None:
         assert PLAIN.cursor == "2-0f1e2d3c"
+        tag = Attempt("a", 1, new_nonce()).tag
+        assert Cursor.parse(str(Cursor(2, tag)), "after") == Cursor(2, tag)
         assert Cursor.parse(PLAIN.cursor, "after") == Cursor(2, TAG)
 
     def test_a_reset_of_the_reader_s_leads_to_the_beginning(self) -> None:
