@@ -31,7 +31,10 @@ if TYPE_CHECKING:
 
 KEEP_ALIVE_S = 15.0  # proxies close what is silent longer; also notices who has gone
 
-STATUS = {"job_not_found": 404, "invalid_job": 422, "payload_too_large": 413}
+STATUS = {
+    "job_not_found": 404, "invalid_job": 422, "idempotency_key_reused": 422,
+    "payload_too_large": 413,
+}  # fmt: skip
 
 
 @asynccontextmanager

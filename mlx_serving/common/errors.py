@@ -6,6 +6,7 @@
       * ModelUnreachable  its files are on a hub that does not answer now
     * PayloadTooLarge     the job is larger than the limit on its bytes
     * InvalidSchema       a schema, regex or grammar that the worker can't enforce
+    * IdempotencyConflict its idempotency key names a job with another payload
   * CorruptJob            what Redis holds under a job's id is not a job of ours
     * ForeignFunction     it names a function, callback or webhook that is not ours
     * BadSignature        it is not signed by a key that this worker knows
@@ -84,6 +85,24 @@ class InvalidJob(_FieldErrors, MlxServingError):
 
     code = "invalid_job"
 
+    def __init__(
+        self,
+        errors: Iterable[FieldError | tuple[str, str]] | str | None = None,
+        *,
+        job_ids: Iterable[str | None] = (),
+    ) -> None:
+        """Keep each wrong field.
+
+        `job_ids`: empty if nothing was enqueued; else, if Redis refused some of the jobs, in their
+        order the id of each that was enqueued and None for each that was not.
+        """
+        super().__init__(errors)
+        self.job_ids = tuple(job_ids)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle with the ids, which `Exception` would leave out."""
+        return partial(type(self), self.errors, job_ids=self.job_ids), ()
+
 
 class UnknownModel(InvalidJob):
     """No worker serves this model: it is neither an alias nor a name in the settings."""
@@ -108,6 +127,12 @@ class InvalidSchema(InvalidJob):
     """The worker can't enforce this schema, regex or grammar."""
 
     code = "invalid_schema"
+
+
+class IdempotencyConflict(InvalidJob):
+    """The job's idempotency key names a job with another payload."""
+
+    code = "idempotency_key_reused"
 
 
 class CorruptJob(MlxServingError):

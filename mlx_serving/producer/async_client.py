@@ -1,18 +1,17 @@
 """The asyncio client: the same calls as `Client`, its streams on one shared connection.
 
-Belongs to the event loop it is first used in.
+It may be made outside an event loop and used in several, each with connections of its own.
 """
 
 from __future__ import annotations
 
 import asyncio
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, overload
 
 from mlx_serving.common.events import Cursor
 from mlx_serving.common.protocol import calls
 from mlx_serving.common.protocol.client import AsyncProtocol
-from mlx_serving.common.redis.connection import connect_async
 from mlx_serving.common.redis.retrying import FAULTS, retry_idempotent_async, unavailable
 from mlx_serving.common.states import TERMINAL
 from mlx_serving.producer.assembler import StreamAssembler
@@ -20,31 +19,30 @@ from mlx_serving.producer.base import (
     CANCELLED_BY_CLIENT,
     BaseClient,
     batches,
-    check_admitted,
     check_id,
     not_found,
     text_of,
     wait_s,
 )
 from mlx_serving.producer.handles import AsyncJobHandle
+from mlx_serving.producer.loop_connections import ConnectionsByLoop
+from mlx_serving.producer.refusals import check_admitted
 from mlx_serving.producer.retry_window import RetryWindow
-from mlx_serving.producer.stream_hub import Mailbox, StreamHub
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 
     from mlx_serving.common.events import Event
+    from mlx_serving.common.protocol.calls import EnqueueReply
     from mlx_serving.common.protocol.client import JobRecord
     from mlx_serving.common.results import GenerationResult
     from mlx_serving.common.settings import Settings
     from mlx_serving.common.states import JobState
     from mlx_serving.producer.base import JobLike
     from mlx_serving.producer.batch.api import AsyncBatches
+    from mlx_serving.producer.stream_hub import Mailbox
 
 T = TypeVar("T")
-
-CONCURRENT_CALLS: Final = 16
-"""Most commands at once: a hundred streams that replay share as many connections."""
 
 
 class AsyncClient(BaseClient):
@@ -59,10 +57,7 @@ class AsyncClient(BaseClient):
         tenant: str | None = None,
     ) -> None:
         super().__init__(url, settings=settings, model=model, tenant=tenant)
-        self._redis = connect_async(self.endpoint)
-        self._protocol = AsyncProtocol(self._redis, self.keys)
-        self._hub = StreamHub(self._redis)
-        self._calls = asyncio.Semaphore(CONCURRENT_CALLS)
+        self._connections = ConnectionsByLoop(self.endpoint)
 
     async def __aenter__(self) -> Self:
         return self
@@ -71,13 +66,11 @@ class AsyncClient(BaseClient):
         await self.aclose()
 
     async def aclose(self) -> None:
-        """Close all connections; jobs go on. Idempotent.
+        """Close the running event loop's connections; jobs go on. Idempotent.
 
-        A later call opens connections again, but its streams get no live messages: they only
-        poll the job's stream.
+        A later call opens connections again. `asyncio.run` closes a loop's at its end by itself.
         """
-        await self._hub.aclose()
-        await self._redis.aclose()
+        await self._connections.aclose()
 
     @property
     def batches(self) -> AsyncBatches:
@@ -90,19 +83,17 @@ class AsyncClient(BaseClient):
     async def submit(self, job: JobLike | None = None, /, **fields: Any) -> AsyncJobHandle:
         """Enqueue one job; see :meth:`Client.submit`."""
         entry = self._seal(job, fields)
-        reply = await self._answered(lambda: self._protocol.run(calls.enqueue(entry)))
+        reply = await self._answered(lambda protocol: protocol.run(calls.enqueue(entry)))
         check_admitted([entry], [reply])
         return AsyncJobHandle(entry.job_id, reply.created, reply.state, self)
 
     async def submit_many(self, jobs: Iterable[JobLike]) -> list[AsyncJobHandle]:
         """Enqueue jobs in few round trips; see :meth:`Client.submit_many`."""
         entries = self._seal_all(jobs)
-        replies = [
-            reply
-            for batch in batches(entries)
-            for some in await self._answered(partial(self._protocol.run_many, batch))
-            for reply in some
-        ]
+        replies: list[EnqueueReply] = []
+        for batch in batches(entries):
+            for some in await self._answered(partial(AsyncProtocol.run_many, calls=batch)):
+                replies += some
         check_admitted(entries, replies)
         return [
             AsyncJobHandle(entry.job_id, reply.created, reply.state, self)
@@ -142,12 +133,12 @@ class AsyncClient(BaseClient):
             record = await self.status(job_id)
         if record.result:
             return self._result(record, [])
-        payloads = await self._answered(lambda: self._protocol.read_events(job_id))
+        payloads = await self._answered(lambda protocol: protocol.read_events(job_id))
         return self._result(record, payloads)
 
     async def status(self, job_id: str) -> JobRecord:
         """Read the job's control hash. Raises JobNotFound."""
-        record = await self._answered(lambda: self._protocol.record(check_id(job_id)))
+        record = await self._answered(lambda protocol: protocol.record(check_id(job_id)))
         if record is None:
             raise not_found(job_id)
         return record
@@ -155,7 +146,7 @@ class AsyncClient(BaseClient):
     async def cancel(self, job_id: str) -> JobState:
         """Cancel a job; see :meth:`Client.cancel`. Raises JobNotFound."""
         call = calls.cancel(check_id(job_id), CANCELLED_BY_CLIENT)
-        state = await self._answered(lambda: self._protocol.run(call))
+        state = await self._answered(lambda protocol: protocol.run(call))
         if state is None:
             raise not_found(job_id)
         return state
@@ -164,7 +155,7 @@ class AsyncClient(BaseClient):
         self, job_id: str, assembler: StreamAssembler, deadline_s: float | None = None
     ) -> AsyncGenerator[Event, None]:
         loop = asyncio.get_running_loop()
-        retries = RetryWindow()
+        retries, hub = RetryWindow(), (await self._connections.here()).hub
         mailbox: Mailbox | None = None
         try:
             while not assembler.ended:
@@ -172,7 +163,7 @@ class AsyncClient(BaseClient):
                 if assembler.needs_replay:
                     ready = await self._replay(job_id, assembler, retries)
                 elif mailbox is None and assembler.wants_live:
-                    mailbox = self._hub.open(self.keys.channel(job_id))
+                    mailbox = hub.open(self.keys.channel(job_id))
                     continue
                 else:
                     ready = await _news(mailbox, assembler, timeout_s)
@@ -180,13 +171,14 @@ class AsyncClient(BaseClient):
                     yield event
         finally:
             if mailbox is not None:
-                self._hub.close(mailbox)
+                hub.close(mailbox)
 
     async def _replay(
         self, job_id: str, assembler: StreamAssembler, retries: RetryWindow
     ) -> list[Event]:
         try:
-            async with self._calls, self._redis.pipeline(transaction=False) as pipe:
+            here = await self._connections.here()
+            async with here.calls, here.redis.pipeline(transaction=False) as pipe:
                 self._queue_snapshot(pipe, job_id, assembler.replay_from)
                 replies = await pipe.execute()
         except FAULTS as error:
@@ -204,11 +196,12 @@ class AsyncClient(BaseClient):
                 yield piece
         (await self.result(job_id)).raise_for_state()
 
-    async def _answered(self, call: Callable[[], Awaitable[T]]) -> T:
+    async def _answered(self, call: Callable[[AsyncProtocol], Awaitable[T]]) -> T:
         """Run a call that may run twice; raise QueueUnavailable for any error of Redis."""
+        here = await self._connections.here()
         try:
-            async with self._calls:
-                return await retry_idempotent_async(call)
+            async with here.calls:
+                return await retry_idempotent_async(partial(call, here.protocol))
         except FAULTS as error:
             raise unavailable(error) from error
 

@@ -14,11 +14,11 @@ from mlx_serving.common.errors import (
     JobNotFound,
     ResultTimeout,
     StreamReset,
-    TenantLimited,
 )
 from mlx_serving.common.events import RESET, decode
 from mlx_serving.common.protocol import calls
 from mlx_serving.common.protocol.fields import JobField
+from mlx_serving.common.protocol.stored_events import payloads
 from mlx_serving.common.redis.connection import resolve
 from mlx_serving.common.results import GenerationResult, Timings
 from mlx_serving.common.signing import Signer
@@ -126,7 +126,7 @@ class BaseClient:
         except ValueError:
             raise CorruptJob(f"the control hash of job {job_id!r} can't be read") from None
         return assembler.replay(
-            calls.payloads(entries),
+            payloads(entries),
             committed=committed,
             over=over,
             publishes=publishes != b"0",
@@ -160,25 +160,6 @@ def batches(entries: Sequence[EnqueueEntry]) -> Iterable[list[Call[list[EnqueueR
             calls.enqueue_many(batch[first : first + SCRIPT_BATCH])
             for first in range(0, len(batch), SCRIPT_BATCH)
         ]
-
-
-def check_admitted(entries: Sequence[EnqueueEntry], replies: Sequence[EnqueueReply]) -> None:
-    """Check that no job was refused.
-
-    Raises:
-        TenantLimited: some were; the error says which were enqueued.
-
-    """
-    refused = [(e, r.refusal) for e, r in zip(entries, replies, strict=True) if r.refusal]
-    if not refused:
-        return
-    (first, why), tenants = refused[0], {entry.tenant for entry, _ in refused}
-    text = f"tenant {first.tenant!r} has {why.queued} jobs queued and may have {why.limit}"
-    if len(entries) > 1:
-        others = f", and {len(tenants) - 1} more tenants" if len(tenants) > 1 else ""
-        text += f": {len(refused)} of {len(entries)} jobs were not enqueued{others}"
-    ids = [None if r.refusal else e.job_id for e, r in zip(entries, replies, strict=True)]
-    raise TenantLimited(text, tenant=first.tenant, limit=why.limit, queued=why.queued, job_ids=ids)
 
 
 def text_of(event: Event) -> str:

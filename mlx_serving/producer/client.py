@@ -21,7 +21,6 @@ from mlx_serving.producer.base import (
     CANCELLED_BY_CLIENT,
     BaseClient,
     batches,
-    check_admitted,
     check_id,
     not_found,
     text_of,
@@ -29,6 +28,7 @@ from mlx_serving.producer.base import (
 )
 from mlx_serving.producer.handles import JobHandle
 from mlx_serving.producer.live_feed import LiveFeed
+from mlx_serving.producer.refusals import check_admitted
 from mlx_serving.producer.retry_window import RetryWindow
 
 if TYPE_CHECKING:
@@ -89,6 +89,7 @@ class Client(BaseClient):
 
         Raises:
             InvalidJob: a field is wrong; the message names each one.
+            IdempotencyConflict: the job's ``idempotency_key`` names a job with another payload.
             TenantLimited: the job's tenant is at its limit of queued jobs; nothing is written.
             QueueUnavailable: Redis is away, and the job may or may not have been enqueued.
                 Give an ``idempotency_key`` to submit it again without a duplicate.
@@ -104,8 +105,9 @@ class Client(BaseClient):
 
         Raises:
             InvalidJob: fields are wrong; paths begin with ``jobs[i].``; nothing is written.
-            TenantLimited: a tenant has reached its limit of queued jobs. Other jobs were enqueued:
-                the error's ``job_ids`` says which.
+            IdempotencyConflict: a key names a job with another payload.
+            TenantLimited: a tenant has reached its limit of queued jobs. With this and the error
+                before it other jobs were enqueued: the error's ``job_ids`` says which.
             QueueUnavailable: Redis is away; the first ones may have been enqueued.
 
         """

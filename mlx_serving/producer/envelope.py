@@ -5,6 +5,7 @@ RQ itself builds the hash, so that RQ's tools can read it.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import secrets
 import zlib
@@ -33,6 +34,9 @@ if TYPE_CHECKING:
 
 UNSIGNED: Final = Signer()
 
+RELATIVE: Final = frozenset({"v", "min_protocol", "deadline", "traceparent"})
+"""What a resend of the same job may say otherwise: it counts from now, or names the caller."""
+
 # RQ wants a connection for each job, but a job that is only turned into a hash uses none.
 _NO_CONNECTION = cast("Redis", object())
 
@@ -45,6 +49,7 @@ def seal(job: GenerationJob, *, max_payload_bytes: int, signer: Signer = UNSIGNE
 
     """
     wire = job.to_wire()
+    digest = _digest(wire) if job.idempotency_key else ""
     if job.seed is None:
         wire["seed"] = secrets.randbelow(limits.SEED)
     payload = _payload(wire)
@@ -65,7 +70,16 @@ def seal(job: GenerationJob, *, max_payload_bytes: int, signer: Signer = UNSIGNE
         stream=job.stream,
         tenant=job.tenant or "",
         marks=marks(job),
+        idempotency_key=job.idempotency_key or "",
+        digest=digest,
     )
+
+
+def _digest(wire: dict[str, object]) -> str:
+    """16 hex digits: the same for jobs that ask for the same; a seed counts if the job has one."""
+    said = {name: value for name, value in wire.items() if name not in RELATIVE}
+    text = msgspec.json.encode(said, order="deterministic")
+    return hashlib.blake2b(text, digest_size=8).hexdigest()
 
 
 def _payload(wire: dict[str, object]) -> bytes:

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from mlx_serving.common import events, results
-from mlx_serving.common.protocol import calls
 from mlx_serving.common.protocol.keys import Keys
+from mlx_serving.common.protocol.stored_events import payloads
 from tests.chaos import answers
 from tests.chaos.producer import digest, seen
 from tests.support.helpers import leaked_keys
@@ -57,7 +57,7 @@ def read_job(client: redis.Redis, job_id: str, work: Work) -> Job:
         pipe.hgetall(KEYS.job(job_id))
         pipe.xrange(KEYS.events(job_id))
         control, entries = pipe.execute()
-    return Job(job_id, work, control, [events.decode(p) for p in calls.payloads(entries)])
+    return Job(job_id, work, control, [events.decode(p) for p in payloads(entries)])
 
 
 class Audit:

@@ -233,6 +233,29 @@ def test_a_tenants_job_that_is_left_costs_it_no_turn(driver: Driver) -> None:
     assert ids(claim(driver, "a")) == ["x1", "y2"]
 
 
+def test_a_tenant_whose_job_is_left_keeps_its_place_among_those_that_pass(driver: Driver) -> None:
+    """With three tenants its place can be told from the end of the turns."""
+    begin(driver)
+    driver.enqueue("x1", tenant="x", marks=FIRST)
+    driver.enqueue("y1", tenant="y")
+    driver.enqueue("z1", tenant="z")
+    driver.enqueue("y2", tenant="y")
+    assert ids(claim(driver, "b", most=1)) == ["y1"]
+    assert driver.redis.lrange(driver.keys.turns(QUEUE), 0, -1) == [b"x", b"z", b"y"]
+    assert ids(claim(driver, "a", most=1)) == ["x1"]
+
+
+def test_a_tenant_keeps_its_turn_if_more_is_left_behind_its_first_job(driver: Driver) -> None:
+    begin(driver)
+    driver.enqueue("y1", tenant="y")
+    driver.enqueue("x1", tenant="x", marks=FIRST)
+    driver.enqueue("x2", tenant="x", marks=FIRST)
+    driver.enqueue("z1", tenant="z")
+    driver.enqueue("z2", tenant="z")
+    assert ids(claim(driver, "b", most=2)) == ["y1", "z1"]
+    assert driver.redis.lrange(driver.keys.turns(QUEUE), 0, -1) == [b"x", b"z"]
+
+
 def test_a_tenants_jobs_that_are_all_left_wait_on_their_places(driver: Driver) -> None:
     begin(driver)
     driver.enqueue("x1", tenant="x", marks=FIRST)

@@ -233,7 +233,8 @@ class TestStreams:
         await wait_until_async(lambda: subscribed(redis_client))
         row.say("first")
         got.append(await second)
-        ((mailbox,),) = client._hub._mailboxes.values()
+        hub = (await client._connections.here()).hub
+        ((mailbox,),) = hub._mailboxes.values()
         for number in range(3 * mailbox._limit):
             row.say(f"{number} ")
         row.end()

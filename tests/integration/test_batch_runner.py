@@ -56,6 +56,24 @@ class TestRun:
         assert redis_client.zcard(f"rq:finished:{QUEUE}") == 0
         assert batches.status(batch.id) == batch
 
+    def test_a_line_whose_job_in_redis_has_another_payload_is_an_error_line(
+        self, batches: Batches, settings: Settings, local_redis: LocalRedis, tmp_path: Path
+    ) -> None:
+        """As if its runner had died and the file been changed in its place."""
+        batch = submitted(batches, tmp_path, 30)
+        job = {"model": "tally", "prompt": "the old line", "lane": "bulk", "result_ttl": 60}
+        with Client(settings=settings) as client:
+            client.submit(job | {"idempotency_key": f"{batch.id}:7"})
+        with InProcessWorker(local_redis.url, rate=1000):
+            batch = batches.run(batch.id)
+        assert batch.request_counts.failed == 1
+        check_simulated(output(batches, batch), [i for i in range(1, 31) if i != 7])
+        (line,) = errors(batches, batch)
+        assert line["custom_id"] == "r-7"
+        assert line["error"]["code"] == "idempotency_key_reused"
+        with local_redis.client() as client:
+            client.flushall()
+
     def test_a_job_goes_only_when_its_line_is_on_disk(
         self, batches: Batches, local_redis: LocalRedis, tmp_path: Path,
         monkeypatch: pytest.MonkeyPatch,

@@ -12,8 +12,10 @@ from rq import Queue
 from rq.serializers import JSONSerializer
 
 from mlx_serving import (
+    AsyncClient,
     Client,
     GenerationJob,
+    IdempotencyConflict,
     InvalidJob,
     InvalidSettings,
     JobState,
@@ -108,6 +110,79 @@ class TestSubmit:
         self.end_all(worker)
         last = client.submit(model="tally", prompt=PROMPT, idempotency_key="order-1")
         assert (last.created, last.state) == (False, JobState.FINISHED)
+
+    @pytest.mark.parametrize(
+        "other",
+        [{"prompt": "another"}, {"model": "other"}, {"lane": "bulk"}, {"seed": 7}, {"n": 2},
+         {"max_tokens": 9}, {"metadata": {"a": "b"}}, {"timeout": 5.0}],
+    )  # fmt: skip
+    @pytest.mark.parametrize("ended", [False, True])
+    def test_a_key_of_another_payload_is_a_conflict_by_name(
+        self, client: Client, redis_client: redis.Redis, other: dict[str, Any], *, ended: bool
+    ) -> None:
+        job = {"model": "tally", "prompt": PROMPT, "idempotency_key": "order-1", "result_ttl": 60}
+        first = client.submit(job)
+        if ended:
+            first.cancel()
+        before = {key: redis_client.dump(key) for key in redis_client.scan_iter()}
+        with pytest.raises(IdempotencyConflict, match=r"^idempotency_key: 'order-1' names") as e:
+            client.submit(job | other)
+        error = e.value
+        assert (error.code, error.retryable) == ("idempotency_key_reused", False)
+        assert (error.errors[0].path, error.job_ids) == ("idempotency_key", (None,))
+        assert first.id in str(error)
+        assert {key: redis_client.dump(key) for key in redis_client.scan_iter()} == before
+        again = client.submit(job)
+        assert (again.id, again.created) == (first.id, False)
+
+    def test_what_counts_from_the_submit_or_names_the_caller_is_no_other_payload(
+        self, client: Client
+    ) -> None:
+        job = {"model": "tally", "prompt": PROMPT, "idempotency_key": "order-1", "result_ttl": 60}
+        said: list[dict[str, Any]]
+        trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+        said = [{}, {"deadline": 60}, {"deadline": 59.5}, {"traceparent": trace},
+                {"top_p": 1.0, "tenant": None, "stop": None}, {"max_tokens": 256}]  # fmt: skip
+        assert [client.submit(job | more).created for more in said] == [True, *[False] * 5]
+        client.cancel(client.submit(job).id)
+
+    def test_a_key_is_free_again_once_its_job_is_gone(
+        self, client: Client, redis_client: redis.Redis
+    ) -> None:
+        job = {"model": "tally", "prompt": PROMPT, "idempotency_key": "order-1", "result_ttl": 60}
+        first = client.submit(job)
+        client.cancel(first.id)
+        redis_client.delete(client.keys.job(first.id))  # as its result_ttl does
+        second = client.submit(job | {"prompt": "another"})
+        assert (second.id, second.created) == (first.id, True)
+        client.cancel(second.id)
+
+    def test_of_many_jobs_each_conflict_is_named_and_the_others_are_enqueued(
+        self, client: Client, redis_client: redis.Redis
+    ) -> None:
+        job = {"model": "tally", "prompt": PROMPT, "result_ttl": 60}
+        one, two = job | {"idempotency_key": "one"}, job | {"idempotency_key": "two"}
+        client.submit(one)
+        jobs = [job, one | {"prompt": "x"}, two, one, two | {"n": 2}]
+        with pytest.raises(IdempotencyConflict) as e:
+            client.submit_many(jobs)
+        paths = [error.path for error in e.value.errors]
+        assert paths == ["jobs[1].idempotency_key", "jobs[4].idempotency_key"]
+        assert [i is None for i in e.value.job_ids] == [False, True, False, False, True]
+        assert len(queued(redis_client)) == 3
+        redis_client.flushall()
+
+    async def test_the_async_client_tells_a_conflict_alike(
+        self, settings: Settings, redis_client: redis.Redis
+    ) -> None:
+        job = {"model": "tally", "prompt": PROMPT, "idempotency_key": "one"}
+        async with AsyncClient(settings=settings) as client:
+            await client.submit(job)
+            with pytest.raises(IdempotencyConflict, match="'one'"):
+                await client.submit(job | {"n": 2})
+            with pytest.raises(IdempotencyConflict, match=r"jobs\[1\].idempotency_key: 'one'"):
+                await client.submit_many([job, job | {"n": 2}])
+        redis_client.flushall()
 
     def test_a_result_is_kept_as_long_as_the_job_says(
         self, client: Client, redis_client: redis.Redis

@@ -185,6 +185,18 @@ def test_a_job_that_rqs_own_queue_enqueued_is_adopted(driver: Driver) -> None:
     assert driver.state("stock") == "finished"
 
 
+def test_an_adopted_id_has_no_event_of_an_earlier_life(driver: Driver) -> None:
+    earlier = driver.start("a")
+    driver.commit(earlier, earlier.row(), earlier.row(), earlier.end())
+    driver.redis.delete("mlxs:job:a")  # by a hand; the events stay
+    driver.redis.hset("rq:job:a", mapping=rq_fields())  # type: ignore[arg-type]
+    driver.redis.rpush("rq:queue:tally:default", "a")
+    attempt = driver.take()
+    assert (attempt.job.seq, driver.events("a")) == (0, [])
+    assert driver.commit(attempt, attempt.row(), attempt.end()) == ["OK", "OK"]
+    assert [event.seq for event in driver.events("a")] == [1, 2]
+
+
 def test_an_id_without_any_hash_is_dropped(driver: Driver) -> None:
     driver.redis.rpush("rq:queue:tally:default", "ghost")
     driver.enqueue("a")

@@ -149,6 +149,12 @@ class TestFinish:
         assert driver.commit(attempt, *rows) == ["OK", "OK", "FENCED", "FENCED"]
         assert (driver.state("a"), seqs(driver)) == ("finished", [1, 2])
 
+    def test_no_job_that_ends_in_a_flush_keeps_a_lease(self, driver: Driver) -> None:
+        a, b, c = (driver.start(job_id) for job_id in "abc")
+        rows = [a.end(), b.row(), b.row(), b.end(), c.row()]
+        assert driver.commit(a, *rows) == ["OK"] * 5
+        assert (driver.leased(), driver.indexed()) == (["c"], ["c"])
+
     def test_rqs_counters_of_the_worker_count_each_end_once(self, driver: Driver) -> None:
         driver.redis.hset("rq:worker:w1", "birth", "now")
         driver.redis.expire("rq:worker:w1", 60)
@@ -233,6 +239,19 @@ class TestZombie:
         released = driver.release(zombie)
         assert released == (["DUP"] if lose is reaped else ["FENCED"])
         assert driver.snapshot() == before
+
+    def test_a_row_of_the_right_attempt_by_another_workers_name_is_fenced(
+        self, driver: Driver
+    ) -> None:
+        attempt = driver.start("a")
+        before = driver.snapshot()
+        rows = [attempt.row(), attempt.end()]
+        assert driver.commit(attempt, *rows, worker="w2") == ["FENCED"] * 2
+        assert driver.snapshot() == before
+        driver.commit(attempt, *rows)
+        ended = driver.snapshot()
+        assert driver.commit(attempt, *rows, worker="w2") == ["FENCED"] * 2  # no resend of its own
+        assert driver.snapshot() == ended
 
 
 @pytest.fixture

@@ -36,6 +36,16 @@ def test_a_resend_changes_nothing(driver: Driver) -> None:
     assert driver.snapshot() == before
 
 
+def test_a_resend_with_another_digest_is_refused_and_changes_nothing(driver: Driver) -> None:
+    driver.enqueue("a", digest="0011")
+    before = driver.snapshot()
+    reply = driver.enqueue("a", digest="0022")
+    assert (reply.created, reply.refusal) == (False, calls.Refusal("digest"))
+    assert driver.enqueue("a", digest="0011").refusal is None
+    assert driver.enqueue("a").refusal is None  # one that has no digest is not compared
+    assert driver.snapshot() == before
+
+
 def test_a_resend_in_one_pipeline_changes_nothing(driver: Driver) -> None:
     replies = driver.protocol.run_many([calls.enqueue(entry("a")) for _ in range(3)])
     assert [reply.created for reply in replies] == [True, False, False]

@@ -52,7 +52,7 @@ class TestQueued:
         many(driver, "acme", 2)
         before = driver.snapshot()
         reply = driver.enqueue("more", tenant="acme")
-        assert (reply.created, reply.refusal) == (False, calls.Refusal(limit=2, queued=2))
+        assert (reply.created, reply.refusal) == (False, calls.Refusal("queued", limit=2, found=2))
         assert driver.snapshot() == before
 
     def test_others_and_jobs_without_a_tenant_are_not_touched_by_it(self, driver: Driver) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import pytest
@@ -21,13 +22,15 @@ from tests.support.protocol_driver import LANES, Driver
 from tests.support.worker_process import InProcessWorker
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     import redis
 
+    from mlx_serving.common.job.schema import GenerationJob
     from mlx_serving.common.redis.local import LocalRedis
     from mlx_serving.common.settings import Settings
+    from mlx_serving.producer.handles import JobHandle
 
 pytestmark = pytest.mark.may_leak(reason="jobs and limits stay at the end of a test")
 
@@ -105,19 +108,33 @@ def test_a_bulk_file_waits_at_the_limit_and_fails_no_line(
     batches = Client(settings=settings).batches
     batch = submitted(batches, tmp_path, 200, tenant="acme")
     seen: list[int] = []
-    feed = Feeder.feed
+    sent = 0  # lines of the look that goes on
+    looks: list[tuple[int, int]] = []  # lines that a look sent, and those that it placed
+    feed, submit_many = Feeder.feed, Client.submit_many
 
     def feeding(feeder: Feeder, seconds_left: float) -> int:
+        nonlocal sent
+        sent = 0
         fed = feed(feeder, seconds_left)
         seen.append(int(redis_client.scard("mlxs:tenant:acme:queued")))
+        looks.append((sent, fed))
         return fed
 
+    def submitting(client: Client, jobs: Sequence[GenerationJob]) -> list[JobHandle]:
+        nonlocal sent
+        sent += len(jobs)
+        return submit_many(client, jobs)
+
     monkeypatch.setattr(Feeder, "feed", feeding)
+    monkeypatch.setattr(Client, "submit_many", submitting)
     with InProcessWorker(local_redis.url, rate=1000):
         batch = batches.run(batch.id)
     assert (batch.status, batch.request_counts.failed) == ("completed", 0)
     check_simulated(output(batches, batch), range(1, 201))
     assert 0 < max(seen) <= 20
+    # Lines that are refused travel for nothing: they are as few as what was placed shows.
+    for (_, placed_before), (lines, placed) in pairwise(look for look in looks if look[0]):
+        assert lines - placed <= placed + max(1, 2 * placed_before), looks
     assert not redis_client.exists("mlxs:tenants")
 
 

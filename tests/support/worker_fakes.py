@@ -10,8 +10,9 @@ import msgspec
 
 from mlx_serving.common import events
 from mlx_serving.common.attempts import Attempt
-from mlx_serving.common.protocol.calls import Call, ClaimedJob, RowReply, WireRow, payloads
+from mlx_serving.common.protocol.calls import Call, ClaimedJob, RowReply, WireRow
 from mlx_serving.common.protocol.fields import EntryField
+from mlx_serving.common.protocol.stored_events import payloads
 from mlx_serving.worker.delivery.held import HeldJob
 from mlx_serving.worker.engine.interface import ModelInfo, Output
 
@@ -67,7 +68,10 @@ def payload_of(row: WireRow) -> bytes:
 
 
 class FakeProtocol:
-    """Answers each commit by `answer`, OK where there is none; remembers the rows as events."""
+    """Answers each row by `row_answers` (job id, seq), else by `answers` (job id), else with OK.
+
+    It remembers the rows as events.
+    """
 
     def __init__(self) -> None:
         self.commits: list[list[tuple[str, events.Event, bool]]] = []
@@ -75,6 +79,7 @@ class FakeProtocol:
         self.renewals: list[list[str]] = []
         self.faults: list[Exception] = []
         self.answers: dict[str, RowReply] = {}
+        self.row_answers: dict[tuple[str, int], RowReply] = {}
         self.renew_answers: dict[str, RowReply] = {}
         self.renew_faults: list[redis.RedisError] = []
         self.gate = threading.Event()
@@ -91,7 +96,11 @@ class FakeProtocol:
             raise self.faults.pop(0)
         decoded = [(r.job_id, events.decode(payload_of(r)), r.publish) for r in rows]
         self.commits.append(decoded)
-        return [self.answers.get(job_id, RowReply("OK")) for job_id, _, _ in decoded]
+        return [self._answer(job_id, event.seq) for job_id, event, _ in decoded]
+
+    def _answer(self, job_id: str, seq: int) -> RowReply:
+        answer = self.answers.get(job_id, RowReply("OK"))
+        return self.row_answers.get((job_id, seq), answer)
 
     def _renew(self, held: list[Any]) -> list[RowReply]:
         ids = [str(job_id) for job_id in held[::3]]

@@ -212,7 +212,9 @@ class GenerationJob(BaseModel):
         "fails (`model_changed`), or begins anew after a `reset` event",
     )
     idempotency_key: Label | None = Field(
-        default=None, description="jobs of a tenant with one key are one job: enqueued once"
+        default=None,
+        description="jobs of a tenant with one key are one job, enqueued once, until its "
+        "`result_ttl` is over; with another payload the key is refused",
     )
     tenant: Label | None = Field(
         default=None,

@@ -49,6 +49,7 @@ local left, left_count, again_ms = {}, 0, 0  -- ids, their number, and when the 
 local OVERTAKEN, OVERTAKEN_MS = 32, 30000  -- bulk jobs that a claim takes others before, and how long others may go before one
 local gone, walked = {}, 0  -- ids taken out of the list's middle, and what that cost
 local orders, looked_at, room = {}, {}, {}  -- by queue: tenants to ask; by line: jobs looked at; by tenant: jobs it may start
+local leaves = {}  -- by line: whether a job of it is left to another worker
 shared, shown = gather, gather_view
 
 -- Jobs put on the list by RQ's own Queue.enqueue have no control hash yet.
@@ -181,6 +182,7 @@ local function decide(id, queue)
     adopt(id, queue)
     job = read_sound(id)
   end
+  if job.queue ~= queue then return 'drop' end  -- a hand put it here; the reconciler puts it back on its own queue's list
   if TERMINAL[job.state] then
     -- A stock requeue of a job that ended: refused, and the view says again what is true.
     local ttl = math.max(redis.call('TTL', k_job(id)), 1)
@@ -231,7 +233,9 @@ local function serve(queue, tenant)
     local id = redis.pcall('LINDEX', line, at)
     if type(id) ~= 'string' then return false end
     local verdict, job = decide(id, queue)
-    if verdict == 'skip' then at = at + 1
+    if verdict == 'skip' then
+      at = at + 1
+      if left[id] then leaves[line] = true end
     else
       unlist(id, queue)
       if verdict == 'take' then
@@ -256,9 +260,10 @@ end
 local function serve_turn(queue)
   local order = orders[queue]
   while #order > 0 and not is_over() do
-    local tenant, before = table.remove(order, 1), left_count
+    local tenant = table.remove(order, 1)
     local served = may_run(tenant) and serve(queue, tenant)
-    if served or left_count == before then pass_turn(queue, tenant) end  -- what is left for a moment costs no turn
+    -- A job that is left for a moment costs its tenant no turn.
+    if served or not leaves[line_of(queue, tenant)] then pass_turn(queue, tenant) end
     if served then
       order[#order + 1] = tenant
       return true
@@ -368,6 +373,6 @@ else
   local ok, problem = pcall(function() for at = FIRST_QUEUE, #ARGV do claim(ARGV[at]) end end)
   write_gathered()
   if #jobs > 0 or most == 0 then note_claim() end
-  if not ok then error(problem, 0) end
+  if not ok then return redis.error_reply(type(problem) == 'table' and problem.err or tostring(problem)) end  -- its code stays
 end
 return {0, jobs, dropped, reserved, math.ceil(again_ms)}

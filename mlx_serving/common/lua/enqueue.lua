@@ -1,15 +1,16 @@
--- Enqueues jobs, each once: a resend finds the control hash and changes nothing.
+-- Enqueues jobs, each once: a resend finds the control hash and changes nothing. One with another digest is no resend.
 -- ARGV: two prefixes, the wall clock's time in RQ's form, then for each job:
 --   id, queue
 --   max_attempts, min_protocol, deadline_ms (from now; 0: none), timeout_ms, abandon_ms (0: none), result_ttl (seconds),
 --   stream (0|1)                      as in its control hash
---   tenant, marks                     '': none
+--   tenant, marks, digest             '': none
 --   count, and so many                fields and values in turn of RQ's hash of the job
--- Returns for each job: created (0|1), state; or, if its tenant has as many queued as it may: 0, '', limit, queued.
+-- Returns for each job: created (0|1), state; or, if it is refused, 0, '' and why: 'queued', limit, queued (its tenant has as many
+--   queued as it may); 'digest' (there is a job of its id with another payload).
 local FIRST_JOB = 4
 -- A job's arguments, counted from its id.
 local ID, QUEUE, MAX_ATTEMPTS, MIN_PROTOCOL, DEADLINE_MS, TIMEOUT_MS, ABANDON_MS, RESULT_TTL, STREAM, TENANT_NAME, MARKS,
-      RQ_COUNT, RQ_FIELDS = 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12
+      DIGEST, RQ_COUNT, RQ_FIELDS = 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13
 local now = now_ms()
 local replies = {}
 
@@ -18,13 +19,15 @@ local function given(argument) return argument ~= '' and argument or nil end
 -- `at`: the job's place in ARGV; `last`: its last argument.
 local function enqueue(at, last)
   local id, queue = ARGV[at + ID], ARGV[at + QUEUE]
-  local state = redis.call('HGET', k_job(id), F.state)
+  local digest = given(ARGV[at + DIGEST])
+  local state, known_digest = unpack(redis.call('HMGET', k_job(id), F.state, F.digest))
+  if state and digest and known_digest and digest ~= known_digest then return {0, '', 'digest'} end
   if state then return {0, state} end
   local tenant = given(ARGV[at + TENANT_NAME])
   local limit = tenant and limit_of(tenant, LIMIT.queued)
   if limit then
     local queued = members_of(k_tenant_queued(tenant))
-    if queued >= limit then return {0, '', limit, queued} end
+    if queued >= limit then return {0, '', LIMIT.queued, limit, queued} end
   end
   -- What an earlier life of this id, or a hand, left behind. Only if there is any: a write that
   -- frees memory would let the rest of the script pass a full Redis.
@@ -37,7 +40,7 @@ local function enqueue(at, last)
   create_job(id, queue, now, {
     max_attempts = ARGV[at + MAX_ATTEMPTS], min_protocol = ARGV[at + MIN_PROTOCOL], deadline_ms = int(deadline),
     timeout_ms = ARGV[at + TIMEOUT_MS], abandon_ms = ARGV[at + ABANDON_MS], result_ttl = ARGV[at + RESULT_TTL],
-    stream = ARGV[at + STREAM], marks = given(ARGV[at + MARKS]), tenant = tenant,
+    stream = ARGV[at + STREAM], marks = given(ARGV[at + MARKS]), tenant = tenant, digest = digest,
   })
   redis.call('ZADD', k_open(queue), int(now), id)
   if deadline > 0 then redis.call('ZADD', k_deadlines(), int(deadline), id) end

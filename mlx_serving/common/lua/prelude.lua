@@ -61,6 +61,7 @@ local function create_job(id, queue, now, terms)
     F.stream, terms.stream or 1, F.cancel_reason, terms.cancel_reason or '', F.enqueued_ms, int(now), F.needed_tokens, 0)
   if terms.marks then redis.call('HSET', k_job(id), F.marks, terms.marks) end
   if terms.tenant then redis.call('HSET', k_job(id), F.tenant, terms.tenant) end
+  if terms.digest then redis.call('HSET', k_job(id), F.digest, terms.digest) end
 end
 
 -- RQ's own rule for ids. Anybody may have pushed anything: bytes that are no text, a ':' (which
@@ -216,7 +217,7 @@ local function tag_of_script(now) return string.format('%08x', now % 4294967296)
 
 -- An event is its attempt's epoch, its writer's tag, its seq and its body, the JSON after EVENT_OPENING. `form` says how the
 -- body is stored and given: ENTRY.body whole, ENTRY.tokens without TOKENS_OPENING. Readers put back what is left out
--- (`calls.payloads`), so that a replay is byte for byte what was published.
+-- (`stored_events.py`), so that a replay is byte for byte what was published.
 local function entry_of(epoch, tag, form, body) return {ENTRY.writer, epoch .. '-' .. tag, form, body} end
 
 local function append_event(id, seq, entry)
@@ -276,7 +277,8 @@ end
 local function bury(id, queue, iso, now)
   local key = k_job(id)
   if is_hash(key) then
-    local job = read_fields(id, field_list('epoch', 'owner', 'cancel_reason'))
+    local job = read_fields(id, field_list('epoch', 'owner', 'cancel_reason', 'queue'))
+    queue = job.queue or queue
     show(view_drop_execution, id, queue, job.epoch or '0', job.owner)
     create_job(id, queue, 0, {max_attempts = 1, owner = job.owner, cancel_reason = job.cancel_reason})
     set_fields(id, {started_ms = 0, first_token_ms = 0})
@@ -309,4 +311,14 @@ local function stock_verdict(id)
   if status == false or type(status) == 'table' then return 'deleted' end
   if status == 'canceled' or status == 'stopped' then return 'cancelled' end
   return ''
+end
+
+-- Ends a job that somebody cancelled while it ran, by RQ's tools too; returns the state, or nil if nobody did.
+-- `job`: its queue and cancel_reason.
+local function end_cancelled(id, job, iso, now)
+  if job.cancel_reason and job.cancel_reason ~= '' then return finalize_cancelled(id, job.queue, job.cancel_reason, iso, now) end
+  local verdict = stock_verdict(id)
+  if verdict == '' then return nil end
+  finalize_unowned(id, job.queue, 'cancelled', 'cancelled', 'the RQ job was ' .. verdict, iso, now)
+  return 'cancelled'
 end

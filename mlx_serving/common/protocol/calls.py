@@ -53,13 +53,20 @@ class EnqueueEntry:
     stream: bool = True
     tenant: str = ""  # '': none
     marks: str = ""  # see `producer.marks`; '': none
+    idempotency_key: str = ""  # '': none; not written, but an error names it
+    digest: str = ""  # of the payload, if there is a key; see `producer.envelope`
 
 
 class Refusal(NamedTuple):
-    """Why a job was not enqueued: its tenant has `queued` jobs waiting and may have `limit`."""
+    """Why a job was not enqueued.
 
-    limit: int
-    queued: int
+    `queued`: its tenant has `found` jobs waiting and may have `limit`. `digest`: there is a job of
+    this id with another payload.
+    """
+
+    reason: Literal["queued", "digest"]
+    limit: int = 0
+    found: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,29 +265,6 @@ def _row_replies(rows: Sequence[Sequence[Any]]) -> list[RowReply]:
     return [RowReply(status, reason) for status, reason in _pairs(rows)]  # type: ignore[arg-type]
 
 
-def payloads(entries: Any) -> list[bytes]:  # noqa: ANN401 -- redis-py's own union
-    """Event payloads of a job's stream, as they were published.
-
-    An entry leaves out how its event begins (`entry_of` in the Lua prelude); one that is no event
-    of ours reads as a corrupt one.
-    """
-    return [_payload(entry_id, fields) for entry_id, fields in entries]
-
-
-_WRITER, _BODY, _TOKENS = (field.encode() for field in EntryField)
-_TOKENS_OPENING: Final = TOKENS_OPENING.encode()
-
-
-def _payload(entry_id: bytes, fields: dict[bytes, bytes]) -> bytes:
-    writer = fields.get(_WRITER)
-    if writer is None:  # a foreign hand's: it is read as it is
-        return fields.get(_BODY, b"")
-    epoch, _, tag = writer.partition(b"-")
-    opening = events.opening(epoch, tag, entry_id.partition(b"-")[0])
-    tokens = fields.get(_TOKENS)
-    return opening + (fields.get(_BODY, b"") if tokens is None else _TOKENS_OPENING + tokens)
-
-
 def enqueue(entry: EnqueueEntry) -> Call[EnqueueReply]:
     """Enqueue once; a second call with the same id changes nothing and says so."""
     many = enqueue_many([entry])
@@ -294,8 +278,8 @@ def enqueue_many(entries: Sequence[EnqueueEntry]) -> Call[list[EnqueueReply]]:
         rq_fields = [text for pair in e.rq_fields.items() for text in pair]
         arguments += (
             e.job_id, e.queue, e.max_attempts, e.min_protocol, e.deadline_ms, e.timeout_ms,
-            e.abandon_ms, e.result_ttl, int(e.stream), e.tenant, e.marks, len(rq_fields),
-            *rq_fields,
+            e.abandon_ms, e.result_ttl, int(e.stream), e.tenant, e.marks, e.digest,
+            len(rq_fields), *rq_fields,
         )  # fmt: skip
 
     def parse(replies: Sequence[Any]) -> list[EnqueueReply]:
@@ -304,9 +288,11 @@ def enqueue_many(entries: Sequence[EnqueueEntry]) -> Call[list[EnqueueReply]]:
     return Call("enqueue", arguments, parse)
 
 
-def _enqueued(created: int, state: str | bytes, *refusal: int) -> EnqueueReply:
+def _enqueued(created: int, state: str | bytes, *refusal: Any) -> EnqueueReply:
     if refusal:
-        return EnqueueReply(created=False, state=JobState.QUEUED, refusal=Refusal(*refusal))
+        reason, *numbers = refusal
+        why = Refusal(_text(reason), *numbers)  # type: ignore[arg-type]
+        return EnqueueReply(created=False, state=JobState.QUEUED, refusal=why)
     return EnqueueReply(bool(created), _state(state))
 
 

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from redis import exceptions
 
 from mlx_serving.common.errors import CorruptJob
-from mlx_serving.common.protocol import calls
 from mlx_serving.common.protocol.fields import JobField
 from mlx_serving.common.protocol.scripts import NAMES, script_text
+from mlx_serving.common.protocol.stored_events import payloads
 from mlx_serving.common.states import JobState
 
 if TYPE_CHECKING:
@@ -160,7 +160,7 @@ class Protocol(_Base):
     def read_events(self, job_id: str, after_seq: int = 0, count: int | None = None) -> list[bytes]:
         """Event payloads with seq > `after_seq`, in order."""
         span = self._range_arguments(job_id, after_seq)
-        return calls.payloads(self.redis.xrange(*span, count=count))
+        return payloads(self.redis.xrange(*span, count=count))
 
 
 class AsyncProtocol(_Base):
@@ -192,6 +192,6 @@ class AsyncProtocol(_Base):
         self, job_id: str, after_seq: int = 0, count: int | None = None
     ) -> list[bytes]:
         """Event payloads with seq > `after_seq`, in order."""
-        return calls.payloads(
+        return payloads(
             await self.redis.xrange(*self._range_arguments(job_id, after_seq), count=count)
         )

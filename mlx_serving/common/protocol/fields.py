@@ -51,6 +51,7 @@ class JobField(StrEnum):
     # From the enqueue on, if the job has it
     MARKS = "af"  # "<conversation>,<beginning>" of its prompt, see `producer.marks`
     TENANT = "tn"  # on whose behalf
+    DIGEST = "pd"  # of its payload, if its id comes from an idempotency key
 
     # From the first claim on
     NONCE = "no"  # of the last claim

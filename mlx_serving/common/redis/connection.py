@@ -19,6 +19,7 @@ from redis.sentinel import Sentinel
 from mlx_serving.common import defaults
 from mlx_serving.common.errors import InvalidSettings
 from mlx_serving.common.protocol.keys import Keys
+from mlx_serving.common.redis.demotion import leaving_replicas, leaving_replicas_async
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
     from mlx_serving.common.settings import Settings
 
 HEALTH_CHECK_SECONDS: Final = 30
+CONNECTIONS: Final = 2**31
+"""Most connections of one client: as many as its callers need. redis-py's default is 100, and each
+blocking stream holds one."""
 RESP_VERSION: Final = 2
 """RQ and our scripts read RESP2's reply shapes."""
 
@@ -116,7 +120,11 @@ def connect(endpoint: Endpoint, *, block_seconds: float = 0.0) -> redis.Redis:
     """
     options = _options(endpoint, block_seconds)
     if not endpoint.sentinels:
-        return redis.Redis.from_url(endpoint.url, retry=Retry(NoBackoff(), 0), **options)
+        client = redis.Redis.from_url(endpoint.url, retry=Retry(NoBackoff(), 0), **options)
+        client.connection_pool.connection_class = leaving_replicas(
+            client.connection_pool.connection_class
+        )
+        return client
     sentinel = Sentinel(  # type: ignore[no-untyped-call]
         list(endpoint.sentinels),
         sentinel_kwargs=_sentinel_options(endpoint) | {"retry": Retry(NoBackoff(), 0)},
@@ -140,7 +148,11 @@ def connect_async(endpoint: Endpoint, *, block_seconds: float = 0.0) -> AsyncRed
 
     options = _options(endpoint, block_seconds)
     if not endpoint.sentinels:
-        return AsyncRedis.from_url(endpoint.url, retry=AsyncRetry(NoBackoff(), 0), **options)
+        client = AsyncRedis.from_url(endpoint.url, retry=AsyncRetry(NoBackoff(), 0), **options)
+        client.connection_pool.connection_class = leaving_replicas_async(
+            client.connection_pool.connection_class
+        )
+        return client
     sentinel = AsyncSentinel(  # type: ignore[no-untyped-call]
         list(endpoint.sentinels),
         sentinel_kwargs=_sentinel_options(endpoint) | {"retry": AsyncRetry(NoBackoff(), 0)},
@@ -160,6 +172,7 @@ def _options(endpoint: Endpoint, block_seconds: float) -> dict[str, Any]:
         "socket_connect_timeout": endpoint.connect_timeout,
         "socket_timeout": endpoint.read_timeout + block_seconds,
         "health_check_interval": HEALTH_CHECK_SECONDS,
+        "max_connections": CONNECTIONS,
         "protocol": RESP_VERSION,
     }
     if endpoint.password is not None:

@@ -120,21 +120,25 @@ class Results:
 
     def _accept_output(self, raw: bytes) -> bool:
         line = self._read(raw)
-        if line is None or line.response is None:
+        if line is None or line.response is None or not self._is_new(line):
             return False
         self._count(line.response.body.usage)
         return True
 
     def _accept_error(self, raw: bytes) -> bool:
-        if self._read(raw) is None:
+        line = self._read(raw)
+        if line is None or not self._is_new(line):
             return False
         self.failed += 1
         return True
 
     def _read(self, raw: bytes) -> _Line | None:
         try:
-            line = self._decoder.decode(raw)
+            return self._decoder.decode(raw)
         except (msgspec.DecodeError, UnicodeDecodeError):
             return None
+
+    def _is_new(self, line: _Line) -> bool:
+        """Note that a line of this batch has ended; False for a second one, or another batch's."""
         number = line_of(line.id, self._batch_id)
-        return line if number is not None and self.done.add(number) else None
+        return number is not None and self.done.add(number)

@@ -12,6 +12,7 @@ from mlx_serving.common.events import decode
 from mlx_serving.common.protocol import calls
 from mlx_serving.common.protocol.client import Protocol, parse_record
 from mlx_serving.common.protocol.fields import JobField
+from mlx_serving.common.protocol.stored_events import payloads
 from mlx_serving.common.redis.connection import connect
 from mlx_serving.common.redis.retrying import answered
 from mlx_serving.common.results import GenerationResult, Timings
@@ -95,7 +96,7 @@ class JobStore:
         (entries,) = self._pipelined(lambda pipe: pipe.xrange(key, "-", "+"))
         _check(record.job_id, entries)
         timings = Timings(record.enqueued_ms or None, finished_ms=record.finished_ms or None)
-        events = map(decode, calls.payloads(entries))
+        events = map(decode, payloads(entries))
         return results.assemble(record.job_id, events, state=record.state, timings=timings)
 
     def _pipelined(self, send: Callable[[Any], object]) -> list[Any]:

@@ -69,6 +69,13 @@ def test_a_limited_tenant_keeps_what_it_carries_over_a_pickle() -> None:
     assert (copy.message, copy.tenant, copy.job_ids) == ("m", "acme", ("a", None))
 
 
+def test_a_conflict_keeps_what_it_carries_over_a_pickle() -> None:
+    error = errors.IdempotencyConflict([("idempotency_key", "is used")], job_ids=["a", None])
+    copy = pickle.loads(pickle.dumps(error))  # noqa: S301 -- our own bytes
+    assert vars(copy) == vars(error)
+    assert (str(copy), copy.job_ids) == ("idempotency_key: is used", ("a", None))
+
+
 def test_an_unsuccessful_job_keeps_its_result_over_a_pickle() -> None:
     result = GenerationResult(
         id="a", state=JobState.DEAD, choices=[ChoiceResult(index=0, text="so far")]

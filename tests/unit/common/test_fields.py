@@ -22,6 +22,7 @@ from mlx_serving.common.protocol.fields import (
     lua_tables,
 )
 from mlx_serving.common.protocol.scripts import NAMES, script_text
+from mlx_serving.common.protocol.stored_events import payloads
 from mlx_serving.common.worker_record import WorkerRecord
 from tests.support.paths import ROOT
 
@@ -105,7 +106,7 @@ def test_a_row_says_how_its_body_is_stored_and_whether_it_has_tokens(
     if form is EntryField.TOKENS:
         stored = stored.removeprefix(TOKENS_OPENING.encode())
     entry = {EntryField.WRITER.encode(): b"1-0f", form.encode(): stored}
-    assert calls.payloads([(b"2-0", entry)]) == [events.encode(event)]
+    assert payloads([(b"2-0", entry)]) == [events.encode(event)]
 
 
 def _code(path: Path) -> str:

@@ -26,6 +26,7 @@ EXPORTED = [
     "ForeignFunction",
     "GenerationJob",
     "GenerationResult",
+    "IdempotencyConflict",
     "InvalidBatch",
     "InvalidJob",
     "InvalidSettings",

@@ -279,6 +279,29 @@ class TestResults:
         results.close()
         assert folder.output.read_bytes() == whole
 
+    def test_what_was_written_before_a_sync_is_in_the_files(self, tmp_path: Path) -> None:
+        folder = BatchFolder.create(tmp_path / "batch")
+        results = Results(folder, BATCH)
+        results.finished(flight(1), answer(1))
+        results.failed_line(2, "id-2", LineError(code="c", message="m", line=2))
+        results.sync()
+        lines = [folder.output.read_bytes(), folder.errors.read_bytes()]  # as after a kill
+        results.close()
+        assert [json.loads(line)["custom_id"] for line in lines] == ["id-1", "id-2"]
+
+    def test_a_line_without_an_answer_is_cut_and_runs_again(self, tmp_path: Path) -> None:
+        folder = self.written(tmp_path, [1, 2])
+        whole = folder.output.read_bytes()
+        first, second = whole.splitlines(keepends=True)
+        bare = json.loads(second) | {"response": None}
+        folder.output.write_bytes(first + json.dumps(bare).encode() + b"\n")
+        results = Results(folder, BATCH)
+        assert (results.completed, 2 in results.done) == (1, False)
+        assert folder.output.read_bytes() == first
+        results.finished(flight(2), answer(2))
+        results.close()
+        assert folder.output.read_bytes() == whole
+
     def test_an_export_has_whole_lines_once(self, tmp_path: Path) -> None:
         folder = self.written(tmp_path, [1, 2])
         whole = folder.output.read_bytes()

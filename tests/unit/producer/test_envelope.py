@@ -44,6 +44,21 @@ def test_the_hash_is_rq_s_own(fields: dict[str, Any]) -> None:
     assert own == written | {"status": "queued"}
 
 
+def digest(**fields: Any) -> str:
+    given = {"idempotency_key": "k", "seed": None}
+    return seal(job(**(given | fields)), max_payload_bytes=1 << 20).digest
+
+
+def test_a_digest_tells_payloads_apart_and_not_the_moment_of_their_submit() -> None:
+    assert digest() == digest() != ""  # though each was given a seed of its own
+    assert digest(metadata={"a": "1", "b": "2"}) == digest(metadata={"b": "2", "a": "1"})
+    assert digest(deadline=5) == digest(deadline=4) == digest()
+    others: list[dict[str, Any]]
+    others = [{"seed": 1}, {"lane": "bulk"}, {"tenant": "acme"}, {"n": 2}, {"prompt": "x"}]
+    assert len({digest(), *(digest(**fields) for fields in others)}) == 1 + len(others)
+    assert digest(idempotency_key=None) == ""
+
+
 def sealed_seed(made: GenerationJob) -> int:
     data = cast("bytes", seal(made, max_payload_bytes=1 << 20).rq_fields["data"])
     seed = read_job(data, limit=1 << 20).seed

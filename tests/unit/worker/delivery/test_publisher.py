@@ -167,6 +167,21 @@ def test_a_full_redis_is_waited_for(bench: Bench) -> None:
     assert (bench.gone, bench.publisher.fenced) == ([], 0)
 
 
+def test_the_gap_after_a_refused_row_is_no_loss(bench: Bench) -> None:
+    job = held()
+    bench.hold(job)
+    full = RowReply("ERROR", "OOM command not allowed")
+    bench.protocol.row_answers = {("a", 1): full, ("a", 2): RowReply("GAP")}
+    bench.publisher.push([output(job, [1], "1")])
+    wait_until(lambda: len(bench.protocol.sent) >= 3)
+    assert bench.protocol.sent[0] == bench.protocol.sent[1]
+    assert [row.seq for row in bench.protocol.sent[0]] == [1, 2]
+    bench.protocol.row_answers = {}
+    wait_until(lambda: not bench.publisher.failing)
+    assert ([held.job_id for held in bench.publisher.held()], bench.gone) == (["a"], [])
+    assert bench.publisher.fenced == 0
+
+
 @pytest.mark.parametrize("status", ["FENCED", "GAP", "ERROR"])
 def test_a_lost_job_is_dropped_and_aborted_and_its_batch_mate_goes_on(
     bench: Bench, status: str
@@ -250,6 +265,21 @@ def test_the_backlog_counts_what_no_flush_took(bench: Bench) -> None:
     assert bench.publisher.backlog == 10
     bench.protocol.gate.set()
     wait_until(lambda: bench.publisher.backlog == 0)
+
+
+def test_a_job_that_is_let_go_leaves_the_backlog(bench: Bench) -> None:
+    job, other = held(stream=False), held("b", stream=False)
+    bench.hold(job, other)
+    bench.publisher.push([output(job, [0]), output(other, [0])])
+    bench.wait_for("attempt", "tokens", "attempt", "tokens")
+    bench.protocol.gate.clear()
+    bench.publisher.push([output(job, [1, 2, 3]), output(other, [1, 2])])
+    assert len(bench.publisher.held()) == 2  # they have their tokens now
+    bench.publisher.let_go([job])
+    assert bench.publisher.backlog == 2
+    bench.publisher.push([output(job, [4])])  # of a step that was under way
+    bench.publisher.held()
+    assert bench.publisher.backlog == 2
 
 
 def test_push_never_waits_for_redis(bench: Bench) -> None:

@@ -1,0 +1,79 @@
+"""The async client's connections: a set for each event loop that it is used in.
+
+A connection belongs to the loop that opened it. A program may use one client in several loops,
+one after the other (`asyncio.run` twice) or at once (a thread each).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Final
+
+from mlx_serving.common.protocol.client import AsyncProtocol
+from mlx_serving.common.redis.connection import connect_async
+from mlx_serving.producer.stream_hub import StreamHub
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator
+
+    from mlx_serving.common.redis.connection import Endpoint
+
+CONCURRENT_CALLS: Final = 16
+"""Most commands at once: a hundred streams that replay share as many connections."""
+
+
+class LoopConnections:
+    """What one event loop has open."""
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        self.redis = connect_async(endpoint)
+        self.protocol = AsyncProtocol(self.redis, endpoint.keys)
+        self.hub = StreamHub(self.redis)
+        self.calls = asyncio.Semaphore(CONCURRENT_CALLS)
+
+    async def aclose(self) -> None:
+        """Close them; idempotent."""
+        await self.hub.aclose()
+        await self.redis.aclose()
+
+
+class ConnectionsByLoop:
+    """Opens a loop's connections when it first needs them, and closes them when it ends."""
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        self._endpoint = endpoint
+        self._open: dict[asyncio.AbstractEventLoop, LoopConnections] = {}
+        self._guards: dict[asyncio.AbstractEventLoop, AsyncGenerator[None, None]] = {}
+
+    async def here(self) -> LoopConnections:
+        """Return the running loop's."""
+        loop = asyncio.get_running_loop()
+        connections = self._open.get(loop)
+        if connections is None:
+            self._forget_closed_loops()
+            connections = self._open[loop] = LoopConnections(self._endpoint)
+            guard = self._guards[loop] = self._until_the_end(loop)
+            await anext(guard)
+        return connections
+
+    async def aclose(self) -> None:
+        """Close those of the running loop; idempotent."""
+        guard = self._guards.get(asyncio.get_running_loop())
+        if guard is not None:
+            await guard.aclose()
+
+    async def _until_the_end(self, loop: asyncio.AbstractEventLoop) -> AsyncGenerator[None, None]:
+        """Close a loop's connections when this generator is closed.
+
+        `asyncio.run` closes the generators that are still open before it closes the loop.
+        """
+        try:
+            yield
+        finally:
+            self._guards.pop(loop, None)
+            await self._open.pop(loop).aclose()
+
+    def _forget_closed_loops(self) -> None:
+        """Drop what a loop left that was closed without closing its generators."""
+        for loop in [loop for loop in self._open if loop.is_closed()]:
+            del self._open[loop], self._guards[loop]

@@ -1,0 +1,61 @@
+"""Jobs that Redis refused at submit: what the producer is told of them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from mlx_serving.common.errors import FieldError, IdempotencyConflict, TenantLimited
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from mlx_serving.common.errors import InvalidJob
+    from mlx_serving.common.protocol.calls import EnqueueEntry, EnqueueReply, Refusal
+
+FOR_GOOD: Final[dict[str, type[InvalidJob]]] = {"digest": IdempotencyConflict}
+"""Why a job was refused → the error, if the same job will be refused again."""
+
+
+def check_admitted(entries: Sequence[EnqueueEntry], replies: Sequence[EnqueueReply]) -> None:
+    """Check that no job was refused.
+
+    Raises:
+        IdempotencyConflict: a job's key names a job with another payload.
+        TenantLimited: a tenant has as many jobs queued as it may.
+
+    Each says in `job_ids` which jobs were enqueued. One that a resend can't mend goes first.
+    """
+    refused = {i: reply.refusal for i, reply in enumerate(replies) if reply.refusal}
+    if not refused:
+        return
+    ids = [None if r.refusal else e.job_id for e, r in zip(entries, replies, strict=True)]
+    errors = [_field_error(entries, at, why) for at, why in refused.items()]
+    for why in refused.values():
+        if why.reason in FOR_GOOD:
+            raise FOR_GOOD[why.reason](errors, job_ids=ids)
+    raise _limited(entries, refused, ids)
+
+
+def _field_error(entries: Sequence[EnqueueEntry], at: int, why: Refusal) -> FieldError:
+    """What is wrong with the entry at this place, as `InvalidJob` tells it."""
+    entry, parent = entries[at], f"jobs[{at}]." if len(entries) > 1 else ""
+    if why.reason == "digest":
+        reason = f"{entry.idempotency_key!r} names job {entry.job_id}, which has another payload"
+        return FieldError(f"{parent}idempotency_key", reason)
+    return FieldError(f"{parent}tenant", _queued(entry, why))
+
+
+def _queued(entry: EnqueueEntry, why: Refusal) -> str:
+    return f"tenant {entry.tenant!r} has {why.found} jobs queued and may have {why.limit}"
+
+
+def _limited(
+    entries: Sequence[EnqueueEntry], refused: dict[int, Refusal], ids: Sequence[str | None]
+) -> TenantLimited:
+    at, why = next(iter(refused.items()))
+    first, tenants = entries[at], {entries[each].tenant for each in refused}
+    text = _queued(first, why)
+    if len(entries) > 1:
+        others = f", and {len(tenants) - 1} more tenants" if len(tenants) > 1 else ""
+        text += f": {len(refused)} of {len(entries)} jobs were not enqueued{others}"
+    return TenantLimited(text, tenant=first.tenant, limit=why.limit, queued=why.found, job_ids=ids)
