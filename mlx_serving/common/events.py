@@ -42,10 +42,7 @@ def event_version() -> int:
 
 
 class Cursor(NamedTuple):
-    """A reader's place in a job's stream: the last event that it has, written "<seq>-<tag>".
-
-    With an empty `tag` it is only a number, which can't be checked; no caller can give that.
-    """
+    """A reader's place in a job's stream: the last event that it has, written "<seq>-<tag>"."""
 
     seq: int
     tag: str

@@ -178,13 +178,17 @@ class Keys:
         """RQ's set of the attempts (``<job>:<epoch>``) that a worker runs."""
         return self._spell("rq_worker_executions", worker)
 
-    def lua_functions(self) -> str:
-        """Lua source that defines ``k_<name>(argument)`` for every key.
+    def lua_functions(self, script: str) -> str:
+        """Lua source that defines ``k_<name>(argument)`` for every key that a script names.
 
-        Scripts get the prefixes as ``ARGV[1]`` and ``ARGV[2]``, so one script text serves all.
+        Lua allows 200 locals, and each of these is one. Scripts get the prefixes as ``ARGV[1]`` and
+        ``ARGV[2]``, so one script text serves all.
         """
         lines = ["local P, R = ARGV[1], ARGV[2]"]
+        named = set(re.findall(r"\bk_(\w+)", script))
         for name, (which, template) in _TEMPLATES.items():
+            if name not in named:
+                continue
             prefix = "P" if which == "own" else "R"
             head, marker, tail = template.partition("<>")
             pieces = [prefix, f"'{head}'"]

@@ -15,7 +15,7 @@ from mlx_serving.common.protocol.keys import Keys
 
 NAMES = (
     "enqueue", "claim", "commit", "renew", "release", "cancel", "reap", "reconcile", "crash",
-    "audit",
+    "audit", "forget", "requeue",
 )  # fmt: skip
 _SHARED = ("tenants", "prelude")
 _BEFORE = {"claim": ("affinity",)}  # parts of one script alone
@@ -33,4 +33,5 @@ def script_text(name: str) -> str:
     folder = files("mlx_serving.common") / "lua"
     names = (*_SHARED, *_BEFORE.get(name, ()), name)
     parts = [(folder / f"{part}.lua").read_text(encoding="utf-8") for part in names]
-    return Keys().lua_functions() + lua_tables() + "".join(parts)
+    script = "".join(parts)
+    return Keys().lua_functions(script) + lua_tables() + script
