@@ -191,7 +191,8 @@ class StreamAssembler:
     def is_at(self, end: Cursor) -> bool:
         """Note that the job ended with this event; say whether it is the last one delivered.
 
-        For a job whose events are no longer kept, so that they can't be compared.
+        For a job whose events are no longer kept, so that none can be compared. Its worker
+        wrote this one: events that are a job's only output are kept as long as the job.
         """
         self.ended = bool(self._writers) and (self.delivered, self._writers[-1].tag) == end
         return self.ended

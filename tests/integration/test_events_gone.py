@@ -100,13 +100,6 @@ class TestALateReader:
         with pytest.raises(EventsGone):
             list(client.stream(handle.id, f"{handle.status().seq}-00000000"))
 
-    def test_one_that_had_a_scripts_end_gets_none(self, client: Client) -> None:
-        (handle,) = submit(client, 1, TOKENS, model="nobody-serves-it")
-        handle.cancel()
-        cursor = cursors(client, handle.id)[-1]
-        events_go(client, handle.id)
-        assert list(client.stream(handle.id, cursor)) == []
-
     def test_the_result_needs_no_events(self, client: Client) -> None:
         handle = ended(client)
         assert handle.result(timeout=5).text == counted(TOKENS)

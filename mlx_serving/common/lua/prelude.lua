@@ -277,7 +277,7 @@ local function finalize_unowned(id, queue, state, code, message, iso, now)
   local kind = redis.call('TYPE', k_events(id)).ok
   if kind ~= 'stream' and kind ~= 'none' then redis.call('DEL', k_events(id)) end
   if pcall(append_event, id, seq, entry_of(epoch, tag, ENTRY.body, body)) then  -- fails if the stream is ahead of the hash
-    set_fields(id, {seq = int(seq), nonce = tag})
+    set_fields(id, {seq = int(seq)})
     pcall(publish_event, id, epoch, tag, seq, ENTRY.body, body)
   end
   finalize(id, queue, state, code, message, '', iso, now, job.owner or '', job.epoch or '0', nil)

@@ -58,7 +58,7 @@ class JobField(StrEnum):
     DIGEST = "pd"  # of its payload, if its id comes from an idempotency key
 
     # From the first claim on
-    NONCE = "no"  # of the last claim; of a job that a script ended, the tag of its end
+    NONCE = "no"  # of the last claim
     STARTED_MS = "sa"  # when it was first claimed
     FIRST_TOKEN_MS = "ft"  # noqa: S105 -- when its first token was committed
     LISTENED_MS = "ls"  # when an event last found a listener; only with ABANDON_MS
