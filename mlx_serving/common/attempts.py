@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
-from typing import NamedTuple
+from typing import Final, NamedTuple
+
+TAG_CHARS: Final = 8
+"""How much of an attempt's nonce its events carry."""
 
 
 def new_nonce(machine: str = "") -> str:
@@ -31,6 +34,11 @@ class Attempt(NamedTuple):
     def name(self) -> str:
         """The attempt as one string: ``<job id>:<epoch>:<nonce>``."""
         return f"{self.job_id}:{self.epoch}:{self.nonce}"
+
+    @property
+    def tag(self) -> str:
+        """What its events carry, so that a reader tells it from an attempt of the same epoch."""
+        return self.nonce[:TAG_CHARS]
 
     @classmethod
     def parse(cls, name: str) -> Attempt:
