@@ -23,7 +23,6 @@ from mlx_serving.common.errors import (
     JobNotFound,
     MlxServingError,
     QueueUnavailable,
-    StreamConflict,
 )
 from mlx_serving.common.settings import load_settings
 from mlx_serving.producer.async_client import AsyncClient
@@ -72,6 +71,7 @@ class Follower:
     unknown: bool = False
     ended: bool = False
     cursor: str = ""
+    tag: str = ""  # of the attempt that goes on
 
     @property
     def after(self) -> int:
@@ -84,8 +84,6 @@ class Follower:
                 await self._connect()
             except QueueUnavailable:
                 self.unavailable += 1
-            except StreamConflict:  # Redis forgot what was delivered
-                self._reset()
             except JobNotFound as error:
                 self.unknown = True
                 if self.job_id not in str(error):
@@ -122,6 +120,7 @@ class Follower:
     def _reset(self) -> None:
         self.resets += 1
         self.events.clear()
+        self.cursor = self.tag = ""
 
     def _take(self, event: Event) -> None:
         if event.type == "reset" and event.seq == 0:  # the reader's own: Redis forgot
@@ -129,6 +128,10 @@ class Follower:
             return
         if event.seq != self.after + 1:
             self.problems.append(f"got seq {event.seq} after {self.after}")
+        if event.type == "attempt":
+            self.tag = event.tag
+        elif event.tag != self.tag and event.type != "end":  # an end may be a script's
+            self.problems.append(f"seq {event.seq} is of an attempt that it was not told of")
         self.events.append(seen(event))
         self.cursor = event.cursor
         self.ended = event.type == "end"
@@ -245,7 +248,8 @@ class Producer:
 def _is_told(follower: Follower, wanted: dict[int, list[int]]) -> bool:
     """Whether it has all tokens; of a job that was cancelled, those up to some token."""
     tokens = follower.token_ids()
-    if follower.events[-1][-1] != "cancelled":
+    *_, state, _ = follower.events[-1]
+    if state != "cancelled":
         return tokens == wanted
     return all(ids == wanted.get(index, [])[: len(ids)] for index, ids in tokens.items())
 
