@@ -5,7 +5,8 @@
 
     POST   /jobs               submit; answers {"id": …}
     GET    /jobs/{id}/events   the job's events; a browser's EventSource reconnects with
-                               Last-Event-ID and goes on where it was, on any server
+                               Last-Event-ID and goes on where it was, on any server;
+                               once they are no longer kept, one event with the result
     DELETE /jobs/{id}          cancel
 
 A client that goes away stops only the reading. The job itself goes on, unless it was
@@ -21,8 +22,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 from fastapi import FastAPI, Header, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
-from mlx_serving import AsyncClient, Event, MlxServingError
+from mlx_serving import AsyncClient, Event, EventsGone, MlxServingError
 from mlx_serving.common.events import encode
+from mlx_serving.common.results import encode_result
 from mlx_serving.common.states import TERMINAL
 
 if TYPE_CHECKING:
@@ -96,6 +98,8 @@ async def relay(client: AsyncClient, job_id: str, after_seq: int) -> AsyncIterat
         async with aclosing(client.stream(job_id, after_seq)) as events:
             async for event in with_pauses(events):
                 yield ": still here\n\n" if event is None else as_sse(event)
+    except EventsGone:
+        yield await as_result(client, job_id)
     except MlxServingError as error:
         yield f'event: error\ndata: {{"code":"{error.code}"}}\n\n'
 
@@ -116,6 +120,12 @@ async def with_pauses(events: AsyncIterator[Event]) -> AsyncIterator[Event | Non
     finally:
         coming.cancel()
         await asyncio.wait({coming})
+
+
+async def as_result(client: AsyncClient, job_id: str) -> str:
+    """In place of events that are no longer kept, the job's result as one; then it is over."""
+    result, seq = await client.result(job_id), (await client.status(job_id)).seq
+    return f"id: {seq}\nevent: result\ndata: {encode_result(result).decode()}\n\n"
 
 
 def as_sse(event: Event) -> str:

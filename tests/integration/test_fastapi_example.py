@@ -109,6 +109,19 @@ def test_a_job_is_relayed(http: httpx.Client, worker: ScriptedWorker) -> None:
     assert json.loads(got[-1]["data"])["state"] == "finished"
 
 
+def test_a_late_reader_gets_the_result_as_one_event(
+    http: httpx.Client, worker: ScriptedWorker, redis_client: redis.Redis
+) -> None:
+    job_id = submit(http)
+    worker.serve(WORDS)
+    redis_client.delete(f"mlxs:ev:{job_id}")  # as their time does
+    (only,) = events(http, job_id)
+    assert (only["id"], only["event"]) == ("32", "result")
+    assert json.loads(only["data"])["choices"][0]["text"] == "".join(WORDS)
+    headers = {"Last-Event-ID": only["id"]}
+    assert http.get(f"/jobs/{job_id}/events", headers=headers).status_code == 204
+
+
 def test_a_reader_that_was_cut_off_resumes_without_gap_or_repeat(
     http: httpx.Client, worker: ScriptedWorker, redis_client: redis.Redis
 ) -> None:
