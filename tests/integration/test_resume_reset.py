@@ -119,7 +119,7 @@ def test_text_says_where_it_starts_over(
     pieces: list[str] = []
     with pytest.raises(StreamReset) as caught:
         pieces.extend(iter(cut.text()))
-    rest = client.stream(cut.id, caught.value.seq, text=True)
+    rest = client.stream(cut.id, caught.value.cursor, text=True)
     assert "".join(rest) == NEW
 
 
@@ -132,7 +132,7 @@ async def test_text_says_where_it_starts_over_async(
         with pytest.raises(StreamReset) as caught:
             async for _ in client.stream(cut.id, text=True):
                 pass
-        rest = [text async for text in client.stream(cut.id, caught.value.seq, text=True)]
+        rest = [text async for text in client.stream(cut.id, caught.value.cursor, text=True)]
         assert (await client.result(cut.id)).text == NEW
     assert "".join(rest) == NEW
 
