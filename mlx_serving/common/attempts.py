@@ -9,9 +9,13 @@ TAG_CHARS: Final = 8
 """How much of an attempt's nonce its events carry."""
 
 
-def new_nonce() -> str:
-    """Return a random name for a claim: 64 bits from the operating system, as 16 hex digits."""
-    return os.urandom(8).hex()
+def new_nonce(machine: str = "") -> str:
+    """Return a name for a claim: 64 random bits as 16 hex digits, and "-<machine>" if one is given.
+
+    `machine` (hex digits) tells which machine was lost, if the worker is.
+    """
+    nonce = os.urandom(8).hex()
+    return f"{nonce}-{machine}" if machine else nonce
 
 
 class Attempt(NamedTuple):

@@ -167,8 +167,8 @@ class Driver:
     def cancel(self, job_id: str, reason: str = "cancelled") -> JobState | None:
         return self.protocol.run(calls.cancel(job_id, reason))
 
-    def reap(self, lease_ms: int = 1, queues: Sequence[str] = LANES) -> Swept:
-        return self.protocol.run(calls.reap(lease_ms=lease_ms, queues=queues))
+    def reap(self, lease_ms: int = 1, queues: Sequence[str] = LANES, machine: str = "") -> Swept:
+        return self.protocol.run(calls.reap(lease_ms=lease_ms, queues=queues, machine=machine))
 
     def lapse(self, *job_ids: str, queue: str = QUEUE) -> None:
         """Let leases end, as time would."""

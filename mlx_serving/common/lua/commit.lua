@@ -78,6 +78,7 @@ local function commit(id, epoch, nonce, seq, form, body, has_tokens, publish, st
     -- The reply to the flush that ended the job was lost.
     local ended_here = TERMINAL[job.state] and job.owner == worker and is_attempt(job, epoch, nonce)
     if ended_here and is_written(id, seq, entry) then return {'DUP', ''} end
+    LOSSES.forgive(id, nonce)
     return {'FENCED', ''}
   end
   local committed = tonumber(job.seq)

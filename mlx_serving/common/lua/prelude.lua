@@ -79,7 +79,7 @@ local function is_job_id(id) return #id > 0 and #id <= 256 and not string.find(i
 local TEXTS, NUMBERS, LATER_NUMBERS, SOUND  -- lists of fields, once `read_sound` needs them; SOUND: all, as they are stored
 
 local function list_sound()
-  TEXTS = {'state', 'queue', 'owner', 'cancel_reason', 'tenant', 'marks'}
+  TEXTS = {'state', 'queue', 'owner', 'cancel_reason', 'tenant', 'marks', 'losses'}
   NUMBERS = {'epoch', 'seq', 'crashes', 'max_attempts', 'min_protocol', 'deadline_ms', 'timeout_ms', 'abandon_ms', 'result_ttl',
              'stream', 'enqueued_ms', 'needed_tokens'}
   LATER_NUMBERS = {'started_ms', 'first_token_ms', 'max_unproven', 'suspect_since_ms', 'needed_rows',
@@ -281,6 +281,7 @@ local function finalize_unowned(id, queue, state, code, message, iso, now)
     pcall(publish_event, id, epoch, tag, seq, ENTRY.body, body)
   end
   finalize(id, queue, state, code, message, '', iso, now, job.owner or '', job.epoch or '0', nil)
+  redis.call('ZREM', k_isolated(queue), id)
 end
 
 -- Ends a job that no live worker holds as its cancel reason says; returns the state.

@@ -74,6 +74,9 @@ class JobField(StrEnum):
     SUSPECT_SINCE_MS = "su"  # when it was last charged with a crash
     CHARGED_NONCE = "cr"  # nonce of the attempt that was charged last
 
+    LOSSES = "lo"  # attempts whose worker was lost and has not come back, see `losses.lua`
+    ALONE = "al"  # "<nonce> <seq> <ms>" of the last claim that made it run alone for its losses
+
     # From its end on
     FINISHED_MS = "fi"  # when it ended
     ERROR_CODE = "err"  # '' if it ended well

@@ -76,7 +76,9 @@ def test_no_module_spells_a_stored_name_of_the_control_hash() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_script_has_fewer_locals_than_lua_allows(name: str) -> None:
-    declared = re.findall(r"^local (?:function \w+|([^=\n]+))", script_text(name), re.MULTILINE)
+    # A block that has ended holds none: Lua itself sees to what is in it.
+    text = re.sub(r"^do\n.*?^end\n", "", script_text(name), flags=re.MULTILINE | re.DOTALL)
+    declared = re.findall(r"^local (?:function \w+|([^=\n]+))", text, re.MULTILINE)
     assert sum(names.count(",") + 1 for names in declared) < LUA_LOCALS
 
 
