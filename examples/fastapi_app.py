@@ -16,13 +16,13 @@ submitted with `abandon_after`.
 from __future__ import annotations
 
 import asyncio
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import FastAPI, Header, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
-from mlx_serving import AsyncClient, Event, MlxServingError
+from mlx_serving import AsyncClient, Event, MlxServingError, StreamGap
 from mlx_serving.common.events import encode
 from mlx_serving.common.states import TERMINAL
 
@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 KEEP_ALIVE_S = 15.0  # proxies close what is silent longer; also notices who has gone
 
 STATUS = {
-    "job_not_found": 404, "invalid_job": 422, "idempotency_key_reused": 422,
+    "job_not_found": 404,
+    "events_gone": 410, "invalid_job": 422, "idempotency_key_reused": 422,
     "payload_too_large": 413,
 }  # fmt: skip
 
@@ -74,10 +75,11 @@ async def follow(
     except ValueError as error:
         return JSONResponse({"code": "invalid_cursor", "message": str(error)}, 422)
     record = await client_of(request).status(job_id)
-    if record.state in TERMINAL and last_event_id:
+    if record.state in TERMINAL:  # events that are gone are the answer's status
         async with aclosing(events):
-            if await anext(events, None) is None:
-                return Response(status_code=204)
+            with suppress(StreamGap):  # which the relay tells
+                if await anext(events, None) is None:
+                    return Response(status_code=204)
     return StreamingResponse(
         relay(client_of(request), job_id, last_event_id),
         media_type="text/event-stream",

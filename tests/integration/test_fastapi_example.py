@@ -114,6 +114,19 @@ def test_a_job_is_relayed(http: httpx.Client, worker: ScriptedWorker) -> None:
     assert json.loads(got[-1]["data"])["state"] == "finished"
 
 
+@pytest.mark.parametrize("after", [None, 0, 2])
+def test_a_late_reader_is_told_that_the_events_are_gone(
+    http: httpx.Client, worker: ScriptedWorker, redis_client: redis.Redis, after: int | None
+) -> None:
+    """By a status after which an EventSource does not come again."""
+    job_id = submit(http)
+    row = worker.serve(WORDS)
+    redis_client.delete(f"mlxs:ev:{job_id}")  # as their time does
+    headers = {} if after is None else {"Last-Event-ID": row.written[after].cursor}
+    response = http.get(f"/jobs/{job_id}/events", headers=headers)
+    assert (response.status_code, response.json()["code"]) == (410, "events_gone")
+
+
 def test_a_reader_that_was_cut_off_resumes_without_gap_or_repeat(
     http: httpx.Client, worker: ScriptedWorker, redis_client: redis.Redis
 ) -> None:

@@ -203,7 +203,6 @@ def deleted(driver: Driver, _: Attempt) -> None:
     driver.redis.delete("mlxs:job:a", "mlxs:ev:a", "rq:job:a")
 
 
-@pytest.mark.usefixtures("_settled")
 def but_for_losses(driver: Driver) -> tuple[dict[bytes, bytes], dict[bytes, bytes]]:
     """All that Redis holds, but the losses of job `a`: a worker that is back takes its own back."""
     keys, name = driver.snapshot(), driver.keys.job("a")
@@ -214,6 +213,7 @@ def but_for_losses(driver: Driver) -> tuple[dict[bytes, bytes], dict[bytes, byte
     )
 
 
+@pytest.mark.usefixtures("_settled")
 class TestZombie:
     """D3: whatever became of its job, a worker that lost it writes nothing anywhere."""
 

@@ -180,5 +180,8 @@ def test_live_and_replayed_a_reset_comes_once_and_in_its_place(
     given = assembler.replay(payloads[:5], committed=5, over=False)
     for payload in (*payloads[20:], *payloads[5:20]):
         given += assembler.receive(payload)
+    assert assembler.needs_replay, "the stream confirms where another attempt begins"
+    rest = payloads[assembler.replay_from :]
+    given += assembler.replay(rest, committed=len(payloads), over=True)
     assert [events.encode(event) for event in given] == payloads
     assert assembler.ended
