@@ -11,6 +11,7 @@ local replies = {}
 local function release(id, epoch, nonce, needed_tokens, needed_rows)
   local job = find_fields(id, READ)
   if not runs(job, worker, epoch, nonce) then
+    LOSSES.forgive(id, nonce)
     return job.state == 'queued' and is_attempt(job, epoch, nonce) and 'DUP' or 'FENCED'
   end
   if end_cancelled(id, job, iso, now_ms()) then return 'OK' end  -- nobody needs to claim it again to find out
@@ -26,4 +27,4 @@ for at = FIRST_JOB, #ARGV, ARGUMENTS do
   local id, epoch, nonce, needed_tokens, needed_rows = unpack(ARGV, at, at + ARGUMENTS - 1)
   replies[#replies + 1] = release(id, epoch, nonce, tonumber(needed_tokens), tonumber(needed_rows))
 end
-return replies
+return answer(replies)

@@ -9,7 +9,10 @@ local replies = {}
 
 local function renew(id, epoch, nonce)
   local job = find_fields(id, READ)
-  if not runs(job, worker, epoch, nonce) then return {'FENCED', ''} end
+  if not runs(job, worker, epoch, nonce) then
+    LOSSES.forgive(id, nonce)
+    return {'FENCED', ''}
+  end
   -- It removes nothing: a full Redis lets a script go on that has begun to write, and a renewal takes no memory.
   redis.call('ZREM', k_leases(job.queue), '')
   redis.call('ZADD', k_leases(job.queue), int(now + lease), id)
@@ -24,4 +27,4 @@ for at = FIRST_JOB, #ARGV, ARGUMENTS do
   local id, epoch, nonce = unpack(ARGV, at, at + ARGUMENTS - 1)
   replies[#replies + 1] = renew(id, epoch, nonce)
 end
-return replies
+return answer(replies)

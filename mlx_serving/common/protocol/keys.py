@@ -22,6 +22,8 @@ _TEMPLATES: dict[str, tuple[str, str]] = {
     "wake": ("own", ":wake:<>"),  # pub/sub: something was enqueued
     "control": ("own", ":ctl:<>"),  # pub/sub to one worker: "cancel <id>"
     "claim": ("own", ":claim:<>"),  # ids that the claim of a nonce took; expires
+    "isolated": ("own", ":isolated:<>"),  # zset of a queue's jobs that nobody may claim
+    "machine": ("own", ":machine:<>"),  # when a machine was awake, and who was lost there; expires
     "reserved": ("own", ":reserved:<>"),  # worker that makes room for a queue's suspects
     "bringing": ("own", ":bringing:<>"),  # worker that is about to load a model; expires
     "limits": ("own", ":limits"),  # hash, an operator's: queued, running, queued:<tenant>, …
@@ -37,6 +39,8 @@ _TEMPLATES: dict[str, tuple[str, str]] = {
     "worker": ("own", ":worker:<>"),  # hash: what a worker is and can hold; expires
     "batch": ("own", ":batch:<>"),  # hash: what a bulk file's runner says of it; expires
     "batches": ("own", ":batches"),  # zset of bulk files, by the time they were last heard of
+    "quarantine": ("own", ":quarantine"),  # zset: notes of keys of a wrong type, by time
+    "quarantined": ("own", ":quarantine:<>"),  # such a key; argument: "<name>:<time>"
     # RQ's: the view
     "rq_job": ("rq", ":job:<>"),
     "rq_queue": ("rq", ":queue:<>"),
@@ -99,6 +103,10 @@ class Keys:
     def leases(self, queue: str) -> str:
         """Lease deadlines (ms, Redis TIME) of the queue's running jobs."""
         return self._spell("leases", queue)
+
+    def isolated(self, queue: str) -> str:
+        """Jobs of the queue that nobody may claim, by when they were isolated."""
+        return self._spell("isolated", queue)
 
     def wake(self, queue: str) -> str:
         """Channel that tells idle workers of a new job."""
@@ -169,6 +177,18 @@ class Keys:
     def batches(self) -> str:
         """Index of the bulk files that were heard of lately."""
         return self._spell("batches")
+
+    def quarantine(self) -> str:
+        """Notes of the keys that were quarantined; see `quarantine`."""
+        return self._spell("quarantine")
+
+    def quarantined(self, key_and_time: str) -> str:
+        """Place of a key that was quarantined, by ``<key>:<ms>``."""
+        return self._spell("quarantined", key_and_time)
+
+    def rq_queues(self) -> str:
+        """RQ's set of queues."""
+        return self._spell("rq_queues")
 
     def rq_commands(self, worker: str) -> str:
         """RQ's command channel of a worker."""
