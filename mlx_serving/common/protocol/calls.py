@@ -419,8 +419,12 @@ def crash(worker: str, blamed: Sequence[Blame]) -> Call[list[tuple[str, str]]]:
     return Call("crash", arguments, _pairs)
 
 
+REAPED_AT_ONCE: Final = 32
+"""Jobs of each kind and queue that one call ends or takes over, so that it holds Redis shortly."""
+
+
 def reap(
-    *, lease_ms: int, most: int = 256, queues: Sequence[str] = (), machine: str = ""
+    *, lease_ms: int, most: int = REAPED_AT_ONCE, queues: Sequence[str] = (), machine: str = ""
 ) -> Call[Swept]:
     """Take over what a dead worker held, expire what waited too long, trim RQ's registries.
 
