@@ -39,6 +39,7 @@ if TYPE_CHECKING:
         StreamGap,
         StreamReset,
         TenantLimited,
+        TenantRowsExceeded,
         UnknownModel,
     )
     from mlx_serving.common.events import ChoiceDelta, ErrorInfo, Event, Usage
@@ -101,6 +102,7 @@ __all__ = [
     "StreamGap",
     "StreamReset",
     "TenantLimited",
+    "TenantRowsExceeded",
     "TextPart",
     "Timings",
     "Tool",

@@ -70,6 +70,7 @@ def seal(job: GenerationJob, *, max_payload_bytes: int, signer: Signer = UNSIGNE
         stream=job.stream,
         tenant=job.tenant or "",
         marks=marks(job),
+        rows=job.n,
         idempotency_key=job.idempotency_key or "",
         digest=digest,
     )

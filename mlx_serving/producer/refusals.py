@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from mlx_serving.common.errors import FieldError, IdempotencyConflict, TenantLimited
+from mlx_serving.common.errors import (
+    FieldError,
+    IdempotencyConflict,
+    TenantLimited,
+    TenantRowsExceeded,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -12,7 +17,10 @@ if TYPE_CHECKING:
     from mlx_serving.common.errors import InvalidJob
     from mlx_serving.common.protocol.calls import EnqueueEntry, EnqueueReply, Refusal
 
-FOR_GOOD: Final[dict[str, type[InvalidJob]]] = {"digest": IdempotencyConflict}
+FOR_GOOD: Final[dict[str, type[InvalidJob]]] = {
+    "digest": IdempotencyConflict,
+    "running": TenantRowsExceeded,
+}
 """Why a job was refused → the error, if the same job will be refused again."""
 
 
@@ -21,6 +29,7 @@ def check_admitted(entries: Sequence[EnqueueEntry], replies: Sequence[EnqueueRep
 
     Raises:
         IdempotencyConflict: a job's key names a job with another payload.
+        TenantRowsExceeded: a job has more rows than its tenant may ever run.
         TenantLimited: a tenant has as many jobs queued as it may.
 
     Each says in `job_ids` which jobs were enqueued. One that a resend can't mend goes first.
@@ -42,6 +51,9 @@ def _field_error(entries: Sequence[EnqueueEntry], at: int, why: Refusal) -> Fiel
     if why.reason == "digest":
         reason = f"{entry.idempotency_key!r} names job {entry.job_id}, which has another payload"
         return FieldError(f"{parent}idempotency_key", reason)
+    if why.reason == "running":
+        reason = f"the job has {why.found} rows, and tenant {entry.tenant!r} may run {why.limit}"
+        return FieldError(f"{parent}n", reason)
     return FieldError(f"{parent}tenant", _queued(entry, why))
 
 

@@ -1,6 +1,7 @@
 -- Takes up to `most` jobs from the queues in priority order; an id is never in neither place.
 -- Tenants take turns: a place on the list that is a tenant's goes to the first job in the line of the tenant whose turn it
--- is, however far back on the list that job stands. A tenant that runs as many jobs as it may lets its turns pass.
+-- is, however far back on the list that job stands. A tenant that runs as many rows as it may, or as leave no room for the first
+-- job in its line, lets its turns pass. A job with more rows than the limit, which was lowered, runs when no other of its tenant does.
 -- A young job is left for a moment to another worker that likely has its prompt's beginning and room (see affinity.lua); one
 -- of the lane bulk that another worker has the beginning of is taken after those further back that none or this one has.
 -- A claim sent again with its nonce takes nothing more: it returns what it took before, as far as that is still this worker's.
@@ -48,8 +49,7 @@ local LEFT = 64  -- jobs that a claim leaves to others at most: what lies behind
 local left, left_count, again_ms = {}, 0, 0  -- ids, their number, and when the first of them is anybody's
 local OVERTAKEN, OVERTAKEN_MS = 32, 30000  -- bulk jobs that a claim takes others before, and how long others may go before one
 local gone, walked = {}, 0  -- ids taken out of the list's middle, and what that cost
-local orders, looked_at, room = {}, {}, {}  -- by queue: tenants to ask; by line: jobs looked at; by tenant: jobs it may start
-local leaves = {}  -- by line: whether a job of it is left to another worker
+local orders, looked_at, leaves = {}, {}, {}  -- by queue: tenants to ask; by line: jobs looked at, and whether one was left
 shared, shown = gather, gather_view
 
 -- Jobs put on the list by RQ's own Queue.enqueue have no control hash yet.
@@ -121,10 +121,7 @@ local function take(id, queue, job)
   local epoch, started = int(job.epoch + 1), job.started_ms or int(now)
   redis.call('HSET', k_job(id), F.state, 'running', F.owner, worker, F.epoch, epoch, F.nonce, nonce, F.started_ms, started)
   shared('ZADD', k_leases(queue), int(now + lease), id)
-  if job.tenant then
-    tolerantly(tenant_runs, id, queue, job.tenant)
-    if room[job.tenant] then room[job.tenant] = room[job.tenant] - 1 end
-  end
+  if job.tenant then start_of_tenant(id, queue, job) end
   show(view_start, id, queue, epoch, worker, iso, now)
   reply_with(id, queue, epoch, started, job)
   rows, unproven = rows + 1, unproven + 1
@@ -216,14 +213,6 @@ local function unlist(id, queue)
   gone[id] = true
 end
 
-local function may_run(tenant)
-  if not room[tenant] then
-    local limit = limit_of(tenant, LIMIT.running)
-    room[tenant] = limit and limit - members_of(k_tenant_running(tenant)) or ANY
-  end
-  return room[tenant] > 0
-end
-
 -- Takes the first job in a tenant's line that is for this worker; false if there is none.
 local function serve(queue, tenant)
   local line = line_of(queue, tenant)
@@ -235,6 +224,7 @@ local function serve(queue, tenant)
     if verdict == 'skip' then
       at = at + 1
       if left[id] then leaves[line] = true end
+    elseif verdict == 'take' and not fits_limit(job, queue) then return false
     else
       unlist(id, queue)
       if verdict == 'take' then
@@ -260,7 +250,7 @@ local function serve_turn(queue)
   local order = orders[queue]
   while #order > 0 and not is_over() do
     local tenant = table.remove(order, 1)
-    local served = may_run(tenant) and serve(queue, tenant)
+    local served = may_run(tenant, queue) and serve(queue, tenant)
     -- A job that is left for a moment costs its tenant no turn.
     if served or not leaves[line_of(queue, tenant)] then pass_turn(queue, tenant) end
     if served then
@@ -280,17 +270,10 @@ local function give_place(id, queue, verdict, job)
   while not gone[id] and serve_turn(queue) do end
   if gone[id] or is_over() then return end
   -- In no line, or behind more than are looked at, and yet it may run.
-  if verdict == 'take' and may_run(job.tenant) and has_room_for(job) then
+  if verdict == 'take' and may_run(job.tenant, queue) and has_room_for(job) and fits_limit(job, queue) then
     unlist(id, queue)
     take(id, queue, job)
   end
-end
-
--- Whether the job is one of a tenant that was seen to run as many as it may: not worth a closer look.
-local function is_held_back(id)
-  if not next(room) then return false end
-  local tenant = redis.pcall('HGET', k_job(id), F.tenant)
-  return type(tenant) == 'string' and room[tenant] ~= nil and room[tenant] <= 0
 end
 
 local function unlist_front(id, queue, verdict, job)
@@ -345,7 +328,7 @@ local function claim(queue)
     for _, id in ipairs(ids) do
       if is_over() then break end
       if gone[id] then  -- no longer on the list
-      elseif is_held_back(id) then offset = offset + 1
+      elseif is_held_back(id, queue) then offset = offset + 1
       elseif is_overtaken_too(id, queue, overtaken) then offset = offset + 1
       else
         local verdict, job = decide(id, queue)

@@ -4,17 +4,28 @@
 --   max_attempts, min_protocol, deadline_ms (from now; 0: none), timeout_ms, abandon_ms (0: none), result_ttl (seconds),
 --   stream (0|1)                      as in its control hash
 --   tenant, marks, digest             '': none
+--   rows                              of the batch that it takes
 --   count, and so many                fields and values in turn of RQ's hash of the job
 -- Returns for each job: created (0|1), state; or, if it is refused, 0, '' and why: 'queued', limit, queued (its tenant has as many
---   queued as it may); 'digest' (there is a job of its id with another payload).
+--   queued as it may); 'running', limit, rows (it has more rows than its tenant may ever run); 'digest' (there is a job of its id with another payload).
 local FIRST_JOB = 4
 -- A job's arguments, counted from its id.
 local ID, QUEUE, MAX_ATTEMPTS, MIN_PROTOCOL, DEADLINE_MS, TIMEOUT_MS, ABANDON_MS, RESULT_TTL, STREAM, TENANT_NAME, MARKS,
-      DIGEST, RQ_COUNT, RQ_FIELDS = 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13
+      DIGEST, ROWS, RQ_COUNT, RQ_FIELDS = 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14
 local now = now_ms()
 local replies = {}
 
 local function given(argument) return argument ~= '' and argument or nil end
+
+-- Why a tenant may not have this job too, as the reply says it; nil if it may.
+local function refusal(tenant, rows)
+  -- A limit of 0 only lets the tenant wait, and one row is the least that a job can have.
+  local most_rows = rows > 1 and limit_of(tenant, LIMIT.running)
+  if most_rows and most_rows > 0 and rows > most_rows then return {0, '', LIMIT.running, most_rows, rows} end
+  local limit = limit_of(tenant, LIMIT.queued)
+  local queued = limit and members_of(k_tenant_queued(tenant))
+  if limit and queued >= limit then return {0, '', LIMIT.queued, limit, queued} end
+end
 
 -- `at`: the job's place in ARGV; `last`: its last argument.
 local function enqueue(at, last)
@@ -23,12 +34,9 @@ local function enqueue(at, last)
   local state, known_digest = unpack(redis.call('HMGET', k_job(id), F.state, F.digest))
   if state and digest and known_digest and digest ~= known_digest then return {0, '', 'digest'} end
   if state then return {0, state} end
-  local tenant = given(ARGV[at + TENANT_NAME])
-  local limit = tenant and limit_of(tenant, LIMIT.queued)
-  if limit then
-    local queued = members_of(k_tenant_queued(tenant))
-    if queued >= limit then return {0, '', LIMIT.queued, limit, queued} end
-  end
+  local tenant, rows = given(ARGV[at + TENANT_NAME]), tonumber(ARGV[at + ROWS])
+  local refused = tenant and refusal(tenant, rows)
+  if refused then return refused end
   -- What an earlier life of this id, or a hand, left behind. Only if there is any: a write that
   -- frees memory would let the rest of the script pass a full Redis.
   if redis.call('EXISTS', k_rq_job(id), k_events(id), k_rq_results(id)) > 0 then
@@ -41,6 +49,7 @@ local function enqueue(at, last)
     max_attempts = ARGV[at + MAX_ATTEMPTS], min_protocol = ARGV[at + MIN_PROTOCOL], deadline_ms = int(deadline),
     timeout_ms = ARGV[at + TIMEOUT_MS], abandon_ms = ARGV[at + ABANDON_MS], result_ttl = ARGV[at + RESULT_TTL],
     stream = ARGV[at + STREAM], marks = given(ARGV[at + MARKS]), tenant = tenant, digest = digest,
+    rows = rows > 1 and rows or nil,
   })
   redis.call('ZADD', k_open(queue), int(now), id)
   if deadline > 0 then redis.call('ZADD', k_deadlines(), int(deadline), id) end

@@ -62,6 +62,7 @@ local function create_job(id, queue, now, terms)
   if terms.marks then redis.call('HSET', k_job(id), F.marks, terms.marks) end
   if terms.tenant then redis.call('HSET', k_job(id), F.tenant, terms.tenant) end
   if terms.digest then redis.call('HSET', k_job(id), F.digest, terms.digest) end
+  if terms.rows then redis.call('HSET', k_job(id), F.rows, terms.rows) end
 end
 
 -- RQ's own rule for ids. Anybody may have pushed anything: bytes that are no text, a ':' (which
@@ -75,7 +76,7 @@ local function list_sound()
   NUMBERS = {'epoch', 'seq', 'crashes', 'max_attempts', 'min_protocol', 'deadline_ms', 'timeout_ms', 'abandon_ms', 'result_ttl',
              'stream', 'enqueued_ms', 'needed_tokens'}
   LATER_NUMBERS = {'started_ms', 'first_token_ms', 'max_unproven', 'suspect_since_ms', 'needed_rows',
-                   'overtaken_ms'}  -- not there from the start
+                   'overtaken_ms', 'rows'}  -- not there from the start
   SOUND = {}
   for _, names in ipairs({TEXTS, NUMBERS, LATER_NUMBERS}) do
     for _, name in ipairs(names) do SOUND[#SOUND + 1] = F[name] end
@@ -227,10 +228,10 @@ local function publish_event(id, epoch, seq, form, body)
 end
 
 -- Ends a job. The end event itself was appended by the caller; `fields`: what else its control hash is to say; `known`:
--- its result_ttl and tenant, if the caller has read them.
+-- its result_ttl, tenant and rows, if the caller has read them.
 local function finalize(id, queue, state, code, message, result, iso, now, owner, epoch, rq_result, fields, known)
   local key = k_job(id)
-  local job = known or read_fields(id, field_list('result_ttl', 'tenant'))
+  local job = known or read_fields(id, field_list('result_ttl', 'tenant', 'rows'))
   local ttl = tonumber(job.result_ttl or '') or 3600
   fields = fields or {}
   fields.state, fields.finished_ms, fields.error_code, fields.message = state, int(now), code, message
@@ -241,7 +242,7 @@ local function finalize(id, queue, state, code, message, result, iso, now, owner
   shared('ZREM', k_deadlines(), id)
   redis.call('EXPIRE', key, ttl)
   redis.call('EXPIRE', k_events(id), ttl)
-  if job.tenant then tolerantly(tenant_ends, id, queue, job.tenant) end
+  if job.tenant then tolerantly(tenant_ends, id, queue, job.tenant, rows_of(job)) end
   show(view_drop_execution, id, queue, epoch, owner)
   show(view_end, id, queue, state, iso, ttl, now, owner, epoch, rq_result)
 end
@@ -290,8 +291,11 @@ local function requeue(id, queue, owner, epoch)
   redis.call('HSET', k_job(id), F.state, 'queued', F.owner, '')
   shared('ZREM', k_leases(queue), id)
   redis.call('LPUSH', k_rq_queue(queue), id)
-  local tenant = redis.call('HGET', k_job(id), F.tenant)
-  if tenant then tolerantly(tenant_waits, id, queue, tenant, 'LPUSH') end
+  local job = read_fields(id, field_list('tenant', 'rows'))
+  if job.tenant then
+    tolerantly(move_rows, 'SREM', id, job.tenant, rows_of(job))
+    tolerantly(tenant_waits, id, queue, job.tenant, 'LPUSH')
+  end
   show(view_drop_execution, id, queue, epoch, owner)
   if is_hash(k_rq_job(id)) then
     redis.call('HSET', k_rq_job(id), 'status', 'queued', 'worker_name', '')

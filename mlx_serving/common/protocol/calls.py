@@ -53,6 +53,7 @@ class EnqueueEntry:
     stream: bool = True
     tenant: str = ""  # '': none
     marks: str = ""  # see `producer.marks`; '': none
+    rows: int = 1  # of the batch that it takes
     idempotency_key: str = ""  # '': none; not written, but an error names it
     digest: str = ""  # of the payload, if there is a key; see `producer.envelope`
 
@@ -60,11 +61,11 @@ class EnqueueEntry:
 class Refusal(NamedTuple):
     """Why a job was not enqueued.
 
-    `queued`: its tenant has `found` jobs waiting and may have `limit`. `digest`: there is a job of
-    this id with another payload.
+    `queued`: its tenant has `found` jobs waiting and may have `limit`. `running`: it has `found`
+    rows, and its tenant may run `limit`. `digest`: there is a job of this id with another payload.
     """
 
-    reason: Literal["queued", "digest"]
+    reason: Literal["queued", "running", "digest"]
     limit: int = 0
     found: int = 0
 
@@ -279,7 +280,7 @@ def enqueue_many(entries: Sequence[EnqueueEntry]) -> Call[list[EnqueueReply]]:
         arguments += (
             e.job_id, e.queue, e.max_attempts, e.min_protocol, e.deadline_ms, e.timeout_ms,
             e.abandon_ms, e.result_ttl, int(e.stream), e.tenant, e.marks, e.digest,
-            len(rq_fields), *rq_fields,
+            e.rows, len(rq_fields), *rq_fields,
         )  # fmt: skip
 
     def parse(replies: Sequence[Any]) -> list[EnqueueReply]:

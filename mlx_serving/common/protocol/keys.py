@@ -9,6 +9,10 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
 
 # name → (which prefix, parts); a part in angle brackets is the argument.
 _TEMPLATES: dict[str, tuple[str, str]] = {
@@ -27,7 +31,8 @@ _TEMPLATES: dict[str, tuple[str, str]] = {
     "limits": ("own", ":limits"),  # hash, an operator's: queued, running, queued:<tenant>, …
     "tenants": ("own", ":tenants"),  # set of tenants that have open jobs
     "tenant_queued": ("own", ":tenant:<>:queued"),  # set of a tenant's queued jobs
-    "tenant_running": ("own", ":tenant:<>:running"),  # set of a tenant's running jobs
+    "tenant_running": ("own", ":tenant:<>:running"),  # set of the rows of a tenant's running jobs
+    "tenant_room_for": ("own", ":tenant:<>:room_for"),  # queue whose job waits for room; expires
     "line": ("own", ":line:<>"),  # list of a tenant's queued jobs; argument: "<queue>:<tenant>"
     "turns": (
         "own",
@@ -133,7 +138,7 @@ class Keys:
         return self._spell("tenant_queued", tenant)
 
     def tenant_running(self, tenant: str) -> str:
-        """Ids of the tenant's running jobs."""
+        """Rows of the tenant's running jobs: their ids, and ``<id>:2`` to ``<id>:<rows>``."""
         return self._spell("tenant_running", tenant)
 
     def line(self, queue: str, tenant: str) -> str:
@@ -178,13 +183,15 @@ class Keys:
         """RQ's set of the attempts (``<job>:<epoch>``) that a worker runs."""
         return self._spell("rq_worker_executions", worker)
 
-    def lua_functions(self) -> str:
-        """Lua source that defines ``k_<name>(argument)`` for every key.
+    def lua_functions(self, names: Collection[str] = _TEMPLATES.keys()) -> str:
+        """Lua source that defines ``k_<name>(argument)`` for every key, or those of these names.
 
         Scripts get the prefixes as ``ARGV[1]`` and ``ARGV[2]``, so one script text serves all.
         """
         lines = ["local P, R = ARGV[1], ARGV[2]"]
         for name, (which, template) in _TEMPLATES.items():
+            if name not in names:
+                continue
             prefix = "P" if which == "own" else "R"
             head, marker, tail = template.partition("<>")
             pieces = [prefix, f"'{head}'"]

@@ -1,12 +1,13 @@
 """The protocol's Lua scripts, as texts ready to register.
 
 A script is the generated names of keys and fields, then ``tenants.lua`` and ``prelude.lua``, then
-its own file (before ``claim.lua`` also ``affinity.lua``). Redis caches it by hash, so the length
-costs nothing after the first call.
+its own file (before ``claim.lua`` also ``affinity.lua`` and ``shares.lua``). Redis caches it by
+hash, so the length costs nothing after the first call.
 """
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from importlib.resources import files
 
@@ -18,7 +19,7 @@ NAMES = (
     "audit",
 )  # fmt: skip
 _SHARED = ("tenants", "prelude")
-_BEFORE = {"claim": ("affinity",)}  # parts of one script alone
+_BEFORE = {"claim": ("affinity", "shares")}  # parts of one script alone
 
 
 @cache
@@ -33,4 +34,7 @@ def script_text(name: str) -> str:
     folder = files("mlx_serving.common") / "lua"
     names = (*_SHARED, *_BEFORE.get(name, ()), name)
     parts = [(folder / f"{part}.lua").read_text(encoding="utf-8") for part in names]
-    return Keys().lua_functions() + lua_tables() + "".join(parts)
+    text = lua_tables() + "".join(parts)
+    # Lua has room for 200 local names: a script gets those of the keys that it uses.
+    used = set(re.findall(r"\bk_(\w+)", text))
+    return Keys().lua_functions(used) + text

@@ -50,6 +50,7 @@ EXPORTED = [
     "StreamGap",
     "StreamReset",
     "TenantLimited",
+    "TenantRowsExceeded",
     "TextPart",
     "Timings",
     "Tool",
