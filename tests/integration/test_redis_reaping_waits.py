@@ -31,6 +31,15 @@ def driver(redis_client: redis.Redis, settled_redis: LocalRedis) -> Iterator[Dri
 
 @pytest.fixture
 def sweeper(driver: Driver) -> Sweeper:
+    """One that has been up for a lease."""
+    sweeper = just_started(driver)
+    sweeper.sweep()
+    sweeper._hold_until = 0.0
+    time.sleep(0.06)
+    return sweeper
+
+
+def just_started(driver: Driver) -> Sweeper:
     return Sweeper(driver.protocol, LANES, lease_ms=int(LEASE_SECONDS * 1000), reap_seconds=0.05)
 
 
@@ -57,6 +66,13 @@ def waits_one_lease(driver: Driver, sweeper: Sweeper) -> None:
 
     wait_until(came_back, timeout=2)
     assert time.monotonic() - began >= LEASE_SECONDS - 0.1
+
+
+def test_when_it_has_just_started_it_waits(driver: Driver) -> None:
+    """It can't know of a silence that has just ended, nor can a fleet that starts whole."""
+    driver.start("a")
+    driver.lapse("a")
+    waits_one_lease(driver, just_started(driver))
 
 
 def test_after_an_outage_it_waits(driver: Driver, sweeper: Sweeper) -> None:

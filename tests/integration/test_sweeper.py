@@ -121,6 +121,17 @@ class TestDeadlines:
         assert driver.renew(attempt).reason == "deadline_exceeded"
         assert driver.state("a") == "running"
 
+    def test_its_worker_is_told(self, driver: Driver) -> None:
+        driver.enqueue("a", deadline_ms=60_000)
+        driver.take("mac-7")
+        driver.redis.zadd("mlxs:deadlines", {"a": 1})
+        with driver.redis.pubsub(ignore_subscribe_messages=True) as ears:
+            ears.subscribe(driver.keys.control("mac-7"))
+            ears.get_message(timeout=1)
+            driver.reap()
+            message = wait_until(lambda: ears.get_message(timeout=0.1))
+        assert message["data"] == b"cancel a"
+
     def test_an_earlier_cancel_keeps_its_reason(self, driver: Driver) -> None:
         driver.start("a", deadline_ms=10)
         driver.cancel("a", "because")
@@ -199,6 +210,9 @@ class TestReconcile:
 
 class TestSweeper:
     def test_it_reaps_at_its_interval(self, driver: Driver, sweeper: Sweeper) -> None:
+        sweeper.sweep()
+        sweeper._hold_until = 0.0  # it has been up for a lease
+        time.sleep(0.1)
         driver.start("a")
         driver.lapse("a")
         sweeper.sweep()

@@ -60,6 +60,10 @@ class LossyProxy:
     def lose_reply_to(self, needle: bytes, times: int = 1) -> None:
         self._needle, self._to_lose = needle, times
 
+    def lead_to(self, upstream: Path) -> None:
+        """Lead new connections to another server, as a name or a virtual address does."""
+        self._upstream = upstream
+
     @property
     def losing(self) -> int:
         """How many replies are still to be lost."""

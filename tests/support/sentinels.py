@@ -57,6 +57,18 @@ class SentinelFleet:
         """Whom the Sentinels name."""
         return {self._ask(port)["port"] for port in self.ports}
 
+    def forget(self) -> None:
+        """Let the Sentinels watch nobody."""
+        for port in self.ports:
+            with redis.Redis(port=port) as sentinel:
+                sentinel.sentinel_remove(SERVICE)
+
+    def watch(self, node: LocalRedis) -> None:
+        """Let the Sentinels name this node as the primary."""
+        for port in self.ports:
+            with redis.Redis(port=port) as sentinel:
+                sentinel.sentinel_monitor(SERVICE, "127.0.0.1", node.port, 2)
+
     def _start_sentinel(self, port: int) -> None:
         folder = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="mlxs-", dir="/tmp"))
         config = Path(folder) / "sentinel.conf"

@@ -179,6 +179,7 @@ local function decide(id, queue)
     adopt(id, queue)
     job = read_sound(id)
   end
+  if job.queue ~= queue then return 'drop' end  -- a hand put it here; the reconciler puts it back on its own queue's list
   if TERMINAL[job.state] then
     -- A stock requeue of a job that ended: refused, and the view says again what is true.
     local ttl = math.max(redis.call('TTL', k_job(id)), 1)
@@ -355,6 +356,6 @@ else
   local ok, problem = pcall(function() for at = FIRST_QUEUE, #ARGV do claim(ARGV[at]) end end)
   write_gathered()
   if #jobs > 0 or most == 0 then note_claim() end
-  if not ok then error(problem, 0) end
+  if not ok then return redis.error_reply(type(problem) == 'table' and problem.err or tostring(problem)) end  -- its code stays
 end
 return {0, jobs, dropped, reserved, math.ceil(again_ms)}

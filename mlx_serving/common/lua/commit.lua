@@ -121,6 +121,7 @@ for number, row in ipairs(rows) do
   local ok, reply = pcall(commit, unpack(row))
   if not ok then
     local message = type(reply) == 'table' and reply.err or tostring(reply)
+    if string.find(message, '^-?READONLY') then return redis.error_reply(message) end  -- a replica: nothing was written
     pcall(let_go, row[ROW_ID])
     reply = {'ERROR', message}
     pcall(condemn, row[ROW_ID], message)

@@ -28,9 +28,8 @@ local function settle(id, epoch, nonce, max_unproven, alone)
   -- Its lease ended before we came; nobody has claimed it since.
   local reaped = job.state == 'queued' and charged and job.charged_nonce ~= nonce
   if not mine and not reaped then return 'gone' end
-  if mine and job.cancel_reason and job.cancel_reason ~= '' then
-    return finalize_cancelled(id, job.queue, job.cancel_reason, iso, now)
-  end
+  local ended = mine and end_cancelled(id, job, iso, now)
+  if ended then return ended end
   local crashes = charged and charge(id, job, max_unproven) or 0
   if mine and alone and crashes >= tonumber(job.max_attempts) then
     finalize_unowned(id, job.queue, 'dead', 'poison',

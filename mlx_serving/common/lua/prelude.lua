@@ -273,7 +273,8 @@ end
 local function bury(id, queue, iso, now)
   local key = k_job(id)
   if is_hash(key) then
-    local job = read_fields(id, field_list('epoch', 'owner', 'cancel_reason'))
+    local job = read_fields(id, field_list('epoch', 'owner', 'cancel_reason', 'queue'))
+    queue = job.queue or queue
     show(view_drop_execution, id, queue, job.epoch or '0', job.owner)
     create_job(id, queue, 0, {max_attempts = 1, owner = job.owner, cancel_reason = job.cancel_reason})
     set_fields(id, {started_ms = 0, first_token_ms = 0})
@@ -309,4 +310,14 @@ local function stock_verdict(id)
   if status == false or type(status) == 'table' then return 'deleted' end
   if status == 'canceled' or status == 'stopped' then return 'cancelled' end
   return ''
+end
+
+-- Ends a job that somebody cancelled while it ran, by RQ's tools too; returns the state, or nil if nobody did.
+-- `job`: its queue and cancel_reason.
+local function end_cancelled(id, job, iso, now)
+  if job.cancel_reason and job.cancel_reason ~= '' then return finalize_cancelled(id, job.queue, job.cancel_reason, iso, now) end
+  local verdict = stock_verdict(id)
+  if verdict == '' then return nil end
+  finalize_unowned(id, job.queue, 'cancelled', 'cancelled', 'the RQ job was ' .. verdict, iso, now)
+  return 'cancelled'
 end

@@ -5,7 +5,7 @@
 -- Returns waited (0|1: Redis restarted too lately to reap), and for each job: id, outcome (requeued | cancelled | expired).
 local iso, lease, most = ARGV[3], tonumber(ARGV[4]), tonumber(ARGV[5])
 local FIRST_QUEUE = 6
-local TAKEN_OVER = field_list('state', 'epoch', 'owner', 'cancel_reason')
+local TAKEN_OVER = field_list('state', 'queue', 'epoch', 'owner', 'cancel_reason')
 local OVERDUE = field_list('state', 'queue', 'owner', 'cancel_reason')
 -- After a restart live workers need one lease to renew; until then an old deadline proves nothing.
 local uptime = tonumber(string.match(redis.call('INFO', 'server'), 'uptime_in_seconds:(%d+)'))
@@ -23,10 +23,9 @@ end
 local function take_over(id, queue)
   if not is_sound(id) then bury(id, queue, iso, now) return end
   local job = read_fields(id, TAKEN_OVER)
-  if job.state ~= 'running' then redis.call('ZREM', k_leases(queue), id) return end
-  local outcome = 'requeued'
-  if job.cancel_reason ~= '' then outcome = finalize_cancelled(id, queue, job.cancel_reason, iso, now)
-  else requeue(id, queue, job.owner, job.epoch) end
+  if job.state ~= 'running' or job.queue ~= queue then redis.call('ZREM', k_leases(queue), id) return end
+  local outcome = end_cancelled(id, job, iso, now) or 'requeued'
+  if outcome == 'requeued' then requeue(id, queue, job.owner, job.epoch) end
   done[#done + 1] = {id, outcome}
 end
 

@@ -14,7 +14,7 @@ local function repair(id)
     bury(id, queue, iso, now)
     return 'closed'
   end
-  if TERMINAL[job.state] then redis.call('ZREM', k_open(queue), id) return 'closed' end
+  if TERMINAL[job.state] or job.queue ~= queue then redis.call('ZREM', k_open(queue), id) return 'closed' end
   if job.state == 'running' then
     if redis.call('ZSCORE', k_leases(queue), id) then return nil end
     redis.call('ZADD', k_leases(queue), int(now + lease), id)

@@ -13,10 +13,7 @@ local function release(id, epoch, nonce, needed_tokens, needed_rows)
   if not runs(job, worker, epoch, nonce) then
     return job.state == 'queued' and is_attempt(job, epoch, nonce) and 'DUP' or 'FENCED'
   end
-  if job.cancel_reason and job.cancel_reason ~= '' then  -- cancelled meanwhile: nobody needs to claim it again to find out
-    finalize_cancelled(id, job.queue, job.cancel_reason, iso, now_ms())
-    return 'OK'
-  end
+  if end_cancelled(id, job, iso, now_ms()) then return 'OK' end  -- nobody needs to claim it again to find out
   set_fields(id, {
     needed_tokens = needed_tokens > 0 and int(needed_tokens) or nil,
     needed_rows = needed_rows > 0 and int(needed_rows) or nil,

@@ -19,6 +19,7 @@ from redis.sentinel import Sentinel
 from mlx_serving.common import defaults
 from mlx_serving.common.errors import InvalidSettings
 from mlx_serving.common.protocol.keys import Keys
+from mlx_serving.common.redis.demotion import leaving_replicas, leaving_replicas_async
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -119,7 +120,11 @@ def connect(endpoint: Endpoint, *, block_seconds: float = 0.0) -> redis.Redis:
     """
     options = _options(endpoint, block_seconds)
     if not endpoint.sentinels:
-        return redis.Redis.from_url(endpoint.url, retry=Retry(NoBackoff(), 0), **options)
+        client = redis.Redis.from_url(endpoint.url, retry=Retry(NoBackoff(), 0), **options)
+        client.connection_pool.connection_class = leaving_replicas(
+            client.connection_pool.connection_class
+        )
+        return client
     sentinel = Sentinel(  # type: ignore[no-untyped-call]
         list(endpoint.sentinels),
         sentinel_kwargs=_sentinel_options(endpoint) | {"retry": Retry(NoBackoff(), 0)},
@@ -143,7 +148,11 @@ def connect_async(endpoint: Endpoint, *, block_seconds: float = 0.0) -> AsyncRed
 
     options = _options(endpoint, block_seconds)
     if not endpoint.sentinels:
-        return AsyncRedis.from_url(endpoint.url, retry=AsyncRetry(NoBackoff(), 0), **options)
+        client = AsyncRedis.from_url(endpoint.url, retry=AsyncRetry(NoBackoff(), 0), **options)
+        client.connection_pool.connection_class = leaving_replicas_async(
+            client.connection_pool.connection_class
+        )
+        return client
     sentinel = AsyncSentinel(  # type: ignore[no-untyped-call]
         list(endpoint.sentinels),
         sentinel_kwargs=_sentinel_options(endpoint) | {"retry": AsyncRetry(NoBackoff(), 0)},

@@ -60,12 +60,9 @@ WITHOUT_STEP: Final = 1.25  # of the interval: if no step comes, a flush goes by
 
 
 TRANSIENT: Final = (
-    "OOM", "MISCONF", "READONLY", "NOREPLICAS", "LOADING", "MASTERDOWN", "BUSY", "NOPERM",
+    "OOM", "MISCONF", "NOREPLICAS", "LOADING", "MASTERDOWN", "BUSY", "NOPERM",
     "ERR The user executing the script", "The user executing the script",  # Redis 7.0's NOPERM
 )  # fmt: skip
-
-
-DEMOTED: Final = ("READONLY", "ReadOnlyError")
 
 
 BACK_OFF_SECONDS: Final = (0.05, 0.1, 0.2)  # short: what a kill loses piles up meanwhile
@@ -317,8 +314,6 @@ class Publisher(threading.Thread):
         if not self.failing:
             log.warning("redis_write_failed", reason=reason, backlog_tokens=self.backlog)
         self.failing = True
-        if reason in DEMOTED:  # connect anew: the name may lead to another primary by now
-            self._protocol.redis.connection_pool.disconnect()
 
     def _settle(self, rows: list[CommitRow], replies: list[RowReply]) -> list[CommitRow]:
         """Apply the replies; return the rows to send again."""

@@ -138,9 +138,12 @@ class Sweeper:
         """Reap, but not while an old lease proves nothing, since nobody could have renewed it.
 
         That is so for one lease after we were cut off from Redis, or slept, or were refused
-        writes: others may have been, with us. The script itself waits after a restart of Redis,
-        and can't see a network, a failover or a full memory.
+        writes: others may have been, with us. A worker that has just started does not know, so it
+        waits too. The script itself waits after a restart of Redis, and can't see a network, a
+        failover or a full memory.
         """
+        if self._answered_at is None:
+            self.hold("just started")
         silent = now - (self._answered_at or now)
         if silent > max(self._lease_ms / 2000, LONG_SECONDS) + self._reap_seconds:
             self.hold(f"no answer for {silent:.1f} s")

@@ -69,18 +69,18 @@ def test_a_password_in_the_url_wins(
 
 def test_a_unix_socket_is_a_url() -> None:
     client = connect(Endpoint(url="unix:///run/x.sock"))
-    assert client.connection_pool.connection_class is UnixDomainSocketConnection
+    assert issubclass(client.connection_pool.connection_class, UnixDomainSocketConnection)
     assert options(client)["path"] == "/run/x.sock"
 
 
 def test_tls_is_the_urls() -> None:
     endpoint = Endpoint(url="rediss://h:1", tls_ca="/ca.pem", tls_cert="/c.pem", tls_key="/k.pem")
     client = connect(endpoint)
-    assert client.connection_pool.connection_class is SSLConnection
+    assert issubclass(client.connection_pool.connection_class, SSLConnection)
     assert options(client)["ssl_ca_certs"] == "/ca.pem"
     assert options(client)["ssl_certfile"] == "/c.pem"
     assert options(client)["ssl_keyfile"] == "/k.pem"
-    assert connect_async(endpoint).connection_pool.connection_class is AsyncSSLConnection
+    assert issubclass(connect_async(endpoint).connection_pool.connection_class, AsyncSSLConnection)
 
 
 @pytest.mark.parametrize("make", [connect, connect_async])
