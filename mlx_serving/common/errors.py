@@ -12,7 +12,9 @@
     * ForeignFunction     it names a function, callback or webhook that is not ours
     * BadSignature        it is not signed by a key that this worker knows
   * CorruptEvent          an entry of a job's stream is not an event of ours
-  * JobNotFound           no such job, or its `result_ttl` is over
+  * JobNotFound           no such job, its `result_ttl` is over, or it was forgotten
+  * JobNotEnded           the job waits or runs, so it can't be forgotten
+  * EventsGone            (in `results`) the job ended long ago; `.result` has its output
   * UnsuccessfulJob       (in `results`) the job ended, but did not finish; `.result` keeps its text
     * JobFailed
       * JobDead           it crashed the engine while it ran alone, or used up its attempts
@@ -171,6 +173,12 @@ class JobNotFound(MlxServingError):
     """There is no such job, or its result has expired."""
 
     code = "job_not_found"
+
+
+class JobNotEnded(MlxServingError):
+    """The job waits or runs; only a job that ended can be forgotten."""
+
+    code = "job_not_ended"
 
 
 class InvalidBatch(_FieldErrors, MlxServingError):

@@ -156,6 +156,23 @@ class JobExpired(UnsuccessfulJob):
     code = "job_expired"
 
 
+class EventsGone(MlxServingError):
+    """The job ended so long ago that its events are gone."""
+
+    code = "events_gone"
+
+    def __init__(
+        self, message: str | None = None, *, result: GenerationResult | None = None
+    ) -> None:
+        """Carry the result record, which has all of the output."""
+        self.result = result
+        super().__init__(message)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle with the result, which `Exception` would leave out."""
+        return _rebuild, (type(self), self.message, self.result)
+
+
 ERROR_OF_STATE: Final[dict[JobState, type[UnsuccessfulJob]]] = {
     JobState.FAILED: JobFailed,
     JobState.DEAD: JobDead,
@@ -253,8 +270,8 @@ def _joined_call(parts: list[ToolCallDelta]) -> ToolCallResult:
 
 
 def _rebuild(
-    kind: type[UnsuccessfulJob], message: str, result: GenerationResult | None
-) -> UnsuccessfulJob:
+    kind: type[UnsuccessfulJob | EventsGone], message: str, result: GenerationResult | None
+) -> UnsuccessfulJob | EventsGone:
     return kind(message, result=result)
 
 

@@ -17,7 +17,7 @@ from pydantic import (
     model_validator,
 )
 
-from mlx_serving.common import defaults, limits
+from mlx_serving.common import defaults, lifetimes, limits
 from mlx_serving.common.errors import FieldError
 from mlx_serving.common.job.schema import ModelName
 from mlx_serving.common.validation import rules_error
@@ -82,6 +82,7 @@ HoursOfDay = Annotated[
     Field(pattern=r"^([01]\d|2[0-3]):[0-5]\d-(([01]\d|2[0-3]):[0-5]\d|24:00)$"),
     AfterValidator(_not_empty),
 ]
+KeptSeconds = Annotated[int, Field(ge=1, le=limits.SECONDS)]
 NonNegativeSeconds = Annotated[float, Field(ge=0, le=24 * 3600)]
 PositiveSeconds = Annotated[float, Field(gt=0, le=24 * 3600)]
 CommaList = BeforeValidator(_split)
@@ -175,6 +176,19 @@ class JobSettings(Table):
         default=(),
         description="the first key signs, all of them verify; with keys, workers run signed jobs "
         "only",
+    )
+    queued_ttl: KeptSeconds = Field(
+        default=lifetimes.DEFAULT.queued,
+        description="seconds after which a job that no worker took ends as expired (`unserved`)",
+    )
+    events_ttl: KeptSeconds = Field(
+        default=lifetimes.DEFAULT.events,
+        description="seconds that a job's events are kept after its end; its result stays for its "
+        "own `result_ttl`",
+    )
+    failed_ttl: KeptSeconds = Field(
+        default=lifetimes.DEFAULT.failed,
+        description="seconds that a failed or dead job is kept after its end, for a requeue",
     )
 
 
@@ -289,6 +303,10 @@ class WorkerSettings(Table):
         ge=1,
         le=1 << 30,
         description="decoded tokens that wait for Redis, at most; then the engine pauses",
+    )
+    rq_results: bool = Field(
+        default=False,
+        description="keep each result a second time, as RQ's `job.return_value()`",
     )
     model_budget_bytes: int | None = Field(
         default=None,

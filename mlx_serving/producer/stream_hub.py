@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from redis.asyncio import Redis
 
     from mlx_serving.common.events import Event
-    from mlx_serving.producer.assembler import StreamAssembler
+    from mlx_serving.producer.base import Reader
 
 MAILBOX_EVENTS: Final = 256
 PING_S: Final = 5.0  # a connection silent this long is asked whether it lives
@@ -70,19 +70,19 @@ class Mailbox:
                 await self._news.wait()
         return self._news.is_set()
 
-    def empty_into(self, assembler: StreamAssembler) -> list[Event]:
-        """Hand everything to the assembler, in the order in which it happened."""
+    def empty_into(self, reader: Reader) -> list[Event]:
+        """Hand everything to the reader, in the order in which it happened."""
         self._news.clear()
         if self._lost:
-            assembler.disconnected()
+            reader.disconnected()
         if self._confirmed:
-            assembler.subscribed()
+            reader.subscribed()
         if self._dropped:
-            assembler.silent()
+            reader.silent()
         self._lost = self._confirmed = self._dropped = False
         ready: list[Event] = []
         while self._payloads:
-            ready += assembler.receive(self._payloads.popleft())
+            ready += reader.receive(self._payloads.popleft())
         return ready
 
 

@@ -112,6 +112,11 @@ class TestTheWholePath:
             assert client.status(running.id).state is JobState.RUNNING
             running.cancel()
             assert running.result(timeout=10).state is JobState.CANCELLED
+            assert client.requeue(running.id) is JobState.QUEUED
+            running.cancel()
+            assert running.result(timeout=10).state is JobState.CANCELLED
+            running.forget()
+            assert not list(admin.scan_iter(f"*{running.id}*"))
             lost = client.submit(model="tally", prompt="x", max_tokens=5, result_ttl=60)
             assert lost.result(timeout=20).text == "1 2 3 4 5"
         assert [denied for denied in denials(admin) if denied not in HARMLESS] == []

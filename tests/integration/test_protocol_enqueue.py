@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 import redis
 
+from mlx_serving.common import lifetimes
 from mlx_serving.common.protocol import calls
 from mlx_serving.common.states import JobState
 from tests.support.protocol_driver import LANES, PAYLOAD, QUEUE, Driver, entry
@@ -92,7 +93,8 @@ def test_a_deadline_is_fixed_by_redis_time(driver: Driver) -> None:
     assert driver.redis.zscore("mlxs:deadlines", "a") == driver.record("a").deadline_ms
     driver.enqueue("b")
     assert driver.record("b").deadline_ms == 0
-    assert driver.redis.zscore("mlxs:deadlines", "b") is None
+    due = driver.record("b").enqueued_ms + 1000 * lifetimes.DEFAULT.queued
+    assert driver.redis.zscore("mlxs:deadlines", "b") == due
 
 
 def test_it_wakes_idle_workers(driver: Driver) -> None:

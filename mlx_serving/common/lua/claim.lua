@@ -57,6 +57,7 @@ local function adopt(id, queue)
   redis.call('DEL', k_events(id))  -- of an earlier life: nobody knows what it belongs to
   create_job(id, queue, now, {})
   redis.call('ZADD', k_open(queue), int(now), id)
+  note_due(id, 0, nil, now)
 end
 
 -- What is wrong with a job's RQ hash ('' if nothing) and in which field, its payload, which is read only if it is not too

@@ -1,17 +1,19 @@
 -- Enqueues jobs, each once: a resend finds the control hash and changes nothing. One with another digest is no resend.
 -- ARGV: two prefixes, the wall clock's time in RQ's form, then for each job:
 --   id, queue
---   max_attempts, min_protocol, deadline_ms (from now; 0: none), timeout_ms, abandon_ms (0: none), result_ttl (seconds),
---   stream (0|1)                      as in its control hash
+--   max_attempts, min_protocol, deadline_ms (from now; 0: none), timeout_ms, abandon_ms (0: none), result_ttl,
+--   queued_ttl, events_ttl, failed_ttl (seconds), stream (0|1)   as in its control hash
 --   tenant, marks, digest             '': none
 --   rows                              of the batch that it takes
 --   count, and so many                fields and values in turn of RQ's hash of the job
 -- Returns for each job: created (0|1), state; or, if it is refused, 0, '' and why: 'queued', limit, queued (its tenant has as many
---   queued as it may); 'running', limit, rows (it has more rows than its tenant may ever run); 'digest' (there is a job of its id with another payload).
+--   queued as it may); 'running', limit, rows (it has more rows than its
+--   tenant may ever run); 'digest' (there is a job of its id with another payload).
 local FIRST_JOB = 4
 -- A job's arguments, counted from its id.
-local ID, QUEUE, MAX_ATTEMPTS, MIN_PROTOCOL, DEADLINE_MS, TIMEOUT_MS, ABANDON_MS, RESULT_TTL, STREAM, TENANT_NAME, MARKS,
-      DIGEST, ROWS, RQ_COUNT, RQ_FIELDS = 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14
+local ID, QUEUE, MAX_ATTEMPTS, MIN_PROTOCOL, DEADLINE_MS, TIMEOUT_MS, ABANDON_MS, RESULT_TTL, QUEUED_TTL, EVENTS_TTL,
+      FAILED_TTL, STREAM, TENANT_NAME, MARKS, DIGEST, ROWS, RQ_COUNT, RQ_FIELDS =
+        0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17
 local now = now_ms()
 local replies = {}
 
@@ -48,11 +50,12 @@ local function enqueue(at, last)
   create_job(id, queue, now, {
     max_attempts = ARGV[at + MAX_ATTEMPTS], min_protocol = ARGV[at + MIN_PROTOCOL], deadline_ms = int(deadline),
     timeout_ms = ARGV[at + TIMEOUT_MS], abandon_ms = ARGV[at + ABANDON_MS], result_ttl = ARGV[at + RESULT_TTL],
+    queued_ttl = ARGV[at + QUEUED_TTL], events_ttl = ARGV[at + EVENTS_TTL], failed_ttl = ARGV[at + FAILED_TTL],
     stream = ARGV[at + STREAM], marks = given(ARGV[at + MARKS]), tenant = tenant, digest = digest,
     rows = rows > 1 and rows or nil,
   })
   redis.call('ZADD', k_open(queue), int(now), id)
-  if deadline > 0 then redis.call('ZADD', k_deadlines(), int(deadline), id) end
+  note_due(id, deadline, ARGV[at + QUEUED_TTL], now)
   redis.call('HSET', k_rq_job(id), unpack(ARGV, at + RQ_FIELDS, last))
   redis.call('SADD', k_rq_queues(), k_rq_queue(queue))
   redis.call('RPUSH', k_rq_queue(queue), id)

@@ -58,11 +58,19 @@ local function create_job(id, queue, now, terms)
   redis.call('HSET', k_job(id), F.state, 'queued', F.queue, queue, F.epoch, 0, F.owner, terms.owner or '', F.seq, 0, F.crashes, 0,
     F.max_attempts, terms.max_attempts or 2, F.min_protocol, terms.min_protocol or 1, F.deadline_ms, terms.deadline_ms or 0,
     F.timeout_ms, terms.timeout_ms or 0, F.abandon_ms, terms.abandon_ms or 0, F.result_ttl, terms.result_ttl or 3600,
-    F.stream, terms.stream or 1, F.cancel_reason, terms.cancel_reason or '', F.enqueued_ms, int(now), F.needed_tokens, 0)
+    F.queued_ttl, terms.queued_ttl or DEFAULT.queued_ttl, F.events_ttl, terms.events_ttl or DEFAULT.events_ttl,
+    F.failed_ttl, terms.failed_ttl or DEFAULT.failed_ttl, F.stream, terms.stream or 1, F.cancel_reason, terms.cancel_reason or '', F.enqueued_ms, int(now), F.needed_tokens, 0)
   if terms.marks then redis.call('HSET', k_job(id), F.marks, terms.marks) end
   if terms.tenant then redis.call('HSET', k_job(id), F.tenant, terms.tenant) end
   if terms.digest then redis.call('HSET', k_job(id), F.digest, terms.digest) end
   if terms.rows then redis.call('HSET', k_job(id), F.rows, terms.rows) end
+end
+
+-- Notes when a job that waits from now on ends if nobody takes it: at its deadline (0: none), or after its queued_ttl.
+local function note_due(id, deadline_ms, queued_ttl, now)
+  local due = now + 1000 * (tonumber(queued_ttl) or tonumber(DEFAULT.queued_ttl))
+  if deadline_ms > 0 then due = math.min(due, deadline_ms) end
+  redis.call('ZADD', k_deadlines(), int(due), id)
 end
 
 -- RQ's own rule for ids. Anybody may have pushed anything: bytes that are no text, a ':' (which
@@ -76,7 +84,8 @@ local function list_sound()
   NUMBERS = {'epoch', 'seq', 'crashes', 'max_attempts', 'min_protocol', 'deadline_ms', 'timeout_ms', 'abandon_ms', 'result_ttl',
              'stream', 'enqueued_ms', 'needed_tokens'}
   LATER_NUMBERS = {'started_ms', 'first_token_ms', 'max_unproven', 'suspect_since_ms', 'needed_rows',
-                   'overtaken_ms', 'rows'}  -- not there from the start
+                   'overtaken_ms', 'rows',
+                   'queued_ttl', 'events_ttl', 'failed_ttl'}  -- not there from the start, or with a default
   SOUND = {}
   for _, names in ipairs({TEXTS, NUMBERS, LATER_NUMBERS}) do
     for _, name in ipairs(names) do SOUND[#SOUND + 1] = F[name] end
@@ -202,10 +211,8 @@ local function view_end(id, queue, state, iso, ttl, now, worker, epoch, rq_resul
   end
   if rq_result then
     local fields = {'type', rq_result.type, 'worker_name', worker, 'execution_id', epoch}
-    if rq_result.value ~= '' then
-      fields[#fields + 1] = rq_result.type == RQ_SUCCESSFUL and 'return_value' or 'exc_string'
-      fields[#fields + 1] = rq_result.value
-    end
+    fields[#fields + 1] = rq_result.type == RQ_SUCCESSFUL and 'return_value' or 'exc_string'
+    fields[#fields + 1] = rq_result.value
     redis.call('XADD', k_rq_results(id), 'MAXLEN', 10, '*', unpack(fields))
     redis.call('EXPIRE', k_rq_results(id), ttl)
   end
@@ -227,12 +234,22 @@ local function publish_event(id, epoch, seq, form, body)
   return redis.call('PUBLISH', k_channel(id), opening .. body)
 end
 
+-- How many seconds the keys of a job that ends are kept, and how many its events.
+local function kept_for(job, state, has_result)
+  local ttl = tonumber(job.result_ttl or '') or 3600
+  if state == 'failed' or state == 'dead' then  -- its payload, for a requeue
+    ttl = math.max(ttl, tonumber(job.failed_ttl or DEFAULT.failed_ttl))
+  end
+  if not has_result then return ttl, ttl end  -- its events are its only output
+  return ttl, math.min(ttl, tonumber(job.events_ttl or DEFAULT.events_ttl))
+end
+
 -- Ends a job. The end event itself was appended by the caller; `fields`: what else its control hash is to say; `known`:
--- its result_ttl, tenant and rows, if the caller has read them.
+-- its tenant, rows and how long it is kept, if the caller has read them.
 local function finalize(id, queue, state, code, message, result, iso, now, owner, epoch, rq_result, fields, known)
   local key = k_job(id)
-  local job = known or read_fields(id, field_list('result_ttl', 'tenant', 'rows'))
-  local ttl = tonumber(job.result_ttl or '') or 3600
+  local job = known or read_fields(id, field_list('result_ttl', 'events_ttl', 'failed_ttl', 'tenant', 'rows'))
+  local ttl, events_ttl = kept_for(job, state, result ~= '')
   fields = fields or {}
   fields.state, fields.finished_ms, fields.error_code, fields.message = state, int(now), code, message
   if result ~= '' then fields.result = result end
@@ -241,7 +258,7 @@ local function finalize(id, queue, state, code, message, result, iso, now, owner
   shared('ZREM', k_open(queue), id)
   shared('ZREM', k_deadlines(), id)
   redis.call('EXPIRE', key, ttl)
-  redis.call('EXPIRE', k_events(id), ttl)
+  redis.call('EXPIRE', k_events(id), events_ttl)
   if job.tenant then tolerantly(tenant_ends, id, queue, job.tenant, rows_of(job)) end
   show(view_drop_execution, id, queue, epoch, owner)
   show(view_end, id, queue, state, iso, ttl, now, owner, epoch, rq_result)
@@ -249,7 +266,7 @@ end
 
 -- Ends a job that no live worker holds: the script itself writes the end event.
 local function finalize_unowned(id, queue, state, code, message, iso, now)
-  local job = read_fields(id, field_list('seq', 'epoch', 'stream', 'owner'))
+  local job = read_fields(id, field_list('seq', 'epoch', 'owner'))
   local seq, epoch = (tonumber(job.seq) or 0) + 1, int(tonumber(job.epoch) or 0)
   local body = '"type":"end","state":"' .. state .. '","error":{"code":"' .. code .. '","message":' ..
     cjson.encode(message) .. ',"retryable":false}}'
@@ -257,7 +274,7 @@ local function finalize_unowned(id, queue, state, code, message, iso, now)
   if kind ~= 'stream' and kind ~= 'none' then redis.call('DEL', k_events(id)) end
   if pcall(append_event, id, seq, entry_of(epoch, ENTRY.body, body)) then  -- fails if the stream is ahead of the hash
     set_fields(id, {seq = int(seq)})
-    if job.stream ~= '0' then pcall(publish_event, id, epoch, seq, ENTRY.body, body) end
+    pcall(publish_event, id, epoch, seq, ENTRY.body, body)
   end
   finalize(id, queue, state, code, message, '', iso, now, job.owner or '', job.epoch or '0', nil)
 end
@@ -292,7 +309,8 @@ local function requeue(id, queue, owner, epoch)
   redis.call('HSET', k_job(id), F.state, 'queued', F.owner, '')
   shared('ZREM', k_leases(queue), id)
   redis.call('LPUSH', k_rq_queue(queue), id)
-  local job = read_fields(id, field_list('tenant', 'rows'))
+  local job = read_fields(id, field_list('tenant', 'rows', 'deadline_ms', 'queued_ttl'))
+  tolerantly(note_due, id, tonumber(job.deadline_ms or 0), job.queued_ttl, now_ms())
   if job.tenant then
     tolerantly(move_rows, 'SREM', id, job.tenant, rows_of(job))
     tolerantly(tenant_waits, id, queue, job.tenant, 'LPUSH')

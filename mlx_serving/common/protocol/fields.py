@@ -11,7 +11,7 @@ from dataclasses import fields
 from enum import StrEnum
 from typing import TYPE_CHECKING, Final
 
-from mlx_serving.common import limits
+from mlx_serving.common import lifetimes, limits
 from mlx_serving.common.worker_record import WorkerRecord
 
 if TYPE_CHECKING:
@@ -43,6 +43,9 @@ class JobField(StrEnum):
     TIMEOUT_MS = "to"  # ms from the first claim to its end; 0: no limit
     ABANDON_MS = "ab"  # ms without a listener that end it; 0: no limit
     RESULT_TTL = "ttl"  # seconds that the keys are kept after its end
+    QUEUED_TTL = "qt"  # seconds that it may wait for a worker
+    EVENTS_TTL = "et"  # seconds that its events are kept after its end
+    FAILED_TTL = "fl"  # seconds that its keys are kept if it failed or is dead
     STREAM = "sm"  # 1: events are published; 0: they are only stored
     CANCEL_REASON = "ca"  # why the job is to stop; '' if it is not
     ENQUEUED_MS = "en"  # when it was enqueued
@@ -106,7 +109,7 @@ def limit_field(kind: str, tenant: str) -> str:
 
 
 def lua_tables() -> str:
-    """Lua source of the same names: ``F.state``, ``ENTRY.body``, ``WORKER.state``, and so on."""
+    """Lua source of the same names: ``F.state``, ``ENTRY.body``, ``DEFAULT.queued_ttl``."""
     texts = {
         "SIGNATURE_FIELD": SIGNATURE_FIELD,
         "EVENT_OPENING": EVENT_OPENING,
@@ -117,6 +120,8 @@ def lua_tables() -> str:
     lines += [_table("F", JobField), _table("ENTRY", EntryField), _table("LIMIT", LimitField)]
     lines.append(f"local MOST_ROWS = {limits.CHOICES}")
     lines.append(_lua_table("WORKER", {field.name: field.name for field in fields(WorkerRecord)}))
+    kept = {f"{name}_ttl": str(seconds) for name, seconds in lifetimes.DEFAULT._asdict().items()}
+    lines.append(_lua_table("DEFAULT", kept))  # of a job that no producer of ours enqueued
     return "\n".join(lines) + "\n"
 
 

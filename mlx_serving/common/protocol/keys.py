@@ -9,10 +9,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from collections.abc import Collection
 
 # name → (which prefix, parts); a part in angle brackets is the argument.
 _TEMPLATES: dict[str, tuple[str, str]] = {
@@ -183,14 +179,16 @@ class Keys:
         """RQ's set of the attempts (``<job>:<epoch>``) that a worker runs."""
         return self._spell("rq_worker_executions", worker)
 
-    def lua_functions(self, names: Collection[str] = _TEMPLATES.keys()) -> str:
-        """Lua source that defines ``k_<name>(argument)`` for every key, or those of these names.
+    def lua_functions(self, script: str) -> str:
+        """Lua source that defines ``k_<name>(argument)`` for every key that a script names.
 
-        Scripts get the prefixes as ``ARGV[1]`` and ``ARGV[2]``, so one script text serves all.
+        Lua allows 200 locals, and each of these is one. Scripts get the prefixes as ``ARGV[1]`` and
+        ``ARGV[2]``, so one script text serves all.
         """
         lines = ["local P, R = ARGV[1], ARGV[2]"]
+        named = set(re.findall(r"\bk_(\w+)", script))
         for name, (which, template) in _TEMPLATES.items():
-            if name not in names:
+            if name not in named:
                 continue
             prefix = "P" if which == "own" else "R"
             head, marker, tail = template.partition("<>")

@@ -7,7 +7,6 @@ hash, so the length costs nothing after the first call.
 
 from __future__ import annotations
 
-import re
 from functools import cache
 from importlib.resources import files
 
@@ -16,7 +15,7 @@ from mlx_serving.common.protocol.keys import Keys
 
 NAMES = (
     "enqueue", "claim", "commit", "renew", "release", "cancel", "reap", "reconcile", "crash",
-    "audit",
+    "audit", "forget", "requeue",
 )  # fmt: skip
 _SHARED = ("tenants", "prelude")
 _BEFORE = {"claim": ("affinity", "shares")}  # parts of one script alone
@@ -34,7 +33,5 @@ def script_text(name: str) -> str:
     folder = files("mlx_serving.common") / "lua"
     names = (*_SHARED, *_BEFORE.get(name, ()), name)
     parts = [(folder / f"{part}.lua").read_text(encoding="utf-8") for part in names]
-    text = lua_tables() + "".join(parts)
-    # Lua has room for 200 local names: a script gets those of the keys that it uses.
-    used = set(re.findall(r"\bk_(\w+)", text))
-    return Keys().lua_functions(used) + text
+    script = "".join(parts)
+    return Keys().lua_functions(script) + lua_tables() + script
