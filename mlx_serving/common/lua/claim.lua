@@ -27,6 +27,7 @@
 --   deadline_ms, timeout_ms, stream, result_ttl, enqueued_ms, started_ms, first_token_ms   as in its control hash
 --   now_ms                            Redis TIME
 --   max_unproven                      as above, of this job
+--   adopted (0|1)                     nobody has read yet what its payload asks of the queue (see adopt.lua)
 local worker, iso, nonce, lease, protocol, capacity_tokens, capacity_rows, most, max_payload_bytes,
       rows, unproven, max_unproven, affinity_ms, keeps_prefixes = unpack(ARGV, 3, 16)
 local FIRST_QUEUE = 17
@@ -56,6 +57,7 @@ shared, shown = gather, gather_view
 local function adopt(id, queue)
   redis.call('DEL', k_events(id))  -- of an earlier life: nobody knows what it belongs to
   create_job(id, queue, now, {})
+  set_fields(id, {adopted = 1})
   redis.call('ZADD', k_open(queue), int(now), id)
   note_due(id, 0, nil, now)
 end
@@ -85,6 +87,7 @@ local function reply_with(id, queue, epoch, started, job)
   jobs[#jobs + 1] = {
     id, queue, epoch, job.seq, data, problem, problem_field, signature, job.deadline_ms, job.timeout_ms, job.stream,
     job.result_ttl, job.enqueued_ms, started, job.first_token_ms or '0', int(now), job.max_unproven or '0',
+    job.adopted or '0',
   }
   taken[#taken + 1] = id
 end

@@ -19,16 +19,6 @@ local replies = {}
 
 local function given(argument) return argument ~= '' and argument or nil end
 
--- Why a tenant may not have this job too, as the reply says it; nil if it may.
-local function refusal(tenant, rows)
-  -- A limit of 0 only lets the tenant wait, and one row is the least that a job can have.
-  local most_rows = rows > 1 and limit_of(tenant, LIMIT.running)
-  if most_rows and most_rows > 0 and rows > most_rows then return {0, '', LIMIT.running, most_rows, rows} end
-  local limit = limit_of(tenant, LIMIT.queued)
-  local queued = limit and members_of(k_tenant_queued(tenant))
-  if limit and queued >= limit then return {0, '', LIMIT.queued, limit, queued} end
-end
-
 -- `at`: the job's place in ARGV; `last`: its last argument.
 local function enqueue(at, last)
   local id, queue = ARGV[at + ID], ARGV[at + QUEUE]
@@ -37,7 +27,7 @@ local function enqueue(at, last)
   if state and digest and known_digest and digest ~= known_digest then return {0, '', 'digest'} end
   if state then return {0, state} end
   local tenant, rows = given(ARGV[at + TENANT_NAME]), tonumber(ARGV[at + ROWS])
-  local refused = tenant and refusal(tenant, rows)
+  local refused = tenant and refusal_of(tenant, rows)
   if refused then return refused end
   -- What an earlier life of this id, or a hand, left behind. Only if there is any: a write that
   -- frees memory would let the rest of the script pass a full Redis.

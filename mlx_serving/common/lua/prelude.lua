@@ -84,7 +84,7 @@ local function list_sound()
   NUMBERS = {'epoch', 'seq', 'crashes', 'max_attempts', 'min_protocol', 'deadline_ms', 'timeout_ms', 'abandon_ms', 'result_ttl',
              'stream', 'enqueued_ms', 'needed_tokens'}
   LATER_NUMBERS = {'started_ms', 'first_token_ms', 'max_unproven', 'suspect_since_ms', 'needed_rows',
-                   'overtaken_ms', 'rows',
+                   'overtaken_ms', 'rows', 'adopted',
                    'queued_ttl', 'events_ttl', 'failed_ttl'}  -- not there from the start, or with a default
   SOUND = {}
   for _, names in ipairs({TEXTS, NUMBERS, LATER_NUMBERS}) do

@@ -22,6 +22,16 @@ local function members_of(set)
   return type(count) == 'number' and count or 0
 end
 
+-- Why a tenant may not have this job too, as the reply says it; nil if it may.
+local function refusal_of(tenant, rows)
+  -- A limit of 0 only lets the tenant wait, and one row is the least that a job can have.
+  local most_rows = rows > 1 and limit_of(tenant, LIMIT.running)
+  if most_rows and most_rows > 0 and rows > most_rows then return {0, '', LIMIT.running, most_rows, rows} end
+  local limit = limit_of(tenant, LIMIT.queued)
+  local queued = limit and members_of(k_tenant_queued(tenant))
+  if limit and queued >= limit then return {0, '', LIMIT.queued, limit, queued} end
+end
+
 -- Rows of the batch that a job takes: a choice is a row. What a foreign hand wrote counts as the most.
 local function rows_of(job) return math.min(tonumber(job.rows or 1) or MOST_ROWS, MOST_ROWS) end
 

@@ -100,6 +100,7 @@ class ClaimedJob(msgspec.Struct, frozen=True, gc=False):
     problem_field: str = ""
     signature: str = ""  # see `signing`; empty if there is none
     max_unproven: int = 0  # unproven rows that may run with this one, itself included; 0: any
+    adopted: bool = False  # of RQ's own enqueue; see `adoption`
 
     @property
     def job_id(self) -> str:
@@ -244,7 +245,7 @@ def read_state(value: str | bytes) -> JobState:
 def _claimed(row: Sequence[Any], nonce: str) -> ClaimedJob:
     (
         job_id, queue, epoch, seq, data, problem, problem_field, signature, deadline_ms, timeout_ms,
-        stream, result_ttl, enqueued_ms, started_ms, first_token_ms, now_ms, max_unproven,
+        stream, result_ttl, enqueued_ms, started_ms, first_token_ms, now_ms, max_unproven, adopted,
     ) = row  # fmt: skip
     return ClaimedJob(
         attempt=Attempt(_text(job_id), int(epoch), nonce),
@@ -263,6 +264,7 @@ def _claimed(row: Sequence[Any], nonce: str) -> ClaimedJob:
         problem_field=_text(problem_field),
         signature=_text(signature),
         max_unproven=int(max_unproven),
+        adopted=int(adopted) != 0,
     )
 
 

@@ -57,6 +57,8 @@ class JobField(StrEnum):
     ROWS = "n"  # of the batch that it takes, if more than one
     DIGEST = "pd"  # of its payload, if its id comes from an idempotency key
 
+    ADOPTED = "ad"  # 1: of RQ's own enqueue; nobody has read yet what its payload asks for
+
     # From the first claim on
     NONCE = "no"  # of the last claim
     STARTED_MS = "sa"  # when it was first claimed

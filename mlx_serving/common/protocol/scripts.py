@@ -15,7 +15,7 @@ from mlx_serving.common.protocol.keys import Keys
 
 NAMES = (
     "enqueue", "claim", "commit", "renew", "release", "cancel", "reap", "reconcile", "crash",
-    "audit", "forget", "requeue",
+    "audit", "forget", "requeue", "adopt",
 )  # fmt: skip
 _SHARED = ("tenants", "prelude")
 _BEFORE = {"claim": ("affinity", "shares")}  # parts of one script alone
