@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     import redis
 
+    from mlx_serving import GenerationResult
     from mlx_serving.common.redis.local import LocalRedis
     from mlx_serving.common.settings import Settings
 
@@ -45,6 +46,12 @@ def client(settings: Settings) -> Iterator[Client]:
 def enqueue(queue: Queue, count: int = 1, **fields: Any) -> list[str]:
     wire = {"v": 1, "min_protocol": 1, "model": "tally", "prompt": "x", "max_tokens": 5} | fields
     return [queue.enqueue(FUNCTION, wire).id for _ in range(count)]
+
+
+def result(client: Client, redis_client: redis.Redis, job_id: str) -> GenerationResult:
+    """Of a job that has no control hash before its first claim."""
+    wait_until(lambda: redis_client.exists(client.keys.job(job_id)))
+    return client.result(job_id, timeout=20)
 
 
 def adopted(driver: Driver, *job_ids: str) -> None:
@@ -106,12 +113,12 @@ def test_a_tenant_that_may_run_nothing_runs_nothing(
     job_ids = enqueue(queue, 5, tenant="acme")
     (free,) = enqueue(queue)
     with InProcessWorker(local_redis.url, rate=1000):
-        client.result(free, timeout=10)
+        result(client, redis_client, free)
         wait_until(lambda: redis_client.scard("mlxs:tenant:acme:queued") == 5)
         assert redis_client.zcard(f"mlxs:leases:{QUEUE}") == 0
         assert [client.status(job_id).seq for job_id in job_ids] == [0] * 5
         redis_client.hset("mlxs:limits", "running:acme", 1)
-        assert [client.result(i, timeout=20).state.value for i in job_ids] == ["finished"] * 5
+        assert [result(client, redis_client, i).state.value for i in job_ids] == ["finished"] * 5
 
 
 def test_what_a_submit_would_refuse_ends_as_failed_by_name(
@@ -120,7 +127,7 @@ def test_what_a_submit_would_refuse_ends_as_failed_by_name(
     redis_client.hset("mlxs:limits", mapping={"running:acme": 4, "queued:shut": 0})
     (large,), (shut,) = enqueue(queue, n=5, tenant="acme"), enqueue(queue, tenant="shut")
     with InProcessWorker(local_redis.url, rate=1000):
-        errors = [client.result(job_id, timeout=10).error for job_id in (large, shut)]
+        errors = [result(client, redis_client, i).error for i in (large, shut)]
     assert [(e.code, e.message) for e in errors if e] == [
         ("tenant_rows_exceeded", "n: the job has 5 rows, and tenant 'acme' may run 4"),
         ("tenant_limited", "tenant 'shut' has 0 jobs queued and may have 0"),
@@ -132,8 +139,8 @@ def test_its_deadline_and_result_ttl_hold_too(
 ) -> None:
     (job_id,) = enqueue(queue, deadline=0.5, result_ttl=77, max_tokens=5000)
     with InProcessWorker(local_redis.url, rate=50):
-        result = client.result(job_id, timeout=10)
-    assert (result.state.value, result.error and result.error.code) == (
+        ended = result(client, redis_client, job_id)
+    assert (ended.state.value, ended.error and ended.error.code) == (
         "expired", "deadline_exceeded",
     )  # fmt: skip
     assert 0 < redis_client.ttl(f"mlxs:job:{job_id}") <= 77
