@@ -39,6 +39,11 @@ class Commands(TyperGroup):
             raise typer.Exit(EXIT_ERROR) from None
         except KeyboardInterrupt:
             raise typer.Exit(EXIT_INTERRUPTED) from None
+        except Exception as error:
+            if (fault := _of_redis(error)) is None:
+                raise
+            fail(fault)
+            raise typer.Exit(EXIT_ERROR) from None
 
 
 app = typer.Typer(
@@ -48,6 +53,15 @@ app = typer.Typer(
     pretty_exceptions_enable=False,  # its tracebacks show local variables, which hold prompts
     help="Durable text generation on Macs: jobs through Redis and RQ, one batch on MLX.",
 )
+
+
+def _of_redis(error: Exception) -> MlxServingError | None:
+    """Our error for one of redis-py's; None for any other."""
+    from redis import RedisError  # `--help` does not pay for it
+
+    from mlx_serving.common.redis.faults import fault_of
+
+    return fault_of(error) if isinstance(error, RedisError) else None
 
 
 def _print_version(wanted: bool) -> None:

@@ -11,7 +11,8 @@ from rq.suspension import is_suspended
 from rq.worker.base import BaseWorker
 
 from mlx_serving.common.redis.connection import connect
-from mlx_serving.common.redis.retrying import FAULTS, unavailable
+from mlx_serving.common.redis.faults import fault_of
+from mlx_serving.common.redis.retrying import FAULTS
 from mlx_serving.common.redis.worker_records import read_records
 from mlx_serving.common.results import decode_result
 from mlx_serving.common.worker_record import WorkerRecord
@@ -48,14 +49,14 @@ def read_overview(endpoint: Endpoint) -> Overview:
     """Read the queues and workers of one Redis.
 
     Raises:
-        QueueUnavailable: Redis can't be reached, or refuses us.
+        QueueFailure: Redis can't be reached, or refuses us.
 
     """
     try:
         with connect(endpoint) as client:
             return look(client, endpoint.keys)
     except FAULTS as error:
-        raise unavailable(error) from error
+        raise fault_of(error) from error
 
 
 def look(client: redis.Redis, keys: Keys) -> Overview:

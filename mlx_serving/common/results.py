@@ -109,9 +109,11 @@ class GenerationResult(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=
         """
         if self.state is JobState.FINISHED:
             return self
-        reason = f": {self.error.code}: {self.error.message}" if self.error else ""
         kind = ERROR_OF_STATE.get(self.state, UnsuccessfulJob)
-        message = f"job {self.id} is {self.state.value}{reason}"
+        why = (self.error.code, self.error.message) if self.error else ()
+        # Each word once: the code of a cancelled job is its state, that of an expired one its why.
+        said = ": ".join(dict.fromkeys((self.state.value, *why)))
+        message = f"job {self.id} is {said}"
         raise kind(message, result=self)
 
 

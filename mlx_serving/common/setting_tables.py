@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from typing import Annotated, Final, Literal, Self
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, urlsplit
 
 from pydantic import (
     AfterValidator,
@@ -47,6 +47,14 @@ def _number(value: object) -> object:
     return int(value) if isinstance(value, str) and value.isdecimal() else value
 
 
+_REPLIES: Final = "replies are read as they come"
+NOT_IN_URL: Final = {
+    "decode_responses": _REPLIES, "encoding": _REPLIES, "encoding_errors": _REPLIES,
+    "max_connections": "a client opens as many connections as it needs",
+}  # fmt: skip
+"""Options that redis-py reads from a URL and that would break a client of ours."""
+
+
 def _usable_url(value: object) -> object:
     """Refuse what redis-py would raise at later, or read as database 0. No error quotes it."""
     if not isinstance(value, str):
@@ -62,6 +70,9 @@ def _usable_url(value: object) -> object:
         raise ValueError("is no URL of a Redis: its host, port or options are wrong") from None
     if database and not database.isdecimal():
         raise ValueError("is no URL of a Redis: its database must be a number")
+    for name in parse_qs(urlsplit(value).query, keep_blank_values=True):
+        if (reason := NOT_IN_URL.get(name)) is not None:
+            raise ValueError(f"must not have ?{name}: {reason}")
     return value
 
 

@@ -54,7 +54,7 @@ class Tenancy:
     """Reads and sets the limits on one Redis.
 
     Raises:
-        QueueUnavailable: from every call, if Redis is away or refuses us.
+        QueueFailure: from every call, if Redis is away or refuses us.
 
     """
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, overload
 
 from mlx_serving.common.protocol import calls, ended_calls
 from mlx_serving.common.protocol.client import AsyncProtocol
-from mlx_serving.common.redis.retrying import FAULTS, retry_idempotent_async, unavailable
+from mlx_serving.common.redis.retrying import FAULTS, answered_async
 from mlx_serving.common.results import EventsGone
 from mlx_serving.common.states import TERMINAL
 from mlx_serving.producer.assembler import StreamAssembler
@@ -208,13 +208,10 @@ class AsyncClient(BaseClient):
         (await self.result(job_id)).raise_for_state()
 
     async def _answered(self, call: Callable[[AsyncProtocol], Awaitable[T]]) -> T:
-        """Run a call that may run twice; raise QueueUnavailable for any error of Redis."""
+        """Run a call that may run twice; see `answered_async` for what it raises."""
         here = await self._connections.here()
-        try:
-            async with here.calls:
-                return await retry_idempotent_async(partial(call, here.protocol))
-        except FAULTS as error:
-            raise unavailable(error) from error
+        async with here.calls:
+            return await answered_async(partial(call, here.protocol))
 
 
 async def _news(mailbox: Mailbox | None, reader: Reader, timeout_s: float) -> list[Event]:

@@ -50,7 +50,8 @@ class Client(BaseClient):
     """A blocking producer.
 
     Every call may raise QueueUnavailable (``retryable``) if Redis is away. The call may then
-    be made again: to send it twice has the same effect as once.
+    be made again: to send it twice has the same effect as once. It raises QueueRefused at once for
+    what no retry mends, such as a wrong password; `code` names each kind.
     """
 
     def __init__(

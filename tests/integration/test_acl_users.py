@@ -15,7 +15,9 @@ import pytest
 import redis
 
 from mlx_serving import AsyncClient, Client
-from mlx_serving.common.errors import QueueUnavailable, TenantLimited
+from mlx_serving.cli.doctor.engine import fleet_checks
+from mlx_serving.cli.doctor.redis_server import redis_checks
+from mlx_serving.common.errors import MissingPermission, TenantLimited
 from mlx_serving.common.protocol import calls
 from mlx_serving.common.protocol.client import Protocol
 from mlx_serving.common.protocol.keys import Keys
@@ -86,6 +88,28 @@ def denials(admin: redis.Redis) -> list[tuple[str, str, str]]:
 
 def _text(value: object) -> object:
     return value.decode() if isinstance(value, bytes) else value
+
+
+@pytest.mark.parametrize("user", UNTRUSTED)
+def test_a_doctor_warns_of_nothing_that_its_user_may_not_see(user: str) -> None:
+    """What it could not look at is said, and is neither a warning nor a failure."""
+    with LocalRedis(appendonly="always") as server, server.client() as admin:
+        load_users(admin)
+        endpoint = resolve(quick_settings(url_of(server, user)))
+        checks = [*redis_checks(endpoint), *fleet_checks(endpoint)]
+    levels = {check.name: check.level.value for check in checks}
+    assert set(levels.values()) <= {"ok", "skip"}, checks
+    assert levels["redis persistence"] == "skip"  # CONFIG is nobody's
+    unseen = {name for name, level in levels.items() if level == "skip"}
+    assert unseen == {
+        "worker": {"redis persistence"},
+        "monitor": {"redis persistence", "redis scripts"},
+        "producer": {"redis persistence", "redis version", "redis maxmemory-policy", "fleet"},
+        "operator": {
+            "redis persistence", "redis version", "redis maxmemory-policy", "fleet",
+            "redis scripts",
+        },
+    }[user]  # fmt: skip
 
 
 HARMLESS = {
@@ -343,7 +367,7 @@ class TestScripts:
         admin.script_flush()
         try:
             with Client(settings=settings) as client:
-                with pytest.raises(QueueUnavailable, match="permission"):
+                with pytest.raises(MissingPermission, match="permission"):
                     client.submit(model="tally", prompt="x", result_ttl=60)
                 for name in NAMES:
                     admin.script_load(script_text(name))

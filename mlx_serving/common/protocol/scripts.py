@@ -19,6 +19,10 @@ NAMES = (
 )  # fmt: skip
 _SHARED = ("tenants", "prelude")
 _BEFORE = {"claim": ("affinity", "shares")}  # parts of one script alone
+# With flags Redis refuses a script before its first write where it could not end it: on a Cluster,
+# a replica, a full memory or a disk that fails. Without, it stops at the first write that it can't
+# do, which on a Cluster comes after others.
+_FLAGS = {"enqueue": "#!lua flags=no-cluster\n"}
 
 
 @cache
@@ -34,4 +38,4 @@ def script_text(name: str) -> str:
     names = (*_SHARED, *_BEFORE.get(name, ()), name)
     parts = [(folder / f"{part}.lua").read_text(encoding="utf-8") for part in names]
     script = "".join(parts)
-    return Keys().lua_functions(script) + lua_tables() + script
+    return _FLAGS.get(name, "") + Keys().lua_functions(script) + lua_tables() + script

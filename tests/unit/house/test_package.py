@@ -45,6 +45,8 @@ EXPORTED = [
     "MissingDependency",
     "MlxServingError",
     "PayloadTooLarge",
+    "QueueFailure",
+    "QueueRefused",
     "QueueUnavailable",
     "ResultTimeout",
     "Settings",
