@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mlx_serving.cli.console import print_json, print_table
+from mlx_serving.cli.console import harmless, print_json, print_table
 from mlx_serving.cli.options import AsJson, ForModel, RedisUrlOption, read_settings
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ def status(
     redis_url: RedisUrlOption = None,
 ) -> None:
     """Show a job; without an id, show the queues and the workers."""
-    from mlx_serving.cli.overview import job_view, read_overview
+    from mlx_serving.cli.overview import job_view, oddities, read_overview
     from mlx_serving.cli.top_view import failures_of, models_of, span, state_of
     from mlx_serving.producer.client import Client
 
@@ -58,6 +58,8 @@ def status(
     )
     for failure in failures_of(overview):
         typer.echo(f"\n{failure}")
+    for oddity in oddities(overview):
+        typer.echo(f"\n{harmless(oddity)}")
     if overview.suspended:
         typer.echo("\nRQ is suspended: no worker takes a job until `rq resume`")
 

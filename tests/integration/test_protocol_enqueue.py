@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pytest
-import redis
 
 from mlx_serving.common import lifetimes
 from mlx_serving.common.protocol import calls
@@ -126,21 +125,6 @@ def test_a_stale_callback_field_is_not_inherited(driver: Driver) -> None:
     driver.redis.hset("rq:job:a", "success_callback_name", "os.system")
     driver.enqueue("a")
     assert driver.take().job.problem == ""
-
-
-def test_half_an_enqueue_cannot_be_seen(driver: Driver) -> None:
-    """The list is of a wrong type, so the last step fails: the job is still one that a
-    reconciler brings back, not one that nobody knows."""
-    driver.redis.set("rq:queue:tally:default", "not a list")
-    with pytest.raises(redis.ResponseError):
-        driver.enqueue("a")
-    driver.redis.delete("rq:queue:tally:default")
-    if driver.protocol.record("a") is not None:
-        call = calls.reconcile(QUEUE, driver.indexed(), lease_ms=1)
-        assert driver.protocol.run(call).outcomes == [("a", "requeued")]
-    else:
-        assert driver.enqueue("a").created
-    assert driver.claimed_ids() == ["a"]
 
 
 def test_each_lane_has_a_list_of_its_own(driver: Driver) -> None:

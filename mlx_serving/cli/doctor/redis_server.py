@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 import redis
 
+from mlx_serving.cli.console import harmless
 from mlx_serving.cli.doctor.report import MAY_NOT_LOOK, Check, Level
+from mlx_serving.cli.overview import look, oddities
 from mlx_serving.common.errors import MissingPermission, QueueFailure, UnsupportedRedis, summary
 from mlx_serving.common.redis.connection import connect
 from mlx_serving.common.redis.retrying import answered
@@ -51,16 +53,17 @@ def redis_checks(endpoint: Endpoint) -> Iterator[Check]:
             "maxmemory-policy": lambda: check_eviction(server),
             "mode": lambda: check_mode(server),
             "latency": lambda: check_latency(client),
+            "key types": lambda: check_key_types(client, endpoint),
             "scripts": lambda: check_protocol(client, endpoint),
         }
-        for name, look in looks.items():
-            yield _looked(f"redis {name}", look)
+        for name, check in looks.items():
+            yield _looked(f"redis {name}", check)
 
 
-def _looked(name: str, look: Callable[[], Check]) -> Check:
+def _looked(name: str, check: Callable[[], Check]) -> Check:
     """A check's outcome; it says so if this user may not look."""
     try:
-        return answered(look)
+        return answered(check)
     except MissingPermission:
         return Check(name, Level.SKIP, MAY_NOT_LOOK)
     except QueueFailure as error:
@@ -136,6 +139,15 @@ def check_latency(client: redis.Redis) -> Check:
     median, worst = statistics.median(samples), max(samples)
     level = Level.WARN if median > SLOW_PING_MS else Level.OK
     return Check("redis latency", level, f"ping p50 {median:.2f} ms, max {worst:.2f} ms")
+
+
+def check_key_types(client: redis.Redis, endpoint: Endpoint) -> Check:
+    """Look for keys of a wrong type, those that were quarantined too."""
+    found = oddities(look(client, endpoint.keys))
+    if not found:
+        return Check("redis key types", Level.OK, "no key of a wrong type")
+    detail = f"somebody else writes to our keys: {'; '.join(found)}"
+    return Check("redis key types", Level.WARN, harmless(detail))
 
 
 def check_protocol(client: redis.Redis, endpoint: Endpoint) -> Check:

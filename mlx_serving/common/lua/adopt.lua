@@ -40,4 +40,4 @@ local function adopt(id, epoch, nonce, max_attempts, deadline_ms, timeout_ms, ab
 end
 
 for at = FIRST_JOB, #ARGV, ARGUMENTS do replies[#replies + 1] = adopt(unpack(ARGV, at, at + ARGUMENTS - 1)) end
-return replies
+return answer(replies)

@@ -140,4 +140,4 @@ local function view_count()
   for counter, jobs in pairs(ended) do redis.call('HINCRBY', k_rq_worker(worker), counter, jobs) end
 end
 show(view_count)
-return replies
+return answer(replies)

@@ -19,4 +19,4 @@ end
 
 for at = FIRST_JOB, #ARGV do replies[#replies + 1] = forget(ARGV[at]) end
 write_gathered()
-return replies
+return answer(replies)

@@ -1,4 +1,4 @@
--- Shared by every script. Follows the generated names (`k_<key>()`, `F.<field>`, …) and tenants.lua.
+-- Shared by every script. Follows the generated names (`k_<key>()`, `F.<field>`, …), quarantine.lua and tenants.lua.
 -- The control hash is the authority and is written first; RQ's hash and registries are a view
 -- of it, written in the same script, so they can never disagree through a crash.
 -- `job` is always a control hash that `read_fields` or its kin read: values by the names of their fields.
@@ -271,7 +271,7 @@ local function finalize_unowned(id, queue, state, code, message, iso, now)
   local body = '"type":"end","state":"' .. state .. '","error":{"code":"' .. code .. '","message":' ..
     cjson.encode(message) .. ',"retryable":false}}'
   local kind = redis.call('TYPE', k_events(id)).ok
-  if kind ~= 'stream' and kind ~= 'none' then redis.call('DEL', k_events(id)) end
+  if kind ~= 'stream' and kind ~= 'none' then quarantine(k_events(id)) end
   if pcall(append_event, id, seq, entry_of(epoch, ENTRY.body, body)) then  -- fails if the stream is ahead of the hash
     set_fields(id, {seq = int(seq)})
     pcall(publish_event, id, epoch, seq, ENTRY.body, body)
@@ -289,7 +289,10 @@ end
 -- Ends a job whose control hash is not sound, so that it stops nobody else.
 local function bury(id, queue, iso, now)
   local key = k_job(id)
-  if is_hash(key) then
+  local kind = redis.call('TYPE', key).ok
+  local problem = kind ~= 'hash' and kind ~= 'none' and quarantine(key)
+  if problem then raise(problem) end
+  if kind ~= 'none' then
     local job = read_fields(id, field_list('epoch', 'owner', 'cancel_reason', 'queue'))
     queue = job.queue or queue
     show(view_drop_execution, id, queue, job.epoch or '0', job.owner)
@@ -325,6 +328,7 @@ end
 -- What a stock tool did to a job's RQ hash that ends the job: a cancel reason, or ''.
 local function stock_verdict(id)
   local status = redis.pcall('HGET', k_rq_job(id), 'status')
+  if type(status) == 'table' then quarantine(k_rq_job(id)) end
   if status == false or type(status) == 'table' then return 'deleted' end
   if status == 'canceled' or status == 'stopped' then return 'cancelled' end
   return ''

@@ -11,7 +11,7 @@ local OVERDUE = field_list('state', 'queue', 'owner', 'cancel_reason', 'deadline
 local TRIMMED = 1000  -- entries of RQ's registries that a call removes at most
 -- After a restart live workers need one lease to renew; until then an old deadline proves nothing.
 local uptime = tonumber(string.match(redis.call('INFO', 'server'), 'uptime_in_seconds:(%d+)'))
-if uptime * 1000 < lease + 2000 then return {1, {}} end
+if uptime * 1000 < lease + 2000 then return answer({1, {}}) end
 
 local now = now_ms()
 local done = {}
@@ -19,9 +19,7 @@ local LANES = {interactive = true, default = true, bulk = true}
 local head = string.len(k_rq_queue('')) + 1
 local queues = {}
 for at = FIRST_QUEUE, #ARGV do queues[ARGV[at]] = true end
-if redis.call('TYPE', k_rq_queues()).ok == 'set' then
-  for _, name in ipairs(redis.call('SMEMBERS', k_rq_queues())) do queues[string.sub(name, head)] = true end
-end
+for _, name in ipairs(redis.pcall('SMEMBERS', k_rq_queues())) do queues[string.sub(name, head)] = true end
 
 local function take_over(id, queue)
   if not is_sound(id) then bury(id, queue, iso, now) return end
@@ -72,4 +70,4 @@ for queue in pairs(queues) do
     for _, registry in pairs(REGISTRIES) do show(trim, registry(queue)) end
   end
 end
-return {0, done}
+return answer({0, done})

@@ -27,6 +27,10 @@ TOKENS_OPENING: Final = '"type":"tokens","choices":[{"index":0,'
 """How the body of most events begins: new tokens, first of choice 0."""
 
 
+QUARANTINED: Final = "QUARANTINED"
+"""How the reply of a script begins that quarantined keys; see `quarantine`."""
+
+
 class JobField(StrEnum):
     """A job's control hash: the authority on the job. Times are ms of Redis TIME."""
 
@@ -117,6 +121,7 @@ def lua_tables() -> str:
         "EVENT_OPENING": EVENT_OPENING,
         "TOKENS_OPENING": TOKENS_OPENING,
         "TENANT_MARK": TENANT_MARK,
+        "QUARANTINED": QUARANTINED,
     }
     lines = [f"local {name} = '{text}'" for name, text in texts.items()]
     lines += [_table("F", JobField), _table("ENTRY", EntryField), _table("LIMIT", LimitField)]

@@ -38,6 +38,8 @@ _TEMPLATES: dict[str, tuple[str, str]] = {
     "worker": ("own", ":worker:<>"),  # hash: what a worker is and can hold; expires
     "batch": ("own", ":batch:<>"),  # hash: what a bulk file's runner says of it; expires
     "batches": ("own", ":batches"),  # zset of bulk files, by the time they were last heard of
+    "quarantine": ("own", ":quarantine"),  # zset: notes of keys of a wrong type, by time
+    "quarantined": ("own", ":quarantine:<>"),  # such a key; argument: "<name>:<time>"
     # RQ's: the view
     "rq_job": ("rq", ":job:<>"),
     "rq_queue": ("rq", ":queue:<>"),
@@ -170,6 +172,18 @@ class Keys:
     def batches(self) -> str:
         """Index of the bulk files that were heard of lately."""
         return self._spell("batches")
+
+    def quarantine(self) -> str:
+        """Notes of the keys that were quarantined; see `quarantine`."""
+        return self._spell("quarantine")
+
+    def quarantined(self, key_and_time: str) -> str:
+        """Place of a key that was quarantined, by ``<key>:<ms>``."""
+        return self._spell("quarantined", key_and_time)
+
+    def rq_queues(self) -> str:
+        """RQ's set of queues."""
+        return self._spell("rq_queues")
 
     def rq_commands(self, worker: str) -> str:
         """RQ's command channel of a worker."""

@@ -1,8 +1,8 @@
 """The protocol's Lua scripts, as texts ready to register.
 
-A script is the generated names of keys and fields, then ``tenants.lua`` and ``prelude.lua``, then
-its own file (before ``claim.lua`` also ``affinity.lua`` and ``shares.lua``). Redis caches it by
-hash, so the length costs nothing after the first call.
+A script is the generated names of keys and fields, then ``quarantine.lua``, ``tenants.lua`` and
+``prelude.lua``, then its own file (before ``claim.lua`` also ``affinity.lua`` and ``shares.lua``).
+Redis caches it by hash, so the length costs nothing after the first call.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from mlx_serving.common.protocol.keys import Keys
 
 NAMES = (
     "enqueue", "claim", "commit", "renew", "release", "cancel", "reap", "reconcile", "crash",
-    "audit", "forget", "requeue", "adopt",
+    "audit", "forget", "requeue", "mend", "adopt",
 )  # fmt: skip
-_SHARED = ("tenants", "prelude")
+_SHARED = ("quarantine", "tenants", "prelude")
 _BEFORE = {"claim": ("affinity", "shares")}  # parts of one script alone
 # With flags Redis refuses a script before its first write where it could not end it: on a Cluster,
 # a replica, a full memory or a disk that fails. Without, it stops at the first write that it can't

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from mlx_serving.common.protocol.calls import Call
     from mlx_serving.common.protocol.keys import Keys
+    from mlx_serving.common.protocol.quarantine import QuarantinedKey
     from mlx_serving.worker.status.counters import Counters
 
 log = structlog.get_logger(__name__)
@@ -43,6 +44,10 @@ class MeasuredProtocol(Protocol):
         """Send one call; what came of it is counted when its reply is read."""
         receive = super().send(call)
         return lambda timeout: self._measured(call, partial(receive, timeout))
+
+    def _note_quarantined(self, moved: QuarantinedKey) -> None:
+        super()._note_quarantined(moved)
+        self._counters.count("keys_quarantined")
 
     def _measured(self, call: Call[T], reply_of: Callable[[], T]) -> T:
         started = time.monotonic()
