@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
 import typer
@@ -14,7 +15,8 @@ if TYPE_CHECKING:
     from mlx_serving.common.errors import MlxServingError
 
 EXIT_ERROR: Final = 1
-EXIT_INTERRUPTED: Final = 130  # 128 + SIGINT, as in shells
+SIGNALLED: Final = 128  # and the signal's number, as in shells
+EXIT_INTERRUPTED: Final = SIGNALLED + 2  # SIGINT
 WIDE_COLUMNS: Final = 200  # width of a table that goes to a file or a pipe
 
 # C0 without tab and newline, DEL, and C1: what could drive a terminal.
@@ -24,8 +26,12 @@ _CONTROLS: Final = dict.fromkeys(
 
 
 def note(text: str) -> None:
-    """Print a line for people on stderr; stdout is for the command's output."""
-    typer.echo(text, err=True)
+    """Print a line for people on stderr; stdout is for the command's output.
+
+    If stderr is gone (its terminal was closed), there is nobody to tell.
+    """
+    with suppress(OSError):
+        typer.echo(text, err=True)
 
 
 def fail(error: MlxServingError) -> None:

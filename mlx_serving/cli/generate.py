@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from mlx_serving.common.job.schema import GenerationJob
 
 STDIN = "-"
+ABANDON_SECONDS = 30.0
+"""Ends the job of a command that was killed without a chance to cancel it."""
 
 
 def generate(  # noqa: PLR0913, PLR0917 -- each is an option of the command line
@@ -45,9 +47,9 @@ def generate(  # noqa: PLR0913, PLR0917 -- each is an option of the command line
     ] = False,
     redis_url: RedisUrlOption = None,
 ) -> None:
-    """Generate a text. Ctrl-C cancels the job.
+    """Generate a text. Ctrl-C cancels the job, as do SIGTERM, a closed terminal, a closed pipe.
 
-    Exit status: 0, or 1 if the job did not finish, or 130 after Ctrl-C.
+    Exit status: 0, or 1 if the job did not finish, or 128 and the signal's number (Ctrl-C: 130).
     """
     from mlx_serving.cli.streaming import stream_job
 
@@ -56,7 +58,7 @@ def generate(  # noqa: PLR0913, PLR0917 -- each is an option of the command line
         text, raw=raw, system=system, model=model, lane=lane, temperature=temperature,
         max_tokens=max_tokens, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed, stop=stop,
         n=n, logprobs=None if logprobs is None else True, top_logprobs=logprobs or None,
-        tenant=tenant,
+        tenant=tenant, abandon_after=ABANDON_SECONDS,
     )  # fmt: skip
     status = stream_job(job, read_settings(redis_url), as_json=events, verbose=verbose)
     raise typer.Exit(status)

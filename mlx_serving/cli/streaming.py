@@ -1,4 +1,4 @@
-"""Follows one job to its end; Ctrl-C cancels it."""
+"""Follows one job to its end; a signal that ends the command cancels it."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import signal
 import sys
 import threading
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING, Final, Self
 
-from mlx_serving.cli.console import EXIT_INTERRUPTED, harmless, note
-from mlx_serving.common.errors import MlxServingError
-from mlx_serving.common.events import encode
+from mlx_serving.cli.console import SIGNALLED, fail_at_output, harmless, note
+from mlx_serving.common.errors import MlxServingError, QueueUnavailable
+from mlx_serving.common.events import RESET, encode
 from mlx_serving.common.queues import queue_name
+from mlx_serving.common.states import JobState
 from mlx_serving.producer.client import Client
 
 if TYPE_CHECKING:
@@ -20,62 +22,80 @@ if TYPE_CHECKING:
 
     from mlx_serving.common.events import Event, TokenLogprob
     from mlx_serving.common.job.schema import GenerationJob
+    from mlx_serving.common.protocol.client import JobRecord
     from mlx_serving.common.results import GenerationResult
     from mlx_serving.common.settings import Settings
 
 WAIT_SECONDS: Final = 3.0
+SENT_SECONDS: Final = 1.0  # that a second Ctrl-C leaves the cancelling
+AGAIN_SECONDS: Final = 1.0  # between two tries to cancel while Redis is away
+ENDING: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Canceller:
-    """Makes the first Ctrl-C cancel the job in another thread; the stream goes on to its end.
+    """Makes a signal cancel the job in another thread; the stream goes on to its end.
 
     So no reply is half read and no text is printed twice. A second Ctrl-C leaves at once and does
-    not wait for the job.
+    not wait for the job's end. Other signals may come twice: both kernel and shell send SIGHUP when
+    a terminal is closed.
     """
 
     def __init__(self, cancel: Callable[[str], object]) -> None:
-        self.interrupted = False
+        self.signal = 0  # the first one that came
         self._cancel = cancel
         self._job_id: str | None = None
+        self._cancelling: threading.Thread | None = None
 
     def __enter__(self) -> Self:
-        self._before = signal.signal(signal.SIGINT, self._on_interrupt)
+        ours = [each for each in ENDING if signal.getsignal(each) is not signal.SIG_IGN]  # nohup
+        self._before = {each: signal.signal(each, self._on_signal) for each in ours}
         return self
 
     def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGINT, self._before)
+        for each, before in self._before.items():
+            signal.signal(each, before)
 
     def watch(self, job_id: str) -> None:
-        """Take the id of the enqueued job; if Ctrl-C came before, cancel it now."""
+        """Take the id of the enqueued job; if a signal came before, cancel it now."""
         self._job_id = job_id
-        if self.interrupted:
+        if self.signal:
             self._start()
 
-    def _on_interrupt(self, _number: int, _frame: FrameType | None) -> None:
-        if self.interrupted:
+    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+        if not self.signal:
+            self.signal = number
+            if self._job_id is not None:
+                self._start()
+        elif number == signal.SIGINT:
+            if self._cancelling is not None:
+                self._cancelling.join(SENT_SECONDS)
             raise KeyboardInterrupt
-        self.interrupted = True
-        if self._job_id is not None:
-            self._start()
 
     def _start(self) -> None:
-        threading.Thread(target=self._run, name="cancel", daemon=True).start()
+        self._cancelling = threading.Thread(target=self._run, name="cancel", daemon=True)
+        self._cancelling.start()
 
     def _run(self) -> None:
         note(f"\ncancelling {self._job_id} (Ctrl-C again leaves without waiting)")
-        try:
-            self._cancel(str(self._job_id))
-        except MlxServingError as error:
-            note(f"not cancelled: {error.code}: {error}")
+        while True:
+            try:
+                self._cancel(str(self._job_id))
+            except QueueUnavailable as error:  # the stream waits for Redis, too
+                note(f"not cancelled yet: {error.code}: {error}")
+                time.sleep(AGAIN_SECONDS)
+            except MlxServingError as error:
+                note(f"not cancelled: {error.code}: {error}")
+                return
+            else:
+                return
 
 
 class WaitingNote:
-    """Prints a note if no event of a job has come for some seconds."""
+    """Prints a note if no event of a job has come for some seconds: what it waits for."""
 
-    def __init__(self, job: GenerationJob) -> None:
-        queue = queue_name(job.model, job.lane)
-        text = f"waits in {queue}: mlx-serving status shows who serves what; Ctrl-C cancels"
-        self._timer = threading.Timer(WAIT_SECONDS, note, [text])
+    def __init__(self, job: GenerationJob, status: Callable[[], JobRecord]) -> None:
+        self._queue, self._status = queue_name(job.model, job.lane), status
+        self._timer = threading.Timer(WAIT_SECONDS, self._tell)
         self._timer.daemon = True
 
     def __enter__(self) -> Self:
@@ -88,6 +108,19 @@ class WaitingNote:
     def over(self) -> None:
         """Print no note from now on."""
         self._timer.cancel()
+
+    def _tell(self) -> None:
+        try:
+            record = self._status()
+        except MlxServingError as error:
+            note(f"no answer yet: {error.code}: {error}")
+            return
+        if record.state is JobState.RUNNING:
+            note(f"{record.owner} has it and reads the prompt; Ctrl-C cancels")
+        elif record.state is JobState.QUEUED:
+            note(
+                f"waits in {self._queue}: mlx-serving status shows who serves what; Ctrl-C cancels"
+            )
 
 
 class Printer:
@@ -109,6 +142,10 @@ class Printer:
             self.first_token_s = self.first_token_s or self.last_token_s
         if self._as_json:
             sys.stdout.write(encode(event).decode() + "\n")
+        elif event.type == RESET:
+            if self._live and self.first_token_s is not None:
+                sys.stdout.flush()
+                note("\nthe text so far is void: the job begins anew")
         elif self._live:
             self._write(event.text)
         sys.stdout.flush()
@@ -144,20 +181,24 @@ def stream_job(job: GenerationJob, settings: Settings, *, as_json: bool, verbose
         handle = client.submit(job)
         ctrl_c.watch(handle.id)
         try:
-            with WaitingNote(job) as waiting:
+            with WaitingNote(job, handle.status) as waiting:
                 for event in handle.stream():
                     waiting.over()
                     printer.show(event)
             result = handle.result()
             printer.end(result)
-        except BrokenPipeError:  # nobody reads what we print
-            handle.cancel()
-            raise
+        except (OSError, MlxServingError) as error:  # OSError: nobody reads what we print
+            with suppress(MlxServingError):
+                handle.cancel()
+            if not (ctrl_c.signal and isinstance(error, OSError)):
+                raise
+            fail_at_output(error)
+            return SIGNALLED + ctrl_c.signal
     if verbose:
         note(_summary(result, printer, began_s))
-    if ctrl_c.interrupted:
+    if ctrl_c.signal:
         note(f"job {handle.id} is {result.state.value}")
-        return EXIT_INTERRUPTED
+        return SIGNALLED + ctrl_c.signal
     result.raise_for_state()
     return 0
 

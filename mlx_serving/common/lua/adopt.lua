@@ -26,6 +26,7 @@ end
 local function adopt(id, epoch, nonce, max_attempts, deadline_ms, timeout_ms, abandon_ms, result_ttl, stream, tenant, rows)
   local job = find_fields(id, READ)
   if not runs(job, worker, epoch, nonce) then
+    LOSSES.forgive(id, nonce)
     return {job.state == 'queued' and is_attempt(job, epoch, nonce) and 'OK' or 'FENCED'}
   end
   if end_cancelled(id, job, iso, now) then return {'OK'} end

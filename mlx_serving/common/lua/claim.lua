@@ -28,6 +28,7 @@
 --   now_ms                            Redis TIME
 --   max_unproven                      as above, of this job
 --   adopted (0|1)                     nobody has read yet what its payload asks of the queue (see adopt.lua)
+--   runs_alone (0|1)                  whether nothing may run with it until it ends (see losses.lua)
 local worker, iso, nonce, lease, protocol, capacity_tokens, capacity_rows, most, max_payload_bytes,
       rows, unproven, max_unproven, affinity_ms, keeps_prefixes = unpack(ARGV, 3, 16)
 local FIRST_QUEUE = 17
@@ -87,7 +88,7 @@ local function reply_with(id, queue, epoch, started, job)
   jobs[#jobs + 1] = {
     id, queue, epoch, job.seq, data, problem, problem_field, signature, job.deadline_ms, job.timeout_ms, job.stream,
     job.result_ttl, job.enqueued_ms, started, job.first_token_ms or '0', int(now), job.max_unproven or '0',
-    job.adopted or '0',
+    job.adopted or '0', job.runs_alone and 1 or 0,
   }
   taken[#taken + 1] = id
 end
@@ -106,6 +107,7 @@ local function take_again()
       if verdict ~= '' then
         finalize_unowned(id, job.queue, 'cancelled', 'cancelled', 'the RQ job was ' .. verdict, iso, now)
       else
+        LOSSES.weigh(job)
         redis.call('ZREM', k_leases(job.queue), '')  -- see renew.lua: a full Redis lets the rest pass
         shared('ZADD', k_leases(job.queue), int(now + lease), id)
         reply_with(id, job.queue, job.epoch, job.started_ms or int(now), job)
@@ -124,8 +126,9 @@ end
 local function take(id, queue, job)
   local epoch, started = int(job.epoch + 1), job.started_ms or int(now)
   redis.call('HSET', k_job(id), F.state, 'running', F.owner, worker, F.epoch, epoch, F.nonce, nonce, F.started_ms, started)
+  if job.runs_alone then set_fields(id, {alone = nonce .. ' ' .. job.seq .. ' ' .. int(now)}) end
   shared('ZADD', k_leases(queue), int(now + lease), id)
-  if job.tenant then start_of_tenant(id, queue, job) end
+  if job.tenant then SHARES.start(id, queue, job) end
   show(view_start, id, queue, epoch, worker, iso, now)
   reply_with(id, queue, epoch, started, job)
   rows, unproven = rows + 1, unproven + 1
@@ -202,6 +205,8 @@ local function decide(id, queue)
     return 'drop'
   end
   if needs_another_worker(job) then return 'skip', job end
+  LOSSES.weigh(job)
+  if LOSSES.is_barred(job, nonce, worker, now, lease) then return 'skip', job end
   if not has_room_for(job) then
     reserve(queue, job)
     return 'skip', job
@@ -229,7 +234,7 @@ local function serve(queue, tenant)
     if verdict == 'skip' then
       at = at + 1
       if left[id] then leaves[line] = true end
-    elseif verdict == 'take' and not fits_limit(job, queue) then return false
+    elseif verdict == 'take' and not SHARES.fits_limit(job, queue) then return false
     else
       unlist(id, queue)
       if verdict == 'take' then
@@ -255,7 +260,7 @@ local function serve_turn(queue)
   local order = orders[queue]
   while #order > 0 and not is_over() do
     local tenant = table.remove(order, 1)
-    local served = may_run(tenant, queue) and serve(queue, tenant)
+    local served = SHARES.may_run(tenant, queue) and serve(queue, tenant)
     -- A job that is left for a moment costs its tenant no turn.
     if served or not leaves[line_of(queue, tenant)] then pass_turn(queue, tenant) end
     if served then
@@ -275,7 +280,7 @@ local function give_place(id, queue, verdict, job)
   while not gone[id] and serve_turn(queue) do end
   if gone[id] or is_over() then return end
   -- In no line, or behind more than are looked at, and yet it may run.
-  if verdict == 'take' and may_run(job.tenant, queue) and has_room_for(job) and fits_limit(job, queue) then
+  if verdict == 'take' and SHARES.may_run(job.tenant, queue) and has_room_for(job) and SHARES.fits_limit(job, queue) then
     unlist(id, queue)
     take(id, queue, job)
   end
@@ -333,7 +338,7 @@ local function claim(queue)
     for _, id in ipairs(ids) do
       if is_over() then break end
       if gone[id] then  -- no longer on the list
-      elseif is_held_back(id, queue) then offset = offset + 1
+      elseif SHARES.is_held_back(id, queue) then offset = offset + 1
       elseif is_overtaken_too(id, queue, overtaken) then offset = offset + 1
       else
         local verdict, job = decide(id, queue)

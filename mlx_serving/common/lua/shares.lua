@@ -2,7 +2,7 @@
 -- No other job of a tenant starts before the one that does not fit its limit yet, but those of a more urgent lane: else a job of many
 -- rows would wait for as long as there are small ones. `k_tenant_room_for` tells claims of other queues so, for a moment.
 
-local may_run, fits_limit, start_of_tenant, is_held_back  -- what claim.lua calls; the rest is of this block
+local SHARES = {}  -- what claim.lua calls; the rest is of this block
 
 do
   local ROOM_MS = 3000  -- how long after a claim saw the job
@@ -25,7 +25,7 @@ do
   local function urgency(queue) return LANES[string.match(queue, '[^:]*$')] or 4 end
 
   -- Whether a job of one row may start.
-  function may_run(tenant, queue)
+  function SHARES.may_run(tenant, queue)
     local share = share_of(tenant)
     if share.is_full or share.running >= share.limit then return false end
     return not share.room_for or share.room_for == queue or urgency(queue) < urgency(share.room_for)
@@ -33,7 +33,7 @@ do
 
   -- Whether a tenant's next job fits its limit, if one of one row does. One with more rows than the limit (it was lowered) runs if
   -- nothing else of the tenant does.
-  function fits_limit(job, queue)
+  function SHARES.fits_limit(job, queue)
     local share, job_rows = share_of(job.tenant), rows_of(job)
     if share.running + job_rows <= share.limit or share.running == 0 then return true end
     share.is_full = true
@@ -41,7 +41,7 @@ do
     return false
   end
 
-  function start_of_tenant(id, queue, job)
+  function SHARES.start(id, queue, job)
     local share, job_rows = shares[job.tenant], rows_of(job)
     tolerantly(tenant_runs, id, queue, job.tenant, job_rows)
     if not share then return end
@@ -50,9 +50,9 @@ do
   end
 
   -- Whether the job is one of a tenant that was seen to run as much as it may: not worth a closer look.
-  function is_held_back(id, queue)
+  function SHARES.is_held_back(id, queue)
     if not next(shares) then return false end
     local tenant = redis.pcall('HGET', k_job(id), F.tenant)
-    return type(tenant) == 'string' and shares[tenant] ~= nil and not may_run(tenant, queue)
+    return type(tenant) == 'string' and shares[tenant] ~= nil and not SHARES.may_run(tenant, queue)
   end
 end

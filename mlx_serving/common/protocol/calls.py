@@ -101,6 +101,7 @@ class ClaimedJob(msgspec.Struct, frozen=True, gc=False):
     signature: str = ""  # see `signing`; empty if there is none
     max_unproven: int = 0  # unproven rows that may run with this one, itself included; 0: any
     adopted: bool = False  # of RQ's own enqueue; see `adoption`
+    runs_alone: bool = False  # nothing may run with it until it ends
 
     @property
     def job_id(self) -> str:
@@ -246,6 +247,7 @@ def _claimed(row: Sequence[Any], nonce: str) -> ClaimedJob:
     (
         job_id, queue, epoch, seq, data, problem, problem_field, signature, deadline_ms, timeout_ms,
         stream, result_ttl, enqueued_ms, started_ms, first_token_ms, now_ms, max_unproven, adopted,
+        runs_alone,
     ) = row  # fmt: skip
     return ClaimedJob(
         attempt=Attempt(_text(job_id), int(epoch), nonce),
@@ -265,6 +267,7 @@ def _claimed(row: Sequence[Any], nonce: str) -> ClaimedJob:
         signature=_text(signature),
         max_unproven=int(max_unproven),
         adopted=int(adopted) != 0,
+        runs_alone=int(runs_alone) != 0,
     )
 
 
@@ -419,17 +422,20 @@ def crash(worker: str, blamed: Sequence[Blame]) -> Call[list[tuple[str, str]]]:
     return Call("crash", arguments, _pairs)
 
 
-def reap(*, lease_ms: int, most: int = 256, queues: Sequence[str] = ()) -> Call[Swept]:
+def reap(
+    *, lease_ms: int, most: int = 256, queues: Sequence[str] = (), machine: str = ""
+) -> Call[Swept]:
     """Take over what a dead worker held, expire what waited too long, trim RQ's registries.
 
     `queues`, the caller's own, are looked at whether or not RQ's set of queues still names them.
+    `machine` is the caller's, if it runs jobs.
     """
 
     def parse(reply: Sequence[Any]) -> Swept:
         waited, outcomes = reply
         return Swept(bool(waited), _pairs(outcomes))
 
-    return Call("reap", [iso_now(), lease_ms, most, *queues], parse)
+    return Call("reap", [iso_now(), lease_ms, most, machine, *queues], parse)
 
 
 def reconcile(queue: str, candidates: Sequence[str | bytes], *, lease_ms: int) -> Call[Swept]:
