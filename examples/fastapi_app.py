@@ -34,7 +34,7 @@ KEEP_ALIVE_S = 15.0  # proxies close what is silent longer; also notices who has
 STATUS = {
     "job_not_found": 404,
     "events_gone": 410, "invalid_job": 422, "idempotency_key_reused": 422,
-    "payload_too_large": 413,
+    "tenant_rows_exceeded": 422, "payload_too_large": 413,
 }  # fmt: skip
 
 

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
         StreamGap,
         StreamReset,
         TenantLimited,
+        TenantRowsExceeded,
         UnknownModel,
     )
     from mlx_serving.common.events import ChoiceDelta, ErrorInfo, Event, Usage
@@ -107,6 +108,7 @@ __all__ = [
     "StreamGap",
     "StreamReset",
     "TenantLimited",
+    "TenantRowsExceeded",
     "TextPart",
     "Timings",
     "Tool",

@@ -1,4 +1,4 @@
-"""`mlx-serving tenants`: what each tenant may have queued and running."""
+"""`mlx-serving tenants`: what each tenant may have queued (jobs) and running (rows)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     no_args_is_help=True,
-    help="Limits on tenants: how many jobs each may have queued and running.",
+    help="Limits on tenants: how many jobs each may have queued, how many rows of the batch it may "
+    "run. A job takes a row for each choice (n).",
 )
 
 Limit = Annotated[
@@ -38,7 +39,7 @@ def list_(
         for t in view.tenants
     ]
     rows.append(("(all others)", "", _shown(view.queued), "", _shown(view.running)))
-    print_table(("tenant", "queued", "of", "running", "of"), rows)
+    print_table(("tenant", "queued jobs", "of", "running rows", "of"), rows)
 
 
 @app.command("set")

@@ -7,6 +7,7 @@
     * PayloadTooLarge     the job is larger than the limit on its bytes
     * InvalidSchema       a schema, regex or grammar that the worker can't enforce
     * IdempotencyConflict its idempotency key names a job with another payload
+    * TenantRowsExceeded  its `n` is more rows than its tenant may run
   * CorruptJob            what Redis holds under a job's id is not a job of ours
     * ForeignFunction     it names a function, callback or webhook that is not ours
     * BadSignature        it is not signed by a key that this worker knows
@@ -147,6 +148,12 @@ class IdempotencyConflict(InvalidJob):
     """The job's idempotency key names a job with another payload."""
 
     code = "idempotency_key_reused"
+
+
+class TenantRowsExceeded(InvalidJob):
+    """The job has more rows than its tenant may run at once."""
+
+    code = "tenant_rows_exceeded"
 
 
 class CorruptJob(MlxServingError):

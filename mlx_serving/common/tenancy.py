@@ -35,7 +35,7 @@ MOST: Final = 10**9
 
 @dataclass(frozen=True, slots=True)
 class TenantView:
-    """What a tenant has open now, and may have; a limit is None if there is none."""
+    """What a tenant has open now, and may have: jobs queued, rows running; None: no limit."""
 
     tenant: str
     queued: int
@@ -76,7 +76,8 @@ class Tenancy:
 
         Args:
             tenant: whose; None for those without a limit of their own.
-            limits: ``queued`` or ``running`` → a number from 0, ``none`` or ``default``.
+            limits: ``queued`` (jobs) or ``running`` (rows) → a number from 0, ``none`` or
+                ``default``.
 
         Raises:
             InvalidSettings: names what is wrong; nothing is set then.

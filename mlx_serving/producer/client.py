@@ -93,6 +93,7 @@ class Client(BaseClient):
         Raises:
             InvalidJob: a field is wrong; the message names each one.
             IdempotencyConflict: the job's ``idempotency_key`` names a job with another payload.
+            TenantRowsExceeded: the job's ``n`` is more rows than its tenant may ever run.
             TenantLimited: the job's tenant is at its limit of queued jobs; nothing is written.
             QueueUnavailable: Redis is away, and the job may or may not have been enqueued.
                 Give an ``idempotency_key`` to submit it again without a duplicate.
@@ -108,9 +109,9 @@ class Client(BaseClient):
 
         Raises:
             InvalidJob: fields are wrong; paths begin with ``jobs[i].``; nothing is written.
-            IdempotencyConflict: a key names a job with another payload.
-            TenantLimited: a tenant has reached its limit of queued jobs. With this and the error
-                before it other jobs were enqueued: the error's ``job_ids`` says which.
+            IdempotencyConflict, TenantRowsExceeded: as in `submit`, and the next as well. With
+                these three other jobs were enqueued: the error's ``job_ids`` says which.
+            TenantLimited: a tenant has reached its limit of queued jobs.
             QueueUnavailable: Redis is away; the first ones may have been enqueued.
 
         """

@@ -79,6 +79,7 @@ def seal(
         stream=job.stream,
         tenant=job.tenant or "",
         marks=marks(job),
+        rows=job.n,
         idempotency_key=job.idempotency_key or "",
         digest=digest,
     )

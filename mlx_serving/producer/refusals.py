@@ -10,6 +10,7 @@ from mlx_serving.common.errors import (
     JobNotEnded,
     JobNotFound,
     TenantLimited,
+    TenantRowsExceeded,
 )
 
 if TYPE_CHECKING:
@@ -19,7 +20,10 @@ if TYPE_CHECKING:
     from mlx_serving.common.protocol.calls import EnqueueEntry, EnqueueReply, Refusal
     from mlx_serving.common.states import JobState
 
-FOR_GOOD: Final[dict[str, type[InvalidJob]]] = {"digest": IdempotencyConflict}
+FOR_GOOD: Final[dict[str, type[InvalidJob]]] = {
+    "digest": IdempotencyConflict,
+    "running": TenantRowsExceeded,
+}
 """Why a job was refused → the error, if the same job will be refused again."""
 
 
@@ -28,6 +32,7 @@ def check_admitted(entries: Sequence[EnqueueEntry], replies: Sequence[EnqueueRep
 
     Raises:
         IdempotencyConflict: a job's key names a job with another payload.
+        TenantRowsExceeded: a job has more rows than its tenant may ever run.
         TenantLimited: a tenant has as many jobs queued as it may.
 
     Each says in `job_ids` which jobs were enqueued. One that a resend can't mend goes first.
@@ -49,6 +54,9 @@ def _field_error(entries: Sequence[EnqueueEntry], at: int, why: Refusal) -> Fiel
     if why.reason == "digest":
         reason = f"{entry.idempotency_key!r} names job {entry.job_id}, which has another payload"
         return FieldError(f"{parent}idempotency_key", reason)
+    if why.reason == "running":
+        reason = f"the job has {why.found} rows, and tenant {entry.tenant!r} may run {why.limit}"
+        return FieldError(f"{parent}n", reason)
     return FieldError(f"{parent}tenant", _queued(entry, why))
 
 

@@ -20,6 +20,7 @@ from mlx_serving.common import defaults, limits
 from mlx_serving.common.errors import CorruptEvent, MlxServingError
 from mlx_serving.common.protocol import calls
 from mlx_serving.common.queues import model_of
+from mlx_serving.worker.claiming.adoption import Adoption, NotYetAdopted
 from mlx_serving.worker.claiming.claims import Claims, ClaimTerms
 from mlx_serving.worker.claiming.intake import JobRefusedError
 from mlx_serving.worker.claiming.lane_claims import LaneClaim, LaneNews, LaneRoom
@@ -97,6 +98,9 @@ class Dispatcher:
         self._status = 0  # to end with
         self._failures = RedisFailures(protocol.redis)
         self._returning = Returning(protocol, options.worker, publisher, self._failures, runner.has)
+        self._adoption = Adoption(
+            protocol, options.worker, publisher, self._returning, self._failures
+        )
         terms = ClaimTerms(
             options.worker, options.batch.max_rows, options.lease_ms, options.max_payload_bytes,
             options.affinity_ms,
@@ -249,6 +253,8 @@ class Dispatcher:
             try:
                 with self._publisher.inflight.entering(job.request_id):
                     request = self._prepare(job, model)
+            except NotYetAdopted as found:
+                self._adoption.add(job, found.terms)
             except (JobRefusedError, MlxServingError) as error:
                 log.warning("job_refused", **job.names(), code=error.code)
                 self._publisher.fail(job, error.code, error.message)
@@ -263,6 +269,7 @@ class Dispatcher:
                 self._log.started(job)
                 if not (job.claimed.seq and self._publisher.conclude(job)):
                     ready.append((job, request))
+        self._adoption.run()
         self._claim_ahead(held, more=more)  # rows may have ended meanwhile
         self._place(ready)
 

@@ -93,6 +93,123 @@ class TestQueued:
         assert driver.enqueue("a", tenant="acme").created
 
 
+class TestRows:
+    """A choice is a row of the batch, and `running` counts rows."""
+
+    def test_a_job_with_more_rows_than_its_tenant_may_run_is_refused(self, driver: Driver) -> None:
+        limit(driver, running=8)
+        before = driver.snapshot()
+        reply = driver.enqueue("a", tenant="acme", rows=9)
+        assert (reply.created, reply.refusal) == (False, calls.Refusal("running", 8, 9))
+        assert driver.snapshot() == before
+        assert driver.enqueue("b", tenant="acme", rows=8).created
+        assert driver.enqueue("c", rows=9).created
+
+    def test_rows_are_counted_over_jobs_and_workers(self, driver: Driver) -> None:
+        limit(driver, running=8)
+        many(driver, "acme", 4, rows=3)
+        assert driver.claimed_ids("w1") == ["acme0", "acme1"]
+        assert driver.claimed_ids("w2") == []
+        assert driver.redis.scard(driver.keys.tenant_running("acme")) == 6
+
+    def test_a_job_that_does_not_fit_is_not_overtaken_by_its_tenants_small_ones(
+        self, driver: Driver
+    ) -> None:
+        limit(driver, running=4)
+        small = driver.start("small", tenant="acme")
+        driver.enqueue("large", tenant="acme", rows=4)
+        many(driver, "acme", 3)
+        driver.enqueue("other", tenant="other")
+        assert driver.claimed_ids() == ["other"]
+        driver.commit(small, small.end())
+        assert driver.claimed_ids() == ["large"]
+
+    def test_nor_by_those_in_another_models_queue(self, driver: Driver) -> None:
+        limit(driver, running=4)
+        small = driver.start("small", tenant="acme")
+        driver.enqueue("large", tenant="acme", rows=4)
+        driver.enqueue("elsewhere", "other:default", tenant="acme")
+        driver.enqueue("later", "other:bulk", tenant="acme")
+        driver.enqueue("urgent", "other:interactive", tenant="acme")
+        assert driver.claimed_ids() == []
+        others = [f"other:{lane}" for lane in ("interactive", "default", "bulk")]
+        (urgent,) = driver.claim("w2", others).jobs  # lanes keep their priority
+        assert urgent.job_id == "urgent"
+        for attempt in (small, Attempt(urgent, "w2")):
+            driver.commit(attempt, attempt.end())
+        assert driver.claimed_ids("w2", queues=others) == []
+        large = driver.take()
+        assert large.job.job_id == "large"
+        driver.commit(large, large.end())
+        assert driver.claimed_ids("w2", queues=others) == ["elsewhere", "later"]
+
+    def test_room_is_kept_for_a_while_only(self, driver: Driver) -> None:
+        """Nobody may be there to look at the large job again."""
+        limit(driver, running=4)
+        driver.start("small", tenant="acme")
+        driver.enqueue("large", tenant="acme", rows=4)
+        driver.enqueue("elsewhere", "other:default", tenant="acme")
+        assert driver.claimed_ids() == []
+        assert 0 < driver.redis.pttl("mlxs:tenant:acme:room_for") <= 3000
+        driver.redis.delete("mlxs:tenant:acme:room_for")
+        assert driver.claimed_ids(queues=["other:default"]) == ["elsewhere"]
+
+    def test_after_the_limit_was_lowered_it_runs_when_its_tenant_runs_nothing(
+        self, driver: Driver
+    ) -> None:
+        for name in ("large", "larger"):
+            driver.enqueue(name, tenant="acme", rows=64)
+        limit(driver, running=1)
+        large = driver.take()
+        assert driver.claimed_ids() == []
+        driver.commit(large, large.end())
+        assert driver.claimed_ids() == ["larger"]
+
+    def test_zero_lets_a_job_of_many_rows_wait(self, driver: Driver) -> None:
+        limit(driver, running=0)
+        assert driver.enqueue("a", tenant="acme", rows=64).created
+        assert driver.claimed_ids() == []
+
+    @pytest.mark.parametrize("way", ["end", "release", "reap", "crash", "resend", "bury"])
+    @pytest.mark.usefixtures("settled_redis")
+    def test_all_rows_of_a_job_that_goes_are_given_back(self, driver: Driver, way: str) -> None:
+        attempt = driver.start("a", tenant="acme", rows=128)
+        running = driver.keys.tenant_running("acme")
+        assert driver.redis.scard(running) == 128
+        if way in {"end", "resend"}:
+            row = attempt.end()
+            driver.commit(attempt, row)
+            if way == "resend":
+                assert driver.commit(attempt, row) == ["DUP"]
+        elif way == "release":
+            driver.release(attempt)
+        elif way == "crash":
+            driver.protocol.run(calls.crash("w1", [driver.blame("a", 1)]))
+        else:
+            if way == "bury":
+                driver.redis.hset(driver.keys.job("a"), "n", "many")
+            driver.lapse("a")
+            driver.reap()
+        assert driver.state("a") != "running"
+        assert not driver.redis.exists(running)
+
+    def test_the_audit_counts_rows(self, driver: Driver) -> None:
+        driver.start("a", tenant="acme", rows=3)
+        driver.enqueue("b", tenant="acme", rows=3)
+        queued, running = driver.keys.tenant_queued("acme"), driver.keys.tenant_running("acme")
+        right = driver.snapshot()
+        driver.redis.srem(running, "a:2")
+        driver.redis.sadd(running, "a:4", "a:1", "a:02", "a:x:2", "b:2", "ghost:2")
+        driver.redis.sadd(queued, "a:3", "a")
+        members = [*driver.redis.smembers(running), *driver.redis.smembers(queued)]
+        repaired = driver.protocol.run(calls.audit("acme", members))
+        assert sorted(repaired) == [("a", "running"), ("b", "queued"), ("ghost", "closed")]
+        members = [*driver.redis.smembers(running), *driver.redis.smembers(queued)]
+        assert driver.protocol.run(calls.audit("acme", members)) == []
+        assert sets(driver, "acme") == ({"b"}, {"a", "a:2", "a:3"})
+        assert driver.snapshot().keys() == right.keys()
+
+
 @pytest.mark.usefixtures("settled_redis")
 class TestRunning:
     def test_a_job_beyond_the_limit_stays_queued_and_blocks_nobody(self, driver: Driver) -> None:

@@ -39,6 +39,7 @@ class TenantMachine(RuleBasedStateMachine):
         self.driver = Driver(CLIENT[0])
         self.driver.redis.flushall()
         self.tenant_of: dict[str, str] = {}
+        self.rows_of: dict[str, int] = {}
         self.limits: dict[str, int] = {}
         self.attempts: list[Attempt] = []
 
@@ -53,19 +54,37 @@ class TenantMachine(RuleBasedStateMachine):
         own = (i for i, t in self.tenant_of.items() if t == tenant)
         return {i for i in own if self.driver.state(i) == state}
 
-    @rule(tenant=st.sampled_from(TENANTS), count=st.integers(1, 3))
-    def enqueue(self, tenant: str, count: int) -> None:
-        for _ in range(count):
+    def _running_rows(self, tenant: str) -> int:
+        return sum(self.rows_of[i] for i in self._ids("running", tenant))
+
+    def _may_start(self, tenant: str, running: int, job_id: str) -> bool:
+        """Whether a job of a tenant that runs so many rows is within its limit."""
+        limit = self.limits.get(f"running:{tenant}")
+        if limit is None:
+            return True
+        return running + self.rows_of[job_id] <= limit or (running == 0 < limit)
+
+    def _refused(self, tenant: str, rows: int) -> str | None:
+        if not tenant:
+            return None
+        if rows > 1 and 0 < self.limits.get(f"running:{tenant}", 0) < rows:
+            return "running"
+        limit = self.limits.get(f"queued:{tenant}")
+        full = limit is not None and len(self._ids("queued", tenant)) >= limit
+        return "queued" if full else None
+
+    @rule(tenant=st.sampled_from(TENANTS), rows=st.lists(st.integers(1, 3), min_size=1, max_size=3))
+    def enqueue(self, tenant: str, rows: list[int]) -> None:
+        for count in rows:
             job_id = f"j{len(self.tenant_of)}"
-            queued = len(self._ids("queued", tenant))
-            reply = self.driver.enqueue(job_id, tenant=tenant)
-            limit = self.limits.get(f"queued:{tenant}") if tenant else None
-            assert reply.created == (limit is None or queued < limit)
+            expected = self._refused(tenant, count)
+            reply = self.driver.enqueue(job_id, tenant=tenant, rows=count)
+            assert (reply.refusal.reason if reply.refusal else None) == expected
             if reply.created:
-                self.tenant_of[job_id] = tenant
+                self.tenant_of[job_id], self.rows_of[job_id] = tenant, count
 
     @rule(kind=st.sampled_from(["queued", "running"]), tenant=st.sampled_from(TENANTS[1:]),
-          limit=st.sampled_from([None, 0, 1, 2]))  # fmt: skip
+          limit=st.sampled_from([None, 0, 1, 2, 4]))  # fmt: skip
     def limit(self, kind: str, tenant: str, limit: int | None) -> None:
         name = f"{kind}:{tenant}"
         if limit is None:
@@ -79,18 +98,18 @@ class TenantMachine(RuleBasedStateMachine):
     def claim(self, worker: str, most: int) -> None:
         lines = {tenant: self._line(tenant) for tenant in TENANTS[1:]}
         lines[""] = [i for i in self.driver.listed() if not self.tenant_of[i]]
-        room = {
-            t: self.limits.get(f"running:{t}", 1 << 30) - len(self._ids("running", t))
-            for t in TENANTS
-        }
+        running = {t: self._running_rows(t) for t in TENANTS}
         taken = self.driver.claim(worker, most=most).jobs
         self.attempts += [Attempt(job, worker) for job in taken]
         counts = Counter(self.tenant_of[job.job_id] for job in taken)
         for tenant, line in lines.items():
             own = [j.job_id for j in taken if self.tenant_of[j.job_id] == tenant]
             assert own == line[: len(own)]  # each tenant's in their order
-            assert len(own) <= max(0, room[tenant])
-        hungry = {t for t in TENANTS if counts[t] < min(len(lines[t]), room[t])}
+            for job_id in own:
+                assert self._may_start(tenant, running[tenant], job_id)
+                running[tenant] += self.rows_of[job_id]
+        left = {t: lines[t][counts[t] :] for t in TENANTS}
+        hungry = {t for t in TENANTS if left[t] and self._may_start(t, running[t], left[t][0])}
         if hungry:
             assert len(taken) == most  # nobody who could run waits
         for tenant in hungry - {""}:
@@ -144,7 +163,10 @@ class TenantMachine(RuleBasedStateMachine):
         for tenant in TENANTS[1:]:
             queued, running = waiting[tenant], self._ids("running", tenant)
             assert set(self._texts(redis.smembers(keys.tenant_queued(tenant)))) == queued
-            assert set(self._texts(redis.smembers(keys.tenant_running(tenant)))) == running
+            rows = self._texts(redis.smembers(keys.tenant_running(tenant)))
+            assert Counter(row.partition(":")[0] for row in rows) == {
+                i: self.rows_of[i] for i in running
+            }
             assert sorted(self._line(tenant)) == sorted(queued)
             busy |= {tenant} if queued | running else set()
         turns = self._texts(redis.lrange(keys.turns(QUEUE), 0, -1))

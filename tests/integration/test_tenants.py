@@ -9,15 +9,16 @@ from typing import TYPE_CHECKING
 import pytest
 from typer.testing import CliRunner
 
-from mlx_serving import AsyncClient, Client, TenantLimited
+from mlx_serving import AsyncClient, Client, TenantLimited, TenantRowsExceeded
 from mlx_serving.cli.main import app
 from mlx_serving.common.errors import InvalidSettings
 from mlx_serving.common.redis.connection import resolve
+from mlx_serving.common.states import TERMINAL, JobState
 from mlx_serving.common.tenancy import Tenancy
 from mlx_serving.producer.batch.feeder import Feeder
 from mlx_serving.worker.delivery.sweeper import Sweeper
-from tests.support.bulk_driver import make_quick, output, submitted
-from tests.support.bulk_files import check_simulated
+from tests.support.bulk_driver import errors, make_quick, output, submitted
+from tests.support.bulk_files import check_simulated, simulated_line, write_lines
 from tests.support.protocol_driver import LANES, Driver
 from tests.support.worker_process import InProcessWorker
 
@@ -71,6 +72,33 @@ class TestSubmit:
         assert [i is None for i in ids] == [False, False, False, True, False]
         listed = redis_client.lrange("rq:queue:tally:default", 0, -1)
         assert listed == [i.encode() for i in ids if i is not None]
+
+    def test_a_job_with_more_rows_than_its_tenant_may_run_is_refused_by_both_numbers(
+        self, tenancy: Tenancy, settings: Settings, redis_client: redis.Redis
+    ) -> None:
+        tenancy.limit("acme", {"running": 4})
+        with Client(settings=settings) as client:
+            with pytest.raises(TenantRowsExceeded) as refused:
+                client.submit(JOB | {"n": 5})
+            error = refused.value
+            assert str(error) == "n: the job has 5 rows, and tenant 'acme' may run 4"
+            assert (error.code, error.retryable) == ("tenant_rows_exceeded", False)
+            assert redis_client.dbsize() == 1  # the limits
+            with pytest.raises(TenantRowsExceeded, match=r"jobs\[1\].n: the job has 5") as refused:
+                client.submit_many([JOB | {"n": 4}, JOB | {"n": 5}, JOB])
+            assert [i is None for i in refused.value.job_ids] == [False, True, False]
+
+    def test_what_can_never_be_enqueued_is_told_before_what_may_be_later(
+        self, tenancy: Tenancy, settings: Settings
+    ) -> None:
+        tenancy.limit("acme", {"queued": 0, "running": 4})
+        with (
+            Client(settings=settings) as client,
+            pytest.raises(TenantRowsExceeded) as refused,
+        ):
+            client.submit_many([JOB, JOB | {"n": 5}])
+        paths = [error.path for error in refused.value.errors]
+        assert paths == ["jobs[0].tenant", "jobs[1].n"]
 
     async def test_the_async_client_refuses_alike(
         self, tenancy: Tenancy, settings: Settings
@@ -136,6 +164,50 @@ def test_a_bulk_file_waits_at_the_limit_and_fails_no_line(
     for (_, placed_before), (lines, placed) in pairwise(look for look in looks if look[0]):
         assert lines - placed <= placed + max(1, 2 * placed_before), looks
     assert not redis_client.exists("mlxs:tenants")
+
+
+def test_a_tenants_rows_never_exceed_its_limit_and_all_its_jobs_end(
+    tenancy: Tenancy, settings: Settings, local_redis: LocalRedis, redis_client: redis.Redis
+) -> None:
+    """Two workers, jobs of one and of many choices; their engines are asked what they run."""
+    tenancy.limit("acme", {"running": 8})
+    jobs = [JOB | {"n": n, "max_tokens": 20, "temperature": 1.0} for n in (1, 8, 3, 1, 5, 1, 8, 2)]
+    most = 0
+    with (
+        Client(settings=settings) as client,
+        InProcessWorker(local_redis.url, "one", rate=100) as one,
+        InProcessWorker(local_redis.url, "two", rate=100) as two,
+    ):
+        handles = client.submit_many(jobs)
+        while any(handle.status().state not in TERMINAL for handle in handles):
+            engines = [worker.child.runner.engine for worker in (one, two)]
+            most = max(most, sum(sum(e.lane_rows.active) for e in engines if e))
+        results = [handle.result(timeout=30) for handle in handles]
+    assert [len(result.choices) for result in results] == [job["n"] for job in jobs]
+    assert {result.state for result in results} == {JobState.FINISHED}
+    assert 0 < most <= 8
+    assert not redis_client.exists("mlxs:tenants")
+
+
+def test_a_bulk_line_with_more_rows_than_its_tenant_may_run_is_an_error_line(
+    tenancy: Tenancy,
+    settings: Settings,
+    local_redis: LocalRedis,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    make_quick(monkeypatch)
+    tenancy.limit("acme", {"running": 4, "queued": 3})
+    lines = [simulated_line(index) for index in range(1, 21)]
+    lines[4]["body"]["n"] = 5
+    batches = Client(settings=settings).batches
+    path = write_lines(tmp_path / "in.jsonl", lines)
+    batch = batches.submit(path, start=False, tenant="acme")
+    with InProcessWorker(local_redis.url, rate=1000):
+        batch = batches.run(batch.id)
+    check_simulated(output(batches, batch), [i for i in range(1, 21) if i != 5])
+    (line,) = errors(batches, batch)
+    assert (line["custom_id"], line["error"]["code"]) == ("r-5", "tenant_rows_exceeded")
 
 
 class TestOperator:

@@ -1,6 +1,7 @@
 -- Takes up to `most` jobs from the queues in priority order; an id is never in neither place.
 -- Tenants take turns: a place on the list that is a tenant's goes to the first job in the line of the tenant whose turn it
--- is, however far back on the list that job stands. A tenant that runs as many jobs as it may lets its turns pass.
+-- is, however far back on the list that job stands. A tenant that runs as many rows as it may, or as leave no room for the first
+-- job in its line, lets its turns pass. A job with more rows than the limit, which was lowered, runs when no other of its tenant does.
 -- A young job is left for a moment to another worker that likely has its prompt's beginning and room (see affinity.lua); one
 -- of the lane bulk that another worker has the beginning of is taken after those further back that none or this one has.
 -- A claim sent again with its nonce takes nothing more: it returns what it took before, as far as that is still this worker's.
@@ -26,6 +27,7 @@
 --   deadline_ms, timeout_ms, stream, result_ttl, enqueued_ms, started_ms, first_token_ms   as in its control hash
 --   now_ms                            Redis TIME
 --   max_unproven                      as above, of this job
+--   adopted (0|1)                     nobody has read yet what its payload asks of the queue (see adopt.lua)
 --   runs_alone (0|1)                  whether nothing may run with it until it ends (see losses.lua)
 local worker, iso, nonce, lease, protocol, capacity_tokens, capacity_rows, most, max_payload_bytes,
       rows, unproven, max_unproven, affinity_ms, keeps_prefixes = unpack(ARGV, 3, 16)
@@ -49,14 +51,14 @@ local LEFT = 64  -- jobs that a claim leaves to others at most: what lies behind
 local left, left_count, again_ms = {}, 0, 0  -- ids, their number, and when the first of them is anybody's
 local OVERTAKEN, OVERTAKEN_MS = 32, 30000  -- bulk jobs that a claim takes others before, and how long others may go before one
 local gone, walked = {}, 0  -- ids taken out of the list's middle, and what that cost
-local orders, looked_at, room = {}, {}, {}  -- by queue: tenants to ask; by line: jobs looked at; by tenant: jobs it may start
-local leaves = {}  -- by line: whether a job of it is left to another worker
+local orders, looked_at, leaves = {}, {}, {}  -- by queue: tenants to ask; by line: jobs looked at, and whether one was left
 shared, shown = gather, gather_view
 
 -- Jobs put on the list by RQ's own Queue.enqueue have no control hash yet.
 local function adopt(id, queue)
   redis.call('DEL', k_events(id))  -- of an earlier life: nobody knows what it belongs to
   create_job(id, queue, now, {})
+  set_fields(id, {adopted = 1})
   redis.call('ZADD', k_open(queue), int(now), id)
   note_due(id, 0, nil, now)
 end
@@ -86,7 +88,7 @@ local function reply_with(id, queue, epoch, started, job)
   jobs[#jobs + 1] = {
     id, queue, epoch, job.seq, data, problem, problem_field, signature, job.deadline_ms, job.timeout_ms, job.stream,
     job.result_ttl, job.enqueued_ms, started, job.first_token_ms or '0', int(now), job.max_unproven or '0',
-    job.runs_alone and 1 or 0,
+    job.adopted or '0', job.runs_alone and 1 or 0,
   }
   taken[#taken + 1] = id
 end
@@ -126,10 +128,7 @@ local function take(id, queue, job)
   redis.call('HSET', k_job(id), F.state, 'running', F.owner, worker, F.epoch, epoch, F.nonce, nonce, F.started_ms, started)
   if job.runs_alone then set_fields(id, {alone = nonce .. ' ' .. job.seq .. ' ' .. int(now)}) end
   shared('ZADD', k_leases(queue), int(now + lease), id)
-  if job.tenant then
-    tolerantly(tenant_runs, id, queue, job.tenant)
-    if room[job.tenant] then room[job.tenant] = room[job.tenant] - 1 end
-  end
+  if job.tenant then SHARES.start(id, queue, job) end
   show(view_start, id, queue, epoch, worker, iso, now)
   reply_with(id, queue, epoch, started, job)
   rows, unproven = rows + 1, unproven + 1
@@ -220,14 +219,6 @@ local function unlist(id, queue)
   gone[id] = true
 end
 
-local function may_run(tenant)
-  if not room[tenant] then
-    local limit = limit_of(tenant, LIMIT.running)
-    room[tenant] = limit and limit - members_of(k_tenant_running(tenant)) or ANY
-  end
-  return room[tenant] > 0
-end
-
 -- Takes the first job in a tenant's line that is for this worker; false if there is none.
 local function serve(queue, tenant)
   local line = line_of(queue, tenant)
@@ -239,6 +230,7 @@ local function serve(queue, tenant)
     if verdict == 'skip' then
       at = at + 1
       if left[id] then leaves[line] = true end
+    elseif verdict == 'take' and not SHARES.fits_limit(job, queue) then return false
     else
       unlist(id, queue)
       if verdict == 'take' then
@@ -264,7 +256,7 @@ local function serve_turn(queue)
   local order = orders[queue]
   while #order > 0 and not is_over() do
     local tenant = table.remove(order, 1)
-    local served = may_run(tenant) and serve(queue, tenant)
+    local served = SHARES.may_run(tenant, queue) and serve(queue, tenant)
     -- A job that is left for a moment costs its tenant no turn.
     if served or not leaves[line_of(queue, tenant)] then pass_turn(queue, tenant) end
     if served then
@@ -284,17 +276,10 @@ local function give_place(id, queue, verdict, job)
   while not gone[id] and serve_turn(queue) do end
   if gone[id] or is_over() then return end
   -- In no line, or behind more than are looked at, and yet it may run.
-  if verdict == 'take' and may_run(job.tenant) and has_room_for(job) then
+  if verdict == 'take' and SHARES.may_run(job.tenant, queue) and has_room_for(job) and SHARES.fits_limit(job, queue) then
     unlist(id, queue)
     take(id, queue, job)
   end
-end
-
--- Whether the job is one of a tenant that was seen to run as many as it may: not worth a closer look.
-local function is_held_back(id)
-  if not next(room) then return false end
-  local tenant = redis.pcall('HGET', k_job(id), F.tenant)
-  return type(tenant) == 'string' and room[tenant] ~= nil and room[tenant] <= 0
 end
 
 local function unlist_front(id, queue, verdict, job)
@@ -349,7 +334,7 @@ local function claim(queue)
     for _, id in ipairs(ids) do
       if is_over() then break end
       if gone[id] then  -- no longer on the list
-      elseif is_held_back(id) then offset = offset + 1
+      elseif SHARES.is_held_back(id, queue) then offset = offset + 1
       elseif is_overtaken_too(id, queue, overtaken) then offset = offset + 1
       else
         local verdict, job = decide(id, queue)

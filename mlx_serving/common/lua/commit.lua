@@ -17,7 +17,7 @@ local now = now_ms()
 local replies = {}
 local OK = {'OK', ''}
 local READ = attempt_fields('seq', 'cancel_reason', 'abandon_ms', 'listened_ms', 'started_ms', 'first_token_ms', 'result_ttl',
-                            'events_ttl', 'failed_ttl', 'tenant')
+                            'events_ttl', 'failed_ttl', 'tenant', 'rows')
 local known = {}  -- jobs, as the rows so far left them: a flush often holds several rows of a job
 local ends = {}  -- jobs that end in this flush: nothing of theirs is renewed
 shared, shown = gather, gather_view

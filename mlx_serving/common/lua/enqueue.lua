@@ -6,14 +6,16 @@
 --   max_attempts, min_protocol, deadline_ms (from now; 0: none), timeout_ms, abandon_ms (0: none), result_ttl,
 --   queued_ttl, events_ttl, failed_ttl (seconds), stream (0|1)   as in its control hash
 --   tenant, marks, digest             '': none
+--   rows                              of the batch that it takes
 --   count, and so many                fields and values in turn of RQ's hash of the job
 -- Returns for each job: created (0|1), state; or, if it is refused, 0, '' and why: 'queued', limit, queued (its tenant has as many
---   queued as it may); 'digest' (there is a job of its id with another payload).
+--   queued as it may); 'running', limit, rows (it has more rows than its
+--   tenant may ever run); 'digest' (there is a job of its id with another payload).
 local FIRST_JOB = 4
 -- A job's arguments, counted from its id.
 local ID, QUEUE, MAX_ATTEMPTS, MIN_PROTOCOL, DEADLINE_MS, TIMEOUT_MS, ABANDON_MS, RESULT_TTL, QUEUED_TTL, EVENTS_TTL,
-      FAILED_TTL, STREAM, TENANT_NAME, MARKS, DIGEST, RQ_COUNT, RQ_FIELDS =
-        0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16
+      FAILED_TTL, STREAM, TENANT_NAME, MARKS, DIGEST, ROWS, RQ_COUNT, RQ_FIELDS =
+        0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17
 local now = now_ms()
 local replies = {}
 
@@ -45,7 +47,7 @@ local function write(id, queue, tenant, at, last)
     timeout_ms = ARGV[at + TIMEOUT_MS], abandon_ms = ARGV[at + ABANDON_MS], result_ttl = ARGV[at + RESULT_TTL],
     queued_ttl = ARGV[at + QUEUED_TTL], events_ttl = ARGV[at + EVENTS_TTL], failed_ttl = ARGV[at + FAILED_TTL],
     stream = ARGV[at + STREAM], marks = given(ARGV[at + MARKS]), tenant = tenant,
-    digest = given(ARGV[at + DIGEST]),
+    digest = given(ARGV[at + DIGEST]), rows = ARGV[at + ROWS] ~= '1' and ARGV[at + ROWS] or nil,
   })
   note_due(id, deadline, ARGV[at + QUEUED_TTL], now)
   redis.call('HSET', k_rq_job(id), unpack(ARGV, at + RQ_FIELDS, last))
@@ -66,7 +68,7 @@ local function take_back(id, queue, tenant, begun)
   redis.pcall('DEL', k_rq_job(id))
   redis.pcall('ZREM', k_deadlines(), id)
   redis.pcall('LREM', k_rq_queue(queue), -1, id)
-  if tenant then tolerantly(tenant_ends, id, queue, tenant) end
+  if tenant then tolerantly(tenant_ends, id, queue, tenant, 1) end
 end
 
 local function enqueue(at, last)
@@ -75,13 +77,10 @@ local function enqueue(at, last)
   if is_another then return {0, '', 'digest'} end
   if state and not is_cut then return {0, state} end
   local tenant = given(ARGV[at + TENANT_NAME])
-  local limit = tenant and limit_of(tenant, LIMIT.queued)
-  if limit then
-    local queued = members_of(k_tenant_queued(tenant))
-    if queued >= limit then
-      if is_cut then redis.call('ZREM', k_open(queue), id) end
-      return {0, '', LIMIT.queued, limit, queued}
-    end
+  local refused = tenant and refusal_of(tenant, tonumber(ARGV[at + ROWS]))
+  if refused then
+    if is_cut then redis.call('ZREM', k_open(queue), id) end
+    return refused
   end
   -- What an earlier life of this id, or a hand, left behind. Only if there is any: a write that
   -- frees memory would let the rest of the script pass a full Redis.

@@ -63,6 +63,7 @@ local function create_job(id, queue, now, terms)
   if terms.marks then redis.call('HSET', k_job(id), F.marks, terms.marks) end
   if terms.tenant then redis.call('HSET', k_job(id), F.tenant, terms.tenant) end
   if terms.digest then redis.call('HSET', k_job(id), F.digest, terms.digest) end
+  if terms.rows then redis.call('HSET', k_job(id), F.rows, terms.rows) end
 end
 
 -- Notes when a job that waits from now on ends if nobody takes it: at its deadline (0: none), or after its queued_ttl.
@@ -83,7 +84,7 @@ local function list_sound()
   NUMBERS = {'epoch', 'seq', 'crashes', 'max_attempts', 'min_protocol', 'deadline_ms', 'timeout_ms', 'abandon_ms', 'result_ttl',
              'stream', 'enqueued_ms', 'needed_tokens'}
   LATER_NUMBERS = {'started_ms', 'first_token_ms', 'max_unproven', 'suspect_since_ms', 'needed_rows',
-                   'overtaken_ms',
+                   'overtaken_ms', 'rows', 'adopted',
                    'queued_ttl', 'events_ttl', 'failed_ttl'}  -- not there from the start, or with a default
   SOUND = {}
   for _, names in ipairs({TEXTS, NUMBERS, LATER_NUMBERS}) do
@@ -258,10 +259,10 @@ local function kept_for(job, state, has_result)
 end
 
 -- Ends a job. The end event itself was appended by the caller; `fields`: what else its control hash is to say; `known`:
--- its tenant and how long it is kept, if the caller has read them.
+-- its tenant, rows and how long it is kept, if the caller has read them.
 local function finalize(id, queue, state, code, message, result, iso, now, owner, epoch, rq_result, fields, known)
   local key = k_job(id)
-  local job = known or read_fields(id, field_list('result_ttl', 'events_ttl', 'failed_ttl', 'tenant'))
+  local job = known or read_fields(id, field_list('result_ttl', 'events_ttl', 'failed_ttl', 'tenant', 'rows'))
   local ttl, events_ttl = kept_for(job, state, result ~= '')
   fields = fields or {}
   fields.state, fields.finished_ms, fields.error_code, fields.message = state, int(now), code, message
@@ -272,7 +273,7 @@ local function finalize(id, queue, state, code, message, result, iso, now, owner
   shared('ZREM', k_deadlines(), id)
   redis.call('EXPIRE', key, ttl)
   redis.call('EXPIRE', k_events(id), events_ttl)
-  if job.tenant then tolerantly(tenant_ends, id, queue, job.tenant) end
+  if job.tenant then tolerantly(tenant_ends, id, queue, job.tenant, rows_of(job)) end
   show(view_drop_execution, id, queue, epoch, owner)
   show(view_end, id, queue, state, iso, ttl, now, owner, epoch, rq_result)
 end
@@ -326,9 +327,12 @@ local function requeue(id, queue, owner, epoch)
   redis.call('HSET', k_job(id), F.state, 'queued', F.owner, '')
   shared('ZREM', k_leases(queue), id)
   redis.call('LPUSH', k_rq_queue(queue), id)
-  local job = read_fields(id, field_list('tenant', 'deadline_ms', 'queued_ttl'))
+  local job = read_fields(id, field_list('tenant', 'rows', 'deadline_ms', 'queued_ttl'))
   tolerantly(note_due, id, tonumber(job.deadline_ms or 0), job.queued_ttl, now_ms())
-  if job.tenant then tolerantly(tenant_waits, id, queue, job.tenant, 'LPUSH') end
+  if job.tenant then
+    tolerantly(move_rows, 'SREM', id, job.tenant, rows_of(job))
+    tolerantly(tenant_waits, id, queue, job.tenant, 'LPUSH')
+  end
   show(view_drop_execution, id, queue, epoch, owner)
   if is_hash(k_rq_job(id)) then
     redis.call('HSET', k_rq_job(id), 'status', 'queued', 'worker_name', '')

@@ -55,6 +55,7 @@ class EnqueueEntry:
     stream: bool = True
     tenant: str = ""  # '': none
     marks: str = ""  # see `producer.marks`; '': none
+    rows: int = 1  # of the batch that it takes
     idempotency_key: str = ""  # '': none; not written, but an error names it
     digest: str = ""  # of the payload, if there is a key; see `producer.envelope`
 
@@ -62,11 +63,11 @@ class EnqueueEntry:
 class Refusal(NamedTuple):
     """Why a job was not enqueued.
 
-    `queued`: its tenant has `found` jobs waiting and may have `limit`. `digest`: there is a job of
-    this id with another payload.
+    `queued`: its tenant has `found` jobs waiting and may have `limit`. `running`: it has `found`
+    rows, and its tenant may run `limit`. `digest`: there is a job of this id with another payload.
     """
 
-    reason: Literal["queued", "digest"]
+    reason: Literal["queued", "running", "digest"]
     limit: int = 0
     found: int = 0
 
@@ -99,6 +100,7 @@ class ClaimedJob(msgspec.Struct, frozen=True, gc=False):
     problem_field: str = ""
     signature: str = ""  # see `signing`; empty if there is none
     max_unproven: int = 0  # unproven rows that may run with this one, itself included; 0: any
+    adopted: bool = False  # of RQ's own enqueue; see `adoption`
     runs_alone: bool = False  # nothing may run with it until it ends
 
     @property
@@ -244,7 +246,7 @@ def read_state(value: str | bytes) -> JobState:
 def _claimed(row: Sequence[Any], nonce: str) -> ClaimedJob:
     (
         job_id, queue, epoch, seq, data, problem, problem_field, signature, deadline_ms, timeout_ms,
-        stream, result_ttl, enqueued_ms, started_ms, first_token_ms, now_ms, max_unproven,
+        stream, result_ttl, enqueued_ms, started_ms, first_token_ms, now_ms, max_unproven, adopted,
         runs_alone,
     ) = row  # fmt: skip
     return ClaimedJob(
@@ -264,6 +266,7 @@ def _claimed(row: Sequence[Any], nonce: str) -> ClaimedJob:
         problem_field=_text(problem_field),
         signature=_text(signature),
         max_unproven=int(max_unproven),
+        adopted=int(adopted) != 0,
         runs_alone=int(runs_alone) != 0,
     )
 
@@ -290,7 +293,7 @@ def enqueue_many(entries: Sequence[EnqueueEntry]) -> Call[list[EnqueueReply]]:
         arguments += (
             e.job_id, e.queue, e.max_attempts, e.min_protocol, e.deadline_ms, e.timeout_ms,
             e.abandon_ms, e.result_ttl, *e.lifetimes, int(e.stream), e.tenant, e.marks, e.digest,
-            len(rq_fields), *rq_fields,
+            e.rows, len(rq_fields), *rq_fields,
         )  # fmt: skip
 
     def parse(replies: Sequence[Any]) -> list[EnqueueReply]:

@@ -11,7 +11,7 @@ from dataclasses import fields
 from enum import StrEnum
 from typing import TYPE_CHECKING, Final
 
-from mlx_serving.common import lifetimes
+from mlx_serving.common import lifetimes, limits
 from mlx_serving.common.attempts import TAG_CHARS
 from mlx_serving.common.worker_record import WorkerRecord
 
@@ -59,7 +59,10 @@ class JobField(StrEnum):
     # From the enqueue on, if the job has it
     MARKS = "af"  # "<conversation>,<beginning>" of its prompt, see `producer.marks`
     TENANT = "tn"  # on whose behalf
+    ROWS = "n"  # of the batch that it takes, if more than one
     DIGEST = "pd"  # of its payload, if its id comes from an idempotency key
+
+    ADOPTED = "ad"  # 1: of RQ's own enqueue; nobody has read yet what its payload asks for
 
     # From the first claim on
     NONCE = "no"  # of the last claim
@@ -96,7 +99,7 @@ class LimitField(StrEnum):
     """The limits on tenants, an operator's. A value is a number or ``none``."""
 
     QUEUED = "queued"  # most jobs that wait, of each tenant; see `limit_field` for one tenant's
-    RUNNING = "running"  # most jobs that run
+    RUNNING = "running"  # most rows of the batch that its jobs take
 
 
 class BatchField(StrEnum):
@@ -127,6 +130,7 @@ def lua_tables() -> str:
     lines = [f"local {name} = '{text}'" for name, text in texts.items()]
     lines.append(f"local TAG_CHARS = {TAG_CHARS}")
     lines += [_table("F", JobField), _table("ENTRY", EntryField), _table("LIMIT", LimitField)]
+    lines.append(f"local MOST_ROWS = {limits.CHOICES}")
     lines.append(_lua_table("WORKER", {field.name: field.name for field in fields(WorkerRecord)}))
     kept = {f"{name}_ttl": str(seconds) for name, seconds in lifetimes.DEFAULT._asdict().items()}
     lines.append(_lua_table("DEFAULT", kept))  # of a job that no producer of ours enqueued

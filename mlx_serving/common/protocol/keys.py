@@ -29,7 +29,8 @@ _TEMPLATES: dict[str, tuple[str, str]] = {
     "limits": ("own", ":limits"),  # hash, an operator's: queued, running, queued:<tenant>, …
     "tenants": ("own", ":tenants"),  # set of tenants that have open jobs
     "tenant_queued": ("own", ":tenant:<>:queued"),  # set of a tenant's queued jobs
-    "tenant_running": ("own", ":tenant:<>:running"),  # set of a tenant's running jobs
+    "tenant_running": ("own", ":tenant:<>:running"),  # set of the rows of a tenant's running jobs
+    "tenant_room_for": ("own", ":tenant:<>:room_for"),  # queue whose job waits for room; expires
     "line": ("own", ":line:<>"),  # list of a tenant's queued jobs; argument: "<queue>:<tenant>"
     "turns": (
         "own",
@@ -141,7 +142,7 @@ class Keys:
         return self._spell("tenant_queued", tenant)
 
     def tenant_running(self, tenant: str) -> str:
-        """Ids of the tenant's running jobs."""
+        """Rows of the tenant's running jobs: their ids, and ``<id>:2`` to ``<id>:<rows>``."""
         return self._spell("tenant_running", tenant)
 
     def line(self, queue: str, tenant: str) -> str:

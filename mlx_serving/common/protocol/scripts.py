@@ -1,7 +1,8 @@
 """The protocol's Lua scripts, as texts ready to register.
 
 A script is the generated names of keys and fields, then ``quarantine.lua``, ``tenants.lua`` and
-``prelude.lua``, then its own file, before some of them also ``losses.lua`` or ``affinity.lua``.
+``prelude.lua``, then its own file, before some of them also ``losses.lua``, ``affinity.lua`` or
+``shares.lua``.
 Redis caches it by hash, so the length costs nothing after the first call.
 """
 
@@ -15,17 +16,18 @@ from mlx_serving.common.protocol.keys import Keys
 
 NAMES = (
     "enqueue", "claim", "commit", "renew", "release", "cancel", "reap", "reconcile", "crash",
-    "audit", "forget", "requeue", "mend", "pardon",
+    "audit", "forget", "requeue", "mend", "pardon", "adopt",
 )  # fmt: skip
 _SHARED = ("quarantine", "tenants", "prelude")
 _LOSSES = ("losses",)
 _BEFORE = {
-    "claim": ("losses", "affinity"),
+    "claim": ("losses", "affinity", "shares"),
     "reap": _LOSSES,
     "commit": _LOSSES,
     "renew": _LOSSES,
     "release": _LOSSES,
     "crash": _LOSSES,
+    "adopt": _LOSSES,
 }  # parts of some scripts alone
 # With flags Redis refuses a script before its first write where it could not end it: on a Cluster,
 # a replica, a full memory or a disk that fails. Without, it stops at the first write that it can't

@@ -25,6 +25,7 @@ from mlx_serving.common.queues import lane_of, model_of
 from mlx_serving.common.signing import Signer
 from mlx_serving.common.telemetry import trace_id
 from mlx_serving.common.validation import is_modest
+from mlx_serving.worker.claiming.adoption import check_adopted
 from mlx_serving.worker.delivery.choice import Committed, CommittedChoice
 from mlx_serving.worker.engine.interface import Request, RequestChoice, SamplingParams
 
@@ -107,6 +108,7 @@ class Preparation:
 
         Raises:
             JobRefusedError: the job can't be run.
+            NotYetAdopted: its terms are not in its control hash yet.
             CorruptEvent: the stream does not hold what the job says.
             StreamGap: it does not hold all of it.
 
@@ -117,6 +119,8 @@ class Preparation:
             committed = read_committed(payloads, claimed.seq)
             held.resume(committed)  # first: also a job that is refused keeps what it has
         job = open_payload(claimed, self.max_payload_bytes, self.signer)
+        if claimed.adopted:
+            check_adopted(job)
         held.trace_id = trace_id(job.traceparent) if job.traceparent else ""
         if len(held.choices) > job.n:
             raise CorruptEvent("the job's stream holds more choices than the job asks for")

@@ -53,6 +53,7 @@ EXPORTED = [
     "StreamGap",
     "StreamReset",
     "TenantLimited",
+    "TenantRowsExceeded",
     "TextPart",
     "Timings",
     "Tool",
