@@ -256,7 +256,7 @@ class TestSweeper:
         self, driver: Driver, sweeper: Sweeper
     ) -> None:
         """Each misspelt model would be looked at for ever."""
-        driver.enqueue("a", queue="misspelt:default", queued_ttl=1)
+        driver.enqueue("a", queue="misspelt:default")
         driver.redis.sadd("rq:queues", "rq:queue:default", "rq:queue:tally:default")
         driver.redis.zadd("mlxs:deadlines", {"a": 1})
         assert sweeper.reap() == [("a", "expired")]
