@@ -30,6 +30,7 @@ test: install ## the whole test suite, in two processes a core
 
 chaos: install ## kills, stops, Redis restarts, lost replies: nothing lost, nothing twice
 	@$(RUN) python -m tests.chaos $(CHAOS_ARGS)
+	@$(RUN) python -m tests.chaos --forgetting $(CHAOS_ARGS)
 	@$(RUN) python -m pytest -m chaos -s $(PYTEST_ARGS)
 
 real: install ## a real model (SmolLM2-135M, made once in ~/.cache) on this machine, default settings

@@ -10,11 +10,12 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 from tests.chaos.mutants import MUTANTS
-from tests.chaos.plan import FULL, QUICK, SHORT
+from tests.chaos.plan import FORGETTING, FULL, QUICK, QUICK_FORGETTING, QUICK_STOPS, SHORT
 from tests.chaos.run import Report, chaos
 
 NUMBERS = (
-    "jobs", "kills", "redis_kills", "lost_replies", "stops", "workers", "rows", "producers",
+    "jobs", "kills", "redis_kills", "lost_replies", "stops", "machine_kills", "clock_steps",
+    "odd_keys", "failovers", "restores", "workers", "rows", "producers",
     "in_flight", "seed",
 )  # fmt: skip
 
@@ -27,6 +28,9 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__)
     forms = parser.add_mutually_exclusive_group()
     forms.add_argument("--short", action="store_true", help="the form that `make test` runs")
+    forms.add_argument("--forgetting", action="store_true", help="a Redis that forgets")
+    forms.add_argument("--quick-forgetting", action="store_true", help="the same, as --quick")
+    forms.add_argument("--quick-stops", action="store_true", help="the same, cancels and stops")
     forms.add_argument("--quick", action="store_true", help="the simulated engine, few faults")
     parser.add_argument("--engine", choices=("tally", "simulated"))
     parser.add_argument("--mutant", choices=MUTANTS, help="take one protection out")
@@ -34,8 +38,9 @@ def arguments() -> argparse.Namespace:
         parser.add_argument(f"--{name.replace('_', '-')}", action=BooleanOptionalAction)
     for name in NUMBERS:
         parser.add_argument(f"--{name.replace('_', '-')}", type=int)
-    for name in ("lease", "stall"):
+    for name in ("lease", "stall", "patience"):
         parser.add_argument(f"--{name}", type=float, help="seconds")
+    parser.add_argument("--cancels", type=float, help="share of the jobs")
     parser.add_argument("--output", type=Path, help="JSON file for the figures")
     parser.add_argument("--keep", default="", help="new folder for logs and traces")
     return parser.parse_args()
@@ -55,7 +60,11 @@ def show(report: Report) -> None:
 
 def main() -> int:
     given = arguments()
-    plan = SHORT if given.short else QUICK if given.quick else FULL
+    plans = {
+        "short": SHORT, "quick": QUICK, "forgetting": FORGETTING,
+        "quick_forgetting": QUICK_FORGETTING, "quick_stops": QUICK_STOPS,
+    }  # fmt: skip
+    plan = next((plan for name, plan in plans.items() if getattr(given, name)), FULL)
     asked = {f.name: getattr(given, f.name, None) for f in fields(plan)}
     changes = {name: value for name, value in asked.items() if value not in (None, "")}
     report = chaos(replace(plan, **changes), say, given.keep)

@@ -8,15 +8,19 @@ import signal
 import threading
 import time
 from collections import Counter
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Final
 
 from mlx_serving.worker.delivery.sweeper import reap_interval_seconds
+from tests.chaos.forgetting import ForgetfulRedis, Forgetting
+from tests.chaos.hand import Hand
 from tests.chaos.mutants import script_texts
 from tests.chaos.trace import now
-from tests.chaos.worker import TRAPS
+from tests.chaos.worker import FIRST_ROWS, HOLD_SECONDS, TRAPS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
 
     from mlx_serving.common.redis.local import LocalRedis
     from tests.chaos.fleet import Fleet, Slot
@@ -24,6 +28,8 @@ if TYPE_CHECKING:
     from tests.support.lossy_proxy import LossyProxy
 
 TRAP_SECONDS: Final = 4.0  # how long an armed worker may live on
+STUCK_SECONDS: Final = 300.0
+CLOCK_STEPS: Final = (2.0, 60.0, 3600.0, 400_000.0)  # seconds
 WORKER_CALLS: Final = ("commit", "commit", "commit", "claim", "renew", "release")
 
 
@@ -31,22 +37,34 @@ class Tormentors:
     """Starts with the context; `over` says whether every quota is met."""
 
     def __init__(
-        self, plan: Plan, fleet: Fleet, server: LocalRedis,
-        workers_proxy: LossyProxy, producers_proxy: LossyProxy,
+        self, plan: Plan, fleet: Fleet, server: LocalRedis | ForgetfulRedis, folder: Path,
+        *proxies: LossyProxy,
     ) -> None:  # fmt: skip
-        self._plan, self._fleet, self._server = plan, fleet, server
-        self._workers_proxy, self._producers_proxy = workers_proxy, producers_proxy
+        """`proxies`: the workers', the producers', and any others that lead to the server.
+
+        `folder` has the producers' clocks, `clock-*`.
+        """
+        self._plan, self._fleet, self._server, self._folder = plan, fleet, server, folder
+        self._proxies = proxies
+        self._workers_proxy, self._producers_proxy = proxies[:2]
+        self._serving = threading.Lock()  # one at a time stops the server
+        self.hand = Hand()
+        self.forgettings: list[Forgetting] = []
         self._needles = needles(plan.mutant)
         self._stopping = threading.Event()
         self.counts: Counter[str] = Counter()
         self.outages: list[tuple[int, int]] = []  # ns: Redis killed, Redis answers again
         self.errors: list[BaseException] = []
         self.done = 0  # jobs that have ended; the run counts them
-        kinds = (self._kill, self._stop, self._lose_reply, self._kill_redis)
-        names = ("kills", "stops", "lost_replies", "redis_kills")
+        kinds = {
+            "kills": self._kill, "stops": self._stop, "lost_replies": self._lose_reply,
+            "redis_kills": self._kill_redis, "machine_kills": self._kill_machine,
+            "clock_steps": self._step_clock, "odd_keys": self._plant_key,
+            "failovers": self._fail_over, "restores": self._restore,
+        }  # fmt: skip
         self._threads = [
             threading.Thread(target=self._run, args=(kind, name), name=name)
-            for kind, name in zip(kinds, names, strict=True)
+            for name, kind in kinds.items()
         ]
 
     def start(self) -> None:
@@ -136,7 +154,98 @@ class Tormentors:
             slot.worker.signal(signal.SIGCONT)
             slot.lock.release()
 
+    def _kill_machine(self, rng: random.Random) -> None:
+        self._pace("machine_kills", rng)
+        slots = self._fleet.machine(rng)
+        with ExitStack() as stack:
+            for slot in slots:
+                stack.enter_context(slot.lock)
+            if not all(slot.worker.serving for slot in slots):
+                return
+            self._fleet.kill_machine(slots)
+            self.counts["machine_kills"] += 1
+
+    def _step_clock(self, rng: random.Random) -> None:
+        """Let the wall clock of a worker's machine, or of a producer's, be wrong from now on."""
+        self._pace("clock_steps", rng)
+        clocks = [slot.clock for slot in self._fleet.slots]
+        clocks += sorted(self._folder.glob("clock-*"))
+        error = rng.choice(CLOCK_STEPS) * rng.choice((-1, 1))
+        rng.choice(clocks).write_text(str(error))
+        self.counts["clock_steps"] += 1
+
     # Redis
+
+    @contextmanager
+    def _server_to_stop(self) -> Iterator[bool]:
+        """Nobody else stops the server meanwhile; False if the run ends."""
+        with self._serving:
+            yield not self._stopping.is_set()
+
+    def _plant_key(self, rng: random.Random) -> None:
+        self._pace("odd_keys", rng)
+        with self._server_to_stop() as go_on, self._server.client() as client:
+            if go_on and self.hand.plant(client, rng):
+                self.counts["odd_keys"] += 1
+
+    def _fail_over(self, rng: random.Random) -> None:
+        """Promote a replica that missed a while; every third time also the first rows of a worker.
+
+        Its attempts are then some that the new primary knows nothing of, and may give again.
+        """
+        self._pace("failovers", rng)
+        assert isinstance(self._server, ForgetfulRedis)
+        with self._server_to_stop() as go_on:
+            if not go_on:
+                return
+            self._server.follow()
+            if self.counts["failovers"] % 3:
+                self._server.cut_link()
+                self._stopping.wait(rng.uniform(0.0, 1.5))
+                self._forgot(self._server.promote(self._proxies))
+            else:
+                self._return_into_failover()
+            self.counts["failovers"] += 1
+
+    def _return_into_failover(self) -> None:
+        """All machines die; of the first worker that is back, the first rows are late."""
+        assert isinstance(self._server, ForgetfulRedis)
+        slots = self._fleet.slots
+        with ExitStack() as stack:
+            for slot in slots:
+                stack.enter_context(slot.lock)
+            self._fleet.kill_machine(slots)
+            self._server.cut_link()
+            slots[0].tend()
+            worker = slots[0].worker
+            worker.traps.arm(FIRST_ROWS, with_parent=False)
+            self._wait(lambda: worker.traps.holding or worker.stuck)
+            self._forgot(self._server.promote(self._proxies))
+            # They go on by themselves as soon as their worker has claimed one of their jobs again.
+            self._wait(lambda: not worker.traps.holding, HOLD_SECONDS / 2)
+            self.counts["jobs claimed again"] += not worker.traps.holding
+            worker.traps.disarm()
+
+    def _restore(self, rng: random.Random) -> None:
+        self._pace("restores", rng)
+        assert isinstance(self._server, ForgetfulRedis)
+        copy = self._folder / "copy"
+        with self._server_to_stop() as go_on:
+            if not go_on:
+                return
+            self._server.copy(copy)
+            self._stopping.wait(rng.uniform(0.0, 1.5))
+            self._forgot(self._server.restore(copy, self._proxies))
+            self.counts["restores"] += 1
+
+    def _forgot(self, forgetting: Forgetting) -> None:
+        self.forgettings.append(forgetting)
+        self.outages.append((forgetting.closed, forgetting.opened))
+
+    def _wait(self, for_what: Callable[[], bool], seconds: float = STUCK_SECONDS) -> None:
+        until = time.monotonic() + seconds
+        while not for_what() and time.monotonic() < until and not self._stopping.is_set():
+            time.sleep(0.005)
 
     def _lose_reply(self, rng: random.Random) -> None:
         workers = rng.random() < 0.7
@@ -153,12 +262,13 @@ class Tormentors:
         self._stopping.wait(rng.uniform(*self._plan.redis_pause))
         if self._stopping.is_set():
             return
-        killed = now()
-        self._server.kill()
-        time.sleep(rng.choice([0.0, rng.uniform(0, 1.0)]))
-        self._server.start()
-        self.outages.append((killed, now()))
-        self.counts["redis_kills"] += 1
+        with self._server_to_stop():
+            killed = now()
+            self._server.kill()
+            time.sleep(rng.choice([0.0, rng.uniform(0, 1.0)]))
+            self._server.start()
+            self.outages.append((killed, now()))
+            self.counts["redis_kills"] += 1
 
 
 def needles(mutant: str) -> dict[str, bytes]:

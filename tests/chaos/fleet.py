@@ -19,6 +19,7 @@ from tests.support.paths import ROOT
 
 if TYPE_CHECKING:
     import random
+    from collections.abc import Sequence
 
     from tests.chaos.plan import Plan
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 # Neither depends on what else this machine does: a start that waits for a core is not stuck.
 IDLE_SECONDS = 20.0
 BUSY_SECONDS = 60.0
+MACHINE_SLOTS = 2  # workers of a machine
 DRAIN_SECONDS = 120.0  # `worker.drain_seconds` is 30; the rest is for a machine with other work
 PREFIX_BYTES = 4 << 20  # less than all prompts and answers of a run: blocks are evicted too
 
@@ -33,13 +35,14 @@ PREFIX_BYTES = 4 << 20  # less than all prompts and answers of a run: blocks are
 class Incarnation:
     """One parent and the children that it starts."""
 
-    def __init__(self, plan: Plan, url: str, folder: Path) -> None:
+    def __init__(self, plan: Plan, url: str, folder: Path, clock: Path) -> None:
         folder.mkdir()
         self.folder, self.name = folder, folder.name
         self._effort = Effort()
         self.traps = Traps(folder / "trap")
         given = {
             "url": url, "name": self.name, "folder": str(folder), "engine": plan.engine,
+            "clock": str(clock),
             "mutant": plan.mutant, "settings": settings_of(plan),
         }  # fmt: skip
         with (folder / "log").open("wb") as log:
@@ -116,6 +119,7 @@ def settings_of(plan: Plan) -> dict[str, Any]:
         "cache__kind": "paged" if plan.prefix_cache else "padded",
         "cache__prefix_bytes": PREFIX_BYTES if plan.prefix_cache else 0,
         "worker__lease_seconds": plan.lease,
+        "worker__rq_results": True,  # the audit looks at RQ's view whole
         "batch__max_rows": plan.rows,
     }
 
@@ -139,12 +143,14 @@ class Slot:
         self.fleet, self.index = fleet, index
         self.lock = threading.Lock()
         self.generation = 0
+        self.clock = fleet.folder / f"clock-{index}"  # seconds that its machine's clock is wrong by
+        self.clock.write_text("0")
         self.worker = self._start()
 
     def _start(self) -> Incarnation:
         self.generation += 1
         folder = self.fleet.folder / f"w{self.index}-{self.generation}"
-        return Incarnation(self.fleet.plan, self.fleet.url, folder)
+        return Incarnation(self.fleet.plan, self.fleet.url, folder, self.clock)
 
     def tend(self) -> None:
         """Replace a parent that ended, or whose child does not come back."""
@@ -193,6 +199,23 @@ class Fleet:
         worker.signal(signal.SIGKILL, parent=parent)
         if parent:
             worker.parent.wait()
+
+    def kill_machine(self, slots: Sequence[Slot]) -> None:
+        """SIGKILL parents and children of several workers, as a panic or a power cut does."""
+        for slot in slots:
+            self.deaths[slot.worker.child] = (now(), "its machine")
+        for slot in slots:  # all parents first: nobody is left to tell of a child's death
+            if slot.worker.runs:
+                slot.worker.parent.kill()
+        for slot in slots:
+            slot.worker.signal(signal.SIGKILL)
+            slot.worker.parent.wait()
+
+    def machine(self, rng: random.Random) -> list[Slot]:
+        """Return the slots of a machine that runs several workers."""
+        starts = range(0, len(self.slots) - 1, MACHINE_SLOTS)
+        start = rng.choice(starts)
+        return self.slots[start : start + MACHINE_SLOTS]
 
     def drain(self) -> list[str]:
         """SIGTERM all once they serve; returns what was wrong with the way that they ended.

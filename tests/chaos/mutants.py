@@ -21,6 +21,15 @@ LUA: Final[dict[str, dict[str, dict[str, str]]]] = {
         }
         for script in ("commit", "renew")
     },
+    # An attempt is its epoch alone, which Redis may forget and give again.
+    "nonce check off": {
+        script: {"job.epoch == epoch and job.nonce == nonce": "job.epoch == epoch"}
+        for script in ("commit", "renew", "release", "crash")
+    },
+    # Whatever comes with a seq that is written is called a resend of it.
+    "resends not compared": {
+        "commit": {"if not found then return false end": "if true then return found ~= nil end"},
+    },
     # A stream refuses an id twice by itself, so without the check an event takes the next one.
     "seq check off": {
         "commit": {

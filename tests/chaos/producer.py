@@ -19,15 +19,26 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from mlx_serving.common.errors import MlxServingError, QueueUnavailable
+from mlx_serving.common.errors import (
+    JobNotFound,
+    MlxServingError,
+    QueueUnavailable,
+)
 from mlx_serving.common.settings import load_settings
 from mlx_serving.producer.async_client import AsyncClient
 from tests.chaos.trace import now
+from tests.support.wrong_clock import WrongClock
 
 if TYPE_CHECKING:
     from mlx_serving.common.events import Event
+    from mlx_serving.common.settings import Settings
 
+EVENTS_TTL = 86_400  # seconds: the audit at the end reads them
 LANES = ("interactive", "default", "bulk")
+
+
+def settings_of(url: str) -> Settings:
+    return load_settings(redis__url=url, jobs__events_ttl=EVENTS_TTL)
 
 
 def digest(events: list[tuple[Any, ...]]) -> str:
@@ -42,7 +53,10 @@ def seen(event: Event) -> tuple[Any, ...]:
 
 @dataclass
 class Follower:
-    """One consumer of one job. `resumes`: (ns it reconnected, ms to the first event it lacked)."""
+    """One consumer of one job. `resumes`: (ns it reconnected, ms to the first event it lacked).
+
+    `events` are those since the last reset. `unknown`: it was told that there is no such job.
+    """
 
     job_id: str
     rng: random.Random
@@ -53,8 +67,11 @@ class Follower:
     resumes: list[tuple[int, float]] = field(default_factory=list)
     connections: int = 0
     unavailable: int = 0
+    resets: int = 0
+    unknown: bool = False
     ended: bool = False
     cursor: str = ""
+    tag: str = ""  # of the attempt that goes on
 
     @property
     def after(self) -> int:
@@ -62,11 +79,15 @@ class Follower:
 
     async def run(self) -> None:
         await asyncio.sleep(self.rng.choice([0, 0, self.rng.uniform(0, 3)]))  # some join late
-        while not (self.ended or self.problems):
+        while not (self.ended or self.problems or self.unknown):
             try:
                 await self._connect()
             except QueueUnavailable:
                 self.unavailable += 1
+            except JobNotFound as error:
+                self.unknown = True
+                if self.job_id not in str(error):
+                    self.problems.append(f"does not name the job: {error}")
             except MlxServingError as error:
                 self.problems.append(f"{error.code}: {error}")
             if not self.ended:
@@ -96,16 +117,28 @@ class Follower:
                 tokens[choice["index"]] += choice.get("token_ids", [])
         return tokens
 
+    def _reset(self) -> None:
+        self.resets += 1
+        self.events.clear()
+        self.cursor = self.tag = ""
+
     def _take(self, event: Event) -> None:
+        if event.type == "reset" and event.seq == 0:  # the reader's own: Redis forgot
+            self._reset()
+            return
         if event.seq != self.after + 1:
             self.problems.append(f"got seq {event.seq} after {self.after}")
+        if event.type == "attempt":
+            self.tag = event.tag
+        elif event.tag != self.tag and event.type != "end":  # an end may be a script's
+            self.problems.append(f"seq {event.seq} is of an attempt that it was not told of")
         self.events.append(seen(event))
         self.cursor = event.cursor
         self.ended = event.type == "end"
 
 
 class Producer:
-    """`given`: url, proxy_url, folder, index, seed, in_flight, and work as `work.Work`."""
+    """`given`: url, proxy_url, folder, index, seed, in_flight, cancels, and work as `work.Work`."""
 
     def __init__(self, given: dict[str, Any]) -> None:
         self._given = given
@@ -122,8 +155,8 @@ class Producer:
     async def run(self) -> None:
         given = self._given
         async with (
-            AsyncClient(settings=load_settings(redis__url=given["proxy_url"])) as lossy,
-            AsyncClient(settings=load_settings(redis__url=given["url"])) as direct,
+            AsyncClient(settings=settings_of(given["proxy_url"])) as lossy,
+            AsyncClient(settings=settings_of(given["url"])) as direct,
             asyncio.TaskGroup() as tasks,
         ):
             self._clients = (lossy, direct)
@@ -150,12 +183,14 @@ class Producer:
         try:
             index = self._rng.randrange(len(self._work))
             job_id = await self._submit(index, number)
+            canceller = asyncio.create_task(self._cancel_some(job_id))
             followers = [self._follower(job_id) for _ in range(self._rng.choice([1, 1, 1, 2]))]
-            await asyncio.gather(*(f.run() for f in followers))
+            await asyncio.gather(canceller, *(f.run() for f in followers))
             wanted = {c["index"]: c["token_ids"] for c in self._work[index]["answer"]}
             for follower in followers:
-                if follower.ended and (tokens := follower.token_ids()) != wanted:
-                    counts = [{i: len(ids) for i, ids in each.items()} for each in (tokens, wanted)]
+                if follower.ended and not _is_told(follower, wanted):
+                    both = (follower.token_ids(), wanted)
+                    counts = [{i: len(ids) for i, ids in each.items()} for each in both]
                     follower.problems.append(f"other tokens: {counts[0]} for {counts[1]}")
                 self._report(follower)
             self._note(what="done", job=job_id)
@@ -171,13 +206,30 @@ class Producer:
             "stream": self._rng.random() < 0.9,
         }
         while True:
+            sent = now()
             try:
                 handle = await self._clients[0].submit(job)
             except QueueUnavailable:
                 await asyncio.sleep(0.1)
             else:
-                self._note(what="job", job=handle.id, work=index)
+                self._note(what="job", job=handle.id, work=index, sent=sent)
                 return handle.id
+
+    async def _cancel_some(self, job_id: str) -> None:
+        """Cancel the job after a while, if it is one of those to be cancelled."""
+        if self._rng.random() >= self._given["cancels"]:
+            return
+        self._note(what="cancel", job=job_id)
+        await asyncio.sleep(self._rng.uniform(0, 2))
+        while True:
+            try:
+                await self._clients[0].cancel(job_id)
+            except QueueUnavailable:
+                await asyncio.sleep(0.1)
+            except JobNotFound:
+                return
+            else:
+                return
 
     def _follower(self, job_id: str) -> Follower:
         through_proxy = self._rng.random() < 0.5
@@ -188,9 +240,27 @@ class Producer:
         self._note(
             what="consumer", job=f.job_id, digest=digest(f.events), events=len(f.events),
             problems=f.problems, resumes=f.resumes, connections=f.connections,
-            through_proxy=f.through_proxy, unavailable=f.unavailable,
+            through_proxy=f.through_proxy, unavailable=f.unavailable, resets=f.resets,
+            unknown=f.unknown,
         )  # fmt: skip
 
 
+def _is_told(follower: Follower, wanted: dict[int, list[int]]) -> bool:
+    """Whether it has all tokens; of a job that was cancelled, those up to some token."""
+    tokens = follower.token_ids()
+    *_, state, _ = follower.events[-1]
+    if state != "cancelled":
+        return tokens == wanted
+    return all(ids == wanted.get(index, [])[: len(ids)] for index, ids in tokens.items())
+
+
+def main(path: str) -> None:
+    given = json.loads(Path(path).read_text())
+    clock = Path(given["folder"]) / f"clock-{given['index']}"
+    clock.write_text("0")
+    WrongClock(clock).start()
+    asyncio.run(Producer(given).run())
+
+
 if __name__ == "__main__":
-    asyncio.run(Producer(json.loads(Path(sys.argv[1]).read_text())).run())
+    main(sys.argv[1])

@@ -18,6 +18,7 @@ from mlx_serving.producer.client import Client
 from tests.chaos import answers, audit, figures, trace, work
 from tests.chaos.faults import Tormentors
 from tests.chaos.fleet import Fleet
+from tests.chaos.forgetting import ForgetfulRedis
 from tests.support.lossy_proxy import LossyProxy
 from tests.support.paths import ROOT
 
@@ -53,7 +54,7 @@ class Run:
 
     def __init__(self, plan: Plan, folder: Path, say: Callable[[str], None]) -> None:
         self.plan, self.folder, self.say = plan, folder, say
-        self.server = LocalRedis(appendonly="always")
+        self.server = ForgetfulRedis() if plan.forgets else LocalRedis(appendonly="always")
         self.producers: list[subprocess.Popen[bytes]] = []
         self.probe: subprocess.Popen[bytes] | None = None
         self.seconds = 0.0
@@ -62,24 +63,28 @@ class Run:
         with ExitStack() as stack:
             stack.enter_context(self.server)
             works = self._measured(work.make(self.plan))
-            client = stack.enter_context(self.server.client())
-            client.flushall()
-            to_workers = stack.enter_context(LossyProxy(self.server.socket))
-            to_producers = stack.enter_context(LossyProxy(self.server.socket))
+            with self.server.client() as client:
+                client.flushall()
+            proxies = [stack.enter_context(LossyProxy(self.server.socket)) for _ in range(3)]
+            to_workers, to_producers, plain = proxies
             folder = self.folder / "workers"
             folder.mkdir()
             fleet = stack.enter_context(Fleet(self.plan, to_workers.url, folder))
-            tormentors = Tormentors(self.plan, fleet, self.server, to_workers, to_producers)
+            tormentors = Tormentors(self.plan, fleet, self.server, self.folder, *proxies)
             stack.callback(self._end_producers)
-            self._start_producers(works, to_producers.url)
+            url = plain.url if self.plan.forgets else self.server.url
+            self._start_producers(works, url, to_producers.url)
             self._torment(tormentors)
-            over = audit.Audit()
+            over = audit.Audit(tormentors.forgettings)
             for error in tormentors.errors:
                 over.add("the run itself", "", repr(error))
             if not self._broken():
                 for wrong in fleet.drain():
                     over.add("drain", "", wrong)
-            return self._report(over, client, fleet, tormentors, works)
+            with self.server.client() as client:
+                odd = tormentors.hand.take_back(client)
+                over.odd_keys(client, set(tormentors.hand.planted) - set(odd))
+                return self._report(over, client, fleet, tormentors, works)
 
     def _measured(self, works: list[Work]) -> list[Work]:
         """Run each job once with nothing in its way: its tokens are what chaos must not change."""
@@ -102,10 +107,11 @@ class Run:
         self.say(f"undisturbed: {len(known)} of {len(works)} prompts answered right; not: {wrong}")
         return known
 
-    def _start_producers(self, works: list[Work], proxy_url: str) -> None:
+    def _start_producers(self, works: list[Work], url: str, proxy_url: str) -> None:
         for index in range(self.plan.producers):
             given = {
-                "url": self.server.url, "proxy_url": proxy_url, "folder": str(self.folder),
+                "url": url, "proxy_url": proxy_url, "folder": str(self.folder),
+                "cancels": self.plan.cancels,
                 "index": index, "seed": self.plan.seed, "in_flight": self.plan.in_flight,
                 "work": [asdict(each) for each in works],
             }  # fmt: skip
@@ -113,7 +119,7 @@ class Run:
             path.write_text(json.dumps(given))
             self.producers.append(self._run(f"producer-{index}", "producer", str(path)))
         path = self.folder / "probe.jsonl"
-        self.probe = self._run("probe", "probe", self.server.url, str(path))
+        self.probe = self._run("probe", "probe", url, str(path))
 
     def _run(self, name: str, module: str, *arguments: str) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", f"tests.chaos.{module}", *arguments]
@@ -199,6 +205,7 @@ class Run:
             for job in jobs.values():
                 over.job(job)
             over.view(client, list(jobs.values()))
+            over.kept(traces, jobs)
         over.fences(traces)
         return Report(
             self.plan, over.violations, dict(tormentors.counts),
@@ -214,7 +221,11 @@ class Run:
             if fact["what"] == "job"
         }
         for fact in facts:
-            if fact["what"] == "consumer":
+            if fact["what"] == "job":
+                jobs[fact["job"]].sent = fact["sent"]
+            elif fact["what"] == "cancel":
+                jobs[fact["job"]].cancelled = True
+            elif fact["what"] == "consumer":
                 jobs[fact["job"]].consumers.append(fact)
         return jobs
 
@@ -251,6 +262,10 @@ class Run:
             "bare PING ms": figures.spread((ping for *_, ping in moments), 1),
             "consumers": len(consumers),
             "connections of consumers": sum(c["connections"] for c in consumers),
+            "resets of consumers": sum(c["resets"] for c in consumers),
+            "jobs unknown to consumers": len({c["job"] for c in consumers if c["unknown"]}),
+            "jobs forgotten": sum(not job.state for job in jobs.values()),
+            "jobs cancelled": sum(job.state == "cancelled" for job in jobs.values()),
             "consumers told to come back": sum(c["unavailable"] for c in consumers),
             "redis outage ms": figures.spread(((up - k) / 1e6 for k, up in outages), 0),
         }

@@ -2,13 +2,15 @@
 
 One line a fact, appended by one system call. Times are ns of the host's monotonic clock.
 
-    C t job epoch                      a claim's reply named it
+    C sent t job epoch nonce           a claim's reply named it
     P t job epoch                      the engine took it
     T t job epoch tokens               decoded, and in the publisher's hands
-    K sent t job epoch seq kind status a row of a commit, and what Redis said to it
+    K sent t job epoch seq kind status nonce crc
+                                       a row of a commit, and what Redis said to it
     R t job epoch status               a row of a release
     Q t job outcome                    a sweep, or the parent after a death, put it back
     X t where                          the child kills itself now
+    H t where                          one of its threads stands still here
 """
 
 from __future__ import annotations
@@ -25,8 +27,18 @@ if TYPE_CHECKING:
 Attempt = tuple[str, int]
 
 
+class Claim(NamedTuple):
+    """A job that a claim's reply gave to a worker."""
+
+    sent: int
+    replied: int
+    job_id: str
+    epoch: int
+    nonce: str
+
+
 class Commit(NamedTuple):
-    """A row of a commit: `kind` is attempt, tokens or end."""
+    """A row of a commit: `kind` is attempt, tokens or end; `crc` of the event that it writes."""
 
     sent: int
     replied: int
@@ -35,6 +47,8 @@ class Commit(NamedTuple):
     seq: int
     kind: str
     status: str
+    nonce: str
+    crc: int
 
 
 class TraceWriter:
@@ -56,6 +70,7 @@ class Trace:
     worker: str
     pid: int
     claims: dict[Attempt, int] = field(default_factory=dict)
+    claimed: list[Claim] = field(default_factory=list)
     prefills: dict[Attempt, int] = field(default_factory=dict)
     decoded: defaultdict[Attempt, int] = field(default_factory=lambda: defaultdict(int))
     commits: list[Commit] = field(default_factory=list)
@@ -79,7 +94,8 @@ class Trace:
 
 def read(path: Path) -> Trace:
     trace = Trace(path.parent.name, int(path.suffix[1:]))
-    for line in path.read_text().splitlines():
+    whole, _, _ = path.read_text().rpartition("\n")  # SIGKILL may tear the last line
+    for line in whole.splitlines():
         what, *words = line.split(" ")
         _take(trace, what, words)
     return trace
@@ -87,15 +103,18 @@ def read(path: Path) -> Trace:
 
 def _take(trace: Trace, what: str, words: list[str]) -> None:
     if what == "C":
-        trace.claims[words[1], int(words[2])] = int(words[0])
+        sent, replied, job_id, epoch, nonce = words
+        trace.claims[job_id, int(epoch)] = int(replied)
+        trace.claimed.append(Claim(int(sent), int(replied), job_id, int(epoch), nonce))
     elif what == "P" and len(words) == 3:  # not the warm-up's
         trace.prefills[words[1], int(words[2])] = int(words[0])
     elif what == "T" and len(words) == 4:
         trace.decoded[words[1], int(words[2])] += int(words[3])
     elif what == "K":
-        sent, replied, job_id, epoch, seq, kind, status = words
+        sent, replied, job_id, epoch, seq, kind, status, nonce, crc = words
+        times_and_name = (int(sent), int(replied), job_id)
         trace.commits.append(
-            Commit(int(sent), int(replied), job_id, int(epoch), int(seq), kind, status)
+            Commit(*times_and_name, int(epoch), int(seq), kind, status, nonce, int(crc))
         )
     elif what == "R" and words[3] == "OK":
         trace.given_back.add((words[1], int(words[2])))

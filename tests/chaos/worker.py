@@ -11,6 +11,8 @@ import mmap
 import os
 import signal
 import sys
+import time
+import zlib
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -21,8 +23,9 @@ from mlx_serving.worker.process.child import ChildSpec, run_child
 from tests.chaos import mutants
 from tests.chaos.trace import TraceWriter, now
 from tests.support.freezing import is_job
-from tests.support.worker_fakes import commit_rows
+from tests.support.worker_fakes import commit_rows, payload_of
 from tests.support.worker_process import quick_settings
+from tests.support.wrong_clock import WrongClock
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -30,11 +33,14 @@ if TYPE_CHECKING:
     from mlx_serving.common.protocol.calls import Call, WireRow
 
 TRAPS: Final = ("claim", "prefill", "attempt", "decode", "before_finish", "after_finish")
+FIRST_ROWS: Final = "first rows"  # a trap that kills nobody: see `Traps.hold`
 WITH_PARENT: Final = 0x80
+HOLDING: Final = 0x40
+HOLD_SECONDS: Final = 20.0
 
 
 class Traps:
-    """One mapped byte: 0, or the trap that is armed, plus `WITH_PARENT`."""
+    """One mapped byte: 0, or the trap that is armed, plus `WITH_PARENT`; or `HOLDING`."""
 
     def __init__(self, path: Path) -> None:
         if not path.exists():
@@ -43,13 +49,31 @@ class Traps:
             self._byte = mmap.mmap(file.fileno(), 1)
 
     def arm(self, trap: str, *, with_parent: bool) -> None:
-        self._byte[0] = TRAPS.index(trap) + 1 + (WITH_PARENT if with_parent else 0)
+        self._byte[0] = _number(trap) + (WITH_PARENT if with_parent else 0)
 
     def disarm(self) -> None:
         self._byte[0] = 0
 
     def armed(self, trap: str) -> bool:
-        return self._byte[0] & ~WITH_PARENT == TRAPS.index(trap) + 1
+        return self._byte[0] & ~WITH_PARENT == _number(trap)
+
+    @property
+    def holding(self) -> bool:
+        """Whether a thread of the child stands still."""
+        return bool(self._byte[0] == HOLDING)
+
+    def hold(self, trap: str, trace: TraceWriter) -> None:
+        """If this trap is armed, let the calling thread stand still until it is disarmed.
+
+        The rest of the process goes on: so a row is late on its way, as in a network.
+        """
+        if not self.armed(trap):
+            return
+        self._byte[0] = HOLDING
+        trace.write(("H", now(), trap))
+        until = time.monotonic() + HOLD_SECONDS
+        while self.holding and time.monotonic() < until:
+            time.sleep(0.002)
 
     def spring(self, trap: str, trace: TraceWriter) -> None:
         if not self.armed(trap):
@@ -62,6 +86,10 @@ class Traps:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+def _number(trap: str) -> int:
+    return (*TRAPS, FIRST_ROWS).index(trap) + 1
+
+
 class Observer:
     """Wraps what a process calls."""
 
@@ -69,6 +97,7 @@ class Observer:
         self._folder = folder
         self._trace = TraceWriter(folder)
         self._traps = Traps(folder / "trap")
+        self._held: set[str] = set()  # jobs whose rows stand still
 
     def install_in_parent(self) -> None:
         from mlx_serving.common.protocol.client import Protocol
@@ -83,6 +112,7 @@ class Observer:
         from mlx_serving.worker.engine.prefilling import Prefilling
 
         _wrap(Protocol, "run", self._around_call)
+        _wrap(Protocol, "send", self._around_send)
         _wrap(Publisher, "push", self._around_push)
         _wrap(Engine, "add", self._around_add)
         _wrap(Prefilling, "_try_prefill", self._around_prefill)
@@ -96,10 +126,10 @@ class Observer:
         arguments = [str(a) for a in call.arguments if not isinstance(a, bytes)]
         if call.script == "commit":
             return self._commit(run, protocol, call)
+        sent = now()
         reply = run(protocol, call)
-        if call.script == "claim" and reply.jobs:
-            self._trace.write(*(("C", now(), j.job_id, j.epoch) for j in reply.jobs))
-            self._traps.spring("claim", self._trace)
+        if call.script == "claim":
+            self._claimed(reply, sent)
         elif call.script == "release":
             rows = zip(arguments[2::5], arguments[3::5], reply, strict=True)
             self._trace.write(*(("R", now(), *row) for row in rows))
@@ -108,17 +138,52 @@ class Observer:
             self._trace.write(*(("Q", now(), *outcome) for outcome in outcomes))
         return reply
 
+    def _around_send(self, send: Callable[..., Any], protocol: Any, call: Call[Any]) -> Any:
+        """A claim whose reply is read later."""
+        sent, receive = now(), send(protocol, call)
+
+        def observed(timeout: float | None = None) -> Any:
+            reply = receive(timeout)
+            self._claimed(reply, sent)
+            return reply
+
+        return observed
+
+    def _claimed(self, reply: Any, sent: int) -> None:
+        if not reply.jobs:
+            return
+        lines = (("C", sent, now(), j.job_id, j.epoch, j.attempt.nonce) for j in reply.jobs)
+        self._trace.write(*lines)
+        if not self._held.isdisjoint(j.job_id for j in reply.jobs):
+            self._traps.disarm()  # what stood still is an older attempt's now
+        self._traps.spring("claim", self._trace)
+
     def _commit(self, run: Callable[..., Any], protocol: Any, call: Call[Any]) -> Any:
         rows = commit_rows(call)
         kinds = [_kind(row) for row in rows]
         if "end" in kinds:
             self._traps.spring("before_finish", self._trace)
+        if "attempt" in kinds:
+            self._held = {row.job_id for row in rows}
+            self._traps.hold(FIRST_ROWS, self._trace)
+            self._held = set()
         sent = now()
         reply = run(protocol, call)
         replied = now()
         self._trace.write(
             *(
-                ("K", sent, replied, row.job_id, row.epoch, row.seq, kind, r.status)
+                (
+                    "K",
+                    sent,
+                    replied,
+                    row.job_id,
+                    row.epoch,
+                    row.seq,
+                    kind,
+                    r.status,
+                    row.nonce,
+                    crc_of(payload_of(row)),
+                )
                 for row, kind, r in zip(rows, kinds, reply, strict=True)
             )
         )
@@ -152,6 +217,11 @@ def _attempt(request_id: str) -> tuple[str, int]:
     return attempt.job_id, attempt.epoch
 
 
+def crc_of(payload: bytes) -> int:
+    """What a row and the entry of a stream are compared by."""
+    return zlib.crc32(payload)
+
+
 def _kind(row: WireRow) -> str:
     if row.state:
         return "end"
@@ -176,6 +246,7 @@ def chaos_child(given: dict[str, Any], spec: ChildSpec, *args: Any) -> None:
     (folder / f"pid.{os.getpid()}").touch()
     if given["mutant"]:
         mutants.apply(given["mutant"])
+    WrongClock(Path(given["clock"])).start()
     Observer(folder).install()
     run_child(spec, *args)
 
@@ -186,6 +257,7 @@ def main(text: str) -> int:
 
     assert "run_child" in vars(supervisor)
     vars(supervisor)["run_child"] = partial(chaos_child, given)
+    WrongClock(Path(given["clock"])).start()
     Observer(Path(given["folder"])).install_in_parent()
     settings = quick_settings(given["url"], **given["settings"])
     engine = (

@@ -64,6 +64,11 @@ class LossyProxy:
         """Lead new connections to another server, as a name or a virtual address does."""
         self._upstream = upstream
 
+    def cut(self) -> None:
+        """Close every connection."""
+        for each in self._sockets[1:]:
+            _close(each)
+
     @property
     def losing(self) -> int:
         """How many replies are still to be lost."""
@@ -89,13 +94,13 @@ class LossyProxy:
             except OSError:
                 return
             server = socket.socket(socket.AF_UNIX)
+            self._sockets += [client, server]
             try:
                 server.connect(str(self._upstream))
             except OSError:  # Redis is away
                 _close(client)
                 _close(server)
                 continue
-            self._sockets += [client, server]
             lossy = threading.Event()
             self._start(self._requests, client, server, lossy)
             self._start(self._replies, client, server, lossy)

@@ -216,6 +216,27 @@ def test_pools_that_are_compacted_keep_what_parked_rows_hold() -> None:
     assert cache.allocator.used == 0
 
 
+def test_a_row_that_is_parked_while_pools_are_compacted_goes_on_with_its_own_blocks() -> None:
+    engine = tiny_engine(eos=(), rows=2, paged=True)
+    jobs = [urgent("first", 600, 12), bulk("parked", tokens=60), urgent("now", tokens=40)]
+    rows = Rows()
+    for job in jobs[:2]:
+        engine.add(job)
+        while engine.waiting:
+            rows.add(engine.step())
+    engine.add(jobs[2])
+    cache = cast("Any", engine._runner)._cache
+    while ("first", 0) not in rows.ended:
+        rows.add(engine.step())
+    (parked,) = cache._parked
+    before = [*parked.state]
+    cache.shrink()
+    assert max(parked.state) < min(before), "the blocks below were free"
+    run(engine, rows)
+    assert rows == alone(jobs)
+    assert cache.allocator.used == 0
+
+
 def try_add(engine: Engine, request: Request) -> bool:
     """Add as the engine thread does: if parking freed less than expected, the request waits on."""
     try:

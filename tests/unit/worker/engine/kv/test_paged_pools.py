@@ -186,6 +186,20 @@ def test_reclaimed_blocks_are_the_ones_used_least_recently() -> None:
     assert prefixes.used == 0
 
 
+def test_what_another_row_uses_stays_known_when_a_row_is_forgotten() -> None:
+    prefixes = PrefixCache(PrefixIndex(4), 4, limit=100, idle_limit=50)
+    keys = [PrefixKey(b"", array("i", range(count)).tobytes()) for count in (8, 12)]
+    first = prefixes.allocate(2)
+    prefixes.insert(keys[0], first)
+    longer = [*prefixes.acquire(keys[1]), *prefixes.allocate(1)]
+    prefixes.insert(keys[1], longer)
+    assert longer[:2] == first
+    prefixes.forget(longer)  # it failed
+    prefixes.free(longer)
+    assert [prefixes.find(key) for key in keys] == [first, first]
+    prefixes.check()
+
+
 def test_old_pools_may_stay_among_the_cached_buffers_up_to_a_part_of_all() -> None:
     pools = Pools([LayerShape(8, 128, mx.bfloat16)] * 28, BLOCK_TOKENS, ReferenceOps())
     assert pools._may_leave == LEFT_BYTES

@@ -1,5 +1,6 @@
 """Every kernel draws what the reference draws, on rows that mix everything."""
 
+import math
 import random
 
 import mlx.core as mx
@@ -79,3 +80,14 @@ def test_mixed_rows_draw_what_the_reference_draws(
 @pytest.mark.parametrize("make", IMPLEMENTATIONS)
 def test_the_self_check_passes(make: MakeDraw) -> None:
     assert first_difference(make) is None
+
+
+@pytest.mark.parametrize("make", IMPLEMENTATIONS)
+@pytest.mark.parametrize("masked", [1, 700])
+def test_top_p_keeps_nothing_beyond_a_mass_that_is_met_exactly(make: MakeDraw, masked: int) -> None:
+    """Masses 1/2, 1/4, 1/4: the first one is all that top-p 0.5 asks for."""
+    params = SamplingParams(temperature=1.0, top_p=0.5, seed=1)
+    rows = [RowSampling(params, 0, position) for position in range(40)]
+    logits = [-math.inf] * masked + [0.0, -math.log(2), -math.log(2)]
+    sampler = BatchSampler(rows, token_words(len(logits)), make)
+    assert set(ints(sampler.sample(mx.array([logits] * len(rows))).tokens)) == {masked}
