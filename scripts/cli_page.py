@@ -73,8 +73,9 @@ More: [bulk files](../how-to/bulk.md).""",
     "doctor": """\
 | check | fails | warns |
 |---|---|---|
-| redis | no answer; older than 7.0; evicts keys; the protocol's scripts don't run | \
-no AOF, or one that is not `always` or can't be read; a ping over 5 ms; older than 7.0.15 |
+| redis | no answer, or a refusal, by its [code](errors.md); older than 7.0; a Cluster; \
+evicts keys; the protocol's scripts don't run | \
+no AOF, or one that is not `always`; a ping over 5 ms; older than 7.0.15 |
 | engine | | not installed: this machine can submit, not serve |
 | mlx device | | a Linux CPU without OpenBLAS |
 | native | | a twin in place of the native piece, with the reason |

@@ -66,7 +66,7 @@ SHOWN_BY: Final[dict[str, str]] = {
     "test_a_schema_is_kept_to_over_the_wire",
     "lane": "tests/integration/test_protocol_claim.py::test_lanes_are_served_in_order_of_priority",
     "stream": "tests/integration/test_worker_cancel.py::"
-    "test_jobs_that_do_not_stream_publish_nothing_and_commit_by_the_batch",
+    "test_jobs_that_do_not_stream_publish_no_tokens_and_commit_by_the_batch",
     "deadline": f"{_TIME}::test_a_job_over_its_time_expires_with_its_text",
     "timeout": f"{_TIME}::test_a_job_over_its_time_expires_with_its_text",
     "abandon_after": f"{_TIME}::test_a_job_nobody_listens_to_is_given_up",

@@ -44,7 +44,6 @@ from benchmarks.lib.harness import (
     table,
 )
 from mlx_serving.common.protocol.keys import Keys
-from mlx_serving.common.queues import queue_name
 from mlx_serving.common.redis.connection import resolve
 from mlx_serving.common.redis.local import LocalRedis
 from mlx_serving.common.results import GenerationResult
@@ -210,7 +209,7 @@ class Run:
 
 def feed(load: Load, jobs: int, settings: Settings, run: Run) -> None:
     """Keep the window full until so many jobs have ended."""
-    store, queue = JobStore(resolve(settings, MODEL)), queue_name(MODEL, LANE)
+    store = JobStore(resolve(settings, MODEL))
     pause_every, paused_at = max(1, load.jobs // IDLE_MOMENTS), 0
     opened: dict[str, dict[str, Any]] = {}
     submitted, moved_at = 0, time.monotonic()
@@ -230,7 +229,7 @@ def feed(load: Load, jobs: int, settings: Settings, run: Run) -> None:
             for job_id, result in zip(done, store.results(done), strict=True):
                 run.churn.take(opened.pop(job_id), result)
             if done:
-                store.forget(queue, done)
+                store.forget(done)
                 run.watch.ended += len(done)
                 moved_at = time.monotonic()
             elif time.monotonic() - moved_at > STUCK_SECONDS:

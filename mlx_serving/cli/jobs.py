@@ -1,13 +1,16 @@
-"""`mlx-serving status` and `mlx-serving cancel`."""
+"""`mlx-serving status`, `cancel`, `forget` and `requeue`: one job, by its id."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mlx_serving.cli.console import print_json, print_table
+from mlx_serving.cli.console import harmless, print_json, print_table
 from mlx_serving.cli.options import AsJson, ForModel, RedisUrlOption, read_settings
+
+if TYPE_CHECKING:
+    from mlx_serving.common.states import JobState
 
 
 def status(
@@ -17,7 +20,7 @@ def status(
     redis_url: RedisUrlOption = None,
 ) -> None:
     """Show a job; without an id, show the queues and the workers."""
-    from mlx_serving.cli.overview import job_view, read_overview
+    from mlx_serving.cli.overview import job_view, oddities, read_overview
     from mlx_serving.cli.top_view import failures_of, models_of, span, state_of
     from mlx_serving.producer.client import Client
 
@@ -55,6 +58,8 @@ def status(
     )
     for failure in failures_of(overview):
         typer.echo(f"\n{failure}")
+    for oddity in oddities(overview):
+        typer.echo(f"\n{harmless(oddity)}")
     if overview.suspended:
         typer.echo("\nRQ is suspended: no worker takes a job until `rq resume`")
 
@@ -72,7 +77,41 @@ def cancel(
     from mlx_serving.producer.client import Client
 
     with Client(settings=read_settings(redis_url), model=model) as client:
-        state = client.cancel(job_id)
+        _print_state(job_id, client.cancel(job_id), as_json=as_json)
+
+
+def forget(
+    job_id: Annotated[str, typer.Argument(help="The job to forget.")],
+    model: ForModel = None,
+    redis_url: RedisUrlOption = None,
+) -> None:
+    """Delete a job that ended from Redis, with its prompt, events and result.
+
+    A job that waits or runs is refused: cancel it first.
+    """
+    from mlx_serving.producer.client import Client
+
+    with Client(settings=read_settings(redis_url), model=model) as client:
+        client.forget(job_id)
+
+
+def requeue(
+    job_id: Annotated[str, typer.Argument(help="The job to run again.")],
+    as_json: AsJson = False,
+    model: ForModel = None,
+    redis_url: RedisUrlOption = None,
+) -> None:
+    """Run a job again that failed, died, expired or was cancelled, under its id.
+
+    Prints the state after the call; a job that waits, runs or finished stays as it is.
+    """
+    from mlx_serving.producer.client import Client
+
+    with Client(settings=read_settings(redis_url), model=model) as client:
+        _print_state(job_id, client.requeue(job_id), as_json=as_json)
+
+
+def _print_state(job_id: str, state: JobState, *, as_json: bool) -> None:
     if as_json:
         print_json({"id": job_id, "state": state.value})
     else:

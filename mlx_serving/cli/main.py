@@ -13,7 +13,7 @@ from mlx_serving.cli.batch import app as batch
 from mlx_serving.cli.console import EXIT_ERROR, EXIT_INTERRUPTED, fail, fail_at_output
 from mlx_serving.cli.doctor.command import doctor
 from mlx_serving.cli.generate import generate
-from mlx_serving.cli.jobs import cancel, status
+from mlx_serving.cli.jobs import cancel, forget, requeue, status
 from mlx_serving.cli.models import models
 from mlx_serving.cli.tenants import app as tenants
 from mlx_serving.cli.top import top
@@ -39,6 +39,11 @@ class Commands(TyperGroup):
             raise typer.Exit(EXIT_ERROR) from None
         except KeyboardInterrupt:
             raise typer.Exit(EXIT_INTERRUPTED) from None
+        except Exception as error:
+            if (fault := _of_redis(error)) is None:
+                raise
+            fail(fault)
+            raise typer.Exit(EXIT_ERROR) from None
 
 
 app = typer.Typer(
@@ -48,6 +53,15 @@ app = typer.Typer(
     pretty_exceptions_enable=False,  # its tracebacks show local variables, which hold prompts
     help="Durable text generation on Macs: jobs through Redis and RQ, one batch on MLX.",
 )
+
+
+def _of_redis(error: Exception) -> MlxServingError | None:
+    """Our error for one of redis-py's; None for any other."""
+    from redis import RedisError  # `--help` does not pay for it
+
+    from mlx_serving.common.redis.faults import fault_of
+
+    return fault_of(error) if isinstance(error, RedisError) else None
 
 
 def _print_version(wanted: bool) -> None:
@@ -82,7 +96,7 @@ def demo(
     raise typer.Exit(run_demo(timeout))
 
 
-for command in (worker, generate, status, top, cancel, doctor, models):
+for command in (worker, generate, status, top, cancel, forget, requeue, doctor, models):
     app.command()(command)
 
 app.add_typer(batch, name="batch")

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from rq import Queue, worker_registration
+from rq import worker_registration
 from rq.suspension import is_suspended
 from rq.worker.base import BaseWorker
 
+from mlx_serving.common.protocol import quarantine
 from mlx_serving.common.redis.connection import connect
-from mlx_serving.common.redis.retrying import FAULTS, unavailable
+from mlx_serving.common.redis.faults import fault_of
+from mlx_serving.common.redis.retrying import FAULTS
 from mlx_serving.common.redis.worker_records import read_records
 from mlx_serving.common.results import decode_result
 from mlx_serving.common.worker_record import WorkerRecord
@@ -37,25 +39,31 @@ class QueueView:
 
 @dataclass(frozen=True, slots=True)
 class Overview:
-    """All queues that RQ knows, and all workers of ours."""
+    """All queues that RQ knows, and all workers of ours.
+
+    `odd_keys` are of a wrong type, and count as empty; `quarantined_keys` were, and were moved out
+    of the way in the last week, the last one first.
+    """
 
     queues: list[QueueView] = field(default_factory=list)
     workers: list[WorkerRecord] = field(default_factory=list)
     suspended: bool = False
+    odd_keys: list[str] = field(default_factory=list)
+    quarantined_keys: list[quarantine.QuarantinedKey] = field(default_factory=list)
 
 
 def read_overview(endpoint: Endpoint) -> Overview:
     """Read the queues and workers of one Redis.
 
     Raises:
-        QueueUnavailable: Redis can't be reached, or refuses us.
+        QueueFailure: Redis can't be reached, or refuses us.
 
     """
     try:
         with connect(endpoint) as client:
             return look(client, endpoint.keys)
     except FAULTS as error:
-        raise unavailable(error) from error
+        raise fault_of(error) from error
 
 
 def look(client: redis.Redis, keys: Keys) -> Overview:
@@ -65,25 +73,63 @@ def look(client: redis.Redis, keys: Keys) -> Overview:
         redis.RedisError: Redis fails.
 
     """
+    reader = _Reader(client)
     return Overview(
-        _queues(client, keys), _workers(client, keys), suspended=bool(is_suspended(client))
+        _queues(reader, keys),
+        _workers(reader, keys),
+        suspended=bool(is_suspended(client)),
+        odd_keys=sorted(reader.odd),
+        quarantined_keys=quarantine.read_quarantined(client, keys),
     )
 
 
-def _queues(client: redis.Redis, keys: Keys) -> list[QueueView]:
-    names = sorted(queue.name for queue in Queue.all(connection=client))
-    with client.pipeline(transaction=False) as pipe:
-        pipe.info("server")  # for its time: a monitor user may not call TIME
-        for name in names:
-            pipe.llen(keys.rq_queue(name))
-            pipe.zcard(keys.leases(name))
-            pipe.zcard(keys.open(name))
-            pipe.zrange(keys.open(name), 0, 0, withscores=True)
-        server, *replies = pipe.execute()
-    now = server["server_time_usec"] / 1e6
+class _Reader:
+    """Reads keys of which any may have a wrong type; `odd` collects those."""
+
+    def __init__(self, client: redis.Redis) -> None:
+        self.client = client
+        self.odd: set[str] = set()
+
+    def read(self, *commands: tuple[str, str, *tuple[object, ...]]) -> list[Any]:
+        """Run commands, each on one key, in one round trip; None for a key of a wrong type."""
+        pipe: Any  # redis-py's `execute_command` has no types
+        with self.client.pipeline(transaction=False) as pipe:
+            for name, key, *arguments in commands:
+                pipe.execute_command(name, key, *arguments)
+            replies = pipe.execute(raise_on_error=False)
+        for (_, key, *_), reply in zip(commands, replies, strict=True):
+            if quarantine.is_wrong_type(reply):
+                self.odd.add(key)
+            elif isinstance(reply, Exception):
+                raise reply
+        return [None if isinstance(reply, Exception) else reply for reply in replies]
+
+    def members(self, key: str) -> list[str]:
+        """Members of a set, sorted."""
+        (found,) = self.read(("SMEMBERS", key))
+        return sorted(member.decode(errors="replace") for member in found or ())
+
+
+def _queues(reader: _Reader, keys: Keys) -> list[QueueView]:
+    start = keys.rq_queue("")
+    names = [key.removeprefix(start) for key in reader.members(keys.rq_queues())]
+    # For its time: a monitor user may not call TIME.
+    now = reader.client.info("server")["server_time_usec"] / 1e6
+    replies = reader.read(
+        *(
+            command
+            for name in names
+            for command in (
+                ("LLEN", keys.rq_queue(name)),
+                ("ZCARD", keys.leases(name)),
+                ("ZCARD", keys.open(name)),
+                ("ZRANGE", keys.open(name), 0, 0, "WITHSCORES"),
+            )
+        )
+    )
     columns = (replies[column::4] for column in range(4))
     return [
-        QueueView(name, queued, running, open_, _age(oldest, now))
+        QueueView(name, queued or 0, running or 0, open_ or 0, _age(oldest or [], now))
         for name, queued, running, open_, oldest in zip(names, *columns, strict=True)
     ]
 
@@ -93,11 +139,11 @@ def _age(oldest: list[tuple[bytes, float]], now: float) -> float | None:
     return max(0.0, now - oldest[0][1] / 1000) if oldest else None
 
 
-def _workers(client: redis.Redis, keys: Keys) -> list[WorkerRecord]:
+def _workers(reader: _Reader, keys: Keys) -> list[WorkerRecord]:
     """The workers registered with RQ that are ours; a stock `rq worker` has no record."""
     start = BaseWorker.redis_worker_namespace_prefix
-    names = sorted(k.removeprefix(start) for k in worker_registration.get_keys(connection=client))
-    return read_records(client, keys, names)
+    members = reader.members(worker_registration.REDIS_WORKER_KEYS)
+    return read_records(reader.client, keys, [key.removeprefix(start) for key in members])
 
 
 def read_worker(client: redis.Redis, keys: Keys, name: str) -> WorkerRecord | None:
@@ -108,6 +154,16 @@ def read_worker(client: redis.Redis, keys: Keys, name: str) -> WorkerRecord | No
 
     """
     return WorkerRecord.from_hash(name, client.hgetall(keys.worker(name)))  # type: ignore[arg-type]  # redis-py's union
+
+
+def oddities(overview: Overview) -> list[str]:
+    """What was found under keys of a wrong type, a line each."""
+    odd = [
+        f"key {key} has a wrong type: the next submit or worker that meets it quarantines it"
+        for key in overview.odd_keys
+    ]
+    moved = [f"key {m.key} was a {m.kind}: moved to {m.place}" for m in overview.quarantined_keys]
+    return odd + moved
 
 
 def job_view(record: JobRecord) -> dict[str, object]:

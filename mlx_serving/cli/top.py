@@ -40,7 +40,8 @@ def top(
     """
     from mlx_serving.cli.overview import look
     from mlx_serving.common.redis.connection import connect, resolve
-    from mlx_serving.common.redis.retrying import FAULTS, unavailable
+    from mlx_serving.common.redis.faults import fault_of
+    from mlx_serving.common.redis.retrying import FAULTS
 
     endpoint = resolve(read_settings(redis_url), model)
     with connect(endpoint) as client:
@@ -49,7 +50,7 @@ def top(
             try:
                 return look(client, endpoint.keys)
             except FAULTS as error:
-                raise unavailable(error) from error
+                raise fault_of(error) from error
 
         first = read()  # a Redis that was never there is an error, not a screen
         with suppress(KeyboardInterrupt, BrokenPipeError):

@@ -125,6 +125,9 @@ def frame(overview: Overview, at: str, *, width: int, notice: str = "") -> Rende
     parts: list[RenderableType] = [head]
     if overview.suspended:
         parts.append(Text("RQ is suspended: no worker takes a job until `rq resume`", "yellow"))
+    if overview.odd_keys or overview.quarantined_keys:
+        text = "keys of a wrong type were found: `mlx-serving status` names them"
+        parts.append(Text(text, "yellow"))
     if notice:
         parts.append(Text(harmless(notice), "bold red"))
     parts += [Text(harmless(failure), "yellow") for failure in failures_of(overview)]

@@ -9,7 +9,7 @@ import typer
 from mlx_serving.cli.console import fail, note
 from mlx_serving.cli.models import known_path
 from mlx_serving.cli.options import RedisUrlOption, read_settings, require_engine
-from mlx_serving.common.errors import InvalidSettings, MissingDependency, UnknownModel
+from mlx_serving.common.errors import MlxServingError, UnknownModel
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -44,8 +44,8 @@ def worker(
     The first signal drains: the worker claims nothing more, lets jobs end within the grace time,
     and hands the rest over. The second signal hands over at once.
 
-    Exit status: 0 when drained; 78 if settings, models or the installation are wrong, so that
-    another start would not help; else 1.
+    Exit status: 0 when drained; 78 if settings, models, the installation or Redis are wrong, so
+    that another start would not help; else 1.
     """
     from mlx_serving.common.telemetry import configure_logging, get_logger
     from mlx_serving.worker.process.crash import EXIT_CONFIGURATION
@@ -55,12 +55,12 @@ def worker(
     try:
         settings = read_settings(redis_url)
         spec = engine_spec(settings, first, engine, tokens_per_second, others=others)
-    except (InvalidSettings, UnknownModel, MissingDependency) as error:
+        require_redis(settings, first, name)
+    except MlxServingError as error:
         if error.retryable:
             raise
         fail(error)
         raise typer.Exit(EXIT_CONFIGURATION) from None
-    require_redis(settings, first, name)
     configure_logging(log_format=settings.log.format, level=settings.log.level)
     name = name or default_name()
     get_logger(__name__).info("starting", worker=name, model=",".join(models), engine=engine)
@@ -116,21 +116,27 @@ def _paths(settings: Settings, known: dict[str, str]) -> dict[str, str]:
 
 
 def require_redis(settings: Settings, model: str, name: str | None = None) -> None:
-    """Check that the model's Redis answers before the model is loaded.
+    """Check that the model's Redis answers, and may hold its queue, before the model is loaded.
 
-    Warn if a worker of this name runs, or did until just now: Redis can't tell two workers of one
-    name apart, and they give each other's jobs back.
+    Warn of what Redis does not tell, and if a worker of this name runs, or did until just now:
+    Redis can't tell two workers of one name apart, and they give each other's jobs back.
 
     Raises:
-        QueueUnavailable: it can't be reached, or refuses our credentials.
+        QueueUnavailable: it can't be reached now.
+        QueueRefused: it refuses our credentials or scripts, is a Cluster, or deletes keys.
 
     """
     from mlx_serving.common.redis.connection import connect, resolve
     from mlx_serving.common.redis.retrying import answered
+    from mlx_serving.common.redis.server import check_scripts, check_server, read_server
 
     endpoint = resolve(settings, model)
     with connect(endpoint) as client:
         answered(client.ping)
+        check_server(server := read_server(client))
+        for what in server.unknown:
+            note(f"warning: this user may not read {what} of Redis; a Redis that evicts loses jobs")
+        check_scripts(client, endpoint.keys)
         if name and answered(lambda: client.exists(endpoint.keys.worker(name))):
             note(f"warning: a worker {name!r} was here 30 s ago or less; no two may share a name")
 

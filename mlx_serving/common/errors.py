@@ -12,7 +12,9 @@
     * ForeignFunction     it names a function, callback or webhook that is not ours
     * BadSignature        it is not signed by a key that this worker knows
   * CorruptEvent          an entry of a job's stream is not an event of ours
-  * JobNotFound           no such job, or its `result_ttl` is over
+  * JobNotFound           no such job, its `result_ttl` is over, or it was forgotten
+  * JobNotEnded           the job waits or runs, so it can't be forgotten
+  * EventsGone            (in `results`) the job ended long ago; `.result` has its output
   * UnsuccessfulJob       (in `results`) the job ended, but did not finish; `.result` keeps its text
     * JobFailed
       * JobDead           it crashed the engine while it ran alone, or used up its attempts
@@ -24,7 +26,19 @@
   * StreamGap             events of the job's stream are missing
   * StreamConflict        the primary holds other events than those delivered (failover)
     * StreamReset         the job began anew; its new text starts after `.seq`
-  * QueueUnavailable      Redis can't be reached or can't answer now
+  * QueueFailure          Redis did not do what it was asked to
+    * QueueUnavailable    it can't be reached, or can't answer now
+      * RedisLoading      it reads its data from disk
+      * RedisReadOnly     it is a replica, lacks replicas, or can't save
+      * RedisFull         it has reached its `maxmemory`
+      * RedisCrowded      it has as many clients as it takes
+    * QueueRefused        it refuses the call, and would again
+      * WrongCredentials  user or password
+      * MissingPermission the user's ACL rules deny a command, key or channel
+      * WrongDatabase     it has no database of this number
+      * TlsFailed         a certificate is wrong, or one side alone speaks TLS
+      * EvictingRedis     it deletes keys when it is full, and so jobs
+      * UnsupportedRedis  a Redis Cluster, or a server that lacks what the scripts need
   * TenantLimited         the job's tenant has reached its limit of queued jobs
   * LeaseLost             another worker owns the job now
   * JobTooLarge           the job can never fit this device's KV budget
@@ -65,7 +79,7 @@ class MlxServingError(Exception):
 
     def __init__(self, message: str | None = None) -> None:
         """Take the class's docstring as the message if none is given."""
-        self.message = message or _summary(type(self))
+        self.message = message or summary(type(self))
         super().__init__(self.message)
 
 
@@ -173,6 +187,12 @@ class JobNotFound(MlxServingError):
     code = "job_not_found"
 
 
+class JobNotEnded(MlxServingError):
+    """The job waits or runs; only a job that ended can be forgotten."""
+
+    code = "job_not_ended"
+
+
 class InvalidBatch(_FieldErrors, MlxServingError):
     """The bulk file can't be run as asked."""
 
@@ -219,11 +239,83 @@ class StreamReset(StreamConflict):
         return _rebuild_reset, (self.message, self.seq)
 
 
-class QueueUnavailable(MlxServingError):
-    """Redis can't be reached, or can't answer now."""
+class QueueFailure(MlxServingError):
+    """Redis did not do what it was asked to."""
+
+    code = "queue_failure"
+
+
+class QueueUnavailable(QueueFailure):
+    """Redis is not available: check that it runs and that redis.url names it."""
 
     code = "queue_unavailable"
     retryable = True
+
+
+class RedisLoading(QueueUnavailable):
+    """Redis has just started and reads its data from disk: try again when it has."""
+
+    code = "redis_loading"
+
+
+class RedisReadOnly(QueueUnavailable):
+    """Redis takes no writes now: it is a replica, lacks replicas, or can't save to its disk."""
+
+    code = "redis_read_only"
+
+
+class RedisFull(QueueUnavailable):
+    """Redis's memory is full: wait for jobs to end and expire, or raise its maxmemory."""
+
+    code = "redis_full"
+
+
+class RedisCrowded(QueueUnavailable):
+    """Redis takes no more clients: close some, or raise its maxclients."""
+
+    code = "redis_max_clients"
+
+
+class QueueRefused(QueueFailure):
+    """Redis refuses this call, and would again."""
+
+    code = "queue_refused"
+
+
+class WrongCredentials(QueueRefused):
+    """Redis refuses our user or password: check redis.url and redis.password."""
+
+    code = "redis_wrong_password"
+
+
+class MissingPermission(QueueRefused):
+    """Redis denies this to our user: give it the rules of its role in ops/redis/users.acl."""
+
+    code = "redis_no_permission"
+
+
+class WrongDatabase(QueueRefused):
+    """Redis has no database of this number: check the end of redis.url."""
+
+    code = "redis_wrong_database"
+
+
+class TlsFailed(QueueRefused):
+    """No TLS connection to Redis: check rediss:// in redis.url, and the certificates."""
+
+    code = "redis_tls"
+
+
+class EvictingRedis(QueueRefused):
+    """Redis deletes keys when it is full, and so jobs: set its maxmemory-policy to noeviction."""
+
+    code = "redis_evicts"
+
+
+class UnsupportedRedis(QueueRefused):
+    """This server can't hold a queue: use one Redis or Valkey that is not a Cluster."""
+
+    code = "redis_unsupported"
 
 
 class TenantLimited(MlxServingError):
@@ -294,7 +386,7 @@ def field_errors(errors: Iterable[FieldError | tuple[str, str]] | str | None) ->
     return [FieldError(*error) for error in errors or ()]
 
 
-def _summary(kind: type[MlxServingError]) -> str:
+def summary(kind: type[MlxServingError]) -> str:
     """First line of the class's docstring without its full stop; under `-OO`, the code."""
     return (kind.__doc__ or kind.code).strip().splitlines()[0].rstrip(".")
 

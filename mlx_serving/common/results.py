@@ -109,9 +109,11 @@ class GenerationResult(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=
         """
         if self.state is JobState.FINISHED:
             return self
-        reason = f": {self.error.code}: {self.error.message}" if self.error else ""
         kind = ERROR_OF_STATE.get(self.state, UnsuccessfulJob)
-        message = f"job {self.id} is {self.state.value}{reason}"
+        why = (self.error.code, self.error.message) if self.error else ()
+        # Each word once: the code of a cancelled job is its state, that of an expired one its why.
+        said = ": ".join(dict.fromkeys((self.state.value, *why)))
+        message = f"job {self.id} is {said}"
         raise kind(message, result=self)
 
 
@@ -154,6 +156,23 @@ class JobExpired(UnsuccessfulJob):
     """The job passed its deadline, its timeout, or the time that somebody listened."""
 
     code = "job_expired"
+
+
+class EventsGone(MlxServingError):
+    """The job ended so long ago that its events are gone."""
+
+    code = "events_gone"
+
+    def __init__(
+        self, message: str | None = None, *, result: GenerationResult | None = None
+    ) -> None:
+        """Carry the result record, which has all of the output."""
+        self.result = result
+        super().__init__(message)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle with the result, which `Exception` would leave out."""
+        return _rebuild, (type(self), self.message, self.result)
 
 
 ERROR_OF_STATE: Final[dict[JobState, type[UnsuccessfulJob]]] = {
@@ -253,8 +272,8 @@ def _joined_call(parts: list[ToolCallDelta]) -> ToolCallResult:
 
 
 def _rebuild(
-    kind: type[UnsuccessfulJob], message: str, result: GenerationResult | None
-) -> UnsuccessfulJob:
+    kind: type[UnsuccessfulJob | EventsGone], message: str, result: GenerationResult | None
+) -> UnsuccessfulJob | EventsGone:
     return kind(message, result=result)
 
 

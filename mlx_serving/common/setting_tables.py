@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from typing import Annotated, Final, Literal, Self
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, urlsplit
 
 from pydantic import (
     AfterValidator,
@@ -17,7 +17,7 @@ from pydantic import (
     model_validator,
 )
 
-from mlx_serving.common import defaults, limits
+from mlx_serving.common import defaults, lifetimes, limits
 from mlx_serving.common.errors import FieldError
 from mlx_serving.common.job.schema import ModelName
 from mlx_serving.common.validation import rules_error
@@ -47,6 +47,14 @@ def _number(value: object) -> object:
     return int(value) if isinstance(value, str) and value.isdecimal() else value
 
 
+_REPLIES: Final = "replies are read as they come"
+NOT_IN_URL: Final = {
+    "decode_responses": _REPLIES, "encoding": _REPLIES, "encoding_errors": _REPLIES,
+    "max_connections": "a client opens as many connections as it needs",
+}  # fmt: skip
+"""Options that redis-py reads from a URL and that would break a client of ours."""
+
+
 def _usable_url(value: object) -> object:
     """Refuse what redis-py would raise at later, or read as database 0. No error quotes it."""
     if not isinstance(value, str):
@@ -62,6 +70,9 @@ def _usable_url(value: object) -> object:
         raise ValueError("is no URL of a Redis: its host, port or options are wrong") from None
     if database and not database.isdecimal():
         raise ValueError("is no URL of a Redis: its database must be a number")
+    for name in parse_qs(urlsplit(value).query, keep_blank_values=True):
+        if (reason := NOT_IN_URL.get(name)) is not None:
+            raise ValueError(f"must not have ?{name}: {reason}")
     return value
 
 
@@ -82,6 +93,7 @@ HoursOfDay = Annotated[
     Field(pattern=r"^([01]\d|2[0-3]):[0-5]\d-(([01]\d|2[0-3]):[0-5]\d|24:00)$"),
     AfterValidator(_not_empty),
 ]
+KeptSeconds = Annotated[int, Field(ge=1, le=limits.SECONDS)]
 NonNegativeSeconds = Annotated[float, Field(ge=0, le=24 * 3600)]
 PositiveSeconds = Annotated[float, Field(gt=0, le=24 * 3600)]
 CommaList = BeforeValidator(_split)
@@ -175,6 +187,19 @@ class JobSettings(Table):
         default=(),
         description="the first key signs, all of them verify; with keys, workers run signed jobs "
         "only",
+    )
+    queued_ttl: KeptSeconds = Field(
+        default=lifetimes.DEFAULT.queued,
+        description="seconds after which a job that no worker took ends as expired (`unserved`)",
+    )
+    events_ttl: KeptSeconds = Field(
+        default=lifetimes.DEFAULT.events,
+        description="seconds that a job's events are kept after its end; its result stays for its "
+        "own `result_ttl`",
+    )
+    failed_ttl: KeptSeconds = Field(
+        default=lifetimes.DEFAULT.failed,
+        description="seconds that a failed or dead job is kept after its end, for a requeue",
     )
 
 
@@ -289,6 +314,10 @@ class WorkerSettings(Table):
         ge=1,
         le=1 << 30,
         description="decoded tokens that wait for Redis, at most; then the engine pauses",
+    )
+    rq_results: bool = Field(
+        default=False,
+        description="keep each result a second time, as RQ's `job.return_value()`",
     )
     model_budget_bytes: int | None = Field(
         default=None,

@@ -108,7 +108,18 @@ def load_settings(**changes: Any) -> Settings:
 
     """
     rq_prefix()
-    return _validated(_merged(_from_file(), _from_environment(), _by_table(changes)))
+    path = _config_file()
+    file = {} if path is None else _from_file(path)
+    over = _merged(_from_environment(), _by_table(changes))
+    try:
+        return _validated(_merged(file, over))
+    except InvalidSettings as error:
+        raise InvalidSettings(
+            [
+                (at, f"{reason} (in {path})" if _is_from_file(at, file, over) else reason)
+                for at, reason in error.errors
+            ]
+        ) from None
 
 
 def setting_paths() -> Iterator[tuple[str, ...]]:
@@ -190,10 +201,21 @@ def _from_environment() -> dict[str, Any]:
     return _by_table(found)
 
 
-def _from_file() -> dict[str, Any]:
-    path = _config_file()
-    if path is None:
-        return {}
+def _is_from_file(at: str, file: Mapping[str, Any], over: Mapping[str, Any]) -> bool:
+    """Whether the file alone gave the value, or one of the values, that an error names."""
+    table, _, key = at.partition(".")
+    given, other = file.get(table), over.get(table)
+    if table not in TABLES or not key or not isinstance(given, Mapping):
+        return table in file and table not in over
+    return _held(key, given) and not (isinstance(other, Mapping) and _held(key, other))
+
+
+def _held(key: str, table: Mapping[str, Any]) -> bool:
+    """Whether a table has the key, or the table of the names that the key begins with."""
+    return any(key == name or key.startswith((f"{name}.", f"{name}[")) for name in table)
+
+
+def _from_file(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

@@ -13,12 +13,15 @@ from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
 from mlx_serving.common.errors import FieldError, InvalidSettings
 from mlx_serving.common.protocol.fields import TENANT_MARK, LimitField, limit_field
+from mlx_serving.common.protocol.quarantine import is_wrong_type
 from mlx_serving.common.redis.connection import connect
 from mlx_serving.common.redis.retrying import answered
 from mlx_serving.common.validation import tenant_problems
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    import redis
 
     from mlx_serving.common.redis.connection import Endpoint
 
@@ -54,7 +57,7 @@ class Tenancy:
     """Reads and sets the limits on one Redis.
 
     Raises:
-        QueueUnavailable: from every call, if Redis is away or refuses us.
+        QueueFailure: from every call, if Redis is away or refuses us.
 
     """
 
@@ -117,8 +120,8 @@ class Tenancy:
         with self._redis.pipeline(transaction=False) as pipe:
             pipe.hgetall(self._keys.limits())
             pipe.smembers(self._keys.tenants())
-            raw, known = pipe.execute()
-        return raw, known
+            raw, known = _read(pipe)
+        return raw or {}, known or set()
 
     def _counts(self, tenants: list[str]) -> list[tuple[int, int]]:
         keys = self._keys
@@ -126,8 +129,17 @@ class Tenancy:
             for tenant in tenants:
                 pipe.scard(keys.tenant_queued(tenant))
                 pipe.scard(keys.tenant_running(tenant))
-            counts: list[Any] = pipe.execute()
+            counts = [count or 0 for count in _read(pipe)]
         return list(zip(counts[::2], counts[1::2], strict=True))
+
+
+def _read(pipe: redis.client.Pipeline) -> list[Any]:
+    """The pipeline's replies; None for a key of a wrong type, which a script quarantines."""
+    replies = pipe.execute(raise_on_error=False)
+    for reply in replies:
+        if isinstance(reply, Exception) and not is_wrong_type(reply):
+            raise reply
+    return [None if isinstance(reply, Exception) else reply for reply in replies]
 
 
 def _problems(tenant: str | None, limits: Mapping[str, int | str]) -> list[FieldError]:

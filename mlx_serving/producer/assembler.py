@@ -20,14 +20,13 @@ from typing import TYPE_CHECKING, Final
 
 from mlx_serving.common.errors import CorruptEvent, StreamConflict, StreamGap
 from mlx_serving.common.events import END, KNOWN_TYPES, decode
+from mlx_serving.producer.patience import POLL_S, SILENCE_S, Patience
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from mlx_serving.common.events import Event
 
-SILENCE_S: Final = 1.0  # a live subscription this quiet may have lost a message
-POLL_S: Final = 0.25  # between reads while nothing is published to this reader
 COMPARED_EVENTS: Final = 256  # delivered events that a replay is compared with
 HELD_EVENTS: Final = 256  # live events held while a gap before them is filled
 
@@ -61,6 +60,8 @@ class StreamAssembler:
         self._held_limit = held
         self._live = False
         self._publishes = True
+        self._waiting = False
+        self._patience = Patience()
 
     @property
     def replay_from(self) -> int:
@@ -73,13 +74,18 @@ class StreamAssembler:
 
     @property
     def patience_s(self) -> float:
-        """Seconds to wait for a live message before calling :meth:`silent`."""
+        """Seconds to wait for a live message before calling :meth:`silent`.
+
+        They grow while the job waits in the queue: the event that begins it is published.
+        """
+        if self._waiting:
+            return self._patience.growing_s(live=self._live)
         return SILENCE_S if self._live and self._publishes else POLL_S
 
     @property
     def wants_live(self) -> bool:
-        """Whether a subscription can bring anything: the job publishes and goes on."""
-        return self._publishes and not self.ended
+        """Whether a subscription can bring anything: begin and end of every job are published."""
+        return not self.ended
 
     def subscribed(self) -> None:
         """Note a confirmed subscription: what was published before it is missing.
@@ -101,10 +107,12 @@ class StreamAssembler:
         """
         self._held.clear()
         self._confirmed = min(self._confirmed, self._comparable_after)
+        self._patience.heard()
         self.needs_replay = True
 
     def silent(self) -> None:
         """Note that nothing came, or that messages were dropped: read the stream."""
+        self._patience.silent()
         self.needs_replay = True
 
     def receive(self, payload: bytes) -> list[Event]:
@@ -116,6 +124,8 @@ class StreamAssembler:
         """
         if self.ended:
             return []
+        self._waiting = False
+        self._patience.heard()
         try:
             event = decode(payload)
         except CorruptEvent:  # the stream says whether the event itself is bad
@@ -134,6 +144,7 @@ class StreamAssembler:
         *,
         committed: int,
         over: bool,
+        waiting: bool = False,
         publishes: bool = True,
         more: bool = False,
     ) -> list[Event]:
@@ -143,7 +154,8 @@ class StreamAssembler:
             payloads: the stream's entries in order.
             committed: the control hash's last ``seq``, read before the entries.
             over: whether the control hash, read before the entries, was terminal.
-            publishes: whether the job's events are also published.
+            waiting: whether it was queued.
+            publishes: whether its tokens are also published.
             more: whether the read stopped at a limit, so that entries are left.
 
         Raises:
@@ -153,7 +165,7 @@ class StreamAssembler:
             CorruptEvent: an entry is no event.
 
         """
-        self._publishes = publishes
+        self._publishes, self._waiting = publishes, waiting
         self._roll_back(committed)
         ready: list[Event] = []
         for payload in payloads:

@@ -9,9 +9,10 @@ import asyncio
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, overload
 
-from mlx_serving.common.protocol import calls
+from mlx_serving.common.protocol import calls, ended_calls
 from mlx_serving.common.protocol.client import AsyncProtocol
-from mlx_serving.common.redis.retrying import FAULTS, retry_idempotent_async, unavailable
+from mlx_serving.common.redis.retrying import FAULTS, answered_async
+from mlx_serving.common.results import EventsGone
 from mlx_serving.common.states import TERMINAL
 from mlx_serving.producer.assembler import StreamAssembler
 from mlx_serving.producer.base import (
@@ -23,10 +24,12 @@ from mlx_serving.producer.base import (
     text_of,
     wait_s,
 )
+from mlx_serving.producer.end_watch import EndWatch
 from mlx_serving.producer.handles import AsyncJobHandle
 from mlx_serving.producer.loop_connections import ConnectionsByLoop
-from mlx_serving.producer.refusals import check_admitted
+from mlx_serving.producer.refusals import check_admitted, check_forgotten, requeued_state
 from mlx_serving.producer.retry_window import RetryWindow
+from mlx_serving.producer.snapshot_reader import common_wait_s
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
@@ -37,7 +40,7 @@ if TYPE_CHECKING:
     from mlx_serving.common.results import GenerationResult
     from mlx_serving.common.settings import Settings
     from mlx_serving.common.states import JobState
-    from mlx_serving.producer.base import JobLike
+    from mlx_serving.producer.base import JobLike, Reader
     from mlx_serving.producer.batch.api import AsyncBatches
     from mlx_serving.producer.stream_hub import Mailbox
 
@@ -56,7 +59,7 @@ class AsyncClient(BaseClient):
         tenant: str | None = None,
     ) -> None:
         super().__init__(url, settings=settings, model=model, tenant=tenant)
-        self._connections = ConnectionsByLoop(self.endpoint)
+        self._connections = ConnectionsByLoop(self.endpoint, self._queue_snapshot)
 
     async def __aenter__(self) -> Self:
         return self
@@ -126,7 +129,7 @@ class AsyncClient(BaseClient):
         deadline_s = None if timeout is None else loop.time() + timeout
         record = await self.status(job_id)
         if record.state not in TERMINAL:
-            async for _ in self._follow(job_id, StreamAssembler(record.seq), deadline_s):
+            async for _ in self._follow(job_id, EndWatch(), deadline_s):
                 pass
             record = await self.status(job_id)
         if record.result:
@@ -149,42 +152,52 @@ class AsyncClient(BaseClient):
             raise not_found(job_id)
         return state
 
+    async def forget(self, job_id: str) -> None:
+        """Delete a job that ended; see :meth:`Client.forget`."""
+        call = ended_calls.forget([check_id(job_id)])
+        (state,) = await self._answered(lambda protocol: protocol.run(call))
+        check_forgotten(job_id, state)
+
+    async def requeue(self, job_id: str) -> JobState:
+        """Enqueue a job anew that ended without finishing; see :meth:`Client.requeue`."""
+        call = ended_calls.requeue(check_id(job_id))
+        return requeued_state(job_id, await self._answered(lambda protocol: protocol.run(call)))
+
     async def _follow(
-        self, job_id: str, assembler: StreamAssembler, deadline_s: float | None = None
+        self, job_id: str, reader: Reader, deadline_s: float | None = None
     ) -> AsyncGenerator[Event, None]:
         loop = asyncio.get_running_loop()
         retries, hub = RetryWindow(), (await self._connections.here()).hub
         mailbox: Mailbox | None = None
         try:
-            while not assembler.ended:
-                timeout_s = wait_s(assembler, deadline_s, loop.time())
-                if assembler.needs_replay:
-                    ready = await self._replay(job_id, assembler, retries)
-                elif mailbox is None and assembler.wants_live:
+            while not reader.ended:
+                timeout_s = wait_s(reader, deadline_s, loop.time())
+                if reader.needs_replay:
+                    ready = await self._replay(job_id, reader, retries)
+                elif mailbox is None and reader.wants_live:
                     mailbox = hub.open(self.keys.channel(job_id))
                     continue
                 else:
-                    ready = await _news(mailbox, assembler, timeout_s)
+                    ready = await _news(mailbox, reader, timeout_s)
                 for event in ready:
                     yield event
         finally:
             if mailbox is not None:
                 hub.close(mailbox)
 
-    async def _replay(
-        self, job_id: str, assembler: StreamAssembler, retries: RetryWindow
-    ) -> list[Event]:
+    async def _replay(self, job_id: str, reader: Reader, retries: RetryWindow) -> list[Event]:
         try:
             here = await self._connections.here()
-            async with here.calls, here.redis.pipeline(transaction=False) as pipe:
-                self._queue_snapshot(pipe, job_id, assembler.replay_from)
-                replies = await pipe.execute()
+            replies = await here.snapshots.read(job_id, reader.replay_from)
         except FAULTS as error:
-            assembler.distrust()
+            reader.distrust()
             await asyncio.sleep(retries.failed(error, asyncio.get_running_loop().time()))
             return []
         retries.succeeded()
-        return self._feed(assembler, job_id, replies)
+        try:
+            return self._feed(reader, job_id, replies)
+        except EventsGone as gone:
+            raise EventsGone(gone.message, result=await self.result(job_id)) from None
 
     async def _texts(
         self, job_id: str, events: AsyncGenerator[Event, None]
@@ -195,22 +208,18 @@ class AsyncClient(BaseClient):
         (await self.result(job_id)).raise_for_state()
 
     async def _answered(self, call: Callable[[AsyncProtocol], Awaitable[T]]) -> T:
-        """Run a call that may run twice; raise QueueUnavailable for any error of Redis."""
+        """Run a call that may run twice; see `answered_async` for what it raises."""
         here = await self._connections.here()
-        try:
-            async with here.calls:
-                return await retry_idempotent_async(partial(call, here.protocol))
-        except FAULTS as error:
-            raise unavailable(error) from error
+        async with here.calls:
+            return await answered_async(partial(call, here.protocol))
 
 
-async def _news(
-    mailbox: Mailbox | None, assembler: StreamAssembler, timeout_s: float
-) -> list[Event]:
+async def _news(mailbox: Mailbox | None, reader: Reader, timeout_s: float) -> list[Event]:
     """Wait for messages in the mailbox, or without one until the stream is to be read again."""
+    timeout_s = common_wait_s(timeout_s, asyncio.get_running_loop().time())
     if mailbox is None:
         await asyncio.sleep(timeout_s)
     elif await mailbox.wait(timeout_s):
-        return mailbox.empty_into(assembler)
-    assembler.silent()
+        return mailbox.empty_into(reader)
+    reader.silent()
     return []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, Final
@@ -16,14 +17,16 @@ from mlx_serving.common.errors import (
     StreamReset,
 )
 from mlx_serving.common.events import RESET, decode
+from mlx_serving.common.lifetimes import Lifetimes
 from mlx_serving.common.protocol import calls
 from mlx_serving.common.protocol.fields import JobField
 from mlx_serving.common.protocol.stored_events import payloads
 from mlx_serving.common.redis.connection import resolve
-from mlx_serving.common.results import GenerationResult, Timings
+from mlx_serving.common.results import EventsGone, GenerationResult, Timings
 from mlx_serving.common.signing import Signer
 from mlx_serving.common.states import TERMINAL, JobState
 from mlx_serving.producer.envelope import seal
+from mlx_serving.producer.patience import SILENCE_S
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -35,7 +38,9 @@ if TYPE_CHECKING:
     from mlx_serving.common.redis.connection import Endpoint
     from mlx_serving.common.settings import Settings
     from mlx_serving.producer.assembler import StreamAssembler
+    from mlx_serving.producer.end_watch import EndWatch
 
+    Reader = StreamAssembler | EndWatch
     JobLike = GenerationJob | Mapping[str, Any]
 
 CANCELLED_BY_CLIENT: Final = "cancelled_by_client"
@@ -74,7 +79,9 @@ class BaseClient:
         self.keys = self.endpoint.keys
         # Remembered: a batch asks it for each job.
         self._serves = lru_cache(maxsize=256)(partial(_is_at, self.endpoint, self.settings))
-        self._signer = Signer(key.get_secret_value() for key in self.settings.jobs.signing_keys)
+        jobs = self.settings.jobs
+        self._signer = Signer(key.get_secret_value() for key in jobs.signing_keys)
+        self._lifetimes = Lifetimes(jobs.queued_ttl, jobs.events_ttl, jobs.failed_ttl)
 
     def _seal(self, job: JobLike | None, fields: Mapping[str, Any]) -> EnqueueEntry:
         """Validate a job given as an object, a mapping or keywords, and seal it."""
@@ -89,7 +96,7 @@ class BaseClient:
             reason = "is served by another Redis than this client's: open a Client(model=…) for it"
             raise InvalidJob([FieldError("model", reason)])
         limit = self.settings.jobs.max_bytes
-        return seal(job, max_payload_bytes=limit, signer=self._signer)
+        return seal(job, max_payload_bytes=limit, signer=self._signer, lifetimes=self._lifetimes)
 
     def _seal_all(self, jobs: Iterable[JobLike]) -> list[EnqueueEntry]:
         """Seal every job, or raise the errors of all that are wrong, each under ``jobs[i].``."""
@@ -104,31 +111,40 @@ class BaseClient:
             raise InvalidJob(errors)
         return entries
 
-    def _queue_snapshot(self, pipe: Any, job_id: str, after_seq: int) -> None:  # noqa: ANN401 -- a sync or async pipeline
-        """Queue a read of a job: first its control hash, so that the stream is at least as new."""
+    def _queue_snapshot(self, pipe: Any, job_id: str, after_seq: int | None) -> None:  # noqa: ANN401 -- a sync or async pipeline
+        """Queue a read of a job: first its control hash, so that the stream is at least as new.
+
+        The stream is not read if `after_seq` is None.
+        """
         pipe.hmget(self.keys.job(job_id), JobField.STATE, JobField.SEQ, JobField.STREAM)
-        pipe.xrange(self.keys.events(job_id), f"({after_seq}-0", "+", count=PAGE_EVENTS)
+        if after_seq is not None:
+            pipe.xrange(self.keys.events(job_id), f"({after_seq}-0", "+", count=PAGE_EVENTS)
 
     @staticmethod
-    def _feed(assembler: StreamAssembler, job_id: str, replies: Sequence[Any]) -> list[Event]:
-        """Feed the assembler what `_queue_snapshot` read; return the events that are ready.
+    def _feed(reader: Reader, job_id: str, replies: Sequence[Any]) -> list[Event]:
+        """Feed a reader what `_queue_snapshot` read; return the events that are ready.
 
         Raises:
             JobNotFound: there is no such job, or its result has expired.
+            EventsGone: it ended, and events that the consumer lacks are no longer kept.
             CorruptJob: its control hash can't be read.
 
         """
-        (state, seq, publishes), entries = replies
+        (state, seq, publishes), *read = replies
         if state is None:
             raise not_found(job_id)
         try:
-            committed, over = int(seq or 0), JobState(state.decode()) in TERMINAL
+            committed, now = int(seq or 0), JobState(state.decode())
         except ValueError:
             raise CorruptJob(f"the control hash of job {job_id!r} can't be read") from None
-        return assembler.replay(
+        entries, after = read[0] if read else [], reader.replay_from
+        if now in TERMINAL and not entries and after is not None and committed > after:
+            raise EventsGone(f"the events of job {job_id} are gone: it ended too long ago")
+        return reader.replay(
             payloads(entries),
             committed=committed,
-            over=over,
+            over=now in TERMINAL,
+            waiting=now is JobState.QUEUED,
             publishes=publishes != b"0",
             more=len(entries) == PAGE_EVENTS,
         )
@@ -174,18 +190,23 @@ def text_of(event: Event) -> str:
     return event.text
 
 
-def wait_s(assembler: StreamAssembler, deadline_s: float | None, now_s: float) -> float:
+def wait_s(reader: Reader, deadline_s: float | None, now_s: float) -> float:
     """Seconds to wait for the next message, at most until the deadline.
+
+    Long waits differ by a fifth, so that readers that began together do not read together.
 
     Raises:
         ResultTimeout: the deadline has passed.
 
     """
+    seconds = reader.patience_s
+    if seconds > SILENCE_S:
+        seconds *= random.uniform(0.8, 1.0)  # noqa: S311 -- jitter
     if deadline_s is None:
-        return assembler.patience_s
+        return seconds
     if now_s >= deadline_s:
         raise ResultTimeout
-    return min(assembler.patience_s, deadline_s - now_s)
+    return min(seconds, deadline_s - now_s)
 
 
 def not_found(job_id: str) -> JobNotFound:

@@ -10,10 +10,11 @@ from contextlib import closing
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, overload
 
-from mlx_serving.common.protocol import calls
+from mlx_serving.common.protocol import calls, ended_calls
 from mlx_serving.common.protocol.client import Protocol
 from mlx_serving.common.redis.connection import connect
 from mlx_serving.common.redis.retrying import FAULTS, answered
+from mlx_serving.common.results import EventsGone
 from mlx_serving.common.states import TERMINAL
 from mlx_serving.producer.assembler import StreamAssembler
 from mlx_serving.producer.base import (
@@ -25,9 +26,10 @@ from mlx_serving.producer.base import (
     text_of,
     wait_s,
 )
+from mlx_serving.producer.end_watch import EndWatch
 from mlx_serving.producer.handles import JobHandle
 from mlx_serving.producer.live_feed import LiveFeed
-from mlx_serving.producer.refusals import check_admitted
+from mlx_serving.producer.refusals import check_admitted, check_forgotten, requeued_state
 from mlx_serving.producer.retry_window import RetryWindow
 
 if TYPE_CHECKING:
@@ -38,7 +40,7 @@ if TYPE_CHECKING:
     from mlx_serving.common.results import GenerationResult
     from mlx_serving.common.settings import Settings
     from mlx_serving.common.states import JobState
-    from mlx_serving.producer.base import JobLike
+    from mlx_serving.producer.base import JobLike, Reader
     from mlx_serving.producer.batch.api import Batches
 
 T = TypeVar("T")
@@ -48,7 +50,8 @@ class Client(BaseClient):
     """A blocking producer.
 
     Every call may raise QueueUnavailable (``retryable``) if Redis is away. The call may then
-    be made again: to send it twice has the same effect as once.
+    be made again: to send it twice has the same effect as once. It raises QueueRefused at once for
+    what no retry mends, such as a wrong password; `code` names each kind.
     """
 
     def __init__(
@@ -144,6 +147,7 @@ class Client(BaseClient):
 
         Raises:
             JobNotFound: there is no such job, or its ``result_ttl`` is over.
+            EventsGone: it ended, and its events are no longer kept; ``.result`` has its output.
             StreamConflict, StreamGap: Redis lost events that it had acknowledged.
             QueueUnavailable: Redis has been away for a minute (2 s before the first event).
             ValueError: ``after_seq`` is negative.
@@ -165,7 +169,7 @@ class Client(BaseClient):
         deadline_s = None if timeout is None else time.monotonic() + timeout
         record = self.status(job_id)
         if record.state not in TERMINAL:
-            for _ in self._follow(job_id, StreamAssembler(record.seq), deadline_s):
+            for _ in self._follow(job_id, EndWatch(), deadline_s):
                 pass
             record = self.status(job_id)
         payloads = [] if record.result else answered(lambda: self._protocol.read_events(job_id))
@@ -191,32 +195,60 @@ class Client(BaseClient):
             raise not_found(job_id)
         return state
 
+    def forget(self, job_id: str) -> None:
+        """Delete a job that ended: its result, events and payload, at once. Idempotent.
+
+        Raises:
+            JobNotEnded: it waits or runs; cancel it first.
+
+        """
+        call = ended_calls.forget([check_id(job_id)])
+        (state,) = answered(lambda: self._protocol.run(call))
+        check_forgotten(job_id, state)
+
+    def requeue(self, job_id: str) -> JobState:
+        """Enqueue a job anew that ended without finishing: under its id, with its payload.
+
+        Its events begin anew; its deadline counts from now. Returns the state after the call: a
+        job that waits, runs or finished stays as it is.
+
+        Raises:
+            JobNotFound: there is no such job, or its payload is no longer kept.
+            TenantLimited: the job's tenant is at its limit of queued jobs.
+
+        """
+        call = ended_calls.requeue(check_id(job_id))
+        return requeued_state(job_id, answered(lambda: self._protocol.run(call)))
+
     def _follow(
-        self, job_id: str, assembler: StreamAssembler, deadline_s: float | None = None
+        self, job_id: str, reader: Reader, deadline_s: float | None = None
     ) -> Generator[Event, None, None]:
         retries = RetryWindow()
         with closing(LiveFeed(self._live, self.keys.channel(job_id))) as feed:
-            while not assembler.ended:
-                timeout_s = wait_s(assembler, deadline_s, time.monotonic())
-                if assembler.needs_replay:
-                    yield from self._replay(job_id, assembler, retries)
-                elif assembler.wants_live:
-                    yield from feed.wait(assembler, timeout_s)
+            while not reader.ended:
+                timeout_s = wait_s(reader, deadline_s, time.monotonic())
+                if reader.needs_replay:
+                    yield from self._replay(job_id, reader, retries)
+                elif reader.wants_live:
+                    yield from feed.wait(reader, timeout_s)
                 else:
                     time.sleep(timeout_s)
-                    assembler.silent()
+                    reader.silent()
 
-    def _replay(self, job_id: str, assembler: StreamAssembler, retries: RetryWindow) -> list[Event]:
+    def _replay(self, job_id: str, reader: Reader, retries: RetryWindow) -> list[Event]:
         try:
             with self._redis.pipeline(transaction=False) as pipe:
-                self._queue_snapshot(pipe, job_id, assembler.replay_from)
+                self._queue_snapshot(pipe, job_id, reader.replay_from)
                 replies = pipe.execute()
         except FAULTS as error:
-            assembler.distrust()
+            reader.distrust()
             time.sleep(retries.failed(error, time.monotonic()))
             return []
         retries.succeeded()
-        return self._feed(assembler, job_id, replies)
+        try:
+            return self._feed(reader, job_id, replies)
+        except EventsGone as gone:
+            raise EventsGone(gone.message, result=self.result(job_id)) from None
 
     def _texts(
         self, job_id: str, events: Generator[Event, None, None]

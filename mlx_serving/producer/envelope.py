@@ -20,6 +20,7 @@ from rq.serializers import JSONSerializer
 from mlx_serving.common import limits
 from mlx_serving.common.errors import FieldError, PayloadTooLarge
 from mlx_serving.common.job.schema import JOB_FUNCTION
+from mlx_serving.common.lifetimes import DEFAULT
 from mlx_serving.common.protocol.calls import EnqueueEntry, iso_now
 from mlx_serving.common.protocol.fields import SIGNATURE_FIELD
 from mlx_serving.common.signing import Signer
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from redis import Redis
 
     from mlx_serving.common.job.schema import GenerationJob
+    from mlx_serving.common.lifetimes import Lifetimes
 
 UNSIGNED: Final = Signer()
 
@@ -41,7 +43,13 @@ RELATIVE: Final = frozenset({"v", "min_protocol", "deadline", "traceparent"})
 _NO_CONNECTION = cast("Redis", object())
 
 
-def seal(job: GenerationJob, *, max_payload_bytes: int, signer: Signer = UNSIGNED) -> EnqueueEntry:
+def seal(
+    job: GenerationJob,
+    *,
+    max_payload_bytes: int,
+    signer: Signer = UNSIGNED,
+    lifetimes: Lifetimes = DEFAULT,
+) -> EnqueueEntry:
     """Build the entry that is enqueued: draw a seed, choose an id, build RQ's hash, sign it.
 
     Raises:
@@ -67,6 +75,7 @@ def seal(job: GenerationJob, *, max_payload_bytes: int, signer: Signer = UNSIGNE
         timeout_ms=_milliseconds(job.timeout),
         abandon_ms=_milliseconds(job.abandon_after),
         result_ttl=job.result_ttl,
+        lifetimes=lifetimes,
         stream=job.stream,
         tenant=job.tenant or "",
         marks=marks(job),

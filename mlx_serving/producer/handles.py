@@ -26,6 +26,7 @@ class JobCalls(Protocol):
     def result(self, job_id: str, timeout: float | None = None) -> GenerationResult: ...  # noqa: D102 -- see `Client`
     def status(self, job_id: str) -> JobRecord: ...  # noqa: D102
     def cancel(self, job_id: str) -> JobState: ...  # noqa: D102
+    def forget(self, job_id: str) -> None: ...  # noqa: D102
 
 
 class AsyncJobCalls(Protocol):
@@ -40,6 +41,7 @@ class AsyncJobCalls(Protocol):
     async def result(self, job_id: str, timeout: float | None = None) -> GenerationResult: ...  # noqa: ASYNC109, D102 -- the sync twin's word
     async def status(self, job_id: str) -> JobRecord: ...  # noqa: D102
     async def cancel(self, job_id: str) -> JobState: ...  # noqa: D102
+    async def forget(self, job_id: str) -> None: ...  # noqa: D102
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +81,10 @@ class JobHandle:
         """See :meth:`Client.cancel`."""
         return self._client.cancel(self.id)
 
+    def forget(self) -> None:
+        """See :meth:`Client.forget`."""
+        self._client.forget(self.id)
+
 
 @dataclass(frozen=True, slots=True)
 class AsyncJobHandle:
@@ -108,3 +114,7 @@ class AsyncJobHandle:
     async def cancel(self) -> JobState:
         """See :meth:`AsyncClient.cancel`."""
         return await self._client.cancel(self.id)
+
+    async def forget(self) -> None:
+        """See :meth:`AsyncClient.forget`."""
+        await self._client.forget(self.id)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from redis import Redis
 
     from mlx_serving.common.events import Event
-    from mlx_serving.producer.assembler import StreamAssembler
+    from mlx_serving.producer.base import Reader
 
 Kind = Literal["message", "subscribe", "other"]
 
@@ -50,18 +50,18 @@ class LiveFeed:
         self._retries = RetryWindow(math.inf, math.inf)  # meanwhile the job's stream is read
         self._retry_at_s = 0.0
 
-    def wait(self, assembler: StreamAssembler, timeout_s: float) -> list[Event]:
-        """Wait for live messages and feed the assembler; tell it of silence and of a loss."""
+    def wait(self, reader: Reader, timeout_s: float) -> list[Event]:
+        """Wait for live messages and feed the reader; tell it of silence and of a loss."""
         try:
             if self._connection is None:
                 self._subscribe(timeout_s)
             if self._connection is None or not self._connection.can_read(timeout=timeout_s):
-                assembler.silent()
+                reader.silent()
                 return []
-            return self._read(assembler)
+            return self._read(reader)
         except FAULTS as error:
             self.close()
-            assembler.disconnected()
+            reader.disconnected()
             self._retry_at_s = time.monotonic() + self._retries.failed(error, time.monotonic())
             return []
 
@@ -82,14 +82,14 @@ class LiveFeed:
         self._connection = self._pool.get_connection()
         self._connection.send_command("SUBSCRIBE", self._channel, check_health=False)
 
-    def _read(self, assembler: StreamAssembler) -> list[Event]:
+    def _read(self, reader: Reader) -> list[Event]:
         """Read arrived messages until one of them makes events ready."""
         ready: list[Event] = []
         while not ready and self._connection.can_read(timeout=0):
             kind, _, payload = read_push(self._connection.read_response(push_request=True))
             if kind == "message":
-                ready += assembler.receive(payload)
+                ready += reader.receive(payload)
             elif kind == "subscribe":
                 self._retries.succeeded()
-                assembler.subscribed()
+                reader.subscribed()
         return ready

@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Final
 
 from mlx_serving.common.protocol.client import AsyncProtocol
 from mlx_serving.common.redis.connection import connect_async
+from mlx_serving.producer.snapshot_reader import SnapshotReader
 from mlx_serving.producer.stream_hub import StreamHub
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
 
     from mlx_serving.common.redis.connection import Endpoint
+    from mlx_serving.producer.snapshot_reader import Queue
 
 CONCURRENT_CALLS: Final = 16
 """Most commands at once: a hundred streams that replay share as many connections."""
@@ -25,11 +27,12 @@ CONCURRENT_CALLS: Final = 16
 class LoopConnections:
     """What one event loop has open."""
 
-    def __init__(self, endpoint: Endpoint) -> None:
+    def __init__(self, endpoint: Endpoint, queue_snapshot: Queue) -> None:
         self.redis = connect_async(endpoint)
         self.protocol = AsyncProtocol(self.redis, endpoint.keys)
         self.hub = StreamHub(self.redis)
         self.calls = asyncio.Semaphore(CONCURRENT_CALLS)
+        self.snapshots = SnapshotReader(self.redis, queue_snapshot, self.calls)
 
     async def aclose(self) -> None:
         """Close them; idempotent."""
@@ -40,8 +43,8 @@ class LoopConnections:
 class ConnectionsByLoop:
     """Opens a loop's connections when it first needs them, and closes them when it ends."""
 
-    def __init__(self, endpoint: Endpoint) -> None:
-        self._endpoint = endpoint
+    def __init__(self, endpoint: Endpoint, queue_snapshot: Queue) -> None:
+        self._endpoint, self._queue_snapshot = endpoint, queue_snapshot
         self._open: dict[asyncio.AbstractEventLoop, LoopConnections] = {}
         self._guards: dict[asyncio.AbstractEventLoop, AsyncGenerator[None, None]] = {}
 
@@ -51,7 +54,8 @@ class ConnectionsByLoop:
         connections = self._open.get(loop)
         if connections is None:
             self._forget_closed_loops()
-            connections = self._open[loop] = LoopConnections(self._endpoint)
+            connections = LoopConnections(self._endpoint, self._queue_snapshot)
+            self._open[loop] = connections
             guard = self._guards[loop] = self._until_the_end(loop)
             await anext(guard)
         return connections

@@ -1,16 +1,23 @@
-"""Jobs that Redis refused at submit: what the producer is told of them."""
+"""What Redis refused of a producer: what the producer is told."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from mlx_serving.common.errors import FieldError, IdempotencyConflict, TenantLimited
+from mlx_serving.common.errors import (
+    FieldError,
+    IdempotencyConflict,
+    JobNotEnded,
+    JobNotFound,
+    TenantLimited,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from mlx_serving.common.errors import InvalidJob
     from mlx_serving.common.protocol.calls import EnqueueEntry, EnqueueReply, Refusal
+    from mlx_serving.common.states import JobState
 
 FOR_GOOD: Final[dict[str, type[InvalidJob]]] = {"digest": IdempotencyConflict}
 """Why a job was refused → the error, if the same job will be refused again."""
@@ -59,3 +66,31 @@ def _limited(
         others = f", and {len(tenants) - 1} more tenants" if len(tenants) > 1 else ""
         text += f": {len(refused)} of {len(entries)} jobs were not enqueued{others}"
     return TenantLimited(text, tenant=first.tenant, limit=why.limit, queued=why.found, job_ids=ids)
+
+
+def check_forgotten(job_id: str, state: JobState | None) -> None:
+    """Check that a job is gone, given the state that keeps it from being forgotten.
+
+    Raises:
+        JobNotEnded: there is such a state.
+
+    """
+    if state is not None:
+        raise JobNotEnded(f"job {job_id} is {state.value}: cancel it first, or wait for its end")
+
+
+def requeued_state(job_id: str, reply: EnqueueReply | None) -> JobState:
+    """Return the state of a job that was to be enqueued anew.
+
+    Raises:
+        JobNotFound: it is gone, or its payload is.
+        TenantLimited: its tenant has reached its limit of queued jobs.
+
+    """
+    if reply is None:
+        raise JobNotFound(f"there is no job {job_id!r}, or its payload is no longer kept")
+    if reply.refusal:
+        limit, found = reply.refusal.limit, reply.refusal.found
+        text = f"the tenant of job {job_id} has {found} jobs queued and may have {limit}"
+        raise TenantLimited(text, limit=limit, queued=found, job_ids=[None])
+    return reply.state

@@ -6,7 +6,7 @@ from typing import Final
 
 from redis.backoff import EqualJitterBackoff
 
-from mlx_serving.common.redis.retrying import AWAY, REFUSED, unavailable
+from mlx_serving.common.redis.faults import fault_of
 
 FIRST_S: Final = 2.0  # for a first answer: the caller can come back
 LATER_S: Final = 60.0  # a stream that has begun outlives a Redis restart or a failover
@@ -38,14 +38,15 @@ class RetryWindow:
         """Note a failure; return how many seconds to wait before the next try.
 
         Raises:
-            QueueUnavailable: the window has passed, or the error is one that no wait mends.
+            QueueUnavailable: the window has passed.
+            QueueRefused: the error is one that no wait mends.
 
         """
-        if isinstance(error, REFUSED) or not isinstance(error, AWAY):
-            raise unavailable(error) from error
+        fault = fault_of(error)
         if not self._failures:
             self._since_s = now_s
-        elif now_s - self._since_s >= self._limit_s:
-            raise unavailable(error) from error
+        over = self._failures > 0 and now_s - self._since_s >= self._limit_s
+        if over or not fault.retryable:
+            raise fault from error
         self._failures += 1
         return float(_BACKOFF.compute(self._failures))

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 import structlog
 from redis.exceptions import ConnectionError as RedisConnectionError
 
+from mlx_serving.common.errors import QueueRefused
 from mlx_serving.common.redis.retrying import FAULTS
 from mlx_serving.producer.live_feed import read_push
 from mlx_serving.producer.retry_window import RetryWindow
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from redis.asyncio import Redis
 
     from mlx_serving.common.events import Event
-    from mlx_serving.producer.assembler import StreamAssembler
+    from mlx_serving.producer.base import Reader
 
 MAILBOX_EVENTS: Final = 256
 PING_S: Final = 5.0  # a connection silent this long is asked whether it lives
@@ -42,6 +43,7 @@ class Mailbox:
         self._payloads: deque[bytes] = deque()
         self._news = asyncio.Event()
         self._lost = self._confirmed = self._dropped = False
+        self._refusal: QueueRefused | None = None
 
     def put(self, payload: bytes) -> None:
         """Take a message; if full, drop all unread ones: the job's stream has them."""
@@ -63,6 +65,11 @@ class Mailbox:
         self._lost, self._confirmed = True, False
         self._news.set()
 
+    def refused(self, error: QueueRefused) -> None:
+        """Note that no message will come, and why."""
+        self._refusal = error
+        self._news.set()
+
     async def wait(self, timeout_s: float) -> bool:
         """Wait until something happened; return False if nothing did within the time."""
         with suppress(TimeoutError):
@@ -70,19 +77,26 @@ class Mailbox:
                 await self._news.wait()
         return self._news.is_set()
 
-    def empty_into(self, assembler: StreamAssembler) -> list[Event]:
-        """Hand everything to the assembler, in the order in which it happened."""
+    def empty_into(self, reader: Reader) -> list[Event]:
+        """Hand everything to the reader, in the order in which it happened.
+
+        Raises:
+            QueueRefused: Redis refuses the subscription, and would again.
+
+        """
         self._news.clear()
+        if self._refusal is not None:
+            raise self._refusal
         if self._lost:
-            assembler.disconnected()
+            reader.disconnected()
         if self._confirmed:
-            assembler.subscribed()
+            reader.subscribed()
         if self._dropped:
-            assembler.silent()
+            reader.silent()
         self._lost = self._confirmed = self._dropped = False
         ready: list[Event] = []
         while self._payloads:
-            ready += assembler.receive(self._payloads.popleft())
+            ready += reader.receive(self._payloads.popleft())
         return ready
 
 
@@ -141,7 +155,13 @@ class StreamHub:
                 await self._session(retries)
             except FAULTS as error:
                 _log.info("pubsub_connection_lost", error=type(error).__name__)
-                await asyncio.sleep(retries.failed(error, asyncio.get_running_loop().time()))
+                try:
+                    pause_s = retries.failed(error, asyncio.get_running_loop().time())
+                except QueueRefused as refusal:
+                    for mailbox in self._every():
+                        mailbox.refused(refusal)
+                    return
+                await asyncio.sleep(pause_s)
 
     async def _session(self, retries: RetryWindow) -> None:
         """Serve on one connection until it fails.

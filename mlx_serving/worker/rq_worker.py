@@ -13,7 +13,6 @@ import zlib
 from typing import TYPE_CHECKING, Any
 
 import structlog
-from redis.exceptions import ResponseError
 from rq import worker_registration
 from rq.serializers import JSONSerializer
 from rq.worker.base import BaseWorker, WorkerStatus
@@ -87,27 +86,30 @@ class BatchWorker(BaseWorker):
         """
         now = time.monotonic()
         look = now - self._looked_at >= LOOK_SECONDS
-        if look:
-            self._looked_at = now
         if not (self._is_listed() if look else self.connection.exists(self.key)):
             self.enter()
+        if look:  # and nothing failed: else the next call looks again
+            self._looked_at = now
         busy = WorkerStatus.BUSY if held else WorkerStatus.IDLE
         self.heartbeat(WORKER_TTL_SECONDS)
         self.set_state(WorkerStatus.SUSPENDED if suspended and not held else busy)
 
     def _is_listed(self) -> bool:
-        """Say whether the worker has its hash and is on every list that RQ's tools read.
-
-        A list of another type says nothing of this worker; nobody can register in it either.
-        """
-        lists = [worker_registration.REDIS_WORKER_KEYS]
-        lists += [worker_registration.WORKERS_BY_QUEUE_KEY % name for name in self.queue_names()]
+        """Say whether the worker has its hash and is on every list that RQ's tools read."""
         with self.connection.pipeline(transaction=False) as pipe:
             pipe.exists(self.key)
-            for each in lists:
+            for each in self._lists():
                 pipe.sismember(each, self.key)
-            replies = pipe.execute(raise_on_error=False)
-        return all(reply or isinstance(reply, ResponseError) for reply in replies)
+            return all(pipe.execute())
+
+    def _lists(self) -> list[str]:
+        by_queue = (worker_registration.WORKERS_BY_QUEUE_KEY % name for name in self.queue_names())
+        return [worker_registration.REDIS_WORKER_KEYS, *by_queue]
+
+    def key_types(self) -> dict[str, str]:
+        """The types of the keys that this class reads and writes, by key."""
+        sets = dict.fromkeys([*self._lists(), self.executions_key], "set")
+        return {self.key: "hash"} | sets
 
     def peer_names(self) -> set[str]:
         """Names of the other workers registered on our queues; some may be dead."""

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 SMALLEST = {
     "contract.lanes": "--rows 4 --bulk-tokens 8 --tokens 4 --seconds 0.5",
     "studies.affinity_claims": "",
+    "studies.job_bytes": "--rate 1000",
     "studies.detokenizer": "",
     "studies.grouping": "--model tiny --lines 40 --prefix 64 --rows 8 --cases 2",
     "studies.job_cost": "--jobs 32 --rounds 1",

@@ -121,19 +121,24 @@ def test_doctor_fails_a_server_that_evicts() -> None:
     assert checks["redis maxmemory-policy"].level == "fail"
 
 
-def test_doctor_fails_scripts_that_an_acl_denies(local_redis: LocalRedis) -> None:
+@pytest.mark.parametrize(("evalsha", "level"), [("+evalsha", "fail"), ("-evalsha", "skip")])
+def test_doctor_fails_scripts_that_an_acl_denies(
+    local_redis: LocalRedis, evalsha: str, level: str
+) -> None:
+    """Not for a user that runs none: it is a monitor, and could not submit anyhow."""
     password = secrets.token_hex(8)
     with local_redis.client() as client:
         client.acl_setuser(
             "viewer", enabled=True, passwords=[f"+{password}"], keys=["*"],
-            commands=["+info", "+ping", "+hgetall"], categories=["+@connection"],
+            commands=["+info", "+ping", "+hgetall", "+script|load", evalsha],
+            categories=["+@connection"],
         )  # fmt: skip
         settings = load_settings(
             redis__url=as_user(local_redis.url, "viewer"), redis__password=password
         )
         checks = {c.name: c for c in redis_server.redis_checks(resolve(settings))}
         client.acl_deluser("viewer")
-    assert checks["redis scripts"].level == "fail"
+    assert checks["redis scripts"].level == level
     assert checks["redis version"].level == "ok"
 
 

@@ -83,11 +83,11 @@ def install(trap: Trap) -> None:
             trap.spring()
         replace(path, data)
 
-    def forgetting(store: JobStore, queue: str, job_ids: Any) -> None:
+    def forgetting(store: JobStore, job_ids: Any) -> None:
         if trap.is_set("half forgotten") and job_ids:
-            forget(store, queue, job_ids[: len(job_ids) // 2 + 1])
+            forget(store, job_ids[: len(job_ids) // 2 + 1])
             trap.spring()
-        forget(store, queue, job_ids)
+        forget(store, job_ids)
 
     setattr(Client, "submit_many", submitting)  # noqa: B010 -- mypy takes no assignment to a method
     setattr(ResultFile, "append", appending)  # noqa: B010

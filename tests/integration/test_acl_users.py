@@ -15,17 +15,23 @@ import pytest
 import redis
 
 from mlx_serving import AsyncClient, Client
-from mlx_serving.common.errors import QueueUnavailable, TenantLimited
+from mlx_serving.cli.doctor.engine import fleet_checks
+from mlx_serving.cli.doctor.redis_server import redis_checks
+from mlx_serving.common.errors import MissingPermission, TenantLimited
 from mlx_serving.common.protocol import calls
 from mlx_serving.common.protocol.client import Protocol
 from mlx_serving.common.protocol.keys import Keys
+from mlx_serving.common.protocol.quarantine import read_quarantined
 from mlx_serving.common.protocol.scripts import NAMES, script_text
 from mlx_serving.common.redis.connection import connect, resolve
 from mlx_serving.common.redis.local import LocalRedis
 from mlx_serving.common.states import JobState
 from mlx_serving.common.tenancy import Tenancy
+from mlx_serving.producer.batch.objects import Batch
+from mlx_serving.producer.batch.registry import Registry, Report
 from tests.support.bulk_files import simulated_line, write_lines
 from tests.support.helpers import wait_until
+from tests.support.odd_keys import OF_JOBS, TENANT, cases, check_quarantined_once, plant
 from tests.support.paths import ROOT
 from tests.support.protocol_driver import LANES, Driver
 from tests.support.redis_users import as_user
@@ -88,6 +94,31 @@ def _text(value: object) -> object:
     return value.decode() if isinstance(value, bytes) else value
 
 
+@pytest.mark.parametrize("user", UNTRUSTED)
+def test_a_doctor_warns_of_nothing_that_its_user_may_not_see(user: str) -> None:
+    """What it could not look at is said, and is neither a warning nor a failure."""
+    with LocalRedis(appendonly="always") as server, server.client() as admin:
+        load_users(admin)
+        endpoint = resolve(quick_settings(url_of(server, user)))
+        checks = [*redis_checks(endpoint), *fleet_checks(endpoint)]
+    levels = {check.name: check.level.value for check in checks}
+    assert set(levels.values()) <= {"ok", "skip"}, checks
+    assert levels["redis persistence"] == "skip"  # CONFIG is nobody's
+    unseen = {name for name, level in levels.items() if level == "skip"}
+    assert unseen == {
+        "worker": {"redis persistence"},
+        "monitor": {"redis persistence", "redis scripts"},
+        "producer": {
+            "redis persistence", "redis version", "redis maxmemory-policy", "fleet",
+            "redis key types",
+        },
+        "operator": {
+            "redis persistence", "redis version", "redis maxmemory-policy", "fleet",
+            "redis scripts", "redis key types",
+        },
+    }[user]  # fmt: skip
+
+
 HARMLESS = {
     # redis-py and RQ introduce themselves, and go on without.
     ("worker", "client|list", "command"),
@@ -112,6 +143,11 @@ class TestTheWholePath:
             assert client.status(running.id).state is JobState.RUNNING
             running.cancel()
             assert running.result(timeout=10).state is JobState.CANCELLED
+            assert client.requeue(running.id) is JobState.QUEUED
+            running.cancel()
+            assert running.result(timeout=10).state is JobState.CANCELLED
+            running.forget()
+            assert not list(admin.scan_iter(f"*{running.id}*"))
             lost = client.submit(model="tally", prompt="x", max_tokens=5, result_ttl=60)
             assert lost.result(timeout=20).text == "1 2 3 4 5"
         assert [denied for denied in denials(admin) if denied not in HARMLESS] == []
@@ -178,6 +214,47 @@ class TestTheWholePath:
         assert reply in {JobState.CANCELLED, JobState.RUNNING, JobState.FAILED}
         assert (reply is JobState.RUNNING) == (state == "running")
         assert denials(admin) == []
+
+    @pytest.mark.parametrize(("key", "kind"), cases(OF_JOBS))
+    def test_producer_and_worker_go_on_past_an_odd_key(
+        self, server: LocalRedis, admin: redis.Redis, key: str, kind: str
+    ) -> None:
+        """Whoever meets it moves it aside; a producer may not move an operator's."""
+        producer, worker = (Driver(connection(server, user)) for user in ("producer", "worker"))
+        operators = key in {"mlxs:limits", "rq:suspended"}
+        plant(admin, key, kind)
+        assert producer.enqueue("a", tenant=TENANT, deadline_ms=60_000).created
+        assert producer.cancel("a") is JobState.CANCELLED
+        if not operators and not key.startswith(("mlxs:leases", "rq:wip")):
+            check_quarantined_once(admin, key, kind)
+        attempt = worker.start("b", tenant=TENANT, deadline_ms=60_000)
+        assert worker.commit(attempt, attempt.row(), attempt.end()) == ["OK", "OK"]
+        check_quarantined_once(admin, key, kind)
+        assert [moved.key for moved in read_quarantined(connection(server, "monitor"), Keys())] == [
+            key
+        ]
+        assert {denied[1] for denied in denials(admin)} <= {key}
+
+    def test_a_producers_reports_on_batches_go_on_past_odd_keys(
+        self, server: LocalRedis, admin: redis.Redis
+    ) -> None:
+        plant(admin, "mlxs:batches", "string")
+        plant(admin, "mlxs:batch:b1", "list")
+        report = Report(batch=Batch(id="b1", input_file_id="x", created_at=1), folder="x")
+        with Registry(quick_settings(url_of(server, "producer"))) as registry:
+            registry.tell(report)
+            assert [each.batch.id for each in registry.reports()] == ["b1"]
+        assert denials(admin) == []
+
+    @pytest.mark.parametrize("kind", ["string", "list", "set", "zset", "stream"])
+    def test_a_producer_enqueues_where_the_control_hash_is_odd(
+        self, server: LocalRedis, admin: redis.Redis, kind: str
+    ) -> None:
+        """It may not rename jobs, so it deletes what is there."""
+        plant(admin, "mlxs:job:a", kind)
+        producer = Driver(connection(server, "producer"))
+        assert producer.enqueue("a").created
+        producer.cancel("a")
 
     def test_a_worker_reaps_reconciles_and_hands_back(
         self, server: LocalRedis, admin: redis.Redis
@@ -256,6 +333,18 @@ OWN = {
         ["HSET", "mlxs:limits", "queued:x", "9"], ["DEL", "mlxs:limits"],
         ["SMEMBERS", "mlxs:tenants"], ["SMEMBERS", "mlxs:tenant:x:queued"],
         ["LRANGE", "mlxs:line:tally:default:x", "0", "-1"], ["DEL", "mlxs:warm:x"],
+        # What it may move aside, it may not read afterwards, nor bring to where it could.
+        ["ZRANGE", "mlxs:quarantine", "0", "-1"],
+        ["ZRANGE", "mlxs:quarantine:mlxs:open:x:1", "0", "-1"],
+        ["RENAME", "mlxs:quarantine:mlxs:open:x:1", "mlxs:batch:x"],
+        ["RENAME", "mlxs:open:tally:default", "mlxs:batch:x"],
+        ["RENAME", "mlxs:open:tally:default", "mlxs:job:x"],
+        ["RENAME", "mlxs:batch:x", "mlxs:job:x"], ["RENAME", "rq:job:x", "mlxs:quarantine:x"],
+        ["RENAME", "mlxs:job:x", "mlxs:quarantine:x"],
+        ["RENAME", "mlxs:worker:w", "mlxs:quarantine:x"],
+        ["RENAME", "rq:suspended", "mlxs:quarantine:x"],
+        ["RENAME", "mlxs:limits", "mlxs:quarantine:x"],
+        ["RENAME", "mlxs:open:tally:default", "rq:suspended"],
     ],
     "worker": [
         ["RENAME", "mlxs:job:x", "other"], ["COPY", "mlxs:job:x", "other"],
@@ -274,12 +363,14 @@ OWN = {
         ["EVALSHA", "0" * 40, "0"], ["SCRIPT", "LOAD", "return 1"],
         ["PUBLISH", "mlxs:ctl:w", "cancel x"], ["XADD", "mlxs:ev:x", "*", "e", "x"],
         ["HSET", "mlxs:limits", "queued", "9"], ["DEL", "mlxs:warm:x"],
+        ["DEL", "mlxs:quarantine"], ["ZRANGE", "mlxs:quarantine:mlxs:open:x:1", "0", "-1"],
     ],
     "operator": [
         ["HGETALL", "mlxs:job:x"], ["HGETALL", "rq:job:x"], ["XRANGE", "mlxs:ev:x", "-", "+"],
         ["HSET", "mlxs:job:x", "st", "x"], ["DEL", "mlxs:limits"], ["EVALSHA", "0" * 40, "0"],
         ["SADD", "mlxs:tenant:x:queued", "a"], ["PUBLISH", "mlxs:ctl:w", "cancel x"],
-        ["DEL", "mlxs:warm:x"],
+        ["DEL", "mlxs:warm:x"], ["DEL", "mlxs:quarantine"],
+        ["RENAME", "mlxs:limits", "mlxs:quarantine:x"],
     ],
 }  # fmt: skip
 
@@ -338,7 +429,7 @@ class TestScripts:
         admin.script_flush()
         try:
             with Client(settings=settings) as client:
-                with pytest.raises(QueueUnavailable, match="permission"):
+                with pytest.raises(MissingPermission, match="permission"):
                     client.submit(model="tally", prompt="x", result_ttl=60)
                 for name in NAMES:
                     admin.script_load(script_text(name))

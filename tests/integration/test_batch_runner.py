@@ -82,11 +82,11 @@ class TestRun:
         path, forget = batches.folder(batch.id).output, JobStore.forget
         forgotten: list[str] = []
 
-        def forgetting(store: JobStore, queue: str, job_ids: Sequence[str]) -> None:
+        def forgetting(store: JobStore, job_ids: Sequence[str]) -> None:
             written = path.read_text()
             assert [job_id for job_id in job_ids if job_id not in written] == []
             forgotten.extend(job_ids)
-            forget(store, queue, job_ids)
+            forget(store, job_ids)
 
         monkeypatch.setattr(JobStore, "forget", forgetting)
         with InProcessWorker(local_redis.url, rate=1000):

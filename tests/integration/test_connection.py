@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 import pytest
 import redis
 
-from mlx_serving.common.errors import QueueUnavailable
+from mlx_serving.common.errors import WrongCredentials
 from mlx_serving.common.redis.connection import Endpoint, connect, connect_async
 from mlx_serving.common.redis.local import LocalRedis
-from mlx_serving.common.redis.retrying import retry_idempotent
+from mlx_serving.common.redis.retrying import answered
 from tests.support.helpers import free_port, wait_until
 from tests.support.redis_users import as_user
 
@@ -42,8 +42,8 @@ async def test_an_acl_user_gets_in_and_may_do_no_more_than_its_rules(
 
 def test_a_wrong_password_is_a_clear_error(local_redis: LocalRedis) -> None:
     endpoint = Endpoint(url=as_user(local_redis.url, "nobody"), password="hush")
-    with connect(endpoint) as client, pytest.raises(QueueUnavailable) as raised:
-        retry_idempotent(client.ping)
+    with connect(endpoint) as client, pytest.raises(WrongCredentials) as raised:
+        answered(client.ping)
     assert "hush" not in str(raised.value)
 
 

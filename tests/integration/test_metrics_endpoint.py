@@ -13,6 +13,7 @@ from mlx_serving import Client
 from mlx_serving.common.protocol.client import Protocol
 from mlx_serving.common.protocol.keys import Keys
 from mlx_serving.common.redis.local import LocalRedis
+from mlx_serving.worker.delivery import measured_protocol
 from mlx_serving.worker.delivery.measured_protocol import QueueWatch
 from mlx_serving.worker.status.counters import Counters
 from tests.support.helpers import wait_until
@@ -161,6 +162,20 @@ def test_every_record_on_a_job_names_job_attempt_and_trace(
     assert ended["first_token_after_ms"] + 400 <= ended["ended_after_ms"]
     assert "hush" not in text
     assert not [r for r in records if "job" in r]  # one name for one thing
+
+
+def test_a_policy_that_is_changed_under_a_worker_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measured_protocol, "LOOK_SECONDS", 0.0)
+    monkeypatch.setattr(measured_protocol, "POLICY_SECONDS", 0.0)
+    with LocalRedis(options={"maxmemory": "50mb"}) as server, server.client() as admin:
+        counters = Counters()
+        watch = QueueWatch(Protocol(admin, Keys()), ["tally:default"], counters)
+        seen = []
+        for policy in ("noeviction", "allkeys-lru", "noeviction"):
+            admin.config_set("maxmemory-policy", policy)
+            watch.look()
+            seen.append(counters.redis_evicts)
+        assert seen == [False, True, False]
 
 
 def test_a_queue_of_a_foreign_type_hides_no_other(

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, cast
 
+import msgspec
 import pytest
 
 from mlx_serving.common.job.schema import GenerationJob
-from mlx_serving.common.protocol import calls
+from mlx_serving.common.lifetimes import Lifetimes
+from mlx_serving.common.protocol import calls, ended_calls
 from mlx_serving.common.states import JobState
 from mlx_serving.producer.envelope import seal
 from mlx_serving.worker.delivery.sweeper import Sweeper
@@ -21,9 +23,10 @@ if TYPE_CHECKING:
 
 JOBS = 2_000
 EVENTS = 2_000
-QUEUED_BYTES = 2.5 * 1024
+QUEUED_BYTES = 1.5 * 1024
 EVENT_BYTES = 100
 MANY = 32
+BRIEF = Lifetimes(failed=1)
 CLAIM_COMMANDS = 11  # a job, of a claim of many
 MARKED_COMMANDS = 2  # more a mark: of a job, or of a claim where the jobs share it
 LEFT_COMMANDS = 3  # a job that is left to the worker that has its prefix
@@ -37,7 +40,7 @@ def memory(client: redis.Redis, *names: str) -> int:
 
 @pytest.mark.may_leak(reason="jobs stay queued")
 @pytest.mark.parametrize("tenant", [None, "acme"])
-def test_a_queued_job_costs_at_most_2_5_kib_and_its_payload(
+def test_a_queued_job_costs_at_most_1_5_kib_and_its_payload(
     driver: Driver, tenant: str | None
 ) -> None:
     prompt = "count from 3 to 12, " * 10
@@ -76,6 +79,28 @@ def test_an_event_costs_at_most_100_bytes_and_its_text(driver: Driver) -> None:
         driver.commit(attempt, *rows[start : start + 100])
     each = (memory(driver.redis, "mlxs:ev:a") - before) / EVENTS
     assert each - len(text) <= EVENT_BYTES
+
+
+def test_an_ended_job_keeps_its_output_once(driver: Driver) -> None:
+    """Besides, it takes as much as one that waits; once it is forgotten, nothing."""
+    attempt = driver.start("a")
+    rows = [attempt.row(text="word " * 20) for _ in range(50)]
+    last = attempt.end()
+    assert last.end is not None
+    result = b'{"v":1,"id":"a","state":"finished","choices":[{"index":0,"text":"%b"}]}' % (
+        b"word " * 1000
+    )
+    end = msgspec.structs.replace(last.end, result=result, rq_result=b"")
+    driver.commit(attempt, *rows, msgspec.structs.replace(last, end=end))
+    driver.redis.delete(driver.keys.events("a"), *driver.redis.keys("mlxs:claim:*"))
+    names = [name.decode() for name in driver.redis.scan_iter(count=1000)]
+    holding = [name for name in names if b"word" in (driver.redis.dump(name) or b"")]
+    assert holding == [driver.keys.job("a")]
+    left = memory(driver.redis, *names)
+    # The allocator's sizes are a quarter apart.
+    assert left - 1.25 * len(result) <= QUEUED_BYTES
+    driver.protocol.run(ended_calls.forget(["a"]))
+    assert list(driver.redis.scan_iter()) == [b"rq:queues"]
 
 
 def commands(client: redis.Redis) -> int:
@@ -130,7 +155,7 @@ def test_a_job_that_is_left_costs_few_commands(driver: Driver) -> None:
 
 
 def finish(driver: Driver, state: JobState) -> None:
-    attempt = driver.start("a", result_ttl=1)
+    attempt = driver.start("a", result_ttl=1, lifetimes=BRIEF)
     driver.commit(attempt, attempt.row(), attempt.end(state))
 
 
@@ -154,7 +179,7 @@ def cancel_after_hand_over(driver: Driver) -> None:
 
 
 def die(driver: Driver) -> None:
-    attempt = driver.start("a", result_ttl=1, max_attempts=1)
+    attempt = driver.start("a", result_ttl=1, max_attempts=1, lifetimes=BRIEF)
     driver.commit(attempt, attempt.row())
     blame = calls.Blame(attempt.job.attempt, max_unproven=1, alone=True)
     assert driver.protocol.run(calls.crash("w1", [blame])) == [("a", "dead")]

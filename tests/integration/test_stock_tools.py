@@ -58,7 +58,7 @@ def queue(redis_client: redis.Redis) -> Queue:
 
 @pytest.fixture
 def worker(settled_redis: LocalRedis) -> Iterator[InProcessWorker]:
-    with InProcessWorker(settled_redis.url, rate=50) as worker:
+    with InProcessWorker(settled_redis.url, rate=50, worker__rq_results=True) as worker:
         yield worker
 
 

@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+from mlx_serving.common.protocol.fields import JobField
 from mlx_serving.common.redis.local import LocalRedis
 from mlx_serving.worker.delivery.sweeper import Sweeper
 from tests.support.helpers import wait_until
@@ -125,6 +126,7 @@ class TestDeadlines:
         driver.enqueue("a", deadline_ms=60_000)
         driver.take("mac-7")
         driver.redis.zadd("mlxs:deadlines", {"a": 1})
+        driver.redis.hset(driver.keys.job("a"), JobField.DEADLINE_MS, 1)
         with driver.redis.pubsub(ignore_subscribe_messages=True) as ears:
             ears.subscribe(driver.keys.control("mac-7"))
             ears.get_message(timeout=1)
@@ -228,18 +230,29 @@ class TestSweeper:
 
         wait_until(back)
 
-    def test_it_trims_rqs_registries_of_its_own_queues_only(
+    def test_it_trims_rqs_registries_of_all_our_queues_and_of_no_other(
         self, driver: Driver, sweeper: Sweeper
     ) -> None:
         """A fleet without stock workers has nobody else who would."""
         for registry in ("finished", "failed", "canceled"):
             driver.redis.zadd(f"rq:{registry}:tally:default", {"old": 1, "new": 1 << 40})
+            driver.redis.zadd(f"rq:{registry}:unserved:bulk", {"old": 1, "new": 1 << 40})
             driver.redis.zadd(f"rq:{registry}:somebody-elses", {"old": 1})
-        driver.redis.sadd("rq:queues", "rq:queue:somebody-elses")
+        driver.redis.sadd("rq:queues", "rq:queue:somebody-elses", "rq:queue:unserved:bulk")
         sweeper.reap()
         for registry in ("finished", "failed", "canceled"):
             assert driver.redis.zrange(f"rq:{registry}:tally:default", 0, -1) == [b"new"]
+            assert driver.redis.zrange(f"rq:{registry}:unserved:bulk", 0, -1) == [b"new"]
             assert driver.redis.zrange(f"rq:{registry}:somebody-elses", 0, -1) == [b"old"]
+
+    def test_it_trims_so_many_entries_a_look(self, driver: Driver, sweeper: Sweeper) -> None:
+        """A script that removes all of a million at once would hold Redis."""
+        driver.redis.zadd("rq:finished:tally:default", {f"old{n}": n for n in range(2_500)})
+        left = []
+        for _ in range(3):
+            sweeper.reap()
+            left.append(driver.redis.zcard("rq:finished:tally:default"))
+        assert left == [1_500, 500, 0]
 
     def test_a_job_adopted_from_rqs_queue_comes_back_too(
         self, driver: Driver, sweeper: Sweeper

@@ -12,14 +12,16 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from mlx_serving import AsyncClient, Client
-from mlx_serving.common.errors import QueueUnavailable
+from mlx_serving.common.errors import MlxServingError, TlsFailed
 from mlx_serving.common.redis.local import LocalRedis
 from tests.support.helpers import free_port, wait_until
 from tests.support.worker_process import InProcessWorker, WorkerProcess, quick_settings
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
+
+    Ask = Callable[..., MlxServingError]
 
 pytestmark = pytest.mark.skipif(shutil.which("openssl") is None, reason="needs the openssl CLI")
 
@@ -67,6 +69,7 @@ class Authority:
 @dataclass(frozen=True)
 class Tls:
     url: str
+    server: LocalRedis
     ours: Authority
     theirs: Authority
 
@@ -88,7 +91,7 @@ def tls(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tls]:
     }
     with LocalRedis(options=options) as server, server.client() as client:
         wait_until(lambda: client.info("server")["uptime_in_seconds"] >= 5)
-        yield Tls(f"rediss://127.0.0.1:{port}", ours, theirs)
+        yield Tls(f"rediss://127.0.0.1:{port}", server, ours, theirs)
 
 
 def test_producer_and_worker_end_to_end(tls: Tls) -> None:
@@ -118,49 +121,89 @@ def test_the_async_client(tls: Tls) -> None:
         assert asyncio.run(use()) == "1 2 3 4 5"
 
 
-# With TLS 1.3 the server refuses after the client's handshake: what the client meets first, the
-# alert or the closed socket, is a race.
-CUT_OFF = ("connection", "eof occurred")
+def told(url: str, **settings: Any) -> MlxServingError:
+    """What a client is told, and soon."""
+    started = time.monotonic()
+    with (
+        Client(settings=quick_settings(url, **settings)) as client,
+        pytest.raises(MlxServingError) as refusal,
+    ):
+        client.submit(model="tally", prompt="my secret prompt")
+    assert time.monotonic() - started < 10
+    return refusal.value
 
 
+def told_async(url: str, **settings: Any) -> MlxServingError:
+    async def submit() -> None:
+        async with AsyncClient(settings=quick_settings(url, **settings)) as client:
+            await client.submit(model="tally", prompt="my secret prompt")
+
+    with pytest.raises(MlxServingError) as refusal:
+        asyncio.run(submit())
+    return refusal.value
+
+
+@pytest.mark.parametrize("ask", [told, told_async])
 class TestRefused:
-    def refusal(self, url: str, **settings: Any) -> str:
-        started = time.monotonic()
-        with (
-            Client(settings=quick_settings(url, **settings)) as client,
-            pytest.raises(QueueUnavailable) as refusal,
-        ):
-            client.submit(model="tally", prompt="my secret prompt")
-        assert time.monotonic() - started < 10
-        assert "secret" not in str(refusal.value)
-        return str(refusal.value).lower()
+    """One code, that no retry mends, whichever side is wrong; the reason is in the message.
 
-    def test_a_server_of_another_ca(self, tls: Tls) -> None:
+    With TLS 1.3 the server refuses after the client's handshake: what the client meets first, the
+    alert or the closed socket, is a race. A server that has no TLS, or has it, answers not at all.
+    """
+
+    @staticmethod
+    def reason(error: MlxServingError) -> str:
+        assert (type(error), error.code, error.retryable) == (TlsFailed, "redis_tls", False)
+        assert "secret" not in str(error)
+        assert "\n" not in str(error)
+        return str(error).lower()
+
+    def test_a_server_of_another_ca(self, tls: Tls, ask: Ask) -> None:
         login = tls.ours.login("producer") | {"redis__tls_ca": tls.theirs.file("ca.crt")}
-        assert "certificate verify failed" in self.refusal(tls.url, **login)
+        assert "certificate verify failed" in self.reason(ask(tls.url, **login))
 
-    def test_a_server_that_no_known_ca_signed(self, tls: Tls) -> None:
+    def test_a_server_that_no_known_ca_signed(self, tls: Tls, ask: Ask) -> None:
         """Without a CA of ours, the system's decide."""
         login = tls.ours.login("producer")
         del login["redis__tls_ca"]
-        assert "certificate verify failed" in self.refusal(tls.url, **login)
+        assert "certificate verify failed" in self.reason(ask(tls.url, **login))
 
-    def test_a_server_by_another_name(self, tls: Tls) -> None:
+    def test_a_server_by_another_name(self, tls: Tls, ask: Ask) -> None:
         by_name = tls.url.replace("127.0.0.1", "localhost")
-        message = self.refusal(by_name, **tls.ours.login("producer"))
-        assert "hostname mismatch" in message
+        assert "hostname mismatch" in self.reason(ask(by_name, **tls.ours.login("producer")))
 
-    def test_no_client_certificate(self, tls: Tls) -> None:
-        message = self.refusal(tls.url, redis__tls_ca=tls.ours.file("ca.crt"))
-        assert any(words in message for words in ("certificate required", *CUT_OFF))
+    def test_no_client_certificate(self, tls: Tls, ask: Ask) -> None:
+        error = ask(tls.url, redis__tls_ca=tls.ours.file("ca.crt"))
+        assert "certificate required" in self.reason(error)
 
-    def test_a_client_certificate_of_another_ca(self, tls: Tls) -> None:
+    def test_a_client_certificate_of_another_ca(self, tls: Tls, ask: Ask) -> None:
         login = tls.theirs.login("producer") | {"redis__tls_ca": tls.ours.file("ca.crt")}
-        message = self.refusal(tls.url, **login)
-        assert any(words in message for words in ("unknown ca", *CUT_OFF))
+        assert "unknown ca" in self.reason(ask(tls.url, **login))
 
-    def test_a_plain_connection(self, tls: Tls) -> None:
-        assert self.refusal(tls.url.replace("rediss://", "redis://"))
+    def test_a_key_of_another_certificate(self, tls: Tls, ask: Ask) -> None:
+        login = tls.ours.login("producer") | {"redis__tls_key": tls.theirs.file("producer.key")}
+        assert "mismatch" in self.reason(ask(tls.url, **login))
+
+    def test_a_plain_connection_to_a_server_with_tls(self, tls: Tls, ask: Ask) -> None:
+        plain = tls.url.replace("rediss://", "redis://:secret@")
+        assert "speaks tls" in self.reason(ask(plain))
+
+    def test_tls_to_a_plain_server(self, ask: Ask) -> None:
+        with LocalRedis(port=free_port()) as plain, plain.client() as admin:
+            admin.config_set("requirepass", "secret")
+            url = f"rediss://:secret@127.0.0.1:{plain.port}"
+            assert "speaks no tls" in self.reason(ask(url, redis__timeout_seconds=1.0))
+
+    def test_a_server_that_takes_no_more_clients_is_no_fault_of_tls(
+        self, tls: Tls, ask: Ask
+    ) -> None:
+        with tls.server.client() as admin:
+            admin.config_set("maxclients", "1")
+            try:
+                error = ask(tls.url, **tls.ours.login("producer"))
+            finally:
+                admin.config_set("maxclients", "1000")
+        assert error.retryable
 
 
 def test_a_worker_process_serves_over_tls(tls: Tls) -> None:

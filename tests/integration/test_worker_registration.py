@@ -10,9 +10,11 @@ from rq import Worker
 from mlx_serving.cli.overview import look
 from mlx_serving.common.protocol.client import Protocol
 from mlx_serving.common.protocol.keys import Keys
+from mlx_serving.common.protocol.quarantine import read_quarantined
 from mlx_serving.common.worker_record import WorkerRecord
 from mlx_serving.worker import rq_worker
 from mlx_serving.worker.rq_worker import BatchWorker
+from mlx_serving.worker.status import fleet
 from mlx_serving.worker.status.fleet import Fleet
 from mlx_serving.worker.status.presence import Presence
 from mlx_serving.worker.status.status import Snapshot
@@ -77,13 +79,20 @@ def test_one_that_was_struck_off_a_list_comes_back_to_it(
 def test_a_list_of_another_type_stops_nobody(
     redis_client: redis.Redis, queue: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """It is moved aside, and the worker is on it again."""
     monkeypatch.setattr(rq_worker, "LOOK_SECONDS", 0.0)
-    alive = worker(redis_client)
-    beat(alive)
+    monkeypatch.setattr(fleet, "CHANGE_SECONDS", 0.0)
+    alive = Fleet(
+        Protocol(redis_client, Keys()), QUEUES, Presence("mac", ["tally"], 1, Snapshot), lambda: ()
+    )
+    alive.beat(held=0, suspended=False)
     key = "rq:workers" if queue is None else f"rq:workers:{queue}"
     redis_client.delete(key)
     redis_client.set(key, "not a set")
-    beat(alive)
+    alive.beat(held=1, suspended=False)
+    assert names(redis_client) == ["mac"]
+    assert redis_client.sismember(key, "rq:worker:mac")
+    assert [moved.key for moved in read_quarantined(redis_client, Keys())] == [key]
 
 
 def test_an_idle_beat_looks_at_the_lists_now_and_then(redis_client: redis.Redis) -> None:
@@ -110,6 +119,6 @@ def test_a_record_that_cannot_be_read_is_left_out(redis_client: redis.Redis, odd
     else:
         redis_client.set(keys.worker("odd"), "text")
     presence = Presence("mine", ["tally"], 1, Snapshot)
-    fleet = Fleet(Protocol(redis_client, keys), QUEUES, presence, lambda: ())
-    assert fleet.models_elsewhere() == {"tally"}
+    mine = Fleet(Protocol(redis_client, keys), QUEUES, presence, lambda: ())
+    assert mine.models_elsewhere() == {"tally"}
     assert [known.name for known in look(redis_client, keys).workers] == ["good"]

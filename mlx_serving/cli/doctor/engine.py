@@ -8,12 +8,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from mlx_serving.cli.doctor.report import Check, Level
+from mlx_serving.cli.doctor.report import MAY_NOT_LOOK, Check, Level
 from mlx_serving.cli.models import BYTES_A_MB, found_path, hub_problem, model_view
 from mlx_serving.cli.options import INSTALL, missing_engine
 from mlx_serving.cli.overview import read_overview
 from mlx_serving.cli.worker import model_path
-from mlx_serving.common.errors import MlxServingError
+from mlx_serving.common.errors import MissingPermission, MlxServingError
 from mlx_serving.common.job.schema import GenerationJob
 from mlx_serving.common.queues import model_of
 
@@ -41,6 +41,9 @@ def fleet_checks(endpoint: Endpoint) -> Iterator[Check]:
     """Report models that live workers could not load, and jobs that no worker will take."""
     try:
         overview = read_overview(endpoint)
+    except MissingPermission:
+        yield Check("fleet", Level.SKIP, MAY_NOT_LOOK)
+        return
     except MlxServingError as error:
         yield Check("fleet", Level.WARN, f"can't be read: {error}")
         return

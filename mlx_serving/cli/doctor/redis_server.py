@@ -8,10 +8,19 @@ from typing import TYPE_CHECKING, Any, Final
 
 import redis
 
-from mlx_serving.cli.doctor.report import Check, Level
-from mlx_serving.common.protocol import calls
-from mlx_serving.common.protocol.client import Protocol
+from mlx_serving.cli.console import harmless
+from mlx_serving.cli.doctor.report import MAY_NOT_LOOK, Check, Level
+from mlx_serving.cli.overview import look, oddities
+from mlx_serving.common.errors import MissingPermission, QueueFailure, UnsupportedRedis, summary
 from mlx_serving.common.redis.connection import connect
+from mlx_serving.common.redis.retrying import answered
+from mlx_serving.common.redis.server import (
+    NOEVICTION,
+    POLICY,
+    Server,
+    check_scripts,
+    read_server,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -33,20 +42,32 @@ def redis_checks(endpoint: Endpoint) -> Iterator[Check]:
     """Check the Redis of an endpoint; if it does not answer, that is the only outcome."""
     with connect(endpoint) as client:
         try:
-            client.ping()
-        except (redis.RedisError, OSError) as error:
-            yield Check("redis", Level.FAIL, f"does not answer: {error}")
+            answered(client.ping)
+            server = read_server(client)
+        except QueueFailure as error:
+            yield Check("redis", Level.FAIL, f"{error.code}: {error}")
             return
-        looks: list[Callable[[redis.Redis], Check]] = [
-            check_version, check_persistence, check_eviction, check_latency,
-        ]  # fmt: skip
-        for look in looks:
-            try:
-                yield look(client)
-            except redis.RedisError as error:  # an ACL user may not be allowed to look
-                name = look.__name__.removeprefix("check_")
-                yield Check(f"redis {name}", Level.WARN, f"can't be read: {error}")
-        yield check_scripts(client, endpoint)
+        looks: dict[str, Callable[[], Check]] = {
+            "version": lambda: check_version(client),
+            "persistence": lambda: check_persistence(client),
+            "maxmemory-policy": lambda: check_eviction(server),
+            "mode": lambda: check_mode(server),
+            "latency": lambda: check_latency(client),
+            "key types": lambda: check_key_types(client, endpoint),
+            "scripts": lambda: check_protocol(client, endpoint),
+        }
+        for name, check in looks.items():
+            yield _looked(f"redis {name}", check)
+
+
+def _looked(name: str, check: Callable[[], Check]) -> Check:
+    """A check's outcome; it says so if this user may not look."""
+    try:
+        return answered(check)
+    except MissingPermission:
+        return Check(name, Level.SKIP, MAY_NOT_LOOK)
+    except QueueFailure as error:
+        return Check(name, Level.FAIL, f"{error.code}: {error}")
 
 
 def check_version(client: redis.Redis) -> Check:
@@ -70,6 +91,9 @@ def check_persistence(client: redis.Redis) -> Check:
         )
         return Check("redis persistence", Level.WARN, detail)
     fsync = _configured(client, "appendfsync")
+    if fsync is None:
+        detail = "AOF is on; this user may not read appendfsync, which must be always (D1, D2)"
+        return Check("redis persistence", Level.SKIP, detail)
     if fsync == "always":
         detail = "AOF always: no acknowledged job is lost by a crash of Redis or its machine (D1)"
         return Check("redis persistence", Level.OK, detail)
@@ -80,17 +104,29 @@ def check_persistence(client: redis.Redis) -> Check:
     return Check("redis persistence", Level.WARN, detail)
 
 
-def check_eviction(client: redis.Redis) -> Check:
+def check_eviction(server: Server) -> Check:
     """An evicted key is a lost job."""
-    memory = _info(client, "memory")
-    policy, limit = str(memory.get("maxmemory_policy")), int(memory.get("maxmemory", 0))
-    if policy == "noeviction":
-        return Check("redis maxmemory-policy", Level.OK, "noeviction")
-    if limit:
-        detail = f"{policy} with maxmemory {limit} bytes deletes jobs when full; set noeviction"
-        return Check("redis maxmemory-policy", Level.FAIL, detail)
-    detail = f"{policy}: harmless while maxmemory is 0; set noeviction"
-    return Check("redis maxmemory-policy", Level.WARN, detail)
+    name = f"redis {POLICY}"
+    if server.policy is None:
+        return Check(name, Level.SKIP, "this user may not read it; it must be noeviction")
+    if server.policy == NOEVICTION:
+        return Check(name, Level.OK, NOEVICTION)
+    if server.evicts:
+        detail = f"{server.policy} deletes jobs when Redis is full, so that no worker serves here"
+        return Check(name, Level.FAIL, f"{detail}; set noeviction")
+    detail = f"{server.policy}: harmless while maxmemory is 0; set noeviction"
+    return Check(name, Level.WARN, detail)
+
+
+def check_mode(server: Server) -> Check:
+    """A Cluster can't hold a queue."""
+    if server.mode is None:
+        detail = "this user may not read whether it is a Cluster, which can't hold a queue"
+        return Check("redis mode", Level.SKIP, detail)
+    if server.mode == "cluster":
+        detail = f"{UnsupportedRedis.code}: {summary(UnsupportedRedis)}"
+        return Check("redis mode", Level.FAIL, detail)
+    return Check("redis mode", Level.OK, server.mode)
 
 
 def check_latency(client: redis.Redis) -> Check:
@@ -105,22 +141,34 @@ def check_latency(client: redis.Redis) -> Check:
     return Check("redis latency", level, f"ping p50 {median:.2f} ms, max {worst:.2f} ms")
 
 
-def check_scripts(client: redis.Redis, endpoint: Endpoint) -> Check:
-    """Run one script of the protocol on a job that does not exist; it writes nothing."""
+def check_key_types(client: redis.Redis, endpoint: Endpoint) -> Check:
+    """Look for keys of a wrong type, those that were quarantined too."""
+    found = oddities(look(client, endpoint.keys))
+    if not found:
+        return Check("redis key types", Level.OK, "no key of a wrong type")
+    detail = f"somebody else writes to our keys: {'; '.join(found)}"
+    return Check("redis key types", Level.WARN, harmless(detail))
+
+
+def check_protocol(client: redis.Redis, endpoint: Endpoint) -> Check:
+    """Run one script of the protocol; a user that may run none, as a monitor, needs none."""
+    name = "redis scripts"
     try:
-        Protocol(client, endpoint.keys).run(calls.cancel("doctor", "doctor"))
-    except redis.RedisError as error:
-        return Check("redis scripts", Level.FAIL, f"the protocol's scripts don't run: {error}")
-    return Check("redis scripts", Level.OK, "the protocol's scripts run")
+        check_scripts(client, endpoint.keys)
+    except MissingPermission as error:
+        if "evalsha" in str(error):
+            return Check(name, Level.SKIP, MAY_NOT_LOOK)
+        return Check(name, Level.FAIL, f"{error.code}: {error}")
+    return Check(name, Level.OK, "the protocol's scripts run")
 
 
 def _info(client: redis.Redis, section: str) -> dict[str, Any]:
     return dict(client.info(section))
 
 
-def _configured(client: redis.Redis, name: str) -> str:
-    """One directive; hosted Redis often forbids CONFIG."""
+def _configured(client: redis.Redis, name: str) -> str | None:
+    """One directive; None if this user or a hosted service forbids CONFIG."""
     try:
         return str(dict(client.config_get(name)).get(name, "(unknown fsync)"))
     except redis.ResponseError:
-        return "(unknown fsync: CONFIG is forbidden)"
+        return None

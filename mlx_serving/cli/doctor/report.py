@@ -18,11 +18,14 @@ class Level(StrEnum):
     OK = "ok"
     WARN = "warn"
     """It runs, but does not keep every promise; the detail says which."""
+    SKIP = "skip"
+    """This user may not look at it; the detail says what would show it."""
     FAIL = "fail"
     """It does not run, or it loses jobs."""
 
 
-STYLES: Final = {Level.OK: "green", Level.WARN: "yellow", Level.FAIL: "bold red"}
+MAY_NOT_LOOK: Final = "this user's rules don't let it look; the user worker may"
+STYLES: Final = {Level.OK: "green", Level.WARN: "yellow", Level.SKIP: "dim", Level.FAIL: "bold red"}
 
 
 @dataclass(frozen=True, slots=True)

@@ -68,7 +68,7 @@ def size_errors(
 
 
 def listener_errors(abandon_after: float | None, *, stream: bool) -> Iterator[FieldError]:
-    """Refuse a job that ends without listeners but publishes nothing to listen to."""
+    """Refuse a job that ends without listeners but publishes no tokens to listen to."""
     if abandon_after is not None and not stream:
         yield FieldError("abandon_after", "needs stream: true, whose listeners it counts")
 

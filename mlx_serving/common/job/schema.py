@@ -184,7 +184,7 @@ class GenerationJob(BaseModel):
     stream: bool = Field(
         default=True,
         description="publish events as they come; without it they are committed every 16 tokens "
-        "or 500 ms, and nothing is published",
+        "or 500 ms, and no tokens are published",
     )
     deadline: Seconds | None = Field(
         default=None, description="seconds from enqueue, by Redis TIME, to its end"

@@ -7,11 +7,8 @@ local READ = field_list('state', 'tenant')
 local queued, running = k_tenant_queued(tenant), k_tenant_running(tenant)
 local done = {}
 
--- Nobody can count what is no set; the jobs come back into it as they move.
-for _, key in ipairs({queued, running}) do
-  local kind = redis.call('TYPE', key).ok
-  if kind ~= 'set' and kind ~= 'none' then redis.call('DEL', key) end
-end
+-- What is no set is moved aside, also if there is no id to look at; the jobs come back into the set as they move.
+for _, key in ipairs({queued, running}) do members_of(key) end
 
 local function is_in(set, id) return redis.call('SISMEMBER', set, id) == 1 end
 
@@ -27,4 +24,4 @@ end
 
 for at = FIRST_JOB, #ARGV do audit(ARGV[at]) end
 forget_idle(tenant)
-return done
+return answer(done)

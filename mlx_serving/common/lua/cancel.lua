@@ -6,13 +6,13 @@ if not is_hash(k_job(id)) then return false end
 local job = read_fields(id, field_list('state', 'queue', 'owner', 'cancel_reason'))
 if not is_sound(id) then
   bury(id, job.queue or '', iso, now_ms())
-  return 'failed'
+  return answer('failed')
 end
-if TERMINAL[job.state] then return job.state end
+if TERMINAL[job.state] then return answer(job.state) end
 if job.state == 'queued' then
   redis.call('LREM', k_rq_queue(job.queue), 1, id)
-  return finalize_cancelled(id, job.queue, reason, iso, now_ms())
+  return answer(finalize_cancelled(id, job.queue, reason, iso, now_ms()))
 end
 if job.cancel_reason == '' then set_fields(id, {cancel_reason = reason}) end
 redis.call('PUBLISH', k_control(job.owner), 'cancel ' .. id)
-return job.state
+return answer(job.state)

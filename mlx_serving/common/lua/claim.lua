@@ -57,6 +57,7 @@ local function adopt(id, queue)
   redis.call('DEL', k_events(id))  -- of an earlier life: nobody knows what it belongs to
   create_job(id, queue, now, {})
   redis.call('ZADD', k_open(queue), int(now), id)
+  note_due(id, 0, nil, now)
 end
 
 -- What is wrong with a job's RQ hash ('' if nothing) and in which field, its payload, which is read only if it is not too
@@ -366,13 +367,13 @@ end
 local is_plain = redis.call('EXISTS', k_claim(nonce), k_rq_suspended()) == 0  -- neither: one look for both
 if not is_plain and take_again() then
   write_gathered()
-elseif not is_plain and most > 0 and redis.call('EXISTS', k_rq_suspended()) == 1 then
-  return {1, {}, {}, '', 0}
+elseif not is_plain and most > 0 and redis.call('GET', k_rq_suspended()) then
+  return answer({1, {}, {}, '', 0})
 else
   -- Whatever goes wrong at a job, those that were taken before it have their leases.
   local ok, problem = pcall(function() for at = FIRST_QUEUE, #ARGV do claim(ARGV[at]) end end)
   write_gathered()
   if #jobs > 0 or most == 0 then note_claim() end
-  if not ok then return redis.error_reply(type(problem) == 'table' and problem.err or tostring(problem)) end  -- its code stays
+  if not ok then raise(problem) end
 end
-return {0, jobs, dropped, reserved, math.ceil(again_ms)}
+return answer({0, jobs, dropped, reserved, math.ceil(again_ms)})

@@ -6,7 +6,7 @@
 --   publish                           whether it goes to the job's channel too
 --   state                             '': the job goes on; else it ends in this state, and the rest says how:
 --   result                            result record, JSON; '': none
---   rq_result                         RQ's form of it, or of the error; '': none
+--   rq_result                         RQ's form of it, or of the error; '': RQ is to keep none
 --   code, message                     the error; '' if it finished
 -- Returns number (of the row, from 1), status, reason for each row that is not plainly OK. Status: OK with the job's cancel
 -- reason; DUP (already written, word for word), FENCED (another attempt's job, or another event stands there), GAP, each with
@@ -17,7 +17,7 @@ local now = now_ms()
 local replies = {}
 local OK = {'OK', ''}
 local READ = attempt_fields('seq', 'cancel_reason', 'abandon_ms', 'listened_ms', 'started_ms', 'first_token_ms', 'result_ttl',
-                            'tenant')
+                            'events_ttl', 'failed_ttl', 'tenant')
 local known = {}  -- jobs, as the rows so far left them: a flush often holds several rows of a job
 local ends = {}  -- jobs that end in this flush: nothing of theirs is renewed
 shared, shown = gather, gather_view
@@ -64,8 +64,8 @@ end
 local function finish(id, job, epoch, state, result, rq_result, code, message)
   known[id] = nil
   local finished = state == 'finished'
-  local kind = {type = finished and RQ_SUCCESSFUL or RQ_FAILED, value = rq_result}
-  finalize(id, job.queue, state, code, message, result, iso, now, worker, epoch, kind, job.changes, job)
+  local shown_result = rq_result ~= '' and {type = finished and RQ_SUCCESSFUL or RQ_FAILED, value = rq_result} or nil
+  finalize(id, job.queue, state, code, message, result, iso, now, worker, epoch, shown_result, job.changes, job)
   local counter = finished and 'successful_job_count' or 'failed_job_count'
   ended[counter] = (ended[counter] or 0) + 1
 end
@@ -140,4 +140,4 @@ local function view_count()
   for counter, jobs in pairs(ended) do redis.call('HINCRBY', k_rq_worker(worker), counter, jobs) end
 end
 show(view_count)
-return replies
+return answer(replies)

@@ -45,4 +45,4 @@ for at = #ARGV - ARGUMENTS + 1, FIRST_JOB, -ARGUMENTS do
   local id, epoch, nonce, max_unproven, alone = unpack(ARGV, at, at + ARGUMENTS - 1)
   done[#done + 1] = {id, settle(id, epoch, nonce, tonumber(max_unproven), alone == '1')}
 end
-return done
+return answer(done)

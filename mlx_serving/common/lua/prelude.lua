@@ -1,4 +1,4 @@
--- Shared by every script. Follows the generated names (`k_<key>()`, `F.<field>`, …) and tenants.lua.
+-- Shared by every script. Follows the generated names (`k_<key>()`, `F.<field>`, …), quarantine.lua and tenants.lua.
 -- The control hash is the authority and is written first; RQ's hash and registries are a view
 -- of it, written in the same script, so they can never disagree through a crash.
 -- `job` is always a control hash that `read_fields` or its kin read: values by the names of their fields.
@@ -58,10 +58,18 @@ local function create_job(id, queue, now, terms)
   redis.call('HSET', k_job(id), F.state, 'queued', F.queue, queue, F.epoch, 0, F.owner, terms.owner or '', F.seq, 0, F.crashes, 0,
     F.max_attempts, terms.max_attempts or 2, F.min_protocol, terms.min_protocol or 1, F.deadline_ms, terms.deadline_ms or 0,
     F.timeout_ms, terms.timeout_ms or 0, F.abandon_ms, terms.abandon_ms or 0, F.result_ttl, terms.result_ttl or 3600,
-    F.stream, terms.stream or 1, F.cancel_reason, terms.cancel_reason or '', F.enqueued_ms, int(now), F.needed_tokens, 0)
+    F.queued_ttl, terms.queued_ttl or DEFAULT.queued_ttl, F.events_ttl, terms.events_ttl or DEFAULT.events_ttl,
+    F.failed_ttl, terms.failed_ttl or DEFAULT.failed_ttl, F.stream, terms.stream or 1, F.cancel_reason, terms.cancel_reason or '', F.enqueued_ms, int(now), F.needed_tokens, 0)
   if terms.marks then redis.call('HSET', k_job(id), F.marks, terms.marks) end
   if terms.tenant then redis.call('HSET', k_job(id), F.tenant, terms.tenant) end
   if terms.digest then redis.call('HSET', k_job(id), F.digest, terms.digest) end
+end
+
+-- Notes when a job that waits from now on ends if nobody takes it: at its deadline (0: none), or after its queued_ttl.
+local function note_due(id, deadline_ms, queued_ttl, now)
+  local due = now + 1000 * (tonumber(queued_ttl) or tonumber(DEFAULT.queued_ttl))
+  if deadline_ms > 0 then due = math.min(due, deadline_ms) end
+  redis.call('ZADD', k_deadlines(), int(due), id)
 end
 
 -- RQ's own rule for ids. Anybody may have pushed anything: bytes that are no text, a ':' (which
@@ -75,7 +83,8 @@ local function list_sound()
   NUMBERS = {'epoch', 'seq', 'crashes', 'max_attempts', 'min_protocol', 'deadline_ms', 'timeout_ms', 'abandon_ms', 'result_ttl',
              'stream', 'enqueued_ms', 'needed_tokens'}
   LATER_NUMBERS = {'started_ms', 'first_token_ms', 'max_unproven', 'suspect_since_ms', 'needed_rows',
-                   'overtaken_ms'}  -- not there from the start
+                   'overtaken_ms',
+                   'queued_ttl', 'events_ttl', 'failed_ttl'}  -- not there from the start, or with a default
   SOUND = {}
   for _, names in ipairs({TEXTS, NUMBERS, LATER_NUMBERS}) do
     for _, name in ipairs(names) do SOUND[#SOUND + 1] = F[name] end
@@ -201,10 +210,8 @@ local function view_end(id, queue, state, iso, ttl, now, worker, epoch, rq_resul
   end
   if rq_result then
     local fields = {'type', rq_result.type, 'worker_name', worker, 'execution_id', epoch}
-    if rq_result.value ~= '' then
-      fields[#fields + 1] = rq_result.type == RQ_SUCCESSFUL and 'return_value' or 'exc_string'
-      fields[#fields + 1] = rq_result.value
-    end
+    fields[#fields + 1] = rq_result.type == RQ_SUCCESSFUL and 'return_value' or 'exc_string'
+    fields[#fields + 1] = rq_result.value
     redis.call('XADD', k_rq_results(id), 'MAXLEN', 10, '*', unpack(fields))
     redis.call('EXPIRE', k_rq_results(id), ttl)
   end
@@ -226,12 +233,22 @@ local function publish_event(id, epoch, seq, form, body)
   return redis.call('PUBLISH', k_channel(id), opening .. body)
 end
 
+-- How many seconds the keys of a job that ends are kept, and how many its events.
+local function kept_for(job, state, has_result)
+  local ttl = tonumber(job.result_ttl or '') or 3600
+  if state == 'failed' or state == 'dead' then  -- its payload, for a requeue
+    ttl = math.max(ttl, tonumber(job.failed_ttl or DEFAULT.failed_ttl))
+  end
+  if not has_result then return ttl, ttl end  -- its events are its only output
+  return ttl, math.min(ttl, tonumber(job.events_ttl or DEFAULT.events_ttl))
+end
+
 -- Ends a job. The end event itself was appended by the caller; `fields`: what else its control hash is to say; `known`:
--- its result_ttl and tenant, if the caller has read them.
+-- its tenant and how long it is kept, if the caller has read them.
 local function finalize(id, queue, state, code, message, result, iso, now, owner, epoch, rq_result, fields, known)
   local key = k_job(id)
-  local job = known or read_fields(id, field_list('result_ttl', 'tenant'))
-  local ttl = tonumber(job.result_ttl or '') or 3600
+  local job = known or read_fields(id, field_list('result_ttl', 'events_ttl', 'failed_ttl', 'tenant'))
+  local ttl, events_ttl = kept_for(job, state, result ~= '')
   fields = fields or {}
   fields.state, fields.finished_ms, fields.error_code, fields.message = state, int(now), code, message
   if result ~= '' then fields.result = result end
@@ -240,7 +257,7 @@ local function finalize(id, queue, state, code, message, result, iso, now, owner
   shared('ZREM', k_open(queue), id)
   shared('ZREM', k_deadlines(), id)
   redis.call('EXPIRE', key, ttl)
-  redis.call('EXPIRE', k_events(id), ttl)
+  redis.call('EXPIRE', k_events(id), events_ttl)
   if job.tenant then tolerantly(tenant_ends, id, queue, job.tenant) end
   show(view_drop_execution, id, queue, epoch, owner)
   show(view_end, id, queue, state, iso, ttl, now, owner, epoch, rq_result)
@@ -248,15 +265,15 @@ end
 
 -- Ends a job that no live worker holds: the script itself writes the end event.
 local function finalize_unowned(id, queue, state, code, message, iso, now)
-  local job = read_fields(id, field_list('seq', 'epoch', 'stream', 'owner'))
+  local job = read_fields(id, field_list('seq', 'epoch', 'owner'))
   local seq, epoch = (tonumber(job.seq) or 0) + 1, int(tonumber(job.epoch) or 0)
   local body = '"type":"end","state":"' .. state .. '","error":{"code":"' .. code .. '","message":' ..
     cjson.encode(message) .. ',"retryable":false}}'
   local kind = redis.call('TYPE', k_events(id)).ok
-  if kind ~= 'stream' and kind ~= 'none' then redis.call('DEL', k_events(id)) end
+  if kind ~= 'stream' and kind ~= 'none' then quarantine(k_events(id)) end
   if pcall(append_event, id, seq, entry_of(epoch, ENTRY.body, body)) then  -- fails if the stream is ahead of the hash
     set_fields(id, {seq = int(seq)})
-    if job.stream ~= '0' then pcall(publish_event, id, epoch, seq, ENTRY.body, body) end
+    pcall(publish_event, id, epoch, seq, ENTRY.body, body)
   end
   finalize(id, queue, state, code, message, '', iso, now, job.owner or '', job.epoch or '0', nil)
 end
@@ -271,7 +288,10 @@ end
 -- Ends a job whose control hash is not sound, so that it stops nobody else.
 local function bury(id, queue, iso, now)
   local key = k_job(id)
-  if is_hash(key) then
+  local kind = redis.call('TYPE', key).ok
+  local problem = kind ~= 'hash' and kind ~= 'none' and quarantine(key)
+  if problem then raise(problem) end
+  if kind ~= 'none' then
     local job = read_fields(id, field_list('epoch', 'owner', 'cancel_reason', 'queue'))
     queue = job.queue or queue
     show(view_drop_execution, id, queue, job.epoch or '0', job.owner)
@@ -291,8 +311,9 @@ local function requeue(id, queue, owner, epoch)
   redis.call('HSET', k_job(id), F.state, 'queued', F.owner, '')
   shared('ZREM', k_leases(queue), id)
   redis.call('LPUSH', k_rq_queue(queue), id)
-  local tenant = redis.call('HGET', k_job(id), F.tenant)
-  if tenant then tolerantly(tenant_waits, id, queue, tenant, 'LPUSH') end
+  local job = read_fields(id, field_list('tenant', 'deadline_ms', 'queued_ttl'))
+  tolerantly(note_due, id, tonumber(job.deadline_ms or 0), job.queued_ttl, now_ms())
+  if job.tenant then tolerantly(tenant_waits, id, queue, job.tenant, 'LPUSH') end
   show(view_drop_execution, id, queue, epoch, owner)
   if is_hash(k_rq_job(id)) then
     redis.call('HSET', k_rq_job(id), 'status', 'queued', 'worker_name', '')
@@ -303,6 +324,7 @@ end
 -- What a stock tool did to a job's RQ hash that ends the job: a cancel reason, or ''.
 local function stock_verdict(id)
   local status = redis.pcall('HGET', k_rq_job(id), 'status')
+  if type(status) == 'table' then quarantine(k_rq_job(id)) end
   if status == false or type(status) == 'table' then return 'deleted' end
   if status == 'canceled' or status == 'stopped' then return 'cancelled' end
   return ''

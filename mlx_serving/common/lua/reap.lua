@@ -1,24 +1,25 @@
 -- Takes over jobs whose lease ran out, uncharged (a lost lease says nothing of the job: see crash.lua), and expires queued
--- jobs past their deadline. Any worker may run it.
+-- jobs past their deadline, or past the time in which somebody should have taken them. Trims RQ's registries. Any worker may
+-- run it, for all queues.
 -- ARGV: two prefixes, iso (the wall clock's time in RQ's form), lease_ms, most (jobs of each kind and queue), then queues: the
 --   caller's own, looked at whether or not RQ's set of queues still names them.
 -- Returns waited (0|1: Redis restarted too lately to reap), and for each job: id, outcome (requeued | cancelled | expired).
 local iso, lease, most = ARGV[3], tonumber(ARGV[4]), tonumber(ARGV[5])
 local FIRST_QUEUE = 6
 local TAKEN_OVER = field_list('state', 'queue', 'epoch', 'owner', 'cancel_reason')
-local OVERDUE = field_list('state', 'queue', 'owner', 'cancel_reason')
+local OVERDUE = field_list('state', 'queue', 'owner', 'cancel_reason', 'deadline_ms', 'queued_ttl')
+local TRIMMED = 1000  -- entries of RQ's registries that a call removes at most
 -- After a restart live workers need one lease to renew; until then an old deadline proves nothing.
 local uptime = tonumber(string.match(redis.call('INFO', 'server'), 'uptime_in_seconds:(%d+)'))
-if uptime * 1000 < lease + 2000 then return {1, {}} end
+if uptime * 1000 < lease + 2000 then return answer({1, {}}) end
 
 local now = now_ms()
 local done = {}
+local LANES = {interactive = true, default = true, bulk = true}
 local head = string.len(k_rq_queue('')) + 1
 local queues = {}
 for at = FIRST_QUEUE, #ARGV do queues[ARGV[at]] = true end
-if redis.call('TYPE', k_rq_queues()).ok == 'set' then
-  for _, name in ipairs(redis.call('SMEMBERS', k_rq_queues())) do queues[string.sub(name, head)] = true end
-end
+for _, name in ipairs(redis.pcall('SMEMBERS', k_rq_queues())) do queues[string.sub(name, head)] = true end
 
 local function take_over(id, queue)
   if not is_sound(id) then bury(id, queue, iso, now) return end
@@ -31,14 +32,23 @@ end
 
 local function expire(id)
   local job = is_sound(id) and read_fields(id, OVERDUE) or {}
+  local deadline = tonumber(job.deadline_ms or 0)
+  local is_late = deadline > 0 and deadline <= now
   if job.state == 'queued' then
     redis.call('LREM', k_rq_queue(job.queue), 1, id)
-    finalize_unowned(id, job.queue, 'expired', 'deadline_exceeded', 'the deadline passed while the job was queued', iso, now)
+    local code, message = 'deadline_exceeded', 'the deadline passed while the job was queued'
+    if not is_late then
+      code, message = 'unserved', 'no worker took the job from the queue ' .. job.queue .. ' for ' ..
+        (job.queued_ttl or DEFAULT.queued_ttl) .. ' s (queued_ttl)'
+    end
+    finalize_unowned(id, job.queue, 'expired', code, message, iso, now)
     done[#done + 1] = {id, 'expired'}
     return
   end
   redis.call('ZREM', k_deadlines(), id)
-  if job.state == 'running' then
+  if job.state == 'running' and not is_late then  -- it was taken in time, and is noted anew if it comes back
+    if deadline > 0 then redis.call('ZADD', k_deadlines(), int(deadline), id) end
+  elseif job.state == 'running' then
     if job.cancel_reason == '' then set_fields(id, {cancel_reason = 'deadline_exceeded'}) end
     redis.call('PUBLISH', k_control(job.owner), 'cancel ' .. id)
   end
@@ -50,9 +60,14 @@ end
 for _, id in ipairs(redis.pcall('ZRANGEBYSCORE', k_deadlines(), '-inf', now, 'LIMIT', 0, most)) do expire(id) end
 
 -- RQ's own workers trim these; a fleet of ours alone has nobody else to.
-for at = FIRST_QUEUE, #ARGV do
-  for _, registry in pairs(REGISTRIES) do
-    show(redis.call, 'ZREMRANGEBYSCORE', registry(ARGV[at]), '-inf', '(' .. int(math.floor(now / 1000)))
+local left = TRIMMED
+local function trim(registry)
+  local over = left > 0 and redis.call('ZCOUNT', registry, '-inf', '(' .. int(math.floor(now / 1000))) or 0
+  if over > 0 then left = left - redis.call('ZREMRANGEBYRANK', registry, 0, math.min(over, left) - 1) end
+end
+for queue in pairs(queues) do
+  if LANES[string.match(queue, '[^:]*$')] then
+    for _, registry in pairs(REGISTRIES) do show(trim, registry(queue)) end
   end
 end
-return {0, done}
+return answer({0, done})

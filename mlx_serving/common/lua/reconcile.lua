@@ -37,4 +37,4 @@ for at = FIRST_JOB, #ARGV do
   local outcome = repair(ARGV[at])
   if outcome then done[#done + 1] = {ARGV[at], outcome} end
 end
-return done
+return answer(done)

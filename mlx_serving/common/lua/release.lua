@@ -26,4 +26,4 @@ for at = FIRST_JOB, #ARGV, ARGUMENTS do
   local id, epoch, nonce, needed_tokens, needed_rows = unpack(ARGV, at, at + ARGUMENTS - 1)
   replies[#replies + 1] = release(id, epoch, nonce, tonumber(needed_tokens), tonumber(needed_rows))
 end
-return replies
+return answer(replies)

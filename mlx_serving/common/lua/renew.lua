@@ -24,4 +24,4 @@ for at = FIRST_JOB, #ARGV, ARGUMENTS do
   local id, epoch, nonce = unpack(ARGV, at, at + ARGUMENTS - 1)
   replies[#replies + 1] = renew(id, epoch, nonce)
 end
-return replies
+return answer(replies)

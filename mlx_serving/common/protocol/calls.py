@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, Generic, Literal, NamedTuple, Type
 
 import msgspec
 
-from mlx_serving.common import events, limits
+from mlx_serving.common import events, lifetimes, limits
 from mlx_serving.common.attempts import Attempt
 from mlx_serving.common.errors import CorruptJob
 from mlx_serving.common.protocol.fields import TOKENS_OPENING, EntryField
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from mlx_serving.common.events import Event
+    from mlx_serving.common.lifetimes import Lifetimes
 
 T = TypeVar("T")
 Argument = str | bytes | int | float
@@ -50,6 +51,7 @@ class EnqueueEntry:
     timeout_ms: int = 0
     abandon_ms: int = 0
     result_ttl: int = 3600
+    lifetimes: Lifetimes = lifetimes.DEFAULT
     stream: bool = True
     tenant: str = ""  # '': none
     marks: str = ""  # see `producer.marks`; '': none
@@ -155,7 +157,7 @@ class JobEnd(msgspec.Struct, frozen=True, gc=False):
 
     state: JobState
     result: bytes = b""  # result record, JSON
-    rq_result: bytes = b""  # RQ's own form of it: see `rq_result` of the worker's RQ module
+    rq_result: bytes = b""  # RQ's own form of it, see `rq_worker`; empty: RQ is to keep none
     error_code: str = ""
     message: str = ""
 
@@ -174,7 +176,12 @@ class CommitRow(msgspec.Struct, frozen=True, gc=False):
     def of(
         cls, attempt: Attempt, event: Event, *, publish: bool = True, end: JobEnd | None = None
     ) -> CommitRow:
-        """Row of an event that this attempt wrote."""
+        """Row of an event that this attempt wrote.
+
+        Without `publish`, what has no tokens is published all the same: the begin and the end of
+        an attempt, so that whoever waits for them need not poll.
+        """
+        publish = publish or not event.has_tokens
         return cls(attempt, event.seq, events.body(event), event.has_tokens, publish, end)
 
 
@@ -225,7 +232,8 @@ def _text(value: str | bytes) -> str:
     return value.decode(errors="replace") if isinstance(value, bytes) else value
 
 
-def _state(value: str | bytes) -> JobState:
+def read_state(value: str | bytes) -> JobState:
+    """Read a state as a script names it. Raises CorruptJob."""
     try:
         return JobState(_text(value))
     except ValueError:
@@ -278,22 +286,23 @@ def enqueue_many(entries: Sequence[EnqueueEntry]) -> Call[list[EnqueueReply]]:
         rq_fields = [text for pair in e.rq_fields.items() for text in pair]
         arguments += (
             e.job_id, e.queue, e.max_attempts, e.min_protocol, e.deadline_ms, e.timeout_ms,
-            e.abandon_ms, e.result_ttl, int(e.stream), e.tenant, e.marks, e.digest,
+            e.abandon_ms, e.result_ttl, *e.lifetimes, int(e.stream), e.tenant, e.marks, e.digest,
             len(rq_fields), *rq_fields,
         )  # fmt: skip
 
     def parse(replies: Sequence[Any]) -> list[EnqueueReply]:
-        return [_enqueued(*reply) for reply in replies]
+        return [read_enqueued(*reply) for reply in replies]
 
     return Call("enqueue", arguments, parse)
 
 
-def _enqueued(created: int, state: str | bytes, *refusal: Any) -> EnqueueReply:
+def read_enqueued(created: int, state: str | bytes, *refusal: Any) -> EnqueueReply:
+    """Read what became of one job that was to be enqueued."""
     if refusal:
         reason, *numbers = refusal
         why = Refusal(_text(reason), *numbers)  # type: ignore[arg-type]
         return EnqueueReply(created=False, state=JobState.QUEUED, refusal=why)
-    return EnqueueReply(bool(created), _state(state))
+    return EnqueueReply(bool(created), read_state(state))
 
 
 def claim(  # noqa: PLR0913 -- each is a number that the script needs
@@ -392,7 +401,7 @@ def release(worker: str, held: Sequence[Returned]) -> Call[list[RowStatus]]:
 
 def cancel(job_id: str, reason: str) -> Call[JobState | None]:
     """Cancel; the reply is the state after the call, None for an unknown job."""
-    return Call("cancel", [job_id, iso_now(), reason], lambda r: _state(r) if r else None)
+    return Call("cancel", [job_id, iso_now(), reason], lambda r: read_state(r) if r else None)
 
 
 def crash(worker: str, blamed: Sequence[Blame]) -> Call[list[tuple[str, str]]]:
@@ -408,10 +417,9 @@ def crash(worker: str, blamed: Sequence[Blame]) -> Call[list[tuple[str, str]]]:
 
 
 def reap(*, lease_ms: int, most: int = 256, queues: Sequence[str] = ()) -> Call[Swept]:
-    """Take over what a dead worker held, expire what waited past its deadline.
+    """Take over what a dead worker held, expire what waited too long, trim RQ's registries.
 
-    `queues`, the caller's own, are looked at whether or not RQ's set of queues still names them,
-    and RQ's registries of their ended jobs are trimmed.
+    `queues`, the caller's own, are looked at whether or not RQ's set of queues still names them.
     """
 
     def parse(reply: Sequence[Any]) -> Swept:

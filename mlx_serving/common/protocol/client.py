@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from redis import exceptions
 
 from mlx_serving.common.errors import CorruptJob
+from mlx_serving.common.protocol import quarantine
 from mlx_serving.common.protocol.fields import JobField
 from mlx_serving.common.protocol.scripts import NAMES, script_text
 from mlx_serving.common.protocol.stored_events import payloads
@@ -64,6 +65,13 @@ def parse_record(job_id: str, raw: Any) -> JobRecord | None:  # noqa: ANN401 -- 
         raise CorruptJob(f"the control hash of job {job_id!r} can't be read") from None
 
 
+def _odd(job_id: str, error: exceptions.ResponseError) -> Exception:
+    """The error to raise: ours if the key has another type, else Redis's own."""
+    if not quarantine.is_wrong_type(error):
+        return error
+    return CorruptJob(f"the control hash of job {job_id!r} can't be read")
+
+
 def _parse_record(job_id: str, raw: dict[bytes, bytes]) -> JobRecord:
     def text(field: JobField) -> str:
         return raw.get(field.encode(), b"").decode(errors="replace")
@@ -97,6 +105,18 @@ class _Base:
         self.keys = keys
         self._prefixes: list[Any] = [keys.prefix, keys.rq_prefix]
 
+    def _parsed(self, call: Call[T], raw: Any) -> T:  # noqa: ANN401 -- redis-py's union
+        reply, moved = quarantine.split(raw)
+        for each in moved:
+            self._note_quarantined(each)
+        return call.parse(reply)
+
+    def _note_quarantined(self, moved: quarantine.QuarantinedKey) -> None:
+        import structlog  # a producer's import is to cost little, and this is rare
+
+        log = structlog.get_logger(__name__)
+        log.warning("key_quarantined", key=moved.key, type=moved.kind, place=moved.place)
+
     def _range_arguments(self, job_id: str, after_seq: int) -> tuple[str, str, str]:
         return self.keys.events(job_id), f"({after_seq}-0", "+"
 
@@ -115,7 +135,7 @@ class Protocol(_Base):
 
     def run(self, call: Call[T]) -> T:
         """Run one call."""
-        return call.parse(self._scripts[call.script](args=self._prefixes + call.arguments))
+        return self._parsed(call, self._scripts[call.script](args=self._prefixes + call.arguments))
 
     def send(self, call: Call[T]) -> Callable[[float | None], T]:
         """Send one call on a connection of its own, and return what reads its reply, once.
@@ -137,7 +157,7 @@ class Protocol(_Base):
                 if failure is not None:
                     raise failure
                 wait = {} if timeout is None else {"timeout": timeout}
-                return call.parse(connection.read_response(**wait))
+                return self._parsed(call, connection.read_response(**wait))
             except exceptions.NoScriptError:  # a Redis that does not know it ran nothing
                 return Protocol.run(self, call)
             finally:
@@ -151,11 +171,14 @@ class Protocol(_Base):
         with self.redis.pipeline(transaction=False) as pipe:
             for call in calls:
                 self._scripts[call.script](args=self._prefixes + call.arguments, client=pipe)
-            return [call.parse(r) for call, r in zip(calls, pipe.execute(), strict=True)]
+            return [self._parsed(c, r) for c, r in zip(calls, pipe.execute(), strict=True)]
 
     def record(self, job_id: str) -> JobRecord | None:
-        """The control hash, or None for an unknown job."""
-        return parse_record(job_id, self.redis.hgetall(self.keys.job(job_id)))
+        """The control hash, or None for an unknown job. Raises CorruptJob if it can't be read."""
+        try:
+            return parse_record(job_id, self.redis.hgetall(self.keys.job(job_id)))
+        except exceptions.ResponseError as error:
+            raise _odd(job_id, error) from error
 
     def read_events(self, job_id: str, after_seq: int = 0, count: int | None = None) -> list[bytes]:
         """Event payloads with seq > `after_seq`, in order."""
@@ -175,18 +198,22 @@ class AsyncProtocol(_Base):
 
     async def run(self, call: Call[T]) -> T:
         """Run one call."""
-        return call.parse(await self._scripts[call.script](args=self._prefixes + call.arguments))
+        raw = await self._scripts[call.script](args=self._prefixes + call.arguments)
+        return self._parsed(call, raw)
 
     async def run_many(self, calls: Sequence[Call[T]]) -> list[T]:
         """Run calls in one round trip, outside a transaction: each is atomic by itself."""
         async with self.redis.pipeline(transaction=False) as pipe:
             for call in calls:
                 await self._scripts[call.script](args=self._prefixes + call.arguments, client=pipe)
-            return [call.parse(r) for call, r in zip(calls, await pipe.execute(), strict=True)]
+            return [self._parsed(c, r) for c, r in zip(calls, await pipe.execute(), strict=True)]
 
     async def record(self, job_id: str) -> JobRecord | None:
-        """The control hash, or None for an unknown job."""
-        return parse_record(job_id, await self.redis.hgetall(self.keys.job(job_id)))
+        """The control hash, or None for an unknown job. Raises CorruptJob if it can't be read."""
+        try:
+            return parse_record(job_id, await self.redis.hgetall(self.keys.job(job_id)))
+        except exceptions.ResponseError as error:
+            raise _odd(job_id, error) from error
 
     async def read_events(
         self, job_id: str, after_seq: int = 0, count: int | None = None

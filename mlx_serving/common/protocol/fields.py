@@ -11,6 +11,7 @@ from dataclasses import fields
 from enum import StrEnum
 from typing import TYPE_CHECKING, Final
 
+from mlx_serving.common import lifetimes
 from mlx_serving.common.worker_record import WorkerRecord
 
 if TYPE_CHECKING:
@@ -24,6 +25,10 @@ EVENT_OPENING: Final = '{"v":1,"attempt":%s,"seq":%s,'
 
 TOKENS_OPENING: Final = '"type":"tokens","choices":[{"index":0,'
 """How the body of most events begins: new tokens, first of choice 0."""
+
+
+QUARANTINED: Final = "QUARANTINED"
+"""How the reply of a script begins that quarantined keys; see `quarantine`."""
 
 
 class JobField(StrEnum):
@@ -42,6 +47,9 @@ class JobField(StrEnum):
     TIMEOUT_MS = "to"  # ms from the first claim to its end; 0: no limit
     ABANDON_MS = "ab"  # ms without a listener that end it; 0: no limit
     RESULT_TTL = "ttl"  # seconds that the keys are kept after its end
+    QUEUED_TTL = "qt"  # seconds that it may wait for a worker
+    EVENTS_TTL = "et"  # seconds that its events are kept after its end
+    FAILED_TTL = "fl"  # seconds that its keys are kept if it failed or is dead
     STREAM = "sm"  # 1: events are published; 0: they are only stored
     CANCEL_REASON = "ca"  # why the job is to stop; '' if it is not
     ENQUEUED_MS = "en"  # when it was enqueued
@@ -104,16 +112,19 @@ def limit_field(kind: str, tenant: str) -> str:
 
 
 def lua_tables() -> str:
-    """Lua source of the same names: ``F.state``, ``ENTRY.body``, ``WORKER.state``, and so on."""
+    """Lua source of the same names: ``F.state``, ``ENTRY.body``, ``DEFAULT.queued_ttl``."""
     texts = {
         "SIGNATURE_FIELD": SIGNATURE_FIELD,
         "EVENT_OPENING": EVENT_OPENING,
         "TOKENS_OPENING": TOKENS_OPENING,
         "TENANT_MARK": TENANT_MARK,
+        "QUARANTINED": QUARANTINED,
     }
     lines = [f"local {name} = '{text}'" for name, text in texts.items()]
     lines += [_table("F", JobField), _table("ENTRY", EntryField), _table("LIMIT", LimitField)]
     lines.append(_lua_table("WORKER", {field.name: field.name for field in fields(WorkerRecord)}))
+    kept = {f"{name}_ttl": str(seconds) for name, seconds in lifetimes.DEFAULT._asdict().items()}
+    lines.append(_lua_table("DEFAULT", kept))  # of a job that no producer of ours enqueued
     return "\n".join(lines) + "\n"
 
 

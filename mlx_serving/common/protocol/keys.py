@@ -37,6 +37,8 @@ _TEMPLATES: dict[str, tuple[str, str]] = {
     "worker": ("own", ":worker:<>"),  # hash: what a worker is and can hold; expires
     "batch": ("own", ":batch:<>"),  # hash: what a bulk file's runner says of it; expires
     "batches": ("own", ":batches"),  # zset of bulk files, by the time they were last heard of
+    "quarantine": ("own", ":quarantine"),  # zset: notes of keys of a wrong type, by time
+    "quarantined": ("own", ":quarantine:<>"),  # such a key; argument: "<name>:<time>"
     # RQ's: the view
     "rq_job": ("rq", ":job:<>"),
     "rq_queue": ("rq", ":queue:<>"),
@@ -170,6 +172,18 @@ class Keys:
         """Index of the bulk files that were heard of lately."""
         return self._spell("batches")
 
+    def quarantine(self) -> str:
+        """Notes of the keys that were quarantined; see `quarantine`."""
+        return self._spell("quarantine")
+
+    def quarantined(self, key_and_time: str) -> str:
+        """Place of a key that was quarantined, by ``<key>:<ms>``."""
+        return self._spell("quarantined", key_and_time)
+
+    def rq_queues(self) -> str:
+        """RQ's set of queues."""
+        return self._spell("rq_queues")
+
     def rq_commands(self, worker: str) -> str:
         """RQ's command channel of a worker."""
         return self._spell("rq_commands", worker)
@@ -178,13 +192,17 @@ class Keys:
         """RQ's set of the attempts (``<job>:<epoch>``) that a worker runs."""
         return self._spell("rq_worker_executions", worker)
 
-    def lua_functions(self) -> str:
-        """Lua source that defines ``k_<name>(argument)`` for every key.
+    def lua_functions(self, script: str) -> str:
+        """Lua source that defines ``k_<name>(argument)`` for every key that a script names.
 
-        Scripts get the prefixes as ``ARGV[1]`` and ``ARGV[2]``, so one script text serves all.
+        Lua allows 200 locals, and each of these is one. Scripts get the prefixes as ``ARGV[1]`` and
+        ``ARGV[2]``, so one script text serves all.
         """
         lines = ["local P, R = ARGV[1], ARGV[2]"]
+        named = set(re.findall(r"\bk_(\w+)", script))
         for name, (which, template) in _TEMPLATES.items():
+            if name not in named:
+                continue
             prefix = "P" if which == "own" else "R"
             head, marker, tail = template.partition("<>")
             pieces = [prefix, f"'{head}'"]

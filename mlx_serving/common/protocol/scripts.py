@@ -1,8 +1,8 @@
 """The protocol's Lua scripts, as texts ready to register.
 
-A script is the generated names of keys and fields, then ``tenants.lua`` and ``prelude.lua``, then
-its own file (before ``claim.lua`` also ``affinity.lua``). Redis caches it by hash, so the length
-costs nothing after the first call.
+A script is the generated names of keys and fields, then ``quarantine.lua``, ``tenants.lua`` and
+``prelude.lua``, then its own file (before ``claim.lua`` also ``affinity.lua``). Redis caches it by
+hash, so the length costs nothing after the first call.
 """
 
 from __future__ import annotations
@@ -15,10 +15,14 @@ from mlx_serving.common.protocol.keys import Keys
 
 NAMES = (
     "enqueue", "claim", "commit", "renew", "release", "cancel", "reap", "reconcile", "crash",
-    "audit",
+    "audit", "forget", "requeue", "mend",
 )  # fmt: skip
-_SHARED = ("tenants", "prelude")
+_SHARED = ("quarantine", "tenants", "prelude")
 _BEFORE = {"claim": ("affinity",)}  # parts of one script alone
+# With flags Redis refuses a script before its first write where it could not end it: on a Cluster,
+# a replica, a full memory or a disk that fails. Without, it stops at the first write that it can't
+# do, which on a Cluster comes after others.
+_FLAGS = {"enqueue": "#!lua flags=no-cluster\n"}
 
 
 @cache
@@ -33,4 +37,5 @@ def script_text(name: str) -> str:
     folder = files("mlx_serving.common") / "lua"
     names = (*_SHARED, *_BEFORE.get(name, ()), name)
     parts = [(folder / f"{part}.lua").read_text(encoding="utf-8") for part in names]
-    return Keys().lua_functions() + lua_tables() + "".join(parts)
+    script = "".join(parts)
+    return _FLAGS.get(name, "") + Keys().lua_functions(script) + lua_tables() + script

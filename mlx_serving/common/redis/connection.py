@@ -2,7 +2,7 @@
 
 By default redis-py sends a command again after a lost reply, up to ten times, also writes; so a
 command that is not idempotent may run twice. Connections made here never do that. Callers whose
-call may run twice, as all of our scripts may, use `retry_idempotent`.
+call may run twice, as all of our scripts may, use `answered`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,12 @@ from mlx_serving.common import defaults
 from mlx_serving.common.errors import InvalidSettings
 from mlx_serving.common.protocol.keys import Keys
 from mlx_serving.common.redis.demotion import leaving_replicas, leaving_replicas_async
+from mlx_serving.common.redis.tls import (
+    AsyncPlainConnection,
+    AsyncTlsConnection,
+    PlainConnection,
+    TlsConnection,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -33,7 +39,9 @@ CONNECTIONS: Final = 2**31
 """Most connections of one client: as many as its callers need. redis-py's default is 100, and each
 blocking stream holds one."""
 RESP_VERSION: Final = 2
-"""RQ and our scripts read RESP2's reply shapes."""
+"""What we speak unless the URL says `?protocol=3`; replies are read in the shapes of both."""
+_CONNECTIONS: Final = {"redis": PlainConnection, "rediss": TlsConnection}
+_ASYNC_CONNECTIONS: Final = {"redis": AsyncPlainConnection, "rediss": AsyncTlsConnection}
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,9 +67,14 @@ class Endpoint:
     rq_prefix: str = defaults.RQ_PREFIX
 
     @property
+    def scheme(self) -> str:
+        """What the URL begins with: redis, rediss or unix."""
+        return self.url.partition("://")[0]
+
+    @property
     def tls(self) -> bool:
         """Whether server and Sentinels are reached over TLS."""
-        return self.url.startswith("rediss://")
+        return self.scheme == "rediss"
 
     @property
     def keys(self) -> Keys:
@@ -121,9 +134,9 @@ def connect(endpoint: Endpoint, *, block_seconds: float = 0.0) -> redis.Redis:
     options = _options(endpoint, block_seconds)
     if not endpoint.sentinels:
         client = redis.Redis.from_url(endpoint.url, retry=Retry(NoBackoff(), 0), **options)
-        client.connection_pool.connection_class = leaving_replicas(
-            client.connection_pool.connection_class
-        )
+        pool = client.connection_pool
+        kind = _CONNECTIONS.get(endpoint.scheme, pool.connection_class)
+        pool.connection_class = leaving_replicas(kind)
         return client
     sentinel = Sentinel(  # type: ignore[no-untyped-call]
         list(endpoint.sentinels),
@@ -149,9 +162,9 @@ def connect_async(endpoint: Endpoint, *, block_seconds: float = 0.0) -> AsyncRed
     options = _options(endpoint, block_seconds)
     if not endpoint.sentinels:
         client = AsyncRedis.from_url(endpoint.url, retry=AsyncRetry(NoBackoff(), 0), **options)
-        client.connection_pool.connection_class = leaving_replicas_async(
-            client.connection_pool.connection_class
-        )
+        pool = client.connection_pool
+        kind = _ASYNC_CONNECTIONS.get(endpoint.scheme, pool.connection_class)
+        pool.connection_class = leaving_replicas_async(kind)
         return client
     sentinel = AsyncSentinel(  # type: ignore[no-untyped-call]
         list(endpoint.sentinels),

@@ -1,4 +1,4 @@
-"""Retries calls to Redis that may run twice; turns its errors into QueueUnavailable."""
+"""Retries calls to Redis that may run twice; turns its errors into ours."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ from typing import TYPE_CHECKING, Final, TypeVar
 from redis import exceptions
 
 from mlx_serving.common.errors import QueueUnavailable
+from mlx_serving.common.redis.faults import fault_of
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
+
+    from mlx_serving.common.errors import QueueFailure
 
 T = TypeVar("T")
 
@@ -23,22 +26,8 @@ CAP_SECONDS: Final = 1.0
 FAULTS: Final = (exceptions.RedisError, OSError)
 """Every error that a call to Redis can raise."""
 
-REFUSED: Final = (exceptions.AuthenticationError, exceptions.AuthorizationError)
-"""Connection errors that waiting does not mend."""
 
-AWAY: Final = (
-    exceptions.ConnectionError,
-    exceptions.TimeoutError,
-    # A primary that was demoted, lost its replicas (`min-replicas-to-write`) or is full.
-    exceptions.ReadOnlyError,
-    exceptions.MasterDownError,
-    exceptions.OutOfMemoryError,
-    OSError,
-)
-"""Errors after which the same call may succeed; whether it ran is not known."""
-
-
-def retry_idempotent(
+def answered(
     call: Callable[[], T],
     *,
     attempts: int = ATTEMPTS,
@@ -46,50 +35,49 @@ def retry_idempotent(
 ) -> T:
     """Run a call that may run twice until it answers; waits 0.05 s, doubling, with jitter.
 
-    Raises QueueUnavailable after the last attempt, or at once if Redis refuses our credentials.
+    Raises:
+        QueueUnavailable: after the last attempt; whether the call ran is not known.
+        QueueRefused: at once, for what no retry mends.
+
     """
+    fault: QueueFailure | None = None
     for pause in _pauses(attempts):
         try:
             return call()
-        except REFUSED as error:
-            raise unavailable(error) from error
-        except AWAY as error:
-            if pause is None:
-                raise unavailable(error) from error
+        except FAULTS as error:
+            fault = telling(fault, fault_of(error))
+            if pause is None or not fault.retryable:
+                raise fault from error
         sleep(pause)
     raise AssertionError  # pragma: no cover -- the last pause is None
 
 
-async def retry_idempotent_async(
+async def answered_async(
     call: Callable[[], Awaitable[T]],
     *,
     attempts: int = ATTEMPTS,
     sleep: Callable[[float], Awaitable[object]] = asyncio.sleep,
 ) -> T:
-    """Asyncio twin of `retry_idempotent`."""
+    """Asyncio twin of `answered`."""
+    fault: QueueFailure | None = None
     for pause in _pauses(attempts):
         try:
             return await call()
-        except REFUSED as error:
-            raise unavailable(error) from error
-        except AWAY as error:
-            if pause is None:
-                raise unavailable(error) from error
+        except FAULTS as error:
+            fault = telling(fault, fault_of(error))
+            if pause is None or not fault.retryable:
+                raise fault from error
         await sleep(pause)
     raise AssertionError  # pragma: no cover -- the last pause is None
 
 
-def answered(call: Callable[[], T]) -> T:
-    """Run a call that may run twice; raise QueueUnavailable for any error of Redis."""
-    try:
-        return retry_idempotent(call)
-    except FAULTS as error:
-        raise unavailable(error) from error
+def telling(earlier: QueueFailure | None, latest: QueueFailure) -> QueueFailure:
+    """The one of two failures in a row that says more.
 
-
-def unavailable(error: Exception) -> QueueUnavailable:
-    """Our error for one of redis-py's; it keeps the text, which holds no payload."""
-    return QueueUnavailable(f"Redis is not available: {error}")
+    A server that takes no more clients, as one, says so or just closes the connection: that is a
+    race.
+    """
+    return latest if earlier is None or type(latest) is not QueueUnavailable else earlier
 
 
 def _pauses(attempts: int) -> Iterator[float | None]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import shutil
 import time
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
+from mlx_serving.common.durable import sync_to_disk
 from mlx_serving.common.errors import InvalidBatch, ResultTimeout
 from mlx_serving.producer.batch.background import start_runner
 from mlx_serving.producer.batch.folder import BatchFolder, BatchState, InputFile
@@ -174,7 +174,7 @@ class Batches:
             with made.copied_input.open("wb") as copy:
                 shutil.copyfileobj(source, copy)
                 copy.flush()
-                os.fsync(copy.fileno())
+                sync_to_disk(copy.fileno())
         batch = Batch(
             id=batch_id,
             input_file_id=str(path or made.copied_input),

@@ -6,12 +6,12 @@
 from __future__ import annotations
 
 import fcntl
-import os
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
 import msgspec
 
+from mlx_serving.common.durable import sync_folder, sync_to_disk
 from mlx_serving.common.errors import BatchNotFound, InvalidBatch
 from mlx_serving.producer.batch.objects import Batch
 from mlx_serving.producer.batch.options import BatchOptions
@@ -119,15 +119,6 @@ def replace(path: Path, data: bytes) -> None:
     with part.open("wb") as file:
         file.write(data)
         file.flush()
-        os.fsync(file.fileno())
+        sync_to_disk(file.fileno())
     part.replace(path)
     sync_folder(path.parent)
-
-
-def sync_folder(path: Path) -> None:
-    """Make new and renamed files in a folder outlive a power loss."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -6,7 +6,6 @@ import math
 from itertools import islice
 from typing import TYPE_CHECKING, Final
 
-from mlx_serving.common.queues import queue_name
 from mlx_serving.producer.batch.collector import PAGE_JOBS, Collector
 from mlx_serving.producer.batch.feeder import Feeder
 from mlx_serving.producer.batch.index import read_places
@@ -49,7 +48,6 @@ class ModelPart:
         self.window = Window(options.depth, options.in_flight)
         self._section, self._index, self._results = section, folder.index, results
         self._most, self._reader = options.in_flight, reader
-        self._queue = queue_name(section.model, "bulk")
         self._client = connect(model=section.model, tenant=options.tenant)
         self._store = JobStore(self._client.endpoint)
         self._feeder = Feeder(
@@ -88,7 +86,7 @@ class ModelPart:
         """Delete the jobs whose results are on disk."""
         jobs = self._collector.collected
         while jobs:
-            self._store.forget(self._queue, jobs[:PAGE_JOBS])
+            self._store.forget(jobs[:PAGE_JOBS])
             del jobs[:PAGE_JOBS]
 
     def close(self) -> None:

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 import msgspec
 
 from mlx_serving.common.errors import BatchNotFound
+from mlx_serving.common.protocol import quarantine
+from mlx_serving.common.protocol.client import Protocol
 from mlx_serving.common.protocol.fields import BatchField
 from mlx_serving.common.redis.connection import connect, resolve
 from mlx_serving.common.redis.retrying import answered
@@ -71,6 +73,7 @@ class Registry:
         endpoint = resolve(settings)
         self._keys = endpoint.keys
         self._redis = connect(endpoint)
+        self._protocol = Protocol(self._redis, self._keys)
 
     def __enter__(self) -> Self:
         return self
@@ -99,7 +102,7 @@ class Registry:
             pipe.expire(index, KEEP_SECONDS)
             pipe.hget(key, BatchField.CANCEL)
 
-        return self._pipelined(send)[-1] is not None
+        return self._pipelined(key, send)[-1] is not None
 
     def find(self, batch_id: str) -> Report:
         """Last report on a batch. Raises BatchNotFound."""
@@ -112,7 +115,7 @@ class Registry:
 
     def reports(self) -> list[Report]:
         """Last reports on all batches, the newest batch first."""
-        ids: list[Any] = answered(lambda: self._redis.zrange(self._keys.batches(), 0, -1))
+        (ids,) = self._pipelined("", lambda pipe: pipe.zrange(self._keys.batches(), 0, -1))
         found = []
         for batch_id in reversed(ids):
             try:
@@ -128,17 +131,21 @@ class Registry:
         return report
 
     def _read(self, batch_id: str) -> tuple[bytes | None, int]:
-        raw: Any = answered(lambda: self._redis.hget(self._keys.batch(batch_id), BatchField.REPORT))
+        key = self._keys.batch(batch_id)
+        (raw,) = self._pipelined(key, lambda pipe: pipe.hget(key, BatchField.REPORT))
         return raw, self._now_ms()
 
     def _now_ms(self) -> int:
         seconds, microseconds = answered(self._redis.time)
         return int(seconds) * 1000 + int(microseconds) // 1000
 
-    def _pipelined(self, send: Callable[[Any], object]) -> list[Any]:
+    def _pipelined(self, batch: str, send: Callable[[Any], object]) -> list[Any]:
+        """Run commands on one batch's key (or '') and the index."""
+        types = {self._keys.batches(): "zset"} | ({batch: "hash"} if batch else {})
+
         def run() -> list[Any]:
             with self._redis.pipeline(transaction=False) as pipe:
                 send(pipe)
                 return pipe.execute()
 
-        return answered(run)
+        return answered(lambda: quarantine.mended(self._protocol.run, types, run))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 import msgspec
 
+from mlx_serving.common.durable import sync_to_disk
 from mlx_serving.common.errors import InvalidBatch
 from mlx_serving.producer.batch.line_set import LineSet
 from mlx_serving.producer.batch.records import line_of
@@ -38,7 +39,7 @@ class ResultFile:
     def sync(self) -> None:
         """Write all lines to the disk itself."""
         self._file.flush()
-        os.fsync(self._file.fileno())
+        sync_to_disk(self._file.fileno())
 
     def close(self) -> None:
         """Write what is buffered, and close."""
@@ -54,7 +55,7 @@ class ResultFile:
         torn = self._file.seek(0, os.SEEK_END) - good
         if torn:
             self._file.truncate(good)
-            os.fsync(self._file.fileno())
+            sync_to_disk(self._file.fileno())
         return torn
 
 
@@ -99,7 +100,7 @@ def copy_lines(lines: Iterator[bytes], to: Path) -> int:
     with part.open("wb") as file:
         count = _write(lines, file)
         file.flush()
-        os.fsync(file.fileno())
+        sync_to_disk(file.fileno())
     part.replace(to)
     return count
 

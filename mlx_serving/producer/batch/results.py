@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from mlx_serving.producer.batch.folder import sync_folder
+from mlx_serving.common.durable import sync_folder
 from mlx_serving.producer.batch.line_set import LineSet
 from mlx_serving.producer.batch.objects import BatchUsage, LineError
 from mlx_serving.producer.batch.records import (

@@ -9,7 +9,7 @@ from redis.exceptions import ResponseError
 from mlx_serving.common import results
 from mlx_serving.common.errors import CorruptEvent, CorruptJob
 from mlx_serving.common.events import decode
-from mlx_serving.common.protocol import calls
+from mlx_serving.common.protocol import calls, ended_calls
 from mlx_serving.common.protocol.client import Protocol, parse_record
 from mlx_serving.common.protocol.fields import JobField
 from mlx_serving.common.protocol.stored_events import payloads
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+SCRIPT_JOBS: Final = 32  # jobs in one script: a longer one would block other clients
 CANCELLED_BY_BATCH: Final = "cancelled_by_batch"
 DEADLINE: Final = "deadline_exceeded"
 """Reasons to cancel a job; by the second one it ends as expired."""
@@ -68,17 +69,13 @@ class JobStore:
         wanted = [calls.cancel(job_id, reason) for job_id in job_ids]
         answered(lambda: self._protocol.run_many(wanted))
 
-    def forget(self, queue: str, job_ids: Sequence[str]) -> None:
+    def forget(self, job_ids: Sequence[str]) -> None:
         """Delete ended jobs whose results are on disk, before their `result_ttl` does."""
-        keys = self._keys
-        spelled = (keys.job, keys.events, keys.rq_job, keys.rq_results)
-
-        def send(pipe: Any) -> None:  # noqa: ANN401 -- redis has no type
-            pipe.delete(*(spell(job_id) for job_id in job_ids for spell in spelled))
-            for registry in keys.rq_ended(queue):
-                pipe.zrem(registry, *job_ids)
-
-        self._pipelined(send)
+        wanted = [
+            ended_calls.forget(job_ids[at : at + SCRIPT_JOBS])
+            for at in range(0, len(job_ids), SCRIPT_JOBS)
+        ]
+        answered(lambda: self._protocol.run_many(wanted))
 
     def _result(self, job_id: str, raw: Any) -> GenerationResult | None:  # noqa: ANN401 -- redis-py's union
         try:

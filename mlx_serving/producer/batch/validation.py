@@ -14,7 +14,8 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Final, NamedTuple
 
-from mlx_serving.producer.batch.folder import InputFile, Section, sync_folder
+from mlx_serving.common.durable import sync_folder, sync_to_disk
+from mlx_serving.producer.batch.folder import InputFile, Section
 from mlx_serving.producer.batch.index import (
     MODELS,
     NO_PREFIX,
@@ -177,7 +178,7 @@ class Validation:
                     file.write(packed)
                     counts[model] += 1
             file.flush()
-            os.fsync(file.fileno())
+            sync_to_disk(file.fileno())
         sync_folder(self._folder.path)
         first = 0
         self._state.sections = []

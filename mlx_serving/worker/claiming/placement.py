@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Final, cast
 
 import structlog
 
+from mlx_serving.common.protocol import quarantine
 from mlx_serving.common.protocol.fields import JobField
 from mlx_serving.common.queues import LANES, model_of, queue_name
 
@@ -253,9 +255,8 @@ class Placement:
     def _reserve(self, model: str) -> bool:
         """Say that we bring the model up; False if another worker does."""
         key, redis = self._protocol.keys.bringing(model), self._protocol.redis
-        owner = cast(
-            "bytes | None", redis.set(key, self._worker, nx=True, get=True, px=BRINGING_MS)
-        )
+        take = partial(redis.set, key, self._worker, nx=True, get=True, px=BRINGING_MS)
+        owner = cast("bytes | None", quarantine.mended(self._protocol.run, {key: "string"}, take))
         if owner is None:
             return True
         if owner != self._worker.encode():

@@ -226,8 +226,11 @@ class HeldJob(Struct, eq=False):
         code = reason if state is JobState.EXPIRED else "cancelled"
         self.end(state, ErrorInfo(code, reason))
 
-    def rows(self, worker: str) -> list[CommitRow]:
-        """Take what is pending as rows to commit, in order of seq."""
+    def rows(self, worker: str, *, rq_results: bool = False) -> list[CommitRow]:
+        """Take what is pending as rows to commit, in order of seq.
+
+        `rq_results`: a result is written a second time, for RQ.
+        """
         rows = []
         if self.model is not None:
             rows.append(self._row(self._attempt_event(worker, self.model)))
@@ -244,7 +247,7 @@ class HeldJob(Struct, eq=False):
             )
             rows.append(self._row(event))
         if self.ending is not None:
-            rows.append(self._end_row(self.ending, worker))
+            rows.append(self._end_row(self.ending, worker, rq_results=rq_results))
         return rows
 
     def _row(self, event: events.Event) -> CommitRow:
@@ -264,7 +267,7 @@ class HeldJob(Struct, eq=False):
     def _usage(self) -> Usage:
         return Usage.of(self.prompt_tokens, self.completion_tokens, self.cached_tokens)
 
-    def _end_row(self, ending: Ending, worker: str) -> CommitRow:
+    def _end_row(self, ending: Ending, worker: str, *, rq_results: bool) -> CommitRow:
         usage = self._usage()
         event = events.end_event(
             attempt=self.claimed.epoch, seq=self._next_seq(), state=ending.state, usage=usage,
@@ -273,9 +276,12 @@ class HeldJob(Struct, eq=False):
         result = encode_result(self._result(ending, usage, worker))
         error = ending.error
         summary = f"{error.code}: {error.message}" if error else ""
-        finished = ending.state is JobState.FINISHED
+        if ending.state is not JobState.FINISHED:  # for whoever looks with RQ's tools; it is short
+            shown = rq_failure(summary)
+        else:
+            shown = rq_success(result) if rq_results else b""
         end = JobEnd(
-            ending.state, result, rq_success(result) if finished else rq_failure(summary),
+            ending.state, result, shown,
             error.code if error else "", error.message if error else "",
         )  # fmt: skip
         return CommitRow.of(self.claimed.attempt, event, publish=self.claimed.stream, end=end)

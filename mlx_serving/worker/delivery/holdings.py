@@ -29,8 +29,10 @@ BULK_SECONDS: Final = 0.5  # … or so often
 class Holdings:
     """Held jobs by id, steps that no job has been given, and jobs with something to write."""
 
-    def __init__(self, inflight: InflightJobs, counters: Counters) -> None:
-        self._inflight, self._counters = inflight, counters
+    def __init__(
+        self, inflight: InflightJobs, counters: Counters, *, rq_results: bool = False
+    ) -> None:
+        self._inflight, self._counters, self._rq_results = inflight, counters, rq_results
         self.jobs: dict[str, HeldJob] = {}
         self._by_request: dict[str, HeldJob] = {}  # the same, by the name of the attempt
         self._dirty: dict[str, HeldJob] = {}
@@ -133,7 +135,7 @@ class Holdings:
             del self._dirty[job.job_id]
             job.committed_at = now
             self.backlog -= job.unsent
-            rows += job.rows(worker)
+            rows += job.rows(worker, rq_results=self._rq_results)
         return rows
 
 

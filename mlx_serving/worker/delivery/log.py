@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final
 import redis
 import structlog
 
+from mlx_serving.common.redis.faults import fault_of
 from mlx_serving.common.telemetry import says
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ class RedisFailures:
     def note(self, error: redis.RedisError) -> None:
         """Note a failure."""
         if not self._down:
-            log.warning("redis_unavailable", reason=type(error).__name__)
+            log.warning("redis_unavailable", reason=type(error).__name__, code=fault_of(error).code)
         self._down, self._failed_at = True, time.monotonic()
         if isinstance(error, redis.ReadOnlyError):
             # Connect anew: the name may lead to another primary by now.

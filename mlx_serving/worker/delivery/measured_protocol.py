@@ -7,8 +7,11 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import redis
+import structlog
 
+from mlx_serving.common.errors import QueueFailure
 from mlx_serving.common.protocol.client import Protocol
+from mlx_serving.common.redis.server import read_server
 from mlx_serving.worker.status.counters import COMMIT
 
 if TYPE_CHECKING:
@@ -16,11 +19,14 @@ if TYPE_CHECKING:
 
     from mlx_serving.common.protocol.calls import Call
     from mlx_serving.common.protocol.keys import Keys
+    from mlx_serving.common.protocol.quarantine import QuarantinedKey
     from mlx_serving.worker.status.counters import Counters
 
+log = structlog.get_logger(__name__)
 T = TypeVar("T")
 
 LOOK_SECONDS: Final = 5.0
+POLICY_SECONDS: Final = 60.0
 
 
 class MeasuredProtocol(Protocol):
@@ -38,6 +44,10 @@ class MeasuredProtocol(Protocol):
         """Send one call; what came of it is counted when its reply is read."""
         receive = super().send(call)
         return lambda timeout: self._measured(call, partial(receive, timeout))
+
+    def _note_quarantined(self, moved: QuarantinedKey) -> None:
+        super()._note_quarantined(moved)
+        self._counters.count("keys_quarantined")
 
     def _measured(self, call: Call[T], reply_of: Callable[[], T]) -> T:
         started = time.monotonic()
@@ -74,7 +84,7 @@ class QueueWatch:
 
     def __init__(self, protocol: Protocol, queues: Sequence[str], counters: Counters) -> None:
         self._protocol, self._queues, self._counters = protocol, queues, counters
-        self._looked_at = float("-inf")
+        self._looked_at = self._policy_at = float("-inf")
 
     def look(self) -> None:
         """Note that the main loop came round; read depths and ages if that is due.
@@ -100,3 +110,16 @@ class QueueWatch:
                 since = oldest[0][1] / 1000 if oldest else seconds + micros / 1e6
                 depths[queue] = (depth, max(0.0, seconds + micros / 1e6 - since))
         self._counters.queues = depths
+        if now - self._policy_at >= POLICY_SECONDS:
+            self._policy_at = now
+            self._look_at_policy()
+
+    def _look_at_policy(self) -> None:
+        """Note whether Redis deletes keys by now: it was asked before the start, too."""
+        try:
+            server = read_server(self._protocol.redis, attempts=1)
+        except QueueFailure:
+            return  # the next call that matters says so
+        if server.evicts and not self._counters.redis_evicts:
+            log.error("redis_evicts", policy=server.policy, maxmemory=server.maxmemory)
+        self._counters.redis_evicts = server.evicts

@@ -75,6 +75,7 @@ class PublisherOptions:
     lease_ms: int = 10_000
     flush_seconds: float = 0.01
     idle_seconds: float = 0.1
+    rq_results: bool = False  # whether RQ keeps results too
 
 
 class Publisher(threading.Thread):
@@ -101,7 +102,7 @@ class Publisher(threading.Thread):
         self.inflight = inflight or InflightJobs()
         self.counters = counters or Counters()
         self._changed = threading.Condition()
-        self._holdings = Holdings(self.inflight, self.counters)
+        self._holdings = Holdings(self.inflight, self.counters, rq_results=options.rq_results)
         self._urgent = self._due = self._draining = self._looking = self._resting = False
         self._idle = threading.Event()
         self._stopping = threading.Event()

@@ -6,12 +6,13 @@ Any worker may sweep. The scripts check everything again, so several sweepers at
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Final
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final
 
 import redis
 import structlog
 
-from mlx_serving.common.protocol import calls
+from mlx_serving.common.protocol import calls, quarantine
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -67,11 +68,9 @@ class TenantAudit:
 
     def _read(self) -> Iterator[Page]:
         keys = self._protocol.keys
-        try:
-            tenants = self._protocol.redis.smembers(keys.tenants())
-        except redis.ResponseError as error:
-            log.warning("tenants_unreadable", error=type(error).__name__)
-            return
+        types = {keys.tenants(): "set"}
+        read = partial(self._protocol.redis.smembers, keys.tenants())
+        tenants = quarantine.mended(self._protocol.run, types, read)
         for raw in sorted(tenants):
             tenant = raw.decode(errors="replace") if isinstance(raw, bytes) else raw
             yield tenant, []  # whether it has any jobs, and whether its sets are sets
@@ -81,7 +80,8 @@ class TenantAudit:
     def _pages_of(self, key: str) -> Iterator[list[bytes | str]]:
         cursor = -1
         while cursor:
-            cursor, ids = self._protocol.redis.sscan(key, max(cursor, 0), count=PAGE_JOBS)
+            scan = partial(self._protocol.redis.sscan, key, max(cursor, 0), count=PAGE_JOBS)
+            cursor, ids = quarantine.mended(self._protocol.run, {key: "set"}, scan)
             if ids:
                 yield [*ids]
 
@@ -175,12 +175,7 @@ class Sweeper:
         Counting is cheap and nearly always enough. Only a count that is off twice running
         (once may be a job on its way) makes it read the ids.
         """
-        keys = self._protocol.keys
-        with self._protocol.redis.pipeline(transaction=True) as pipe:
-            pipe.zcard(keys.open(queue))
-            pipe.llen(keys.rq_queue(queue))
-            pipe.zcard(keys.leases(queue))
-            indexed, listed, leased = pipe.execute()
+        indexed, listed, leased = self._read(queue, "ZCARD", "LLEN")
         if indexed == listed + leased:
             self._suspicious.discard(queue)
             return []
@@ -189,13 +184,22 @@ class Sweeper:
             return []
         return self._repair(queue)
 
+    def _read(self, queue: str, of_zset: str, of_list: str, *span: int) -> list[Any]:
+        """Run a command each on the queue's index, list and leases, in one step."""
+        keys, types = self._protocol.keys, ("zset", "list", "zset")
+        names = (keys.open(queue), keys.rq_queue(queue), keys.leases(queue))
+
+        def read() -> list[Any]:
+            pipe: Any  # redis-py's `execute_command` has no types
+            with self._protocol.redis.pipeline(transaction=True) as pipe:
+                for command, name in zip((of_zset, of_list, of_zset), names, strict=True):
+                    pipe.execute_command(command, name, *span)
+                return list(pipe.execute())
+
+        return quarantine.mended(self._protocol.run, dict(zip(names, types, strict=True)), read)
+
     def _repair(self, queue: str) -> list[tuple[str, str]]:
-        keys = self._protocol.keys
-        with self._protocol.redis.pipeline(transaction=True) as pipe:
-            pipe.zrange(keys.open(queue), 0, -1)
-            pipe.lrange(keys.rq_queue(queue), 0, -1)
-            pipe.zrange(keys.leases(queue), 0, -1)
-            indexed, listed, leased = pipe.execute()
+        indexed, listed, leased = self._read(queue, "ZRANGE", "LRANGE", 0, -1)
         lost = sorted(set(indexed) - set(listed) - set(leased))  # bytes: not every id is text
         outcomes: list[tuple[str, str]] = []
         for start in range(0, len(lost), PAGE):

@@ -156,7 +156,11 @@ class Child:
         return Publisher(
             MeasuredProtocol(connect(endpoint), endpoint.keys, self.counters),
             self._spec.name,
-            PublisherOptions(self._lease_ms, settings.worker.flush_interval_ms / 1000),
+            PublisherOptions(
+                self._lease_ms,
+                settings.worker.flush_interval_ms / 1000,
+                rq_results=settings.worker.rq_results,
+            ),
             EngineLink(runner.abort, lambda: runner.time_left > 0, runner.has),
             inflight=self.inflight,
             counters=self.counters,

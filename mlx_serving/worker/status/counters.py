@@ -84,6 +84,7 @@ class Counters:
         self.draining = False  # whether the main loop takes no more jobs
         self.turned_at = time.monotonic()  # when the main loop came round last
         self.redis_answered_at = self.leased_at = self.turned_at
+        self.redis_evicts = False  # whether it deletes keys when it is full
         self.redis_failed = False  # whether the last call to Redis failed
 
     def read(self) -> tuple[Counts, Histograms]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeVar
 
+from mlx_serving.common.protocol import quarantine
 from mlx_serving.common.redis.worker_records import read_records
 from mlx_serving.worker.rq_worker import BatchWorker
 
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from mlx_serving.common.protocol.client import Protocol
     from mlx_serving.common.worker_record import WorkerRecord
     from mlx_serving.worker.status.presence import Presence
+
+T = TypeVar("T")
 
 BEAT_SECONDS: Final = 2.0
 CHANGE_SECONDS: Final = 1.0  # between two beats of a worker that changes between busy and idle
@@ -51,6 +54,9 @@ class Fleet:
         if now - self._beaten_at < (BEAT_SECONDS if shown == self._shown else CHANGE_SECONDS):
             return
         self._beaten_at, self._shown = now, shown
+        self._mended(lambda: self._write(held=held, suspended=suspended))
+
+    def _write(self, *, held: int, suspended: bool) -> None:
         self._rq.beat(held=held, suspended=suspended)
         key = self._protocol.keys.worker(self.name)
         fields = self._presence.record(suspended=suspended).to_hash()
@@ -67,11 +73,15 @@ class Fleet:
         """Models that other live workers have in memory and claim for."""
         return {model for peer in self._peers() if peer.is_serving for model in peer.resident}
 
+    def _mended(self, act: Callable[[], T]) -> T:
+        types = {self._protocol.keys.worker(self.name): "hash"} | self._rq.key_types()
+        return quarantine.mended(self._protocol.run, types, act)
+
     def _peers(self) -> list[WorkerRecord]:
-        names = sorted(self._rq.peer_names())
+        names = sorted(self._mended(self._rq.peer_names))
         return read_records(self._protocol.redis, self._protocol.keys, names)
 
     def leave(self) -> None:
         """Deregister."""
         self._protocol.redis.delete(self._protocol.keys.worker(self.name))
-        self._rq.leave()
+        self._mended(self._rq.leave)

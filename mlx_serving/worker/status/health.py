@@ -108,6 +108,8 @@ def _degraded(worker: WorkerStatus) -> Iterator[str]:
         yield "redis_unreachable"
     elif now.redis_failing >= WRITES_SECONDS:
         yield "redis_failing"
+    if now.redis_evicts:
+        yield "redis_evicts"
     if now.memory_short:
         yield "memory_short"
     if now.main_age >= MAIN_LOOP_SECONDS:

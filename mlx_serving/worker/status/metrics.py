@@ -65,6 +65,11 @@ COUNTERS: Final[dict[str, tuple[str, str, tuple[str, ...]]]] = {
         ("none", "trim", "shrink", "refuse"),
     ),
     "memory_errors": ("", "Out-of-memory errors of the device; what was decoded went on.", ()),
+    "keys_quarantined": (
+        "",
+        "Keys of a wrong type that this worker's calls moved out of the way.",
+        (),
+    ),
     "redis_errors": ("", "Calls to Redis that failed and are sent again.", ()),
     "model_loads": ("model", "Models brought up, those before the first claim too.", ()),
     "model_load_failures": ("model", "Models that could not be brought up.", ()),

@@ -117,6 +117,7 @@ class Snapshotter:
             main_age=now - counters.turned_at if started else 0.0,
             redis_age=now - counters.redis_answered_at if started else 0.0,
             redis_failing=self._failing(now),
+            redis_evicts=counters.redis_evicts,
             lease_age=now - counters.leased_at,
             paused=self._paused(),
             held=len(publisher.held()),

@@ -36,6 +36,7 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     main_age: float = 0.0  # since the main loop came round
     redis_age: float = 0.0  # since Redis answered
     redis_failing: float = 0.0  # how long calls have failed; 0: the last one did not
+    redis_evicts: bool = False  # whether Redis deletes keys when it is full
     lease_age: float = 0.0  # since Redis last granted or renewed a lease
     paused: tuple[str, ...] = ()  # why the worker may not claim, see `conditions`
     held: int = 0  # jobs of which it holds the lease

@@ -11,10 +11,10 @@ from redis.asyncio.connection import SSLConnection as AsyncSSLConnection
 from redis.connection import SSLConnection, UnixDomainSocketConnection
 from redis.sentinel import SentinelConnectionPool, SentinelManagedSSLConnection
 
-from mlx_serving.common.errors import QueueUnavailable
+from mlx_serving.common.errors import QueueRefused, QueueUnavailable, RedisCrowded, WrongCredentials
 from mlx_serving.common.protocol.keys import Keys
 from mlx_serving.common.redis.connection import Endpoint, connect, connect_async
-from mlx_serving.common.redis.retrying import retry_idempotent, retry_idempotent_async
+from mlx_serving.common.redis.retrying import answered, answered_async
 
 # ruff: noqa: S106 -- made-up secrets
 
@@ -128,7 +128,7 @@ class Flaky:
         return "answer"
 
     def run(self, **keywords: Any) -> str:
-        return retry_idempotent(self, sleep=self.pauses.append, **keywords)
+        return answered(self, sleep=self.pauses.append, **keywords)
 
     def run_async(self, **keywords: Any) -> str:
         async def call() -> str:
@@ -137,7 +137,7 @@ class Flaky:
         async def sleep(seconds: float) -> None:
             self.pauses.append(seconds)
 
-        return asyncio.run(retry_idempotent_async(call, sleep=sleep, **keywords))
+        return asyncio.run(answered_async(call, sleep=sleep, **keywords))
 
 
 RUNS = pytest.mark.parametrize("run", [Flaky.run, Flaky.run_async])
@@ -177,14 +177,32 @@ def test_an_outage_that_lasts_is_named_as_such(run: Callable[..., str], error: E
 @RUNS
 def test_wrong_credentials_are_not_tried_again(run: Callable[..., str]) -> None:
     flaky = Flaky(99, exceptions.AuthenticationError("no"))
-    with pytest.raises(QueueUnavailable, match="no"):
+    with pytest.raises(WrongCredentials, match="no"):
         run(flaky)
-    assert flaky.calls == 1
+    assert (flaky.calls, flaky.pauses) == (1, [])
 
 
 @RUNS
-def test_other_errors_pass(run: Callable[..., str]) -> None:
+def test_an_error_that_no_retry_mends_is_not_tried_again(run: Callable[..., str]) -> None:
     flaky = Flaky(99, exceptions.ResponseError("WRONGTYPE"))
-    with pytest.raises(exceptions.ResponseError):
+    with pytest.raises(QueueRefused, match="WRONGTYPE") as raised:
         run(flaky)
-    assert flaky.calls == 1
+    assert (flaky.calls, flaky.pauses) == (1, [])
+    assert (raised.value.retryable, raised.value.code) == (False, "queue_refused")
+
+
+@RUNS
+def test_the_failure_that_says_most_is_told(run: Callable[..., str]) -> None:
+    """A server that is full of clients says so to some of the tries, and just closes the others."""
+    errors = [
+        exceptions.ConnectionError("Connection lost"),
+        exceptions.ConnectionError("max number of clients reached"),
+        exceptions.ConnectionError("Connection lost"),
+    ]
+
+    class Crowd(Flaky):
+        def __call__(self) -> str:
+            raise errors[len(self.pauses)]
+
+    with pytest.raises(RedisCrowded):
+        run(Crowd(99), attempts=3)

@@ -10,6 +10,7 @@ from mlx_serving.common import errors, results
 from mlx_serving.common.errors import FieldError, InvalidJob, MlxServingError
 from mlx_serving.common.results import ChoiceResult, GenerationResult, JobDead, JobFailed
 from mlx_serving.common.states import JobState
+from tests.support.paths import ROOT
 
 TREE = list(
     {
@@ -34,7 +35,8 @@ def test_codes_are_unique() -> None:
 def test_only_these_may_succeed_when_they_are_tried_again() -> None:
     retryable = {kind.__name__ for kind in TREE if kind.retryable}
     assert retryable == {
-        "ResultTimeout", "QueueUnavailable", "TenantLimited", "EngineError", "ModelUnreachable",
+        "ResultTimeout", "TenantLimited", "EngineError", "ModelUnreachable",
+        "QueueUnavailable", "RedisLoading", "RedisReadOnly", "RedisFull", "RedisCrowded",
     }  # fmt: skip
 
 
@@ -83,3 +85,10 @@ def test_an_unsuccessful_job_keeps_its_result_over_a_pickle() -> None:
     error = pickle.loads(pickle.dumps(JobDead("it died", result=result)))  # noqa: S301 -- our own
     assert isinstance(error, JobFailed)
     assert (error.message, error.result) == ("it died", result)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in TREE if kind is not MlxServingError])
+def test_every_error_is_on_the_page_of_errors(kind: type[MlxServingError]) -> None:
+    page = (ROOT / "docs" / "reference" / "errors.md").read_text(encoding="utf-8")
+    retryable = "yes" if kind.retryable else "no"
+    assert f"| `{kind.code}` | `{kind.__name__}` | {retryable} | " in page

@@ -111,3 +111,19 @@ def test_errors_are_named_by_code_and_foreign_ones_not_quoted() -> None:
     assert error_info(EngineError("oops")) == ErrorInfo("engine_error", "oops", retryable=True)
     named = error_info(KeyError("a prompt"))
     assert named == ErrorInfo("internal_error", "KeyError", retryable=True)
+
+
+@pytest.mark.parametrize(
+    ("state", "code", "reason", "said"),
+    [
+        (JobState.CANCELLED, "cancelled", "cancelled_by_client", "cancelled: cancelled_by_client"),
+        (JobState.EXPIRED, "deadline", "deadline", "expired: deadline"),
+        (JobState.FAILED, "engine_error", "it broke", "failed: engine_error: it broke"),
+    ],
+)
+def test_why_a_job_ended_is_said_without_a_word_twice(
+    state: JobState, code: str, reason: str, said: str
+) -> None:
+    result = GenerationResult(id="a", state=state, error=ErrorInfo(code, reason))
+    with pytest.raises(UnsuccessfulJob, match=f"^job a is {said}$"):
+        result.raise_for_state()

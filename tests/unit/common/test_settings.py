@@ -347,3 +347,46 @@ def test_files_for_tls_are_refused_without_a_url_that_has_it(tmp_path: Path, nam
         load_settings(redis={"url": "redis://h:1", **files})
     load_settings(redis={"url": "rediss://h:1", **files})
     load_settings(redis={"by_model": {"a": "rediss://h:1"}, **files})
+
+
+@pytest.mark.parametrize(
+    "option",
+    ["decode_responses=true", "decode_responses=False", "encoding=ascii", "max_connections=1"],
+)
+def test_a_url_may_not_change_how_a_client_of_ours_works(option: str) -> None:
+    name = option.partition("=")[0]
+    with pytest.raises(InvalidSettings, match=rf"^redis\.url: must not have \?{name}: ") as raised:
+        load_settings(redis__url=f"redis://:hush@h:1/0?{option}")
+    assert "hush" not in str(raised.value)
+
+
+class TestTheFileIsNamed:
+    def reasons(self) -> dict[str, str]:
+        with pytest.raises(InvalidSettings) as raised:
+            load_settings()
+        return dict(raised.value.errors)
+
+    def test_beside_each_value_that_comes_from_it(self, write: Write) -> None:
+        write("[batch]\nmax_rows = 0\n[redis]\nurl = 'http://x'\n[models]\na = 5\n")
+        reasons = self.reasons()
+        assert set(reasons) == {"batch.max_rows", "redis.url", "models.a"}
+        assert all(reason.endswith("(in mlx-serving.toml)") for reason in reasons.values())
+
+    def test_of_a_table_and_a_key_that_are_unknown(self, write: Write) -> None:
+        write("[batches]\nmax_rows = 1\n[batch]\nrows = 1\n")
+        assert all("(in mlx-serving.toml)" in reason for reason in self.reasons().values())
+
+    def test_by_its_path_where_a_variable_names_it(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        path = tmp_path / "other.toml"
+        path.write_text("[batch]\nmax_rows = 0\n")
+        monkeypatch.setenv("MLX_SERVING_CONFIG", str(path))
+        assert f"(in {path})" in self.reasons()["batch.max_rows"]
+
+    def test_but_not_beside_what_the_environment_gave(
+        self, monkeypatch: pytest.MonkeyPatch, write: Write
+    ) -> None:
+        write("[batch]\nmax_rows = 8\n")
+        monkeypatch.setenv("MLX_SERVING_BATCH_MAX_ROWS", "0")
+        assert "toml" not in self.reasons()["batch.max_rows"]

@@ -218,6 +218,15 @@ def test_the_wired_limit_is_left_alone() -> None:
     assert importers == {"mlx_serving.tally.training"}
 
 
+def test_one_module_syncs_files() -> None:
+    """Elsewhere a call would leave the data in a Mac's drive cache."""
+    syncing = re.compile(r"\bos\.f?(data)?sync\b|import .*\bf(data)?sync\b|F_\w*FSYNC")
+    found = {
+        module.name for module in modules().values() if syncing.search(module.path.read_text())
+    }
+    assert found == {"mlx_serving.common.durable"}
+
+
 def test_processes_are_spawned_by_name() -> None:
     """`multiprocessing.Process` takes the platform's start method, which forks on Linux."""
     bare = re.compile(r"\b(multiprocessing|mp)\.(Process|Pool|Queue|Manager)\(")

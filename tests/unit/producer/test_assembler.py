@@ -8,7 +8,8 @@ import msgspec
 import pytest
 
 from mlx_serving.common.errors import CorruptEvent, StreamConflict, StreamGap
-from mlx_serving.producer.assembler import POLL_S, SILENCE_S, StreamAssembler
+from mlx_serving.producer.assembler import StreamAssembler
+from mlx_serving.producer.patience import LONGEST_SILENCE_S, POLL_S, SILENCE_S
 
 if TYPE_CHECKING:
     from mlx_serving.common.events import Event
@@ -109,12 +110,34 @@ class TestReading:
         assert seqs(ready) == list(range(1, 12))
         assert not assembler._held
 
+    def test_while_its_job_waits_in_the_queue_it_reads_ever_less_often(self) -> None:
+        assembler = live()
+        waits = []
+        for _ in range(6):
+            assembler.replay([], committed=0, over=False, waiting=True)
+            waits.append(assembler.patience_s)
+            assembler.silent()
+        assert waits == [1, 2, 4, 8, LONGEST_SILENCE_S, LONGEST_SILENCE_S]
+        assembler.receive(tokens(1))
+        assert assembler.patience_s == SILENCE_S
+
+    def test_a_lost_subscription_makes_it_read_often_again(self) -> None:
+        assembler = live()
+        for _ in range(6):
+            assembler.replay([], committed=0, over=False, waiting=True)
+            assembler.silent()
+        assembler.disconnected()
+        assert (assembler.needs_replay, assembler.patience_s) == (True, POLL_S)
+        for _ in range(6):
+            assembler.replay([], committed=0, over=False, waiting=True)
+            assembler.silent()
+        assert assembler.patience_s == SILENCE_S
+
     def test_it_is_patient_only_while_events_are_published_to_it(self) -> None:
         assembler = live()
         assert assembler.patience_s == SILENCE_S
         assembler.replay([], committed=0, over=False, publishes=False)
         assert assembler.patience_s == POLL_S
-        assert not assembler.wants_live
         assembler = live()
         assembler.disconnected()
         assert assembler.patience_s == POLL_S

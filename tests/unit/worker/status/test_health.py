@@ -43,6 +43,7 @@ DEGRADED: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"redis_age": 5.0}, ("redis_unreachable",)),
     ({"redis_age": 3600.0, "backlog": 99}, ("redis_unreachable",)),
     ({"redis_failing": 2.0}, ("redis_failing",)),
+    ({"redis_evicts": True}, ("redis_evicts",)),
     ({"main_age": 30.0}, ("main_loop_late",)),
 ]
 
