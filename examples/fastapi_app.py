@@ -5,7 +5,8 @@
 
     POST   /jobs               submit; answers {"id": …}
     GET    /jobs/{id}/events   the job's events; a browser's EventSource reconnects with
-                               Last-Event-ID and goes on where it was, on any server
+                               Last-Event-ID and goes on where it was, on any server. An event
+                               `reset` takes back what came before it: Redis has lost it
     DELETE /jobs/{id}          cancel
 
 A client that goes away stops only the reading. The job itself goes on, unless it was
@@ -15,13 +16,13 @@ submitted with `abandon_after`.
 from __future__ import annotations
 
 import asyncio
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import FastAPI, Header, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
-from mlx_serving import AsyncClient, Event, MlxServingError
+from mlx_serving import AsyncClient, Event, MlxServingError, StreamGap
 from mlx_serving.common.events import encode
 from mlx_serving.common.states import TERMINAL
 
@@ -31,7 +32,8 @@ if TYPE_CHECKING:
 KEEP_ALIVE_S = 15.0  # proxies close what is silent longer; also notices who has gone
 
 STATUS = {
-    "job_not_found": 404, "invalid_job": 422, "idempotency_key_reused": 422,
+    "job_not_found": 404,
+    "events_gone": 410, "invalid_job": 422, "idempotency_key_reused": 422,
     "payload_too_large": 413,
 }  # fmt: skip
 
@@ -65,12 +67,19 @@ async def submit(request: Request, job: dict[str, Any]) -> dict[str, str]:
 
 @app.get("/jobs/{job_id}/events")
 async def follow(
-    request: Request, job_id: str, last_event_id: Annotated[int, Header(ge=0)] = 0
+    request: Request, job_id: str, last_event_id: Annotated[str, Header()] = ""
 ) -> Response:
     """Stream the job's events after `Last-Event-ID`; 204 tells EventSource that it is over."""
+    try:
+        events = client_of(request).stream(job_id, last_event_id)
+    except ValueError as error:
+        return JSONResponse({"code": "invalid_cursor", "message": str(error)}, 422)
     record = await client_of(request).status(job_id)
-    if record.state in TERMINAL and last_event_id == record.seq:
-        return Response(status_code=204)
+    if record.state in TERMINAL:  # events that are gone are the answer's status
+        async with aclosing(events):
+            with suppress(StreamGap):  # which the relay tells
+                if await anext(events, None) is None:
+                    return Response(status_code=204)
     return StreamingResponse(
         relay(client_of(request), job_id, last_event_id),
         media_type="text/event-stream",
@@ -90,10 +99,10 @@ def client_of(request: Request) -> AsyncClient:
     return client
 
 
-async def relay(client: AsyncClient, job_id: str, after_seq: int) -> AsyncIterator[str]:
+async def relay(client: AsyncClient, job_id: str, after: str) -> AsyncIterator[str]:
     """Write each event as it comes, and a comment where none came for a while."""
     try:
-        async with aclosing(client.stream(job_id, after_seq)) as events:
+        async with aclosing(client.stream(job_id, after)) as events:
             async for event in with_pauses(events):
                 yield ": still here\n\n" if event is None else as_sse(event)
     except MlxServingError as error:
@@ -119,5 +128,5 @@ async def with_pauses(events: AsyncIterator[Event]) -> AsyncIterator[Event | Non
 
 
 def as_sse(event: Event) -> str:
-    """One server-sent event; its id is the seq that Last-Event-ID will say."""
-    return f"id: {event.seq}\nevent: {event.type}\ndata: {encode(event).decode()}\n\n"
+    """One server-sent event; its id is the cursor that Last-Event-ID will say."""
+    return f"id: {event.cursor}\nevent: {event.type}\ndata: {encode(event).decode()}\n\n"

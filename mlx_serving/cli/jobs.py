@@ -1,4 +1,4 @@
-"""`mlx-serving status`, `cancel`, `forget` and `requeue`: one job, by its id."""
+"""`mlx-serving status`, `cancel`, `pardon`, `forget` and `requeue`: one job, by its id."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from mlx_serving.cli.console import harmless, print_json, print_table
 from mlx_serving.cli.options import AsJson, ForModel, RedisUrlOption, read_settings
 
 if TYPE_CHECKING:
+    from mlx_serving.cli.overview import QueueView
     from mlx_serving.common.states import JobState
 
 
@@ -58,10 +59,20 @@ def status(
     )
     for failure in failures_of(overview):
         typer.echo(f"\n{failure}")
+    _print_isolated(overview.queues)
     for oddity in oddities(overview):
         typer.echo(f"\n{harmless(oddity)}")
     if overview.suspended:
         typer.echo("\nRQ is suspended: no worker takes a job until `rq resume`")
+
+
+def _print_isolated(queues: list[QueueView]) -> None:
+    for queue in queues:
+        for job_id in queue.isolated:
+            typer.echo(
+                f"\n{queue.name}: job {job_id} is isolated: its workers were lost while it ran "
+                f"alone. `mlx-serving pardon {job_id}` runs it again, `cancel` ends it"
+            )
 
 
 def cancel(
@@ -116,3 +127,28 @@ def _print_state(job_id: str, state: JobState, *, as_json: bool) -> None:
         print_json({"id": job_id, "state": state.value})
     else:
         typer.echo(state.value)
+
+
+def pardon(
+    job_id: Annotated[str, typer.Argument(help="A job that is isolated.")],
+    as_json: AsJson = False,
+    model: ForModel = None,
+    redis_url: RedisUrlOption = None,
+) -> None:
+    """Let a job run again that is isolated because workers were lost with it.
+
+    Its losses are taken back: it runs as if it had none. Prints the job's state.
+    """
+    from mlx_serving.common.protocol import ended_calls
+    from mlx_serving.common.protocol.client import Protocol
+    from mlx_serving.common.redis.connection import connect, resolve
+    from mlx_serving.common.redis.retrying import answered
+    from mlx_serving.producer.base import not_found
+
+    endpoint = resolve(read_settings(redis_url), model)
+    with connect(endpoint) as connection:
+        protocol = Protocol(connection, endpoint.keys)
+        state = answered(lambda: protocol.run(ended_calls.pardon(job_id)))
+    if state is None:
+        raise not_found(job_id)
+    _print_state(job_id, state, as_json=as_json)

@@ -13,7 +13,7 @@ from mlx_serving.cli.batch import app as batch
 from mlx_serving.cli.console import EXIT_ERROR, EXIT_INTERRUPTED, fail, fail_at_output
 from mlx_serving.cli.doctor.command import doctor
 from mlx_serving.cli.generate import generate
-from mlx_serving.cli.jobs import cancel, forget, requeue, status
+from mlx_serving.cli.jobs import cancel, forget, pardon, requeue, status
 from mlx_serving.cli.models import models
 from mlx_serving.cli.tenants import app as tenants
 from mlx_serving.cli.top import top
@@ -96,7 +96,7 @@ def demo(
     raise typer.Exit(run_demo(timeout))
 
 
-for command in (worker, generate, status, top, cancel, forget, requeue, doctor, models):
+for command in (worker, generate, status, top, cancel, pardon, forget, requeue, doctor, models):
     app.command()(command)
 
 app.add_typer(batch, name="batch")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from rq import worker_registration
 from rq.suspension import is_suspended
@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from mlx_serving.common.redis.connection import Endpoint
 
 
+ISOLATED_SHOWN: Final = 100  # of a queue
+
+
 @dataclass(frozen=True, slots=True)
 class QueueView:
     """The jobs of one queue."""
@@ -35,6 +38,7 @@ class QueueView:
     running: int  # held by a worker
     open: int  # all that have not ended
     oldest_seconds: float | None = None  # age of the oldest open job; None: there is none
+    isolated: tuple[str, ...] = ()  # ids of open jobs that nobody may claim, some of many
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,19 +128,26 @@ def _queues(reader: _Reader, keys: Keys) -> list[QueueView]:
                 ("ZCARD", keys.leases(name)),
                 ("ZCARD", keys.open(name)),
                 ("ZRANGE", keys.open(name), 0, 0, "WITHSCORES"),
+                ("ZRANGE", keys.isolated(name), 0, ISOLATED_SHOWN - 1),
             )
         )
     )
-    columns = (replies[column::4] for column in range(4))
+    columns = (replies[column::5] for column in range(5))
     return [
-        QueueView(name, queued or 0, running or 0, open_ or 0, _age(oldest or [], now))
-        for name, queued, running, open_, oldest in zip(names, *columns, strict=True)
+        QueueView(
+            name, queued or 0, running or 0, open_ or 0, _age(oldest or [], now), _ids(held or [])
+        )
+        for name, queued, running, open_, oldest, held in zip(names, *columns, strict=True)
     ]
 
 
-def _age(oldest: list[tuple[bytes, float]], now: float) -> float | None:
-    """Seconds since the enqueue of a queue's oldest open job; None if there is none."""
-    return max(0.0, now - oldest[0][1] / 1000) if oldest else None
+def _ids(raw: list[bytes]) -> tuple[str, ...]:
+    return tuple(job_id.decode(errors="replace") for job_id in raw)
+
+
+def _age(oldest: list[bytes], now: float) -> float | None:
+    """Seconds since the enqueue (its id and time, ms) of a queue's oldest open job, if any."""
+    return max(0.0, now - float(oldest[1]) / 1000) if oldest else None
 
 
 def _workers(reader: _Reader, keys: Keys) -> list[WorkerRecord]:
@@ -177,6 +188,7 @@ def job_view(record: JobRecord) -> dict[str, object]:
         "worker": record.owner or None,
         "attempt": record.epoch or None,
         "crashes": record.attempts or None,
+        "workers_lost": record.losses or None,
         "events": record.seq,
         "enqueued": _time(record.enqueued_ms),
         "started": _time(record.started_ms),

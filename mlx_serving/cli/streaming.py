@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final, Self
 
 from mlx_serving.cli.console import EXIT_INTERRUPTED, harmless, note
 from mlx_serving.common.errors import MlxServingError
-from mlx_serving.common.events import encode
+from mlx_serving.common.events import RESET, encode
 from mlx_serving.common.queues import queue_name
 from mlx_serving.producer.client import Client
 
@@ -109,6 +109,10 @@ class Printer:
             self.first_token_s = self.first_token_s or self.last_token_s
         if self._as_json:
             sys.stdout.write(encode(event).decode() + "\n")
+        elif event.type == RESET:
+            if self._live and self.first_token_s is not None:
+                sys.stdout.flush()
+                note("\nthe text so far is void: the job begins anew")
         elif self._live:
             self._write(event.text)
         sys.stdout.flush()

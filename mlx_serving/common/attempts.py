@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import os
-from typing import NamedTuple
+from typing import Final, NamedTuple
+
+TAG_CHARS: Final = 8
+"""How much of an attempt's nonce its events carry."""
 
 
-def new_nonce() -> str:
-    """Return a random name for a claim: 64 bits from the operating system, as 16 hex digits."""
-    return os.urandom(8).hex()
+def new_nonce(machine: str = "") -> str:
+    """Return a name for a claim: 64 random bits as 16 hex digits, and "-<machine>" if one is given.
+
+    `machine` (hex digits) tells which machine was lost, if the worker is.
+    """
+    nonce = os.urandom(8).hex()
+    return f"{nonce}-{machine}" if machine else nonce
 
 
 class Attempt(NamedTuple):
@@ -27,6 +34,11 @@ class Attempt(NamedTuple):
     def name(self) -> str:
         """The attempt as one string: ``<job id>:<epoch>:<nonce>``."""
         return f"{self.job_id}:{self.epoch}:{self.nonce}"
+
+    @property
+    def tag(self) -> str:
+        """What its events carry, so that a reader tells it from an attempt of the same epoch."""
+        return self.nonce[:TAG_CHARS]
 
     @classmethod
     def parse(cls, name: str) -> Attempt:

@@ -24,8 +24,7 @@
   * BatchNotFound         no such batch, or not on this machine
   * ResultTimeout         the job did not end within the caller's timeout; it goes on
   * StreamGap             events of the job's stream are missing
-  * StreamConflict        the primary holds other events than those delivered (failover)
-    * StreamReset         the job began anew; its new text starts after `.seq`
+  * StreamReset           the job began anew; its new text starts after `.cursor`
   * QueueFailure          Redis did not do what it was asked to
     * QueueUnavailable    it can't be reached, or can't answer now
       * RedisLoading      it reads its data from disk
@@ -218,25 +217,19 @@ class StreamGap(MlxServingError):
     code = "stream_gap"
 
 
-class StreamConflict(MlxServingError):
-    """The job's stream holds other events than those delivered: Redis lost acknowledged writes."""
-
-    code = "stream_conflict"
-
-
-class StreamReset(StreamConflict):
-    """The job began anew with another revision of its model: its text so far no longer holds."""
+class StreamReset(MlxServingError):
+    """The job began anew (another model, or Redis lost events): its text so far is void."""
 
     code = "stream_reset"
 
-    def __init__(self, message: str | None = None, *, seq: int = 0) -> None:
-        """Carry the reset's seq: what is streamed after it is the whole new text."""
-        self.seq = seq
+    def __init__(self, message: str | None = None, *, cursor: str = "") -> None:
+        """Carry the reset's cursor: what is streamed after it is the whole new text."""
+        self.cursor = cursor
         super().__init__(message)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle with the seq, which `Exception` would leave out."""
-        return _rebuild_reset, (self.message, self.seq)
+        """Pickle with the cursor, which `Exception` would leave out."""
+        return _rebuild_reset, (self.message, self.cursor)
 
 
 class QueueFailure(MlxServingError):
@@ -391,5 +384,5 @@ def summary(kind: type[MlxServingError]) -> str:
     return (kind.__doc__ or kind.code).strip().splitlines()[0].rstrip(".")
 
 
-def _rebuild_reset(message: str, seq: int) -> StreamReset:
-    return StreamReset(message, seq=seq)
+def _rebuild_reset(message: str, cursor: str) -> StreamReset:
+    return StreamReset(message, cursor=cursor)

@@ -6,8 +6,13 @@
   `tokenizer_hash`) and the seq it starts at (`start_seq`, its own).
 * `tokens` carries the newly decoded tokens of one or more choices.
 * `end` is the last event, exactly one a job: the terminal `state`, `usage`, `error`.
-* `reset` takes back everything before it: the tokens of every choice are void, and decoding
-  begins anew. Only jobs with `on_model_change: "reset"` ever get one.
+* `reset` takes back everything before it: the tokens of every choice are void, and the job begins
+  anew. A job with `on_model_change: "reset"` may have one in its stream. A reader makes one itself,
+  with seq 0, if Redis lost what it has delivered: the job's events then come from the first on.
+
+`tag` tells who wrote an event. Redis may forget events, and a later attempt then writes others
+under the same numbers, perhaps with the same `attempt`; its tag is another one (`Attempt.tag`). So
+seq and tag together name one event and all before it: a cursor (`Event.cursor`).
 
 Readers ignore fields and types that they don't know; writers omit what is absent.
 """
@@ -15,7 +20,8 @@ Readers ignore fields and types that they don't know; writers omit what is absen
 from __future__ import annotations
 
 import builtins
-from typing import Final
+import re
+from typing import Final, NamedTuple
 
 import msgspec
 
@@ -33,6 +39,41 @@ KNOWN_TYPES: Final = frozenset({ATTEMPT, TOKENS, END, RESET})
 def event_version() -> int:
     """Version of the schema; a factory, because msgspec omits plain defaults when it encodes."""
     return EVENT_VERSION
+
+
+class Cursor(NamedTuple):
+    """A reader's place in a job's stream: the last event that it has, written "<seq>-<tag>"."""
+
+    seq: int
+    tag: str
+
+    def __str__(self) -> str:
+        """As `Event.cursor` gives it and `parse` reads it."""
+        return f"{self.seq}-{self.tag}" if self.seq else ""
+
+    @classmethod
+    def parse(cls, text: object, field: str) -> Cursor:
+        """Read a cursor that a caller gave as `field`; '' is the beginning.
+
+        Raises:
+            TypeError: it is not a string. A plain seq does not say whose event it counts.
+            ValueError: it is a string that no event gave.
+
+        """
+        if not isinstance(text, str):
+            kind = type(text).__name__
+            raise TypeError(f"{field}: must be an event's cursor, a string, not {kind}")
+        if not text:
+            return BEGINNING
+        found = _CURSOR.fullmatch(text)
+        if found is None:
+            form = "must be an event's cursor (as 17-5f0c21d9), or '' for the beginning"
+            raise ValueError(f"{field}: {form}, not {text[:40]!r}")
+        return cls(int(found[1]), found[2])
+
+
+BEGINNING: Final = Cursor(0, "")
+_CURSOR: Final = re.compile(r"([1-9][0-9]{0,14})-([0-9a-f]{8})")  # 8: TAG_CHARS
 
 
 class TopLogprob(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
@@ -136,6 +177,7 @@ class Event(msgspec.Struct, frozen=True, omit_defaults=True, gc=False, kw_only=T
 
     v: int = msgspec.field(default_factory=event_version)
     attempt: int
+    tag: str = msgspec.field(default_factory=str)
     seq: int
     type: str
     choices: list[ChoiceDelta] = []
@@ -149,6 +191,11 @@ class Event(msgspec.Struct, frozen=True, omit_defaults=True, gc=False, kw_only=T
     # "end"
     state: str | None = None
     error: ErrorInfo | None = None
+
+    @property
+    def cursor(self) -> str:
+        """Where to go on after this event, at any reader; '' for a reset that a reader made."""
+        return str(Cursor(self.seq, self.tag))
 
     @property
     def text(self) -> str:
@@ -168,6 +215,7 @@ class _Header(msgspec.Struct, frozen=True, gc=False):
     attempt: int
     seq: int
     type: str
+    tag: str = ""
 
 
 _OPENING: Final = EVENT_OPENING.encode()
@@ -181,14 +229,14 @@ def encode(event: Event) -> bytes:
     return _encoder.encode(event)
 
 
-def opening(attempt: bytes, seq: bytes) -> bytes:
-    """How the JSON of every event begins, from its numbers as decimal text."""
-    return _OPENING % (attempt, seq)
+def opening(attempt: bytes, tag: bytes, seq: bytes) -> bytes:
+    """How the JSON of every event begins, from its numbers as decimal text and its tag."""
+    return _OPENING % (attempt, tag, seq)
 
 
 def body(event: Event) -> bytes:
     """JSON of an event without its opening, which its row and its entry say by other means."""
-    return encode(event)[len(EVENT_OPENING % (event.attempt, event.seq)) :]
+    return encode(event)[len(EVENT_OPENING % (event.attempt, event.tag, event.seq)) :]
 
 
 def decode(data: bytes) -> Event:
@@ -210,7 +258,9 @@ def _decode_header(data: bytes, cause: Exception) -> Event:
         raise CorruptEvent(_reason(error)) from None
     if header.type in KNOWN_TYPES:
         raise CorruptEvent(_reason(cause)) from None
-    return Event(v=header.v, attempt=header.attempt, seq=header.seq, type=header.type)
+    return Event(
+        v=header.v, attempt=header.attempt, tag=header.tag, seq=header.seq, type=header.type
+    )
 
 
 def _reason(error: Exception) -> str:
@@ -221,11 +271,19 @@ def _reason(error: Exception) -> str:
 
 
 def attempt_event(
-    *, attempt: int, seq: int, worker: str, model: str, model_revision: str, tokenizer_hash: str
+    *,
+    attempt: int,
+    tag: str = "",
+    seq: int,
+    worker: str,
+    model: str,
+    model_revision: str,
+    tokenizer_hash: str,
 ) -> Event:
     """Build the event that opens an attempt."""
     return Event(
         attempt=attempt,
+        tag=tag,
         seq=seq,
         type=ATTEMPT,
         start_seq=seq,
@@ -236,23 +294,24 @@ def attempt_event(
     )
 
 
-def tokens_event(*, attempt: int, seq: int, choices: list[ChoiceDelta]) -> Event:
+def tokens_event(*, attempt: int, tag: str = "", seq: int, choices: list[ChoiceDelta]) -> Event:
     """Build the event of newly decoded tokens."""
-    return Event(attempt=attempt, seq=seq, type=TOKENS, choices=choices)
+    return Event(attempt=attempt, tag=tag, seq=seq, type=TOKENS, choices=choices)
 
 
-def reset_event(*, attempt: int, seq: int) -> Event:
-    """Build the event that takes back all tokens before it."""
-    return Event(attempt=attempt, seq=seq, type=RESET)
+def reset_event(*, attempt: int = 0, tag: str = "", seq: int = 0) -> Event:
+    """Build the event that takes back all tokens before it; without numbers, a reader's own."""
+    return Event(attempt=attempt, tag=tag, seq=seq, type=RESET)
 
 
 def end_event(
     *,
     attempt: int,
+    tag: str = "",
     seq: int,
     state: str,
     usage: Usage | None = None,
     error: ErrorInfo | None = None,
 ) -> Event:
     """Build the terminal event."""
-    return Event(attempt=attempt, seq=seq, type=END, state=state, usage=usage, error=error)
+    return Event(attempt=attempt, tag=tag, seq=seq, type=END, state=state, usage=usage, error=error)

@@ -32,7 +32,8 @@ class JobState(StrEnum):
     """Ended by its `deadline`, its `timeout`, or because nobody listened (`abandon_after`)."""
 
     DEAD = "dead"
-    """Given up: it crashed the engine while alone, after `max_attempts` crashes in all."""
+    """Given up: it crashed the engine while alone, after `max_attempts` crashes in all; or two
+    machines, on each of which it ran alone, were lost with it and did not come back."""
 
 
 _ENDS: Final = frozenset(
@@ -46,9 +47,10 @@ _ENDS: Final = frozenset(
 )
 
 TRANSITIONS: Final[dict[JobState, frozenset[JobState]]] = {
-    # Failed from the queue: a control hash so mangled that nobody could claim the job.
+    # Failed from the queue: a control hash so mangled that nobody could claim the job. Dead from
+    # the queue: its workers were lost, and did not come back while it was isolated.
     JobState.QUEUED: frozenset(
-        {JobState.RUNNING, JobState.CANCELLED, JobState.EXPIRED, JobState.FAILED}
+        {JobState.RUNNING, JobState.CANCELLED, JobState.EXPIRED, JobState.FAILED, JobState.DEAD}
     ),
     # Back to queued: hand-off (drain, no room) or recovery after a crash.
     JobState.RUNNING: frozenset({JobState.QUEUED}) | _ENDS,

@@ -7,19 +7,21 @@ connection and reads no clock: a client asks it when to read the stream
 (``needs_replay``), from where (``replay_from``) and how long to wait in silence
 before reading it anyway (``patience_s``).
 
-After a failover the primary may hold less than a consumer has seen, and a worker
-may then write other events under the same numbers. So the assembler remembers a
-digest of the last events it gave out, and checks what it is told again against
-them: two different events under one ``seq`` raise :class:`StreamConflict`.
+Redis may forget (a failover to a replica behind, a restored snapshot), and an
+attempt may then write other events under the same numbers. An attempt writes one
+event under a ``seq``, so seq and tag name an event and all before it. The
+assembler remembers whose events it gave out. If the stream holds another's under
+one of these numbers, or will never hold so many, it gives out a ``reset`` of its
+own and then the stream from its beginning. Only the stream decides that: a live
+message may come from a primary that was replaced.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from typing import TYPE_CHECKING, Final
 
-from mlx_serving.common.errors import CorruptEvent, StreamConflict, StreamGap
-from mlx_serving.common.events import END, KNOWN_TYPES, decode
+from mlx_serving.common.errors import CorruptEvent, StreamGap
+from mlx_serving.common.events import BEGINNING, END, KNOWN_TYPES, Cursor, decode, reset_event
 from mlx_serving.producer.patience import POLL_S, SILENCE_S, Patience
 
 if TYPE_CHECKING:
@@ -27,41 +29,38 @@ if TYPE_CHECKING:
 
     from mlx_serving.common.events import Event
 
-COMPARED_EVENTS: Final = 256  # delivered events that a replay is compared with
 HELD_EVENTS: Final = 256  # live events held while a gap before them is filled
 
 
 class StreamAssembler:
     """Turns live messages and replays of one job into its one event sequence.
 
-    Three positions, all of them a ``seq``: ``delivered`` to the consumer; confirmed,
+    Two positions, both of them a ``seq``: ``delivered`` to the consumer; and confirmed,
     that is seen without a gap on this connection (it falls behind after a reconnect,
-    until a replay has confirmed what was delivered); and the oldest event that can
-    still be compared.
+    until a replay has confirmed what was delivered).
 
     Args:
-        after_seq: the last event the consumer already has; 0 for none.
-        compared: how many delivered events to keep a digest of.
+        after: the last event that the consumer has.
         held: how many live events to hold while a gap is being filled.
 
     """
 
-    def __init__(
-        self, after_seq: int = 0, *, compared: int = COMPARED_EVENTS, held: int = HELD_EVENTS
-    ) -> None:
-        if after_seq < 0:
-            raise ValueError(f"after_seq: must be 0 or more, got {after_seq}")
-        self.delivered = after_seq
+    def __init__(self, after: Cursor = BEGINNING, *, held: int = HELD_EVENTS) -> None:
         self.ended = False
-        self.needs_replay = True
-        self._confirmed = after_seq
-        self._digests: deque[int] = deque(maxlen=compared)
         self._held: dict[int, Event] = {}
         self._held_limit = held
         self._live = False
         self._publishes = True
         self._waiting = False
         self._patience = Patience()
+        self._start(after)
+
+    def _start(self, after: Cursor) -> None:
+        self.delivered = after.seq
+        # Who wrote what was delivered: (first seq, tag) of each run of events with one tag.
+        self._writers = [after] if after.seq else []
+        self._confirmed = self._known_after
+        self.needs_replay = True
 
     @property
     def replay_from(self) -> int:
@@ -70,7 +69,7 @@ class StreamAssembler:
         It includes the last event delivered, to be compared: a reconnect to another
         primary is not always noticed.
         """
-        return max(self._confirmed - 1, self._comparable_after)
+        return max(self._confirmed - 1, self._known_after)
 
     @property
     def patience_s(self) -> float:
@@ -103,10 +102,11 @@ class StreamAssembler:
     def distrust(self) -> None:
         """Note that another primary may answer from now on.
 
-        Hold nothing that the old one said, and confirm the last events anew.
+        Hold nothing that the old one said, and confirm the last event anew: who wrote it
+        says whose all the others are.
         """
         self._held.clear()
-        self._confirmed = min(self._confirmed, self._comparable_after)
+        self._confirmed = min(self._confirmed, max(self.delivered - 1, self._known_after))
         self._patience.heard()
         self.needs_replay = True
 
@@ -118,9 +118,8 @@ class StreamAssembler:
     def receive(self, payload: bytes) -> list[Event]:
         """Take one live message; return the events it makes ready, in order.
 
-        Raises:
-            StreamConflict: another event was delivered under this ``seq``.
-
+        One that does not go on from what was delivered waits until the stream was read: if
+        another attempt begins, the stream says whether it is the job's.
         """
         if self.ended:
             return []
@@ -131,10 +130,11 @@ class StreamAssembler:
         except CorruptEvent:  # the stream says whether the event itself is bad
             self.needs_replay = True
             return []
-        self._compare(event)
-        if event.seq == self._confirmed + 1:
+        if not self._agrees(event):
+            self.distrust()
+        elif event.seq == self._confirmed + 1 and self._continues(event):
             return [*self._accept(event), *self._drain()]
-        if event.seq > self._confirmed:
+        elif event.seq > self._confirmed:
             self._hold(event)
         return []
 
@@ -158,33 +158,52 @@ class StreamAssembler:
             publishes: whether its tokens are also published.
             more: whether the read stopped at a limit, so that entries are left.
 
+        Returns:
+            The events that are ready; a reset alone if the stream is not the one that
+            was delivered: it is then to be read again, from the beginning.
+
         Raises:
-            StreamConflict: the stream holds another event under a delivered ``seq``,
-                or less than the consumer has and no way to compare it.
             StreamGap: the stream lacks an event it must hold.
             CorruptEvent: an entry is no event.
 
         """
         self._publishes, self._waiting = publishes, waiting
-        self._roll_back(committed)
+        if committed < self._known_after or (over and self.delivered > committed):
+            return self._reset()
+        # Short of what was delivered: a resend may yet bring the same events again.
+        self._confirmed = min(self._confirmed, committed)
         ready: list[Event] = []
         for payload in payloads:
-            ready += self._replayed(decode(payload))
+            event = decode(payload)
+            if over and event.seq > committed:  # no event of a job that ended before it
+                break
+            if not self._agrees(event):
+                return self._reset()
+            ready += self._replayed(event)
         ready += self._drain()
         self.needs_replay = more
         if not more and not self.ended:
-            self._check_complete(committed, over=over)
+            if self._confirmed < committed:
+                raise StreamGap(_span(self._confirmed + 1, committed))
+            self.ended = over
         return ready
 
+    def is_at(self, end: Cursor) -> bool:
+        """Note that the job ended with this event; say whether it is the last one delivered.
+
+        For a job whose events are no longer kept, so that none can be compared. Its worker
+        wrote this one: events that are a job's only output are kept as long as the job.
+        """
+        self.ended = bool(self._writers) and (self.delivered, self._writers[-1].tag) == end
+        return self.ended
+
     @property
-    def _comparable_after(self) -> int:
-        return self.delivered - len(self._digests)
+    def _known_after(self) -> int:
+        """It is known who wrote the events after this seq, up to `delivered`."""
+        return self._writers[0].seq - 1 if self._writers else self.delivered
 
     def _replayed(self, event: Event) -> list[Event]:
-        if self.ended:
-            return []
-        self._compare(event)
-        if event.seq <= self._confirmed:
+        if self.ended or event.seq <= self._confirmed:
             return []
         if event.seq > self._confirmed + 1:
             raise StreamGap(_span(self._confirmed + 1, event.seq - 1))
@@ -196,61 +215,49 @@ class StreamAssembler:
         if event.seq <= self.delivered:
             return []
         self.delivered = event.seq
-        self._digests.append(_digest(event))
+        if not self._writers or self._writers[-1].tag != event.tag:
+            self._writers.append(Cursor(event.seq, event.tag))
         self.ended = event.type == END
         return [event] if event.type in KNOWN_TYPES else []
 
     def _hold(self, event: Event) -> None:
         self.needs_replay = True
         if len(self._held) < self._held_limit:  # beyond it the replay brings them
-            self._held.setdefault(event.seq, event)
+            self._held[event.seq] = event
 
     def _drain(self) -> list[Event]:
-        """Accept the held events that now follow; forget those passed by a replay."""
+        """Accept held events that now follow; forget those that the stream passed or refuted."""
         ready: list[Event] = []
         for seq in sorted(self._held):
             if seq > self._confirmed + 1:
                 break
             event = self._held.pop(seq)
-            self._compare(event)
-            if seq == self._confirmed + 1 and not self.ended:
+            if seq == self._confirmed + 1 and self._continues(event) and not self.ended:
                 ready += self._accept(event)
         return ready
 
-    def _compare(self, event: Event) -> None:
-        """Raise if another event was delivered, or is held, under this ``seq``."""
-        oldest = self._comparable_after + 1
-        if oldest <= event.seq <= self.delivered:
-            known = self._digests[event.seq - oldest]
-        elif event.seq in self._held:
-            known = _digest(self._held[event.seq])
-        else:
-            return
-        if known != _digest(event):
-            raise StreamConflict(f"event {event.seq} is not the one delivered under that seq")
+    def _agrees(self, event: Event) -> bool:
+        """Whether an event is the one delivered under its seq, if one was.
 
-    def _roll_back(self, committed: int) -> None:
-        """Meet a primary that holds less than was delivered: compare from there on."""
-        if committed < self._comparable_after:
-            raise StreamConflict(
-                f"delivered up to seq {self.delivered}, but the job now holds {committed}"
-            )
-        self._confirmed = min(self._confirmed, committed)
+        One from before a cursor is not known, and has no reason to come, unless the job
+        was set back.
+        """
+        if event.seq > self.delivered:
+            return True
+        tags = (tag for seq, tag in reversed(self._writers) if seq <= event.seq)
+        return next(tags, None) == event.tag
 
-    def _check_complete(self, committed: int, *, over: bool) -> None:
-        if self._confirmed < committed:
-            raise StreamGap(_span(self._confirmed + 1, committed))
-        if over and self.delivered > committed:
-            raise StreamConflict(
-                f"delivered up to seq {self.delivered}, but the job ended at {committed}"
-            )
-        self.ended = over
+    def _continues(self, event: Event) -> bool:
+        """Whether what was delivered, and one agrees with it, goes on with this event."""
+        if event.seq <= self.delivered or not self._writers:
+            return self._agrees(event)
+        return event.tag == self._writers[-1].tag
 
-
-def _digest(event: Event) -> int:
-    """Hash what may not differ: attempt, type and every choice's token ids (64 bits)."""
-    tokens = ((choice.index, *choice.token_ids) for choice in event.choices)
-    return hash((event.attempt, event.type, *tokens))
+    def _reset(self) -> list[Event]:
+        """Begin anew, with an event that says so."""
+        self._held.clear()
+        self._start(BEGINNING)
+        return [reset_event()]
 
 
 def _span(first: int, last: int) -> str:

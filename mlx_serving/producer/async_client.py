@@ -9,6 +9,7 @@ import asyncio
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, overload
 
+from mlx_serving.common.events import Cursor
 from mlx_serving.common.protocol import calls, ended_calls
 from mlx_serving.common.protocol.client import AsyncProtocol
 from mlx_serving.common.redis.retrying import FAULTS, answered_async
@@ -103,24 +104,24 @@ class AsyncClient(BaseClient):
         ]
 
     @overload
-    def stream(self, job_id: str, after_seq: int = 0) -> AsyncGenerator[Event, None]: ...
+    def stream(self, job_id: str, after: str = "") -> AsyncGenerator[Event, None]: ...
     @overload
     def stream(
-        self, job_id: str, after_seq: int = 0, *, text: Literal[False]
+        self, job_id: str, after: str = "", *, text: Literal[False]
     ) -> AsyncGenerator[Event, None]: ...
     @overload
     def stream(
-        self, job_id: str, after_seq: int = 0, *, text: Literal[True]
+        self, job_id: str, after: str = "", *, text: Literal[True]
     ) -> AsyncGenerator[str, None]: ...
     def stream(
-        self, job_id: str, after_seq: int = 0, *, text: bool = False
+        self, job_id: str, after: str = "", *, text: bool = False
     ) -> AsyncGenerator[Event, None] | AsyncGenerator[str, None]:
-        """Follow a job from the event after ``after_seq`` to its end; see :meth:`Client.stream`.
+        """Follow a job from a cursor to its end; see :meth:`Client.stream`.
 
         Close the iterator (`contextlib.aclosing`) if you leave it early: that ends its
         subscription at once, not when it is garbage-collected.
         """
-        events = self._follow(check_id(job_id), StreamAssembler(after_seq))
+        events = self._follow(check_id(job_id), StreamAssembler(Cursor.parse(after, "after")))
         return self._texts(job_id, events) if text else events
 
     async def result(self, job_id: str, timeout: float | None = None) -> GenerationResult:  # noqa: ASYNC109 -- as the sync twin

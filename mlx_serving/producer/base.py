@@ -8,6 +8,7 @@ from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, Final
 
 from mlx_serving.common import results
+from mlx_serving.common.attempts import TAG_CHARS
 from mlx_serving.common.errors import (
     CorruptJob,
     FieldError,
@@ -16,7 +17,7 @@ from mlx_serving.common.errors import (
     ResultTimeout,
     StreamReset,
 )
-from mlx_serving.common.events import RESET, decode
+from mlx_serving.common.events import RESET, Cursor, decode
 from mlx_serving.common.lifetimes import Lifetimes
 from mlx_serving.common.protocol import calls
 from mlx_serving.common.protocol.fields import JobField
@@ -25,6 +26,7 @@ from mlx_serving.common.redis.connection import resolve
 from mlx_serving.common.results import EventsGone, GenerationResult, Timings
 from mlx_serving.common.signing import Signer
 from mlx_serving.common.states import TERMINAL, JobState
+from mlx_serving.producer.assembler import StreamAssembler
 from mlx_serving.producer.envelope import seal
 from mlx_serving.producer.patience import SILENCE_S
 
@@ -37,7 +39,6 @@ if TYPE_CHECKING:
     from mlx_serving.common.protocol.client import JobRecord
     from mlx_serving.common.redis.connection import Endpoint
     from mlx_serving.common.settings import Settings
-    from mlx_serving.producer.assembler import StreamAssembler
     from mlx_serving.producer.end_watch import EndWatch
 
     Reader = StreamAssembler | EndWatch
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
 CANCELLED_BY_CLIENT: Final = "cancelled_by_client"
 SUBMIT_BATCH: Final = 256  # jobs in a round trip of submit_many
 SCRIPT_BATCH: Final = 32  # jobs in one script: a longer one would block other clients
+_SNAPSHOT: Final = (JobField.STATE, JobField.SEQ, JobField.STREAM, JobField.NONCE)
 PAGE_EVENTS: Final = 1000  # events in one read of a job's stream
 
 
@@ -116,7 +118,7 @@ class BaseClient:
 
         The stream is not read if `after_seq` is None.
         """
-        pipe.hmget(self.keys.job(job_id), JobField.STATE, JobField.SEQ, JobField.STREAM)
+        pipe.hmget(self.keys.job(job_id), *_SNAPSHOT)
         if after_seq is not None:
             pipe.xrange(self.keys.events(job_id), f"({after_seq}-0", "+", count=PAGE_EVENTS)
 
@@ -130,15 +132,22 @@ class BaseClient:
             CorruptJob: its control hash can't be read.
 
         """
-        (state, seq, publishes), *read = replies
+        (state, seq, publishes, nonce), *read = replies
         if state is None:
             raise not_found(job_id)
         try:
-            committed, now = int(seq or 0), JobState(state.decode())
+            committed, now = max(0, int(seq or 0)), JobState(state.decode())
         except ValueError:
             raise CorruptJob(f"the control hash of job {job_id!r} can't be read") from None
-        entries, after = read[0] if read else [], reader.replay_from
-        if now in TERMINAL and not entries and after is not None and committed > after:
+        entries = read[0] if read else []
+        if (
+            isinstance(reader, StreamAssembler)
+            and (now in TERMINAL and not entries)
+            and committed > reader.replay_from
+        ):
+            tag = (nonce or b"").decode(errors="replace")[:TAG_CHARS]
+            if reader.is_at(Cursor(committed, tag)):
+                return []
             raise EventsGone(f"the events of job {job_id} are gone: it ended too long ago")
         return reader.replay(
             payloads(entries),
@@ -186,7 +195,7 @@ def text_of(event: Event) -> str:
 
     """
     if event.type == RESET:
-        raise StreamReset(seq=event.seq)
+        raise StreamReset(cursor=event.cursor)
     return event.text
 
 

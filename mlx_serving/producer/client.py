@@ -10,6 +10,7 @@ from contextlib import closing
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, overload
 
+from mlx_serving.common.events import Cursor
 from mlx_serving.common.protocol import calls, ended_calls
 from mlx_serving.common.protocol.client import Protocol
 from mlx_serving.common.redis.connection import connect
@@ -127,33 +128,38 @@ class Client(BaseClient):
         ]
 
     @overload
-    def stream(self, job_id: str, after_seq: int = 0) -> Generator[Event, None, None]: ...
+    def stream(self, job_id: str, after: str = "") -> Generator[Event, None, None]: ...
     @overload
     def stream(
-        self, job_id: str, after_seq: int = 0, *, text: Literal[False]
+        self, job_id: str, after: str = "", *, text: Literal[False]
     ) -> Generator[Event, None, None]: ...
     @overload
     def stream(
-        self, job_id: str, after_seq: int = 0, *, text: Literal[True]
+        self, job_id: str, after: str = "", *, text: Literal[True]
     ) -> Generator[str, None, None]: ...
     def stream(
-        self, job_id: str, after_seq: int = 0, *, text: bool = False
+        self, job_id: str, after: str = "", *, text: bool = False
     ) -> Generator[Event, None, None] | Generator[str, None, None]:
-        """Follow a job from the event after ``after_seq`` to its end.
+        """Follow a job from the event after the cursor ``after`` to its end.
 
         Each event comes once and in order, even if the connection is lost or another worker
         takes over. With ``text``, yield the new text of choice 0; after the last text, raise
         what `GenerationResult.raise_for_state` does if the job did not finish.
 
+        ``after`` is the `cursor` of the last event that the caller has, got from any client. If
+        Redis has lost events that were given out, a `reset` event takes them back, and the
+        job's events come from the first on.
+
         Raises:
             JobNotFound: there is no such job, or its ``result_ttl`` is over.
+            StreamReset: with ``text``, text that was given out is taken back.
             EventsGone: it ended, and its events are no longer kept; ``.result`` has its output.
-            StreamConflict, StreamGap: Redis lost events that it had acknowledged.
+            StreamGap: the job's stream lacks events.
             QueueUnavailable: Redis has been away for a minute (2 s before the first event).
-            ValueError: ``after_seq`` is negative.
+            TypeError, ValueError: ``after`` is no cursor; the message says so.
 
         """
-        events = self._follow(check_id(job_id), StreamAssembler(after_seq))
+        events = self._follow(check_id(job_id), StreamAssembler(Cursor.parse(after, "after")))
         return self._texts(job_id, events) if text else events
 
     def result(self, job_id: str, timeout: float | None = None) -> GenerationResult:

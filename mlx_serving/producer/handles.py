@@ -18,10 +18,10 @@ class JobCalls(Protocol):
     """The calls of `Client` that a handle makes."""
 
     @overload
-    def stream(self, job_id: str, after_seq: int = 0) -> Generator[Event, None, None]: ...
+    def stream(self, job_id: str, after: str = "") -> Generator[Event, None, None]: ...
     @overload
     def stream(
-        self, job_id: str, after_seq: int = 0, *, text: Literal[True]
+        self, job_id: str, after: str = "", *, text: Literal[True]
     ) -> Generator[str, None, None]: ...
     def result(self, job_id: str, timeout: float | None = None) -> GenerationResult: ...  # noqa: D102 -- see `Client`
     def status(self, job_id: str) -> JobRecord: ...  # noqa: D102
@@ -33,10 +33,10 @@ class AsyncJobCalls(Protocol):
     """The calls of `AsyncClient` that a handle makes."""
 
     @overload
-    def stream(self, job_id: str, after_seq: int = 0) -> AsyncGenerator[Event, None]: ...
+    def stream(self, job_id: str, after: str = "") -> AsyncGenerator[Event, None]: ...
     @overload
     def stream(
-        self, job_id: str, after_seq: int = 0, *, text: Literal[True]
+        self, job_id: str, after: str = "", *, text: Literal[True]
     ) -> AsyncGenerator[str, None]: ...
     async def result(self, job_id: str, timeout: float | None = None) -> GenerationResult: ...  # noqa: ASYNC109, D102 -- the sync twin's word
     async def status(self, job_id: str) -> JobRecord: ...  # noqa: D102
@@ -61,9 +61,9 @@ class JobHandle:
     state: JobState
     _client: JobCalls = field(repr=False, compare=False)
 
-    def stream(self, after_seq: int = 0) -> Generator[Event, None, None]:
+    def stream(self, after: str = "") -> Generator[Event, None, None]:
         """See :meth:`Client.stream`."""
-        return self._client.stream(self.id, after_seq)
+        return self._client.stream(self.id, after)
 
     def text(self) -> Generator[str, None, None]:
         """See :meth:`Client.stream` with ``text=True``."""
@@ -95,9 +95,9 @@ class AsyncJobHandle:
     state: JobState
     _client: AsyncJobCalls = field(repr=False, compare=False)
 
-    def stream(self, after_seq: int = 0) -> AsyncGenerator[Event, None]:
+    def stream(self, after: str = "") -> AsyncGenerator[Event, None]:
         """See :meth:`AsyncClient.stream`."""
-        return self._client.stream(self.id, after_seq)
+        return self._client.stream(self.id, after)
 
     def text(self) -> AsyncGenerator[str, None]:
         """See :meth:`AsyncClient.stream` with ``text=True``."""

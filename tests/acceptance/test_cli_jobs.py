@@ -76,11 +76,30 @@ def test_a_job_is_shown_then_cancelled(url: str) -> None:
     assert view["finished"] >= view["enqueued"]
 
 
-@pytest.mark.parametrize("command", ["status", "cancel"])
+@pytest.mark.parametrize("command", ["status", "cancel", "requeue"])
 def test_an_unknown_job_is_one_line(command: str, url: str) -> None:
     result = runner.invoke(app, [command, "0" * 32, "--redis-url", url])
     assert result.exit_code == 1
     assert result.stderr.startswith("error: job_not_found: ")
+
+
+def test_a_job_is_run_again_then_forgotten(url: str, redis_client: redis.Redis) -> None:
+    with Client(url) as client:
+        job = client.submit(model="tally", prompt="my secret prompt")
+        job.cancel()
+    for _ in range(2):  # idempotent
+        again = runner.invoke(app, ["requeue", job.id, "--json", "--redis-url", url])
+        assert json.loads(again.stdout) == {"id": job.id, "state": "queued"}
+    refused = runner.invoke(app, ["forget", job.id, "--redis-url", url])
+    assert refused.exit_code == 1
+    assert refused.stderr == (
+        f"error: job_not_ended: job {job.id} is queued: cancel it first, or wait for its end\n"
+    )
+    runner.invoke(app, ["cancel", job.id, "--redis-url", url])
+    for _ in range(2):
+        gone = runner.invoke(app, ["forget", job.id, "--redis-url", url])
+        assert (gone.exit_code, gone.stdout) == (0, "")
+    assert not list(redis_client.scan_iter(f"*{job.id}*"))
 
 
 def test_a_job_that_does_not_finish_is_an_error(url: str) -> None:

@@ -36,7 +36,8 @@ def digest(events: list[tuple[Any, ...]]) -> str:
 
 def seen(event: Event) -> tuple[Any, ...]:
     """What two readers of one event must agree on."""
-    return (event.seq, event.attempt, event.type, msgspec.to_builtins(event.choices), event.state)
+    choices = msgspec.to_builtins(event.choices)
+    return (event.seq, event.attempt, event.type, choices, event.state, event.tag)
 
 
 @dataclass
@@ -53,6 +54,7 @@ class Follower:
     connections: int = 0
     unavailable: int = 0
     ended: bool = False
+    cursor: str = ""
 
     @property
     def after(self) -> int:
@@ -75,7 +77,7 @@ class Follower:
         self.connections += 1
         patience = self.rng.choice([None, self.rng.randint(1, 30)])
         started, got = now(), 0
-        async with aclosing(self.client.stream(self.job_id, self.after)) as stream:
+        async with aclosing(self.client.stream(self.job_id, self.cursor)) as stream:
             async for event in stream:
                 if lacks and not got:
                     self.resumes.append((started, (now() - started) / 1e6))
@@ -98,6 +100,7 @@ class Follower:
         if event.seq != self.after + 1:
             self.problems.append(f"got seq {event.seq} after {self.after}")
         self.events.append(seen(event))
+        self.cursor = event.cursor
         self.ended = event.type == "end"
 
 

@@ -28,24 +28,24 @@ TOKENS = 600
 
 async def resume_times(client: AsyncClient, job_id: str, rng: random.Random) -> list[float]:
     """Seconds from each reconnect to the first event that the consumer lacked."""
-    after = 0
+    after, cursor = 0, ""
     times: list[float] = []
     while len(times) < RESUMES:
         lacks = (await client.status(job_id)).seq > after
         started = time.monotonic()
         patience = rng.randint(1, 10)
-        async with aclosing(client.stream(job_id, after)) as events:
+        async with aclosing(client.stream(job_id, cursor)) as events:
             async for event in events:
                 if lacks:
                     times.append(time.monotonic() - started)
                     lacks = False
                 assert event.seq == after + 1
-                after = event.seq
+                after, cursor = event.seq, event.cursor
                 patience -= 1
                 if not patience:
                     break
         if event.type == "end":
-            after = 0
+            after, cursor = 0, ""
         await asyncio.sleep(rng.uniform(0.02, 0.2))
     return times
 

@@ -200,10 +200,12 @@ class TestStreams:
         assert len(delays) == 5
         assert sorted(delays)[2] < 0.1
 
-    async def test_it_resumes_from_a_seq(self, client: AsyncClient, worker: ScriptedWorker) -> None:
+    async def test_it_resumes_from_a_cursor(
+        self, client: AsyncClient, worker: ScriptedWorker
+    ) -> None:
         job = await client.submit(**fields())
         row = worker.serve(WORDS)
-        assert [e async for e in job.stream(after_seq=15)] == row.written[15:]
+        assert [e async for e in job.stream(row.written[14].cursor)] == row.written[15:]
 
     async def test_two_consumers_of_a_job_share_its_subscription(
         self, client: AsyncClient, worker: ScriptedWorker, redis_client: redis.Redis

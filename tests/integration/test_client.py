@@ -17,8 +17,8 @@ from mlx_serving import (
     JobState,
     LocalRedis,
     ResultTimeout,
-    StreamConflict,
     StreamGap,
+    StreamReset,
 )
 from mlx_serving.common.events import encode
 from tests.support.helpers import wait_until
@@ -101,11 +101,11 @@ class TestStream:
         assert len(delays) == 5
         assert sorted(delays)[2] < 0.1
 
-    def test_it_resumes_from_a_seq(self, client: Client, worker: ScriptedWorker) -> None:
+    def test_it_resumes_from_a_cursor(self, client: Client, worker: ScriptedWorker) -> None:
         job_id = submit(client)
         row = worker.serve(WORDS)
-        assert list(client.stream(job_id, after_seq=15)) == row.written[15:]
-        assert list(client.stream(job_id, after_seq=row.seq)) == []
+        assert list(client.stream(job_id, row.written[14].cursor)) == row.written[15:]
+        assert list(client.stream(job_id, row.written[-1].cursor)) == []
 
     def test_it_survives_killed_connections(
         self, client: Client, worker: ScriptedWorker, redis_client: redis.Redis
@@ -175,9 +175,11 @@ class TestStream:
             with pytest.raises(JobNotFound):
                 call("f" * 32)
 
-    def test_a_negative_seq_is_refused_at_once(self, client: Client) -> None:
-        with pytest.raises(ValueError, match="after_seq"):
-            client.stream("f" * 32, after_seq=-1)
+    def test_what_is_no_cursor_is_refused_at_once(self, client: Client) -> None:
+        with pytest.raises(ValueError, match="after: must be an event's cursor"):
+            client.stream("f" * 32, "-1")
+        with pytest.raises(TypeError, match="after: must be an event's cursor, a string, not int"):
+            client.stream("f" * 32, 17)  # type: ignore[call-overload]
 
     def test_a_job_deleted_under_a_consumer_is_not_found(
         self, client: Client, worker: ScriptedWorker, redis_client: redis.Redis
@@ -211,16 +213,20 @@ class TestStream:
         # What a failover does: the last two events were never there, others take their place.
         redis_client.xdel(client.keys.events(job_id), "5-0", "6-0")
         redis_client.hset(client.keys.job(job_id), "seq", 4)
-        kill_subscribers(redis_client)
-        row.seq = 4
         redis_client.delete(client.keys.events(job_id))
         for event in row.written[:4]:
             redis_client.xadd(client.keys.events(job_id), {"e": encode(event)}, id=f"{event.seq}-0")
-        row.say("other ", token=999)
-        row.say("tokens ", token=998)
-        row.end()
-        with pytest.raises(StreamConflict):
-            list(stream)
+        kill_subscribers(redis_client)
+        row.hand_back()
+        again = worker.claim_one()
+        again.say("other ", token=row.written[5].choices[0].token_ids[0])
+        again.end()
+        reset, *rest = stream
+        assert (reset.type, reset.cursor) == ("reset", "")
+        assert rest == [*row.written[:4], *again.written]
+        with pytest.raises(StreamReset) as caught:
+            list(client.stream(job_id, row.written[5].cursor, text=True))
+        assert caught.value.cursor == ""
 
     def test_a_redis_that_restarts_is_outlived(self) -> None:
         with LocalRedis(appendonly="always") as server, Client(server.url) as client:

@@ -56,6 +56,11 @@ def ended(client: Client, *, without_events: bool = True, **fields: Any) -> JobH
     return handle
 
 
+def cursors(client: Client, job_id: str) -> list[str]:
+    """Of all events, while they are there."""
+    return ["", *(event.cursor for event in client.stream(job_id))]
+
+
 def events_go(client: Client, job_id: str) -> None:
     wait_until(lambda: not client._redis.exists(client.keys.events(job_id)), what="events stay")
 
@@ -63,13 +68,15 @@ def events_go(client: Client, job_id: str) -> None:
 @pytest.mark.usefixtures("worker")
 class TestALateReader:
     @pytest.mark.parametrize("stream", [True, False])
-    @pytest.mark.parametrize("after_seq", [0, 1, 3])
+    @pytest.mark.parametrize("count", [0, 1, 3])
     def test_it_gets_one_error_with_the_result(
-        self, client: Client, after_seq: int, *, stream: bool
+        self, client: Client, count: int, *, stream: bool
     ) -> None:
-        handle = ended(client, stream=stream)
+        handle = ended(client, without_events=False, stream=stream)
+        cursor = cursors(client, handle.id)[count]
+        events_go(client, handle.id)
         with pytest.raises(EventsGone, match=handle.id) as gone:
-            list(client.stream(handle.id, after_seq))
+            list(client.stream(handle.id, cursor))
         assert (gone.value.code, gone.value.retryable) == ("events_gone", False)
         assert gone.value.result == handle.result()
         assert pickle.loads(pickle.dumps(gone.value)).result == handle.result()  # noqa: S301 -- ours
@@ -82,8 +89,16 @@ class TestALateReader:
         assert gone.value.result.text == counted(TOKENS)
 
     def test_one_that_had_them_all_gets_none(self, client: Client) -> None:
+        handle = ended(client, without_events=False)
+        cursor = cursors(client, handle.id)[-1]
+        events_go(client, handle.id)
+        assert list(client.stream(handle.id, cursor)) == []
+
+    def test_one_that_had_another_end_is_told(self, client: Client) -> None:
+        """Redis forgot it, and the job ended once more: the tag is not that of the end."""
         handle = ended(client)
-        assert list(client.stream(handle.id, handle.status().seq)) == []
+        with pytest.raises(EventsGone):
+            list(client.stream(handle.id, f"{handle.status().seq}-00000000"))
 
     def test_the_result_needs_no_events(self, client: Client) -> None:
         handle = ended(client)

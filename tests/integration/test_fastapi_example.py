@@ -84,12 +84,17 @@ def read_sse(lines: Iterator[str], *, most: int = 10_000) -> list[dict[str, str]
     return found
 
 
-def events(http: httpx.Client, job_id: str, last: int | None = None) -> list[dict[str, str]]:
-    headers = {} if last is None else {"Last-Event-ID": str(last)}
+def events(http: httpx.Client, job_id: str, last: str | None = None) -> list[dict[str, str]]:
+    headers = {} if last is None else {"Last-Event-ID": last}
     with http.stream("GET", f"/jobs/{job_id}/events", headers=headers) as response:
         assert response.status_code == 200
         assert response.headers["content-type"].startswith("text/event-stream")
         return read_sse(response.iter_lines())
+
+
+def seq_of(sent: dict[str, str]) -> int:
+    """What the event's id counts; its tag stands behind it."""
+    return int(sent["id"].partition("-")[0])
 
 
 def submit(http: httpx.Client, **fields: Any) -> str:
@@ -102,11 +107,24 @@ def test_a_job_is_relayed(http: httpx.Client, worker: ScriptedWorker) -> None:
     job_id = submit(http)
     with worker.serving(WORDS, pause_s=0.002):
         got = events(http, job_id)
-    assert [int(each["id"]) for each in got] == list(range(1, 33))
+    assert [seq_of(each) for each in got] == list(range(1, 33))
     assert [each["event"] for each in got] == ["attempt", *["tokens"] * 30, "end"]
     texts = [json.loads(each["data"])["choices"][0]["text"] for each in got[1:-1]]
     assert texts == WORDS
     assert json.loads(got[-1]["data"])["state"] == "finished"
+
+
+@pytest.mark.parametrize("after", [None, 0, 2])
+def test_a_late_reader_is_told_that_the_events_are_gone(
+    http: httpx.Client, worker: ScriptedWorker, redis_client: redis.Redis, after: int | None
+) -> None:
+    """By a status after which an EventSource does not come again."""
+    job_id = submit(http)
+    row = worker.serve(WORDS)
+    redis_client.delete(f"mlxs:ev:{job_id}")  # as their time does
+    headers = {} if after is None else {"Last-Event-ID": row.written[after].cursor}
+    response = http.get(f"/jobs/{job_id}/events", headers=headers)
+    assert (response.status_code, response.json()["code"]) == (410, "events_gone")
 
 
 def test_a_reader_that_was_cut_off_resumes_without_gap_or_repeat(
@@ -117,8 +135,8 @@ def test_a_reader_that_was_cut_off_resumes_without_gap_or_repeat(
         with http.stream("GET", f"/jobs/{job_id}/events") as response:
             first = read_sse(response.iter_lines(), most=7)
         wait_until(lambda: redis_client.pubsub_channels() == [], what="the reading has stopped")
-        second = events(http, job_id, last=int(first[-1]["id"]))
-    assert [int(each["id"]) for each in first + second] == list(range(1, 33))
+        second = events(http, job_id, last=first[-1]["id"])
+    assert [seq_of(each) for each in first + second] == list(range(1, 33))
     assert redis_client.hget(f"mlxs:job:{job_id}", "st") == b"finished"
 
 
@@ -137,7 +155,7 @@ def test_a_reader_that_leaves_a_quiet_job_is_noticed(
 def test_after_its_end_there_is_no_content(http: httpx.Client, worker: ScriptedWorker) -> None:
     job_id = submit(http)
     row = worker.serve(WORDS)
-    response = http.get(f"/jobs/{job_id}/events", headers={"Last-Event-ID": str(row.seq)})
+    response = http.get(f"/jobs/{job_id}/events", headers={"Last-Event-ID": row.written[-1].cursor})
     assert (response.status_code, response.content) == (204, b"")
 
 
@@ -154,8 +172,33 @@ def test_bad_input_is_refused(http: httpx.Client) -> None:
     assert "top_p" in response.json()["message"]
     for answer in (http.delete("/jobs/nothing"), http.get("/jobs/nothing/events")):
         assert (answer.status_code, answer.json()["code"]) == (404, "job_not_found")
-    bad = http.get("/jobs/nothing/events", headers={"Last-Event-ID": "-4"})
-    assert bad.status_code == 422
+    for cursor in ("-4", "17"):
+        bad = http.get("/jobs/nothing/events", headers={"Last-Event-ID": cursor})
+        assert (bad.status_code, bad.json()["code"]) == (422, "invalid_cursor")
+        assert bad.json()["message"].startswith("after: must be an event's cursor")
+
+
+def test_a_cursor_that_redis_forgot_is_a_reset_and_the_whole_answer(
+    http: httpx.Client, worker: ScriptedWorker, redis_client: redis.Redis
+) -> None:
+    """An empty id: `EventSource` sends no Last-Event-ID if it is cut off right after it."""
+    job_id = submit(http)
+    row = worker.claim_one()
+    found = redis_client.scan_iter()
+    before = [(key, max(0, redis_client.pttl(key)), redis_client.dump(key)) for key in found]
+    row.say("lost ")
+    row.end()
+    for key, ttl_ms, value in before:
+        redis_client.restore(key, ttl_ms, value or b"", replace=True)
+    row.hand_back()
+    again = worker.serve(["found "])
+    for lost in row.written[1:]:
+        reset, *rest = events(http, job_id, last=lost.cursor)
+        assert (reset["event"], reset["id"]) == ("reset", "")
+        told = [row.written[0], *again.written]
+        assert [each["id"] for each in rest] == [event.cursor for event in told]
+    kept = events(http, job_id, last=row.written[0].cursor)
+    assert [each["id"] for each in kept] == [event.cursor for event in again.written]
 
 
 def test_an_error_on_the_way_is_told(

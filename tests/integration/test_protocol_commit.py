@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -203,6 +203,16 @@ def deleted(driver: Driver, _: Attempt) -> None:
     driver.redis.delete("mlxs:job:a", "mlxs:ev:a", "rq:job:a")
 
 
+def but_for_losses(driver: Driver) -> tuple[dict[bytes, bytes], dict[bytes, bytes]]:
+    """All that Redis holds, but the losses of job `a`: a worker that is back takes its own back."""
+    keys, name = driver.snapshot(), driver.keys.job("a")
+    fields: Any = driver.redis.hgetall(name)
+    return (
+        {key: value for key, value in keys.items() if key != name.encode()},
+        {field: value for field, value in fields.items() if field != JobField.LOSSES.encode()},
+    )
+
+
 @pytest.mark.usefixtures("_settled")
 class TestZombie:
     """D3: whatever became of its job, a worker that lost it writes nothing anywhere."""
@@ -230,7 +240,7 @@ class TestZombie:
         if committed:
             driver.commit(zombie, *(zombie.row() for _ in range(committed)))
         lose(driver, zombie)
-        before = driver.snapshot()
+        before = but_for_losses(driver)
         at = zombie.seq
         ends = [zombie.end(state, at + 1) for state in (JobState.FINISHED, JobState.CANCELLED)]
         rows = [zombie.row(at + 1, "zombie"), zombie.row(at + 2, "zombie"), *ends]
@@ -238,7 +248,7 @@ class TestZombie:
         assert driver.renew(zombie).status == "FENCED"
         released = driver.release(zombie)
         assert released == (["DUP"] if lose is reaped else ["FENCED"])
-        assert driver.snapshot() == before
+        assert but_for_losses(driver) == before
 
     def test_a_row_of_the_right_attempt_by_another_workers_name_is_fenced(
         self, driver: Driver

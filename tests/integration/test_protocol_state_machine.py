@@ -19,7 +19,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from mlx_serving.common.protocol import calls
+from mlx_serving.common.protocol import calls, ended_calls
 from mlx_serving.common.states import TERMINAL, JobState, can_move
 from tests.support.protocol_driver import QUEUE, Attempt, Driver, payload
 
@@ -46,6 +46,7 @@ class Model:
     max_attempts: int
     state: JobState = JobState.QUEUED
     owner: Attempt | None = None
+    last: Attempt | None = None  # of this life of the id
     seq: int = 0
     charged: int = 0
     charged_epoch: int = 0
@@ -89,7 +90,7 @@ class ProtocolMachine(RuleBasedStateMachine):
             assert job.seq == model.seq
             assert (job.epoch, job.max_unproven) == (model.epoch + 1, model.max_unproven)
             model.state, model.owner = JobState.RUNNING, Attempt(job, worker)
-            model.epoch = job.epoch
+            model.epoch, model.last = job.epoch, model.owner
             self.attempts.append(model.owner)
 
     def _claimable(self, most: int) -> list[str]:
@@ -107,8 +108,8 @@ class ProtocolMachine(RuleBasedStateMachine):
         return taken
 
     def _owns(self, attempt: Attempt) -> Model | None:
-        model = self.jobs[attempt.job.job_id]
-        return model if model.owner is attempt else None
+        model = self.jobs.get(attempt.job.job_id)
+        return model if model and model.owner is attempt else None
 
     @precondition(lambda self: self.attempts)
     @rule(pick=picks, tokens=st.integers(0, 2), end=ends)
@@ -180,6 +181,47 @@ class ProtocolMachine(RuleBasedStateMachine):
         model.flagged = model.flagged or model.state is JobState.RUNNING
         assert state is model.state
 
+    @precondition(lambda self: self.jobs)
+    @rule(pick=picks)
+    def forget(self, pick: int) -> None:
+        """Only a job that ended; workers still send for it, and its id may live again."""
+        job_id = list(self.jobs)[pick % len(self.jobs)]
+        state = self.jobs[job_id].state
+        (kept,) = self.driver.protocol.run(ended_calls.forget([job_id]))
+        assert kept is (None if state in TERMINAL else state)
+        if state in TERMINAL:
+            del self.jobs[job_id]
+            self.seen.pop(job_id, None)
+
+    @precondition(lambda self: self.jobs)
+    @rule(pick=picks)
+    def requeue(self, pick: int) -> None:
+        """Only a job that ended without finishing: it begins anew, and stays a suspect."""
+        job_id = list(self.jobs)[pick % len(self.jobs)]
+        model = self.jobs[job_id]
+        again = model.state in TERMINAL - {JobState.FINISHED}
+        reply = self.driver.protocol.run(ended_calls.requeue(job_id))
+        assert reply is not None
+        assert (reply.created, reply.state) == (again, JobState.QUEUED if again else model.state)
+        if again:
+            self.jobs[job_id] = Model(
+                model.max_attempts, epoch=model.epoch, max_unproven=model.max_unproven
+            )
+            self.seen[job_id] = JobState.QUEUED
+            self.list.append(job_id)
+
+    @precondition(lambda self: self.jobs)
+    @rule(pick=picks)
+    def nobody_takes(self, pick: int) -> None:
+        """A job's `queued_ttl` is over, and somebody reaps; it ends only if it waits."""
+        job_id = list(self.jobs)[pick % len(self.jobs)]
+        waits = self.jobs[job_id].state is JobState.QUEUED
+        self.driver.redis.zadd("mlxs:deadlines", {job_id: 1})
+        assert self.driver.reap().outcomes == ([(job_id, "expired")] if waits else [])
+        if waits:
+            self.list.remove(job_id)
+            self._ended_by_script(job_id, JobState.EXPIRED)
+
     @rule(lapsed=st.sets(st.sampled_from(IDS), min_size=1))
     def time_passes(self, lapsed: set[str]) -> None:
         """The leases of some end, and somebody reaps."""
@@ -217,9 +259,11 @@ class ProtocolMachine(RuleBasedStateMachine):
 
     def _settle(self, attempt: Attempt, max_unproven: int, *, mine: bool, alone: bool) -> str:
         job_id, epoch = attempt.job.job_id, attempt.job.epoch
-        model = self.jobs[job_id]
+        model = self.jobs.get(job_id)
+        if model is None or model.last is not attempt:
+            return "gone"
         reaped = model.state is JobState.QUEUED and max_unproven and model.charged_epoch != epoch
-        if model.epoch != epoch or not (mine or reaped):
+        if not (mine or reaped):
             return "gone"
         if mine and model.flagged:
             self._ended_by_script(job_id, JobState.CANCELLED)

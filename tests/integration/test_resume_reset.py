@@ -119,7 +119,7 @@ def test_text_says_where_it_starts_over(
     pieces: list[str] = []
     with pytest.raises(StreamReset) as caught:
         pieces.extend(iter(cut.text()))
-    rest = client.stream(cut.id, caught.value.seq, text=True)
+    rest = client.stream(cut.id, caught.value.cursor, text=True)
     assert "".join(rest) == NEW
 
 
@@ -132,7 +132,7 @@ async def test_text_says_where_it_starts_over_async(
         with pytest.raises(StreamReset) as caught:
             async for _ in client.stream(cut.id, text=True):
                 pass
-        rest = [text async for text in client.stream(cut.id, caught.value.seq, text=True)]
+        rest = [text async for text in client.stream(cut.id, caught.value.cursor, text=True)]
         assert (await client.result(cut.id)).text == NEW
     assert "".join(rest) == NEW
 
@@ -180,5 +180,8 @@ def test_live_and_replayed_a_reset_comes_once_and_in_its_place(
     given = assembler.replay(payloads[:5], committed=5, over=False)
     for payload in (*payloads[20:], *payloads[5:20]):
         given += assembler.receive(payload)
+    assert assembler.needs_replay, "the stream confirms where another attempt begins"
+    rest = payloads[assembler.replay_from :]
+    given += assembler.replay(rest, committed=len(payloads), over=True)
     assert [events.encode(event) for event in given] == payloads
     assert assembler.ended

@@ -29,7 +29,7 @@ pytestmark = [
     pytest.mark.may_leak(reason="a worker that is killed at the end leaves its name in RQ's sets"),
 ]
 
-QUEUED_BYTES = 2.5 * 1024  # a queued job beside its payload
+QUEUED_BYTES = 1.5 * 1024  # a queued job beside its payload
 EVENT_BYTES = 100  # an event beside its text
 SUBMIT_RATIO = 3.0  # the goal, held to where the run is long enough to measure it
 SHORT_RATIO = 2.0  # what a short run on a busy machine still tells from no batches at all

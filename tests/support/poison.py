@@ -23,8 +23,9 @@ MARK = 6_666  # the token that it becomes
 
 @dataclass(frozen=True)
 class Poison:
-    """`how`: abort, segfault, hang, memory, kill or exception. `after_tokens` None: in prefill.
+    """`how`: abort, segfault, hang, memory, kill, machine (the parent dies too) or exception.
 
+    `after_tokens` None: in prefill.
     `once`: a file that is made at the first death; where it is, nothing dies any more. `rows`: dies
     only in a batch so large, whatever its prompts; that is a crash that no job is to blame for.
     """
@@ -83,6 +84,8 @@ def die(how: str) -> None:
         time.sleep(3600)
     elif how == "memory":
         raise MemoryError
+    elif how == "machine":
+        os.killpg(os.getpgrp(), signal.SIGKILL)
     elif how == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     else:

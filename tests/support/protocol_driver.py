@@ -66,21 +66,25 @@ class Attempt:
         if seq is None:
             seq = self.seq = self.seq + 1
         delta = events.ChoiceDelta(0, text, [seq])
-        event = events.tokens_event(attempt=self.job.epoch, seq=seq, choices=[delta])
+        event = events.tokens_event(**self._writer(), seq=seq, choices=[delta])
         return calls.CommitRow.of(self.job.attempt, event, publish=publish)
 
     def end(self, state: JobState = JobState.FINISHED, seq: int | None = None) -> CommitRow:
         """Build the row that ends the job."""
         if seq is None:
             seq = self.seq = self.seq + 1
-        event = events.end_event(attempt=self.job.epoch, seq=seq, state=state)
+        event = events.end_event(**self._writer(), seq=seq, state=state)
         end = calls.JobEnd(state, b'{"v":1,"id":"x","state":"finished"}', rq_result=b"e30=")
         return calls.CommitRow.of(self.job.attempt, event, end=end)
+
+    def _writer(self) -> dict[str, Any]:
+        return {"attempt": self.job.epoch, "tag": self.job.attempt.tag}
 
 
 def payload(row: CommitRow) -> bytes:
     """The event of a row, as consumers get it."""
-    return events.opening(b"%d" % row.attempt.epoch, b"%d" % row.seq) + row.body
+    tag = row.attempt.tag.encode()
+    return events.opening(b"%d" % row.attempt.epoch, tag, b"%d" % row.seq) + row.body
 
 
 def _text(raw: Any) -> str:
@@ -163,8 +167,8 @@ class Driver:
     def cancel(self, job_id: str, reason: str = "cancelled") -> JobState | None:
         return self.protocol.run(calls.cancel(job_id, reason))
 
-    def reap(self, lease_ms: int = 1, queues: Sequence[str] = LANES) -> Swept:
-        return self.protocol.run(calls.reap(lease_ms=lease_ms, queues=queues))
+    def reap(self, lease_ms: int = 1, queues: Sequence[str] = LANES, machine: str = "") -> Swept:
+        return self.protocol.run(calls.reap(lease_ms=lease_ms, queues=queues, machine=machine))
 
     def lapse(self, *job_ids: str, queue: str = QUEUE) -> None:
         """Let leases end, as time would."""

@@ -36,13 +36,14 @@ class Row:
 
     def __init__(self, worker: ScriptedWorker, job: ClaimedJob) -> None:
         self.worker, self.job = worker, job
-        self.seq = job.seq
+        self.seq, self.epoch, self.tag = job.seq, job.epoch, job.attempt.tag
         self.written: list[Event] = []
         self.cancel_reason = ""
 
     def attempt(self) -> None:
         event = events.attempt_event(
-            attempt=self.job.epoch,
+            attempt=self.epoch,
+            tag=self.tag,
             seq=self.seq + 1,
             worker=self.worker.name,
             model="tally",
@@ -51,15 +52,25 @@ class Row:
         )
         self._write(event)
 
-    def say(self, word: str, token: int | None = None) -> None:
-        delta = ChoiceDelta(0, word, [self.seq if token is None else token])
-        seq = self.seq + 1
-        self._write(events.tokens_event(attempt=self.job.epoch, seq=seq, choices=[delta]))
+    def say(self, word: str, token: int | None = None, *, choices: int = 1) -> None:
+        """Write a word, of so many choices at once."""
+        ids = [self.seq if token is None else token]
+        deltas = [ChoiceDelta(index, word, ids) for index in range(choices)]
+        event = events.tokens_event(
+            attempt=self.epoch, tag=self.tag, seq=self.seq + 1, choices=deltas
+        )
+        self._write(event)
+
+    def hand_back(self) -> None:
+        """Give the job back to its queue."""
+        rows = [calls.Returned(self.job.attempt)]
+        assert self.worker.protocol.run(calls.release(self.worker.name, rows)) == ["OK"]
 
     def end(self, state: JobState = JobState.FINISHED, code: str = "") -> None:
         error = ErrorInfo(code, "as scripted") if code else None
         event = events.end_event(
-            attempt=self.job.epoch,
+            attempt=self.epoch,
+            tag=self.tag,
             seq=self.seq + 1,
             state=state,
             usage=Usage.of(3, len(self.written)),

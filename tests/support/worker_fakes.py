@@ -61,7 +61,8 @@ def commit_rows(call: Call[Any]) -> list[WireRow]:
 
 def payload_of(row: WireRow) -> bytes:
     """The event that a row writes, as consumers read it."""
-    entry = {EntryField.ATTEMPT: row.epoch, row.form: row.body}
+    tag = Attempt(row.job_id, int(row.epoch), row.nonce).tag
+    entry = {EntryField.WRITER: f"{row.epoch}-{tag}", row.form: row.body}
     fields = {name.encode(): text.encode() for name, text in entry.items()}
     return payloads([(b"%d-0" % row.seq, fields)])[0]
 

@@ -61,7 +61,8 @@ class Hacks:
     all models or, "<how> <path>", of one.
     `memory_pressure`: the parent sees signs of it.
     `freeze`: where the worker stops for good, see `tests.support.freezing`. `clock_file` holds the
-    seconds by which its wall clock is wrong, read at every look at the clock.
+    seconds by which its wall clock is wrong, read at every look at the clock. `machine`: the name
+    of its machine.
     """
 
     block_at_step: int = 0
@@ -74,6 +75,7 @@ class Hacks:
     memory_pressure: bool = False
     freeze: str = ""
     clock_file: str = ""
+    machine: str = ""
 
 
 def quick_settings(url: str, **changes: Any) -> Settings:
@@ -97,13 +99,21 @@ def hacked_child(hacks: Hacks, spec: ChildSpec, lifeline: Connection) -> None:
         freeze(hacks.freeze)
     if hacks.clock_file:
         WrongClock(Path(hacks.clock_file)).start()
-    if hacks.protocol:
-        from mlx_serving.common.job import schema
-        from mlx_serving.worker.claiming import claims
+    _rename(hacks)
+    run_child(spec, lifeline)
 
+
+def _rename(hacks: Hacks) -> None:
+    from mlx_serving.common.job import schema
+    from mlx_serving.worker.claiming import claims
+    from mlx_serving.worker.delivery import sweeper
+
+    if hacks.machine:
+        for module in (claims, sweeper):
+            vars(module)["machine_id"] = lambda: hacks.machine
+    if hacks.protocol:
         for module in (schema, claims):
             vars(module)["PROTOCOL"] = hacks.protocol
-    run_child(spec, lifeline)
 
 
 def _break_load(how: str) -> None:

@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from mlx_serving.common.events import RESET
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
@@ -39,7 +41,7 @@ class Track:
     def add(self, event: Event, now_s: float) -> None:
         """Add an event that arrived now."""
         self.state = event.state or "running"
-        self.text += shown(event)
+        self.text = "" if event.type == RESET else self.text + shown(event)
         count = sum(len(choice.token_ids) for choice in event.choices)
         if not count:
             return

@@ -26,6 +26,7 @@
 --   deadline_ms, timeout_ms, stream, result_ttl, enqueued_ms, started_ms, first_token_ms   as in its control hash
 --   now_ms                            Redis TIME
 --   max_unproven                      as above, of this job
+--   runs_alone (0|1)                  whether nothing may run with it until it ends (see losses.lua)
 local worker, iso, nonce, lease, protocol, capacity_tokens, capacity_rows, most, max_payload_bytes,
       rows, unproven, max_unproven, affinity_ms, keeps_prefixes = unpack(ARGV, 3, 16)
 local FIRST_QUEUE = 17
@@ -85,6 +86,7 @@ local function reply_with(id, queue, epoch, started, job)
   jobs[#jobs + 1] = {
     id, queue, epoch, job.seq, data, problem, problem_field, signature, job.deadline_ms, job.timeout_ms, job.stream,
     job.result_ttl, job.enqueued_ms, started, job.first_token_ms or '0', int(now), job.max_unproven or '0',
+    job.runs_alone and 1 or 0,
   }
   taken[#taken + 1] = id
 end
@@ -103,6 +105,7 @@ local function take_again()
       if verdict ~= '' then
         finalize_unowned(id, job.queue, 'cancelled', 'cancelled', 'the RQ job was ' .. verdict, iso, now)
       else
+        LOSSES.weigh(job)
         redis.call('ZREM', k_leases(job.queue), '')  -- see renew.lua: a full Redis lets the rest pass
         shared('ZADD', k_leases(job.queue), int(now + lease), id)
         reply_with(id, job.queue, job.epoch, job.started_ms or int(now), job)
@@ -121,6 +124,7 @@ end
 local function take(id, queue, job)
   local epoch, started = int(job.epoch + 1), job.started_ms or int(now)
   redis.call('HSET', k_job(id), F.state, 'running', F.owner, worker, F.epoch, epoch, F.nonce, nonce, F.started_ms, started)
+  if job.runs_alone then set_fields(id, {alone = nonce .. ' ' .. job.seq .. ' ' .. int(now)}) end
   shared('ZADD', k_leases(queue), int(now + lease), id)
   if job.tenant then
     tolerantly(tenant_runs, id, queue, job.tenant)
@@ -202,6 +206,8 @@ local function decide(id, queue)
     return 'drop'
   end
   if needs_another_worker(job) then return 'skip', job end
+  LOSSES.weigh(job)
+  if LOSSES.is_barred(job, nonce, worker, now, lease) then return 'skip', job end
   if not has_room_for(job) then
     reserve(queue, job)
     return 'skip', job

@@ -72,11 +72,13 @@ end
 
 local function commit(id, epoch, nonce, seq, form, body, has_tokens, publish, state, result, rq_result, code, message)
   local job = known[id] or read(id)
-  local entry = entry_of(epoch, form, body)
+  local tag = tag_of(nonce)
+  local entry = entry_of(epoch, tag, form, body)
   if not runs(job, worker, epoch, nonce) then
     -- The reply to the flush that ended the job was lost.
     local ended_here = TERMINAL[job.state] and job.owner == worker and is_attempt(job, epoch, nonce)
     if ended_here and is_written(id, seq, entry) then return {'DUP', ''} end
+    LOSSES.forgive(id, nonce)
     return {'FENCED', ''}
   end
   local committed = tonumber(job.seq)
@@ -89,7 +91,7 @@ local function commit(id, epoch, nonce, seq, form, body, has_tokens, publish, st
   job.seq, job.changes.seq = seq, int(seq)
   if has_tokens and not job.first_token_ms then job.first_token_ms, job.changes.first_token_ms = now, int(now) end
   -- Nobody can subscribe while the script runs: if the job's first event found no listener, no other will.
-  if publish and job.receivers ~= 0 then job.receivers = publish_event(id, epoch, seq, form, body) end
+  if publish and job.receivers ~= 0 then job.receivers = publish_event(id, epoch, tag, seq, form, body) end
   if state ~= '' then
     finish(id, job, epoch, state, result, rq_result, code, message)
     return OK

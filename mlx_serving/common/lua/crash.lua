@@ -22,6 +22,7 @@ end
 local function settle(id, epoch, nonce, max_unproven, alone)
   local job = read_sound(id)
   if not job then return 'gone' end
+  LOSSES.forgive(id, nonce)  -- its parent is there
   for name, value in pairs(find_fields(id, READ)) do job[name] = value end
   if not is_attempt(job, epoch, nonce) then return 'gone' end
   local mine, charged = runs(job, worker, epoch, nonce), max_unproven > 0

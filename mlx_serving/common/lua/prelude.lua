@@ -79,7 +79,7 @@ local function is_job_id(id) return #id > 0 and #id <= 256 and not string.find(i
 local TEXTS, NUMBERS, LATER_NUMBERS, SOUND  -- lists of fields, once `read_sound` needs them; SOUND: all, as they are stored
 
 local function list_sound()
-  TEXTS = {'state', 'queue', 'owner', 'cancel_reason', 'tenant', 'marks'}
+  TEXTS = {'state', 'queue', 'owner', 'cancel_reason', 'tenant', 'marks', 'losses'}
   NUMBERS = {'epoch', 'seq', 'crashes', 'max_attempts', 'min_protocol', 'deadline_ms', 'timeout_ms', 'abandon_ms', 'result_ttl',
              'stream', 'enqueued_ms', 'needed_tokens'}
   LATER_NUMBERS = {'started_ms', 'first_token_ms', 'max_unproven', 'suspect_since_ms', 'needed_rows',
@@ -217,18 +217,23 @@ local function view_end(id, queue, state, iso, ttl, now, worker, epoch, rq_resul
   end
 end
 
--- An event is its attempt's epoch, its seq and its body, the JSON after EVENT_OPENING. `form` says how the body is stored and
--- given: ENTRY.body whole, ENTRY.tokens without TOKENS_OPENING. Readers put back what is left out (`stored_events.py`), so that a
--- replay is byte for byte what was published.
-local function entry_of(epoch, form, body) return {ENTRY.attempt, epoch, form, body} end
+-- What the events of an attempt carry of its nonce. Events that a script writes have no attempt: the time tells them from
+-- what is written under the same seq if Redis forgets them.
+local function tag_of(nonce) return string.sub(nonce, 1, TAG_CHARS) end
+local function tag_of_script(now) return string.format('%08x', now % 4294967296) end
+
+-- An event is its attempt's epoch, its writer's tag, its seq and its body, the JSON after EVENT_OPENING. `form` says how the
+-- body is stored and given: ENTRY.body whole, ENTRY.tokens without TOKENS_OPENING. Readers put back what is left out
+-- (`stored_events.py`), so that a replay is byte for byte what was published.
+local function entry_of(epoch, tag, form, body) return {ENTRY.writer, epoch .. '-' .. tag, form, body} end
 
 local function append_event(id, seq, entry)
   redis.call('XADD', k_events(id), int(seq) .. '-0', unpack(entry))
 end
 
 -- Returns how many listened.
-local function publish_event(id, epoch, seq, form, body)
-  local opening = string.format(EVENT_OPENING, epoch, int(seq))
+local function publish_event(id, epoch, tag, seq, form, body)
+  local opening = string.format(EVENT_OPENING, epoch, tag, int(seq))
   if form == ENTRY.tokens then opening = opening .. TOKENS_OPENING end
   return redis.call('PUBLISH', k_channel(id), opening .. body)
 end
@@ -266,16 +271,17 @@ end
 -- Ends a job that no live worker holds: the script itself writes the end event.
 local function finalize_unowned(id, queue, state, code, message, iso, now)
   local job = read_fields(id, field_list('seq', 'epoch', 'owner'))
-  local seq, epoch = (tonumber(job.seq) or 0) + 1, int(tonumber(job.epoch) or 0)
+  local seq, epoch, tag = (tonumber(job.seq) or 0) + 1, int(tonumber(job.epoch) or 0), tag_of_script(now)
   local body = '"type":"end","state":"' .. state .. '","error":{"code":"' .. code .. '","message":' ..
     cjson.encode(message) .. ',"retryable":false}}'
   local kind = redis.call('TYPE', k_events(id)).ok
   if kind ~= 'stream' and kind ~= 'none' then quarantine(k_events(id)) end
-  if pcall(append_event, id, seq, entry_of(epoch, ENTRY.body, body)) then  -- fails if the stream is ahead of the hash
+  if pcall(append_event, id, seq, entry_of(epoch, tag, ENTRY.body, body)) then  -- fails if the stream is ahead of the hash
     set_fields(id, {seq = int(seq)})
-    pcall(publish_event, id, epoch, seq, ENTRY.body, body)
+    pcall(publish_event, id, epoch, tag, seq, ENTRY.body, body)
   end
   finalize(id, queue, state, code, message, '', iso, now, job.owner or '', job.epoch or '0', nil)
+  redis.call('ZREM', k_isolated(queue), id)
 end
 
 -- Ends a job that no live worker holds as its cancel reason says; returns the state.

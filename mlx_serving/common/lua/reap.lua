@@ -1,12 +1,13 @@
--- Takes over jobs whose lease ran out, uncharged (a lost lease says nothing of the job: see crash.lua), and expires queued
--- jobs past their deadline, or past the time in which somebody should have taken them. Trims RQ's registries. Any worker may
--- run it, for all queues.
--- ARGV: two prefixes, iso (the wall clock's time in RQ's form), lease_ms, most (jobs of each kind and queue), then queues: the
---   caller's own, looked at whether or not RQ's set of queues still names them.
--- Returns waited (0|1: Redis restarted too lately to reap), and for each job: id, outcome (requeued | cancelled | expired).
-local iso, lease, most = ARGV[3], tonumber(ARGV[4]), tonumber(ARGV[5])
-local FIRST_QUEUE = 6
-local TAKEN_OVER = field_list('state', 'queue', 'epoch', 'owner', 'cancel_reason')
+-- Takes over jobs whose lease ran out (what that says of a job: losses.lua), judges those that are isolated, and expires
+-- queued jobs past their deadline, or past the time in which somebody should have taken them. Trims RQ's registries. Any worker
+-- may run it, for all queues.
+-- ARGV: two prefixes, iso (the wall clock's time in RQ's form), lease_ms, most (jobs of each kind and queue), machine of the
+--   caller ('': none that runs jobs), then queues: the caller's own, looked at whether or not RQ's set of queues still names them.
+-- Returns waited (0|1: Redis restarted too lately to reap), and for each job: id, outcome (requeued | isolated | dead |
+--   cancelled | expired).
+local iso, lease, most, machine = ARGV[3], tonumber(ARGV[4]), tonumber(ARGV[5]), ARGV[6]
+local FIRST_QUEUE = 7
+local TAKEN_OVER = field_list('state', 'epoch', 'cancel_reason', unpack(LOSSES.READ))
 local OVERDUE = field_list('state', 'queue', 'owner', 'cancel_reason', 'deadline_ms', 'queued_ttl')
 local TRIMMED = 1000  -- entries of RQ's registries that a call removes at most
 -- After a restart live workers need one lease to renew; until then an old deadline proves nothing.
@@ -26,8 +27,30 @@ local function take_over(id, queue)
   local job = read_fields(id, TAKEN_OVER)
   if job.state ~= 'running' or job.queue ~= queue then redis.call('ZREM', k_leases(queue), id) return end
   local outcome = end_cancelled(id, job, iso, now) or 'requeued'
-  if outcome == 'requeued' then requeue(id, queue, job.owner, job.epoch) end
+  if outcome == 'requeued' then
+    local isolated = LOSSES.note(id, job, now)
+    requeue(id, queue, job.owner, job.epoch)
+    if isolated then
+      LOSSES.isolate(id, job, now)
+      outcome = 'isolated'
+    end
+  end
   done[#done + 1] = {id, outcome}
+end
+
+-- Looks at a job that was isolated: its workers may have come back since, or another machine may be there.
+local function judge(id, queue)
+  local job = read_sound(id)
+  if not job then bury(id, queue, iso, now) end
+  if not job or job.state ~= 'queued' or job.queue ~= queue then redis.call('ZREM', k_isolated(queue), id) return end
+  local outcome, why = end_cancelled(id, job, iso, now), nil
+  if not outcome then outcome, why = LOSSES.judge(id, job, machine, now, lease) end
+  if outcome == 'dead' then finalize_unowned(id, queue, 'dead', 'poison', why, iso, now)
+  elseif outcome == 'requeued' then
+    redis.call('ZREM', k_isolated(queue), id)
+    requeue(id, queue, '', job.epoch)
+  end
+  if outcome then done[#done + 1] = {id, outcome} end
 end
 
 local function expire(id)
@@ -58,6 +81,14 @@ for queue in pairs(queues) do
   for _, id in ipairs(redis.pcall('ZRANGEBYSCORE', k_leases(queue), '-inf', now, 'LIMIT', 0, most)) do take_over(id, queue) end
 end
 for _, id in ipairs(redis.pcall('ZRANGEBYSCORE', k_deadlines(), '-inf', now, 'LIMIT', 0, most)) do expire(id) end
+
+for at = FIRST_QUEUE, #ARGV do
+  local held = k_isolated(ARGV[at])
+  if redis.call('EXISTS', held) == 1 then
+    LOSSES.see(machine, now, lease)
+    for _, id in ipairs(redis.pcall('ZRANDMEMBER', held, most)) do judge(id, ARGV[at]) end
+  end
+end
 
 -- RQ's own workers trim these; a fleet of ours alone has nobody else to.
 local left = TRIMMED

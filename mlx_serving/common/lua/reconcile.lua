@@ -26,7 +26,7 @@ local function repair(id)
     finalize_unowned(id, queue, 'cancelled', 'cancelled', 'the RQ job was ' .. verdict, iso, now)
     return 'cancelled'
   end
-  if redis.call('LPOS', list, id) then return nil end
+  if redis.call('ZSCORE', k_isolated(queue), id) or redis.call('LPOS', list, id) then return nil end
   redis.call('LPUSH', list, id)
   redis.call('SADD', k_rq_queues(), list)
   redis.call('PUBLISH', k_wake(queue), id)

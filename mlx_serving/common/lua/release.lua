@@ -11,6 +11,7 @@ local replies = {}
 local function release(id, epoch, nonce, needed_tokens, needed_rows)
   local job = find_fields(id, READ)
   if not runs(job, worker, epoch, nonce) then
+    LOSSES.forgive(id, nonce)
     return job.state == 'queued' and is_attempt(job, epoch, nonce) and 'DUP' or 'FENCED'
   end
   if end_cancelled(id, job, iso, now_ms()) then return 'OK' end  -- nobody needs to claim it again to find out

@@ -9,7 +9,10 @@ local replies = {}
 
 local function renew(id, epoch, nonce)
   local job = find_fields(id, READ)
-  if not runs(job, worker, epoch, nonce) then return {'FENCED', ''} end
+  if not runs(job, worker, epoch, nonce) then
+    LOSSES.forgive(id, nonce)
+    return {'FENCED', ''}
+  end
   -- It removes nothing: a full Redis lets a script go on that has begun to write, and a renewal takes no memory.
   redis.call('ZREM', k_leases(job.queue), '')
   redis.call('ZADD', k_leases(job.queue), int(now + lease), id)

@@ -99,6 +99,7 @@ class ClaimedJob(msgspec.Struct, frozen=True, gc=False):
     problem_field: str = ""
     signature: str = ""  # see `signing`; empty if there is none
     max_unproven: int = 0  # unproven rows that may run with this one, itself included; 0: any
+    runs_alone: bool = False  # nothing may run with it until it ends
 
     @property
     def job_id(self) -> str:
@@ -244,6 +245,7 @@ def _claimed(row: Sequence[Any], nonce: str) -> ClaimedJob:
     (
         job_id, queue, epoch, seq, data, problem, problem_field, signature, deadline_ms, timeout_ms,
         stream, result_ttl, enqueued_ms, started_ms, first_token_ms, now_ms, max_unproven,
+        runs_alone,
     ) = row  # fmt: skip
     return ClaimedJob(
         attempt=Attempt(_text(job_id), int(epoch), nonce),
@@ -262,6 +264,7 @@ def _claimed(row: Sequence[Any], nonce: str) -> ClaimedJob:
         problem_field=_text(problem_field),
         signature=_text(signature),
         max_unproven=int(max_unproven),
+        runs_alone=int(runs_alone) != 0,
     )
 
 
@@ -416,17 +419,20 @@ def crash(worker: str, blamed: Sequence[Blame]) -> Call[list[tuple[str, str]]]:
     return Call("crash", arguments, _pairs)
 
 
-def reap(*, lease_ms: int, most: int = 256, queues: Sequence[str] = ()) -> Call[Swept]:
+def reap(
+    *, lease_ms: int, most: int = 256, queues: Sequence[str] = (), machine: str = ""
+) -> Call[Swept]:
     """Take over what a dead worker held, expire what waited too long, trim RQ's registries.
 
     `queues`, the caller's own, are looked at whether or not RQ's set of queues still names them.
+    `machine` is the caller's, if it runs jobs.
     """
 
     def parse(reply: Sequence[Any]) -> Swept:
         waited, outcomes = reply
         return Swept(bool(waited), _pairs(outcomes))
 
-    return Call("reap", [iso_now(), lease_ms, most, *queues], parse)
+    return Call("reap", [iso_now(), lease_ms, most, machine, *queues], parse)
 
 
 def reconcile(queue: str, candidates: Sequence[str | bytes], *, lease_ms: int) -> Call[Swept]:

@@ -38,6 +38,7 @@ class JobRecord:
     owner: str
     seq: int
     attempts: int
+    losses: int  # attempts whose worker was lost and has not come back
     stream: bool
     cancel_reason: str
     enqueued_ms: int
@@ -87,6 +88,7 @@ def _parse_record(job_id: str, raw: dict[bytes, bytes]) -> JobRecord:
         owner=text(JobField.OWNER),
         seq=number(JobField.SEQ),
         attempts=number(JobField.CRASHES),
+        losses=len(text(JobField.LOSSES).split()),
         stream=number(JobField.STREAM) != 0,
         cancel_reason=text(JobField.CANCEL_REASON),
         enqueued_ms=number(JobField.ENQUEUED_MS),

@@ -1,4 +1,4 @@
-"""The calls on jobs that ended: forget them, or enqueue them anew. See `calls`."""
+"""The calls on jobs that ended, or that nobody may claim: what a person decides. See `calls`."""
 
 from __future__ import annotations
 
@@ -28,3 +28,8 @@ def requeue(job_id: str) -> Call[EnqueueReply | None]:
         return read_enqueued(*reply) if reply else None
 
     return Call("requeue", [job_id, iso_now()], parse)
+
+
+def pardon(job_id: str) -> Call[JobState | None]:
+    """Take all losses of a job back, so that it may be claimed; None for an unknown job."""
+    return Call("pardon", [job_id], lambda reply: read_state(reply) if reply else None)

@@ -12,6 +12,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Final
 
 from mlx_serving.common import lifetimes
+from mlx_serving.common.attempts import TAG_CHARS
 from mlx_serving.common.worker_record import WorkerRecord
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 SIGNATURE_FIELD: Final = "mlxs_sig"
 """Field of RQ's job hash that holds our signature; see `signing`."""
 
-EVENT_OPENING: Final = '{"v":1,"attempt":%s,"seq":%s,'
+EVENT_OPENING: Final = '{"v":1,"attempt":%s,"tag":"%s","seq":%s,'
 """How the JSON of every event begins: what an entry of the stream says by other means."""
 
 TOKENS_OPENING: Final = '"type":"tokens","choices":[{"index":0,'
@@ -73,6 +74,9 @@ class JobField(StrEnum):
     SUSPECT_SINCE_MS = "su"  # when it was last charged with a crash
     CHARGED_NONCE = "cr"  # nonce of the attempt that was charged last
 
+    LOSSES = "lo"  # attempts whose worker was lost and has not come back, see `losses.lua`
+    ALONE = "al"  # "<nonce> <seq> <ms>" of the last claim that made it run alone for its losses
+
     # From its end on
     FINISHED_MS = "fi"  # when it ended
     ERROR_CODE = "err"  # '' if it ended well
@@ -83,7 +87,7 @@ class JobField(StrEnum):
 class EntryField(StrEnum):
     """An entry of a job's stream. Its id is "<seq>-0"; EVENT_OPENING is not stored."""
 
-    ATTEMPT = "a"  # epoch of the attempt that wrote it
+    WRITER = "a"  # "<epoch>-<tag>" of the attempt that wrote it
     BODY = "e"  # the event's JSON after EVENT_OPENING
     TOKENS = "t"  # instead of BODY: the JSON after EVENT_OPENING and TOKENS_OPENING
 
@@ -121,6 +125,7 @@ def lua_tables() -> str:
         "QUARANTINED": QUARANTINED,
     }
     lines = [f"local {name} = '{text}'" for name, text in texts.items()]
+    lines.append(f"local TAG_CHARS = {TAG_CHARS}")
     lines += [_table("F", JobField), _table("ENTRY", EntryField), _table("LIMIT", LimitField)]
     lines.append(_lua_table("WORKER", {field.name: field.name for field in fields(WorkerRecord)}))
     kept = {f"{name}_ttl": str(seconds) for name, seconds in lifetimes.DEFAULT._asdict().items()}

@@ -22,6 +22,8 @@ _TEMPLATES: dict[str, tuple[str, str]] = {
     "wake": ("own", ":wake:<>"),  # pub/sub: something was enqueued
     "control": ("own", ":ctl:<>"),  # pub/sub to one worker: "cancel <id>"
     "claim": ("own", ":claim:<>"),  # ids that the claim of a nonce took; expires
+    "isolated": ("own", ":isolated:<>"),  # zset of a queue's jobs that nobody may claim
+    "machine": ("own", ":machine:<>"),  # when a machine was awake, and who was lost there; expires
     "reserved": ("own", ":reserved:<>"),  # worker that makes room for a queue's suspects
     "bringing": ("own", ":bringing:<>"),  # worker that is about to load a model; expires
     "limits": ("own", ":limits"),  # hash, an operator's: queued, running, queued:<tenant>, …
@@ -101,6 +103,10 @@ class Keys:
     def leases(self, queue: str) -> str:
         """Lease deadlines (ms, Redis TIME) of the queue's running jobs."""
         return self._spell("leases", queue)
+
+    def isolated(self, queue: str) -> str:
+        """Jobs of the queue that nobody may claim, by when they were isolated."""
+        return self._spell("isolated", queue)
 
     def wake(self, queue: str) -> str:
         """Channel that tells idle workers of a new job."""

@@ -1,8 +1,8 @@
 """The protocol's Lua scripts, as texts ready to register.
 
 A script is the generated names of keys and fields, then ``quarantine.lua``, ``tenants.lua`` and
-``prelude.lua``, then its own file (before ``claim.lua`` also ``affinity.lua``). Redis caches it by
-hash, so the length costs nothing after the first call.
+``prelude.lua``, then its own file, before some of them also ``losses.lua`` or ``affinity.lua``.
+Redis caches it by hash, so the length costs nothing after the first call.
 """
 
 from __future__ import annotations
@@ -15,10 +15,18 @@ from mlx_serving.common.protocol.keys import Keys
 
 NAMES = (
     "enqueue", "claim", "commit", "renew", "release", "cancel", "reap", "reconcile", "crash",
-    "audit", "forget", "requeue", "mend",
+    "audit", "forget", "requeue", "mend", "pardon",
 )  # fmt: skip
 _SHARED = ("quarantine", "tenants", "prelude")
-_BEFORE = {"claim": ("affinity",)}  # parts of one script alone
+_LOSSES = ("losses",)
+_BEFORE = {
+    "claim": ("losses", "affinity"),
+    "reap": _LOSSES,
+    "commit": _LOSSES,
+    "renew": _LOSSES,
+    "release": _LOSSES,
+    "crash": _LOSSES,
+}  # parts of some scripts alone
 # With flags Redis refuses a script before its first write where it could not end it: on a Cluster,
 # a replica, a full memory or a disk that fails. Without, it stops at the first write that it can't
 # do, which on a Cluster comes after others.

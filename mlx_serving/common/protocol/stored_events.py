@@ -17,14 +17,15 @@ def payloads(entries: Any) -> list[bytes]:  # noqa: ANN401 -- redis-py's own uni
     return [_payload(entry_id, fields) for entry_id, fields in entries]
 
 
-_ATTEMPT, _BODY, _TOKENS = (field.encode() for field in EntryField)
+_WRITER, _BODY, _TOKENS = (field.encode() for field in EntryField)
 _TOKENS_OPENING: Final = TOKENS_OPENING.encode()
 
 
 def _payload(entry_id: bytes, fields: dict[bytes, bytes]) -> bytes:
-    attempt = fields.get(_ATTEMPT)
-    if attempt is None:  # a foreign hand's: it is read as it is
+    writer = fields.get(_WRITER)
+    if writer is None:  # a foreign hand's: it is read as it is
         return fields.get(_BODY, b"")
-    opening = events.opening(attempt, entry_id.partition(b"-")[0])
+    epoch, _, tag = writer.partition(b"-")
+    opening = events.opening(epoch, tag, entry_id.partition(b"-")[0])
     tokens = fields.get(_TOKENS)
     return opening + (fields.get(_BODY, b"") if tokens is None else _TOKENS_OPENING + tokens)

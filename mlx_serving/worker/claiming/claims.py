@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import structlog
 
 from mlx_serving.common.attempts import new_nonce
+from mlx_serving.common.machine import machine_id
 from mlx_serving.common.protocol import calls
 from mlx_serving.common.queues import PROTOCOL, lane_of, model_of
 from mlx_serving.worker.claiming.placement import ModelQueues
@@ -223,8 +224,9 @@ class Claims:
         waits = [self._reserved] if model_of(self._reserved) == group.model else []
         queues = list(dict.fromkeys([*waits, *group.queues]))
         return partial(
-            calls.claim, terms.worker, queues, nonce=new_nonce(), lease_ms=terms.lease_ms,
-            protocol=PROTOCOL, capacity_tokens=capacity, max_payload_bytes=terms.max_payload_bytes,
+            calls.claim, terms.worker, queues, nonce=new_nonce(machine_id()),
+            lease_ms=terms.lease_ms, protocol=PROTOCOL, capacity_tokens=capacity,
+            max_payload_bytes=terms.max_payload_bytes,
             capacity_rows=terms.rows, held=self._held_rows(), affinity_ms=terms.affinity_ms,
             keeps_prefixes=loaded is not None and loaded.keeps_prefixes,
         )  # fmt: skip

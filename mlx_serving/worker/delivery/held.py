@@ -98,6 +98,11 @@ class HeldJob(Struct, eq=False):
             self.expires_at, self.expiry_reason = at, reason
 
     @property
+    def tag(self) -> str:
+        """What its events carry, see `Attempt.tag`."""
+        return self.claimed.attempt.tag
+
+    @property
     def lane(self) -> Lane:
         """Lane that it was claimed from."""
         return lane_of(self.claimed.queue)
@@ -236,14 +241,16 @@ class HeldJob(Struct, eq=False):
             rows.append(self._row(self._attempt_event(worker, self.model)))
             self.model = None
         if self.reset:
-            event = events.reset_event(attempt=self.claimed.epoch, seq=self._next_seq())
+            event = events.reset_event(
+                attempt=self.claimed.epoch, tag=self.tag, seq=self._next_seq()
+            )
             rows.append(self._row(event))
             self.reset = False
         deltas = [choice.delta(self.spell) for choice in self.choices if choice.pending]
         self.unsent = 0
         if deltas:
             event = events.tokens_event(
-                attempt=self.claimed.epoch, seq=self._next_seq(), choices=deltas
+                attempt=self.claimed.epoch, tag=self.tag, seq=self._next_seq(), choices=deltas
             )
             rows.append(self._row(event))
         if self.ending is not None:
@@ -260,8 +267,9 @@ class HeldJob(Struct, eq=False):
 
     def _attempt_event(self, worker: str, model: ModelInfo) -> events.Event:
         return events.attempt_event(
-            attempt=self.claimed.epoch, seq=self._next_seq(), worker=worker, model=self.model_name,
-            model_revision=model.revision, tokenizer_hash=model.tokenizer_hash,
+            attempt=self.claimed.epoch, tag=self.tag, seq=self._next_seq(), worker=worker,
+            model=self.model_name, model_revision=model.revision,
+            tokenizer_hash=model.tokenizer_hash,
         )  # fmt: skip
 
     def _usage(self) -> Usage:
@@ -270,8 +278,8 @@ class HeldJob(Struct, eq=False):
     def _end_row(self, ending: Ending, worker: str, *, rq_results: bool) -> CommitRow:
         usage = self._usage()
         event = events.end_event(
-            attempt=self.claimed.epoch, seq=self._next_seq(), state=ending.state, usage=usage,
-            error=ending.error,
+            attempt=self.claimed.epoch, tag=self.tag, seq=self._next_seq(), state=ending.state,
+            usage=usage, error=ending.error,
         )  # fmt: skip
         result = encode_result(self._result(ending, usage, worker))
         error = ending.error

@@ -184,7 +184,10 @@ class Publisher(threading.Thread):
         with self._changed:
             self._give()
             rows = [job for job in self._holdings.jobs.values() if job.ending is None]
-            unproven = [job.claimed.max_unproven for job in rows if not job.proven]
+            unproven = [
+                job.claimed.max_unproven for job in rows
+                if job.claimed.runs_alone or not job.proven
+            ]  # fmt: skip
         return HeldRows(len(rows), len(unproven), min(filter(None, unproven), default=0))
 
     def let_go(self, jobs: Iterable[HeldJob]) -> None:

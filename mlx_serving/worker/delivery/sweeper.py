@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 import redis
 import structlog
 
+from mlx_serving.common.machine import machine_id
 from mlx_serving.common.protocol import calls, quarantine
 
 if TYPE_CHECKING:
@@ -163,10 +164,12 @@ class Sweeper:
 
     def reap(self) -> list[tuple[str, str]]:
         """Take over expired leases, expire queued jobs past their deadline."""
-        call = calls.reap(lease_ms=self._lease_ms, queues=self._queues)
+        call = calls.reap(lease_ms=self._lease_ms, queues=self._queues, machine=machine_id())
         swept = self._protocol.run(call)
         for job_id, outcome in swept.outcomes:
             log.warning("job_reaped", job_id=job_id, outcome=outcome)
+            if outcome == "isolated":
+                log.error("job_isolated", job_id=job_id)
         return swept.outcomes
 
     def reconcile(self, queue: str) -> list[tuple[str, str]]:
@@ -175,8 +178,8 @@ class Sweeper:
         Counting is cheap and nearly always enough. Only a count that is off twice running
         (once may be a job on its way) makes it read the ids.
         """
-        indexed, listed, leased = self._read(queue, "ZCARD", "LLEN")
-        if indexed == listed + leased:
+        indexed, *held = self._read(queue, "ZCARD", "LLEN")
+        if indexed == sum(held):
             self._suspicious.discard(queue)
             return []
         if queue not in self._suspicious:
@@ -185,22 +188,25 @@ class Sweeper:
         return self._repair(queue)
 
     def _read(self, queue: str, of_zset: str, of_list: str, *span: int) -> list[Any]:
-        """Run a command each on the queue's index, list and leases, in one step."""
-        keys, types = self._protocol.keys, ("zset", "list", "zset")
-        names = (keys.open(queue), keys.rq_queue(queue), keys.leases(queue))
+        """Run a command each on the queue's index, list, leases and isolated jobs, in one step."""
+        keys, types = self._protocol.keys, ("zset", "list", "zset", "zset")
+        commands = (of_zset, of_list, of_zset, of_zset)
+        names = (
+            keys.open(queue), keys.rq_queue(queue), keys.leases(queue), keys.isolated(queue),
+        )  # fmt: skip
 
         def read() -> list[Any]:
             pipe: Any  # redis-py's `execute_command` has no types
             with self._protocol.redis.pipeline(transaction=True) as pipe:
-                for command, name in zip((of_zset, of_list, of_zset), names, strict=True):
+                for command, name in zip(commands, names, strict=True):
                     pipe.execute_command(command, name, *span)
                 return list(pipe.execute())
 
         return quarantine.mended(self._protocol.run, dict(zip(names, types, strict=True)), read)
 
     def _repair(self, queue: str) -> list[tuple[str, str]]:
-        indexed, listed, leased = self._read(queue, "ZRANGE", "LRANGE", 0, -1)
-        lost = sorted(set(indexed) - set(listed) - set(leased))  # bytes: not every id is text
+        indexed, *held = self._read(queue, "ZRANGE", "LRANGE", 0, -1)
+        lost = sorted(set(indexed).difference(*held))  # bytes: not every id is text
         outcomes: list[tuple[str, str]] = []
         for start in range(0, len(lost), PAGE):
             call = calls.reconcile(queue, lost[start : start + PAGE], lease_ms=self._lease_ms)

@@ -47,7 +47,7 @@ COUNTERS: Final[dict[str, tuple[str, str, tuple[str, ...]]]] = {
     "takeovers": (
         "outcome",
         "Jobs that this worker's reaper took from an expired lease or past their deadline.",
-        ("requeued", "cancelled", "expired"),
+        ("requeued", "cancelled", "expired", "isolated", "dead"),
     ),
     "hand_offs": ("", "Jobs that this worker gave back: drain, no room, too big.", ()),
     "resumes": ("", "Attempts that went on after committed tokens.", ()),

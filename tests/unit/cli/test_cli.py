@@ -22,6 +22,7 @@ from mlx_serving.common.events import (
     ChoiceLogprobs,
     TokenLogprob,
     TopLogprob,
+    reset_event,
     tokens_event,
 )
 from mlx_serving.common.results import ChoiceResult, GenerationResult
@@ -121,6 +122,18 @@ def printed(capsys: pytest.CaptureFixture[str], printer: Printer) -> str:
 def test_one_choice_is_printed_as_it_comes(capsys: pytest.CaptureFixture[str]) -> None:
     scores = "  -0.2500 '3'  |  -1.5000 '\\n'\n"
     assert printed(capsys, Printer(as_json=False)) == "3 4\n" + scores
+
+
+def test_a_text_that_is_void_is_said_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:
+    printer = Printer(as_json=False)
+    printer.show(reset_event())
+    for text in ("3 ", "3 4"):
+        printer.show(tokens_event(attempt=1, seq=2, choices=[ChoiceDelta(0, text, [1])]))
+        if text == "3 ":
+            printer.show(reset_event())
+    shown = capsys.readouterr()
+    assert shown.out == "3 3 4"
+    assert shown.err == "\nthe text so far is void: the job begins anew\n"
 
 
 def test_several_choices_are_printed_one_after_another(capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,7 @@ from mlx_serving.cli.demo.measure import Track, figures, percentile
 from mlx_serving.cli.demo.process import DemoWorker, orderly_signals
 from mlx_serving.cli.demo.run import describe, summary
 from mlx_serving.cli.demo.view import LineView, TableView
-from mlx_serving.common.events import ChoiceDelta, Event, end_event, tokens_event
+from mlx_serving.common.events import ChoiceDelta, Event, end_event, reset_event, tokens_event
 from mlx_serving.common.job.schema import GenerationJob
 from mlx_serving.common.results import (
     ChoiceResult,
@@ -78,6 +78,13 @@ def test_a_track_measures_from_submit_to_each_delivery() -> None:
     assert track.ttft_s == pytest.approx(0.5)
     ((gap, count),) = track.deliveries
     assert (round(gap, 6), count) == (0.1, 2)
+
+
+def test_a_reset_takes_a_tracks_text_back() -> None:
+    track = Track(submitted_s=10.0)
+    for event in (_tokens(1, "3", 1), reset_event(), _tokens(1, "4", 1)):
+        track.add(event, 10.5)
+    assert track.text == "4"
 
 
 def test_figures_count_each_token_of_a_delivery() -> None:

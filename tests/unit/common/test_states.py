@@ -18,6 +18,7 @@ def test_the_allowed_moves_are_these() -> None:
         ("queued", "cancelled"),
         ("queued", "expired"),
         ("queued", "failed"),
+        ("queued", "dead"),
         ("running", "queued"),
         ("running", "finished"),
         ("running", "failed"),

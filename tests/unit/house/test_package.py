@@ -50,7 +50,6 @@ EXPORTED = [
     "QueueUnavailable",
     "ResultTimeout",
     "Settings",
-    "StreamConflict",
     "StreamGap",
     "StreamReset",
     "TenantLimited",

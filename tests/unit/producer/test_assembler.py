@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import msgspec
 import pytest
 
-from mlx_serving.common.errors import CorruptEvent, StreamConflict, StreamGap
+from mlx_serving.common.errors import CorruptEvent, StreamGap
+from mlx_serving.common.events import BEGINNING, Cursor
 from mlx_serving.producer.assembler import StreamAssembler
 from mlx_serving.producer.patience import LONGEST_SILENCE_S, POLL_S, SILENCE_S
 
@@ -15,30 +16,46 @@ if TYPE_CHECKING:
     from mlx_serving.common.events import Event
 
 
-def tokens(seq: int, *ids: int) -> bytes:
+OLD, NEW = "01d01d01", "2e32e32e"  # tags of two attempts
+
+
+def tokens(seq: int, *ids: int, tag: str = OLD) -> bytes:
     choice = {"index": 0, "text": f"t{seq}", "token_ids": list(ids or (seq,))}
     return msgspec.json.encode(
-        {"v": 1, "attempt": 1, "seq": seq, "type": "tokens", "choices": [choice]}
+        {"v": 1, "attempt": 1, "tag": tag, "seq": seq, "type": "tokens", "choices": [choice]}
     )
 
 
-def end(seq: int, state: str = "finished") -> bytes:
-    return msgspec.json.encode({"v": 1, "attempt": 1, "seq": seq, "type": "end", "state": state})
+def end(seq: int, state: str = "finished", tag: str = OLD) -> bytes:
+    fields = {"v": 1, "attempt": 1, "tag": tag, "seq": seq, "type": "end", "state": state}
+    return msgspec.json.encode(fields)
+
+
+def opening(seq: int, tag: str = NEW) -> bytes:
+    """An attempt event."""
+    return msgspec.json.encode(
+        {"v": 1, "attempt": 2, "tag": tag, "seq": seq, "type": "attempt", "start_seq": seq}
+    )
 
 
 def seqs(events: list[Event]) -> list[int]:
     return [event.seq for event in events]
 
 
-def live(after_seq: int = 0, upto: int = 0, **options: int) -> StreamAssembler:
-    """An assembler that has subscribed and replayed events 1 to ``upto``."""
-    assembler = StreamAssembler(after_seq, **options)
+def kinds(events: list[Event]) -> list[tuple[str, int]]:
+    return [(event.type, event.seq) for event in events]
+
+
+RESET = [("reset", 0)]
+
+
+def live(after: int = 0, upto: int = 0, **options: int) -> StreamAssembler:
+    """An assembler that has subscribed and replayed its cursor's event and those up to ``upto``."""
+    assembler = StreamAssembler(Cursor(after, OLD) if after else BEGINNING, **options)
     assembler.subscribed()
-    assembler.replay(
-        [tokens(seq) for seq in range(after_seq + 1, upto + 1)],
-        committed=max(upto, after_seq),
-        over=False,
-    )
+    last = max(upto, after)
+    known = [tokens(seq) for seq in range(assembler.replay_from + 1, last + 1)]
+    assembler.replay(known, committed=last, over=False)
     return assembler
 
 
@@ -144,40 +161,79 @@ class TestReading:
 
 
 class TestResume:
-    def test_only_events_after_the_given_seq_are_given_out(self) -> None:
-        assembler = StreamAssembler(5)
-        assert assembler.replay_from == 5
-        assert seqs(assembler.replay([tokens(6)], committed=6, over=False)) == [6]
+    def test_only_events_after_the_cursor_are_given_out(self) -> None:
+        assembler = StreamAssembler(Cursor(5, OLD))
+        assert assembler.replay_from == 4, "the cursor's own event is read again"
+        ready = assembler.replay([tokens(5), tokens(6)], committed=6, over=False)
+        assert seqs(ready) == [6]
+
+    def test_a_cursor_of_an_earlier_attempt_is_good_while_its_event_stands(self) -> None:
+        assembler = StreamAssembler(Cursor(5, OLD))
+        page = [tokens(5), opening(6), tokens(7, tag=NEW)]
+        assert seqs(assembler.replay(page, committed=7, over=False)) == [6, 7]
 
     def test_live_events_before_it_are_dropped(self) -> None:
-        assert live(5).receive(tokens(4)) == []
+        assembler = live(5)
+        assert assembler.receive(tokens(4)) == []
+        assert assembler.needs_replay, "they have no reason to come, so the stream is asked"
+        assert assembler.replay([tokens(5)], committed=5, over=False) == []
 
     def test_resuming_after_the_end_event_ends_at_once(self) -> None:
-        assembler = StreamAssembler(5)
-        assert assembler.replay([], committed=5, over=True) == []
+        assembler = StreamAssembler(Cursor(5, OLD))
+        assert assembler.replay([end(5)], committed=5, over=True) == []
         assert assembler.ended
 
-    def test_resuming_beyond_what_the_job_holds_is_a_conflict(self) -> None:
-        with pytest.raises(StreamConflict, match="seq 5, but the job now holds 3"):
-            StreamAssembler(5).replay([], committed=3, over=False)
+    def test_a_cursor_whose_event_is_gone_is_an_error(self) -> None:
+        with pytest.raises(StreamGap, match="events 5 to 5"):
+            StreamAssembler(Cursor(5, OLD)).replay([], committed=5, over=True)
+        with pytest.raises(StreamGap, match="events 5 to 5"):
+            StreamAssembler(Cursor(5, OLD)).replay([tokens(6)], committed=6, over=False)
 
-    def test_a_negative_seq_is_refused(self) -> None:
-        with pytest.raises(ValueError, match="after_seq"):
-            StreamAssembler(-1)
+    @pytest.mark.parametrize("committed", [0, 3])
+    def test_resuming_beyond_what_the_job_holds_is_a_reset(self, committed: int) -> None:
+        assembler = StreamAssembler(Cursor(5, OLD))
+        assert kinds(assembler.replay([], committed=committed, over=False)) == RESET
+        assert (assembler.needs_replay, assembler.replay_from) == (True, 0)
+        ready = assembler.replay([tokens(1), tokens(2)], committed=2, over=False)
+        assert seqs(ready) == [1, 2]
+
+    def test_another_attempt_at_the_cursor_is_a_reset(self) -> None:
+        """It may have the same number, seq and tokens."""
+        assembler = StreamAssembler(Cursor(5, OLD))
+        ready = assembler.replay([tokens(5, tag=NEW), end(6, tag=NEW)], committed=6, over=True)
+        assert kinds(ready) == RESET
+        assert not assembler.ended
+        anew = [tokens(seq, tag=NEW) for seq in range(1, 6)]
+        ready = assembler.replay([*anew, end(6, tag=NEW)], committed=6, over=True)
+        assert seqs(ready) == [1, 2, 3, 4, 5, 6]
+        assert assembler.ended
+
+    def test_a_job_that_ended_before_the_cursor_is_a_reset(self) -> None:
+        assembler = StreamAssembler(Cursor(5, OLD))
+        assert kinds(assembler.replay([], committed=4, over=True)) == RESET
+
+    def test_one_event_short_waits_for_a_resend(self) -> None:
+        """The reply to a flush was lost in the failover: its worker writes the same once more."""
+        assembler = StreamAssembler(Cursor(5, OLD))
+        assert assembler.replay([], committed=4, over=False) == []
+        ready = assembler.replay([tokens(5), tokens(6)], committed=6, over=False)
+        assert seqs(ready) == [6]
 
 
 class TestReconnect:
-    def test_the_last_events_are_read_again_and_compared(self) -> None:
-        assembler = live(upto=9, compared=4)
+    def test_the_last_event_is_read_again_and_compared(self) -> None:
+        assembler = live(upto=9)
         assembler.disconnected()
-        assert (assembler.needs_replay, assembler.replay_from) == (True, 5)
-        again = [tokens(seq) for seq in range(6, 11)]
+        assert assembler.needs_replay
+        assert 7 <= assembler.replay_from <= 8
+        again = [tokens(seq) for seq in range(assembler.replay_from + 1, 11)]
         assert seqs(assembler.replay(again, committed=10, over=False)) == [10]
 
     def test_a_second_confirmation_counts_as_a_reconnect(self) -> None:
-        assembler = live(upto=9, compared=4)
+        assembler = live(upto=9)
         assembler.subscribed()
-        assert assembler.replay_from == 5
+        assert assembler.replay_from <= 8
+        assert assembler.receive(tokens(10)) == []
 
     def test_live_events_wait_until_a_new_subscription_is_compared(self) -> None:
         assembler = StreamAssembler()
@@ -194,21 +250,57 @@ class TestReconnect:
         ready = assembler.replay([tokens(1), tokens(2), tokens(3)], committed=3, over=False)
         assert [e.choices[0].token_ids for e in ready if e.choices] == [[2], [3]]
 
-    def test_other_tokens_on_replay_are_a_conflict(self) -> None:
+    def test_another_attempt_s_event_on_replay_is_a_reset(self) -> None:
         assembler = live(upto=3)
         assembler.disconnected()
-        with pytest.raises(StreamConflict, match="event 3 is not the one"):
-            assembler.replay([tokens(1), tokens(2), tokens(3, 9)], committed=3, over=False)
+        page = [tokens(1), tokens(2), tokens(3, tag=NEW)]
+        assert kinds(assembler.replay(page, committed=3, over=False)) == RESET
+        ready = assembler.replay(page, committed=3, over=False)
+        assert [(e.seq, e.tag) for e in ready] == [(1, OLD), (2, OLD), (3, NEW)]
 
-    def test_another_type_under_a_seq_is_a_conflict(self) -> None:
+    @pytest.mark.parametrize("other", [tokens(3, tag=NEW), end(3, tag=NEW), tokens(2, 8, tag=NEW)])
+    def test_a_live_message_that_contradicts_decides_nothing(self, other: bytes) -> None:
+        """It may come from a primary that was replaced; the stream says which one holds."""
         assembler = live(upto=3)
-        with pytest.raises(StreamConflict, match="event 3 is not the one"):
-            assembler.receive(end(3))
+        assert assembler.receive(other) == []
+        assert assembler.needs_replay
+        page = [tokens(seq) for seq in range(assembler.replay_from + 1, 5)]
+        assert seqs(assembler.replay(page, committed=4, over=False)) == [4]
 
-    def test_a_live_duplicate_with_other_tokens_is_a_conflict(self) -> None:
+    def test_a_live_message_that_contradicts_and_is_right_leads_to_a_reset(self) -> None:
         assembler = live(upto=3)
-        with pytest.raises(StreamConflict, match="event 2 is not the one"):
-            assembler.receive(tokens(2, 8))
+        assembler.receive(tokens(3, tag=NEW))
+        page = [opening(2), tokens(3, tag=NEW)][assembler.replay_from - 1 :]
+        assert kinds(assembler.replay(page, committed=3, over=False)) == RESET
+
+    def test_a_live_message_of_the_old_attempt_after_a_reset_is_not_spliced(self) -> None:
+        assembler = live(upto=3)
+        assembler.replay([opening(2), tokens(3, tag=NEW)], committed=3, over=False)
+        anew = [tokens(1), opening(2), tokens(3, tag=NEW)]
+        assert seqs(assembler.replay(anew, committed=3, over=False)) == [1, 2, 3]
+        assert assembler.receive(tokens(4)) == [], "the old primary goes on with the old attempt"
+        assert assembler.needs_replay
+        page = [*anew, tokens(4, tag=NEW)][assembler.replay_from :]
+        assert [(e.seq, e.tag) for e in assembler.replay(page, committed=4, over=False)] == [
+            (4, NEW)
+        ]
+        assert not assembler._held
+
+    def test_held_messages_of_the_old_attempt_are_not_spliced(self) -> None:
+        assembler = live(upto=1)
+        for seq in (3, 4):
+            assembler.receive(tokens(seq))
+        ready = assembler.replay([tokens(1), opening(2)], committed=2, over=False)
+        assert seqs(ready) == [2]
+        assert seqs(assembler.receive(tokens(3, tag=NEW))) == [3]
+
+    def test_a_new_attempt_that_opens_live_is_confirmed_by_the_stream(self) -> None:
+        assembler = live(upto=2)
+        assert assembler.receive(opening(3)) == []
+        assert assembler.receive(tokens(4, tag=NEW)) == []
+        assert assembler.needs_replay
+        page = [tokens(1), tokens(2), opening(3)][assembler.replay_from :]
+        assert seqs(assembler.replay(page, committed=3, over=False)) == [3, 4]
 
     def test_a_primary_that_holds_less_is_followed_until_it_has_caught_up(self) -> None:
         assembler = live(upto=6)
@@ -216,42 +308,55 @@ class TestReconnect:
         assembler.replay([tokens(seq) for seq in (1, 2, 3, 4)], committed=4, over=False)
         assert [seqs(assembler.receive(tokens(seq))) for seq in (5, 6, 7)] == [[], [], [7]]
 
-    def test_a_primary_that_goes_on_differently_is_a_conflict(self) -> None:
+    def test_a_primary_that_goes_on_differently_is_a_reset(self) -> None:
         assembler = live(upto=6)
         assembler.disconnected()
         assembler.replay([tokens(seq) for seq in (1, 2, 3, 4)], committed=4, over=False)
-        with pytest.raises(StreamConflict):
-            assembler.receive(tokens(5, 99))
+        assert assembler.receive(opening(5)) == []
+        assert kinds(assembler.replay([opening(5)], committed=5, over=False)) == RESET
 
     def test_a_rollback_is_seen_without_a_disconnect(self) -> None:
         assembler = live(upto=6)
         assembler.silent()
         assembler.replay([], committed=4, over=False)
-        with pytest.raises(StreamConflict, match="event 5 is not the one"):
-            assembler.receive(tokens(5, 99))
+        assembler.receive(opening(5))
+        assert kinds(assembler.replay([opening(5)], committed=5, over=False)) == RESET
 
     def test_a_rollback_made_up_for_is_seen_without_a_disconnect(self) -> None:
         assembler = live(upto=6)
         assembler.silent()
         assert assembler.replay_from == 5
-        with pytest.raises(StreamConflict, match="event 6 is not the one"):
-            assembler.replay([tokens(6, 99), tokens(7)], committed=7, over=False)
+        page = [tokens(6, tag=NEW), tokens(7, tag=NEW)]
+        assert kinds(assembler.replay(page, committed=7, over=False)) == RESET
 
-    def test_the_same_tokens_by_another_attempt_are_a_conflict(self) -> None:
-        assembler = live(upto=6)
-        with pytest.raises(StreamConflict):
-            assembler.receive(tokens(6).replace(b'"attempt":1', b'"attempt":2'))
+    def test_a_rollback_to_nothing_is_seen_however_long_the_answer(self) -> None:
+        assembler = live(upto=900)
+        assembler.silent()
+        assert assembler.replay([], committed=0, over=False) == []
+        assert kinds(assembler.replay([opening(1)], committed=1, over=False)) == RESET
 
-    def test_a_rollback_beyond_memory_is_a_conflict(self) -> None:
-        assembler = live(upto=9, compared=3)
-        with pytest.raises(StreamConflict):
-            assembler.replay([], committed=5, over=False)
-
-    def test_a_job_that_ended_before_what_was_delivered_is_a_conflict(self) -> None:
+    def test_a_job_that_ended_before_what_was_delivered_is_a_reset(self) -> None:
         assembler = live(upto=6)
         assembler.disconnected()
-        with pytest.raises(StreamConflict):
-            assembler.replay([tokens(seq) for seq in (1, 2, 3, 4)], committed=4, over=True)
+        kept = [tokens(seq) for seq in (1, 2, 3, 4)]
+        assert kinds(assembler.replay(kept, committed=4, over=True)) == RESET
+        assert seqs(assembler.replay(kept, committed=4, over=True)) == [1, 2, 3, 4]
+        assert assembler.ended
+
+    def test_a_reset_repeats_nothing_if_it_is_lost_again(self) -> None:
+        assembler = live(upto=3)
+        assembler.replay([tokens(3, tag=NEW)], committed=3, over=False)
+        assembler.disconnected()
+        assert assembler.replay([], committed=0, over=False) == []
+        assert seqs(assembler.replay([tokens(1)], committed=1, over=False)) == [1]
+
+    def test_entries_beyond_the_end_are_no_events_of_the_job(self) -> None:
+        """Else a stream that is ahead of its control hash would be reset for ever."""
+        assembler = StreamAssembler()
+        page = [tokens(seq) for seq in (1, 2, 3)]
+        assert seqs(assembler.replay(page, committed=2, over=True, more=True)) == [1, 2]
+        assert assembler.replay(page[1:], committed=2, over=True) == []
+        assert assembler.ended
 
 
 class TestTruth:
@@ -274,7 +379,7 @@ class TestTruth:
 
     def test_unknown_types_advance_the_seq_unseen(self) -> None:
         assembler = live()
-        unknown = b'{"v":1,"attempt":1,"seq":1,"type":"weather","sky":"blue"}'
+        unknown = b'{"v":1,"attempt":1,"tag":"01d01d01","seq":1,"type":"weather","sky":"blue"}'
         assert assembler.receive(unknown) == []
         assert seqs(assembler.receive(tokens(2))) == [2]
 
@@ -284,6 +389,6 @@ class TestTruth:
         odd = b'{"v":1,"attempt":1,"seq":1,"type":"tokens","choices":[' + choice + b'],"y":{}}'
         assert seqs(assembler.receive(odd)) == [1]
 
-    def test_the_digests_stay_bounded(self) -> None:
-        assembler = live(upto=100, compared=8)
-        assert len(assembler._digests) == 8
+    def test_what_it_remembers_of_events_stays_bounded(self) -> None:
+        assembler = live(upto=1000)
+        assert len(assembler._writers) == 1

@@ -1,85 +1,174 @@
-"""A failover that loses acknowledged events: an error or the new sequence, never a splice."""
+"""Redis forgets: a reader has the events of one history, or was told to begin anew.
+
+A history is what some primary held at some time. Forgetting cuts the job's stream back to any
+length; attempts then go on from there, while the old primary and the attempts on it may still
+speak. The reader may come back at any moment with nothing but its last event's cursor.
+"""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 import msgspec
-from hypothesis import given, settings
+from hypothesis import settings
 from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from mlx_serving.common.errors import StreamConflict
-from mlx_serving.common.events import decode
+from mlx_serving.common.events import RESET, Cursor, decode
 from mlx_serving.producer.assembler import StreamAssembler
 
 if TYPE_CHECKING:
     from mlx_serving.common.events import Event
 
 
-def event(seq: int, attempt: int, kind: str = "tokens") -> bytes:
-    """The same tokens whatever the attempt, as counter-based sampling decodes them again."""
-    choices = [{"index": 0, "text": "7 ", "token_ids": [7]}] if kind == "tokens" else []
-    fields = {"v": 1, "attempt": attempt, "seq": seq, "type": kind, "choices": choices}
-    return msgspec.json.encode(fields)
+def event(seq: int, tag: str, kind: str = "tokens") -> bytes:
+    """The same number and the same tokens whatever the attempt, as sampling finds them again."""
+    choices = [{"index": i, "text": "7 ", "token_ids": [7]} for i in range(2)]
+    fields = {"v": 1, "attempt": 1, "tag": tag, "seq": seq, "type": kind}
+    return msgspec.json.encode(fields | ({"choices": choices} if kind == "tokens" else {}))
 
 
-def timelines(before: int, kept: int, after: int) -> tuple[list[bytes], list[bytes]]:
-    """What the old primary held, and what the new one holds once a worker took over."""
-    old = [event(1, 1, "attempt"), *(event(seq, 1) for seq in range(2, before + 1))]
-    kept = min(kept, before)
-    takeover = [event(kept + 1, 2, "attempt")]
-    new = [*takeover, *(event(seq, 2) for seq in range(kept + 2, kept + 2 + after))]
-    end = event(kept + 2 + after, 2, "end")
-    return old, [*old[:kept], *new, end]
+class ForgetfulRedis(RuleBasedStateMachine):
+    """One job on a primary that forgets, and one consumer of it."""
+
+    @initialize(held=st.integers(1, 8))
+    def begin(self, held: int) -> None:
+        self.held = held
+        self.attempts = 0
+        self.stream: list[bytes] = []
+        self.histories: list[list[bytes]] = [self.stream]
+        self.messages: list[bytes] = []  # published, on their way or lost
+        self.got: list[Event] = []  # since the last reset
+        self.resets = 0
+        self.assembler = StreamAssembler(held=held)
+        self.take_over()
+
+    @property
+    def over(self) -> bool:
+        return bool(self.stream) and decode(self.stream[-1]).type == "end"
+
+    def write(self, kind: str) -> None:
+        payload = event(len(self.stream) + 1, self.tag, kind)
+        self.stream.append(payload)
+        self.messages.append(payload)
+
+    @precondition(lambda self: not self.over)
+    @rule()
+    def take_over(self) -> None:
+        self.attempts += 1
+        self.tag = f"{self.attempts:08x}"
+        self.write("attempt")
+
+    @precondition(lambda self: not self.over)
+    @rule(count=st.integers(1, 5))
+    def commit(self, count: int) -> None:
+        for _ in range(count):
+            self.write("tokens")
+
+    @precondition(lambda self: not self.over)
+    @rule()
+    def finish(self) -> None:
+        self.write("end")
+
+    @rule(data=st.data(), stale=st.integers(0, 3), resent=st.integers(0, 3))
+    def forget(self, data: st.DataObject, stale: int, resent: int) -> None:
+        """Cut the stream back.
+
+        `stale`: so many events the old primary still takes. `resent`: so many of those that were
+        cut off are written again, for a worker had no reply to them.
+        """
+        kept = data.draw(st.integers(0, len(self.stream)))
+        if not self.over:
+            self.commit(stale)
+        cut = self.stream[kept:]
+        self.stream = self.stream[:kept]
+        self.histories.append(self.stream)
+        again = [each for each in cut[:resent] if decode(each).tag == decode(cut[0]).tag]
+        self.stream += again
+        self.messages += again
+        if not self.over:
+            self.take_over()
+
+    @precondition(lambda self: self.messages)
+    @rule(data=st.data(), keep=st.booleans())
+    def deliver(self, data: st.DataObject, *, keep: bool) -> None:
+        """Any message arrives, of whichever primary; it may arrive again later."""
+        index = data.draw(st.integers(0, len(self.messages) - 1))
+        self.take(self.assembler.receive(self.messages[index]))
+        if not keep:
+            self.messages.pop(index)
+
+    @rule(notice=st.sampled_from(["disconnected", "subscribed", "distrust", "silent"]))
+    def happen(self, notice: str) -> None:
+        getattr(self.assembler, notice)()
+
+    @rule()
+    def come_back(self) -> None:
+        """Another reader goes on, at another gateway."""
+        cursor = self.got[-1].cursor if self.got else ""
+        self.assembler = StreamAssembler(Cursor.parse(cursor, "after"), held=self.held)
+
+    @precondition(lambda self: self.assembler.needs_replay)
+    @rule(limit=st.integers(2, 6))
+    def replay(self, limit: int) -> None:
+        start = self.assembler.replay_from
+        page = self.stream[start : start + limit]
+        more = len(page) == limit
+        given = self.assembler.replay(page, committed=len(self.stream), over=self.over, more=more)
+        self.take(given)
+
+    def take(self, events: list[Event]) -> None:
+        for each in events:
+            if each.type == RESET:
+                self.resets += 1
+                self.got = []
+            else:
+                self.got.append(each)
+
+    @invariant()
+    def what_it_has_is_of_one_history(self) -> None:
+        if hasattr(self, "got"):
+            got = [(each.seq, each.tag, each.type) for each in self.got]
+            assert any(got == named(history)[: len(got)] for history in self.histories)
+
+    @invariant()
+    def a_job_that_never_forgot_resets_nobody(self) -> None:
+        if hasattr(self, "got"):
+            assert len(self.histories) > 1 or not self.resets
+
+    def teardown(self) -> None:
+        """However it went, who comes back at the end has the events of the last history."""
+        if not hasattr(self, "got"):
+            return
+        if not self.over:
+            self.finish()
+        self.come_back()
+        for _ in range(500):
+            if self.assembler.ended:
+                break
+            self.assembler.silent()
+            self.replay(limit=5)
+        assert self.assembler.ended
+        assert [(each.seq, each.tag, each.type) for each in self.got] == named(self.stream)
 
 
-def replay(assembler: StreamAssembler, stream: list[bytes], *, over: bool) -> list[Event]:
-    page = stream[assembler.replay_from :]
-    return assembler.replay(page, committed=len(stream), over=over)
+def named(history: list[bytes]) -> list[tuple[int, str, str]]:
+    """What names each event of a history."""
+    events = map(decode, history)
+    return [(each.seq, each.tag, each.type) for each in events]
 
 
-@settings(max_examples=400, deadline=None)
-@given(
-    before=st.integers(1, 12),
-    kept=st.integers(0, 12),
-    after=st.integers(0, 12),
-    compared=st.integers(1, 16),
-    subscribed_before=st.booleans(),
-    notice=st.sampled_from(["disconnected", "subscribed", "distrust", "silent"]),
-    lives=st.lists(st.integers(0, 30), max_size=4),
-)
-def test_what_is_delivered_is_one_primary_s_sequence(
-    before: int,
-    kept: int,
-    after: int,
-    compared: int,
-    subscribed_before: bool,  # noqa: FBT001 -- hypothesis names its arguments
-    notice: str,
-    lives: list[int],
-) -> None:
-    old, new = timelines(before, kept, after)
-    assembler = StreamAssembler(compared=compared)
-    if subscribed_before:
-        assembler.subscribed()
-    got = replay(assembler, old, over=False)
-    getattr(assembler, notice)()
-    try:
-        # Live messages come from the new primary only after a new subscription.
-        if notice == "subscribed":
-            for index in lives:
-                got += assembler.receive(new[index % len(new)])
-        got += replay(assembler, new, over=True)
-    except StreamConflict:
-        assert kept < before
-        return
-    assert got == [decode(payload) for payload in new]
-    assert assembler.ended
+TestForgetfulRedis = ForgetfulRedis.TestCase
+TestForgetfulRedis.settings = settings(max_examples=300, stateful_step_count=30, deadline=None)
 
 
 def test_a_consumer_that_saw_only_what_was_kept_notices_nothing() -> None:
-    old, new = timelines(before=5, kept=5, after=3)
+    first, second = "0000000a", "0000000b"
+    kept = [event(1, first, "attempt"), *(event(seq, first) for seq in range(2, 6))]
+    new = [*kept, event(6, second, "attempt"), event(7, second), event(8, second, "end")]
     assembler = StreamAssembler()
-    got = replay(assembler, old, over=False)
+    got = assembler.replay(kept, committed=5, over=False)
     assembler.disconnected()
-    got += replay(assembler, new, over=True)
+    got += assembler.replay(new[assembler.replay_from :], committed=8, over=True)
     assert [each.seq for each in got] == list(range(1, len(new) + 1))
+    assert assembler.ended

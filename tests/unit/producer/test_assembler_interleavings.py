@@ -9,20 +9,24 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from mlx_serving.common.events import BEGINNING, Cursor
 from mlx_serving.producer.assembler import StreamAssembler
 
 if TYPE_CHECKING:
     from mlx_serving.common.events import Event
 
 
+TAG = "01d01d01"
+
+
 def event(seq: int, last: int) -> bytes:
     if seq == last:
         return msgspec.json.encode(
-            {"v": 1, "attempt": 1, "seq": seq, "type": "end", "state": "finished"}
+            {"v": 1, "attempt": 1, "tag": TAG, "seq": seq, "type": "end", "state": "finished"}
         )
     choices = [{"index": 0, "text": str(seq), "token_ids": [seq * 7]}]
     return msgspec.json.encode(
-        {"v": 1, "attempt": 1, "seq": seq, "type": "tokens", "choices": choices}
+        {"v": 1, "attempt": 1, "tag": TAG, "seq": seq, "type": "tokens", "choices": choices}
     )
 
 
@@ -33,15 +37,16 @@ class Reader(RuleBasedStateMachine):
         last=st.integers(1, 40),
         after=st.integers(0, 40),
         held=st.integers(1, 8),
-        compared=st.integers(1, 8),
     )
-    def begin(self, last: int, after: int, held: int, compared: int) -> None:
+    def begin(self, last: int, after: int, held: int) -> None:
         self.truth = [event(seq, last) for seq in range(1, last + 1)]
         self.after = min(after, last)
         self.committed = self.after  # a consumer resumes only after what was committed
         self.in_flight: list[bytes] = []
         self.got: list[Event] = []
-        self.assembler = StreamAssembler(self.after, held=held, compared=compared)
+        self.assembler = StreamAssembler(
+            Cursor(self.after, TAG) if self.after else BEGINNING, held=held
+        )
 
     @rule(lost=st.booleans(), count=st.integers(1, 5))
     def commit(self, *, lost: bool, count: int) -> None:
