@@ -184,6 +184,12 @@ class TestRefused:
         login = tls.ours.login("producer") | {"redis__tls_key": tls.theirs.file("producer.key")}
         assert "mismatch" in self.reason(ask(tls.url, **login))
 
+    @pytest.mark.parametrize("name", ["ca", "cert", "key"])
+    def test_a_file_that_is_not_there(self, tls: Tls, ask: Ask, name: str) -> None:
+        login = tls.ours.login("producer") | {f"redis__tls_{name}": "/nowhere/x.pem"}
+        reason = self.reason(ask(tls.url, **login))
+        assert f"redis.tls_{name}: /nowhere/x.pem: no such file" in reason
+
     def test_a_plain_connection_to_a_server_with_tls(self, tls: Tls, ask: Ask) -> None:
         plain = tls.url.replace("rediss://", "redis://:secret@")
         assert "speaks tls" in self.reason(ask(plain))

@@ -96,7 +96,7 @@ _SENTINEL_REFUSES: Final = re.compile(
 
 
 class TlsMismatchError(exceptions.ConnectionError):
-    """One side alone speaks TLS, or the server asks for another certificate of ours."""
+    """One side alone speaks TLS, a file of ours can't be read, or the server asks for another."""
 
 
 def fault_of(error: Exception) -> QueueFailure:
