@@ -184,12 +184,6 @@ class TestRefused:
         login = tls.ours.login("producer") | {"redis__tls_key": tls.theirs.file("producer.key")}
         assert "mismatch" in self.reason(ask(tls.url, **login))
 
-    @pytest.mark.parametrize("name", ["ca", "cert", "key"])
-    def test_a_file_that_is_not_there(self, tls: Tls, ask: Ask, name: str) -> None:
-        login = tls.ours.login("producer") | {f"redis__tls_{name}": "/nowhere/x.pem"}
-        reason = self.reason(ask(tls.url, **login))
-        assert f"redis.tls_{name}: /nowhere/x.pem: no such file" in reason
-
     def test_a_plain_connection_to_a_server_with_tls(self, tls: Tls, ask: Ask) -> None:
         plain = tls.url.replace("rediss://", "redis://:secret@")
         assert "speaks tls" in self.reason(ask(plain))
@@ -210,6 +204,25 @@ class TestRefused:
             finally:
                 admin.config_set("maxclients", "1000")
         assert error.retryable
+
+
+@pytest.mark.parametrize("name", ["ca", "cert", "key"])
+def test_a_file_that_goes_while_its_client_runs(tls: Tls, tmp_path: Path, name: str) -> None:
+    login = tls.ours.login("producer")
+    path = tmp_path / "x.pem"
+    shutil.copy(login[f"redis__tls_{name}"], path)
+    settings = quick_settings(tls.url, **login | {f"redis__tls_{name}": str(path)})
+    path.unlink()
+
+    async def submit() -> None:
+        async with AsyncClient(settings=settings) as client:
+            await client.submit(model="tally", prompt="x")
+
+    said = f"redis.tls_{name}: {path}: No such file or directory"
+    with Client(settings=settings) as client, pytest.raises(TlsFailed, match=said):
+        client.submit(model="tally", prompt="x")
+    with pytest.raises(TlsFailed, match=said):
+        asyncio.run(submit())
 
 
 def test_a_worker_process_serves_over_tls(tls: Tls) -> None:
