@@ -233,16 +233,19 @@ class TestSweeper:
         self, driver: Driver, sweeper: Sweeper
     ) -> None:
         """A fleet without stock workers has nobody else who would."""
+        others = ("somebody-elses", "interactive", "default", "bulk")
         for registry in ("finished", "failed", "canceled"):
             driver.redis.zadd(f"rq:{registry}:tally:default", {"old": 1, "new": 1 << 40})
             driver.redis.zadd(f"rq:{registry}:unserved:bulk", {"old": 1, "new": 1 << 40})
-            driver.redis.zadd(f"rq:{registry}:somebody-elses", {"old": 1})
-        driver.redis.sadd("rq:queues", "rq:queue:somebody-elses", "rq:queue:unserved:bulk")
+            for other in others:
+                driver.redis.zadd(f"rq:{registry}:{other}", {"old": 1})
+        driver.redis.sadd("rq:queues", *(f"rq:queue:{name}" for name in (*others, "unserved:bulk")))
         sweeper.reap()
         for registry in ("finished", "failed", "canceled"):
             assert driver.redis.zrange(f"rq:{registry}:tally:default", 0, -1) == [b"new"]
             assert driver.redis.zrange(f"rq:{registry}:unserved:bulk", 0, -1) == [b"new"]
-            assert driver.redis.zrange(f"rq:{registry}:somebody-elses", 0, -1) == [b"old"]
+            for other in others:
+                assert driver.redis.zrange(f"rq:{registry}:{other}", 0, -1) == [b"old"]
 
     def test_it_trims_so_many_entries_a_look(self, driver: Driver, sweeper: Sweeper) -> None:
         """A script that removes all of a million at once would hold Redis."""

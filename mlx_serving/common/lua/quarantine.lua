@@ -6,7 +6,7 @@
 -- A job's own keys are not moved by a command that meets them: what they held can't be made again. Who finds one odd ends
 -- the job (`bury` in the prelude), or begins it anew (enqueue.lua).
 
-local redis, quarantine, answer, raise = redis
+local redis, quarantine, answer, raise, is_odd = redis
 
 do
   local server = redis
@@ -76,6 +76,13 @@ do
 
   -- Fails with an error of Redis's own. Its `pcall` makes a text of one; as a table it keeps its code.
   function raise(problem) error(type(problem) == 'table' and problem or {err = problem}, 0) end
+
+  -- Whether a reply says that its key is of another type. Fails if it is another error: that says nothing of the key.
+  function is_odd(reply)
+    if not is_error(reply) then return false end
+    if string.sub(reply.err, 1, 9) ~= 'WRONGTYPE' then raise(reply) end
+    return true
+  end
 
   -- A script's reply: with the keys that it moved, if there are any.
   function answer(reply)

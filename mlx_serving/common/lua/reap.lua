@@ -54,7 +54,15 @@ local function judge(id, queue)
 end
 
 local function expire(id)
-  local job = is_sound(id) and read_fields(id, OVERDUE) or {}
+  local job = find_fields(id, OVERDUE)
+  if not is_sound(id) then
+    -- One that runs is its lease's; a job without a hash is no job.
+    if redis.call('EXISTS', k_job(id)) == 1 and job.state ~= 'running' and not TERMINAL[job.state] then
+      if job.queue then redis.call('LREM', k_rq_queue(job.queue), 1, id) end
+      bury(id, job.queue or '', iso, now)
+    end
+    job = {}
+  end
   local deadline = tonumber(job.deadline_ms or 0)
   local is_late = deadline > 0 and deadline <= now
   if job.state == 'queued' then
@@ -97,7 +105,7 @@ local function trim(registry)
   if over > 0 then left = left - redis.call('ZREMRANGEBYRANK', registry, 0, math.min(over, left) - 1) end
 end
 for queue in pairs(queues) do
-  if LANES[string.match(queue, '[^:]*$')] then
+  if LANES[string.match(queue, '^.+:([^:]+)$')] then  -- not another application's `default`
     for _, registry in pairs(REGISTRIES) do show(trim, registry(queue)) end
   end
 end
