@@ -5,6 +5,7 @@
     * UnknownModel        no alias in the settings names this model, or its files can't be loaded
       * ModelUnreachable  its files are on a hub that does not answer now
     * PayloadTooLarge     the job is larger than the limit on its bytes
+    * ContextLengthExceeded  prompt and answer are longer than the model's context
     * InvalidSchema       a schema, regex or grammar that the worker can't enforce
     * IdempotencyConflict its idempotency key names a job with another payload
     * TenantRowsExceeded  its `n` is more rows than its tenant may run
@@ -136,6 +137,12 @@ class PayloadTooLarge(InvalidJob):
     """The job holds more bytes than the queue accepts."""
 
     code = "payload_too_large"
+
+
+class ContextLengthExceeded(InvalidJob):
+    """The prompt, or the prompt with `max_tokens`, is longer than the model's context."""
+
+    code = "context_length_exceeded"
 
 
 class InvalidSchema(InvalidJob):

@@ -17,8 +17,7 @@ COUNT: Final = {"content": "count from 3 to 12", "role": "user"}
 def run(*messages: dict[str, str], **fields: Any) -> Row:
     made = job(**({"messages": list(messages)} if messages else {}), **fields)
     encode = PromptEncoder(tally().tokenizer).encode
-    vocabulary = tally().model_info.vocab_size
-    request = build_request(claim_of(), made, Committed(), encode, vocabulary)
+    request = build_request(claim_of(), made, Committed(), encode, tally().model_info)
     return decode_one(plan_output(planner().plan, made, request))
 
 

@@ -69,6 +69,38 @@ class TestEnds:
         assert batch.request_counts.open == 0
         assert job_keys(redis_client) == []
 
+    @pytest.mark.parametrize("clock", ["the runner's", "Redis's"])
+    def test_a_clock_that_is_wrong_for_a_moment_ends_nothing(
+        self,
+        clock: str,
+        batches: Batches,
+        redis_client: redis.Redis,
+        local_redis: LocalRedis,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        began, reads = time.monotonic(), 0
+        right = time.time
+
+        def wrong_s() -> int:
+            nonlocal reads
+            is_wrong = 0.5 < time.monotonic() - began < 0.9
+            reads += is_wrong
+            return 26 * 3600 * is_wrong
+
+        if clock == "Redis's":
+            real = Registry._now_ms
+            monkeypatch.setattr(Registry, "_now_ms", lambda self: real(self) + 1000 * wrong_s())
+        else:
+            monkeypatch.setattr(time, "time", lambda: right() + wrong_s())
+        with InProcessWorker(local_redis.url, rate=50, batch__max_rows=8) as worker:
+            wait_until(lambda: redis_client.exists(Keys().worker(worker.name)), timeout=30)
+            batch = submitted(batches, tmp_path, 100)
+            began = time.monotonic()
+            batch = batches.run(batch.id)
+        assert reads or clock == "the runner's", "Redis's time was read while it was wrong"
+        assert (batch.status, batch.request_counts.completed) == ("completed", 100)
+
     def test_what_finished_before_the_expiry_is_kept_over_a_crash(
         self, batches: Batches, redis_client: redis.Redis, local_redis: LocalRedis, tmp_path: Path
     ) -> None:

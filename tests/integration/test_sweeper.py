@@ -233,19 +233,52 @@ class TestSweeper:
         self, driver: Driver, sweeper: Sweeper
     ) -> None:
         """A fleet without stock workers has nobody else who would."""
-        others = ("somebody-elses", "interactive", "default", "bulk")
         for registry in ("finished", "failed", "canceled"):
             driver.redis.zadd(f"rq:{registry}:tally:default", {"old": 1, "new": 1 << 40})
             driver.redis.zadd(f"rq:{registry}:unserved:bulk", {"old": 1, "new": 1 << 40})
-            for other in others:
+            for other in ("somebody-elses", "default", ":bulk"):
                 driver.redis.zadd(f"rq:{registry}:{other}", {"old": 1})
-        driver.redis.sadd("rq:queues", *(f"rq:queue:{name}" for name in (*others, "unserved:bulk")))
+        driver.redis.sadd(
+            "rq:queues",
+            "rq:queue:somebody-elses",
+            "rq:queue:unserved:bulk",
+            "rq:queue:default",
+            "rq:queue::bulk",
+        )
         sweeper.reap()
         for registry in ("finished", "failed", "canceled"):
             assert driver.redis.zrange(f"rq:{registry}:tally:default", 0, -1) == [b"new"]
             assert driver.redis.zrange(f"rq:{registry}:unserved:bulk", 0, -1) == [b"new"]
-            for other in others:
+            for other in ("somebody-elses", "default", ":bulk"):
                 assert driver.redis.zrange(f"rq:{registry}:{other}", 0, -1) == [b"old"]
+
+    def test_a_queue_that_has_nothing_more_is_forgotten_unless_it_is_served(
+        self, driver: Driver, sweeper: Sweeper
+    ) -> None:
+        """Each misspelt model would be looked at for ever."""
+        driver.enqueue("a", queue="misspelt:default")
+        driver.redis.sadd("rq:queues", "rq:queue:default", "rq:queue:tally:default")
+        driver.redis.zadd("mlxs:deadlines", {"a": 1})
+        assert sweeper.reap() == [("a", "expired")]
+        assert driver.redis.sismember(
+            "rq:queues", "rq:queue:misspelt:default"
+        )  # it has a failed job
+        driver.redis.delete("rq:failed:misspelt:default")
+        sweeper.reap()
+        left = {b"rq:queue:default", b"rq:queue:tally:default"}
+        assert driver.redis.smembers("rq:queues") == left
+
+    def test_many_that_are_due_end_in_one_look_a_few_a_script(
+        self, driver: Driver, sweeper: Sweeper
+    ) -> None:
+        for number in range(100):
+            driver.enqueue(f"j{number}", queue="misspelt:default")
+        driver.redis.zadd("mlxs:deadlines", {f"j{n}": 1 for n in range(100)})
+        driver.redis.config_resetstat()
+        assert len(sweeper.reap()) == 100
+        calls = driver.redis.info("commandstats")["cmdstat_evalsha"]["calls"]
+        assert calls == 4
+        assert driver.redis.llen("rq:queue:misspelt:default") == 0
 
     def test_it_trims_so_many_entries_a_look(self, driver: Driver, sweeper: Sweeper) -> None:
         """A script that removes all of a million at once would hold Redis."""

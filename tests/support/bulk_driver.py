@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from mlx_serving.producer.batch import runner as runner_module
+from mlx_serving.producer.batch import window_clock
 from mlx_serving.producer.batch.runner import BulkRunner
 from tests.support.bulk_files import read_jsonl, simulated_line, write_lines
 
@@ -32,6 +33,7 @@ def make_quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let runners write down and look more often."""
     monkeypatch.setattr(runner_module, "SYNC_SECONDS", 0.1)
     monkeypatch.setattr(runner_module, "SHORTEST_PAUSE", 0.01)
+    monkeypatch.setattr(window_clock, "AGREE_SECONDS", 0.5)
 
 
 def submitted(batches: Batches, tmp_path: Path, count: int, **options: Any) -> Batch:

@@ -155,8 +155,11 @@ TROUBLES = {
 @contextmanager
 def in_trouble(name: str) -> Iterator[str]:
     """Yield the URL of a server of its own that is in this trouble."""
-    options = {"cluster-enabled": "yes"} if name == "a Cluster" else {}
-    with LocalRedis(options=options) as server:
+    options, port = {}, 0
+    if name == "a Cluster":  # its bus is on a port of its own: two tests may run at once
+        port = free_port()
+        options = {"cluster-enabled": "yes", "cluster-port": str(free_port())}
+    with LocalRedis(port=port, options=options) as server:
         try:
             yield TROUBLES[name].make(server)
         finally:

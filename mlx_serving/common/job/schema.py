@@ -110,7 +110,8 @@ class GenerationJob(BaseModel):
         ge=1,
         le=limits.TOKENS,
         validation_alias=AliasChoices("max_tokens", "max_completion_tokens"),
-        description="most tokens of each choice; the engine keeps room for all of them",
+        description="most tokens of each choice, with the prompt within the model's context; the "
+        "engine keeps room for all of them",
     )
     stop: Annotated[tuple[StopString, ...], Field(max_length=limits.STOP_STRINGS)] = Field(
         default=(),

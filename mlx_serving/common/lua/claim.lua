@@ -214,12 +214,8 @@ local function decide(id, queue)
   return is_left(id, queue, job) and 'skip' or 'take', job
 end
 
--- Takes an id off the list, from the end that is nearer: the index of open jobs has them in nearly the list's order.
 local function unlist(id, queue)
-  local rank, open = redis.call('ZRANK', k_open(queue), id), redis.call('ZCARD', k_open(queue))
-  local behind = rank and open - rank or open
-  walked = walked + math.min(rank or open, behind)
-  redis.call('LREM', k_rq_queue(queue), (rank and behind < rank) and -1 or 1, id)
+  walked = walked + take_off_list(id, queue)
   gone[id] = true
 end
 

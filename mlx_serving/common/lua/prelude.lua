@@ -180,6 +180,15 @@ local function state_for(reason)
   return 'cancelled'
 end
 
+-- Takes an id off its queue's list, from the end that is nearer: the index of open jobs has them in nearly the list's order.
+-- Returns about how many entries that walked.
+local function take_off_list(id, queue)
+  local rank, open = redis.call('ZRANK', k_open(queue), id), redis.call('ZCARD', k_open(queue))
+  local behind = rank and open - rank or open
+  redis.call('LREM', k_rq_queue(queue), (rank and behind < rank) and -1 or 1, id)
+  return math.min(rank or open, behind)
+end
+
 -- RQ names the execution of one attempt by the job and its epoch.
 local function execution_of(id, epoch) return id .. ':' .. epoch end
 

@@ -9,7 +9,7 @@ local iso, lease, most, machine = ARGV[3], tonumber(ARGV[4]), tonumber(ARGV[5]),
 local FIRST_QUEUE = 7
 local TAKEN_OVER = field_list('state', 'epoch', 'cancel_reason', unpack(LOSSES.READ))
 local OVERDUE = field_list('state', 'queue', 'owner', 'cancel_reason', 'deadline_ms', 'queued_ttl')
-local TRIMMED = 1000  -- entries of RQ's registries that a call removes at most
+local TRIMMED, TIDIED = 1000, 16  -- at most: entries of RQ's registries that a call removes, and others' queues that it looks at
 -- After a restart live workers need one lease to renew; until then an old deadline proves nothing.
 local uptime = tonumber(string.match(redis.call('INFO', 'server'), 'uptime_in_seconds:(%d+)'))
 if uptime * 1000 < lease + 2000 then return answer({1, {}}) end
@@ -18,8 +18,8 @@ local now = now_ms()
 local done = {}
 local LANES = {interactive = true, default = true, bulk = true}
 local head = string.len(k_rq_queue('')) + 1
-local queues = {}
-for at = FIRST_QUEUE, #ARGV do queues[ARGV[at]] = true end
+local own, queues = {}, {}
+for at = FIRST_QUEUE, #ARGV do own[ARGV[at]], queues[ARGV[at]] = true, true end
 for _, name in ipairs(redis.pcall('SMEMBERS', k_rq_queues())) do queues[string.sub(name, head)] = true end
 
 local function take_over(id, queue)
@@ -58,7 +58,7 @@ local function expire(id)
   if not is_sound(id) then
     -- One that runs is its lease's; a job without a hash is no job.
     if redis.call('EXISTS', k_job(id)) == 1 and job.state ~= 'running' and not TERMINAL[job.state] then
-      if job.queue then redis.call('LREM', k_rq_queue(job.queue), 1, id) end
+      if job.queue then take_off_list(id, job.queue) end
       bury(id, job.queue or '', iso, now)
     end
     job = {}
@@ -66,7 +66,7 @@ local function expire(id)
   local deadline = tonumber(job.deadline_ms or 0)
   local is_late = deadline > 0 and deadline <= now
   if job.state == 'queued' then
-    redis.call('LREM', k_rq_queue(job.queue), 1, id)
+    take_off_list(id, job.queue)
     local code, message = 'deadline_exceeded', 'the deadline passed while the job was queued'
     if not is_late then
       code, message = 'unserved', 'no worker took the job from the queue ' .. job.queue .. ' for ' ..
@@ -98,15 +98,24 @@ for at = FIRST_QUEUE, #ARGV do
   end
 end
 
--- RQ's own workers trim these; a fleet of ours alone has nobody else to.
+-- RQ's own workers trim these; a fleet of ours alone has nobody else to. A few of others' queues a call.
 local left = TRIMMED
 local function trim(registry)
   local over = left > 0 and redis.call('ZCOUNT', registry, '-inf', '(' .. int(math.floor(now / 1000))) or 0
   if over > 0 then left = left - redis.call('ZREMRANGEBYRANK', registry, 0, math.min(over, left) - 1) end
 end
-for queue in pairs(queues) do
-  if LANES[string.match(queue, '^.+:([^:]+)$')] then  -- not another application's `default`
-    for _, registry in pairs(REGISTRIES) do show(trim, registry(queue)) end
-  end
+-- A queue that has nothing more, and that no enqueue will name again, if its model was misspelt.
+local function is_deserted(queue)
+  if own[queue] then return false end
+  local keys = {k_open(queue), k_leases(queue), k_isolated(queue), k_rq_queue(queue), k_rq_started(queue)}
+  for _, registry in pairs(REGISTRIES) do keys[#keys + 1] = registry(queue) end
+  return redis.call('EXISTS', unpack(keys)) == 0
 end
+local function tidy(queue)
+  if not LANES[string.match(queue, '^.+:([^:]+)$')] then return end  -- ours are named "<model>:<lane>"
+  for _, registry in pairs(REGISTRIES) do show(trim, registry(queue)) end
+  if is_deserted(queue) then redis.call('SREM', k_rq_queues(), k_rq_queue(queue)) end
+end
+for queue in pairs(own) do tidy(queue) end
+for _, name in ipairs(redis.pcall('SRANDMEMBER', k_rq_queues(), TIDIED)) do tidy(string.sub(name, head)) end
 return answer({0, done})

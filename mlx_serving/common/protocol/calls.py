@@ -423,12 +423,12 @@ def crash(worker: str, blamed: Sequence[Blame]) -> Call[list[tuple[str, str]]]:
 
 
 def reap(
-    *, lease_ms: int, most: int = 256, queues: Sequence[str] = (), machine: str = ""
+    *, lease_ms: int, most: int = 32, queues: Sequence[str] = (), machine: str = ""
 ) -> Call[Swept]:
     """Take over what a dead worker held, expire what waited too long, trim RQ's registries.
 
     `queues`, the caller's own, are looked at whether or not RQ's set of queues still names them.
-    `machine` is the caller's, if it runs jobs.
+    `most`: jobs of each kind and queue. `machine` is the caller's, if it runs jobs.
     """
 
     def parse(reply: Sequence[Any]) -> Swept:

@@ -162,12 +162,12 @@ class Batches:
     def _create(
         self, source: str | Path | BinaryIO, folder: str | Path | None, options: BatchOptions
     ) -> BatchFolder:
-        batch_id, now_s = new_id(), int(time.time())
+        batch_id = new_id()
         path = Path(source).absolute() if isinstance(source, str | Path) else None
         if path is not None and not path.is_file():
             raise InvalidBatch([("input", f"there is no file {path}")])
         with Registry(self._settings) as registry:
-            registry.check()
+            now_s = registry.now_s()
         beside = folder_beside(path or Path("stdin.jsonl").absolute(), batch_id)
         made = BatchFolder.create(Path(folder).absolute() if folder else beside)
         if not isinstance(source, str | Path):

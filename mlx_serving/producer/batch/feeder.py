@@ -103,6 +103,7 @@ class Feeder:
         """Submit as many lines as the window has room for; return how many.
 
         If the batch's tenant may have no more jobs queued, the other lines wait for the next call.
+        None is submitted if `seconds_left` of the batch's window is not positive.
 
         Raises:
             QueueUnavailable: Redis is away; the next call goes on with the same lines.
@@ -110,6 +111,8 @@ class Feeder:
 
         """
         fed = 0
+        if seconds_left <= 0:
+            return fed
         while (room := self._window.room) and not self.exhausted:
             self._chunk = self._chunk or self._read_chunk(min(room, CHUNK_LINES))
             if not self._chunk:

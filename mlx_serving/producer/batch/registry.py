@@ -85,9 +85,9 @@ class Registry:
         """Close the connection."""
         self._redis.close()
 
-    def check(self) -> None:
-        """Make sure that Redis answers."""
-        self._now_ms()
+    def now_s(self) -> int:
+        """Redis's time: whole seconds since the epoch."""
+        return self._now_ms() // 1000
 
     def tell(self, report: Report) -> bool:
         """Write a report; return whether somebody asked to cancel the batch."""

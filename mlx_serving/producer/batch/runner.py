@@ -26,6 +26,7 @@ from mlx_serving.producer.batch.registry import Registry, Report
 from mlx_serving.producer.batch.results import Results
 from mlx_serving.producer.batch.store import CANCELLED_BY_BATCH, DEADLINE
 from mlx_serving.producer.batch.validation import Validation
+from mlx_serving.producer.batch.window_clock import WindowClock
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -65,6 +66,7 @@ class BulkRunner:
         self._written = -1  # results on disk at the last write
         self._away: set[str] = set()  # models (or "registry") whose Redis did not answer last time
         self._parts: list[ModelPart] = []
+        self._clock = WindowClock()
 
     def run(self, progress: Callable[[int], object] | None = None) -> Batch:
         """Run to the end; `progress` is told how many lines are validated.
@@ -143,6 +145,7 @@ class BulkRunner:
     def _loop(self, results: Results) -> None:
         """Take turns until all lines have ended, or the batch was wound up."""
         pause = SHORTEST_PAUSE
+        self._write_down(results)  # asks Redis for the time
         while True:
             moved = self._turn(results)
             if self._over:
@@ -182,7 +185,9 @@ class BulkRunner:
 
     @property
     def _seconds_left(self) -> float:
-        return (self._batch.expires_at or 0) - time.time()
+        """Of the completion window; 0 while the time is not known."""
+        now_s = self._clock.now_s(time.monotonic())
+        return 0.0 if now_s is None else (self._batch.expires_at or 0) - now_s
 
     @property
     def _over(self) -> bool:
@@ -193,7 +198,7 @@ class BulkRunner:
             return
         if self._batch.status == "cancelling":
             self._stop = "cancelled"
-        elif self._seconds_left <= 0:
+        elif self._clock.sure and self._seconds_left <= 0:
             self._stop = "expired"
 
     def _write_down(self, results: Results) -> None:
@@ -226,7 +231,10 @@ class BulkRunner:
             waiting=sum(part.window.waiting for part in self._parts),
             problem=problem,
         )
-        return self._try("registry", lambda: self._registry.tell(report), otherwise=False)
+        cancelled = self._try("registry", lambda: self._registry.tell(report), otherwise=False)
+        if "registry" not in self._away:
+            self._clock.look(report.at_ms / 1000, time.monotonic())
+        return cancelled
 
     # -- the end ------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ import msgspec
 
 from mlx_serving.common import events, limits
 from mlx_serving.common.errors import (
+    ContextLengthExceeded,
     CorruptEvent,
     CorruptJob,
     EngineError,
@@ -128,7 +129,7 @@ class Preparation:
         if claimed.seq and not can_continue(committed, model, job):
             committed = Committed()
             held.restart()
-        request = build_request(claimed, job, committed, loaded.encode, model.vocab_size)
+        request = build_request(claimed, job, committed, loaded.encode, model)
         held.prompt_tokens = len(request.prompt)
         held.model, held.model_name = model, job.model
         left = tuple(c for c in request.choices if not held.choices[c.index].finish_reason)
@@ -250,13 +251,13 @@ def build_request(
     job: GenerationJob,
     committed: Committed,
     encode: Callable[[GenerationJob], tuple[int, ...]],
-    vocab_size: int,
+    model: ModelInfo,
 ) -> Request:
     """Tokenize the prompt and carry the parameters over, for all choices.
 
     Raises:
-        JobRefusedError: the prompt can't be rendered or tokenized, or a parameter names a token
-            that the model does not have.
+        JobRefusedError: the prompt can't be rendered or tokenized, a parameter names a token that
+            the model does not have, or prompt and answer are longer than its context.
 
     """
     try:
@@ -266,13 +267,37 @@ def build_request(
     except Exception as error:  # noqa: BLE001 -- see below
         # A chat template is foreign code: what it raises concerns this job alone.
         raise JobRefusedError(EngineError.code, f"messages: {type(error).__name__}") from None
-    sampling = _sampling(claimed, job, vocab_size)
+    sampling = _sampling(claimed, job, model.vocab_size)
     choices = tuple(RequestChoice(index, committed.of(index).token_ids) for index in range(job.n))
     return Request(
-        id=claimed.attempt.name, prompt=prompt, sampling=sampling, max_tokens=job.max_tokens,
+        id=claimed.attempt.name, prompt=prompt, sampling=sampling,
+        max_tokens=fit_context(job, len(prompt), model.context_length),
         stop=job.stop, choices=choices, salt=job.tenant or "", lane=lane_of(claimed.queue),
         model=model_of(claimed.queue),
     )  # fmt: skip
+
+
+def fit_context(job: GenerationJob, prompt_tokens: int, context: int | None) -> int:
+    """Return the most tokens that each choice may have in a model's context.
+
+    A job that names no `max_tokens` gets what its prompt leaves of the context.
+
+    Raises:
+        JobRefusedError: the context is too short (`context_length_exceeded`).
+
+    """
+    if context is None:
+        return job.max_tokens
+    left, has = context - prompt_tokens, f"and the model's context has {context}"
+    if left < 1:
+        field = "prompt" if job.messages is None else "messages"
+        message = f"{field}: is {prompt_tokens} tokens long, {has}"
+        raise JobRefusedError(ContextLengthExceeded.code, message)
+    if "max_tokens" in job.model_fields_set and job.max_tokens > left:
+        both = f"the prompt's {prompt_tokens} tokens and {job.max_tokens} for the answer"
+        message = f"max_tokens: {both} are {prompt_tokens + job.max_tokens}, {has}"
+        raise JobRefusedError(ContextLengthExceeded.code, message)
+    return min(job.max_tokens, left)
 
 
 def plan_output(plan: Plan, job: GenerationJob, request: Request) -> Request:

@@ -87,6 +87,8 @@ class TenantAudit:
                 yield [*ids]
 
 
+REAPED_AT_ONCE: Final = 32  # jobs of each kind and queue in one call, which holds Redis meanwhile
+REAP_CALLS: Final = 8  # in a row, while each ends or takes over as many jobs as it may
 RECONCILE_SECONDS: Final = 5.0
 
 
@@ -163,14 +165,24 @@ class Sweeper:
         self._hold_until = time.monotonic() + self._lease_ms / 1000
 
     def reap(self) -> list[tuple[str, str]]:
-        """Take over expired leases, expire queued jobs past their deadline."""
-        call = calls.reap(lease_ms=self._lease_ms, queues=self._queues, machine=machine_id())
-        swept = self._protocol.run(call)
-        for job_id, outcome in swept.outcomes:
+        """Take over expired leases, expire queued jobs past their deadline: a few calls' worth."""
+        call = calls.reap(
+            lease_ms=self._lease_ms,
+            most=REAPED_AT_ONCE,
+            queues=self._queues,
+            machine=machine_id(),
+        )
+        outcomes: list[tuple[str, str]] = []
+        for _ in range(REAP_CALLS):
+            swept = self._protocol.run(call).outcomes
+            outcomes += swept
+            if len(swept) < REAPED_AT_ONCE:
+                break
+        for job_id, outcome in outcomes:
             log.warning("job_reaped", job_id=job_id, outcome=outcome)
             if outcome == "isolated":
                 log.error("job_isolated", job_id=job_id)
-        return swept.outcomes
+        return outcomes
 
     def reconcile(self, queue: str) -> list[tuple[str, str]]:
         """Compare a queue's index with its list and leases; repair what is in neither.

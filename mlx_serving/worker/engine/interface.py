@@ -224,13 +224,17 @@ class Output(Struct):
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """The model an engine runs, as an attempt event names it."""
+    """The model an engine runs, as an attempt event names it.
+
+    `context_length`: most tokens of prompt and answer together; None if the model does not say.
+    """
 
     name: str
     revision: str
     tokenizer_hash: str
     vocab_size: int
     eos_token_ids: frozenset[int]
+    context_length: int | None = None
 
 
 class RequestRefusedError(ValueError):

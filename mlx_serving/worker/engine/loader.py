@@ -13,6 +13,7 @@ from mlx_lm.utils import load_model, load_tokenizer
 from mlx_serving.common import defaults
 from mlx_serving.worker.engine.acceleration import choose_sampler, make_detokenizer
 from mlx_serving.worker.engine.batch_runner import Attachments
+from mlx_serving.worker.engine.context_length import context_length
 from mlx_serving.worker.engine.engine import Engine
 from mlx_serving.worker.engine.fused_layers import fuse
 from mlx_serving.worker.engine.in_thread import in_thread
@@ -121,6 +122,7 @@ def load_in_slices(
         tokenizer_hash(path),
         runner.cost.vocab_size,
         frozenset(tokenizer.eos_token_ids),
+        context_length(config),
     )
     engine = build_engine(runner, tokenizer, info, options)
     yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from mlx_serving.worker.claiming.intake import (
     JobRefusedError,
     build_request,
     can_continue,
+    fit_context,
     open_payload,
     read_committed,
 )
@@ -119,7 +121,7 @@ def test_a_request_carries_the_parameters_and_names_the_attempt() -> None:
         max_tokens=9, stop=["a", "b"],
     )  # fmt: skip
     committed = Committed({0: CommittedChoice((5, 6))})
-    request = build_request(claim_of(epoch=4), job, committed, lambda _: (1, 2), 100)
+    request = build_request(claim_of(epoch=4), job, committed, lambda _: (1, 2), MODEL)
     assert request.id == "a:4:0f"
     assert (request.prompt, request.choices[0].committed, request.max_tokens) == ((1, 2), (5, 6), 9)
     assert request.stop == ("a", "b")
@@ -130,17 +132,17 @@ def test_a_request_carries_the_parameters_and_names_the_attempt() -> None:
 @pytest.mark.parametrize(("tenant", "salt"), [(None, ""), ("acme", "acme")])
 def test_a_request_shares_prefixes_with_its_own_tenant(tenant: str | None, salt: str) -> None:
     job = GenerationJob.build(model="tally", prompt="x", tenant=tenant)
-    request = build_request(claim_of(), job, Committed(), lambda _: (1,), 100)
+    request = build_request(claim_of(), job, Committed(), lambda _: (1,), MODEL)
     assert request.salt == salt
 
 
 def test_an_unresolved_seed_is_the_same_for_every_attempt() -> None:
     job = GenerationJob.build(model="tally", prompt="x")
     seeds = {
-        build_request(claim_of(epoch=n), job, Committed(), lambda _: (1,), 9).sampling.seed
+        build_request(claim_of(epoch=n), job, Committed(), lambda _: (1,), MODEL).sampling.seed
         for n in range(3)
     }
-    other = build_request(claim_of("b"), job, Committed(), lambda _: (1,), 9)
+    other = build_request(claim_of("b"), job, Committed(), lambda _: (1,), MODEL)
     assert len(seeds) == 1
     assert other.sampling.seed not in seeds
 
@@ -151,7 +153,7 @@ def test_a_template_that_raises_fails_the_job_without_its_words() -> None:
 
     job = GenerationJob.build(model="tally", prompt="x")
     with pytest.raises(JobRefusedError, match="KeyError") as caught:
-        build_request(claim_of(), job, Committed(), encode, 9)
+        build_request(claim_of(), job, Committed(), encode, MODEL)
     assert "secret" not in str(caught.value)
 
 
@@ -205,7 +207,7 @@ def test_a_choice_that_no_job_has_is_refused(index: int) -> None:
 
 def test_one_request_has_the_prompt_and_each_choice_its_own_tokens() -> None:
     committed = read_committed(several(), 3)
-    request = build_request(claim_of(), job(n=3), committed, lambda _: (7, 8), 100)
+    request = build_request(claim_of(), job(n=3), committed, lambda _: (7, 8), MODEL)
     assert (request.id, request.prompt) == ("a:1:0f", (7, 8))
     assert request.choices == (RequestChoice(0, (1, 0)), RequestChoice(1, (2,)), RequestChoice(2))
 
@@ -215,7 +217,7 @@ def test_a_request_carries_penalties_biases_and_log_probabilities() -> None:
         repetition_penalty=1.5, presence_penalty=0.5, frequency_penalty=-0.25, seed=1,
         logit_bias={"3": -100, "99": 2}, logprobs=True, top_logprobs=4,
     )  # fmt: skip
-    request = build_request(claim_of(), asked, Committed(), lambda _: (1,), 100)
+    request = build_request(claim_of(), asked, Committed(), lambda _: (1,), MODEL)
     assert request.sampling == SamplingParams(
         temperature=1.0, seed=1, repetition_penalty=1.5, presence_penalty=0.5,
         frequency_penalty=-0.25, logit_bias=((3, -100.0), (99, 2.0)), logprobs=4,
@@ -228,13 +230,54 @@ def test_a_request_carries_penalties_biases_and_log_probabilities() -> None:
 def test_log_probabilities_without_alternatives_are_the_chosen_tokens(
     fields: dict[str, Any], asked: int | None
 ) -> None:
-    request = build_request(claim_of(), job(**fields), Committed(), lambda _: (1,), 100)
+    request = build_request(claim_of(), job(**fields), Committed(), lambda _: (1,), MODEL)
     assert request.sampling.logprobs == asked
 
 
 def test_a_bias_on_a_token_that_the_model_lacks_is_refused_by_its_path() -> None:
     asked = job(logit_bias={"5": 1, "100": 1})
     with pytest.raises(JobRefusedError) as caught:
-        build_request(claim_of(), asked, Committed(), lambda _: (1,), 100)
+        build_request(claim_of(), asked, Committed(), lambda _: (1,), MODEL)
     assert caught.value.code == "token_out_of_vocabulary"
     assert caught.value.message.startswith("logit_bias.100: ")
+
+
+# -- context length ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("prompt_tokens", "asked", "expected"),
+    [(10, 90, 90), (99, 1, 1), (10, None, 90), (99, None, 1)],
+    ids=["fits", "to the last token", "what is left", "one is left"],
+)
+def test_an_answer_fits_the_context(prompt_tokens: int, asked: int | None, expected: int) -> None:
+    assert fit_context(job(max_tokens=asked), prompt_tokens, 100) == expected
+
+
+@pytest.mark.parametrize(
+    ("prompt_tokens", "asked", "reason"),
+    [
+        (100, None, "prompt: is 100 tokens long, and the model's context has 100"),
+        (9500, 20, "prompt: is 9500 tokens long, and the model's context has 100"),
+        (11, 90, ("max_tokens: the prompt's 11 tokens and 90 for the answer are 101, "
+                  "and the model's context has 100")),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_the_context_is_refused_with_both_numbers(
+    prompt_tokens: int, asked: int | None, reason: str
+) -> None:
+    model = dataclasses.replace(MODEL, context_length=100)
+    with pytest.raises(JobRefusedError) as caught:
+        build_request(claim_of(), job(max_tokens=asked), Committed(),
+                      lambda _: (1,) * prompt_tokens, model)  # fmt: skip
+    assert (caught.value.code, caught.value.message) == ("context_length_exceeded", reason)
+
+
+def test_a_conversation_that_is_too_long_is_named() -> None:
+    asked = GenerationJob.build(model="m", messages=[{"role": "user", "content": "x"}])
+    with pytest.raises(JobRefusedError, match=r"^messages: is 7 tokens long"):
+        fit_context(asked, 7, 5)
+
+
+def test_a_model_that_names_no_context_has_no_limit() -> None:
+    assert fit_context(job(max_tokens=20_000), 1_000_000, None) == 20_000

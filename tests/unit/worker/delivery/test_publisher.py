@@ -91,7 +91,9 @@ def test_an_end_goes_at_once_after_its_last_tokens(bench: Bench) -> None:
     assert (bench.gone, bench.publisher.backlog) == ([], 0)
 
 
-def test_a_job_without_stream_waits_for_16_tokens_and_publishes_nothing(bench: Bench) -> None:
+def test_a_job_without_stream_waits_for_16_tokens_and_publishes_only_its_begin(
+    bench: Bench,
+) -> None:
     job = held(stream=False)
     bench.hold(job)
     bench.publisher.push([output(job, [0])])
@@ -103,7 +105,8 @@ def test_a_job_without_stream_waits_for_16_tokens_and_publishes_nothing(bench: B
     bench.publisher.push([output(job, [16])])
     bench.wait_for("attempt", "tokens", "tokens")
     assert len(bench.protocol.events[-1].choices[0].token_ids) == 16
-    assert not any(publish for commit in bench.protocol.commits for *_, publish in commit)
+    published = [e.type for commit in bench.protocol.commits for _, e, publish in commit if publish]
+    assert published == ["attempt"]
 
 
 def test_a_job_without_stream_waits_for_16_tokens_a_choice(bench: Bench) -> None:
