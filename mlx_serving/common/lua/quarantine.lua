@@ -6,7 +6,7 @@
 -- A job's own keys are not moved by a command that meets them: what they held can't be made again. Who finds one odd ends
 -- the job (`bury` in the prelude), or begins it anew (enqueue.lua).
 
-local redis, quarantine, answer, raise, is_odd = redis
+local redis, quarantine, answer, raise = redis
 
 do
   local server = redis
@@ -78,7 +78,7 @@ do
   function raise(problem) error(type(problem) == 'table' and problem or {err = problem}, 0) end
 
   -- Whether a reply says that its key is of another type. Fails if it is another error: that says nothing of the key.
-  function is_odd(reply)
+  local function is_odd(reply)
     if not is_error(reply) then return false end
     if string.sub(reply.err, 1, 9) ~= 'WRONGTYPE' then raise(reply) end
     return true
@@ -90,5 +90,5 @@ do
     return {QUARANTINED, reply, unpack(moved)}
   end
 
-  redis = {call = call, pcall = try, error_reply = server.error_reply}
+  redis = {call = call, pcall = try, error_reply = server.error_reply, is_odd = is_odd}
 end
