@@ -422,17 +422,13 @@ def crash(worker: str, blamed: Sequence[Blame]) -> Call[list[tuple[str, str]]]:
     return Call("crash", arguments, _pairs)
 
 
-REAPED_AT_ONCE: Final = 32
-"""Jobs of each kind and queue that one call ends or takes over, so that it holds Redis shortly."""
-
-
 def reap(
-    *, lease_ms: int, most: int = REAPED_AT_ONCE, queues: Sequence[str] = (), machine: str = ""
+    *, lease_ms: int, most: int = 32, queues: Sequence[str] = (), machine: str = ""
 ) -> Call[Swept]:
     """Take over what a dead worker held, expire what waited too long, trim RQ's registries.
 
     `queues`, the caller's own, are looked at whether or not RQ's set of queues still names them.
-    `machine` is the caller's, if it runs jobs.
+    `most`: jobs of each kind and queue. `machine` is the caller's, if it runs jobs.
     """
 
     def parse(reply: Sequence[Any]) -> Swept:

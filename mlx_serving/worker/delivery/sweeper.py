@@ -87,6 +87,7 @@ class TenantAudit:
                 yield [*ids]
 
 
+REAPED_AT_ONCE: Final = 32  # jobs of each kind and queue in one call, which holds Redis meanwhile
 REAP_CALLS: Final = 8  # in a row, while each ends or takes over as many jobs as it may
 RECONCILE_SECONDS: Final = 5.0
 
@@ -165,12 +166,17 @@ class Sweeper:
 
     def reap(self) -> list[tuple[str, str]]:
         """Take over expired leases, expire queued jobs past their deadline: a few calls' worth."""
-        call = calls.reap(lease_ms=self._lease_ms, queues=self._queues, machine=machine_id())
+        call = calls.reap(
+            lease_ms=self._lease_ms,
+            most=REAPED_AT_ONCE,
+            queues=self._queues,
+            machine=machine_id(),
+        )
         outcomes: list[tuple[str, str]] = []
         for _ in range(REAP_CALLS):
             swept = self._protocol.run(call).outcomes
             outcomes += swept
-            if len(swept) < calls.REAPED_AT_ONCE:
+            if len(swept) < REAPED_AT_ONCE:
                 break
         for job_id, outcome in outcomes:
             log.warning("job_reaped", job_id=job_id, outcome=outcome)
