@@ -154,8 +154,10 @@ def _kind_said(error: Exception, text: str) -> type[QueueFailure] | None:
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:  # redis-py makes rings of them
         yield error
+        seen.add(id(error))
         error = error.__cause__ or (error.__context__ if _within_call(error.__context__) else None)
 
 

@@ -177,6 +177,12 @@ def test_a_name_hides_no_refusal_of_a_sentinel(name: str) -> None:
     assert type(fault_of(exceptions.ConnectionError(text))) is WrongCredentials
 
 
+def test_a_ring_of_errors_has_an_end() -> None:
+    first, second = exceptions.ConnectionError("a"), exceptions.ConnectionError("b")
+    first.__cause__, second.__cause__ = second, first
+    assert type(fault_of(first)) is QueueUnavailable
+
+
 def _broken_tls() -> None:
     raise ssl.SSLError(1, "of another server")
 
