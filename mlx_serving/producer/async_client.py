@@ -133,10 +133,7 @@ class AsyncClient(BaseClient):
             async for _ in self._follow(job_id, EndWatch(), deadline_s):
                 pass
             record = await self.status(job_id)
-        if record.result:
-            return self._result(record, [])
-        payloads = await self._answered(lambda protocol: protocol.read_events(job_id))
-        return self._result(record, payloads)
+        return await self._read_result(record)
 
     async def status(self, job_id: str) -> JobRecord:
         """Read the job's control hash. Raises JobNotFound."""
@@ -198,7 +195,16 @@ class AsyncClient(BaseClient):
         try:
             return self._feed(reader, job_id, replies)
         except EventsGone as gone:
-            raise EventsGone(gone.message, result=await self.result(job_id)) from None
+            record = await self.status(job_id)
+            if record.state not in TERMINAL:
+                return []  # it was requeued since: its new life is read next
+            raise EventsGone(gone.message, result=await self._read_result(record)) from None
+
+    async def _read_result(self, record: JobRecord) -> GenerationResult:
+        if record.result:
+            return self._result(record, [])
+        read = await self._answered(lambda protocol: protocol.read_events(record.job_id))
+        return self._result(record, read)
 
     async def _texts(
         self, job_id: str, events: AsyncGenerator[Event, None]

@@ -179,8 +179,7 @@ class Client(BaseClient):
             for _ in self._follow(job_id, EndWatch(), deadline_s):
                 pass
             record = self.status(job_id)
-        payloads = [] if record.result else answered(lambda: self._protocol.read_events(job_id))
-        return self._result(record, payloads)
+        return self._read_result(record)
 
     def status(self, job_id: str) -> JobRecord:
         """Read the job's control hash. Raises JobNotFound."""
@@ -255,7 +254,14 @@ class Client(BaseClient):
         try:
             return self._feed(reader, job_id, replies)
         except EventsGone as gone:
-            raise EventsGone(gone.message, result=self.result(job_id)) from None
+            record = self.status(job_id)
+            if record.state not in TERMINAL:
+                return []  # it was requeued since: its new life is read next
+            raise EventsGone(gone.message, result=self._read_result(record)) from None
+
+    def _read_result(self, record: JobRecord) -> GenerationResult:
+        read = partial(self._protocol.read_events, record.job_id)
+        return self._result(record, [] if record.result else answered(read))
 
     def _texts(
         self, job_id: str, events: Generator[Event, None, None]

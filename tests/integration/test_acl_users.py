@@ -332,7 +332,7 @@ OWN = {
         ["SMEMBERS", "mlxs:tenants"], ["SMEMBERS", "mlxs:tenant:x:queued"],
         ["LRANGE", "mlxs:line:tally:default:x", "0", "-1"], ["DEL", "mlxs:warm:x"],
         # What it may move aside, it may not read afterwards, nor bring to where it could.
-        ["ZRANGE", "mlxs:quarantine", "0", "-1"],
+        ["ZRANGE", "mlxs:quarantine", "0", "-1"], ["RENAME", "mlxs:quarantine", "mlxs:batch:x"],
         ["ZRANGE", "mlxs:quarantine:mlxs:open:x:1", "0", "-1"],
         ["RENAME", "mlxs:quarantine:mlxs:open:x:1", "mlxs:batch:x"],
         ["RENAME", "mlxs:open:tally:default", "mlxs:batch:x"],

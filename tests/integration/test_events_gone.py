@@ -22,6 +22,7 @@ from mlx_serving import (
     JobNotFound,
     JobState,
 )
+from mlx_serving.producer.base import BaseClient
 from tests.support.helpers import wait_until
 from tests.support.worker_process import InProcessWorker, counted, quick_settings, submit
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
     import redis
 
+    from mlx_serving.common.events import Event
     from mlx_serving.common.redis.local import LocalRedis
     from mlx_serving.producer.handles import JobHandle
 
@@ -193,6 +195,41 @@ class TestRequeue:
             with InProcessWorker(server.url, "right", jobs__signing_keys=["k" * 32]):
                 assert "".join(handle.text()) == counted(TOKENS)
                 assert signing.requeue(handle.id) is JobState.FINISHED
+            handle.forget()
+
+    @pytest.mark.parametrize("in_asyncio", [False, True])
+    def test_a_reader_that_finds_the_events_gone_reads_the_life_that_began_since(
+        self,
+        client: Client,
+        server: LocalRedis,
+        monkeypatch: pytest.MonkeyPatch,
+        *,
+        in_asyncio: bool,
+    ) -> None:
+        keyed = client.settings.replace(jobs__signing_keys=["k" * 32], jobs__events_ttl=1)
+        feed = BaseClient._feed
+
+        def feed_then_requeue(*given: Any) -> list[Event]:
+            try:
+                return feed(*given)
+            except EventsGone:
+                monkeypatch.undo()
+                assert signing.requeue(handle.id) is JobState.QUEUED
+                raise
+
+        async def text() -> str:
+            async with AsyncClient(settings=keyed) as other:
+                return "".join([piece async for piece in other.stream(handle.id, text=True)])
+
+        with Client(settings=keyed) as signing:
+            (handle,) = submit(signing, 1, TOKENS)
+            with InProcessWorker(server.url, "wrong", jobs__signing_keys=["w" * 32]):
+                handle.result(timeout=20)
+            events_go(client, handle.id)
+            monkeypatch.setattr(BaseClient, "_feed", staticmethod(feed_then_requeue))
+            with InProcessWorker(server.url, "right", jobs__signing_keys=["k" * 32]):
+                read = asyncio.run(text()) if in_asyncio else "".join(handle.text())
+            assert read == counted(TOKENS)
             handle.forget()
 
     def test_one_that_is_gone_is_refused(self, client: Client) -> None:

@@ -6,6 +6,7 @@ missing, for each command of the script that writes.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -13,13 +14,14 @@ import redis
 
 from mlx_serving import Client
 from mlx_serving.common.errors import MissingPermission
-from mlx_serving.common.protocol import calls
+from mlx_serving.common.protocol import calls, ended_calls
 from mlx_serving.common.protocol.client import Protocol
 from mlx_serving.common.protocol.keys import Keys
 from mlx_serving.common.redis.connection import connect, resolve
 from mlx_serving.common.redis.local import LocalRedis
+from mlx_serving.common.states import JobState
 from mlx_serving.worker.delivery.sweeper import Sweeper
-from tests.support.protocol_driver import LANES, QUEUE, Driver, entry
+from tests.support.protocol_driver import LANES, LEASE_MS, QUEUE, Driver, entry
 from tests.support.redis_users import as_user
 from tests.support.worker_process import InProcessWorker, quick_settings
 
@@ -158,6 +160,68 @@ def test_many_jobs_of_which_some_scripts_were_cut(server: LocalRedis, driver: Dr
     # Of the script that was cut, the jobs before the error are enqueued, the others are not.
     assert created == [False] * 4 + [False, False, True, True] + [False] * 4
     assert len(driver.claimed_ids(most=20)) == 12
+
+
+@pytest.mark.parametrize("pattern", ["rq:job:*", "rq:queues", "mlxs:deadlines", "mlxs:open:*"])
+def test_a_requeue_that_was_cut_can_be_sent_again(
+    server: LocalRedis, driver: Driver, pattern: str
+) -> None:
+    """The job has still ended, with all that it had."""
+    old = driver.start("a")
+    driver.commit(old, old.row(), old.end(JobState.FAILED))
+    before = driver.record("a"), driver.events("a")
+    forbid(driver, pattern, more="~mlxs:ev:* ~rq:*:*" if pattern != "rq:job:*" else "~mlxs:ev:*")
+    with pytest.raises(redis.ResponseError, match="can't access"):
+        Driver(half(server)).protocol.run(ended_calls.requeue("a"))
+    assert (driver.record("a"), driver.events("a")) == before
+    reply = driver.protocol.run(ended_calls.requeue("a"))
+    assert reply is not None
+    assert reply.created
+    attempt = driver.take()
+    assert driver.commit(attempt, attempt.row(), attempt.end()) == ["OK", "OK"]
+
+
+@pytest.mark.parametrize("runs", [False, True])
+def test_a_resend_of_a_user_that_may_not_look_changes_nothing(
+    server: LocalRedis, driver: Driver, *, runs: bool
+) -> None:
+    """Its error says nothing of the job."""
+    driver.enqueue("a")
+    if runs:
+        driver.take()
+    before = driver.snapshot()
+    forbid(driver, more="-hmget")
+    with pytest.raises(redis.ResponseError, match="t run this command"):
+        Driver(half(server)).enqueue("a")
+    assert driver.snapshot() == before
+    driver.cancel("a")
+
+
+@pytest.mark.parametrize("command", ["hget", "hmget"])
+def test_nor_does_a_worker_that_may_not_look(
+    server: LocalRedis, driver: Driver, command: str
+) -> None:
+    attempt = driver.start("a")
+    driver.enqueue("b")
+    before = driver.snapshot()
+    forbid(driver, more=f"-{command} ~mlxs:* ~rq:*")
+    worker = Driver(half(server))
+    sends: list[calls.Call[Any]] = [
+        calls.renew("w1", [attempt.job.attempt], lease_ms=LEASE_MS),
+        calls.cancel("b", "enough"),
+        calls.reconcile(QUEUE, ["a", "b"], lease_ms=LEASE_MS),
+        calls.reap(lease_ms=LEASE_MS, queues=LANES),
+    ]
+    for send in sends if command == "hmget" else sends[:1]:
+        with suppress(redis.ResponseError):
+            worker.protocol.run(send)
+    with pytest.raises(redis.ResponseError):
+        worker.claim()
+    assert driver.snapshot().keys() == before.keys()
+    assert (driver.state("a"), driver.state("b")) == ("running", "queued")
+    assert driver.record("a").cancel_reason == ""
+    driver.cancel("a")
+    driver.cancel("b")
 
 
 def test_the_reviewers_case(server: LocalRedis, driver: Driver) -> None:

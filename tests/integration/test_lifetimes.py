@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -9,13 +10,22 @@ import pytest
 from mlx_serving.common.lifetimes import Lifetimes
 from mlx_serving.common.protocol import calls, ended_calls
 from mlx_serving.common.protocol.calls import Refusal
+from mlx_serving.common.protocol.fields import JobField
+from mlx_serving.common.redis.connection import connect, resolve
 from mlx_serving.common.settings import Settings
 from mlx_serving.common.states import JobState
 from tests.support.helpers import wait_until
+from tests.support.odd_keys import PLANTS, plant
+from tests.support.paths import ROOT
 from tests.support.protocol_driver import PAYLOAD, QUEUE, Attempt, Driver, rq_fields
+from tests.support.redis_users import as_user
+from tests.support.worker_process import quick_settings
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from mlx_serving.common.protocol.client import JobRecord
+    from mlx_serving.common.redis.local import LocalRedis
 
 pytestmark = pytest.mark.usefixtures("settled_redis")
 
@@ -45,6 +55,19 @@ def ttls(driver: Driver) -> dict[str, int]:
 
 def about(**seconds: int) -> Any:
     return pytest.approx(seconds, abs=2)
+
+
+@contextmanager
+def a_producer(server: LocalRedis) -> Iterator[Driver]:
+    """The user of `ops/redis/users.acl`."""
+    lines = (ROOT / "ops" / "redis" / "users.acl").read_text().splitlines()
+    (rules,) = (line.split()[2:] for line in lines if line.startswith("user producer"))
+    with server.client() as admin:
+        admin.execute_command("ACL", "SETUSER", "producer", *rules)
+        url = as_user(server.url, "producer", "change-me-producer")
+        with connect(resolve(quick_settings(url))) as client:
+            yield Driver(client)
+        admin.execute_command("ACL", "DELUSER", "producer")
 
 
 class TestEnded:
@@ -123,6 +146,34 @@ class TestUnserved:
         driver.redis.delete("rq:queues")
         assert self.reaped(driver).error_code == "unserved"
 
+    def test_one_that_reads_as_none_of_ours_ends_too(self, driver: Driver) -> None:
+        """Nobody else looks at a queue that nobody serves."""
+        driver.enqueue("a", "misspelt:default", lifetimes=self.BRIEF)
+        driver.redis.hset(driver.keys.job("a"), JobField.CRASHES, "odd")
+
+        def ended() -> bool:
+            driver.reap()
+            return driver.redis.hget(driver.keys.job("a"), JobField.STATE) == b"failed"
+
+        wait_until(ended)
+        assert driver.record("a").error_code == "corrupt_job"
+        assert driver.listed("misspelt:default") == driver.indexed("misspelt:default") == []
+        assert not driver.redis.exists("mlxs:deadlines")
+
+    @pytest.mark.parametrize("state", ["running", "failed"])
+    def test_but_not_one_that_runs_or_has_ended(self, driver: Driver, state: str) -> None:
+        attempt = driver.start("a")
+        if state == "failed":
+            driver.commit(attempt, attempt.end(JobState.FAILED))
+        driver.redis.hset(driver.keys.job("a"), JobField.CRASHES, "odd")
+        driver.redis.zadd("mlxs:deadlines", {"a": 1})
+        before = driver.redis.dump(driver.keys.job("a"))
+        driver.reap()
+        assert driver.redis.dump(driver.keys.job("a")) == before
+        assert not driver.redis.exists("mlxs:deadlines")
+        driver.redis.hset(driver.keys.job("a"), JobField.CRASHES, 0)
+        driver.cancel("a")
+
     def test_an_earlier_deadline_ends_it_as_such(self, driver: Driver) -> None:
         driver.enqueue("a", deadline_ms=200)
         assert self.reaped(driver).error_code == "deadline_exceeded"
@@ -188,6 +239,28 @@ class TestForget:
             assert driver.protocol.run(ended_calls.forget(["a", "odd", "b"])) == [None] * 3
         assert driver.enqueue("a").created
 
+    def test_a_job_of_rqs_own_enqueue_waits_before_anybody_claimed_it(
+        self, server: LocalRedis, driver: Driver
+    ) -> None:
+        driver.redis.hset("rq:job:a", mapping=rq_fields())  # type: ignore[arg-type]
+        driver.redis.rpush("rq:queue:tally:default", "a")
+        with a_producer(server) as producer:
+            assert producer.protocol.run(ended_calls.forget(["a"])) == [JobState.QUEUED]
+            attempt = driver.take()
+            driver.commit(attempt, attempt.end(JobState.FAILED))
+            driver.redis.delete(driver.keys.job("a"))
+            assert producer.protocol.run(ended_calls.forget(["a"])) == [None]
+        assert not driver.redis.exists("rq:job:a")
+
+    def test_thousands_at_once(self, driver: Driver) -> None:
+        ids = [f"j{number}" for number in range(3_000)]
+        for job_id in ids:
+            fields = {JobField.STATE: "failed", JobField.QUEUE: QUEUE}
+            driver.redis.hset(driver.keys.job(job_id), mapping=fields)  # type: ignore[arg-type]
+            driver.redis.zadd("rq:failed:tally:default", {job_id: 1})
+        assert driver.protocol.run(ended_calls.forget(ids)) == [None] * len(ids)
+        assert {*driver.redis.scan_iter(count=1000)} == set()
+
 
 class TestRequeue:
     def requeued(self, driver: Driver) -> Any:
@@ -228,6 +301,16 @@ class TestRequeue:
         driver.cancel("a")
         driver.cancel("b")
 
+    def test_a_suspect_has_waited_from_now_on(self, driver: Driver) -> None:
+        """Else a worker that holds rows would take nothing more at once, to make room for it."""
+        attempt = driver.start("a", max_attempts=1)
+        die(driver, attempt)
+        driver.redis.hset(driver.keys.job("a"), JobField.SUSPECT_SINCE_MS, 1)
+        assert self.requeued(driver).created
+        reply = driver.claim(held=calls.HeldRows(rows=3, unproven=3))
+        assert (reply.jobs, reply.reserved) == ([], "")
+        driver.cancel("a")
+
     def test_the_worker_of_the_life_that_ended_writes_nothing(self, driver: Driver) -> None:
         old = driver.start("a")
         driver.commit(old, old.row(), old.end(JobState.FAILED))
@@ -253,6 +336,18 @@ class TestRequeue:
         end(driver, JobState.FAILED)
         driver.redis.delete(gone)
         assert self.requeued(driver) is None
+
+    @pytest.mark.parametrize("kind", PLANTS)
+    def test_nor_is_anything_written_if_the_payload_is_something_else(
+        self, driver: Driver, kind: str
+    ) -> None:
+        end(driver, JobState.FAILED)
+        plant(driver.redis, "rq:job:a", kind)
+        before = driver.snapshot()
+        for _ in range(2):
+            assert self.requeued(driver) is None
+        assert driver.snapshot() == before
+        driver.redis.delete("rq:job:a")
 
     def test_a_tenants_limit_holds(self, driver: Driver) -> None:
         end(driver, JobState.FAILED, tenant="acme")

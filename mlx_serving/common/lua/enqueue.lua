@@ -27,7 +27,7 @@ local BEGUN = {F.state, F.queue, F.epoch, F.digest}
 -- it has another digest.
 local function find(id, digest)
   local values = redis.pcall('HMGET', k_job(id), unpack(BEGUN))
-  if values.err then  -- a hand's
+  if redis.is_odd(values) then  -- a hand's
     if quarantine(k_job(id)) then redis.call('DEL', k_job(id)) end
     return nil
   end

@@ -6,9 +6,18 @@ local READ = field_list('state', 'queue')
 local replies = {}
 shared, shown = gather, gather_view
 
+-- Whether RQ's own enqueue put the job there, and no worker has claimed it yet. A producer may not read RQ's hashes, but
+-- how long a value is: of RQ's states only 'failed' is as long as 'queued', and that has an end.
+local function is_waiting(id)
+  local key = k_rq_job(id)
+  if not is_hash(key) then return false end
+  return redis.call('HSTRLEN', key, 'status') == #'queued' and redis.call('HSTRLEN', key, 'ended_at') == 0
+end
+
 local function forget(id)
   local job = find_fields(id, READ)
   if OPEN[job.state] then return job.state end
+  if not job.state and is_waiting(id) then return 'queued' end
   shared('DEL', k_job(id), k_events(id))
   shared('DEL', k_rq_job(id), k_rq_results(id))
   if job.queue then

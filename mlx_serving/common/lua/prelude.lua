@@ -97,7 +97,7 @@ local function read_sound(id)
   if not is_job_id(id) then return nil end
   if not SOUND then list_sound() end
   local values = redis.pcall('HMGET', k_job(id), unpack(SOUND))
-  if values.err then return nil end
+  if redis.is_odd(values) then return nil end
   local job, before = {}, #TEXTS
   for i, name in ipairs(TEXTS) do job[name] = values[i] or nil end
   if not (OPEN[job.state] or TERMINAL[job.state]) then return nil end
@@ -151,8 +151,14 @@ end
 local function gather_view(...) gather(...).view = true end
 
 local function write_gathered()
+  local slice = 1000  -- arguments of a call at most: Lua's stack holds no more than some thousands. Even, for pairs
   for _, group in ipairs(gathered) do
-    if group.view then show(redis.call, unpack(group)) else redis.call(unpack(group)) end
+    local call, command, key = group.view and redis.pcall or redis.call, group[1], group[2]
+    local deletes = command == 'DEL'
+    for at = deletes and 2 or 3, #group, slice do
+      local last = math.min(at + slice - 1, #group)
+      if deletes then call(command, unpack(group, at, last)) else call(command, key, unpack(group, at, last)) end
+    end
   end
 end
 
@@ -343,8 +349,9 @@ end
 -- What a stock tool did to a job's RQ hash that ends the job: a cancel reason, or ''.
 local function stock_verdict(id)
   local status = redis.pcall('HGET', k_rq_job(id), 'status')
-  if type(status) == 'table' then quarantine(k_rq_job(id)) end
-  if status == false or type(status) == 'table' then return 'deleted' end
+  local odd = redis.is_odd(status)
+  if odd then quarantine(k_rq_job(id)) end
+  if odd or not status then return 'deleted' end
   if status == 'canceled' or status == 'stopped' then return 'cancelled' end
   return ''
 end

@@ -77,11 +77,18 @@ do
   -- Fails with an error of Redis's own. Its `pcall` makes a text of one; as a table it keeps its code.
   function raise(problem) error(type(problem) == 'table' and problem or {err = problem}, 0) end
 
+  -- Whether a reply says that its key is of another type. Fails if it is another error: that says nothing of the key.
+  local function is_odd(reply)
+    if not is_error(reply) then return false end
+    if string.sub(reply.err, 1, 9) ~= 'WRONGTYPE' then raise(reply) end
+    return true
+  end
+
   -- A script's reply: with the keys that it moved, if there are any.
   function answer(reply)
     if #moved == 0 then return reply end
     return {QUARANTINED, reply, unpack(moved)}
   end
 
-  redis = {call = call, pcall = try, error_reply = server.error_reply}
+  redis = {call = call, pcall = try, error_reply = server.error_reply, is_odd = is_odd}
 end

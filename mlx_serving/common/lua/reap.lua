@@ -54,7 +54,15 @@ local function judge(id, queue)
 end
 
 local function expire(id)
-  local job = is_sound(id) and read_fields(id, OVERDUE) or {}
+  local job = find_fields(id, OVERDUE)
+  if not is_sound(id) then
+    -- One that runs is its lease's; a job without a hash is no job.
+    if redis.call('EXISTS', k_job(id)) == 1 and job.state ~= 'running' and not TERMINAL[job.state] then
+      if job.queue then take_off_list(id, job.queue) end
+      bury(id, job.queue or '', iso, now)
+    end
+    job = {}
+  end
   local deadline = tonumber(job.deadline_ms or 0)
   local is_late = deadline > 0 and deadline <= now
   if job.state == 'queued' then

@@ -7,33 +7,34 @@ local id, iso = ARGV[3], ARGV[4]
 local job = read_sound(id)
 if not job then return false end
 if OPEN[job.state] or job.state == 'finished' then return {0, job.state} end
-if redis.call('EXISTS', k_rq_job(id)) == 0 then return false end
+if not is_hash(k_rq_job(id)) or redis.call('HSTRLEN', k_rq_job(id), 'data') == 0 then return false end
 local limit = job.tenant and limit_of(job.tenant, LIMIT.queued)
 if limit then
   local queued = members_of(k_tenant_queued(job.tenant))
   if queued >= limit then return answer({0, job.state, LIMIT.queued, limit, queued}) end
 end
 
--- What the control hash says of the life that ended. A suspect of a crash stays one, and runs beside few rows. The epoch goes
--- on, so that no attempt is named twice.
+-- What the control hash says of the life that ended. A suspect of a crash stays one, and runs beside few rows, but has
+-- waited for them from now on only. The epoch goes on, so that no attempt is named twice.
 local ENDED = field_list('nonce', 'started_ms', 'first_token_ms', 'listened_ms', 'needed_rows', 'overtaken_ms',
                          'charged_nonce', 'finished_ms', 'error_code', 'message', 'result')
 local now, queue, deadline = now_ms(), job.queue, tonumber(job.deadline_ms)
 if deadline > 0 then deadline = now + deadline - tonumber(job.enqueued_ms) end  -- it counts from the enqueue
 job.deadline_ms, job.owner, job.cancel_reason = int(deadline), '', ''
--- First of all: what an error of Redis cuts off here, the reconciler finds in the index.
+-- What an error of Redis cuts off before the control hash is written, has still ended, with all that it had, and a resend
+-- requeues it; what one cuts off later, the reconciler finds in the index.
 redis.call('ZADD', k_open(queue), int(now), id)
-create_job(id, queue, now, job)
-set_fields(id, {epoch = job.epoch})
-redis.call('HDEL', k_job(id), unpack(ENDED.stored))
-redis.call('PERSIST', k_job(id))
-redis.call('DEL', k_events(id), k_rq_results(id))
 note_due(id, deadline, job.queued_ttl, now)
-redis.call('HSET', k_rq_job(id), 'status', 'queued', 'enqueued_at', iso, 'worker_name', '')
-redis.call('HDEL', k_rq_job(id), 'started_at', 'ended_at')
-redis.call('PERSIST', k_rq_job(id))
-for _, registry in pairs(REGISTRIES) do show(redis.call, 'ZREM', registry(queue), id) end
 redis.call('SADD', k_rq_queues(), k_rq_queue(queue))
+redis.call('HSET', k_rq_job(id), 'status', 'queued', 'enqueued_at', iso, 'worker_name', '')
+redis.call('PERSIST', k_rq_job(id))
+create_job(id, queue, now, job)
+set_fields(id, {epoch = job.epoch, suspect_since_ms = job.suspect_since_ms and int(now)})
+redis.call('PERSIST', k_job(id))
+redis.call('HDEL', k_job(id), unpack(ENDED.stored))
+redis.call('DEL', k_events(id), k_rq_results(id))
+redis.call('HDEL', k_rq_job(id), 'started_at', 'ended_at')
+for _, registry in pairs(REGISTRIES) do show(redis.call, 'ZREM', registry(queue), id) end
 redis.call('RPUSH', k_rq_queue(queue), id)
 if job.tenant then tolerantly(tenant_waits, id, queue, job.tenant, 'RPUSH') end
 redis.call('PUBLISH', k_wake(queue), id)
