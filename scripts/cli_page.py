@@ -58,8 +58,8 @@ A job's own default temperature is 1.0. If nobody takes the job for 3 s, it says
 cancels the job and waits for its end, at most 5 s from when Redis has the cancel, so that
 everything decoded is printed; if Redis does not answer, it tries for 10 s. A second Ctrl-C, or
 another signal half a second after the first, does not wait for the end. A reader that goes away
-(`| head`) cancels the job too. On a terminal, control characters in a model's text are shown as �, so
-that no model can drive the terminal.""",
+(`| head`) cancels the job too. On a terminal, control characters in a model's text are shown as �,
+so that no model can drive the terminal.""",
     "status": "Never shows a job's text.",
     "top": """\
 Per worker: state with its reasons, rows, KV tokens reserved, tokens/s over the last 10 s, age of
