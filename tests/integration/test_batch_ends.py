@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from mlx_serving import AsyncClient, BatchNotFound, Client, QueueUnavailable
-from mlx_serving.common.errors import MissingPermission
+from mlx_serving.common.errors import MissingPermission, WrongCredentials
 from mlx_serving.common.protocol.keys import Keys
 from mlx_serving.common.redis.local import LocalRedis
 from mlx_serving.common.settings import load_settings
@@ -278,6 +278,16 @@ class TestNames:
         assert (report.batch, report.running) == (batch, False)
         with pytest.raises(QueueUnavailable):
             away.report(batch.id)
+
+    def test_one_that_lies_here_is_known_with_a_wrong_password(
+        self, batches: Batches, tmp_path: Path, local_redis: LocalRedis
+    ) -> None:
+        batch = submitted(batches, tmp_path, 1)
+        url = local_redis.url.replace("unix://", "unix://nobody:wrong@")
+        refused = Client(settings=load_settings(redis__url=url)).batches
+        assert refused.report(str(batches.folder(batch.id).path)).batch == batch
+        with pytest.raises(WrongCredentials):
+            refused.report(batch.id)
 
     def test_without_redis_nothing_is_written(self, tmp_path: Path) -> None:
         batches = Client(settings=load_settings(redis__url="unix:///nowhere.sock")).batches
