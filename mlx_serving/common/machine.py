@@ -39,5 +39,5 @@ def _mac_uuid() -> str:
 def _linux_id() -> str:
     try:
         return _LINUX_ID.read_text().strip()
-    except OSError:
+    except (OSError, ValueError):  # a ValueError: no UTF-8
         return ""

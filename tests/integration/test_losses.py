@@ -11,12 +11,12 @@ from typer.testing import CliRunner
 from mlx_serving.cli.main import app
 from mlx_serving.cli.overview import look
 from mlx_serving.common import attempts
-from mlx_serving.common.machine import machine_id
 from mlx_serving.common.protocol import calls, ended_calls
 from mlx_serving.common.protocol.calls import HeldRows
 from mlx_serving.common.protocol.fields import JobField
 from mlx_serving.common.states import JobState
 from mlx_serving.worker.delivery.sweeper import Sweeper
+from tests.support.lost_machines import LEASE_MS, awake, go_back
 from tests.support.protocol_driver import LANES, QUEUE, Attempt, Driver
 
 if TYPE_CHECKING:
@@ -30,7 +30,6 @@ pytestmark = [
 ]
 
 MACHINES = ("0000000a", "0000000b", "0000000c", "0000000d", "0000000e", "0000000f")
-LEASE_MS = 1_000
 HOUR_MS = 3_600_000
 
 
@@ -59,34 +58,6 @@ def lose_on(driver: Driver, *machines: str) -> list[tuple[str, str]]:
 def isolated(driver: Driver) -> list[bytes]:
     ids: Any = driver.redis.zrange(driver.keys.isolated(QUEUE), 0, -1)
     return list(ids)
-
-
-def go_back(driver: Driver, job_id: str, ms: int) -> None:
-    """Let a job's losses, and all that its machines are known for, be older."""
-    key = driver.keys.job(job_id)
-    losses: Any = driver.redis.hget(key, JobField.LOSSES) or b""
-    entries = [entry.split(",") for entry in losses.decode().split()]
-    older = [
-        ",".join([e[0], str(int(e[1]) - ms), str(max(int(e[2]) - ms, 0)), *e[3:]]) for e in entries
-    ]
-    driver.redis.hset(key, JobField.LOSSES, " ".join(older))
-    for machine in {e[3] for e in entries}:
-        value: Any = driver.redis.get(f"mlxs:machine:{machine}") or b"0,0"
-        head, *owners = value.decode().split()
-        moved = [f"{o.split(',')[0]},{int(o.split(',')[1]) - ms}" for o in owners]
-        driver.redis.set(f"mlxs:machine:{machine}", " ".join([head, *moved]))
-
-
-def awake(driver: Driver, machine: str, leases: int = 7) -> list[tuple[str, str]]:
-    """Let a machine be seen for so many leases until now; returns what became of jobs."""
-    seconds, micros = driver.redis.time()
-    now = seconds * 1000 + micros // 1000
-    key = f"mlxs:machine:{machine}"
-    value: Any = driver.redis.get(key) or b"0,0"
-    _, *owners = value.decode().split()
-    head = f"{now - leases * LEASE_MS},{now - LEASE_MS}"
-    driver.redis.set(key, " ".join([head, *owners]))
-    return driver.reap(LEASE_MS, machine=machine).outcomes
 
 
 class TestSuspicion:
@@ -236,13 +207,19 @@ class TestEnd:
         assert isolated(driver) == []
         assert driver.events("a")[-1].state == "dead"
 
-    def test_machines_that_never_come_back_prove_it_after_a_day(self, driver: Driver) -> None:
+    def test_machines_that_never_come_back_prove_nothing(self, driver: Driver) -> None:
+        """They may be laptops that sleep over a weekend."""
         driver.enqueue("a")
         lose_on(driver, *MACHINES[:5])
-        go_back(driver, "a", 23 * HOUR_MS)
+        go_back(driver, "a", 80 * HOUR_MS)
         assert driver.reap(LEASE_MS).outcomes == []
-        go_back(driver, "a", 2 * HOUR_MS)
-        assert driver.reap(LEASE_MS).outcomes == [("a", "dead")]
+        assert (driver.state("a"), isolated(driver)) == ("queued", [b"a"])
+
+    def test_a_requeue_forgives_its_losses(self, driver: Driver) -> None:
+        self.test_two_machines_that_it_was_alone_on_make_it_dead(driver)
+        driver.protocol.run(ended_calls.requeue("a"))
+        attempt = take(driver, MACHINES[3])
+        assert (attempt.job.max_unproven, attempt.job.runs_alone) == (0, False)
 
     def test_a_machine_that_is_awake_for_a_moment_proves_nothing(self, driver: Driver) -> None:
         """A laptop has just woken: its workers may not have spoken yet."""
@@ -328,7 +305,7 @@ class TestEnd:
             lose(driver, driver.take(f"mac, {number}"))
         assert isolated(driver) == [b"a"]
         go_back(driver, "a", 25 * HOUR_MS)
-        assert driver.reap(LEASE_MS).outcomes == [("a", "dead")]
+        assert driver.reap(LEASE_MS).outcomes == []  # nobody can see that such a machine is awake
 
 
 @pytest.fixture
@@ -357,6 +334,39 @@ class TestIsolation:
     def test_a_hand_that_lists_it_again_starts_nothing(self, held: Driver) -> None:
         held.redis.rpush(held.keys.rq_queue(QUEUE), "a")
         assert may_take(held, MACHINES[5]) == []
+        assert (held.listed(), isolated(held)) == ([], [b"a"])
+
+    def test_a_list_that_has_it_instead_gives_it_back(self, held: Driver) -> None:
+        held.redis.delete(held.keys.isolated(QUEUE))
+        held.redis.rpush(held.keys.rq_queue(QUEUE), "a")
+        assert may_take(held, MACHINES[5]) == []
+        assert (held.listed(), isolated(held)) == ([], [b"a"])
+
+    @pytest.mark.parametrize("how", ["cancel", "expire"])
+    def test_its_end_walks_no_list(self, held: Driver, how: str) -> None:
+        held.redis.zadd("mlxs:deadlines", {"a": 1})
+        held.redis.rpush(held.keys.rq_queue(QUEUE), "a")  # who looks for it there finds it
+        if how == "cancel":
+            held.cancel("a")
+        else:
+            assert held.reap(LEASE_MS).outcomes == [("a", "expired")]
+        assert (held.listed(), isolated(held)) == (["a"], [])
+
+    def test_a_call_judges_few(self, held: Driver) -> None:
+        for number in range(40):
+            held.redis.zadd(held.keys.isolated(QUEUE), {f"gone-{number}": 1})
+        held.reap(LEASE_MS)
+        assert len(isolated(held)) >= 41 - 8
+
+    def test_a_full_redis_renews_although_a_loss_is_forgiven(self, driver: Driver) -> None:
+        driver.enqueue("a")
+        lost = take_and_lose(driver, MACHINES[0])
+        driver.redis.config_set("maxmemory", 1)
+        try:
+            assert driver.renew(lost).status == "FENCED"
+        finally:
+            driver.redis.config_set("maxmemory", 0)
+        assert driver.redis.hget(driver.keys.job("a"), JobField.LOSSES) == b""
 
     def test_a_pardon_lets_it_run_again_as_if_nothing_was(self, held: Driver) -> None:
         assert held.protocol.run(ended_calls.pardon("a")) is JobState.QUEUED
@@ -420,13 +430,3 @@ class TestIsolation:
         assert isolated(driver) == [b"a"]
         go_back(driver, "a", HOUR_MS)
         assert awake(driver, MACHINES[0]) + awake(driver, MACHINES[1]) == [("a", "dead")]
-
-
-def test_a_machine_has_one_name_and_attempts_say_it() -> None:
-    assert machine_id() == machine_id()
-    assert len(machine_id()) == 8
-    int(machine_id(), 16)
-    nonce = attempts.new_nonce(machine_id())
-    assert nonce.endswith("-" + machine_id())
-    attempt = attempts.Attempt("a:b", 3, nonce)
-    assert attempts.Attempt.parse(attempt.name) == attempt

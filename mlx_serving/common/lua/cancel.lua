@@ -10,7 +10,9 @@ if not is_sound(id) then
 end
 if TERMINAL[job.state] then return answer(job.state) end
 if job.state == 'queued' then
-  redis.call('LREM', k_rq_queue(job.queue), 1, id)  -- a producer may not read the index, so not `take_off_list`
+  if redis.pcall('ZREM', k_isolated(job.queue), id) ~= 1 then  -- what is isolated is on no list
+    redis.call('LREM', k_rq_queue(job.queue), 1, id)  -- a producer may not read the index, so not `take_off_list`
+  end
   return answer(finalize_cancelled(id, job.queue, reason, iso, now_ms()))
 end
 if job.cancel_reason == '' then set_fields(id, {cancel_reason = reason}) end

@@ -206,7 +206,13 @@ local function decide(id, queue)
   end
   if needs_another_worker(job) then return 'skip', job end
   LOSSES.weigh(job)
-  if LOSSES.is_barred(job, nonce, worker, now, lease) then return 'skip', job end
+  local is_barred, is_final = LOSSES.is_barred(id, job, nonce, worker, now, lease)
+  if is_final then  -- it is on the list by a hand's mistake, or a failover's
+    redis.call('ZADD', k_isolated(queue), 'NX', int(now), id)
+    if job.tenant then tolerantly(leave_line, id, queue, job.tenant) end
+    return 'drop'
+  end
+  if is_barred then return 'skip', job end
   if not has_room_for(job) then
     reserve(queue, job)
     return 'skip', job

@@ -11,7 +11,7 @@ do
 local SUSPECT, COMPANY = 2, 4
 local MOST = 16  -- losses kept; with so many a job is isolated, alone or not
 local PROGRESS = 16  -- events of an attempt that show that it did not die of how it began
-local KEPT, KEPT_MS, DAY_MS = 16, 172800000, 86400000
+local KEPT, KEPT_MS = 16, 172800000
 local AWAKE, TOGETHER, OTHERS_FIRST = 6, 3, 6  -- leases
 local LOSS = '([^, ]+),(%d+),(%d+),([^, ]+),([^, ]+)'
 
@@ -51,7 +51,7 @@ local function write_machine(machine, found)
   for i = math.max(1, #found.lost - KEPT + 1), #found.lost do
     texts[#texts + 1] = found.lost[i].owner .. ',' .. int(found.lost[i].ms)
   end
-  redis.call('SET', k_machine(machine), table.concat(texts, ' '), 'PX', KEPT_MS)
+  redis.pcall('SET', k_machine(machine), table.concat(texts, ' '), 'PX', KEPT_MS)
 end
 
 -- Whether another worker was lost on the machine with it: who of them took it down is not known.
@@ -63,10 +63,10 @@ local function is_accompanied(loss, lease)
   return false
 end
 
--- Whether the worker had time to come back: its machine was awake since, or a day is over.
+-- Whether the worker had time to come back: its machine was awake since. One that nobody saw may sleep, however long.
 local function is_gone(loss, now, lease)
   local machine = read_machine(loss.machine)
-  return machine.seen - math.max(machine.since, loss.ms) >= AWAKE * lease or now - loss.ms >= DAY_MS
+  return machine.seen - math.max(machine.since, loss.ms) >= AWAKE * lease
 end
 
 -- Takes a loss back: its worker is there.
@@ -77,6 +77,7 @@ function LOSSES.forgive(id, nonce)
   for _, loss in ipairs(read(losses)) do
     if loss.nonce ~= nonce then kept[#kept + 1] = loss end
   end
+  redis.call('HDEL', k_job(id), '')  -- removes nothing, so that a full Redis lets the script go on (see renew.lua)
   set_fields(id, {losses = text_of(kept)})
 end
 
@@ -90,17 +91,19 @@ function LOSSES.weigh(job)
 end
 
 -- Whether a job that must run alone is not for this worker: it was lost alone on its machine. Others go first for a while.
-function LOSSES.is_barred(job, nonce, worker, now, lease)
-  if not job.runs_alone then return false end
-  local here, machines, count, last = machine_of(nonce, worker), {}, 0, 0
-  for _, loss in ipairs(read(job.losses)) do
+-- The second is whether it is for no worker: it is to be isolated, or is.
+function LOSSES.is_barred(id, job, nonce, worker, now, lease)
+  if not job.runs_alone then return false, false end
+  local here, machines, count, last, entries = machine_of(nonce, worker), {}, 0, 0, read(job.losses)
+  for _, loss in ipairs(entries) do
     if loss.alone > 0 then
       machines[loss.machine] = (machines[loss.machine] or 0) + 1
       if loss.machine == here then last = loss.ms end
     end
   end
   for _ in pairs(machines) do count = count + 1 end
-  return count >= 2 or (machines[here] or 0) >= 2 or (last > 0 and now - last < OTHERS_FIRST * lease)
+  local is_final = count >= 2 or #entries >= MOST or type(redis.pcall('ZSCORE', k_isolated(job.queue), id)) == 'string'
+  return is_final or (machines[here] or 0) >= 2 or (last > 0 and now - last < OTHERS_FIRST * lease), is_final
 end
 
 -- Notes that a running attempt was lost; returns whether the job is to be isolated. `job`: LOSSES.READ.

@@ -9,6 +9,7 @@ local iso, lease, most, machine = ARGV[3], tonumber(ARGV[4]), tonumber(ARGV[5]),
 local FIRST_QUEUE = 7
 local TAKEN_OVER = field_list('state', 'epoch', 'cancel_reason', unpack(LOSSES.READ))
 local OVERDUE = field_list('state', 'queue', 'owner', 'cancel_reason', 'deadline_ms', 'queued_ttl')
+local JUDGED = 8  -- isolated jobs of a queue that a call looks at: any of them, so that each has its turn
 local TRIMMED, TIDIED = 1000, 16  -- at most: entries of RQ's registries that a call removes, and others' queues that it looks at
 -- After a restart live workers need one lease to renew; until then an old deadline proves nothing.
 local uptime = tonumber(string.match(redis.call('INFO', 'server'), 'uptime_in_seconds:(%d+)'))
@@ -66,7 +67,7 @@ local function expire(id)
   local deadline = tonumber(job.deadline_ms or 0)
   local is_late = deadline > 0 and deadline <= now
   if job.state == 'queued' then
-    take_off_list(id, job.queue)
+    if redis.pcall('ZREM', k_isolated(job.queue), id) ~= 1 then take_off_list(id, job.queue) end
     local code, message = 'deadline_exceeded', 'the deadline passed while the job was queued'
     if not is_late then
       code, message = 'unserved', 'no worker took the job from the queue ' .. job.queue .. ' for ' ..
@@ -94,7 +95,7 @@ for at = FIRST_QUEUE, #ARGV do
   local held = k_isolated(ARGV[at])
   if redis.call('EXISTS', held) == 1 then
     LOSSES.see(machine, now, lease)
-    for _, id in ipairs(redis.pcall('ZRANDMEMBER', held, most)) do judge(id, ARGV[at]) end
+    for _, id in ipairs(redis.pcall('ZRANDMEMBER', held, math.min(most, JUDGED))) do judge(id, ARGV[at]) end
   end
 end
 

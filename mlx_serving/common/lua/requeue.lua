@@ -15,9 +15,9 @@ if limit then
 end
 
 -- What the control hash says of the life that ended. A suspect of a crash stays one, and runs beside few rows, but has
--- waited for them from now on only. The epoch goes on, so that no attempt is named twice.
+-- waited for them from now on only; workers that were lost with it are forgiven. The epoch goes on, so that no attempt is named twice.
 local ENDED = field_list('nonce', 'started_ms', 'first_token_ms', 'listened_ms', 'needed_rows', 'overtaken_ms',
-                         'charged_nonce', 'finished_ms', 'error_code', 'message', 'result')
+                         'charged_nonce', 'finished_ms', 'error_code', 'message', 'result', 'losses', 'alone')
 local now, queue, deadline = now_ms(), job.queue, tonumber(job.deadline_ms)
 if deadline > 0 then deadline = now + deadline - tonumber(job.enqueued_ms) end  -- it counts from the enqueue
 job.deadline_ms, job.owner, job.cancel_reason = int(deadline), '', ''
