@@ -54,10 +54,12 @@ _MORE: Final = {
     "demo": "A table on a terminal, lines elsewhere.",
     "worker": "[Several models](../explanation/models.md); [service files](../../ops/README.md).",
     "generate": """\
-A job's own default temperature is 1.0. If nobody takes the job for 3 s, it says so. Ctrl-C waits
-for the job's end, so that everything decoded is printed; a second one leaves at once. A reader that
-goes away (`| head`) cancels the job too. On a terminal, control characters in a model's text are
-shown as �, so that no model can drive the terminal.""",
+A job's own default temperature is 1.0. If nobody takes the job for 3 s, it says so. A signal
+cancels the job and waits for its end, at most 5 s from when Redis has the cancel, so that
+everything decoded is printed; if Redis does not answer, it tries for 10 s. A second Ctrl-C, or
+another signal half a second after the first, does not wait for the end. A reader that goes away
+(`| head`) cancels the job too. On a terminal, control characters in a model's text are shown as �,
+so that no model can drive the terminal.""",
     "status": "Never shows a job's text.",
     "top": """\
 Per worker: state with its reasons, rows, KV tokens reserved, tokens/s over the last 10 s, age of

@@ -1,16 +1,17 @@
-"""Follows one job to its end; a signal that ends the command cancels it."""
+"""Follows one job to its end and prints it."""
 
 from __future__ import annotations
 
-import signal
+import secrets
 import sys
 import threading
 import time
-from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Final, Self
 
-from mlx_serving.cli.console import SIGNALLED, fail_at_output, harmless, note
-from mlx_serving.common.errors import MlxServingError, QueueUnavailable
+from mlx_serving.cli.canceller import Canceller
+from mlx_serving.cli.console import SIGNALLED, fail, fail_at_output, harmless, note
+from mlx_serving.common.errors import InvalidJob, MlxServingError, TenantLimited
 from mlx_serving.common.events import RESET, encode
 from mlx_serving.common.queues import queue_name
 from mlx_serving.common.states import JobState
@@ -18,7 +19,6 @@ from mlx_serving.producer.client import Client
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from types import FrameType
 
     from mlx_serving.common.events import Event, TokenLogprob
     from mlx_serving.common.job.schema import GenerationJob
@@ -27,67 +27,6 @@ if TYPE_CHECKING:
     from mlx_serving.common.settings import Settings
 
 WAIT_SECONDS: Final = 3.0
-SENT_SECONDS: Final = 1.0  # that a second Ctrl-C leaves the cancelling
-AGAIN_SECONDS: Final = 1.0  # between two tries to cancel while Redis is away
-ENDING: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-
-class Canceller:
-    """Makes a signal cancel the job in another thread; the stream goes on to its end.
-
-    So no reply is half read and no text is printed twice. A second Ctrl-C leaves at once and does
-    not wait for the job's end. Other signals may come twice: both kernel and shell send SIGHUP when
-    a terminal is closed.
-    """
-
-    def __init__(self, cancel: Callable[[str], object]) -> None:
-        self.signal = 0  # the first one that came
-        self._cancel = cancel
-        self._job_id: str | None = None
-        self._cancelling: threading.Thread | None = None
-
-    def __enter__(self) -> Self:
-        ours = [each for each in ENDING if signal.getsignal(each) is not signal.SIG_IGN]  # nohup
-        self._before = {each: signal.signal(each, self._on_signal) for each in ours}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for each, before in self._before.items():
-            signal.signal(each, before)
-
-    def watch(self, job_id: str) -> None:
-        """Take the id of the enqueued job; if a signal came before, cancel it now."""
-        self._job_id = job_id
-        if self.signal:
-            self._start()
-
-    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
-        if not self.signal:
-            self.signal = number
-            if self._job_id is not None:
-                self._start()
-        elif number == signal.SIGINT:
-            if self._cancelling is not None:
-                self._cancelling.join(SENT_SECONDS)
-            raise KeyboardInterrupt
-
-    def _start(self) -> None:
-        self._cancelling = threading.Thread(target=self._run, name="cancel", daemon=True)
-        self._cancelling.start()
-
-    def _run(self) -> None:
-        note(f"\ncancelling {self._job_id} (Ctrl-C again leaves without waiting)")
-        while True:
-            try:
-                self._cancel(str(self._job_id))
-            except QueueUnavailable as error:  # the stream waits for Redis, too
-                note(f"not cancelled yet: {error.code}: {error}")
-                time.sleep(AGAIN_SECONDS)
-            except MlxServingError as error:
-                note(f"not cancelled: {error.code}: {error}")
-                return
-            else:
-                return
 
 
 class WaitingNote:
@@ -175,32 +114,50 @@ def stream_job(job: GenerationJob, settings: Settings, *, as_json: bool, verbose
         MlxServingError: it could not be submitted or followed, or did not finish.
 
     """
+    # So its id is known before the submit, which a signal or a lost reply may leave in doubt.
+    job = job.model_copy(update={"idempotency_key": secrets.token_hex(16)})
     printer = Printer(as_json=as_json, choices=job.n)
-    with Client(settings=settings, model=job.model) as client, Canceller(client.cancel) as ctrl_c:
-        began_s = time.perf_counter()
+    began_s = time.perf_counter()
+    canceller = Canceller(job.job_id(), partial(Client, settings=settings, model=job.model))
+    try:
+        with Client(settings=settings, model=job.model) as client, canceller:
+            result = _followed(job, client, printer, canceller)
+        printer.end(result)
+    except KeyboardInterrupt:
+        if not canceller.signal:
+            raise
+        note(f"job {job.job_id()}: left before its end")
+    except (OSError, MlxServingError) as error:  # OSError: nobody reads what we print
+        if not canceller.signal:
+            raise
+        fail_at_output(error) if isinstance(error, OSError) else fail(error)
+    else:
+        if verbose:
+            note(_summary(result, printer, began_s))
+        if not canceller.signal:
+            result.raise_for_state()
+            return 0
+        note(f"job {result.id} is {result.state.value}")
+    return SIGNALLED + canceller.signal
+
+
+def _followed(
+    job: GenerationJob, client: Client, printer: Printer, canceller: Canceller
+) -> GenerationResult:
+    """Submit the job and print its events; tell the canceller how far it is."""
+    try:
         handle = client.submit(job)
-        ctrl_c.watch(handle.id)
-        try:
-            with WaitingNote(job, handle.status) as waiting:
-                for event in handle.stream():
-                    waiting.over()
-                    printer.show(event)
-            result = handle.result()
-            printer.end(result)
-        except (OSError, MlxServingError) as error:  # OSError: nobody reads what we print
-            with suppress(MlxServingError):
-                handle.cancel()
-            if not (ctrl_c.signal and isinstance(error, OSError)):
-                raise
-            fail_at_output(error)
-            return SIGNALLED + ctrl_c.signal
-    if verbose:
-        note(_summary(result, printer, began_s))
-    if ctrl_c.signal:
-        note(f"job {handle.id} is {result.state.value}")
-        return SIGNALLED + ctrl_c.signal
-    result.raise_for_state()
-    return 0
+    except (InvalidJob, TenantLimited):  # Redis has not got it
+        canceller.over()
+        raise
+    canceller.submitted()
+    with WaitingNote(job, handle.status) as waiting:
+        for event in handle.stream():
+            waiting.over()
+            printer.show(event)
+    result = handle.result()
+    canceller.over()
+    return result
 
 
 def _line(entry: TokenLogprob) -> str:

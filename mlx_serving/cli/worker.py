@@ -9,7 +9,7 @@ import typer
 from mlx_serving.cli.console import fail, note
 from mlx_serving.cli.models import known_path
 from mlx_serving.cli.options import RedisUrlOption, read_settings, require_engine
-from mlx_serving.common.errors import MlxServingError, UnknownModel
+from mlx_serving.common.errors import MlxServingError, QueueRefused, UnknownModel
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -57,7 +57,7 @@ def worker(
         spec = engine_spec(settings, first, engine, tokens_per_second, others=others)
         require_redis(settings, first, name)
     except MlxServingError as error:
-        if error.retryable:
+        if error.retryable or type(error) is QueueRefused:  # a refusal that has no name may pass
             raise
         fail(error)
         raise typer.Exit(EXIT_CONFIGURATION) from None

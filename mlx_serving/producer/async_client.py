@@ -128,11 +128,9 @@ class AsyncClient(BaseClient):
         """Wait for the job's end; return its result record. See :meth:`Client.result`."""
         loop = asyncio.get_running_loop()
         deadline_s = None if timeout is None else loop.time() + timeout
-        record = await self.status(job_id)
-        if record.state not in TERMINAL:
+        while (record := await self.status(job_id)).state not in TERMINAL:  # or it was requeued
             async for _ in self._follow(job_id, EndWatch(), deadline_s):
                 pass
-            record = await self.status(job_id)
         return await self._read_result(record)
 
     async def status(self, job_id: str) -> JobRecord:

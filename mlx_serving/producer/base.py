@@ -244,10 +244,15 @@ def check_id(job_id: object) -> str:
 
     Raises:
         TypeError: it is not a string, and Redis would fail with a worse message.
+        ValueError: it is no text that can be sent.
 
     """
     if not isinstance(job_id, str):
         raise TypeError(f"job_id: must be a string, not {type(job_id).__name__}")
+    try:
+        job_id.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"job_id: {job_id!r} can't be encoded as UTF-8") from None
     return job_id
 
 

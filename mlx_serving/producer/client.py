@@ -174,11 +174,9 @@ class Client(BaseClient):
 
         """
         deadline_s = None if timeout is None else time.monotonic() + timeout
-        record = self.status(job_id)
-        if record.state not in TERMINAL:
+        while (record := self.status(job_id)).state not in TERMINAL:  # or it was requeued
             for _ in self._follow(job_id, EndWatch(), deadline_s):
                 pass
-            record = self.status(job_id)
         return self._read_result(record)
 
     def status(self, job_id: str) -> JobRecord:

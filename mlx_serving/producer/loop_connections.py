@@ -7,6 +7,7 @@ one after the other (`asyncio.run` twice) or at once (a thread each).
 from __future__ import annotations
 
 import asyncio
+import threading
 from typing import TYPE_CHECKING, Final
 
 from mlx_serving.common.protocol.client import AsyncProtocol
@@ -45,19 +46,22 @@ class ConnectionsByLoop:
 
     def __init__(self, endpoint: Endpoint, queue_snapshot: Queue) -> None:
         self._endpoint, self._queue_snapshot = endpoint, queue_snapshot
+        self._lock = threading.Lock()  # loops run in several threads
         self._open: dict[asyncio.AbstractEventLoop, LoopConnections] = {}
         self._guards: dict[asyncio.AbstractEventLoop, AsyncGenerator[None, None]] = {}
 
     async def here(self) -> LoopConnections:
         """Return the running loop's."""
         loop = asyncio.get_running_loop()
-        connections = self._open.get(loop)
-        if connections is None:
+        with self._lock:
+            connections = self._open.get(loop)
+            if connections is not None:
+                return connections
             self._forget_closed_loops()
             connections = LoopConnections(self._endpoint, self._queue_snapshot)
             self._open[loop] = connections
             guard = self._guards[loop] = self._until_the_end(loop)
-            await anext(guard)
+        await anext(guard)
         return connections
 
     async def aclose(self) -> None:
@@ -74,8 +78,10 @@ class ConnectionsByLoop:
         try:
             yield
         finally:
-            self._guards.pop(loop, None)
-            await self._open.pop(loop).aclose()
+            with self._lock:
+                self._guards.pop(loop, None)
+                connections = self._open.pop(loop)
+            await connections.aclose()
 
     def _forget_closed_loops(self) -> None:
         """Drop what a loop left that was closed without closing its generators."""

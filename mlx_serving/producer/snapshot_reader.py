@@ -6,8 +6,6 @@ import asyncio
 import math
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from mlx_serving.common.redis.retrying import FAULTS
-
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
@@ -49,7 +47,7 @@ class SnapshotReader:
         self._trips: set[asyncio.Task[None]] = set()
 
     async def read(self, job_id: str, after_seq: int | None) -> list[Any]:
-        """Return the replies to the job's read. Raises any of FAULTS."""
+        """Return the replies to the job's read. Raises what redis-py does."""
         asked = _Asked(job_id, after_seq, asyncio.get_running_loop().create_future())
         self._asked.append(asked)
         if len(self._asked) == 1:
@@ -65,24 +63,23 @@ class SnapshotReader:
                 asked, self._asked = self._asked, []
                 for start in range(0, len(asked), JOBS_A_TRIP):
                     await self._trip(asked[start : start + JOBS_A_TRIP])
+        except Exception as error:  # noqa: BLE001 -- each reader raises it
+            # Of all, not of one trip: else the last would wait for the timeouts of those before.
+            for each in asked:
+                if not each.replies.done():
+                    each.replies.set_exception(error)
         finally:  # the loop ends
             for each in asked:
                 each.replies.cancel()
 
     async def _trip(self, asked: Sequence[_Asked]) -> None:
         lengths = []
-        try:
-            async with self._redis.pipeline(transaction=False) as pipe:
-                for job_id, after_seq, _ in asked:
-                    before = len(pipe)
-                    self._queue(pipe, job_id, after_seq)
-                    lengths.append(len(pipe) - before)
-                answers: list[Any] = await pipe.execute(raise_on_error=False)
-        except FAULTS as error:
-            for each in asked:
-                if not each.replies.done():
-                    each.replies.set_exception(error)
-            return
+        async with self._redis.pipeline(transaction=False) as pipe:
+            for job_id, after_seq, _ in asked:
+                before = len(pipe)
+                self._queue(pipe, job_id, after_seq)
+                lengths.append(len(pipe) - before)
+            answers: list[Any] = await pipe.execute(raise_on_error=False)
         for each, length in zip(asked, lengths, strict=True):
             replies, answers = answers[:length], answers[length:]
             if each.replies.done():  # its reader went away

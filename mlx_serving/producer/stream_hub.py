@@ -188,6 +188,8 @@ class StreamHub:
             while not reader.done():
                 reader.cancel()
                 await asyncio.wait({reader}, timeout=0.1)
+            if not reader.cancelled():
+                reader.exception()  # else asyncio logs it if the write failed, too
             await pool.release(connection)
 
     async def _follow_changes(self, connection: Any) -> None:  # noqa: ANN401 -- redis has no type

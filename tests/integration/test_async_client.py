@@ -23,16 +23,17 @@ from mlx_serving import (
     ResultTimeout,
 )
 from mlx_serving.producer.stream_hub import Mailbox, StreamHub
-from tests.support.helpers import wait_until_async
+from tests.support.helpers import wait_until, wait_until_async
 from tests.support.scripted_worker import ScriptedWorker, queued
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncGenerator, AsyncIterator
 
     import redis
 
     from mlx_serving.common.events import Event
     from mlx_serving.common.settings import Settings
+    from mlx_serving.producer.base import Reader
     from mlx_serving.producer.handles import AsyncJobHandle
     from tests.support.scripted_worker import Row
 
@@ -66,6 +67,21 @@ async def subscribed(redis_client: redis.Redis) -> bool:
 
 async def collect(client: AsyncClient, job: AsyncJobHandle) -> list[Event]:
     return [event async for event in client.stream(job.id)]
+
+
+class RequeuesOnce(AsyncClient):
+    """Requeues a job between its end and the next look at it, as another producer may."""
+
+    requeued = False
+
+    async def _follow(
+        self, job_id: str, reader: Reader, deadline_s: float | None = None
+    ) -> AsyncGenerator[Event, None]:
+        async for event in super()._follow(job_id, reader, deadline_s):
+            yield event
+        if not self.requeued:
+            await self.requeue(job_id)
+            self.requeued = True
 
 
 class TestCalls:
@@ -111,6 +127,19 @@ class TestCalls:
         job = await client.submit(**fields())
         with pytest.raises(ResultTimeout):
             await job.result(timeout=0.1)
+
+    async def test_a_job_requeued_at_its_end_is_waited_for_again(
+        self, redis_client: redis.Redis, settings: Settings
+    ) -> None:
+        async with RequeuesOnce(settings=settings) as client:
+            worker = ScriptedWorker(redis_client, client.keys)
+            job = await client.submit(**fields())
+            waits = asyncio.create_task(job.result())
+            await asyncio.to_thread(wait_until, lambda: subscribers(redis_client))
+            worker.claim_one().end(JobState.FAILED, "engine_error")
+            await asyncio.to_thread(wait_until, lambda: client.requeued)
+            worker.serve(WORDS)
+            assert (await waits).state is JobState.FINISHED
 
     async def test_an_unknown_job_is_not_found(self, client: AsyncClient) -> None:
         for call in (client.status, client.result, client.cancel):

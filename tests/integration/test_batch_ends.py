@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from mlx_serving import AsyncClient, BatchNotFound, Client, QueueUnavailable
+from mlx_serving.common.errors import MissingPermission, WrongCredentials
 from mlx_serving.common.protocol.keys import Keys
 from mlx_serving.common.redis.local import LocalRedis
 from mlx_serving.common.settings import load_settings
@@ -182,6 +183,50 @@ class TestEnds:
         assert len(read_jsonl(folder.errors)) == 10
 
 
+DENIED = ("-evalsha", "-zrange", "-llen", "-hmget", "-xrange")  # what the registry does without
+
+
+class TestRefused:
+    """A Redis that refuses what it did before: somebody changes its users."""
+
+    @pytest.fixture
+    def server(self) -> Iterator[LocalRedis]:
+        with LocalRedis() as server:
+            yield server
+
+    @staticmethod
+    def setting(settings: Settings, server: LocalRedis) -> Batches:
+        return Client(settings=settings.replace(redis__url=server.url)).batches
+
+    @pytest.mark.parametrize("denied", ["-time", "-@read"])
+    def test_the_runner_waits_until_it_may_again(
+        self, settings: Settings, server: LocalRedis, tmp_path: Path, denied: str
+    ) -> None:
+        batches = self.setting(settings, server)
+        batch = submitted(batches, tmp_path, 5)
+        with server.client() as admin, running(batches, batch):
+            wait_until(lambda: admin.llen(f"rq:queue:{QUEUE}") == 5)
+            admin.execute_command("ACL", "SETUSER", "default", denied)
+            wait_until(admin.acl_log, timeout=20)
+            admin.execute_command("ACL", "SETUSER", "default", "+@all")
+            batches.cancel(batch.id)
+
+    def test_the_runner_says_why_it_ends(
+        self, settings: Settings, server: LocalRedis, tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:  # fmt: skip
+        monkeypatch.setattr(runner_module, "REFUSED_SECONDS", 0.5)
+        batches = self.setting(settings, server)
+        batch = submitted(batches, tmp_path, 5)
+        with server.client() as admin:
+            admin.execute_command("ACL", "SETUSER", "default", *DENIED)
+        with pytest.raises(MissingPermission):
+            batches.run(batch.id)
+        report = batches.report(batch.id)
+        assert "Redis denies this to our user" in report.problem
+        assert not report.running
+
+
 @contextmanager
 def batches_registry(batches: Batches) -> Iterator[Any]:
     with Registry(batches._settings) as registry:
@@ -233,6 +278,16 @@ class TestNames:
         assert (report.batch, report.running) == (batch, False)
         with pytest.raises(QueueUnavailable):
             away.report(batch.id)
+
+    def test_one_that_lies_here_is_known_with_a_wrong_password(
+        self, batches: Batches, tmp_path: Path, local_redis: LocalRedis
+    ) -> None:
+        batch = submitted(batches, tmp_path, 1)
+        url = local_redis.url.replace("unix://", "unix://nobody:wrong@")
+        refused = Client(settings=load_settings(redis__url=url)).batches
+        assert refused.report(str(batches.folder(batch.id).path)).batch == batch
+        with pytest.raises(WrongCredentials):
+            refused.report(batch.id)
 
     def test_without_redis_nothing_is_written(self, tmp_path: Path) -> None:
         batches = Client(settings=load_settings(redis__url="unix:///nowhere.sock")).batches

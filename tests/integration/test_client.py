@@ -25,9 +25,12 @@ from tests.support.helpers import wait_until
 from tests.support.scripted_worker import Running, ScriptedWorker
 
 if TYPE_CHECKING:
+    from collections.abc import Generator
+
     import redis
 
     from mlx_serving.common.events import Event
+    from mlx_serving.producer.base import Reader
 
 WORDS = [f"w{i} " for i in range(20)]
 PROMPT = "count from 3 to 12, said the customer"
@@ -44,6 +47,35 @@ def submit(client: Client, **fields: object) -> str:
 
 def kill_subscribers(redis_client: redis.Redis) -> int:
     return int(redis_client.execute_command("CLIENT", "KILL", "TYPE", "pubsub"))
+
+
+class RequeuesOnce(Client):
+    """Requeues a job between its end and the next look at it, as another producer may."""
+
+    requeued = False
+
+    def _follow(
+        self, job_id: str, reader: Reader, deadline_s: float | None = None
+    ) -> Generator[Event, None, None]:
+        yield from super()._follow(job_id, reader, deadline_s)
+        if not self.requeued:
+            self.requeue(job_id)
+            self.requeued = True
+
+
+def test_a_job_requeued_at_its_end_is_waited_for_again(client: Client) -> None:
+    with RequeuesOnce(settings=client.settings) as requeuing:
+        worker = ScriptedWorker(client._redis, client.keys)
+        job = requeuing.submit(model="tally", prompt=PROMPT, result_ttl=60)
+        states: list[JobState] = []
+        waits = threading.Thread(target=lambda: states.append(job.result(timeout=20).state))
+        waits.start()
+        wait_until(lambda: client._redis.pubsub_numsub(client.keys.channel(job.id))[0][1])
+        worker.claim_one().end(JobState.FAILED, "engine_error")
+        wait_until(lambda: requeuing.requeued)
+        worker.serve(WORDS)
+        waits.join(30)
+        assert states == [JobState.FINISHED]
 
 
 class TestStream:

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socketserver
 import subprocess
 import sys
+import threading
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -153,6 +155,23 @@ def test_a_worker_whose_redis_is_away_may_be_started_again() -> None:
         done = run(url, *WORKER)
     assert done.returncode == 1
     assert done.stderr.startswith("error: queue_unavailable: ")
+
+
+class Puzzling(socketserver.BaseRequestHandler):
+    """Answers everything with an error that nobody knows."""
+
+    def handle(self) -> None:
+        while self.request.recv(4096):
+            self.request.sendall(b"-ODD moment\r\n")
+
+
+def test_a_worker_may_be_started_again_after_an_error_that_nobody_knows() -> None:
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Puzzling) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        done = run(f"redis://127.0.0.1:{server.server_address[1]}", *WORKER)
+        server.shutdown()
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: queue_refused: ")
 
 
 @pytest.mark.parametrize("policy", ["allkeys-lru", "volatile-ttl"])

@@ -206,6 +206,25 @@ class TestRefused:
         assert error.retryable
 
 
+@pytest.mark.parametrize("name", ["ca", "cert", "key"])
+def test_a_file_that_goes_while_its_client_runs(tls: Tls, tmp_path: Path, name: str) -> None:
+    login = tls.ours.login("producer")
+    path = tmp_path / "x.pem"
+    shutil.copy(login[f"redis__tls_{name}"], path)
+    settings = quick_settings(tls.url, **login | {f"redis__tls_{name}": str(path)})
+    path.unlink()
+
+    async def submit() -> None:
+        async with AsyncClient(settings=settings) as client:
+            await client.submit(model="tally", prompt="x")
+
+    said = f"redis.tls_{name}: {path}: No such file or directory"
+    with Client(settings=settings) as client, pytest.raises(TlsFailed, match=said):
+        client.submit(model="tally", prompt="x")
+    with pytest.raises(TlsFailed, match=said):
+        asyncio.run(submit())
+
+
 def test_a_worker_process_serves_over_tls(tls: Tls) -> None:
     settings = quick_settings(tls.url, **tls.ours.login("producer"))
     with Client(settings=settings) as client:

@@ -25,8 +25,9 @@ class LossyProxy:
     """Forwards a unix socket.
 
     After `lose_reply_to(needle)`, the next requests that hold these bytes reach Redis, their
-    replies are dropped and the connections closed. Within `blackhole()` nothing is forwarded and
-    nothing closed; what was sent meanwhile arrives late, also from who has given up since.
+    replies are dropped and the connections closed, or with `silently` left open. Within
+    `blackhole()` nothing is forwarded and nothing closed; what was sent meanwhile arrives late,
+    also from who has given up since.
     """
 
     def __init__(self, upstream: Path) -> None:
@@ -37,6 +38,7 @@ class LossyProxy:
         self.lost = 0
         self._needle = b""
         self._to_lose = 0
+        self._silently = False
         self._open = threading.Event()
         self._open.set()
         self._listener = socket.socket(socket.AF_UNIX)
@@ -57,8 +59,8 @@ class LossyProxy:
             thread.join(5)
         self._folder.cleanup()
 
-    def lose_reply_to(self, needle: bytes, times: int = 1) -> None:
-        self._needle, self._to_lose = needle, times
+    def lose_reply_to(self, needle: bytes, times: int = 1, *, silently: bool = False) -> None:
+        self._needle, self._to_lose, self._silently = needle, times, silently
 
     def lead_to(self, upstream: Path) -> None:
         """Lead new connections to another server, as a name or a virtual address does."""
@@ -124,6 +126,8 @@ class LossyProxy:
             self._open.wait()
             if lossy.is_set():
                 self.lost += 1
+                if self._silently:
+                    continue
                 break
             with suppress(OSError):
                 client.sendall(data)

@@ -33,6 +33,7 @@ BY_CODE: Final[dict[str, type[QueueFailure]]] = {
     "NOAUTH": WrongCredentials, "WRONGPASS": WrongCredentials,
     "NOPERM": MissingPermission, "DENIED": MissingPermission,
     "LOADING": RedisLoading, "OOM": RedisFull, "BUSY": QueueUnavailable,
+    "UNBLOCKED": QueueUnavailable,  # of a blocking command: the server becomes a replica
     "READONLY": RedisReadOnly, "MISCONF": RedisReadOnly, "NOREPLICAS": RedisReadOnly,
     "MASTERDOWN": QueueUnavailable,
     "ASK": UnsupportedRedis, "CLUSTERDOWN": UnsupportedRedis, "CROSSSLOT": UnsupportedRedis,
@@ -46,7 +47,10 @@ BY_WORDS: Final[tuple[tuple[str, type[QueueFailure]], ...]] = (
     ("the user executing the script can't", MissingPermission),
     ("acl failure in script", MissingPermission),
     ("no permissions to", MissingPermission),
-    ("cluster", UnsupportedRedis),
+    ("cluster mode", UnsupportedRedis),
+    ("cluster support", UnsupportedRedis),
+    ("'no-cluster' flag", UnsupportedRedis),
+    ("key in a cluster node", UnsupportedRedis),
     ("do not hash to the same slot", UnsupportedRedis),
     ("undeclared key", UnsupportedRedis),
     ("unknown command", UnsupportedRedis),
@@ -56,10 +60,8 @@ BY_WORDS: Final[tuple[tuple[str, type[QueueFailure]], ...]] = (
     ("db index", WrongDatabase),
     ("max number of clients", RedisCrowded),
     ("too many connections", RedisCrowded),
-    # A Sentinel's client tells of its own errors within the text of another one.
-    ("authenticationerror", WrongCredentials),
 )
-"""By what the text has in it, in small letters, where the first word says nothing."""
+"""By what a server's text has in it, in small letters, if its first word says nothing."""
 
 BY_CLASS: Final[tuple[tuple[type[Exception], type[QueueFailure]], ...]] = (
     (exceptions.AuthenticationError, WrongCredentials),
@@ -69,7 +71,9 @@ BY_CLASS: Final[tuple[tuple[type[Exception], type[QueueFailure]], ...]] = (
     (exceptions.ReadOnlyError, RedisReadOnly),
     (exceptions.OutOfMemoryError, RedisFull),
     (exceptions.MasterDownError, QueueUnavailable),
+    (exceptions.MaxConnectionsError, RedisCrowded),
     (exceptions.ConnectionError, QueueUnavailable),
+    (exceptions.InvalidResponse, QueueUnavailable),  # half a reply, or another's: connect anew
     (exceptions.TimeoutError, QueueUnavailable),
     (OSError, QueueUnavailable),
 )
@@ -82,10 +86,17 @@ _ARGUMENTS: Final = re.compile(r",? with args beginning with:.*", re.DOTALL)
 _PLACE_IN_SCRIPT: Final = re.compile(r"\.? script: (?:[0-9a-f]{40}, )?on @user_script:\d+\.?")
 # `Error running script (call to f_…): @user_script:12: NOPERM …`
 _IN_SCRIPT: Final = re.compile(r"@user_script: ?\d+: -?([A-Z]+) ")
+# `EXECABORT Transaction discarded because of: NOREPLICAS …`
+_IN_TRANSACTION: Final = re.compile(r"Transaction discarded because of: -?([A-Z]+) ")
+# A Sentinel's client tells of its own errors within the text of another one, each after the
+# Sentinel's repr, which ends in a bracket.
+_SENTINEL_REFUSES: Final = re.compile(
+    r"^No master found for .*[>)] - (?:auth:)?AuthenticationError\b", re.DOTALL
+)
 
 
 class TlsMismatchError(exceptions.ConnectionError):
-    """One side alone speaks TLS, or the server asks for another certificate of ours."""
+    """One side alone speaks TLS, a file of ours can't be read, or the server asks for another."""
 
 
 def fault_of(error: Exception) -> QueueFailure:
@@ -116,26 +127,49 @@ def _said(error: Exception) -> str:
 def _kind(error: Exception, text: str) -> type[QueueFailure]:
     if isinstance(error, TlsMismatchError) or any(map(_is_of_tls, _chain(error))):
         return TlsFailed
-    wrapped = _IN_SCRIPT.search(text)
+    if _of_server(error) and (said := _kind_said(error, text)) is not None:
+        return said
+    if isinstance(error, exceptions.ConnectionError) and _SENTINEL_REFUSES.search(text):
+        return WrongCredentials
+    return next((kind for of, kind in BY_CLASS if isinstance(error, of)), QueueRefused)
+
+
+def _of_server(error: Exception) -> bool:
+    """Whether its text is a server's; any other may hold a host, a path or a service's name."""
+    return isinstance(error, exceptions.ResponseError) or bool(getattr(error, "status_code", None))
+
+
+def _kind_said(error: Exception, text: str) -> type[QueueFailure] | None:
+    inner = _IN_SCRIPT.search(text) or _IN_TRANSACTION.search(text)
     codes = (
         getattr(error, "status_code", None) or "",
-        wrapped[1] if wrapped else "",
+        inner[1] if inner else "",
         text.partition(" ")[0],
     )
     by_code = next((BY_CODE[code] for code in codes if code in BY_CODE), None)
     if by_code is not None:
         return by_code
     lower = text.lower()
-    by_words = next((kind for words, kind in BY_WORDS if words in lower), None)
-    if by_words is not None:
-        return by_words
-    return next((kind for of, kind in BY_CLASS if isinstance(error, of)), QueueRefused)
+    return next((kind for words, kind in BY_WORDS if words in lower), None)
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:  # redis-py makes rings of them
         yield error
-        error = error.__cause__ or error.__context__
+        seen.add(id(error))
+        error = error.__cause__ or (error.__context__ if _within_call(error.__context__) else None)
+
+
+def _within_call(error: BaseException | None) -> bool:
+    """Whether redis-py caught it, not a caller who asks Redis while handling an error of his own.
+
+    A traceback begins at the frame that caught its error.
+    """
+    if error is None or error.__traceback__ is None:
+        return error is not None
+    caught_in = str(error.__traceback__.tb_frame.f_globals.get("__name__", ""))
+    return caught_in.partition(".")[0] == "redis"
 
 
 def _is_of_tls(error: BaseException) -> bool:

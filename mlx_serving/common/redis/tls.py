@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import ssl
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, cast
 
 from redis import exceptions
@@ -73,12 +74,30 @@ def mismatch(error: Exception, connection: Any) -> TlsMismatchError | None:  # n
         if _cut(error) and speaks_tls(host, port):
             return TlsMismatchError(f"{host}:{port} speaks TLS, and this URL begins with redis://")
         return None
+    if (text := unreadable(connection)) is not None:
+        return TlsMismatchError(text)
     if isinstance(error, exceptions.TimeoutError) or _cut(error):
         if speaks_plainly(host, port):
             text = f"{host}:{port} speaks no TLS, and this URL begins with rediss://"
             return TlsMismatchError(text)
         if _cut(error) and (alert := alert_of(host, port, _context(connection))):
             return TlsMismatchError(f"{host}:{port} refuses our certificate: {alert}")
+    return None
+
+
+def unreadable(connection: SSLConnection | AsyncSSLConnection) -> str | None:
+    """Which of a connection's files can't be read, and why; None if all can."""
+    files = {
+        "redis.tls_ca": connection.ca_certs,
+        "redis.tls_cert": connection.certfile,
+        "redis.tls_key": connection.keyfile,
+    }
+    for name, path in files.items():
+        try:
+            if path:
+                Path(path).open("rb").close()
+        except OSError as error:
+            return f"{name}: {path}: {error.strerror}"
     return None
 
 

@@ -8,7 +8,7 @@ import socket
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mlx_serving.common.errors import BatchNotFound, QueueUnavailable
+from mlx_serving.common.errors import BatchNotFound, QueueFailure
 from mlx_serving.producer.batch.folder import STATE, BatchFolder
 from mlx_serving.producer.batch.registry import Report
 
@@ -66,7 +66,7 @@ def _report_of(folder: BatchFolder, registry: Registry) -> Report:
     unheard = Report(batch=batch, folder=str(folder.path), age_s=math.inf)
     try:
         report = registry.find(batch.id)
-    except (BatchNotFound, QueueUnavailable):
+    except (BatchNotFound, QueueFailure):
         return unheard
     return unheard if batch.ended and not report.batch.ended else report
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import os
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal, TypeVar
 
 import structlog
 
-from mlx_serving.common.errors import InvalidBatch, QueueUnavailable
+from mlx_serving.common.errors import InvalidBatch, MlxServingError, QueueFailure
 from mlx_serving.producer.batch.collector import BATCH_CANCELLED, BATCH_EXPIRED
 from mlx_serving.producer.batch.folder import InputFile
 from mlx_serving.producer.batch.index import read_places
@@ -41,6 +41,7 @@ T = TypeVar("T")
 SYNC_SECONDS: Final = 1.0  # between two writes to disk; results not yet written are collected again
 SWEEP_SECONDS: Final = 5.0  # between two looks at every line in flight
 AWAY_SECONDS: Final = 1.0  # between two tries while Redis is away
+REFUSED_SECONDS: Final = 300.0  # that a Redis which has answered may refuse: a password is changed
 SHORTEST_PAUSE: Final = 0.1  # between two polls; half of a window's depth lasts longer than that
 LONGEST_PAUSE: Final = 0.5
 
@@ -65,6 +66,7 @@ class BulkRunner:
         self._synced_s = self._swept_s = 0.0
         self._written = -1  # results on disk at the last write
         self._away: set[str] = set()  # models (or "registry") whose Redis did not answer last time
+        self._answered_s: dict[str, float] = {}  # of the same, when it last did
         self._parts: list[ModelPart] = []
         self._clock = WindowClock()
 
@@ -73,6 +75,7 @@ class BulkRunner:
 
         Raises:
             InvalidBatch: the input file is gone, or no longer what was validated.
+            QueueRefused: Redis refuses us from the start, or for five minutes in a row.
 
         """
         with ExitStack() as stack:
@@ -82,8 +85,9 @@ class BulkRunner:
                     self._validate(progress)
                 if not self._batch.ended:
                     self._run(stack)
-            except (InvalidBatch, OSError) as error:  # OSError: a full disk
-                self._tell(str(error))
+            except (MlxServingError, OSError) as error:  # OSError: a full disk
+                with suppress(QueueFailure):
+                    self._tell(str(error))
                 raise
         return self._batch
 
@@ -172,15 +176,22 @@ class BulkRunner:
         return self._try(part.model, lambda: part.turn(self._seconds_left, sweep=sweep), 0)
 
     def _try(self, what: str, call: Callable[[], T], otherwise: T) -> T:
-        """Make a call that may find Redis away; log that once, and return `otherwise`."""
+        """Make a call that may find Redis away; log that once, and return `otherwise`.
+
+        So, for some minutes, of one that refuses what it did before.
+        """
         try:
             answer = call()
-        except QueueUnavailable as error:
+        except QueueFailure as error:
+            answered_s = self._answered_s.get(what, float("-inf"))
+            if not error.retryable and time.monotonic() - answered_s > REFUSED_SECONDS:
+                raise
             if what not in self._away:
                 _log.warning("batch_waits_for_redis", batch=self._batch.id, error=str(error))
             self._away.add(what)
             return otherwise
         self._away.discard(what)
+        self._answered_s[what] = time.monotonic()
         return answer
 
     @property

@@ -244,7 +244,10 @@ class Placement:
             for head in heads:
                 name = head.decode(errors="replace") if isinstance(head, bytes) else ""
                 pipe.hget(keys.job(name), JobField.ENQUEUED_MS)
-            (seconds, micros), *times = pipe.execute(raise_on_error=False)
+            clock, *times = pipe.execute(raise_on_error=False)
+        if isinstance(clock, Exception):
+            raise clock
+        seconds, micros = clock
         ages: dict[str, float] = {}
         for queue, enqueued in zip(queues, times, strict=True):
             known = isinstance(enqueued, bytes) and enqueued.isdigit()

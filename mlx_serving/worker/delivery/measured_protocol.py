@@ -104,7 +104,10 @@ class QueueWatch:
                 pipe.llen(keys.rq_queue(queue))
                 pipe.zrange(keys.open(queue), 0, 0, withscores=True)
             # A key of another type says nothing of the others.
-            (seconds, micros), *replies = pipe.execute(raise_on_error=False)
+            clock, *replies = pipe.execute(raise_on_error=False)
+        if isinstance(clock, Exception):
+            raise clock
+        seconds, micros = clock
         for queue, depth, oldest in zip(self._queues, replies[::2], replies[1::2], strict=True):
             if isinstance(depth, int) and isinstance(oldest, list):
                 since = oldest[0][1] / 1000 if oldest else seconds + micros / 1e6

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from redis import exceptions
+from redis._parsers.base import BaseParser
 from redis.asyncio.connection import SSLConnection as AsyncSSLConnection
 from redis.connection import SSLConnection, UnixDomainSocketConnection
 from redis.sentinel import SentinelConnectionPool, SentinelManagedSSLConnection
@@ -196,7 +197,7 @@ def test_the_failure_that_says_most_is_told(run: Callable[..., str]) -> None:
     """A server that is full of clients says so to some of the tries, and just closes the others."""
     errors = [
         exceptions.ConnectionError("Connection lost"),
-        exceptions.ConnectionError("max number of clients reached"),
+        BaseParser.parse_error("ERR max number of clients reached"),
         exceptions.ConnectionError("Connection lost"),
     ]
 

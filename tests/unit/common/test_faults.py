@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ssl
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import pytest
 from redis import exceptions
@@ -23,7 +23,11 @@ from mlx_serving.common.errors import (
     WrongCredentials,
     WrongDatabase,
 )
-from mlx_serving.common.redis.faults import TlsMismatchError, fault_of
+from mlx_serving.common.redis.connection import Endpoint, connect
+from mlx_serving.common.redis.faults import BY_CODE, BY_WORDS, TlsMismatchError, fault_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 SHA: Final = "079e23154335b244b1126b8fe6de15867a4a5675"
 SAID: Final[list[tuple[str, type[QueueFailure]]]] = [
@@ -66,6 +70,13 @@ SAID: Final[list[tuple[str, type[QueueFailure]]]] = [
     ("LOADING Redis is loading the dataset in memory", RedisLoading),
     ("BUSY Redis is busy running a script.", QueueUnavailable),
     ("MASTERDOWN Link with MASTER is down", QueueUnavailable),
+    (("UNBLOCKED force unblock from blocking operation, instance state changed (master -> "
+      "replica?)"), QueueUnavailable),
+    ("EXECABORT Transaction discarded because of: NOREPLICAS Not enough good replicas to write.",
+     RedisReadOnly),
+    ("EXECABORT Transaction discarded because of: OOM command not allowed", RedisFull),
+    ("EXECABORT Transaction discarded because of: NOPERM User w may not", MissingPermission),
+    ("ERR This instance has cluster support disabled", UnsupportedRedis),
     ("ERR max number of clients reached", RedisCrowded),
     ("ERR DB index is out of range", WrongDatabase),
     ("MOVED 8713 127.0.0.1:17812", UnsupportedRedis),
@@ -132,6 +143,63 @@ def test_one_side_without_tls() -> None:
 def test_a_sentinel_that_refuses_our_password() -> None:
     text = "No master found for 'm' : Redis<…> - auth:AuthenticationError"
     assert type(fault_of(exceptions.ConnectionError(text))) is WrongCredentials
+
+
+ODD_NAMES: Final = [
+    *(words for words, _ in BY_WORDS), *BY_CODE,
+    "cluster", "svc.cluster.local", "authenticationerror", "auth:AuthenticationError",
+]  # fmt: skip
+CONNECTING: Final[list[Callable[[str], Exception]]] = [
+    lambda name: exceptions.ConnectionError(f"{name} Error 2 connecting to {name}:1. Refused."),
+    lambda name: exceptions.ConnectionError(f"Error while reading from {name}:1 : (104, 'reset')"),
+    lambda name: exceptions.TimeoutError(f"Timeout reading from {name}:1"),
+    lambda name: exceptions.ConnectionError(
+        f"No master found for '{name}' : Redis<Connection<host={name},port=1>> - "
+        "network:ConnectionError"
+    ),
+    lambda name: OSError(2, "No such file", f"/run/{name}/redis.sock"),
+    TimeoutError,
+    lambda name: exceptions.InvalidResponse(f"Protocol Error: {name!r}"),
+]
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+@pytest.mark.parametrize("error", CONNECTING)
+def test_a_name_in_the_text_of_a_connection_says_nothing(
+    name: str, error: Callable[[str], Exception]
+) -> None:
+    assert type(fault_of(error(name))) is QueueUnavailable
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_a_name_hides_no_refusal_of_a_sentinel(name: str) -> None:
+    text = f"No master found for '{name}' : Redis<…<host={name}>> - auth:AuthenticationError"
+    assert type(fault_of(exceptions.ConnectionError(text))) is WrongCredentials
+
+
+def test_a_ring_of_errors_has_an_end() -> None:
+    first, second = exceptions.ConnectionError("a"), exceptions.ConnectionError("b")
+    first.__cause__, second.__cause__ = second, first
+    assert type(fault_of(first)) is QueueUnavailable
+
+
+def _broken_tls() -> None:
+    raise ssl.SSLError(1, "of another server")
+
+
+def _cut() -> None:
+    raise exceptions.ConnectionError("Connection closed by server.")
+
+
+def test_what_its_caller_handles_is_no_fault_of_redis() -> None:
+    client = connect(Endpoint(url="unix:///nowhere/redis.sock"))
+    for call in (client.ping, _cut):
+        try:
+            _broken_tls()
+        except ssl.SSLError:
+            with pytest.raises(exceptions.ConnectionError) as refused:
+                call()
+        assert type(fault_of(refused.value)) is QueueUnavailable
 
 
 def test_every_message_says_what_to_do_in_one_line() -> None:
