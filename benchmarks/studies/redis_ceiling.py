@@ -56,7 +56,7 @@ for n = first, last do
   redis.call('ZADD', k_open(ARGV[6]), int(now), id)
   redis.call('ZADD', k_leases(ARGV[6]), int(now + 600000), id)
   redis.call('HSET', k_rq_job(id), 'status', 'started')
-  append_event(id, 1, entry_of(1, ENTRY.body, ARGV[7]))
+  append_event(id, 1, entry_of(1, 'n', ENTRY.body, ARGV[7]))
 end
 """
 

@@ -42,7 +42,8 @@ def wait_for_job(client: Client) -> str:
 def test_status_of_an_empty_redis_is_empty(url: str) -> None:
     result = runner.invoke(app, ["status", "--json", "--redis-url", url])
     assert result.exit_code == 0
-    assert json.loads(result.stdout) == {"queues": [], "workers": [], "suspended": False}
+    empty: dict[str, Any] = {"queues": [], "workers": [], "odd_keys": [], "quarantined_keys": []}
+    assert json.loads(result.stdout) == {**empty, "suspended": False}
 
 
 def test_status_counts_what_waits(url: str, redis_client: redis.Redis) -> None:
@@ -53,7 +54,8 @@ def test_status_counts_what_waits(url: str, redis_client: redis.Redis) -> None:
     overview = json.loads(runner.invoke(app, ["status", "--json", "--redis-url", url]).stdout)
     (queue,) = overview["queues"]
     assert 0 <= queue.pop("oldest_seconds") < 60
-    assert queue == {"name": "tally:bulk", "queued": 3, "running": 0, "open": 3}
+    counts = {"queued": 3, "running": 0, "open": 3}
+    assert queue == {"name": "tally:bulk", **counts, "isolated": []}
     assert overview["workers"] == []
     assert overview["suspended"] is True
     table = runner.invoke(app, ["status", "--redis-url", url]).stdout
