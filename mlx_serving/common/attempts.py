@@ -9,13 +9,17 @@ TAG_CHARS: Final = 8
 """How much of an attempt's nonce its events carry."""
 
 
-def new_nonce(machine: str = "") -> str:
-    """Return a name for a claim: 64 random bits as 16 hex digits, and "-<machine>" if one is given.
+LIFE: Final = os.urandom(4).hex()
+"""Of this process: a worker that is started again under its name has another one."""
 
-    `machine` (hex digits) tells which machine was lost, if the worker is.
+
+def new_nonce(machine: str = "", life: str = "") -> str:
+    """Return a name for a claim: 64 random bits as 16 hex digits, "-<life>" and "-<machine>".
+
+    `machine` (hex digits) tells which machine was lost, if the worker is; `life` (`LIFE`) whether
+    the worker that comes back is the one that was lost. Either may be left out.
     """
-    nonce = os.urandom(8).hex()
-    return f"{nonce}-{machine}" if machine else nonce
+    return "-".join(filter(None, (os.urandom(8).hex(), life, machine)))
 
 
 class Attempt(NamedTuple):

@@ -33,6 +33,7 @@ class WorkerRecord:
     protocol: int = 0  # version of the job protocol
     version: str = ""  # of this package
     pid: int = 0  # process id of the engine's process
+    life: str = ""  # `attempts.LIFE` of that process
 
     # What it does now.
     state: str = ""  # loading, serving, paused, suspended (by RQ, for all workers), draining
@@ -104,6 +105,7 @@ class WorkerRecord:
             "protocol": str(self.protocol),
             "version": self.version[:TEXT_CHARS],
             "pid": str(self.pid),
+            "life": self.life,
             "state": self.state,
             "reasons": ",".join(self.reasons),
             "held": str(self.held),
@@ -146,6 +148,7 @@ class WorkerRecord:
             protocol=_count(text, "protocol"),
             version=text.get("version", ""),
             pid=_count(text, "pid"),
+            life=text.get("life", ""),
             state=text.get("state", ""),
             reasons=tuple(_names(text.get("reasons", ""))),
             held=_count(text, "held"),

@@ -107,7 +107,7 @@ local function take_again()
       if verdict ~= '' then
         finalize_unowned(id, job.queue, 'cancelled', 'cancelled', 'the RQ job was ' .. verdict, iso, now)
       else
-        LOSSES.weigh(job)
+        LOSSES.weigh(id, job, nonce, worker)
         redis.call('ZREM', k_leases(job.queue), '')  -- see renew.lua: a full Redis lets the rest pass
         shared('ZADD', k_leases(job.queue), int(now + lease), id)
         reply_with(id, job.queue, job.epoch, job.started_ms or int(now), job)
@@ -205,7 +205,7 @@ local function decide(id, queue)
     return 'drop'
   end
   if needs_another_worker(job) then return 'skip', job end
-  LOSSES.weigh(job)
+  LOSSES.weigh(id, job, nonce, worker)
   local is_barred, is_final = LOSSES.is_barred(id, job, nonce, worker, now, lease)
   if is_final then  -- it is on the list by a hand's mistake, or a failover's
     redis.call('ZADD', k_isolated(queue), 'NX', int(now), id)

@@ -3,7 +3,7 @@
 -- alone, 0: it did not, or another worker was lost on its machine meanwhile. A worker that comes back (a Mac that slept) sends its attempt's nonce with its next call, and that takes the loss back. What stays counts: from SUSPECT losses
 -- on the job runs in small company, from one more on alone, to its end. Lost alone twice, it is isolated: on no list, so that
 -- it takes no other machine with it. It is dead once two machines that it was alone on are known not to have slept.
--- A nonce ends in '-' and the machine of its worker; of a machine Redis holds "<since>,<seen>", between which it was awake, and
+-- A nonce ends in '-', the life of its worker (a process), '-' and its machine; of a machine Redis holds "<since>,<seen>", between which it was awake, and
 -- then " <owner>,<ms>" of the workers that were lost there last.
 local LOSSES = {}
 
@@ -15,9 +15,13 @@ local KEPT, KEPT_MS = 16, 172800000
 local AWAKE, TOGETHER, OTHERS_FIRST = 6, 3, 6  -- leases
 local LOSS = '([^, ]+),(%d+),(%d+),([^, ]+),([^, ]+)'
 
+local BACK_MS = 30000  -- a worker's record lives as long: one that is there later was written since
+
 local function plain(name) return (string.gsub(name, '[,%s]', '_')) end
 
 local function machine_of(nonce, owner) return string.match(nonce, '%-(%x+)$') or plain(owner) end
+
+local function life_of(nonce) return string.match(nonce, '%-(%x+)%-%x+$') end
 
 local function read(losses)
   local entries = {}
@@ -69,21 +73,43 @@ local function is_gone(loss, now, lease)
   return machine.seen - math.max(machine.since, loss.ms) >= AWAKE * lease
 end
 
--- Takes a loss back: its worker is there.
+-- Takes losses back whose workers are there; returns those that stay.
+local function take_back(id, entries, is_back)
+  local kept = {}
+  for _, loss in ipairs(entries) do
+    if not is_back(loss) then kept[#kept + 1] = loss end
+  end
+  if #kept < #entries then
+    redis.call('HDEL', k_job(id), '')  -- removes nothing, so that a full Redis lets the script go on (see renew.lua)
+    set_fields(id, {losses = text_of(kept)})
+  end
+  return kept
+end
+
+-- Takes a loss back: its worker speaks of it.
 function LOSSES.forgive(id, nonce)
   local losses = redis.pcall('HGET', k_job(id), F.losses)
   if type(losses) ~= 'string' or not string.find(losses, nonce, 1, true) then return end
-  local kept = {}
-  for _, loss in ipairs(read(losses)) do
-    if loss.nonce ~= nonce then kept[#kept + 1] = loss end
-  end
-  redis.call('HDEL', k_job(id), '')  -- removes nothing, so that a full Redis lets the script go on (see renew.lua)
-  set_fields(id, {losses = text_of(kept)})
+  take_back(id, read(losses), function(loss) return loss.nonce == nonce end)
 end
 
--- Makes a job that a claim looks at the suspect that its losses say.
-function LOSSES.weigh(job)
-  local count = #read(job.losses)
+-- The same for a worker that does not, since it never heard of the attempt, or forgot it: its record says that it lives.
+local function forgive_living(id, entries, now, lease)
+  return take_back(id, entries, function(loss)
+    local life = life_of(loss.nonce)
+    if not life or now - loss.ms < math.max(AWAKE * lease, BACK_MS) then return false end
+    return redis.pcall('HGET', k_worker(loss.owner), WORKER.life) == life
+  end)
+end
+
+-- Makes a job that a claim looks at the suspect that its losses say. Its claimer is back, if it is who lost the job.
+function LOSSES.weigh(id, job, nonce, worker)
+  local entries, life, owner = read(job.losses), life_of(nonce), plain(worker)
+  if life and #entries > 0 then
+    entries = take_back(id, entries, function(loss) return loss.owner == owner and life_of(loss.nonce) == life end)
+    job.losses = text_of(entries)
+  end
+  local count = #entries
   if count < SUSPECT then return end
   local bound, own = count == SUSPECT and COMPANY or 1, tonumber(job.max_unproven or 0)
   job.max_unproven = int((own == 0 or bound < own) and bound or own)
@@ -108,9 +134,9 @@ end
 
 -- Notes that a running attempt was lost; returns whether the job is to be isolated. `job`: LOSSES.READ.
 LOSSES.READ = {'losses', 'alone', 'nonce', 'seq', 'owner', 'queue', 'tenant'}
-function LOSSES.note(id, job, now)
+function LOSSES.note(id, job, now, lease)
   local nonce, owner = job.nonce or 'none', plain(job.owner)
-  local machine, entries = machine_of(nonce, job.owner), read(job.losses)
+  local machine, entries = machine_of(nonce, job.owner), forgive_living(id, read(job.losses), now, lease)
   local named, seq, since = string.match(job.alone or '', '^(%S+) (%d+) (%d+)$')
   local was_alone = named == nonce and tonumber(job.seq) - tonumber(seq) < PROGRESS
   entries[#entries + 1] = {nonce = nonce, ms = now, alone = was_alone and tonumber(since) or 0, machine = machine, owner = owner}
@@ -136,7 +162,8 @@ end
 
 -- What becomes of an isolated job: 'dead' and why, 'requeued', or nil: it stays. `here`: machine of the caller, or ''.
 function LOSSES.judge(id, job, here, now, lease)
-  local entries, machines, owners, count, ends, gone = read(job.losses), {}, {}, 0, 0, 0
+  local entries = forgive_living(id, read(job.losses), now, lease)
+  local machines, owners, count, ends, gone = {}, {}, 0, 0, 0
   for _, loss in ipairs(entries) do
     if loss.alone > 0 and is_accompanied(loss, lease) then
       loss.alone = 0

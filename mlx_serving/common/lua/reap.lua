@@ -29,7 +29,7 @@ local function take_over(id, queue)
   if job.state ~= 'running' or job.queue ~= queue then redis.call('ZREM', k_leases(queue), id) return end
   local outcome = end_cancelled(id, job, iso, now) or 'requeued'
   if outcome == 'requeued' then
-    local isolated = LOSSES.note(id, job, now)
+    local isolated = LOSSES.note(id, job, now, lease)
     requeue(id, queue, job.owner, job.epoch)
     if isolated then
       LOSSES.isolate(id, job, now)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from mlx_serving.common.attempts import new_nonce
+from mlx_serving.common.attempts import LIFE, new_nonce
 from mlx_serving.common.machine import machine_id
 from mlx_serving.common.protocol import calls
 from mlx_serving.common.queues import PROTOCOL, lane_of, model_of
@@ -224,7 +224,7 @@ class Claims:
         waits = [self._reserved] if model_of(self._reserved) == group.model else []
         queues = list(dict.fromkeys([*waits, *group.queues]))
         return partial(
-            calls.claim, terms.worker, queues, nonce=new_nonce(machine_id()),
+            calls.claim, terms.worker, queues, nonce=new_nonce(machine_id(), LIFE),
             lease_ms=terms.lease_ms, protocol=PROTOCOL, capacity_tokens=capacity,
             max_payload_bytes=terms.max_payload_bytes,
             capacity_rows=terms.rows, held=self._held_rows(), affinity_ms=terms.affinity_ms,

@@ -8,6 +8,7 @@ from collections import deque
 from typing import TYPE_CHECKING, Final
 
 from mlx_serving import __version__
+from mlx_serving.common.attempts import LIFE
 from mlx_serving.common.queues import PROTOCOL
 from mlx_serving.common.worker_record import WorkerRecord
 
@@ -63,6 +64,7 @@ class Presence:
             protocol=PROTOCOL,
             version=__version__,
             pid=now.pid,
+            life=LIFE,
             state=_state(now, suspended=suspended),
             reasons=_reasons(now),
             held=now.held,
