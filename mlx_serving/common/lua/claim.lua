@@ -38,9 +38,9 @@ rows, unproven, max_unproven, keeps_prefixes = tonumber(rows), tonumber(unproven
 
 local ANY = 2 ^ 31
 if max_unproven == 0 then max_unproven = ANY end
-local STARVED_MS, RESERVED_MS = 5000, 3000
+local RESERVE = {after_ms = 5000, for_ms = 3000}  -- a suspect that has waited so long reserves a worker
 local reserved = ''  -- queue of the suspect that this worker makes room for
-local PAGE, PAGES = 64, 16  -- how far past jobs that are not for this worker it looks
+local LOOK = {page = 64, pages = 16}  -- how far past jobs that are not for this worker it looks
 local TENANTS, LINE = 64, 64  -- tenants of a queue asked in one claim; jobs of a line that may be not for this worker
 local WALK = 200000  -- list entries that a claim may walk to take jobs out of the middle
 local FORBIDDEN = {'success_callback_name', 'failure_callback_name', 'stopped_callback_name', 'webhooks',
@@ -49,7 +49,7 @@ local now = now_ms()
 local jobs, taken, dropped = {}, {}, {}  -- the reply's jobs, their ids, and ids that are no jobs of the list
 local LEFT = 64  -- jobs that a claim leaves to others at most: what lies behind more of them waits for nobody
 local left, left_count, again_ms = {}, 0, 0  -- ids, their number, and when the first of them is anybody's
-local OVERTAKEN, OVERTAKEN_MS = 32, 30000  -- bulk jobs that a claim takes others before, and how long others may go before one
+local OVERTAKE = {most = 32, for_ms = 30000}  -- bulk jobs that a claim takes others before, and how long others may go before one
 local gone, walked = {}, 0  -- ids taken out of the list's middle, and what that cost
 local orders, looked_at, leaves = {}, {}, {}  -- by queue: tenants to ask; by line: jobs looked at, and whether one was left
 shared, shown = gather, gather_view
@@ -147,10 +147,10 @@ end
 -- A suspect goes first, but waits for a worker that is empty enough. If one has waited too long, one worker of the
 -- queue takes nothing more until it fits; the others go on past it.
 local function reserve(queue, job)
-  if not job.suspect_since_ms or now - job.suspect_since_ms < STARVED_MS then return end
+  if not job.suspect_since_ms or now - job.suspect_since_ms < RESERVE.after_ms then return end
   local holder = redis.call('GET', k_reserved(queue))
   if holder and holder ~= worker then return end
-  redis.call('SET', k_reserved(queue), worker, 'PX', RESERVED_MS)
+  redis.call('SET', k_reserved(queue), worker, 'PX', RESERVE.for_ms)
   reserved = queue
 end
 
@@ -295,10 +295,10 @@ end
 
 -- Whether others may go before a job: in bulk, which waits anyway, if another worker has its beginning. Nobody is idle for that.
 local function may_be_overtaken(queue, job, overtaken)
-  if not job.marks or job.tenant or affinity_ms == 0 or job.epoch ~= '0' or #overtaken >= OVERTAKEN then return false end
+  if not job.marks or job.tenant or affinity_ms == 0 or job.epoch ~= '0' or #overtaken >= OVERTAKE.most then return false end
   if string.sub(queue, -5) ~= ':bulk' then return false end
   local since = now - (tonumber(job.overtaken_ms or '') or now)
-  return since >= 0 and since < OVERTAKEN_MS and is_elsewhere(job, queue, worker)
+  return since >= 0 and since < OVERTAKE.for_ms and is_elsewhere(job, queue, worker)
 end
 
 -- `taken_before`: jobs that were taken until then; `is_noted`: whether its control hash says already that it was overtaken.
@@ -333,9 +333,9 @@ end
 local function claim(queue)
   local offset, overtaken = 0, {}
   local list = k_rq_queue(queue)
-  for _ = 1, PAGES do
+  for _ = 1, LOOK.pages do
     if is_over() then break end
-    local ids = redis.pcall('LRANGE', list, offset, offset + PAGE - 1)
+    local ids = redis.pcall('LRANGE', list, offset, offset + LOOK.page - 1)
     if #ids == 0 then break end
     for _, id in ipairs(ids) do
       if is_over() then break end
