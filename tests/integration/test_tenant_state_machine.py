@@ -17,6 +17,7 @@ from hypothesis.stateful import (
 )
 
 from mlx_serving.common.protocol import calls
+from mlx_serving.common.protocol.fields import JobField
 from tests.support.protocol_driver import QUEUE, Attempt, Driver
 
 if TYPE_CHECKING:
@@ -140,8 +141,11 @@ class TenantMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.attempts)
     @rule(picked=st.sets(picks, min_size=1, max_size=3))
     def time_passes(self, picked: set[int]) -> None:
-        self.driver.lapse(*(self.attempts[p % len(self.attempts)].job.job_id for p in picked))
+        lost = [self.attempts[p % len(self.attempts)].job.job_id for p in picked]
+        self.driver.lapse(*lost)
         self.driver.reap()
+        for job_id in lost:  # its worker comes back: which machines were lost is others' subject
+            self.driver.redis.hdel(self.driver.keys.job(job_id), JobField.LOSSES)
 
     @precondition(lambda self: self.tenant_of)
     @rule(pick=picks)
