@@ -8,9 +8,10 @@
 --   tenant, marks, digest             '': none
 --   rows                              of the batch that it takes
 --   count, and so many                fields and values in turn of RQ's hash of the job
--- Returns for each job: created (0|1), state; or, if it is refused, 0, '' and why: 'queued', limit, queued (its tenant has as many
---   queued as it may); 'running', limit, rows (it has more rows than its
---   tenant may ever run); 'digest' (there is a job of its id with another payload).
+-- Returns for each job: created (0|1), state; or, if it is refused, 0, '' and why:
+--   'queued', limit, queued           its tenant has as many queued as it may
+--   'running', limit, rows            it has more rows than its tenant may ever run
+--   'digest'                          there is a job of its id with another payload
 local FIRST_JOB = 4
 -- A job's arguments, counted from its id.
 local ID, QUEUE, MAX_ATTEMPTS, MIN_PROTOCOL, DEADLINE_MS, TIMEOUT_MS, ABANDON_MS, RESULT_TTL, QUEUED_TTL, EVENTS_TTL,

@@ -59,7 +59,8 @@ local function create_job(id, queue, now, terms)
     F.max_attempts, terms.max_attempts or 2, F.min_protocol, terms.min_protocol or 1, F.deadline_ms, terms.deadline_ms or 0,
     F.timeout_ms, terms.timeout_ms or 0, F.abandon_ms, terms.abandon_ms or 0, F.result_ttl, terms.result_ttl or 3600,
     F.queued_ttl, terms.queued_ttl or DEFAULT.queued_ttl, F.events_ttl, terms.events_ttl or DEFAULT.events_ttl,
-    F.failed_ttl, terms.failed_ttl or DEFAULT.failed_ttl, F.stream, terms.stream or 1, F.cancel_reason, terms.cancel_reason or '', F.enqueued_ms, int(now), F.needed_tokens, 0)
+    F.failed_ttl, terms.failed_ttl or DEFAULT.failed_ttl, F.stream, terms.stream or 1,
+    F.cancel_reason, terms.cancel_reason or '', F.enqueued_ms, int(now), F.needed_tokens, 0)
   if terms.marks then redis.call('HSET', k_job(id), F.marks, terms.marks) end
   if terms.tenant then redis.call('HSET', k_job(id), F.tenant, terms.tenant) end
   if terms.digest then redis.call('HSET', k_job(id), F.digest, terms.digest) end

@@ -96,7 +96,7 @@ _SENTINEL_REFUSES: Final = re.compile(
 
 
 class TlsMismatchError(exceptions.ConnectionError):
-    """One side alone speaks TLS, a file of ours can't be read, or the server asks for another."""
+    """Only one side speaks TLS, a file of ours can't be read, or our certificate is refused."""
 
 
 def fault_of(error: Exception) -> QueueFailure:
@@ -111,7 +111,7 @@ def fault_of(error: Exception) -> QueueFailure:
 
 
 def _innermost(error: Exception) -> Exception:
-    """What an asyncio connection wraps in a ConnectionError of its own, whatever it is."""
+    """Return the error that an asyncio connection wrapped in a ConnectionError of its own."""
     inner = error.__cause__
     if isinstance(inner, exceptions.RedisError) and str(inner) == str(error):
         return inner

@@ -1,7 +1,7 @@
-"""The time by which a batch's window ends: Redis's `TIME`, where looks at it agree. No I/O.
+"""The time by which a batch's window is judged: Redis's `TIME`, once looks at it agree. No I/O.
 
-One look may be wrong: a clock that is set, a machine that wakes. The end of a batch can't be taken
-back, so one look does not decide it.
+One look may be wrong, if a clock was just set or the machine just woke. A batch that has ended
+stays so, and one look must not end it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ class WindowClock:
     """Tells the time from looks at a clock, and from the monotonic clock between them.
 
     Attributes:
-        sure: whether looks have agreed for long enough, ever. Until then it tells the last look's.
+        sure: whether looks have ever agreed for `AGREE_SECONDS`. Before that, the time is that of
+            the last look.
 
     """
 
