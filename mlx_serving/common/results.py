@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 # ruff: noqa: N818 -- the errors are named as what happened, as in `errors`
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
@@ -117,21 +118,26 @@ class GenerationResult(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=
         raise kind(message, result=self)
 
 
-class UnsuccessfulJob(MlxServingError):
-    """The job ended without finishing."""
+class _WithResult(Exception):
+    """Base of errors that carry the job's result record, None if there is none."""
 
-    code = "job_unsuccessful"
+    message: str
 
     def __init__(
         self, message: str | None = None, *, result: GenerationResult | None = None
     ) -> None:
-        """Carry the result record, which keeps the text generated so far."""
         self.result = result
         super().__init__(message)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle with the result, which `Exception` would leave out."""
-        return _rebuild, (type(self), self.message, self.result)
+        return partial(type(self), self.message, result=self.result), ()
+
+
+class UnsuccessfulJob(_WithResult, MlxServingError):
+    """The job ended without finishing; `.result` keeps the text generated so far."""
+
+    code = "job_unsuccessful"
 
 
 class JobFailed(UnsuccessfulJob):
@@ -158,21 +164,10 @@ class JobExpired(UnsuccessfulJob):
     code = "job_expired"
 
 
-class EventsGone(MlxServingError):
-    """The job ended so long ago that its events are gone."""
+class EventsGone(_WithResult, MlxServingError):
+    """The job ended so long ago that its events are gone; `.result` has all of the output."""
 
     code = "events_gone"
-
-    def __init__(
-        self, message: str | None = None, *, result: GenerationResult | None = None
-    ) -> None:
-        """Carry the result record, which has all of the output."""
-        self.result = result
-        super().__init__(message)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle with the result, which `Exception` would leave out."""
-        return _rebuild, (type(self), self.message, self.result)
 
 
 ERROR_OF_STATE: Final[dict[JobState, type[UnsuccessfulJob]]] = {
@@ -269,12 +264,6 @@ def _joined_call(parts: list[ToolCallDelta]) -> ToolCallResult:
             "".join(function.arguments for function in functions),
         ),
     )
-
-
-def _rebuild(
-    kind: type[UnsuccessfulJob | EventsGone], message: str, result: GenerationResult | None
-) -> UnsuccessfulJob | EventsGone:
-    return kind(message, result=result)
 
 
 def error_info(error: BaseException) -> ErrorInfo:

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from mlx_serving.common.errors import InvalidJob
-    from mlx_serving.common.protocol.calls import EnqueueEntry, EnqueueReply, Refusal
+    from mlx_serving.common.protocol.calls import EnqueueEntry, EnqueueReply
+    from mlx_serving.common.protocol.refusal import Refusal
     from mlx_serving.common.states import JobState
 
 FOR_GOOD: Final[dict[str, type[InvalidJob]]] = {
@@ -55,13 +56,8 @@ def _field_error(entries: Sequence[EnqueueEntry], at: int, why: Refusal) -> Fiel
         reason = f"{entry.idempotency_key!r} names job {entry.job_id}, which has another payload"
         return FieldError(f"{parent}idempotency_key", reason)
     if why.reason == "running":
-        reason = f"the job has {why.found} rows, and tenant {entry.tenant!r} may run {why.limit}"
-        return FieldError(f"{parent}n", reason)
-    return FieldError(f"{parent}tenant", _queued(entry, why))
-
-
-def _queued(entry: EnqueueEntry, why: Refusal) -> str:
-    return f"tenant {entry.tenant!r} has {why.found} jobs queued and may have {why.limit}"
+        return FieldError(f"{parent}n", why.of_tenant(entry.tenant))
+    return FieldError(f"{parent}tenant", why.of_tenant(entry.tenant))
 
 
 def _limited(
@@ -69,7 +65,7 @@ def _limited(
 ) -> TenantLimited:
     at, why = next(iter(refused.items()))
     first, tenants = entries[at], {entries[each].tenant for each in refused}
-    text = _queued(first, why)
+    text = why.of_tenant(first.tenant)
     if len(entries) > 1:
         others = f", and {len(tenants) - 1} more tenants" if len(tenants) > 1 else ""
         text += f": {len(refused)} of {len(entries)} jobs were not enqueued{others}"

@@ -9,8 +9,8 @@ import pytest
 
 from mlx_serving.common.lifetimes import Lifetimes
 from mlx_serving.common.protocol import calls, ended_calls
-from mlx_serving.common.protocol.calls import Refusal
 from mlx_serving.common.protocol.fields import JobField
+from mlx_serving.common.protocol.refusal import Refusal
 from mlx_serving.common.redis.connection import connect, resolve
 from mlx_serving.common.settings import Settings
 from mlx_serving.common.states import JobState

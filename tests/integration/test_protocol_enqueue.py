@@ -8,6 +8,7 @@ import pytest
 
 from mlx_serving.common import lifetimes
 from mlx_serving.common.protocol import calls
+from mlx_serving.common.protocol.refusal import Refusal
 from mlx_serving.common.states import JobState
 from tests.support.protocol_driver import LANES, PAYLOAD, QUEUE, Driver, entry
 
@@ -40,7 +41,7 @@ def test_a_resend_with_another_digest_is_refused_and_changes_nothing(driver: Dri
     driver.enqueue("a", digest="0011")
     before = driver.snapshot()
     reply = driver.enqueue("a", digest="0022")
-    assert (reply.created, reply.refusal) == (False, calls.Refusal("digest"))
+    assert (reply.created, reply.refusal) == (False, Refusal("digest"))
     assert driver.enqueue("a", digest="0011").refusal is None
     assert driver.enqueue("a").refusal is None  # one that has no digest is not compared
     assert driver.snapshot() == before

@@ -10,7 +10,7 @@ from rq.serializers import JSONSerializer
 
 from mlx_serving import Client
 from mlx_serving.common.protocol.adoption import Terms, adopt
-from mlx_serving.common.protocol.calls import Refusal
+from mlx_serving.common.protocol.refusal import Refusal
 from tests.support.helpers import wait_until
 from tests.support.protocol_driver import QUEUE, Driver, rq_fields
 from tests.support.worker_process import InProcessWorker

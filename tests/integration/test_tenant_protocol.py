@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from mlx_serving.common.protocol import calls
+from mlx_serving.common.protocol.refusal import Refusal
 from mlx_serving.common.states import JobState
 from tests.support.protocol_driver import QUEUE, Attempt, Driver, entry
 
@@ -52,7 +53,7 @@ class TestQueued:
         many(driver, "acme", 2)
         before = driver.snapshot()
         reply = driver.enqueue("more", tenant="acme")
-        assert (reply.created, reply.refusal) == (False, calls.Refusal("queued", limit=2, found=2))
+        assert (reply.created, reply.refusal) == (False, Refusal("queued", limit=2, found=2))
         assert driver.snapshot() == before
 
     def test_others_and_jobs_without_a_tenant_are_not_touched_by_it(self, driver: Driver) -> None:
@@ -100,7 +101,7 @@ class TestRows:
         limit(driver, running=8)
         before = driver.snapshot()
         reply = driver.enqueue("a", tenant="acme", rows=9)
-        assert (reply.created, reply.refusal) == (False, calls.Refusal("running", 8, 9))
+        assert (reply.created, reply.refusal) == (False, Refusal("running", 8, 9))
         assert driver.snapshot() == before
         assert driver.enqueue("b", tenant="acme", rows=8).created
         assert driver.enqueue("c", rows=9).created

@@ -1,10 +1,11 @@
 -- Losses: attempts whose worker let its lease run out and has not shown itself since. Follows the prelude.
--- A job's losses are entries "<nonce>,<ms>,<alone>,<machine>,<owner>", a space between two; `alone`: since when (ms) it ran
--- alone, 0: it did not, or another worker was lost on its machine meanwhile. A worker that comes back (a Mac that slept) sends its attempt's nonce with its next call, and that takes the loss back. What stays counts: from SUSPECT losses
--- on the job runs in small company, from one more on alone, to its end. Lost alone twice, it is isolated: on no list, so that
--- it takes no other machine with it. It is dead once two machines that it was alone on are known not to have slept.
--- A nonce ends in '-', the life of its worker (a process), '-' and its machine; of a machine Redis holds "<since>,<seen>", between which it was awake, and
--- then " <owner>,<ms>" of the workers that were lost there last.
+-- A job's losses are entries "<nonce>,<ms>,<alone>,<machine>,<owner>", a space between two. `alone`: since when (ms) the job ran
+-- alone; 0: it did not, or another worker was lost on its machine meanwhile.
+-- A worker that comes back (a Mac that slept) sends its attempt's nonce with its next call, and that takes the loss back. From
+-- SUSPECT losses on the job runs in small company, from one more on alone, to its end. Lost alone twice, it is isolated: on no
+-- list, so that it takes no other machine with it. It is dead once two machines on which it was alone are known to be awake.
+-- A nonce ends in "-<life>-<machine>": its worker's process, and the machine of that. Of a machine, Redis holds "<since>,<seen>",
+-- the time (ms) in which it was seen awake, and then " <owner>,<ms>" for each worker that was lost there last.
 local LOSSES = {}
 
 do
@@ -15,7 +16,7 @@ local KEPT, KEPT_MS = 16, 172800000
 local AWAKE, TOGETHER, OTHERS_FIRST = 6, 3, 6  -- leases
 local LOSS = '([^, ]+),(%d+),(%d+),([^, ]+),([^, ]+)'
 
-local BACK_MS = 30000  -- a worker's record lives as long: one that is there later was written since
+local BACK_MS = 30000  -- how long a worker's record is kept (`fleet.EXPIRY_SECONDS`): a later one was written after the loss
 
 local function plain(name) return (string.gsub(name, '[,%s]', '_')) end
 
@@ -93,7 +94,7 @@ function LOSSES.forgive(id, nonce)
   take_back(id, read(losses), function(loss) return loss.nonce == nonce end)
 end
 
--- The same for a worker that does not, since it never heard of the attempt, or forgot it: its record says that it lives.
+-- Takes back losses of workers that never heard of the attempt, or forgot it, if their records say that they live.
 local function forgive_living(id, entries, now, lease)
   return take_back(id, entries, function(loss)
     local life = life_of(loss.nonce)
@@ -102,10 +103,11 @@ local function forgive_living(id, entries, now, lease)
   end)
 end
 
--- Makes a job that a claim looks at the suspect that its losses say. Its claimer is back, if it is who lost the job.
+-- Bounds the company of a job that a claim looks at, by its losses. Those of the claiming process itself are taken back first.
 function LOSSES.weigh(id, job, nonce, worker)
+  if (job.losses or '') == '' then return end
   local entries, life, owner = read(job.losses), life_of(nonce), plain(worker)
-  if life and #entries > 0 then
+  if life then
     entries = take_back(id, entries, function(loss) return loss.owner == owner and life_of(loss.nonce) == life end)
     job.losses = text_of(entries)
   end

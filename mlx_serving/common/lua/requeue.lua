@@ -8,14 +8,11 @@ local job = read_sound(id)
 if not job then return false end
 if OPEN[job.state] or job.state == 'finished' then return {0, job.state} end
 if not is_hash(k_rq_job(id)) or redis.call('HSTRLEN', k_rq_job(id), 'data') == 0 then return false end
-local limit = job.tenant and limit_of(job.tenant, LIMIT.queued)
-if limit then
-  local queued = members_of(k_tenant_queued(job.tenant))
-  if queued >= limit then return answer({0, job.state, LIMIT.queued, limit, queued}) end
-end
+local refused = job.tenant and refusal_of(job.tenant, 1)  -- its rows were admitted once
+if refused then return answer({0, job.state, unpack(refused, 3)}) end
 
--- What the control hash says of the life that ended. A suspect of a crash stays one, and runs beside few rows, but has
--- waited for them from now on only; workers that were lost with it are forgiven. The epoch goes on, so that no attempt is named twice.
+-- What the control hash says of the life that ended. A suspect of a crash stays one and runs beside few rows, but its wait for
+-- them begins now. Losses of workers no longer count against it. The epoch goes on, so that no attempt is named twice.
 local ENDED = field_list('nonce', 'started_ms', 'first_token_ms', 'listened_ms', 'needed_rows', 'overtaken_ms',
                          'charged_nonce', 'finished_ms', 'error_code', 'message', 'result', 'losses', 'alone')
 local now, queue, deadline = now_ms(), job.queue, tonumber(job.deadline_ms)

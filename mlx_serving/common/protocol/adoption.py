@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from mlx_serving.common.protocol.calls import Call, Refusal, iso_now
+from mlx_serving.common.protocol.calls import Call, iso_now
+from mlx_serving.common.protocol.refusal import Refusal
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -16,6 +16,7 @@ from mlx_serving.common import events, lifetimes, limits
 from mlx_serving.common.attempts import Attempt
 from mlx_serving.common.errors import CorruptJob
 from mlx_serving.common.protocol.fields import TOKENS_OPENING, EntryField
+from mlx_serving.common.protocol.refusal import Refusal
 from mlx_serving.common.states import JobState
 
 if TYPE_CHECKING:
@@ -58,18 +59,6 @@ class EnqueueEntry:
     rows: int = 1  # of the batch that it takes
     idempotency_key: str = ""  # '': none; not written, but an error names it
     digest: str = ""  # of the payload, if there is a key; see `producer.envelope`
-
-
-class Refusal(NamedTuple):
-    """Why a job was not enqueued.
-
-    `queued`: its tenant has `found` jobs waiting and may have `limit`. `running`: it has `found`
-    rows, and its tenant may run `limit`. `digest`: there is a job of this id with another payload.
-    """
-
-    reason: Literal["queued", "running", "digest"]
-    limit: int = 0
-    found: int = 0
 
 
 @dataclass(frozen=True, slots=True)

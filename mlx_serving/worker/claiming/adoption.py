@@ -14,7 +14,7 @@ import structlog
 
 from mlx_serving.common.errors import TenantLimited, TenantRowsExceeded
 from mlx_serving.common.protocol.adoption import Terms, adopt
-from mlx_serving.common.protocol.calls import Refusal
+from mlx_serving.common.protocol.refusal import Refusal
 
 if TYPE_CHECKING:
     from mlx_serving.common.job.schema import GenerationJob
@@ -92,10 +92,9 @@ class Adoption:
 
 def _refused(terms: Terms, why: Refusal) -> tuple[str, str]:
     """Code and message, as a submit would tell them."""
+    text = why.of_tenant(terms.tenant)
     if why.reason == "running":
-        text = f"n: the job has {why.found} rows, and tenant {terms.tenant!r} may run {why.limit}"
-        return TenantRowsExceeded.code, text
-    text = f"tenant {terms.tenant!r} has {why.found} jobs queued and may have {why.limit}"
+        return TenantRowsExceeded.code, f"n: {text}"
     return TenantLimited.code, text
 
 
